@@ -1,0 +1,111 @@
+"""Every exception this package raises on purpose, and the exit code each one ends the program with.
+
+::
+
+    LlmconvertError                       1
+    ├── UsageError                        2   what was asked for is wrong or impossible
+    │   ├── RecipeError                       a recipe key or value
+    │   ├── SchemeError                       a quantization scheme that does not parse or does not fit a layer
+    │   ├── UnsupportedError                  an architecture, method or format this version cannot do
+    │   └── OutputError                       an output directory that cannot be used
+    ├── GateError                         3   the artifact was measured and fell short of the recipe's limits
+    ├── SourceError                       4   what was given as input cannot be read
+    │   ├── CheckpointError                   truncated, corrupt or inconsistent weight files
+    │   ├── DatasetError                      calibration or evaluation text
+    │   ├── CalibrationError                  activations or statistics no quantizer can work with
+    │   └── HubError                          the Hub refused or could not be reached
+    ├── CapacityError                     5   does not fit this machine's memory or disk
+    └── RunInterruptedError               6   stopped on request; the same command continues
+
+Messages name the tensor, file or key, say what was found and what was expected, and what to do about it.
+Anything else that escapes is a bug, and ends with exit code 1 and a traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "CalibrationError",
+    "CapacityError",
+    "CheckpointError",
+    "DatasetError",
+    "GateError",
+    "HubError",
+    "RunInterruptedError",
+    "LlmconvertError",
+    "OutputError",
+    "RecipeError",
+    "SchemeError",
+    "SourceError",
+    "UnsupportedError",
+    "UsageError",
+]
+
+
+class LlmconvertError(Exception):
+    """Root of the tree. ``exit_code`` is what the command line ends with."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(LlmconvertError):
+    """What was asked for is wrong or impossible; nothing was started."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe has an unknown key, a bad value or a contradiction; the message holds the key's path."""
+
+
+class SchemeError(UsageError):
+    """A quantization scheme does not parse, or does not fit a layer's shape."""
+
+
+class UnsupportedError(UsageError):
+    """An architecture, method, format or combination this version refuses by name."""
+
+
+class OutputError(UsageError):
+    """The output directory exists and is not empty, or cannot be written."""
+
+
+class GateError(LlmconvertError):
+    """The artifact was measured and misses a limit of the recipe. It is kept, and not published."""
+
+    exit_code = 3
+
+
+class SourceError(LlmconvertError):
+    """What was given as input does not exist or cannot be read."""
+
+    exit_code = 4
+
+
+class CheckpointError(SourceError):
+    """A weight file or its index is truncated, corrupt or inconsistent."""
+
+
+class DatasetError(SourceError):
+    """Calibration or evaluation text is missing, empty or unreadable."""
+
+
+class CalibrationError(SourceError):
+    """Activations or statistics are unusable: not finite, never reached, or impossible to factorize."""
+
+
+class HubError(SourceError):
+    """The Hub refused a request or could not be reached."""
+
+
+class CapacityError(LlmconvertError):
+    """The job does not fit the memory or the disk of this machine."""
+
+    exit_code = 5
+
+
+class RunInterruptedError(LlmconvertError):
+    """Stopped on request. Finished work is on disk, and the same command continues from it."""
+
+    exit_code = 6
