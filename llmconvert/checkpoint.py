@@ -35,7 +35,10 @@ __all__ = [
     "TensorInfo",
     "TensorSpec",
     "is_weight_file",
+    "other_files",
+    "read_config",
     "read_header",
+    "read_index",
 ]
 
 SINGLE_NAME = "model.safetensors"
@@ -252,7 +255,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        self.config = _read_config(self.directory)
+        self.config = read_config(self.directory)
         self._extents: dict[str, _Extent] = {}
         self._fds: dict[str, int] = {}
         infos: dict[str, TensorInfo] = {}
@@ -265,14 +268,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._extents[name] = _Extent(shard, offsets[name])
             self._fds[shard] = _open_readonly(self.directory / shard)
         self.infos = infos
-        self.files = {
-            path.name: path
-            for path in sorted(self.directory.iterdir())
-            if path.is_file()
-            and path.name != "config.json"
-            and not path.name.startswith(".")
-            and not is_weight_file(path.name)
-        }
+        self.files = other_files(self.directory)
         _check_index(self.directory, infos)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -290,9 +286,12 @@ class SafetensorsCheckpoint(Checkpoint):
             return
         info = self.infos[name]
         row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
-        view = out.reshape(-1).view(torch.uint8).numpy().data
+        self.read_bytes(name, start * row_bytes, out.reshape(-1).view(torch.uint8).numpy().data)
+
+    def read_bytes(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from byte ``offset`` of tensor ``name`` on: any part of a tensor, however large its rows."""
         extent = self._extents[name]
-        self.pread(extent.shard, extent.offset + start * row_bytes, view, what=name)
+        self.pread(extent.shard, extent.offset + offset, buffer, what=name)
 
     def pread(self, shard: str, offset: int, buffer: memoryview, *, what: str) -> None:
         """Fill ``buffer`` from byte ``offset`` of ``shard``; ``what`` names the content in errors."""
@@ -307,10 +306,13 @@ class SafetensorsCheckpoint(Checkpoint):
                 raise CheckpointError(f"{self.directory / shard}: the file ended inside {what}; it changed on disk")
             done += count
 
-    def drop_cache(self, name: str) -> None:
-        """Tell the kernel that the pages of ``name`` are not needed again, so a large file doesn't evict others."""
+    def drop_cache(self, name: str, offset: int = 0, nbytes: int | None = None) -> None:
+        """Tell the kernel that these bytes of ``name`` are not needed again, so a large file doesn't evict others."""
         extent = self._extents[name]
-        os.posix_fadvise(self._fds[extent.shard], extent.offset, self.infos[name].nbytes, os.POSIX_FADV_DONTNEED)
+        nbytes = self.infos[name].nbytes - offset if nbytes is None else nbytes
+        if nbytes > 0:  # zero would mean the rest of the file
+            fd = self._fds[extent.shard]
+            os.posix_fadvise(fd, extent.offset + offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         while self._fds:
@@ -328,7 +330,8 @@ def _open_readonly(path: Path) -> int:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a model directory."""
     path = directory / "config.json"
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
@@ -345,25 +348,31 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_index(directory: Path) -> dict[str, str] | None:
+def other_files(directory: Path) -> dict[str, Path]:
+    """Name → path of a model directory's files that are neither weights nor ``config.json`` nor hidden."""
+    paths = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    return {path.name: path for path in paths if path.name != "config.json" and not is_weight_file(path.name)}
+
+
+def read_index(directory: Path, name: str = INDEX_NAME) -> dict[str, str] | None:
     """The index's tensor → shard map, or None without an index. Shard names are checked to stay in the directory."""
-    path = directory / INDEX_NAME
+    path = directory / name
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
-        if not all(isinstance(name, str) and isinstance(shard, str) for name, shard in weight_map.items()):
+        if not all(isinstance(text, str) for entry in weight_map.items() for text in entry):
             raise TypeError("weight_map must map strings to strings")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is not a safetensors index: {error!r}") from error
-    for name, shard in weight_map.items():
+        raise CheckpointError(f"{path}: is not an index of weight files: {error!r}") from error
+    for tensor, shard in weight_map.items():
         if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
-            raise CheckpointError(f"{path}: tensor {name!r} is placed in {shard!r}, outside the model's directory")
+            raise CheckpointError(f"{path}: tensor {tensor!r} is placed in {shard!r}, outside the model's directory")
     return dict(weight_map)
 
 
 def _shard_names(directory: Path) -> list[str]:
-    weight_map = _read_index(directory)
+    weight_map = read_index(directory)
     if weight_map is not None:
         shards = sorted(set(weight_map.values()))
         missing = [shard for shard in shards if not (directory / shard).is_file()]
@@ -385,6 +394,6 @@ def _shard_names(directory: Path) -> list[str]:
 
 
 def _check_index(directory: Path, infos: Mapping[str, TensorInfo]) -> None:
-    for name, shard in (_read_index(directory) or {}).items():
+    for name, shard in (read_index(directory) or {}).items():
         if name not in infos or infos[name].shard != shard:
             raise CheckpointError(f"{directory / INDEX_NAME}: places {name!r} in {shard}, which does not hold it")

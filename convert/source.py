@@ -1,0 +1,159 @@
+"""``MODEL`` → checkpoint: where a model can come from, and how it is told apart.
+
+Four forms are understood: a directory in Hugging Face layout, a ``.gguf`` file, ``package:PKG/FILE`` (a file shipped
+inside an installed Python package), and a Hub id ``org/name[@revision]``. What exists on disk wins over the Hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llmconvert.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, SafetensorsCheckpoint
+from llmconvert.errors import SourceError
+from llmconvert.hub import fetch
+from llmconvert.progress import SILENT, Progress
+
+__all__ = ["Source", "SourceKind", "open_source", "source_fingerprint"]
+
+SourceKind = Literal["hub", "directory", "gguf", "package"]
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
+_PACKAGE = re.compile(r"package:(?P<package>[^/:]+)/(?P<file>.+)")
+_FORMS = (
+    "expected a model directory, a .gguf file, package:PKG/FILE (a file inside an installed Python package), "
+    "or a Hub id org/name[@revision]"
+)
+# Of files without a header of known length, this much is hashed.
+_HEAD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An opened model.
+
+    Attributes:
+        kind: which of the four forms it was given in.
+        origin: what to write into a record: ``org/name``, ``package:PKG/FILE``, or the path as given.
+        revision: the commit hash for the Hub, None for local files.
+        path: the directory or file on this disk.
+        checkpoint: the weights, config and other files.
+    """
+
+    kind: SourceKind
+    origin: str
+    revision: str | None
+    path: Path
+    checkpoint: Checkpoint
+
+
+def open_source(text: str, *, allow_pickle: bool = False, progress: Progress = SILENT) -> Source:
+    """Find and open the model that ``text`` names; a Hub model is fetched first.
+
+    Args:
+        text: one of the four forms.
+        allow_pickle: read ``.bin`` weights, with ``weights_only=True``, where there are no safetensors.
+
+    Raises:
+        SourceError: not one of the four forms, or not there.
+        CheckpointError: the files are corrupt or incomplete.
+        HubError: the Hub refused or could not be reached.
+    """
+    package = _PACKAGE.fullmatch(text)
+    if package is not None:
+        path = _package_file(package["package"], package["file"])
+        return Source("package", text, None, path, _open_path(path, allow_pickle))
+    if text.startswith("package:"):
+        raise SourceError(f"{text!r}: no file named; expected package:PKG/FILE")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return Source("directory", text, None, path, _open_path(path, allow_pickle))
+    if path.exists() or text.endswith(".gguf"):
+        return Source("gguf", text, None, path, _open_path(path, allow_pickle))
+    hub = _HUB_ID.fullmatch(text)
+    if hub is None:
+        raise SourceError(f"{text!r}: no such directory, and no Hub id; {_FORMS}")
+    fetched = fetch(hub["repo"], hub["revision"], allow_pickle=allow_pickle, progress=progress)
+    checkpoint = _open_path(fetched.directory, allow_pickle)
+    return Source("hub", fetched.repo_id, fetched.commit_hash, fetched.directory, checkpoint)
+
+
+def _open_path(path: Path, allow_pickle: bool) -> Checkpoint:
+    if path.is_dir():
+        ggufs = sorted(found.name for found in path.glob("*.gguf"))
+        if ggufs and not (path / "config.json").exists():
+            raise SourceError(f"{path}: has no config.json but {ggufs[0]}; to read that, name the file itself")
+        if allow_pickle and not (path / SINGLE_NAME).exists() and not (path / INDEX_NAME).exists():
+            from llmconvert.convert.pickle import PickleCheckpoint
+
+            return PickleCheckpoint(path)
+        return SafetensorsCheckpoint(path)
+    if not path.exists():
+        raise SourceError(f"{path}: no such file")
+    if path.suffix != ".gguf":
+        raise SourceError(f"{path}: is a file, and not a .gguf; of other models name the directory with config.json")
+    from llmconvert.convert.gguf import open_gguf
+
+    return open_gguf(path)
+
+
+def _package_file(package: str, file: str) -> Path:
+    """The file inside the package, found without importing it.
+
+    Raises:
+        SourceError: no such package or file, or a path that leaves the package.
+    """
+    module = package.replace("-", "_")
+    if not module.isidentifier():
+        raise SourceError(f"package:{package}/{file}: {package!r} is no package name; expected package:PKG/FILE")
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise SourceError(f"package {package} is not installed; pip install {package.replace('_', '-')}")
+    for location in spec.submodule_search_locations or ():
+        root = Path(location).resolve()
+        path = (root / file).resolve()
+        if not path.is_relative_to(root):
+            raise SourceError(f"package:{package}/{file}: the path leaves the package {root}")
+        if path.exists():
+            return path
+    shipped = sorted(
+        str(found.relative_to(location))
+        for location in spec.submodule_search_locations or ()
+        for found in Path(location).rglob("*.gguf")
+    )
+    found = f"it ships {', '.join(shipped[:5])}" if shipped else "it ships no .gguf file"
+    raise SourceError(f"package {package} has no file {file!r}; {found}")
+
+
+def source_fingerprint(source: Source) -> str:
+    """A hash that changes when the model does: the key of everything computed from it.
+
+    For the Hub it is made of repository and commit, which fix every byte. For local files it is made of names, sizes,
+    modification times and the headers of weight files, so that gigabytes need not be read to know them again; a
+    file rewritten in place with its size, header and time restored would go unnoticed.
+    """
+    digest = hashlib.sha256()
+    if source.kind == "hub":
+        digest.update(f"hub\0{source.origin}\0{source.revision}".encode())
+        return digest.hexdigest()
+    files = [source.path] if source.path.is_file() else sorted(p for p in source.path.iterdir() if p.is_file())
+    for path in files:
+        status = path.stat()
+        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        digest.update(_head(path))
+    return digest.hexdigest()
+
+
+def _head(path: Path) -> bytes:
+    """The hash of a safetensors file's header, of the first MiB of any other file."""
+    with path.open("rb") as file:
+        length = _HEAD_BYTES
+        if path.suffix == ".safetensors":
+            prefix = file.read(8)
+            length = min(struct.unpack("<Q", prefix)[0], 100 * _HEAD_BYTES) if len(prefix) == 8 else 0
+        return hashlib.sha256(file.read(length)).digest()
