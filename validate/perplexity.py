@@ -1,0 +1,224 @@
+"""Perplexity, and how far the predictions of one model are from another's on the same text.
+
+Windows are scored one by one without overlap: a window of ``L`` tokens gives ``L - 1`` predictions. Perplexity is the
+exponential of the mean negative log-likelihood; its interval is a bootstrap over windows (Efron 1979), because tokens
+of one window are not independent. The divergence is KL(reference ‖ artifact) in nats over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from llmconvert.errors import CalibrationError, GateError, LlmconvertError, UsageError
+
+__all__ = ["Comparison", "PerplexityResult", "WorstToken", "compare_logits", "perplexity"]
+
+_RESAMPLES = 10_000
+_WORST = 10
+# Elements of a float32 working copy: 4 MB stays in the cache.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexityResult:
+    """How well a model predicts a text.
+
+    Attributes:
+        nll: mean negative log-likelihood per token, in nats.
+        tokens: predictions scored.
+        window_nlls: mean of each window, in nats.
+        low, high: 95 % bootstrap interval of the perplexity; None with fewer than two windows.
+    """
+
+    nll: float
+    tokens: int
+    window_nlls: tuple[float, ...] = field(repr=False)
+    low: float | None
+    high: float | None
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity: exp of the mean negative log-likelihood."""
+        return math.exp(self.nll)
+
+
+@dataclass(frozen=True, slots=True)
+class WorstToken:
+    """A prediction that changed: after ``position`` of ``window``, with both models' loss on the true next token."""
+
+    window: int
+    position: int
+    kl: float
+    reference_nll: float
+    artifact_nll: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two models on the same windows.
+
+    Attributes:
+        increase: relative increase of the perplexity, 0.05 for 5 %.
+        increase_low, increase_high: its 95 % interval by a paired bootstrap; None with fewer than two windows.
+        kl_mean, kl_p99: KL(reference ‖ artifact) per prediction in nats, mean and 99th percentile.
+        top1_agreement: share of predictions whose most likely token is the same.
+        worst: the predictions with the largest divergence, largest first.
+    """
+
+    reference: PerplexityResult
+    artifact: PerplexityResult
+    increase: float
+    increase_low: float | None
+    increase_high: float | None
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    worst: tuple[WorstToken, ...]
+
+
+def perplexity(logits: Iterable[torch.Tensor], windows: Sequence[torch.Tensor], *, seed: int = 0) -> PerplexityResult:
+    """Score ``windows`` (int64 ``[1, L]``) by a model's ``logits`` for them (``[1, L, V]``, any float dtype, in order).
+
+    Raises:
+        GateError: logits that are not finite, with window and position.
+        ValueError: logits and windows don't belong together.
+    """
+    nlls = [
+        torch.cat([_nll(scores, targets) for scores, targets in _scored(window_logits, window, index, "artifact")])
+        for index, (window_logits, window) in enumerate(zip(logits, windows, strict=True))
+    ]
+    return _result([part.double().cpu().numpy() for part in nlls], seed)
+
+
+def compare_logits(
+    reference: Iterable[torch.Tensor],
+    artifact: Iterable[torch.Tensor],
+    windows: Sequence[torch.Tensor],
+    *,
+    seed: int = 0,
+) -> Comparison:
+    """Walk the logits of two models over the same windows side by side.
+
+    Only one window's logits of each model are held, and a few 4 MB pieces of them in float32.
+
+    Raises:
+        GateError: the artifact's logits are not finite.
+        CalibrationError: the reference's are not.
+        UsageError: the vocabularies differ.
+        ValueError: logits and windows don't belong together.
+    """
+    scored = [
+        _compare_window(ours, theirs, window, index)
+        for index, (ours, theirs, window) in enumerate(zip(reference, artifact, windows, strict=True))
+    ]
+    reference_result = _result([part[:, 0] for part in scored], seed)
+    artifact_result = _result([part[:, 1] for part in scored], seed)
+    differences = np.array(artifact_result.window_nlls) - np.array(reference_result.window_nlls)
+    low, high = _interval(differences, np.array([len(part) for part in scored]), seed)
+    divergence = np.concatenate([part[:, 2] for part in scored])
+    return Comparison(
+        reference=reference_result,
+        artifact=artifact_result,
+        increase=math.expm1(artifact_result.nll - reference_result.nll),
+        increase_low=None if low is None else math.expm1(low),
+        increase_high=None if high is None else math.expm1(high),
+        kl_mean=float(divergence.mean()),
+        kl_p99=float(np.quantile(divergence, 0.99)),
+        top1_agreement=float(np.concatenate([part[:, 3] for part in scored]).mean()),
+        worst=_worst(scored),
+    )
+
+
+def _compare_window(
+    reference: torch.Tensor, artifact: torch.Tensor, window: torch.Tensor, index: int
+) -> np.ndarray:
+    """Float64 ``[L - 1, 4]``: loss of the reference, of the artifact, divergence, same most likely token (0 or 1)."""
+    if reference.shape[-1] != artifact.shape[-1]:
+        raise UsageError(
+            f"the reference predicts {reference.shape[-1]:,} tokens, the artifact {artifact.shape[-1]:,}; "
+            "models with different vocabularies cannot be compared token by token"
+        )
+    columns: list[torch.Tensor] = []
+    pairs = zip(
+        _scored(reference, window, index, "reference"), _scored(artifact, window, index, "artifact"), strict=True
+    )
+    for (ours, targets), (theirs, _) in pairs:
+        theirs = theirs.to(ours.device)
+        agreement = ours.argmax(-1) == theirs.argmax(-1)
+        losses = _nll(ours, targets), _nll(theirs, targets)
+        # p · (log p − log q), in place: the pieces are large.
+        difference = ours - theirs
+        divergence = difference.mul_(ours.exp_()).sum(-1)
+        columns.append(torch.stack([losses[0].double(), losses[1].double(), divergence.double(), agreement.double()], -1).cpu())
+    return torch.cat(columns).numpy()
+
+
+def _scored(
+    logits: torch.Tensor, window: torch.Tensor, index: int, who: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Log-probabilities (float32 ``[rows, V]``, fresh memory) and true next tokens ``[rows]``, some rows at a time."""
+    if logits.ndim != 3 or tuple(logits.shape[:2]) != tuple(window.shape) or window.shape[0] != 1:
+        raise ValueError(f"logits {tuple(logits.shape)} don't belong to a window of shape {tuple(window.shape)}")
+    length, vocabulary = logits.shape[1:]
+    if length < 2:
+        raise ValueError("a window of one token holds no prediction")
+    rows = max(1, _CHUNK_ELEMENTS // vocabulary)
+    for start in range(0, length - 1, rows):
+        stop = min(start + rows, length - 1)
+        scores = torch.log_softmax(logits[0, start:stop].float(), dim=-1)
+        # Any logit that is not finite shows in the sum of its row.
+        bad = (~torch.isfinite(scores.sum(-1))).nonzero()
+        if len(bad):
+            raise _not_finite(who, index, start + int(bad[0]))
+        yield scores, window[0, start + 1 : stop + 1].to(scores.device)
+
+
+def _nll(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return -scores.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def _not_finite(who: str, window: int, position: int) -> LlmconvertError:
+    error = CalibrationError if who == "reference" else GateError
+    return error(
+        f"the {who}'s logits are not finite at token {position} of window {window}: the model computes NaN or infinity; "
+        "check its dtype (float16 overflows where bfloat16 does not) and its weights (the inventory names bad tensors)"
+    )
+
+
+def _result(parts: Sequence[np.ndarray], seed: int) -> PerplexityResult:
+    if not parts:
+        raise ValueError("no windows to score")
+    counts = np.array([len(part) for part in parts])
+    means = np.array([part.mean() for part in parts])
+    low, high = _interval(means, counts, seed)
+    return PerplexityResult(
+        nll=float(np.average(means, weights=counts)),
+        tokens=int(counts.sum()),
+        window_nlls=tuple(means.tolist()),
+        low=None if low is None else math.exp(low),
+        high=None if high is None else math.exp(high),
+    )
+
+
+def _interval(means: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float | None, float | None]:
+    """95 % bootstrap interval of the token-weighted mean, resampling windows."""
+    if len(means) < 2:
+        return None, None
+    chosen = np.random.default_rng(seed).integers(0, len(means), (_RESAMPLES, len(means)))
+    resampled = (means * counts)[chosen].sum(1) / counts[chosen].sum(1)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _worst(scored: Sequence[np.ndarray]) -> tuple[WorstToken, ...]:
+    candidates = [
+        WorstToken(window, int(row), float(part[row, 2]), float(part[row, 0]), float(part[row, 1]))
+        for window, part in enumerate(scored)
+        for row in np.argsort(-part[:, 2])[:_WORST]
+    ]
+    return tuple(sorted(candidates, key=lambda token: -token.kl)[:_WORST])
