@@ -134,9 +134,7 @@ def compare_logits(
     )
 
 
-def _compare_window(
-    reference: torch.Tensor, artifact: torch.Tensor, window: torch.Tensor, index: int
-) -> np.ndarray:
+def _compare_window(reference: torch.Tensor, artifact: torch.Tensor, window: torch.Tensor, index: int) -> np.ndarray:
     """Float64 ``[L - 1, 4]``: loss of the reference, of the artifact, divergence, same most likely token (0 or 1)."""
     if reference.shape[-1] != artifact.shape[-1]:
         raise UsageError(
@@ -154,7 +152,9 @@ def _compare_window(
         # p · (log p − log q), in place: the pieces are large.
         difference = ours - theirs
         divergence = difference.mul_(ours.exp_()).sum(-1)
-        columns.append(torch.stack([losses[0].double(), losses[1].double(), divergence.double(), agreement.double()], -1).cpu())
+        columns.append(
+            torch.stack([losses[0].double(), losses[1].double(), divergence.double(), agreement.double()], -1).cpu()
+        )
     return torch.cat(columns).numpy()
 
 
@@ -185,7 +185,7 @@ def _nll(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _not_finite(who: str, window: int, position: int) -> LlmconvertError:
     error = CalibrationError if who == "reference" else GateError
     return error(
-        f"the {who}'s logits are not finite at token {position} of window {window}: the model computes NaN or infinity; "
+        f"the {who}'s logits are not finite at token {position} of window {window}: the model computes NaN or inf; "
         "check its dtype (float16 overflows where bfloat16 does not) and its weights (the inventory names bad tensors)"
     )
 
