@@ -1,0 +1,227 @@
+"""Reading recipes: YAML to :class:`Recipe`, with errors that say where, what, and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from llmconvert.errors import RecipeError
+from llmconvert.recipes.consistency import contradictions
+from llmconvert.recipes.recipe import Recipe
+
+__all__ = ["load_recipe", "parse_recipe", "read_override", "shipped_recipes"]
+
+KeyPath = tuple[str | int, ...]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name → file of the recipes that come with the package."""
+    folder = Path(str(resources.files("llmconvert.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or a shipped recipe by its name.
+
+    Args:
+        source: a path, or one of :func:`shipped_recipes` if no such file exists.
+        overrides: ``"a.b=value"`` each, applied in order; the value is read as YAML, ``null`` removes a section,
+            and a number in the path (``quantize.overrides.0.scheme``) is a place in a list.
+
+    Raises:
+        RecipeError: the file does not exist or is no YAML mapping, or a key or value is wrong.
+    """
+    path = _find(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"recipe {path}: cannot be read: {reason}") from error
+    return parse_recipe(text, str(source), overrides=overrides, name=path.stem)
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    shipped = shipped_recipes()
+    name = str(source)
+    if name in shipped:
+        return shipped[name]
+    close = difflib.get_close_matches(path.stem, shipped, n=1)
+    hint = f"; did you mean the shipped recipe {close[0]}?" if close else ""
+    raise RecipeError(f"recipe {name}: no such file, and no shipped recipe; shipped are {', '.join(shipped)}{hint}")
+
+
+def parse_recipe(text: str, where: str, *, overrides: Sequence[str] = (), name: str = "recipe") -> Recipe:
+    """The recipe that YAML ``text`` describes; ``where`` names it in errors, ``name`` is used if it has none.
+
+    Raises:
+        RecipeError: one line per problem, each with the key's path, its line, and the nearest valid key.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise RecipeError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: expected keys and values (model: …), found {_describe(values)}")
+    lines: dict[KeyPath, int] = {}
+    problems = [f"{where}, line {line}: key {_dotted(path)} is given twice" for path, line in _keys(node, lines, set())]
+    for override in overrides:
+        key = read_override(override)
+        _assign(values, *key)
+        lines = {path: line for path, line in lines.items() if path[: len(key[0])] != key[0]}
+    values = {"name": name, **values}
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems += [f"{_where(where, path, lines, overrides)}: {text}" for path, text in _problems(error)]
+    else:
+        problems += [f"{_where(where, path, lines, overrides)}: {text}" for path, text in contradictions(recipe)]
+        if not problems:
+            return recipe
+    raise RecipeError("\n".join(problems))
+
+
+def read_override(text: str) -> tuple[KeyPath, Any]:
+    """``"a.b=value"`` as key path and value.
+
+    Raises:
+        RecipeError: no ``=``, an empty key, or a value that is not YAML.
+    """
+    key, separator, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise RecipeError(f"--set {text}: expected key=value, for example quantize.scheme=w4a16-g64")
+    try:
+        return tuple(int(part) if part.isdecimal() else part for part in parts), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text}: the value is not YAML: {getattr(error, 'problem', None)}") from error
+
+
+def _assign(values: dict[str, Any], path: KeyPath, value: Any) -> None:
+    target: Any = values
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(target, list) and isinstance(part, int) and part < len(target):
+            pass
+        elif isinstance(target, dict) and isinstance(part, str):
+            if not last and not isinstance(target.get(part), (dict, list)):
+                if target.get(part) not in (None, True):
+                    raise RecipeError(f"--set {_dotted(path)}: {_dotted(path[: depth + 1])} is a value, not a section")
+                target[part] = {}
+        else:
+            found = f"a list of {len(target)}" if isinstance(target, list) else "no list"
+            raise RecipeError(
+                f"--set {_dotted(path)}: {_dotted(path[:depth]) or 'the recipe'} is {found}, found {part}"
+            )
+        if last:
+            target[part] = value
+        else:
+            target = target[part]
+
+
+def _keys(node: Any, lines: dict[KeyPath, int], seen: set[int], path: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    """Fill ``lines`` with the line of every key, and yield keys that are given twice."""
+    if id(node) in seen:  # an alias; expanding them all could take forever
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            own = (*path, str(key.value))
+            if own in lines:
+                yield own, key.start_mark.line + 1
+            lines[own] = key.start_mark.line + 1
+            yield from _keys(value, lines, seen, own)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            own = (*path, index)
+            lines[own] = value.start_mark.line + 1
+            yield from _keys(value, lines, seen, own)
+
+
+def _where(where: str, path: KeyPath, lines: Mapping[KeyPath, int], overrides: Sequence[str]) -> str:
+    for override in overrides:
+        if read_override(override)[0][: len(path)] == path:
+            return f"{where}, --set {override}"
+    for depth in range(len(path), 0, -1):
+        if path[:depth] in lines:
+            return f"{where}, line {lines[path[:depth]]}"
+    return where
+
+
+def _problems(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
+    errors = error.errors(include_url=False)
+    suggested: set[KeyPath] = set()
+    for item in errors:
+        if item["type"] == "extra_forbidden":
+            path: KeyPath = tuple(item["loc"])
+            close = difflib.get_close_matches(str(path[-1]), _valid_keys(path[:-1]), n=1)
+            suggested.update((*path[:-1], key) for key in close)
+            yield path, f"unknown key {_dotted(path)}; {_suggestion(path, close)}"
+    for item in errors:
+        path = tuple(item["loc"])
+        if item["type"] == "missing" and path not in suggested:
+            yield path, f"key {_dotted(path)} is missing"
+        elif item["type"] not in ("missing", "extra_forbidden"):
+            reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+            yield path, f"{_dotted(path)}: found {_describe(item['input'])}: {reason}"
+
+
+def _suggestion(path: KeyPath, close: Sequence[str]) -> str:
+    if close:
+        return f"did you mean {_dotted((*path[:-1], close[0]))}?"
+    elsewhere = [_dotted(known) for known in _all_keys(Recipe) if known[-1] == path[-1]]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"valid here are {', '.join(_valid_keys(path[:-1]))}"
+
+
+def _sections(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel] | None]]:
+    """The keys of a section, and the model of those that are sections themselves."""
+    for name, field in model.model_fields.items():
+        yield field.alias or name, next(_models_in(field.annotation), None)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)
+
+
+def _valid_keys(path: KeyPath) -> list[str]:
+    model: type[BaseModel] | None = Recipe
+    for part in path:
+        if model is not None and isinstance(part, str):
+            model = dict(_sections(model)).get(part)
+    return [key for key, _ in _sections(model)] if model is not None else []
+
+
+def _all_keys(model: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+    for key, section in _sections(model):
+        yield (*prefix, key)
+        if section is not None:
+            yield from _all_keys(section, (*prefix, key))
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "a section"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return "nothing" if value is None else repr(value)

@@ -1,0 +1,206 @@
+"""The recipe: what a run does, as a frozen value. ``recipes/loading.py`` reads it from YAML.
+
+Every section is optional but ``model``: a recipe with ``convert`` alone converts, one with ``quantize`` quantizes.
+Unknown keys are errors. Shares such as ``max_increase`` are written ``5%`` or ``0.05``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+
+from llmconvert.errors import SchemeError
+from llmconvert.quantize.scheme import Scheme
+
+__all__ = [
+    "AttentionSettings",
+    "CalibrateSettings",
+    "ConvertSettings",
+    "GenerationSettings",
+    "HealSettings",
+    "OverrideSettings",
+    "PerplexitySettings",
+    "PublishSettings",
+    "QuantizeSettings",
+    "Recipe",
+    "ValidateSettings",
+    "parse_bytes",
+    "parse_share",
+]
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
+_UNITS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_share(value: object) -> float:
+    """``"5%"`` or ``0.05`` as 0.05.
+
+    Raises:
+        ValueError: neither form, negative, or a bare number above 1 (surely meant as a percentage).
+    """
+    if isinstance(value, str) and value.strip().endswith("%"):
+        share = float(value.strip()[:-1]) / 100
+    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        share = float(value)
+        if share > 1:
+            raise ValueError(f"found {value}, which would mean {100 * share:g}%; write {share:g}% or {share / 100:g}")
+    else:
+        raise ValueError("expected a share such as 5% or 0.05")
+    if not 0 <= share < float("inf"):
+        raise ValueError("expected a share of 0% or more")
+    return share
+
+
+def parse_bytes(value: object) -> int:
+    """``"4GB"``, ``"512 MiB"`` or a plain number of bytes.
+
+    Raises:
+        ValueError: another form, or zero.
+    """
+    match = _SIZE.fullmatch(str(value).strip()) if isinstance(value, (int, str)) else None
+    if match is None or isinstance(value, bool):
+        raise ValueError("expected a size such as 4GB, 512MiB or a number of bytes")
+    size = int(float(match["number"]) * (1024 if match["binary"] else 1000) ** _UNITS[match["unit"]])
+    if size < 1:
+        raise ValueError("expected a size above zero")
+    return size
+
+
+def _parse_scheme(value: object) -> Scheme:
+    if isinstance(value, Scheme):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("expected a scheme such as w4a16-g128")
+    try:
+        return Scheme.parse(value)
+    except SchemeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _switch(value: object) -> object:
+    """``true`` stands for a section with its defaults, ``false`` for none."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+def _to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+SchemeField = Annotated[Scheme, PlainValidator(_parse_scheme), PlainSerializer(str)]
+Share = Annotated[float, PlainValidator(parse_share), PlainSerializer(lambda share: f"{100 * share:.10g}%")]
+Bytes = Annotated[int, PlainValidator(parse_bytes)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+
+class ConvertSettings(_Section):
+    """The dtype of everything that is not quantized. Values too large for it are an error, or clipped on request."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    overflow: Literal["error", "clip"] = "error"
+
+
+class HealSettings(_Section):
+    """Distillation after the attention rewrite: optimizer steps, learning rate, seed."""
+
+    steps: Annotated[int, Field(ge=0)] = 200
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    seed: Seed = 0
+
+
+class AttentionSettings(_Section):
+    """Rewrite to ``kv_heads`` key-value heads: 1 is MQA, fewer than the query heads GQA."""
+
+    kv_heads: Count
+    method: Literal["svd", "mean"] = "svd"
+    heal: HealSettings | None = None
+
+
+class CalibrateSettings(_Section):
+    """Text whose activations a method measures: ``samples`` windows of ``length`` tokens."""
+
+    dataset: Annotated[str, Field(min_length=1)]
+    samples: Count = 128
+    length: Annotated[int, Field(ge=2)] = 2048
+    order: Literal["shuffled", "sequential"] = "shuffled"
+    seed: Seed = 0
+
+
+class OverrideSettings(_Section):
+    """Layers whose name matches the shell pattern ``match`` get another scheme; the last match counts."""
+
+    match: Annotated[str, Field(min_length=1)]
+    scheme: SchemeField
+
+
+class QuantizeSettings(_Section):
+    """The method, the scheme and the format on disk; ``overrides`` give some layers another scheme."""
+
+    method: str
+    scheme: SchemeField
+    format: str = "compressed-tensors"
+    overrides: Annotated[tuple[OverrideSettings, ...], BeforeValidator(_to_tuple)] = ()
+
+
+class PerplexitySettings(_Section):
+    """Perplexity over windows of ``window`` tokens. ``max_increase`` is the gate: 5% over the original's at most."""
+
+    dataset: Annotated[str, Field(min_length=1)]
+    window: Annotated[int, Field(ge=2)] = 2048
+    max_windows: Count | None = None
+    max_increase: Share | None = None
+
+
+class GenerationSettings(_Section):
+    """Greedy generation of original and artifact; ``min_agreement`` is the gate on the share of equal tokens."""
+
+    max_new_tokens: Count = 32
+    min_agreement: Share | None = None
+
+
+class ValidateSettings(_Section):
+    """What is measured on the artifact and on the original, both reloaded from disk."""
+
+    perplexity: PerplexitySettings | None = None
+    generation: Annotated[GenerationSettings | None, BeforeValidator(_switch)] = None
+    attention: Annotated[tuple[str, ...], BeforeValidator(_to_tuple)] = ()
+
+
+class PublishSettings(_Section):
+    """Where the artifact goes: ``file:DIR`` or a Hub repository ``user/name``."""
+
+    to: Annotated[str, Field(pattern=r"^(file:.+|[\w.-]+/[\w.-]+)$")]
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+    tag: str | None = None
+    message: str | None = None
+
+
+class Recipe(_Section):
+    """One job. ``name`` names it in tables and in the work directory; it defaults to the file's name."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "recipe"
+    model: Annotated[str, Field(min_length=1)]
+    allow_pickle: bool = False
+    convert: ConvertSettings = ConvertSettings()
+    attention: AttentionSettings | None = None
+    calibrate: CalibrateSettings | None = None
+    quantize: QuantizeSettings | None = None
+    # "validate" is a method of pydantic's models, so the attribute has another name than the key.
+    validation: ValidateSettings | None = Field(default=None, alias="validate")
+    publish: PublishSettings | None = None
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    memory: Bytes | None = None
+    work_dir: Annotated[str, Field(min_length=1)] = "work"
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The recipe as plain values with every default written out; what was not asked for is left out."""
+        values: dict[str, Any] = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return values

