@@ -19,7 +19,7 @@ from llmconvert.errors import SourceError
 from llmconvert.hub import fetch
 from llmconvert.progress import SILENT, Progress
 
-__all__ = ["Source", "SourceKind", "open_source", "source_fingerprint"]
+__all__ = ["Source", "SourceKind", "open_source", "parse_hub_id", "source_fingerprint"]
 
 SourceKind = Literal["hub", "directory", "gguf", "package"]
 
@@ -75,12 +75,18 @@ def open_source(text: str, *, allow_pickle: bool = False, progress: Progress = S
         return Source("directory", text, None, path, _open_path(path, allow_pickle))
     if path.exists() or text.endswith(".gguf"):
         return Source("gguf", text, None, path, _open_path(path, allow_pickle))
-    hub = _HUB_ID.fullmatch(text)
+    hub = parse_hub_id(text)
     if hub is None:
         raise SourceError(f"{text!r}: no such directory, and no Hub id; {_FORMS}")
-    fetched = fetch(hub["repo"], hub["revision"], allow_pickle=allow_pickle, progress=progress)
+    fetched = fetch(*hub, allow_pickle=allow_pickle, progress=progress)
     checkpoint = _open_path(fetched.directory, allow_pickle)
     return Source("hub", fetched.repo_id, fetched.commit_hash, fetched.directory, checkpoint)
+
+
+def parse_hub_id(text: str) -> tuple[str, str | None] | None:
+    """``org/name[@revision]`` as its two parts; None if ``text`` has another form."""
+    match = _HUB_ID.fullmatch(text)
+    return (match["repo"], match["revision"]) if match is not None else None
 
 
 def _open_path(path: Path, allow_pickle: bool) -> Checkpoint:
