@@ -165,7 +165,7 @@ def _shards(model_id: str, index: Path) -> list[str]:
 def _bar(task: Task) -> type[Any]:
     """A progress bar class for ``huggingface_hub`` that draws nothing and passes the bytes on to ``task``."""
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             # Of the client's three bars (files, bytes over the network, bytes on disk) the last one is reported.
             self._counts = str(kwargs.get("desc", "")).startswith("Reconstruct")

@@ -36,6 +36,7 @@ __all__ = [
     "staging_directory",
     "write_file",
     "write_json",
+    "write_side_files",
 ]
 
 #: Shards are filled up to this many bytes, transformers' own default.
@@ -176,13 +177,26 @@ class TensorWriter:
             raise ValueError(
                 f"rows of {name!r} are {rows.dtype} {tuple(rows.shape)}, laid out as {spec.dtype} {spec.shape}"
             )
-        shard = self.layout.shard_of[name]
         row_bytes = math.prod(spec.shape[1:]) * spec.dtype.itemsize
         data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self.write_bytes(name, start * row_bytes, data)
+
+    def write_bytes(self, name: str, offset: int, data: memoryview) -> None:
+        """Write raw bytes of a tensor from byte ``offset`` on: any part of it, however large its rows."""
+        shard = self.layout.shard_of[name]
+        if not 0 <= offset <= offset + len(data) <= self.layout.specs[name].nbytes:
+            raise ValueError(f"bytes {offset:,}–{offset + len(data):,} do not lie within tensor {name!r}")
         try:
-            _write_all(self._fds[shard.name], data, shard.offsets[name] + start * row_bytes)
+            _write_all(self._fds[shard.name], data, shard.offsets[name] + offset)
         except OSError as error:
             raise _disk_error(error, self.directory / shard.name, len(data)) from error
+
+    def drop_cache(self, name: str, offset: int, nbytes: int) -> None:
+        """Start writing these bytes to disk; pages that are there already leave the page cache."""
+        shard = self.layout.shard_of[name]
+        if nbytes > 0:  # zero would mean the rest of the file
+            start = shard.offsets[name] + offset
+            os.posix_fadvise(self._fds[shard.name], start, nbytes, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Force everything written so far to disk."""
@@ -244,6 +258,30 @@ def write_file(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as indented JSON, with :func:`write_file`'s guarantees."""
     write_file(path, _json_bytes(value))
+
+
+def write_side_files(directory: Path, files: Mapping[str, Path | bytes]) -> int:
+    """Write a checkpoint's non-weight files (:attr:`Checkpoint.files`) into ``directory``; returns their bytes."""
+    total = 0
+    for name, content in files.items():
+        path = directory / name
+        if isinstance(content, bytes):
+            write_file(path, content)
+        else:
+            _copy_file(content, path)
+        total += path.stat().st_size
+    return total
+
+
+def _copy_file(source: Path, path: Path) -> None:
+    try:
+        with source.open("rb") as reader, path.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+            writer.flush()
+            os.fsync(writer.fileno())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise _disk_error(error, path, source.stat().st_size) from error
 
 
 def _json_bytes(value: object) -> bytes:
