@@ -1,0 +1,134 @@
+"""What is said about a model from its config and headers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_llama, tiny_llama_dir
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
+from llmconvert.convert.inspection import ModelSummary, describe_model, inspect_model
+from llmconvert.errors import CheckpointError, SourceError, UnsupportedError
+
+
+class Headers(Checkpoint):
+    """The headers of a transformers model built on the meta device."""
+
+    def __init__(self, model_type: str, **settings: Any) -> None:
+        config = AutoConfig.for_model(model_type, **settings)
+        with torch.device("meta"):
+            state = AutoModelForCausalLM.from_config(config).state_dict()
+        self.infos = {name: TensorInfo(name, t.dtype, tuple(t.shape), "m.safetensors") for name, t in state.items()}
+        self.config = config.to_dict()
+        self.files = {}
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        raise AssertionError("inspection reads headers only")
+
+
+def summary(model_type: str, **settings: Any) -> ModelSummary:
+    return describe_model(Headers(model_type, **settings))
+
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 4, "vocab_size": 100}
+
+
+def test_a_directory(tiny_llama: Path) -> None:
+    found = inspect_model(str(tiny_llama))
+    assert (found.architecture, found.layers, found.hidden_size) == ("LlamaForCausalLM", 2, 64)
+    assert (found.query_heads, found.kv_heads, found.head_dim, found.attention) == (4, 2, 16, "GQA")
+    assert found.kv_bytes_per_token == 2 * 2 * 16 * 2 * 2, "keys and values × heads × width × layers × 2 bytes"
+    assert found.parameters == sum(math.prod(info.shape) for info in SafetensorsCheckpoint(tiny_llama).infos.values())
+    assert found.stored_bytes == found.weight_bytes["float32"] == 2 * found.weight_bytes["bfloat16"]
+    assert found.tied and found.quantization is None and found.experts == 0 and found.windows is None
+
+
+def test_the_size_in_a_scheme_counts_codes_scales_and_the_rest() -> None:
+    found = summary("llama", **SMALL, intermediate_size=128, num_key_value_heads=8, tie_word_embeddings=False)
+    linear = 4 * (4 * 64 * 64 + 3 * 64 * 128)
+    rest = found.parameters - linear
+    assert found.weight_bytes["w4a16-g128-sym"] == linear // 2 + 2 * 4 * (4 * 64 + 2 * 128 + 64) + 2 * rest
+    assert not found.tied
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "attention", "positions"),
+    [
+        ("llama", {**SMALL, "num_key_value_heads": 8}, "MHA", "RoPE, θ = 10,000"),
+        ("llama", {**SMALL, "num_key_value_heads": 1}, "MQA", "RoPE, θ = 10,000"),
+        ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128}, "MHA", "learned, 128"),
+        ("opt", {**SMALL, "max_position_embeddings": 128, "word_embed_proj_dim": 64}, "MHA", "learned, 130"),
+        ("bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 2}, "MHA", "ALiBi"),
+        ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "MHA", "ALiBi"),
+        ("falcon", {**SMALL, "alibi": True}, "MQA", "ALiBi"),
+        ("gpt_neox", SMALL, "MHA", "RoPE, θ = 10,000, 25% of each head"),
+        (
+            "gptj",
+            {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8},
+            "MHA",
+            "RoPE, θ = 10,000, 50% of each head",
+        ),
+        (
+            "llama",
+            {**SMALL, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}},
+            "MHA",
+            "RoPE, θ = 500,000, linear ×4",
+        ),
+    ],
+)
+def test_attention_and_positions(model_type: str, settings: dict[str, Any], attention: str, positions: str) -> None:
+    found = summary(model_type, **settings)
+    assert (found.attention, found.positions) == (attention, positions)
+
+
+def test_sliding_windows() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    found = summary("gemma2", **SMALL, head_dim=16, num_key_value_heads=2, sliding_window=32, layer_types=kinds)
+    assert found.windows == (2, 32)
+    assert summary("qwen2", **SMALL).windows is None, "its config has a window that is switched off"
+
+
+def test_a_compressed_cache() -> None:
+    settings = {**SMALL, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "n_routed_experts": 8}
+    sizes = {
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+    }
+    found = summary("deepseek_v3", **settings, **sizes)
+    assert found.attention == "MLA" and found.kv_bytes_per_token == 4 * (16 + 8) * 2 and found.experts == 8
+
+
+def test_a_quantized_model_says_so(tmp_path: Path) -> None:
+    directory = tiny_llama_dir(tmp_path / "m", tokenizer=False, quantization_config=None)
+    checkpoint = SafetensorsCheckpoint(directory)
+    checkpoint.config = {**checkpoint.config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    found = describe_model(checkpoint)
+    assert found.quantization == "gptq" and found.weight_bytes == {}
+
+
+def test_what_cannot_be_inspected(tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        inspect_model(str(tmp_path / "nothing"))
+    headers = Headers("llama", **SMALL)
+    headers.config = {"model_type": "no_such_model"}
+    with pytest.raises(UnsupportedError, match="no_such_model"):
+        describe_model(headers)
+    headers.config = {"model_type": "clip_text_model", "num_attention_heads": None}
+    with pytest.raises((CheckpointError, UnsupportedError)):
+        describe_model(headers)
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    model = tiny_llama(num_hidden_layers=3)
+    headers = Headers("llama", **{k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "dtype")})
+    expected = {name for name, _ in model.named_parameters()}
+    headers.infos = {name: info for name, info in headers.infos.items() if name in expected}
+    assert describe_model(headers).parameters == model.num_parameters()
