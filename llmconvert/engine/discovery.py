@@ -1,0 +1,189 @@
+"""What a forward pass will do, found out without a single weight: one pass over shapes alone.
+
+The model runs once on fake tensors (shapes and dtypes, no data). That tells in which order every block calls its
+linears, which of them receive the very same tensor (and so share statistics), what a block returns, and how many
+bytes a batch keeps alive wherever it may have to wait. An architecture that the engine cannot run fails here, before
+any work.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmconvert.engine.skeleton import Skeleton, build_config, build_meta_model
+from llmconvert.errors import UnsupportedError
+
+__all__ = ["BlockPlan", "Stop", "discover"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Linears of a block that receive one and the same input tensor, in calling order.
+
+    Attributes:
+        linears: module names, e.g. ``model.layers.0.self_attn.q_proj``.
+        columns: size of the input's last dimension.
+        held_nbytes: bytes that one batch keeps alive while it waits here.
+    """
+
+    linears: tuple[str, ...]
+    columns: int
+    held_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """One decoder block as a sequence of stops.
+
+    Attributes:
+        index: position in the list of blocks.
+        stops: in the order in which a batch reaches them.
+        unreached: linears of the block that the forward never calls.
+        returns_tuple: whether the block returns ``(hidden, …)`` instead of the hidden state.
+        peak_nbytes: most bytes one batch has alive anywhere inside the block.
+    """
+
+    index: int
+    stops: tuple[Stop, ...]
+    unreached: tuple[str, ...]
+    returns_tuple: bool
+    peak_nbytes: int
+
+
+def discover(skeleton: Skeleton, length: int) -> tuple[BlockPlan, ...]:
+    """Run a batch of shape ``[1, length]`` through the model's shapes.
+
+    Raises:
+        UnsupportedError: the forward does not run this way, or does not pass its blocks once each and in order.
+    """
+    config = build_config(skeleton.checkpoint.config)
+    kind = config.model_type
+    with FakeTensorMode(), torch.no_grad():
+        model = build_meta_model(config, skeleton.dtype, skeleton.model.config._attn_implementation)
+        # Still fake, but on the real device, whose attention kernels decide what is alive.
+        for module in model.modules():
+            for name, tensor in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty_like(tensor, device=skeleton.device)
+            for name, tensor in module.named_parameters(recurse=False):
+                value = torch.empty_like(tensor, device=skeleton.device)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        blocks = list(model.get_submodule(skeleton.list_name))
+        tracker = _LiveBytes(model)
+        recorders = [_BlockRecorder(index, tracker) for index in range(len(blocks))]
+        order: list[int] = []
+        for recorder, block, linears in zip(recorders, blocks, skeleton.linears, strict=True):
+            recorder.attach(block, skeleton.prefix(recorder.index), linears, order)
+        ids = torch.zeros((1, length), dtype=torch.long, device=skeleton.device)
+        try:
+            with tracker:
+                model(input_ids=ids, use_cache=False)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UnsupportedError(f"architecture {kind!r} cannot be traced: {reason}") from error
+    if order != list(range(len(blocks))):
+        raise UnsupportedError(
+            f"architecture {kind!r}: its forward passes the blocks in the order {order[:8]}…, expected each once, "
+            "in order, with the hidden state as first argument; the streaming engine cannot run it"
+        )
+    return tuple(recorder.plan() for recorder in recorders)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operators have made and that are still referenced, except the model's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        nbytes = storage.nbytes()
+        self._known.add(key)
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, key, nbytes)
+
+    def _release(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.live -= nbytes
+
+
+class _BlockRecorder:
+    """Hooks that write down what happens in one block."""
+
+    def __init__(self, index: int, tracker: _LiveBytes) -> None:
+        self.index = index
+        self._tracker = tracker
+        self._groups: list[_Group] = []
+        self._seen: set[str] = set()
+        self._linears: tuple[str, ...] = ()
+        self._returns_tuple = False
+        self._peak = 0
+
+    def attach(self, block: nn.Module, prefix: str, linears: Mapping[str, nn.Linear], order: list[int]) -> None:
+        self._linears = tuple(linears)
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], torch.Tensor):
+                order.append(self.index)
+            self._tracker.peak = self._tracker.live
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._returns_tuple = isinstance(output, tuple)
+            self._peak = self._tracker.peak
+
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave)
+        for name in linears:
+            block.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(self._recorder(name))
+
+    def _recorder(self, name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in self._seen:
+                raise ValueError(f"{name} is called more than once")
+            self._seen.add(name)
+            tensor, held = args[0], self._tracker.live
+            for group in self._groups:
+                if group.tensor() is tensor:
+                    group.linears.append(name)
+                    group.held = max(group.held, held)
+                    return
+            self._groups.append(_Group(weakref.ref(tensor), [name], tensor.shape[-1], held))
+
+        return record
+
+    def plan(self) -> BlockPlan:
+        stops = tuple(Stop(tuple(group.linears), group.columns, group.held) for group in self._groups)
+        unreached = tuple(name for name in self._linears if name not in self._seen)
+        return BlockPlan(self.index, stops, unreached, self._returns_tuple, self._peak)
+
+
+@dataclass(slots=True)
+class _Group:
+    """A stop while it is being recorded; the input is referenced weakly, so that it dies when the forward drops it."""
+
+    tensor: weakref.ref[torch.Tensor]
+    linears: list[str]
+    columns: int
+    held: int

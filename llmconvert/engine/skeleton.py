@@ -1,0 +1,257 @@
+"""A transformers model without weights, whose decoder blocks are filled and emptied one at a time.
+
+The model is built on the ``meta`` device from ``config.json`` alone; its forward is never changed. Each decoder
+block is put into a :class:`BlockSlot`, the only place where a batch can be held, skipped or given another input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llmconvert.checkpoint import Checkpoint
+from llmconvert.engine.names import map_names
+from llmconvert.errors import CheckpointError, UnsupportedError
+
+__all__ = ["BlockSlot", "Gate", "Skeleton", "build_config"]
+
+#: Attention implementations that give the reference result; the rest run eagerly.
+_EAGER_ONLY = frozenset({"gemma2", "bloom", "mpt"})
+
+
+class Gate(Protocol):
+    """Decides what happens when a batch arrives at a block."""
+
+    def __call__(self, slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:
+        """Return what the block returns: ``forward(hidden)`` runs it."""
+
+
+class BlockSlot(nn.Module):
+    """Stands in a model's list of decoder blocks; passes every call through its gate to the block."""
+
+    def __init__(self, block: nn.Module, index: int) -> None:
+        super().__init__()
+        self.block = block
+        self.index = index
+        self.gate: Gate = self.run_block
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.gate(self, hidden, lambda value: self.block(value, *args, **kwargs))
+
+    @staticmethod
+    def run_block(slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:
+        """The gate that is always open."""
+        return forward(hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models read attributes of their blocks in the loop over them (attention type, layer index).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+
+class Skeleton:
+    """A model on ``meta`` with its blocks in slots, and the means to fill it from a checkpoint.
+
+    Args:
+        checkpoint: where weights come from; dense (dequantize first).
+        device: where blocks are put when loaded.
+        dtype: of weights and activations; the checkpoint's own by default.
+
+    Raises:
+        UnsupportedError: the architecture is unknown to transformers, needs remote code, or has no list of decoder
+            blocks that the engine can find.
+        CheckpointError: tensors are missing or have shapes that the config contradicts.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        config = build_config(checkpoint.config)
+        self.dtype = dtype or _checkpoint_dtype(checkpoint)
+        attention = "eager" if config.model_type in _EAGER_ONLY else "sdpa"
+        self.model = build_meta_model(config, self.dtype, attention)
+        self.names = map_names(self.model, checkpoint)
+        self._check_shapes()
+        self.list_name, blocks = _find_blocks(self.model)
+        self.blocks: list[nn.Module] = list(blocks)
+        self.slots = [BlockSlot(block, index) for index, block in enumerate(self.blocks)]
+        self.linears = [
+            {self.prefix(index) + name: part for name, part in block.named_modules() if type(part) is nn.Linear}
+            for index, block in enumerate(self.blocks)
+        ]
+        for index, slot in enumerate(self.slots):
+            blocks[index] = slot
+
+    @property
+    def block_count(self) -> int:
+        """How many decoder blocks the model has."""
+        return len(self.blocks)
+
+    def prefix(self, index: int) -> str:
+        """What the module names of a block's parameters begin with, e.g. ``model.layers.0.``."""
+        return f"{self.list_name}.{index}."
+
+    def restore_buffers(self) -> None:
+        """Compute the non-persistent buffers (rotary frequencies, embedding scales), which no checkpoint holds."""
+        for module in self.model.modules():
+            transient = {
+                name: buffer
+                for name, buffer in module.named_buffers(recurse=False)
+                if name in module._non_persistent_buffers_set
+            }
+            if not transient:
+                continue
+            for name, buffer in transient.items():
+                module.register_buffer(name, torch.empty_like(buffer, device=self.device), persistent=False)
+            with torch.no_grad():
+                self.model._init_weights(module)
+
+    def load_block(self, index: int) -> None:
+        """Read a block's weights from the checkpoint into fresh memory on :attr:`device`."""
+        prefix = self.prefix(index)
+        for name in self._own_states(self.blocks[index]):
+            self._assign(self.blocks[index], name, self._read(prefix + name))
+
+    def drop_block(self, index: int) -> None:
+        """Free a block's weights."""
+        for name in self._own_states(self.blocks[index]):
+            self._assign(self.blocks[index], name, None)
+
+    def load_outer(self, *, head: bool) -> None:
+        """Read everything outside the blocks: embeddings and final norm, and the output head if asked for."""
+        embeddings = self.model.get_output_embeddings()
+        skipped = {id(embeddings)} if embeddings is not None and not head else set()
+        loaded: dict[str, nn.Parameter] = {}
+        tied: Mapping[str, str] = self.model.all_tied_weights_keys
+        for module_name, module in self.model.named_modules():
+            if id(module) in skipped or module_name.startswith(f"{self.list_name}."):
+                continue
+            for leaf in self._own_states(module, recurse=False):
+                name = f"{module_name}.{leaf}" if module_name else leaf
+                source = name if name in self.names else tied[name]
+                if source not in loaded:
+                    loaded[source] = nn.Parameter(self._read(source), requires_grad=False)
+                self._assign(module, leaf, loaded[source])
+
+    def outer_nbytes(self, *, head: bool) -> int:
+        """Bytes that :meth:`load_outer` will take."""
+        embeddings = self.model.get_output_embeddings()
+        names: set[str] = set()
+        for module_name, module in self.model.named_modules():
+            if (module is embeddings and not head) or module_name.startswith(f"{self.list_name}."):
+                continue
+            for leaf in self._own_states(module, recurse=False):
+                name = f"{module_name}.{leaf}" if module_name else leaf
+                names.add(self.names.get(name) or self.names[self.model.all_tied_weights_keys[name]])
+        return sum(self._numel(name) for name in names) * self.dtype.itemsize
+
+    def block_nbytes(self, index: int) -> int:
+        """Bytes of one block's weights when loaded."""
+        names = (self.names[self.prefix(index) + name] for name in self._own_states(self.blocks[index]))
+        return sum(map(self._numel, names)) * self.dtype.itemsize
+
+    def _numel(self, checkpoint_name: str) -> int:
+        return int(torch.Size(self.checkpoint.infos[checkpoint_name].shape).numel())
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self.checkpoint[self.names[name]]
+        return tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    @staticmethod
+    def _own_states(module: nn.Module, recurse: bool = True) -> list[str]:
+        states = [name for name, _ in module.named_parameters(recurse=recurse)]
+        for prefix, child in module.named_modules() if recurse else [("", module)]:
+            persistent = set(child._buffers) - child._non_persistent_buffers_set
+            states += [f"{prefix}.{name}" if prefix else name for name in sorted(persistent)]
+        return states
+
+    @staticmethod
+    def _assign(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
+        """Set a parameter or buffer; None returns it to the meta device."""
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        current = getattr(owner, leaf)
+        if value is None:
+            value = torch.empty_like(current, device="meta")
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value
+        else:
+            parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+            owner._parameters[leaf] = parameter
+
+    def _check_shapes(self) -> None:
+        for name, state in self.model.state_dict().items():
+            if name in self.names:
+                info = self.checkpoint.infos[self.names[name]]
+                if tuple(state.shape) != info.shape:
+                    raise CheckpointError(
+                        f"tensor {info.name!r} has shape {list(info.shape)}, config.json says {list(state.shape)}"
+                    )
+
+
+def build_config(config: Mapping[str, Any]) -> PretrainedConfig:
+    """The transformers config object of a parsed ``config.json``.
+
+    Raises:
+        UnsupportedError: unknown ``model_type``, remote code, or no causal-LM class.
+    """
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        remote = "; it needs code from its repository, which is never run" if "auto_map" in config else ""
+        raise UnsupportedError(f"architecture {model_type!r} is not known to the installed transformers{remote}")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedError(f"architecture {model_type!r} has no causal language model in transformers")
+    values = {key: value for key, value in config.items() if key != "quantization_config"}
+    return CONFIG_MAPPING[model_type].from_dict(values)
+
+
+def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The causal-LM class of ``config`` on the ``meta`` device, in evaluation mode."""
+    config.use_cache = False
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        except ValueError as error:
+            if attention == "eager":
+                raise
+            if "attention" not in str(error):
+                raise UnsupportedError(f"architecture {config.model_type!r} cannot be built: {error}") from error
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
+def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that most of a checkpoint's bytes are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in checkpoint.infos.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    if not sizes:
+        raise CheckpointError("the checkpoint holds no floating-point tensor")
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    count = model.config.get_text_config().num_hidden_layers
+    kinds = set(model._no_split_modules or ())
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(type(block).__name__ in kinds for block in module)
+    ]
+    if len(found) != 1:
+        raise UnsupportedError(
+            f"architecture {model.config.model_type!r}: expected one list of {count} decoder blocks "
+            f"({', '.join(sorted(kinds)) or 'none declared'}), found {len(found)}; the streaming engine cannot run it"
+        )
+    return found[0]

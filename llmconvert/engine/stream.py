@@ -1,0 +1,336 @@
+"""Batches on their way through a model, block by block: one coroutine per batch, one forward pass in all.
+
+Every batch runs the model's own, unmodified ``forward`` inside a greenlet. It stands still where the engine has
+business with it: at the entry of each decoder block, and at the linears whose inputs are asked for. Meanwhile the
+weights it will meet next can be replaced, which makes true-sequential quantization a matter of one pass.
+
+Two modes give the same numbers:
+
+* **lockstep**: all batches are under way at once, each holding what its frames hold
+  (:class:`~llmconvert.engine.discovery.Stop` says how much);
+* **replay**: only the block inputs are kept; a batch is run again from the block's entry up to the linear at hand,
+  and dropped there. Costs time, and the memory of a single batch.
+
+No parameter requires gradients, so no grad mode has to be set: it is thread-local and would leak across switches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from llmconvert.checkpoint import Checkpoint
+from llmconvert.engine.discovery import BlockPlan, discover
+from llmconvert.engine.skeleton import BlockSlot, Skeleton
+from llmconvert.errors import CalibrationError
+from llmconvert.progress import SILENT, Progress
+
+__all__ = ["BlockRun", "MemoryStates", "Mode", "States", "Stream", "stream_logits"]
+
+Mode = Literal["lockstep", "replay"]
+
+
+class States(Protocol):
+    """Keeps the hidden state of every batch at the entry of the block to come."""
+
+    def put(self, block: int, batch: int, hidden: torch.Tensor) -> None:
+        """Keep the input of ``block`` for ``batch``, shape ``[1, length, hidden size]``."""
+
+    def get(self, block: int, batch: int) -> torch.Tensor:
+        """What was put, on any device."""
+
+    def commit(self, block: int) -> None:
+        """All batches were put for ``block``; what was put for earlier blocks may go."""
+
+
+class MemoryStates:
+    """Block inputs in memory: those of the current block and of the next."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
+
+    def put(self, block: int, batch: int, hidden: torch.Tensor) -> None:
+        # A batch's earlier state is not needed once it has left that block.
+        self._kept.pop((block - 1, batch), None)
+        self._kept[block, batch] = hidden
+
+    def get(self, block: int, batch: int) -> torch.Tensor:
+        return self._kept[block, batch]
+
+    def commit(self, block: int) -> None:
+        for key in [key for key in self._kept if key[0] < block]:
+            del self._kept[key]
+
+
+class _Pass(greenlet):
+    """One batch inside the model's forward.
+
+    ``at`` is where it stands: the index of the block it is about to enter, a linear it is about to call, or None
+    once the forward has ended; ``tensor`` is what it brought there.
+    """
+
+    def __init__(self, stream: Stream, ids: torch.Tensor, start: int, hidden: torch.Tensor | None) -> None:
+        super().__init__(self._forward)
+        self._stream = stream
+        self._ids = ids
+        self._start = start
+        self._replacement = hidden
+        self._target: nn.Module | None = None
+        self.at: int | nn.Module | None = -1
+        self.tensor: torch.Tensor | None = None
+        self.switch()
+
+    def run_to_linear(self, block: int, linear: nn.Module) -> torch.Tensor | None:
+        """Go on to ``linear`` inside ``block`` and give its input; None if this batch does not call it."""
+        if self.at == block or (isinstance(self.at, nn.Module) and self.at is not linear):
+            self._target = linear
+            self.switch()
+        return self.tensor if self.at is linear else None
+
+    def run_to_next_block(self, block: int) -> torch.Tensor | None:
+        """Go on to the entry of the block after ``block``, or to the end; gives the hidden state, or the logits."""
+        if self.at == block or isinstance(self.at, nn.Module):
+            self._target = None
+            self.switch()
+        return self.tensor
+
+    def kill(self) -> None:
+        """Unwind the frames and free what they hold."""
+        self.tensor = None
+        if not self.dead:
+            self.throw(GreenletExit)
+
+    # What follows runs inside the coroutine.
+
+    def _forward(self) -> None:
+        output = self._stream.skeleton.model(input_ids=self._ids, use_cache=False)
+        self.at, self.tensor = None, output.logits
+
+    def pass_block(self, slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:
+        if slot.index < self._start:
+            return (hidden,) if self._stream.plans[slot.index].returns_tuple else hidden
+        if slot.index == self._start and self._replacement is not None:
+            hidden = self._replacement.to(hidden.device)
+            self._replacement = None
+        self._stand(slot.index, hidden)
+        return forward(hidden)
+
+    def pass_linear(self, module: nn.Module, value: torch.Tensor) -> None:
+        if module is self._target:
+            self._stand(module, value)
+
+    def _stand(self, at: int | nn.Module, value: torch.Tensor) -> None:
+        self.at, self.tensor = at, value
+        self.parent.switch()
+        self.tensor = None
+
+
+class BlockRun:
+    """One block with its weights loaded and all batches at its entry."""
+
+    def __init__(self, stream: Stream, plan: BlockPlan) -> None:
+        self._stream = stream
+        self.plan = plan
+
+    def module(self, name: str) -> nn.Linear:
+        """A linear of this block by its full module name."""
+        return self._stream.skeleton.linears[self.plan.index][name]
+
+    def inputs(self, linear: str) -> Iterator[torch.Tensor]:
+        """The input of a linear, batch after batch, as 2-D ``[tokens, columns]``.
+
+        Linears must be asked for in the order of the plan's stops. Use each tensor before taking the next.
+        Batches that don't call the linear are left out.
+        """
+        module = self.module(linear)
+        index = self.plan.index
+        for batch in range(len(self._stream.windows)):
+            coroutine = self._stream.enter(index, batch)
+            value = coroutine.run_to_linear(index, module)
+            if value is not None:
+                yield value.reshape(-1, value.shape[-1])
+            self._stream.leave(coroutine)
+
+    def install(self, linear: str, weight: torch.Tensor) -> None:
+        """Let all batches meet ``weight`` in place of a linear's own from here on."""
+        self.module(linear).weight.data.copy_(weight)
+
+
+class Stream:
+    """All batches and the model they run through.
+
+    Args:
+        skeleton: the model; its outer weights are loaded here, and its blocks one at a time.
+        windows: token ids, each ``[1, length]``; one batch each.
+        plans: of the longest window, from :func:`~llmconvert.engine.discovery.discover`.
+        mode: lockstep or replay.
+        states: keeps the block inputs; needed for replay, optional (for resuming) in lockstep.
+        start: first block to run; above 0, its inputs are taken from ``states``.
+        head: whether :meth:`logits` will be asked for; loads the output head.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        windows: Sequence[torch.Tensor],
+        plans: Sequence[BlockPlan],
+        *,
+        mode: Mode,
+        states: States | None = None,
+        start: int = 0,
+        head: bool = False,
+    ) -> None:
+        self.skeleton = skeleton
+        self.windows = tuple(windows)
+        self.plans = tuple(plans)
+        self._mode = mode
+        self._states: States | None = MemoryStates() if states is None and mode == "replay" else states
+        self._start = start
+        self._passes: list[_Pass] = []
+        skeleton.restore_buffers()
+        skeleton.load_outer(head=head)
+        for slot in skeleton.slots:
+            slot.gate = _gate
+
+    def blocks(self) -> Iterator[BlockRun]:
+        """Block after block, each loaded while it is the current one.
+
+        When the caller asks for the next block, all batches run through the rest of the current one.
+
+        Raises:
+            CalibrationError: a hidden state is not finite.
+        """
+        self._depart()
+        for index in range(self._start, self.skeleton.block_count):
+            self.skeleton.load_block(index)
+            linears = self.skeleton.linears[index].values()
+            hooks = [linear.register_forward_pre_hook(_stand_at_linear) for linear in linears]
+            yield BlockRun(self, self.plans[index])
+            if index + 1 < self.skeleton.block_count:
+                self._cross(index)
+                _remove(hooks)
+                self.skeleton.drop_block(index)
+            else:
+                _remove(hooks)
+
+    def logits(self) -> Iterator[torch.Tensor]:
+        """After the last block of :meth:`blocks`: the logits of each batch, ``[1, length, vocabulary]``."""
+        last = self.skeleton.block_count - 1
+        for batch in range(len(self.windows)):
+            coroutine = self.enter(last, batch)
+            logits = coroutine.run_to_next_block(last)
+            assert logits is not None
+            coroutine.kill()
+            yield logits
+
+    def close(self) -> None:
+        """Drop all batches and all weights."""
+        while self._passes:
+            self._passes.pop().kill()
+        for slot in self.skeleton.slots:
+            slot.gate = slot.run_block
+        self.skeleton.drop_block(self.skeleton.block_count - 1)
+
+    def enter(self, index: int, batch: int) -> _Pass:
+        """The coroutine of ``batch``, at the entry of block ``index`` or wherever in it lockstep has left it."""
+        if self._mode == "lockstep":
+            return self._passes[batch]
+        assert self._states is not None
+        return self._pass(batch, index, self._states.get(index, batch))
+
+    def leave(self, coroutine: _Pass) -> None:
+        """Done with a coroutine from :meth:`enter` for now."""
+        if self._mode == "replay":
+            coroutine.kill()
+
+    def _pass(self, batch: int, start: int, hidden: torch.Tensor | None) -> _Pass:
+        return _Pass(self, self.windows[batch].to(self.skeleton.device), start, hidden)
+
+    def _depart(self) -> None:
+        """Bring every batch to the entry of the first block."""
+        for batch in range(len(self.windows)):
+            hidden = self._states.get(self._start, batch) if self._states is not None and self._start else None
+            if self._mode == "replay" and hidden is not None:
+                continue
+            coroutine = self._pass(batch, self._start, hidden)
+            if self._states is not None and not self._start:
+                assert coroutine.tensor is not None
+                self._states.put(0, batch, coroutine.tensor)
+            if self._mode == "lockstep":
+                self._passes.append(coroutine)
+            else:
+                coroutine.kill()
+
+    def _cross(self, index: int) -> None:
+        """Run every batch from where it is to the entry of the block after ``index``."""
+        for batch in range(len(self.windows)):
+            coroutine = self.enter(index, batch)
+            hidden = coroutine.run_to_next_block(index)
+            assert hidden is not None
+            if not torch.isfinite(hidden).all():
+                raise CalibrationError(
+                    f"block {index} ({self.skeleton.prefix(index).rstrip('.')}): batch {batch} leaves it with values "
+                    "that are not finite; the weights may be damaged, or need a wider dtype (bfloat16 or float32)"
+                )
+            if self._states is not None:
+                self._states.put(index + 1, batch, hidden)
+            self.leave(coroutine)
+        if self._states is not None:
+            self._states.commit(index + 1)
+
+
+def _gate(slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:
+    coroutine = getcurrent()
+    return coroutine.pass_block(slot, hidden, forward) if isinstance(coroutine, _Pass) else forward(hidden)
+
+
+def _stand_at_linear(module: nn.Module, args: tuple[Any, ...]) -> None:
+    coroutine = getcurrent()
+    if isinstance(coroutine, _Pass):
+        coroutine.pass_linear(module, args[0])
+
+
+def _remove(hooks: Sequence[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def stream_logits(
+    checkpoint: Checkpoint,
+    windows: Sequence[torch.Tensor],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[torch.Tensor]:
+    """The model's logits for each window, computed in the memory of one block.
+
+    Args:
+        checkpoint: dense weights.
+        windows: token ids, each ``[1, length]``.
+        device: where to compute.
+        dtype: of weights and activations; the checkpoint's own by default.
+        progress: one unit per block.
+
+    Yields:
+        logits ``[1, length, vocabulary]`` per window, in order.
+
+    Raises:
+        UnsupportedError: the engine cannot run this architecture.
+        CalibrationError: a hidden state is not finite.
+    """
+    skeleton = Skeleton(checkpoint, device, dtype)
+    plans = discover(skeleton, max(window.shape[1] for window in windows))
+    stream = Stream(skeleton, windows, plans, mode="replay", head=True)
+    try:
+        with progress.task("Evaluating", skeleton.block_count) as task:
+            for _ in stream.blocks():
+                task.advance()
+        yield from stream.logits()
+    finally:
+        stream.close()
