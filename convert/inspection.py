@@ -153,7 +153,8 @@ def _kv_values(config: Any, layers: int, kv_heads: int, head_dim: int) -> int:
     if rank:
         return layers * int(rank + config.qk_rope_head_dim)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    return sum(kind.endswith("attention") and not kind.startswith("linear") for kind in kinds) * 2 * kv_heads * head_dim
+    caching = [kind for kind in kinds if kind.endswith("attention") and not kind.startswith("linear")]
+    return len(caching) * 2 * kv_heads * head_dim
 
 
 def _positions(config: Any, checkpoint: Checkpoint) -> str:

@@ -36,6 +36,7 @@ def summary(model_type: str, **settings: Any) -> ModelSummary:
 
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 4, "vocab_size": 100}
+GPT = {"n_embd": 64, "n_head": 4, "n_layer": 2}
 
 
 def test_a_directory(tiny_llama: Path) -> None:
@@ -61,7 +62,7 @@ def test_the_size_in_a_scheme_counts_codes_scales_and_the_rest() -> None:
     [
         ("llama", {**SMALL, "num_key_value_heads": 8}, "MHA", "RoPE, θ = 10,000"),
         ("llama", {**SMALL, "num_key_value_heads": 1}, "MQA", "RoPE, θ = 10,000"),
-        ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128}, "MHA", "learned, 128"),
+        ("gpt2", {**GPT, "n_positions": 128}, "MHA", "learned, 128"),
         ("opt", {**SMALL, "max_position_embeddings": 128, "word_embed_proj_dim": 64}, "MHA", "learned, 130"),
         ("bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 2}, "MHA", "ALiBi"),
         ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "MHA", "ALiBi"),
