@@ -82,7 +82,7 @@ def draw_windows(
     tokenizer: PreTrainedTokenizerBase,
     corpus: Corpus,
     *,
-    samples: int,
+    samples: int | None,
     length: int,
     order: Order = "shuffled",
     seed: int = 0,
@@ -94,6 +94,8 @@ def draw_windows(
     order; ``sequential`` takes the first. Text for fewer windows than asked gives those there are.
 
     Args:
+        samples: how many windows; None for all there are.
+        length: tokens per window.
         vocab_size: the model's vocabulary size, to catch a tokenizer that belongs to another model.
 
     Raises:
@@ -101,13 +103,13 @@ def draw_windows(
             meet a tokenizer without chat template.
         ValueError: ``samples`` or ``length`` is too small to mean anything.
     """
-    if samples < 1 or length < 2:
+    if (samples is not None and samples < 1) or length < 2:
         raise ValueError(f"at least 1 window of 2 tokens is needed, asked for {samples} of {length}")
     generator = np.random.default_rng(seed)
     bos = _added_bos(tokenizer)
     body = length - (bos is not None)
     whole = len(corpus.documents) == 1
-    wanted = None if whole and order == "shuffled" else samples * body
+    wanted = None if samples is None or (whole and order == "shuffled") else samples * body
     documents = _in_order(corpus.documents, generator if order == "shuffled" else None)
     ids = _tokenize(tokenizer, documents, corpus.dataset, wanted)
     count = len(ids) // body
@@ -127,7 +129,7 @@ def draw_windows(
         windows = [np.concatenate(([bos], window)) for window in windows]
     digest = hashlib.sha256(b"".join(window.astype("<i8").tobytes() for window in windows)).hexdigest()
     tensors = tuple(torch.from_numpy(window.astype(np.int64)).unsqueeze(0) for window in windows)
-    return TokenWindows(tensors, samples, len(ids), corpus.dataset, corpus.digest, digest, bos is not None)
+    return TokenWindows(tensors, samples or count, len(ids), corpus.dataset, corpus.digest, digest, bos is not None)
 
 
 def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

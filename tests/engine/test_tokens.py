@@ -152,6 +152,8 @@ def test_sequential_windows_are_the_text() -> None:
     drawn = draw_windows(tokenizer, corpus(text), samples=3, length=5, order="sequential")
     assert [tokenizer.decode(window[0]) for window in drawn.windows] == ["abcde", "fghij", "klmno"]
     assert (drawn.drawn, drawn.length, drawn.tokens_total, drawn.bos) == (3, 5, 26, False)
+    everything = draw_windows(tokenizer, corpus(text), samples=None, length=5, order="sequential")
+    assert (everything.drawn, everything.requested) == (5, 5)
 
 
 @settings(deadline=None, max_examples=25)

@@ -1,0 +1,189 @@
+"""What the artifact does in the runtime its users have: fidelity to our reader, continuations, pace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
+from llmconvert.errors import GateError, UnsupportedError
+from llmconvert.progress import SILENT, Progress
+from llmconvert.validate.fidelity import Fidelity, fidelity
+from llmconvert.validate.generation import PROMPTS, Generations, compare, generate
+from llmconvert.validate.report import Check
+from llmconvert.validate.runtime import Runtime, available_memory, runtime
+
+__all__ = ["GenerationOptions", "Probe", "runtime_checks"]
+
+# What transformers takes while loading, relative to the dense weights it ends up with.
+_LOADING_FACTOR = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """Greedy continuations of each prompt, this many tokens at most; ``min_agreement`` is the gate on equal tokens."""
+
+    max_new_tokens: int = 64
+    min_agreement: float | None = None
+    prompts: tuple[str, ...] = PROMPTS
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token ids ``[1, L]``, and the logits ``[1, L, V]`` that our reader computes for them from the artifact."""
+
+    window: torch.Tensor
+    logits: torch.Tensor
+
+
+def runtime_checks(
+    artifact: Path,
+    dense: Checkpoint,
+    reference: Checkpoint | None,
+    *,
+    probe: Probe | None,
+    generation: GenerationOptions | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Progress = SILENT,
+) -> list[Check]:
+    """Load the artifact, then the original, by transformers, one at a time.
+
+    A model too large for the memory, or one whose quantizer is not installed, gives a check that says so and holds no
+    number. An artifact that transformers refuses, or loads with tensors missing, is a failed check.
+
+    Args:
+        dense: the artifact seen as dense weights, for its size.
+        reference: continued only if it is a directory on disk.
+        dtype: what the runtime computes in; that of the probe, or of the config, by default.
+    """
+    free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    needed = round(_LOADING_FACTOR * dense.nbytes)
+    if free is not None and needed > free:
+        text = f"not measured: loading it whole takes about {needed:,} bytes, {free:,} are free"
+        return [Check(name="runtime", detail={"text": text})]
+    dtype = probe.logits.dtype if dtype is None and probe is not None else dtype
+    try:
+        with runtime(artifact, device=device, dtype=dtype) as loaded:
+            checks = [_loading_check(loaded)]
+            if probe is not None:
+                checks.append(_fidelity_check(loaded, probe))
+            ours = None if generation is None else _generate(loaded, generation, progress)
+    except UnsupportedError as error:
+        missing = isinstance(error.__cause__, ImportError)
+        return [Check(name="runtime", ok=missing, detail={"text": f"not measured: {error}" if missing else str(error)})]
+    if ours is None or generation is None:
+        return checks
+    theirs: Generations | None = None
+    note = "no original to compare with"
+    if isinstance(reference, SafetensorsCheckpoint):
+        try:
+            with runtime(reference.directory, device=device, dtype=dtype) as loaded:
+                theirs = _generate(loaded, generation, progress)
+        except UnsupportedError as error:
+            note = f"the original was not continued: {error}"
+    return checks + _generation_checks(ours, theirs, generation, note)
+
+
+def _generate(loaded: Runtime, options: GenerationOptions, progress: Progress) -> Generations:
+    return generate(loaded, options.prompts, max_new_tokens=options.max_new_tokens, progress=progress)
+
+
+def _loading_check(loaded: Runtime) -> Check:
+    problems = loaded.problems
+    text = f"{len(problems)} tensors did not load, first: {problems[0]}" if problems else f"loads in {loaded.name}"
+    return Check(
+        name="runtime",
+        value=len(problems),
+        limit=0,
+        ok=not problems,
+        unit="tensors",
+        detail={"text": text, "runtime": loaded.name, "problems": list(problems)},
+    )
+
+
+def _fidelity_check(loaded: Runtime, probe: Probe) -> Check:
+    name = "fidelity.max_abs_diff"
+    try:
+        found: Fidelity = fidelity(loaded, [probe.window], [probe.logits])
+    except GateError as error:
+        return Check(name=name, ok=False, detail={"text": str(error)})
+    relative = f"{100 * found.relative:.2g} % of the logits' own size, over {found.tokens} tokens"
+    text = f"logits of {loaded.name} differ from our reader's by {relative}"
+    detail: dict[str, Any] = {
+        "text": text,
+        "runtime": loaded.name,
+        "relative": found.relative,
+        "top1_agreement": found.top1_agreement,
+        "tokens": found.tokens,
+    }
+    return Check(name=name, value=found.max_abs_diff, ok=found.ok, detail=detail)
+
+
+def _generation_checks(
+    ours: Generations, theirs: Generations | None, options: GenerationOptions, note: str
+) -> list[Check]:
+    about = {"runtime": ours.runtime, "max_new_tokens": options.max_new_tokens}
+    if theirs is None:
+        texts = [{"prompt": text.prompt, "artifact": text.text} for text in ours.continuations]
+        looping = sum(text.looping for text in ours.continuations)
+        loops = Check(name="generation.looping", value=looping, unit="texts", detail={**about, "text": note})
+        return [loops.model_copy(update={"detail": {**loops.detail, "texts": texts}}), *_pace(ours, None)]
+    result = compare(theirs, ours)
+    agreed = options.min_agreement is None or result.agreement >= options.min_agreement
+    detail = {**about, "prefix": result.prefix, "texts": _side_by_side(theirs, ours)}
+    if not agreed:
+        detail["text"] = (
+            f"{100 * result.agreement:.0f} % of the tokens of greedy continuations are the original's, "
+            f"required are {100 * (options.min_agreement or 0):g} %"
+        )
+    count = len(ours.continuations)
+    # A few loops come and go with any change; half of all texts more than before is a broken model.
+    stuck = result.looping[1] - result.looping[0] >= count / 2
+    stuck_text = f"{result.looping[1]} of {count} texts repeat one phrase without end, {result.looping[0]} before"
+    return [
+        Check(
+            name="generation.agreement",
+            value=result.agreement,
+            limit=options.min_agreement,
+            ok=agreed,
+            unit="share",
+            detail=detail,
+        ),
+        _count("generation.looping", result.looping, not stuck, {"of": count, "text": stuck_text if stuck else ""}),
+        _count("generation.ended", result.ended, True, {"of": count}),
+        *_pace(ours, theirs),
+    ]
+
+
+def _count(name: str, counts: tuple[int, int], ok: bool, detail: dict[str, Any]) -> Check:
+    """A number of texts, ``(reference, artifact)``."""
+    return Check(name=name, value=counts[1], reference=counts[0], ok=ok, unit="texts", detail=detail)
+
+
+def _pace(ours: Generations, theirs: Generations | None) -> list[Check]:
+    paces: Sequence[tuple[str, float, float | None]] = (
+        ("prefill", ours.prefill_tokens_per_second, theirs.prefill_tokens_per_second if theirs else None),
+        ("decode", ours.decode_tokens_per_second, theirs.decode_tokens_per_second if theirs else None),
+    )
+    return [
+        Check(name=f"speed.{name}", value=value, reference=before, unit="tokens/s", detail={"runtime": ours.runtime})
+        for name, value, before in paces
+    ]
+
+
+def _side_by_side(theirs: Generations, ours: Generations) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": before.prompt,
+            "reference": before.text,
+            "artifact": after.text,
+            "same": before.ids == after.ids,
+            "looping": after.looping,
+        }
+        for before, after in zip(theirs.continuations, ours.continuations, strict=True)
+    ]

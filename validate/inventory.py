@@ -1,0 +1,180 @@
+"""What became of every tensor: the artifact's contents held against the source's.
+
+An artifact can load and compute nonsense because a tensor was dropped, reshaped or written from the wrong buffer, and
+loaders fill what is missing with random numbers. So every tensor of the source must be found again, and the relative
+error ‖source − artifact‖ / ‖source‖ (Frobenius norm) of its dequantized values is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from llmconvert.checkpoint import DTYPE_NAMES, Checkpoint, is_weight_file
+from llmconvert.progress import SILENT, Progress
+
+__all__ = ["Inventory", "Sizes", "Status", "TensorRecord", "bits_per_weight", "measure_sizes", "take_inventory"]
+
+Status = Literal["kept", "cast", "changed", "quantized", "merged", "tied", "added", "dropped", "reshaped"]
+
+_PROBLEMS = ("dropped", "reshaped")
+_CHUNK_ELEMENTS = 1 << 22
+# Rounding to bfloat16 keeps the relative error of every element below 2**-8.
+_CAST_ERROR = 2.0**-8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One tensor of the source, and what it became.
+
+    Attributes:
+        status: ``kept`` bit for bit, ``cast`` to another dtype, ``changed`` in values, ``quantized``, ``merged``
+            (attention heads), ``tied`` to an equal tensor, ``added``; ``dropped`` and ``reshaped`` are problems.
+        shape: in the artifact, dequantized; in the source if it is dropped.
+        dtype: the source's safetensors dtype name.
+        error: relative error of the (dequantized) values; None where there is nothing to compare.
+    """
+
+    name: str
+    status: Status
+    shape: tuple[int, ...]
+    dtype: str
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """The records of all tensors, in the source's order, then those only the artifact has."""
+
+    tensors: tuple[TensorRecord, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Status → number of tensors."""
+        return dict(Counter(record.status for record in self.tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of a model directory on disk: its weight files with their index, and everything in it."""
+
+    weights: int
+    total: int
+
+
+def take_inventory(
+    source: Checkpoint, stored: Checkpoint, dense: Checkpoint, *, progress: Progress = SILENT
+) -> Inventory:
+    """Account for every tensor of ``source`` in an artifact.
+
+    Args:
+        source: the original, dequantized if it was quantized.
+        stored: the artifact as it is on disk.
+        dense: the artifact with quantized weights seen as dense ones, under the source's names.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+    """
+    records: list[TensorRecord] = []
+    problems: list[str] = []
+    heads_change = _kv_heads(source) != _kv_heads(dense)
+    with progress.task("inventory", len(source)) as task:
+        for name in source:
+            record, problem = _account(name, source, stored, dense, heads_change)
+            records.append(record)
+            problems.extend(problem)
+            task.advance(1, name)
+    for name, info in dense.infos.items():
+        if name not in source:
+            records.append(TensorRecord(name, "added", info.shape, DTYPE_NAMES[info.dtype], None))
+    return Inventory(tuple(records), tuple(problems))
+
+
+def _account(
+    name: str, source: Checkpoint, stored: Checkpoint, dense: Checkpoint, heads_change: bool
+) -> tuple[TensorRecord, list[str]]:
+    """The record of one source tensor, and what is wrong with it in words."""
+    info = source.infos[name]
+    dtype = DTYPE_NAMES[info.dtype]
+    if name not in dense:
+        twin = _tied_to(name, source, dense)
+        if twin is not None:
+            return TensorRecord(name, "tied", info.shape, dtype, 0.0), []
+        return TensorRecord(name, "dropped", info.shape, dtype, None), [f"{name} is missing from the artifact"]
+    shape = dense.infos[name].shape
+    if shape != info.shape:
+        status: Status = "merged" if heads_change else "reshaped"
+        expected = f"{name} has shape {list(shape)}, the source {list(info.shape)}"
+        return TensorRecord(name, status, shape, dtype, None), [] if heads_change else [expected]
+    error = _relative_error(name, source, dense)
+    if not math.isfinite(error):
+        problem = [f"{name} holds values that are not finite, or is not zero where the source is"]
+        return TensorRecord(name, "changed", shape, dtype, None), problem
+    if name not in stored:
+        return TensorRecord(name, "quantized", shape, dtype, error), []
+    if stored.infos[name].dtype == info.dtype:
+        return TensorRecord(name, "changed" if error else "kept", shape, dtype, error), []
+    return TensorRecord(name, "changed" if error > _CAST_ERROR else "cast", shape, dtype, error), []
+
+
+def _kv_heads(checkpoint: Checkpoint) -> object:
+    config = checkpoint.config.get("text_config", checkpoint.config)
+    return config.get("num_key_value_heads", config.get("num_attention_heads"))
+
+
+def _tied_to(name: str, source: Checkpoint, dense: Checkpoint) -> str | None:
+    """A tensor of the artifact to which ``name`` is equal in the source and may be tied by the config."""
+    if dense.config.get("tie_word_embeddings") is False:
+        return None
+    shape = source.infos[name].shape
+    for other in source:
+        if other != name and other in dense and source.infos[other].shape == shape and _equal(name, other, source):
+            return other
+    return None
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Row ranges of a tensor, a bounded number of elements each."""
+    rows = shape[0] if shape else 1
+    step = max(1, _CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _equal(first: str, second: str, source: Checkpoint) -> bool:
+    return all(
+        torch.equal(source.read_rows(first, *rows), source.read_rows(second, *rows))
+        for rows in _pieces(source.infos[first].shape)
+    )
+
+
+def _relative_error(name: str, source: Checkpoint, dense: Checkpoint) -> float:
+    difference = norm = 0.0
+    for rows in _pieces(source.infos[name].shape):
+        ours = source.read_rows(name, *rows).float()
+        norm += float(ours.square().sum(dtype=torch.float64))
+        difference += float(ours.sub_(dense.read_rows(name, *rows)).square_().sum(dtype=torch.float64))
+    if norm == 0:
+        return 0.0 if difference == 0 else math.inf
+    return math.sqrt(difference / norm)
+
+
+def measure_sizes(directory: Path) -> Sizes:
+    """Add up the files of a model directory (regular files; links count as what they point to)."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    sizes = {path: path.stat().st_size for path in files}
+    weights = sum(size for path, size in sizes.items() if path.parent == directory and is_weight_file(path.name))
+    return Sizes(weights, sum(sizes.values()))
+
+
+def bits_per_weight(source: Checkpoint, stored: Checkpoint) -> float:
+    """Bits that ``stored`` spends per number of the source, over all tensors: scales, zero points, embeddings too."""
+    numbers = sum(math.prod(info.shape) for info in source.infos.values())
+    return 8 * stored.nbytes / numbers

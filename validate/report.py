@@ -1,0 +1,174 @@
+"""The report: every number measured, with its limit and verdict.
+
+It is written to ``llmconvert/report.json`` of an artifact in the stable schema ``llmconvert.report/1``::
+
+    {"schema": "llmconvert.report/1",
+     "model": {"name", "source", "revision", "architecture", "parameters", ...},
+     "environment": {"python": "3.12.1", "torch": "2.13.0", ...},
+     "steps": [{"name", "seconds", "peak_rss_bytes", ...}],
+     "checks": [{"name", "value", "reference", "limit", "ok", "unit", "detail"}]}
+
+``value`` is the artifact's, ``reference`` the original's, and ``limit`` what the recipe allows; any of them may be
+null. ``unit`` names what they count: ``bytes``, ``bits``, ``nats``, ``share`` (0 to 1), ``tokens``, ``tokens/s``,
+``tensors``, or nothing. ``detail`` holds a sentence under ``text`` where one helps, intervals under ``low`` and
+``high``, and whatever else belongs to that check. A check without a limit passes unless something is broken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmconvert.errors import GateError, SourceError
+from llmconvert.writer import write_file
+
+__all__ = ["Check", "ModelInfo", "Report", "Step", "environment", "require_passed"]
+
+_PACKAGES = ("llmconvert", "torch", "transformers", "safetensors", "compressed-tensors", "numpy", "numba")
+
+
+class _Value(BaseModel):
+    # Unknown keys are kept: a later version may have written more.
+    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="null")
+
+
+class ModelInfo(_Value):
+    """What was made of what.
+
+    Attributes:
+        name: what the artifact calls itself.
+        source: Hub id, path or ``package:`` name of the original.
+        revision: commit hash of a Hub source.
+        architecture: the transformers class, ``LlamaForCausalLM``.
+        parameters: numbers in the original.
+        license: identifier inherited from the original.
+        method, scheme, format: of the quantization, ``gptq``, ``w4a16-g64-sym``, ``compressed-tensors``.
+        calibration: dataset and amount in words.
+    """
+
+    name: str
+    source: str
+    revision: str | None = None
+    architecture: str | None = None
+    parameters: int | None = None
+    license: str | None = None
+    method: str | None = None
+    scheme: str | None = None
+    format: str | None = None
+    calibration: str | None = None
+
+
+class Step(_Value):
+    """A stage of the run: wall-clock seconds, and the process's peak resident memory at its end."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int | None = None
+
+
+class Check(_Value):
+    """One measurement, the limit it had to keep, and whether it did."""
+
+    name: str
+    value: float | None = None
+    reference: float | None = None
+    limit: float | None = None
+    ok: bool = True
+    unit: str = ""
+    detail: Mapping[str, Any] = Field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The sentence that goes with it, if any."""
+        return str(self.detail.get("text", ""))
+
+
+class Report(_Value):
+    """Everything measured about one artifact; the JSON schema is in the module's docstring."""
+
+    schema_: Literal["llmconvert.report/1"] = Field("llmconvert.report/1", alias="schema")
+    model: ModelInfo
+    environment: Mapping[str, str] = Field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def verdict(self) -> bool:
+        """Whether every check passed."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that did not pass."""
+        return tuple(check for check in self.checks if not check.ok)
+
+    def check(self, name: str) -> Check | None:
+        """The check of that name, or None."""
+        return next((check for check in self.checks if check.name == name), None)
+
+    def to_json(self) -> str:
+        """Indented JSON. Numbers that are not finite become null."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the JSON, whole or not at all."""
+        write_file(path, self.to_json().encode())
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, origin: str = "report") -> Report:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            SourceError: not a report of this schema; ``origin`` names it.
+        """
+        try:
+            found = json.loads(text)
+            if not isinstance(found, dict) or found.get("schema") != "llmconvert.report/1":
+                schema = found.get("schema") if isinstance(found, dict) else type(found).__name__
+                raise SourceError(f"{origin}: schema is {schema!r}, expected 'llmconvert.report/1'")
+            return cls.model_validate(found)
+        except (ValueError, ValidationError) as error:
+            raise SourceError(f"{origin}: is not a report: {error}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read a report file.
+
+        Raises:
+            SourceError: it cannot be read, or is no report.
+        """
+        try:
+            return cls.from_json(path.read_bytes(), origin=str(path))
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def environment() -> dict[str, str]:
+    """Versions and the machine that the numbers depend on; nothing that names the machine or its user."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    found["cpus"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def require_passed(checks: Iterable[Check]) -> None:
+    """The gate.
+
+    Raises:
+        GateError: naming every check that failed, its value and its limit.
+    """
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        reasons = "; ".join(check.text or f"{check.name} is {check.value}, allowed {check.limit}" for check in failed)
+        raise GateError(f"the artifact did not pass: {reasons}. It is kept and was not published")
