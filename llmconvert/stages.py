@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ __all__ = ["STAGE_FILE", "StageResult", "StageRun", "StageStore", "describe_chan
 STAGE_FILE = "stage.json"
 _SCHEMA = "llmconvert.stage/1"
 _SHOWN_CHANGES = 4
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ class StageRun:
             self._announce(name, path, inputs)
             result = self._build(name, key, path, inputs, build, resumable)
             self.store.built.add(key)
+            self._log(f"{name}: done in {result.seconds:.1f} s, peak memory {result.peak_rss_bytes / 1e9:.2f} GB")
         else:
             self._log(f"{name}: unchanged, reusing {path.name}")
             self._remember(name, path, inputs)
@@ -246,9 +249,16 @@ def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two stages' inputs, ``scheme w4a16-g64-sym → w3a16-g64-sym``; empty if nothing does."""
     before, after = dict(_flatten(old)), dict(_flatten(new))
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    shown = [f"{key} {before.get(key, 'unset')} → {after.get(key, 'unset')}" for key in changed[:_SHOWN_CHANGES]]
+    shown = [f"{key} {_show(before.get(key))} → {_show(after.get(key))}" for key in changed[:_SHOWN_CHANGES]]
     more = [f"{len(changed) - _SHOWN_CHANGES} more"] if len(changed) > _SHOWN_CHANGES else []
     return ", ".join(shown + more)
+
+
+def _show(value: Any) -> str:
+    """A value in short; of a hash, as much as its stage's directory name has."""
+    if isinstance(value, str) and _HASH.fullmatch(value):
+        return value[:12]
+    return "unset" if value is None else str(value)
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -83,6 +83,7 @@ def test_a_changed_input_is_named_and_the_old_stage_stays(tmp_path: Path) -> Non
 def test_changes_are_listed_up_to_a_few() -> None:
     assert describe_changes({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4}) == "b.c 2 → 3, d unset → 4"
     assert describe_changes({"a": 1}, {"a": 1}) == ""
+    assert describe_changes({"model": "a" * 64}, {"model": "b" * 64}) == f"model {'a' * 12} → {'b' * 12}"
     assert describe_changes({}, {str(i): i for i in range(6)}).endswith("3 unset → 3, 2 more")
 
 
@@ -120,7 +121,7 @@ def test_an_unfinished_stage_goes_when_its_inputs_change(tmp_path: Path) -> None
         with pytest.raises(KeyboardInterrupt):
             store.begin("demo").run("quantize", {"bits": 4}, failing(KeyboardInterrupt()), resumable=True)
         store.begin("demo").run("quantize", {"bits": 3}, writing("x"), resumable=True)
-    assert log.lines == ["quantize: bits 4 → 3, starting anew, the unfinished one is removed"]
+    assert log.lines[0] == "quantize: bits 4 → 3, starting anew, the unfinished one is removed"
     assert not list(tmp_path.glob(".*.partial"))
 
 
