@@ -219,6 +219,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int], dict
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         for name, entry in entries:
             begin, end = entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (*entry["shape"], begin, end)):
+                raise ValueError(f"{name!r}: shape and offsets must be whole numbers, none negative")
             if entry["dtype"] not in DTYPES:
                 raise CheckpointError(
                     f"{path}: tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}"
@@ -311,8 +313,7 @@ class SafetensorsCheckpoint(Checkpoint):
         extent = self._extents[name]
         nbytes = self.infos[name].nbytes - offset if nbytes is None else nbytes
         if nbytes > 0:  # zero would mean the rest of the file
-            fd = self._fds[extent.shard]
-            os.posix_fadvise(fd, extent.offset + offset, nbytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._fds[extent.shard], extent.offset + offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         while self._fds:

@@ -1,0 +1,415 @@
+"""Dtype conversion: every value as torch casts it, in constant memory, and nothing left behind when it fails."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from llmconvert.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointView, SafetensorsCheckpoint, TensorInfo
+from llmconvert.convert.cast import CastView, cast_into, with_dtype
+from llmconvert.convert.dtype import DtypeReport, convert_dtype
+from llmconvert.errors import CapacityError, CheckpointError, OutputError, UnsupportedError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PAIRS = list(itertools.product(FLOATS, FLOATS))
+
+
+def label(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def make_model(directory: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / SINGLE_NAME)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
+    (directory / "generation_config.json").write_text('{"eos_token_id": 2}')
+    return directory
+
+
+def varied(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Scalars, empty, one-dimensional and odd shapes, and dtypes that pass through."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return {
+        "scalar": normal(),
+        "empty": normal(0, 7),
+        "empty_rows": normal(7, 0),
+        "vector": normal(1_300_003),  # longer than a block
+        "odd": normal(37, 3, 11),
+        "long_row": normal(1, 1_200_001),  # one row longer than a block
+        "zeros": torch.zeros(33_000, dtype=dtype),
+        "ids": torch.arange(10),
+        "flags": torch.tensor([True, False, True]),
+    }
+
+
+def convert(source: Path, output: Path, dtype: torch.dtype, **options: Any) -> DtypeReport:
+    with SafetensorsCheckpoint(source) as checkpoint:
+        return convert_dtype(checkpoint, output, dtype=dtype, **options)
+
+
+class RowsOnly(CheckpointView):
+    """A view that hides what it stands on, so that only ``read_rows`` is left."""
+
+
+@pytest.mark.parametrize("path", ["safetensors", "view"])
+@pytest.mark.parametrize(("given_dtype", "target"), PAIRS, ids=lambda dtype: label(dtype))
+def test_every_value_is_what_torch_casts_it_to(
+    tmp_path: Path, given_dtype: torch.dtype, target: torch.dtype, path: str
+) -> None:
+    tensors = varied(given_dtype)
+    with SafetensorsCheckpoint(make_model(tmp_path / "in", tensors, dtype=label(given_dtype))) as checkpoint:
+        source: Checkpoint = checkpoint if path == "safetensors" else RowsOnly(checkpoint)
+        report = convert_dtype(source, tmp_path / "out", dtype=target, max_shard_bytes=3_000_000)
+        assert report.bytes_read == source.nbytes
+    with SafetensorsCheckpoint(tmp_path / "out") as result:
+        assert set(result) == set(tensors)
+        for name, tensor in tensors.items():
+            expected = tensor.to(target) if tensor.is_floating_point() else tensor
+            assert result.infos[name].dtype == expected.dtype
+            assert torch.equal(result[name], expected), name
+        assert result.config["dtype"] == label(target)
+    assert (tmp_path / "out" / INDEX_NAME).exists()
+    assert report.tensors == len(tensors)
+    assert report.cast == (0 if given_dtype == target else 7)
+    assert (
+        report.bytes_written
+        == sum(p.stat().st_size for p in (tmp_path / "out").iterdir() if p.name != INDEX_NAME)
+        + (tmp_path / "out" / INDEX_NAME).stat().st_size
+    )
+    errors = {
+        name: ((tensor.to(target).double() - tensor.double()).abs() / tensor.double().abs()).nan_to_num().max().item()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    assert report.largest_relative_error == pytest.approx(max(errors.values()), rel=1e-3, abs=0)
+    if max(errors.values()):
+        assert errors[str(report.largest_error_tensor)] == pytest.approx(max(errors.values()), rel=1e-3)
+    else:
+        assert report.largest_error_tensor is None
+
+
+def test_the_same_dtype_is_copied_bit_for_bit(tmp_path: Path) -> None:
+    bits = torch.randint(0, 1 << 16, (100_000,), generator=torch.Generator().manual_seed(1)).to(torch.uint16)
+    tensors = {"w": bits.view(torch.bfloat16)}  # NaNs of every payload included
+    convert(make_model(tmp_path / "in", tensors), tmp_path / "out", torch.bfloat16)
+    written = load_file(tmp_path / "out" / SINGLE_NAME)["w"]
+    assert torch.equal(written.view(torch.uint16), bits)
+
+
+def test_files_and_config_are_kept_right(tmp_path: Path) -> None:
+    nested = {"text_config": {"torch_dtype": "float32", "hidden_size": 3}, "torch_dtype": "float32", "vocab_size": 9}
+    source = make_model(tmp_path / "in", {"w": torch.ones(2, 2)}, **nested)
+    (source / "pytorch_model.bin").write_bytes(b"old")
+    convert(source, tmp_path / "out", torch.float16)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {
+        "model_type": "llama",
+        "text_config": {"torch_dtype": "float16", "hidden_size": 3},
+        "torch_dtype": "float16",
+        "vocab_size": 9,
+    }
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["config.json", "generation_config.json", SINGLE_NAME, "tokenizer.json"]
+    for name in ("generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_config_without_dtype_gets_one() -> None:
+    assert with_dtype({"a": 1}, torch.bfloat16) == {"a": 1, "dtype": "bfloat16"}
+    assert with_dtype({"dtype": "x", "torch_dtype": "y"}, torch.float32) == {
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+
+
+def test_tied_weights_stay_tied(tmp_path: Path, tiny_llama_tied: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    convert(tiny_llama_tied, tmp_path / "out", torch.bfloat16)
+    with SafetensorsCheckpoint(tmp_path / "out") as result:
+        assert "lm_head.weight" not in result
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama_tied).to(torch.bfloat16)
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.fixture
+def tiny_llama_tied(tmp_path: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**shape, num_attention_heads=2, vocab_size=64, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    return tmp_path / "tied"
+
+
+def test_overflow_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:
+    tensors = {"fine": torch.ones(4), "layers.3.big": torch.tensor([1.0, -70_000.0, 66_000.0])}
+    source = make_model(tmp_path / "in", tensors)
+    with pytest.raises(UnsupportedError, match=r"layers\.3\.big: holds -70000, beyond float16's largest value 65504"):
+        convert(source, tmp_path / "out", torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_overflow_is_clipped_on_request(tmp_path: Path) -> None:
+    values = torch.tensor([1.0, -70_000.0, 66_000.0, 65_519.0, math.inf, -math.inf, math.nan, 1e-9])
+    source = make_model(tmp_path / "in", {"w": values})
+    report = convert(source, tmp_path / "out", torch.float16, overflow="clip")
+    written = load_file(tmp_path / "out" / SINGLE_NAME)["w"]
+    expected = torch.tensor([1.0, -65_504, 65_504, 65_504, math.inf, -math.inf, math.nan, 0.0], dtype=torch.float16)
+    assert torch.equal(written.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
+    assert (report.clipped, report.non_finite, report.non_finite_tensor, report.underflows) == (2, 3, "w", 1)
+    assert report.largest_relative_error == 1.0
+
+
+@pytest.mark.parametrize("target", FLOATS, ids=label)
+def test_nan_and_infinity_stay_what_they_are(tmp_path: Path, target: torch.dtype) -> None:
+    source = make_model(tmp_path / "in", {"w": torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 2.0])})
+    report = convert(source, tmp_path / "out", target)
+    written = load_file(tmp_path / "out" / SINGLE_NAME)["w"].tolist()
+    assert math.isnan(written[0])
+    assert written[1:] == [math.inf, -math.inf, 0.0, -0.0, 2.0]
+    assert math.copysign(1, written[4]) == -1
+    assert report.clipped == 0
+    assert report.non_finite == (0 if target == torch.float32 else 3)  # not looked at where nothing is cast
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=1, max_size=50),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    st.sampled_from(FLOATS),
+)
+@settings(max_examples=150, deadline=None)
+def test_cast_errors_are_exact(values: list[float], given_dtype: torch.dtype, target: torch.dtype) -> None:
+    source = torch.tensor(values).to(given_dtype)
+    out = torch.empty(len(values), dtype=target)
+    errors = cast_into(source, out)
+    wide, cast = source.double(), source.to(target)
+    finite = wide.isfinite()
+    over = finite & cast.isinf()
+    limit = torch.finfo(target).max
+    assert errors.overflows == int(over.sum())
+    assert errors.non_finite == int((~finite).sum())
+    assert errors.underflows == int(((wide != 0) & (cast == 0)).sum())
+    assert torch.equal(out[~over].nan_to_num(nan=5.0), cast[~over].nan_to_num(nan=5.0))
+    assert torch.equal(out[over].double(), wide[over].sign() * limit)
+    ordinary = finite & ~over & (wide != 0)
+    relative = ((cast.double() - wide).abs() / wide.abs())[ordinary]
+    largest = relative.max().item() if len(relative) else 0.0
+    assert errors.largest_relative == pytest.approx(largest, rel=1e-6)
+
+
+def test_a_cast_view_equals_the_converted_checkpoint(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "in", varied(torch.float32), torch_dtype="float32")
+    convert(source, tmp_path / "out", torch.bfloat16)
+    with (
+        SafetensorsCheckpoint(tmp_path / "out") as written,
+        CastView(SafetensorsCheckpoint(source), torch.bfloat16) as view,
+    ):
+        assert view.config == written.config
+        for name in view:
+            assert view.infos[name].dtype == written.infos[name].dtype
+            assert torch.equal(view[name], written[name])
+        assert torch.equal(view.read_rows("odd", 5, 9), written.read_rows("odd", 5, 9))
+
+
+def test_a_cast_view_checks_the_range(tmp_path: Path) -> None:
+    source = SafetensorsCheckpoint(make_model(tmp_path / "in", {"w": torch.tensor([1.0, 1e9])}))
+    with pytest.raises(UnsupportedError, match="tensor w"):
+        CastView(source, torch.float16)["w"]
+    assert CastView(source, torch.float16, "clip")["w"].tolist() == [1.0, 65_504.0]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ({"w": torch.ones(2)}, {"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq"),
+        ({"w": torch.ones(2)}, {"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
+        ({"l.qweight": torch.ones(2, 2, dtype=torch.int32)}, {}, r"tensor l\.qweight is torch\.int32"),
+        ({"l.weight": torch.ones(2, 2, dtype=torch.int8), "l.SCB": torch.ones(2)}, {}, "already quantized"),
+        ({"l.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, {}, r"torch\.float8_e4m3fn"),
+        ({"l.weight_packed": torch.ones(2, 2, dtype=torch.int32)}, {}, "weight_packed"),
+    ],
+)
+def test_a_quantized_model_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], message: str
+) -> None:
+    source = make_model(tmp_path / "in", tensors, **config)
+    with pytest.raises(UnsupportedError, match=message):
+        convert(source, tmp_path / "out", torch.bfloat16)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_bad_requests_are_refused_before_any_work(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "in", {"w": torch.ones(2)})
+    with pytest.raises(UnsupportedError, match="is no target"):
+        convert(source, tmp_path / "out", torch.int8)
+    with pytest.raises(OutputError, match="not empty"):
+        convert(source, source, torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+class Failing(RowsOnly):
+    """Fails on the second tensor, after the first has been written."""
+
+    def __init__(self, base: Checkpoint, error: BaseException) -> None:
+        super().__init__(base)
+        self._error = error
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if name == "b":
+            raise self._error
+        return super().read_rows(name, start, stop)
+
+
+@pytest.mark.parametrize("error", [CheckpointError("gone"), KeyboardInterrupt(), MemoryError()], ids=repr)
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, error: BaseException) -> None:
+    source = make_model(tmp_path / "in", {"a": torch.ones(100), "b": torch.ones(100)})
+    with SafetensorsCheckpoint(source) as checkpoint, pytest.raises(type(error)):
+        convert_dtype(Failing(checkpoint, error), tmp_path / "out", dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "in", {"w": torch.ones(100)})
+    leftover = tmp_path / ".out.partial"
+    (leftover / "sub").mkdir(parents=True)
+    (leftover / "model-00001-of-00002.safetensors").write_bytes(b"x")
+    convert(source, tmp_path / "out", torch.float16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert not (tmp_path / "out" / "sub").exists()
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+import torch
+from llmconvert.checkpoint import CheckpointView, SafetensorsCheckpoint
+from llmconvert.convert.dtype import convert_dtype
+
+class Slow(CheckpointView):
+    def read_rows(self, name, start, stop):
+        print("reading", flush=True)
+        import time; time.sleep(0.2)
+        return super().read_rows(name, start, stop)
+
+convert_dtype(Slow(SafetensorsCheckpoint(sys.argv[1])), Path(sys.argv[2]), dtype=torch.float16)
+"""
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "in", {f"t{i}": torch.ones(10) for i in range(100)})
+    command = [sys.executable, "-c", INTERRUPTED, str(source), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert (tmp_path / ".out.partial").is_dir()
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert "KeyboardInterrupt" in errors
+    assert time.monotonic() - begin < 10
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@contextmanager
+def small_disk(mount_point: Path) -> Iterator[None]:
+    mount_point.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount_point)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(mount_point)], check=True)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "in", {f"t{i}": torch.ones(1 << 18) for i in range(6)})
+    disk = tmp_path / "disk"
+    with small_disk(disk):
+        with pytest.raises(CapacityError, match="no space for"):
+            convert(source, disk / "out", torch.float32, max_shard_bytes=1 << 20)
+        assert list(disk.iterdir()) == []
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+
+def peak():
+    return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
+
+idle = peak()
+from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.convert.dtype import convert_dtype
+with SafetensorsCheckpoint(sys.argv[1]) as source:
+    convert_dtype(source, Path(sys.argv[2]), dtype=getattr(torch, sys.argv[3]))
+print(json.dumps({"above_idle": (peak() - idle) * 1024}))
+"""
+
+
+def make_sparse(directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, width: int) -> None:
+    """A checkpoint of holes: large to read, nothing on disk."""
+    header, position = {}, 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * width
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    raw = json.dumps(header).encode()
+    directory.mkdir()
+    with (directory / SINGLE_NAME).open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + position)
+    (directory / "config.json").write_text("{}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "width", "target"), [("F32", 4, "bfloat16"), ("BF16", 2, "float32")])
+def test_memory_does_not_grow_with_the_model_or_its_largest_tensor(
+    tmp_path: Path, dtype: str, width: int, target: str
+) -> None:
+    # An embedding of 800 MB, and stacked experts whose single row is 400 MB: far beyond what may be held.
+    rows = 400_000_000 // width // 1000
+    make_sparse(tmp_path / "in", {"embed": (2 * rows, 1000), "experts": (2, rows, 1000)}, dtype, width)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "in"), str(tmp_path / "out"), target]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)["above_idle"] < 300e6
+
+
+def test_the_layout_follows_the_source(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.ones(8, 8) for i in range(6)}
+    with SafetensorsCheckpoint(make_model(tmp_path / "in", tensors)) as source:
+        infos: Mapping[str, TensorInfo] = source.infos
+        convert_dtype(source, tmp_path / "out", dtype=torch.float16, max_shard_bytes=256)
+        weight_map = json.loads((tmp_path / "out" / INDEX_NAME).read_text())["weight_map"]
+        assert [weight_map[name] for name in infos] == [
+            f"model-{1 + i // 2:05d}-of-00003.safetensors" for i in range(6)
+        ]
