@@ -24,7 +24,7 @@ from llmconvert.validate.inventory import bits_per_weight, measure_sizes, take_i
 from llmconvert.validate.perplexity import Comparison, PerplexityResult, WorstToken, compare_logits, perplexity
 from llmconvert.validate.report import Check
 
-__all__ = ["Limits", "validate_artifact"]
+__all__ = ["GenerationOptions", "Limits", "validate_artifact"]
 
 # Tokens of the first window that the runtime's logits are compared on.
 _FIDELITY_TOKENS = 256

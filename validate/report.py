@@ -93,7 +93,7 @@ class Check(_Value):
 class Report(_Value):
     """Everything measured about one artifact; the JSON schema is in the module's docstring."""
 
-    schema_: Literal["llmconvert.report/1"] = Field("llmconvert.report/1", alias="schema")
+    schema_: Literal["llmconvert.report/1"] = Field(default="llmconvert.report/1", alias="schema")
     model: ModelInfo
     environment: Mapping[str, str] = Field(default_factory=dict)
     steps: tuple[Step, ...] = ()

@@ -1,0 +1,121 @@
+"""The model card: Hub metadata, measured numbers, how to load it, how it was made.
+
+Metadata as the Hub documents it (https://huggingface.co/docs/hub/model-cards).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from llmconvert.errors import HubError
+from llmconvert.validate.display import rows
+from llmconvert.validate.html import template_environment
+from llmconvert.validate.report import Report
+
+__all__ = ["inherited_license", "render_card"]
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NOT_ON_CARD = ("inventory", "runtime", "fidelity.max_abs_diff", "kl_p99", "generation.looping", "generation.ended")
+# Formats that vLLM reads; the others are transformers' or llama.cpp's business.
+_VLLM_FORMATS = ("compressed-tensors", "gptq", "awq")
+
+
+def render_card(
+    report: Report,
+    *,
+    repository: str,
+    recipe: str,
+    base_model: str | None = None,
+    license_fields: Mapping[str, str] | None = None,
+    chat: bool = False,
+    plots: Sequence[tuple[str, str]] = (),
+    limitations: Sequence[str] = (),
+) -> str:
+    """``README.md`` of an artifact, parsed once by ``huggingface_hub`` before it is returned.
+
+    Args:
+        repository: where users will load it from: ``user/name``, or a directory.
+        recipe: the resolved recipe as YAML.
+        base_model: Hub id of the original; taken from the report where its source is one.
+        license_fields: ``license``, ``license_name``, ``license_link`` of the original (:func:`inherited_license`).
+        chat: whether the tokenizer has a chat template, for the example.
+        plots: (caption, path inside the repository).
+        limitations: sentences to add to the standing ones.
+
+    Raises:
+        HubError: the card's metadata would not be valid on the Hub.
+    """
+    model = report.model
+    base = base_model or (model.source if _REPOSITORY.fullmatch(model.source) else None)
+    template = template_environment(escape=False).get_template("card.md.j2")
+    body = template.render(
+        title=model.name,
+        model=model,
+        base=base,
+        repository=repository,
+        rows=[row for row in rows(report) if row.value and row.name not in _NOT_ON_CARD],
+        about=_detail(report, "perplexity"),
+        fidelity=report.check("fidelity.max_abs_diff"),
+        failed=report.failed,
+        recipe=recipe.strip(),
+        chat=chat,
+        vllm=model.format in (None, *_VLLM_FORMATS),
+        plots=plots,
+        limitations=limitations,
+        environment=report.environment,
+    )
+    card = f"---\n{_metadata(report, base, license_fields or {}).to_yaml()}\n---\n\n{body}"
+    try:
+        ModelCard(card)
+    except (ValueError, yaml.YAMLError) as error:
+        raise HubError(f"the model card's metadata is not valid: {error}") from error
+    return card
+
+
+def _metadata(report: Report, base: str | None, license_fields: Mapping[str, str]) -> ModelCardData:
+    model = report.model
+    tags = ["llmconvert"]
+    if model.scheme:
+        bits = re.match(r"w(\d+)a(\d+)", model.scheme)
+        tags += [tag for tag in (model.method, model.format, bits and f"{bits[1]}-bit", bits and bits[0]) if tag]
+    fields: dict[str, Any] = {
+        **{key: license_fields[key] for key in ("license", "license_name", "license_link") if key in license_fields},
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(dict.fromkeys(tags)),
+    }
+    if model.license and "license" not in fields:
+        fields["license"] = model.license
+    if base is not None:
+        fields["base_model"] = [base]
+        fields["base_model_relation"] = "quantized" if model.scheme else "finetune"
+    return ModelCardData(**fields)
+
+
+def inherited_license(readme: bytes | str | None) -> dict[str, str]:
+    """The licence fields of an original's card: ``license``, and ``license_name`` and ``license_link`` if it has them.
+
+    Empty without a card, or with one that can't be parsed.
+    """
+    if readme is None:
+        return {}
+    text = readme.decode("utf-8", errors="replace") if isinstance(readme, bytes) else readme
+    match = re.match(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", text, re.DOTALL)
+    try:
+        fields = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(fields, dict):
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: fields[key] for key in keys if isinstance(fields.get(key), str)}
+
+
+def _detail(report: Report, name: str) -> Mapping[str, Any]:
+    check = report.check(name)
+    return {} if check is None else check.detail

@@ -1,0 +1,153 @@
+"""Checks as rows of text, the same in the terminal, in HTML and on the model card.
+
+A cell with an interval reads ``13.42 (12.20 to 14.90)``; :func:`split_interval` takes it apart where two lines serve
+better than one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmconvert.validate.report import Check, Report
+
+__all__ = ["Row", "format_bytes", "format_count", "format_seconds", "format_value", "rows", "split_interval"]
+
+_LABELS: Mapping[str, str] = {
+    "size_bytes": "Weights on disk",
+    "bits_per_weight": "Bits per weight",
+    "perplexity": "Perplexity",
+    "kl_mean": "KL divergence per token, mean",
+    "kl_p99": "KL divergence per token, 99th percentile",
+    "top1_agreement": "Same most likely next token",
+    "generation.agreement": "Same tokens in greedy continuations",
+    "generation.looping": "Continuations stuck in a loop",
+    "generation.ended": "Continuations that end by themselves",
+    "speed.prefill": "Speed of reading a prompt",
+    "speed.decode": "Speed of writing",
+    "inventory": "Tensors dropped or misshapen",
+    "runtime": "Tensors the runtime could not load",
+    "fidelity.max_abs_diff": "Largest difference of a logit, runtime to reader",
+}
+_PREFIXES = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One check for people: label, original, artifact, change and limit as text; empty where there is none.
+
+    ``note`` is the check's sentence, ``ok`` its verdict, ``gated`` whether a limit was set.
+    """
+
+    name: str
+    label: str
+    reference: str
+    value: str
+    change: str
+    limit: str
+    note: str
+    ok: bool
+    gated: bool
+
+
+def rows(report: Report) -> list[Row]:
+    """A row for every check, in the report's order."""
+    return [
+        Row(
+            name=check.name,
+            label=_LABELS.get(check.name, check.name),
+            reference=_with_interval(check, check.reference, "reference_"),
+            value=_with_interval(check, check.value, ""),
+            change=_change(check),
+            limit="" if check.limit is None else _limit(check),
+            note=check.text,
+            ok=check.ok,
+            gated=check.limit is not None,
+        )
+        for check in report.checks
+    ]
+
+
+def split_interval(cell: str) -> tuple[str, str]:
+    """A cell's number, and its interval without parentheses (empty if it has none)."""
+    number, _, interval = cell.partition(" (")
+    return number, interval.removesuffix(")")
+
+
+def format_value(value: float | None, unit: str) -> str:
+    """A number with its unit, as many digits as mean something."""
+    if value is None:
+        return ""
+    if unit == "bytes":
+        return format_bytes(value)
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    if unit in ("tensors", "texts"):
+        return f"{value:,.0f}"
+    if unit in ("tokens/s", "nats"):
+        return f"{_significant(value, 3)} {unit}"
+    return _significant(value, 4)
+
+
+def format_bytes(value: float) -> str:
+    """Decimal units, three or four digits: ``112.8 MB``."""
+    power = 0
+    while abs(value) >= 999.95 and power < len(_PREFIXES) - 1:
+        value /= 1000
+        power += 1
+    return f"{value:.0f} {_PREFIXES[power]}" if power == 0 else f"{value:.1f} {_PREFIXES[power]}"
+
+
+def format_count(value: float) -> str:
+    """``134.5 M``, ``6.7 B``: numbers in a model."""
+    for factor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.1f} {letter}"
+    return f"{value:.0f}"
+
+
+def format_seconds(value: float) -> str:
+    """``8.4 s``, ``2 min 05 s``, ``1 h 02 min``."""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _significant(value: float, digits: int) -> str:
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}" if decimals <= digits + 3 else f"{value:.{digits - 1}e}"
+
+
+def _with_interval(check: Check, value: float | None, prefix: str) -> str:
+    text = format_value(value, check.unit)
+    low, high = check.detail.get(f"{prefix}low"), check.detail.get(f"{prefix}high")
+    if value is None or low is None or high is None:
+        return text
+    return f"{text} ({_significant(low, 4)} to {_significant(high, 4)})"
+
+
+def _change(check: Check) -> str:
+    if check.name == "perplexity" and check.detail.get("increase") is not None:
+        text = _signed(check.detail["increase"])
+        low, high = check.detail.get("increase_low"), check.detail.get("increase_high")
+        return text if low is None or high is None else f"{text} ({_signed(low)} to {_signed(high)})"
+    if not check.value or not check.reference or check.unit in ("texts", "tensors"):
+        return ""
+    return _signed(check.value / check.reference - 1)
+
+
+def _signed(share: float) -> str:
+    percent = f"{100 * share:+.1f}"
+    return percent.replace("-", "\N{MINUS SIGN}") + " %"
+
+
+def _limit(check: Check) -> str:
+    # Agreement has to reach its limit, everything else has to stay below.
+    sign = "≥" if check.unit == "share" else "≤"
+    return f"{sign} {format_value(check.limit, check.unit)}"

@@ -1,0 +1,170 @@
+"""The report's plots, drawn without any global state of matplotlib.
+
+As SVG their text is text and their ink is the page's own colour (``currentColor``), so that one drawing serves light
+and dark pages; as PNG they are dark on white.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llmconvert.validate.display import format_bytes
+from llmconvert.validate.report import Check, Report
+
+__all__ = ["Format", "layer_error_plot", "quality_plot"]
+
+Format = Literal["svg", "png"]
+
+# Near-black for PNG; a colour that occurs nowhere else, to be found again in the SVG.
+_INK = "#1e2328"
+# Of middle lightness: at least 3:1 against white and against near-black.
+_COLOURS = ("#3b82c4", "#d07a1f", "#2e9567", "#c75a9b", "#8a6fd1", "#a08025", "#d1495b", "#2a9d9d", "#7f7f7f")
+_MARKERS = "osD^vP*Xh"
+_LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)\.weight")
+_INCHES = (6.4, 3.6)
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    label: str
+    size: float
+    perplexity: float
+    interval: tuple[float, float] | None
+    colour: str
+
+
+def quality_plot(report: Report, format: Format = "svg") -> bytes | None:
+    """Size on disk against perplexity, from the original to the artifact, with 95 % intervals.
+
+    None if the report lacks one of the four numbers.
+    """
+    size, quality = report.check("size_bytes"), report.check("perplexity")
+    if size is None or size.value is None or size.reference is None:
+        return None
+    if quality is None or quality.value is None or quality.reference is None:
+        return None
+    points = (
+        _Point("original", size.reference, quality.reference, _interval(quality, "reference_"), _COLOURS[8]),
+        _Point("artifact", size.value, quality.value, _interval(quality, ""), _COLOURS[0]),
+    )
+    return _render(lambda figure: _draw_quality(figure, points), format, "quality")
+
+
+def layer_error_plot(report: Report, format: Format = "svg") -> bytes | None:
+    """Relative error of every quantized tensor, by layer and kind. None if none was quantized."""
+    inventory = report.check("inventory")
+    series = _errors_by_kind(inventory.detail.get("tensors", ()) if inventory else ())
+    if not series:
+        return None
+    return _render(lambda figure: _draw_errors(figure, series), format, "layers")
+
+
+def _render(draw: Callable[[Any], None], format: Format, name: str) -> bytes:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    buffer = io.BytesIO()
+    # Restored on leaving: text as text, and ids that are the same every time.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "font.family": "sans-serif"}):
+        figure = Figure(figsize=_INCHES, layout="constrained")
+        (FigureCanvasSVG if format == "svg" else FigureCanvasAgg)(figure)
+        draw(figure)
+        if format == "png":
+            figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+            return buffer.getvalue()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue().decode(), name).encode()
+
+
+def _inline(svg: str, name: str) -> str:
+    """An SVG to stand inside a page: no prologue, ids of its own, the page's ink and font."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
+    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg \1width="100%" role="img"', svg, count=1)
+    return svg.replace(_INK, "currentColor")
+
+
+def _style(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_INK)
+    axes.tick_params(colors=_INK)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    axes.grid(color="#888888", alpha=0.25, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _interval(check: Check, prefix: str) -> tuple[float, float] | None:
+    low, high = check.detail.get(f"{prefix}low"), check.detail.get(f"{prefix}high")
+    return None if low is None or high is None else (low, high)
+
+
+def _draw_quality(figure: Any, points: tuple[_Point, _Point]) -> None:
+    axes = figure.add_subplot()
+    _style(axes)
+    before, after = points
+    arrow = {"arrowstyle": "->", "color": _INK, "alpha": 0.6, "shrinkA": 7, "shrinkB": 7}
+    axes.annotate("", (after.size, after.perplexity), (before.size, before.perplexity), arrowprops=arrow)
+    highest = max(point.perplexity for point in points)
+    for point in points:
+        bars = None
+        if point.interval is not None:
+            bars = [[point.perplexity - point.interval[0]], [point.interval[1] - point.perplexity]]
+        axes.errorbar([point.size], [point.perplexity], yerr=bars, fmt="o", markersize=9, color=point.colour, capsize=4)
+        # Above the upper point and below the lower one, clear of the arrow between them.
+        above = point.perplexity == highest
+        axes.annotate(
+            f"{point.label}\n{format_bytes(point.size)}, {point.perplexity:.2f}",
+            (point.size, point.perplexity),
+            xytext=(10, 6 if above else -6),
+            textcoords="offset points",
+            va="bottom" if above else "top",
+            color=_INK,
+        )
+    axes.set_xlim(0, 1.4 * max(point.size for point in points))
+    axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".0 ", " "))
+    axes.set_xlabel("weights on disk")
+    axes.set_ylabel("perplexity, lower is better")
+
+
+def _errors_by_kind(tensors: Any) -> Mapping[str, list[tuple[int, float]]]:
+    """Kind of tensor (its name after the layer's index) → (layer, relative error) in order."""
+    series: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for record in tensors:
+        match = _LAYER.fullmatch(record["name"])
+        if record["status"] == "quantized" and record["error"] is not None and match is not None:
+            series[match[2].rpartition(".")[2]].append((int(match[1]), record["error"]))
+    return {kind: sorted(points) for kind, points in series.items()}
+
+
+def _draw_errors(figure: Any, series: Mapping[str, list[tuple[int, float]]]) -> None:
+    axes = figure.add_subplot()
+    _style(axes)
+    for index, (kind, points) in enumerate(series.items()):
+        layers, errors = zip(*points, strict=True)
+        axes.plot(
+            layers,
+            [100 * error for error in errors],
+            marker=_MARKERS[index % len(_MARKERS)],
+            color=_COLOURS[index % len(_COLOURS)],
+            markersize=4,
+            linewidth=1.2,
+            label=kind,
+        )
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("relative weight error, %")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, labelcolor=_INK, fontsize=9)
