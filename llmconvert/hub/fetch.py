@@ -1,46 +1,25 @@
-"""Fetching models from the Hugging Face Hub, and the one-line errors of everything that talks to it.
-
-``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are honoured by ``huggingface_hub`` itself; nothing
-here reads or passes a token. A revision is resolved to a commit hash once, and everything after that is pinned to it.
-"""
+"""Fetching models from the Hugging Face Hub: only the files needed, pinned to a commit."""
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import glob
 import json
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    DisabledRepoError,
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from huggingface_hub.utils.tqdm import tqdm
 
-from llmconvert.errors import CapacityError, HubError, LlmconvertError
+from llmconvert.errors import HubError
+from llmconvert.hub.errors import hub_errors
 from llmconvert.progress import SILENT, Progress, Task
 
-__all__ = ["FetchedModel", "fetch", "hub_errors", "without_tokens"]
+__all__ = ["FetchedModel", "fetch"]
 
-# The transport's own base class, whichever httpx the client is built on.
-_TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
-_TOKEN = re.compile(r"\b(?:hf|api_org)_\w{8,}")
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -177,75 +156,3 @@ def _bar(task: Task) -> type[Any]:
             return None
 
     return Bar
-
-
-def without_tokens(text: str) -> str:
-    """``text`` without anything that looks like, or is, a Hub token."""
-    token = huggingface_hub.get_token()
-    return _TOKEN.sub("[token]", text.replace(token, "[token]") if token else text)
-
-
-@contextmanager
-def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn every failure of ``huggingface_hub`` into one line that says what to do, free of tokens."""
-    try:
-        yield
-    except LlmconvertError:
-        raise
-    except (OSError, ValueError, RevisionResolutionError, EntryNotFoundError, _TRANSPORT_ERROR) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = error.filename or "the cache (HF_HOME)"
-            raise CapacityError(f"{repo_id}: the disk that holds {where} is full; free some space") from None
-        # Without the cause: its text is the server's, and may quote the request.
-        raise HubError(without_tokens(f"{repo_id}: {_explain(error, repo_id, revision)}")) from None
-
-
-def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
-    endpoint = huggingface_hub.constants.ENDPOINT
-    match error:
-        case RevisionNotFoundError():
-            return f"has no revision {revision or 'main'!r}; name a branch, tag or commit that is listed there"
-        case GatedRepoError():
-            return f"is gated; accept its terms at {endpoint}/{repo_id} and set HF_TOKEN to a token of that account"
-        case RepositoryNotFoundError():
-            return (
-                f"no such model on {endpoint}, or it is private; check the spelling (org/name), "
-                "and set HF_TOKEN if it is private"
-            )
-        case DisabledRepoError():
-            return "was disabled on the Hub"
-        case OfflineModeIsEnabled():
-            return "HF_HUB_OFFLINE is set and this needs the Hub; unset it"
-        case LocalEntryNotFoundError() | RevisionResolutionError():
-            if huggingface_hub.constants.HF_HUB_OFFLINE:
-                return "HF_HUB_OFFLINE is set and the model is not (completely) in the cache; fetch it once online"
-            cause = type(error.__cause__ or error).__name__
-            return f"{endpoint} could not be reached ({cause}), and the model is not in the cache"
-        case HFValidationError():
-            return f"is no valid repository id: {_first_line(error)}"
-        case HfHubHTTPError():
-            return _explain_status(error)
-        case _:
-            if isinstance(error, _TRANSPORT_ERROR):
-                return f"{endpoint} could not be reached ({type(error).__name__}: {_first_line(error)})"
-            return _first_line(error)
-
-
-def _explain_status(error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    said = f" (the Hub says: {' '.join(error.server_message.split())})" if error.server_message else ""
-    advice = {
-        401: "the token was rejected; set HF_TOKEN to a valid one, or unset it",
-        403: "the token does not allow this; use one with the needed permission",
-        404: "not found",
-        409: "conflicts with what is there",
-        412: "the branch has moved meanwhile; run the same command again",
-        429: "too many requests; wait a few minutes and run the same command again",
-    }
-    default = "the Hub failed; run the same command again later" if status >= 500 else "the Hub refused the request"
-    return f"HTTP {status}: {advice.get(status, default)}{said}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
