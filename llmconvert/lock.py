@@ -12,9 +12,10 @@ from typing import Self
 
 from llmconvert.errors import OutputError
 
-__all__ = ["DirectoryLock"]
+__all__ = ["LOCK_NAME", "DirectoryLock"]
 
-_NAME = ".lock"
+#: The file in a locked directory that carries the lock.
+LOCK_NAME = ".lock"
 
 
 class DirectoryLock:
@@ -32,8 +33,8 @@ class DirectoryLock:
         """Unlock. Safe to call twice."""
         if self._fd is None:
             return
-        if [entry.name for entry in self._directory.iterdir()] == [_NAME]:
-            (self._directory / _NAME).unlink(missing_ok=True)
+        if self._directory.is_dir() and [entry.name for entry in self._directory.iterdir()] == [LOCK_NAME]:
+            (self._directory / LOCK_NAME).unlink(missing_ok=True)
             self._directory.rmdir()
         os.close(self._fd)
         self._fd = None
@@ -46,21 +47,21 @@ class DirectoryLock:
 
 
 def _acquire(directory: Path) -> int:
-    path = directory / _NAME
+    path = directory / LOCK_NAME
     while True:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise OutputError(f"work directory {directory}: cannot be used: {error.strerror}") from error
+            raise OutputError(f"{directory}: cannot be used: {error.strerror}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
             os.close(fd)
             raise OutputError(
-                f"work directory {directory}: another run (process {holder}) is using it; "
-                "wait for it, or give this one another with --work-dir"
+                f"{directory}: another run (process {holder}) is using it; "
+                "wait for it, or give this one another directory"
             ) from error
         if _still_there(path, fd):
             os.ftruncate(fd, 0)

@@ -13,12 +13,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llmconvert.errors import RecipeError
-from llmconvert.recipes.consistency import contradictions
+from llmconvert.recipes.consistency import KeyPath, contradictions
 from llmconvert.recipes.recipe import Recipe
 
-__all__ = ["load_recipe", "parse_recipe", "read_override", "shipped_recipes"]
-
-KeyPath = tuple[str | int, ...]
+__all__ = ["load_recipe", "make_recipe", "parse_recipe", "read_override", "shipped_recipes"]
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -81,7 +79,25 @@ def parse_recipe(text: str, where: str, *, overrides: Sequence[str] = (), name: 
         key = read_override(override)
         _assign(values, *key)
         lines = {path: line for path, line in lines.items() if path[: len(key[0])] != key[0]}
-    values = {"name": name, **values}
+    return _validated({"name": name, **values}, where, lines, overrides, problems)
+
+
+def make_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """The recipe that plain values describe.
+
+    Raises:
+        RecipeError: one line per problem, each with the key's path.
+    """
+    return _validated(dict(values), where, {}, (), [])
+
+
+def _validated(
+    values: dict[str, Any],
+    where: str,
+    lines: Mapping[KeyPath, int],
+    overrides: Sequence[str],
+    problems: list[str],
+) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:

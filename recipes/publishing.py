@@ -11,14 +11,59 @@ import os
 import shutil
 from pathlib import Path
 
-from llmconvert.errors import CapacityError, OutputError
+from huggingface_hub import get_token
+
+from llmconvert.errors import CapacityError, HubError, OutputError
+from llmconvert.hub import push_folder
 from llmconvert.progress import SILENT, Progress
+from llmconvert.recipes.recipe import PublishSettings
 from llmconvert.writer import check_output_directory, publish_directory, staging_directory, write_json
 
-__all__ = ["PUBLICATION_FILE", "check_local_target", "file_sizes", "publish_local"]
+__all__ = ["PUBLICATION_FILE", "check_local_target", "check_target", "file_sizes", "publish_artifact", "publish_local"]
 
 PUBLICATION_FILE = Path("llmconvert") / "publication.json"
 _SCHEMA = "llmconvert.publication/1"
+
+
+def check_target(settings: PublishSettings, recipe: str) -> None:
+    """Refuse, before any work, a target that could not be published to.
+
+    Raises:
+        OutputError: see :func:`check_local_target`.
+        HubError: there is no token to publish with.
+    """
+    if settings.to.startswith("file:"):
+        check_local_target(_directory(settings), recipe)
+    elif get_token() is None:
+        raise HubError(
+            f"{settings.to}: publishing needs a token; set HF_TOKEN to one that may write, or add --no-publish"
+        )
+
+
+def publish_artifact(artifact: Path, settings: PublishSettings, recipe: str, *, progress: Progress = SILENT) -> str:
+    """Publish to where the recipe says; returns the place.
+
+    Raises:
+        OutputError, CapacityError: see :func:`publish_local`.
+        HubError: the Hub refused or could not be reached.
+    """
+    if settings.to.startswith("file:"):
+        publish_local(artifact, _directory(settings), recipe, progress=progress)
+        return settings.to
+    return push_folder(
+        artifact,
+        settings.to,
+        private=settings.private,
+        revision=settings.revision,
+        create_pr=settings.create_pr,
+        tag=settings.tag,
+        message=settings.message,
+        progress=progress,
+    )
+
+
+def _directory(settings: PublishSettings) -> Path:
+    return Path(settings.to.removeprefix("file:")).expanduser()
 
 
 def check_local_target(directory: Path, recipe: str) -> None:

@@ -79,6 +79,14 @@ def _parse_scheme(value: object) -> Scheme:
         raise ValueError(str(error)) from error
 
 
+def _parse_override(value: object) -> Scheme | None:
+    return None if value == "none" else _parse_scheme(value)
+
+
+def _print_override(scheme: Scheme | None) -> str:
+    return "none" if scheme is None else str(scheme)
+
+
 def _switch(value: object) -> object:
     """``true`` stands for a section with its defaults, ``false`` for none."""
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
@@ -89,6 +97,7 @@ def _to_tuple(value: object) -> object:
 
 
 SchemeField = Annotated[Scheme, PlainValidator(_parse_scheme), PlainSerializer(str)]
+OptionalScheme = Annotated[Scheme | None, PlainValidator(_parse_override), PlainSerializer(_print_override)]
 Share = Annotated[float, PlainValidator(parse_share), PlainSerializer(lambda share: f"{100 * share:.10g}%")]
 Bytes = Annotated[int, PlainValidator(parse_bytes)]
 Count = Annotated[int, Field(ge=1)]
@@ -133,10 +142,13 @@ class CalibrateSettings(_Section):
 
 
 class OverrideSettings(_Section):
-    """Layers whose name matches the shell pattern ``match`` get another scheme; the last match counts."""
+    """Layers whose name matches the shell pattern ``match`` get another scheme; the first match counts.
+
+    ``scheme: none`` leaves them unquantized.
+    """
 
     match: Annotated[str, Field(min_length=1)]
-    scheme: SchemeField
+    scheme: OptionalScheme
 
 
 class QuantizeSettings(_Section):
@@ -160,23 +172,33 @@ class PerplexitySettings(_Section):
 class GenerationSettings(_Section):
     """Greedy generation of original and artifact; ``min_agreement`` is the gate on the share of equal tokens."""
 
-    max_new_tokens: Count = 32
+    max_new_tokens: Count = 64
     min_agreement: Share | None = None
 
 
 class ValidateSettings(_Section):
-    """What is measured on the artifact and on the original, both reloaded from disk."""
+    """What is measured on the artifact and on the original, both reloaded from disk.
+
+    ``max_kl`` (mean divergence per token, nats), ``min_top1`` (share of equal predictions) and ``max_bytes`` (of the
+    weight files) are further gates; the first two need ``perplexity``, on whose text they are measured.
+    """
 
     perplexity: PerplexitySettings | None = None
     generation: Annotated[GenerationSettings | None, BeforeValidator(_switch)] = None
     attention: Annotated[tuple[str, ...], BeforeValidator(_to_tuple)] = ()
+    max_kl: Annotated[float, Field(gt=0)] | None = None
+    min_top1: Share | None = None
+    max_bytes: Bytes | None = None
 
 
 class PublishSettings(_Section):
-    """Where the artifact goes: ``file:DIR`` or a Hub repository ``user/name``."""
+    """Where the artifact goes: ``file:DIR`` or a Hub repository ``user/name``; the rest is for the Hub.
+
+    ``private`` says what a new repository becomes; ``true`` also refuses to publish into a public one.
+    """
 
     to: Annotated[str, Field(pattern=r"^(file:.+|[\w.-]+/[\w.-]+)$")]
-    private: bool = False
+    private: bool | None = None
     revision: str | None = None
     create_pr: bool = False
     tag: str | None = None

@@ -1,0 +1,67 @@
+"""The command line: parse, call, print. Each command is a module of its own and imports what it calls when called,
+so that ``--help`` answers at once.
+
+Errors of this package end the program with one message on standard error and the exit code of their class
+(:mod:`llmconvert.errors`); anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+from typing import IO, Any
+
+import click
+
+from llmconvert import __version__
+from llmconvert.cli.convert import convert
+from llmconvert.cli.inspect import inspect
+from llmconvert.cli.push import push
+from llmconvert.cli.quantize import quantize
+from llmconvert.cli.run import run
+from llmconvert.cli.validate import validate
+from llmconvert.errors import LlmconvertError, RunInterruptedError
+
+__all__ = ["main"]
+
+
+class _Failure(click.ClickException):
+    """An error of this package, as click shows and ends it."""
+
+    def __init__(self, error: LlmconvertError) -> None:
+        super().__init__(str(error))
+        # Declared as a class attribute by click, and read from the instance.
+        setattr(self, "exit_code", error.exit_code)  # noqa: B010
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"error: {self.message}", file=file, err=file is None)
+
+
+class _Main(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LlmconvertError as error:
+            raise _Failure(error) from error
+        except KeyboardInterrupt:
+            raise _Failure(RunInterruptedError("stopped by SIGINT")) from None
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="llmconvert %(version)s")
+def main() -> None:
+    """Take a language model to a smaller, measured and published one.
+
+    MODEL is a Hub id (org/name or org/name@revision), a directory in Hugging Face layout, a .gguf file, or
+    package:PKG/FILE, a file inside an installed Python package.
+
+    \b
+    Example:
+      llmconvert run recipes/demo.yaml
+
+    \b
+    Exit codes: 0 done, 2 usage or recipe error, 3 quality gate failed, 4 source or Hub error,
+    5 does not fit this machine, 6 interrupted (the same command continues), 1 a bug.
+    """
+
+
+for _command in (inspect, run, convert, quantize, validate, push):
+    main.add_command(_command)

@@ -1,0 +1,6 @@
+"""``python -m llmconvert.cli``, where the script is not on the path."""
+
+from llmconvert.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="llmconvert")

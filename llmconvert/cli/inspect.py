@@ -1,0 +1,61 @@
+"""``llmconvert inspect``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from llmconvert.convert.inspection import ModelSummary
+
+
+@click.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(model: str, as_json: bool) -> None:
+    """Show what MODEL is and what it needs, from its headers alone.
+
+    \b
+    Example:
+      llmconvert inspect Qwen/Qwen2.5-0.5B-Instruct
+    """
+    import json
+    from dataclasses import asdict
+
+    from llmconvert.convert.inspection import inspect_model
+
+    summary = inspect_model(model)
+    if as_json:
+        click.echo(json.dumps(asdict(summary), indent=2))
+        return
+    for label, value in _rows(summary):
+        click.echo(f"{label:<20} {value}")
+
+
+def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
+    shared = "" if summary.attention in ("MHA", "MLA") else f" over {summary.kv_heads} key-value heads"
+    rows = [
+        ("architecture", summary.architecture),
+        ("parameters", f"{summary.parameters:,}{', embeddings tied' if summary.tied else ''}"),
+        ("layers", f"{summary.layers} of width {summary.hidden_size:,}"),
+        ("attention", f"{summary.attention}, {summary.query_heads} heads of {summary.head_dim}{shared}"),
+        ("positions", summary.positions),
+        ("vocabulary", f"{summary.vocabulary:,}"),
+    ]
+    if summary.context:
+        rows.append(("context", f"{summary.context:,} tokens"))
+    if summary.windows:
+        rows.append(("sliding windows", f"{summary.windows[1]:,} tokens in {summary.windows[0]} layers"))
+    if summary.experts:
+        rows.append(("experts", f"{summary.experts} per layer"))
+    cache = summary.kv_bytes_per_token
+    rows.append(("KV cache, 16 bits", f"{cache:,} bytes per token, {_megabytes(cache * 4096)} at 4,096 tokens"))
+    if summary.quantization:
+        rows.append(("quantized", f"{summary.quantization}, {_megabytes(summary.stored_bytes)}"))
+    rows += [(f"weights, {name}", _megabytes(size)) for name, size in summary.weight_bytes.items()]
+    return rows
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

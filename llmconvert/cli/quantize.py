@@ -1,0 +1,75 @@
+"""``llmconvert quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("model")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--method", default="gptq", show_default=True)
+@click.option("--scheme", required=True, help="For example w4a16-g128 or w8a8.")
+@click.option("--format", "format_", default="compressed-tensors", show_default=True)
+@click.option(
+    "--override",
+    "overrides",
+    multiple=True,
+    metavar="PATTERN=SCHEME",
+    help="Another scheme for layers whose name matches.",
+)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--calibration", metavar="FILE|NAME", help="Text to calibrate on, pydoc-topics:train for example.")
+@click.option("--samples", type=int, default=128, show_default=True, help="Windows of calibration text.")
+@click.option("--length", type=int, default=2048, show_default=True, help="Tokens per window.")
+@click.option("--order", type=click.Choice(["shuffled", "sequential"]), default="shuffled", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--memory", metavar="SIZE", help="Use at most this much memory, 4GB for example.")
+@click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with weights_only=True.")
+def quantize(model: str, output: Path, **options: Any) -> None:
+    """Quantize MODEL to the directory OUTPUT. Stopped, the same command continues.
+
+    \b
+    Example:
+      llmconvert quantize org/name out/w4 --scheme w4a16-g128 \\
+          --calibration pydoc-topics:train --samples 32 --length 512
+    """
+    from llmconvert.progress import console_progress
+    from llmconvert.recipes.loading import make_recipe
+    from llmconvert.recipes.single import quantize_model
+
+    recipe = make_recipe({"model": model, **_settings(options)}, "quantize")
+    details = quantize_model(recipe, output, progress=console_progress())
+    click.echo(f"{output}: {details['layers']} layers quantized, {details['bytes']:,} bytes, {details['seconds']:.1f} s")
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's sections that the options stand for."""
+    overrides = []
+    for text in options["overrides"]:
+        pattern, separator, scheme = text.rpartition("=")
+        if not separator:
+            raise click.BadParameter(f"{text!r} is not PATTERN=SCHEME", param_hint="--override")
+        overrides.append({"match": pattern, "scheme": scheme})
+    settings: dict[str, Any] = {
+        "allow_pickle": options["allow_pickle"],
+        "convert": {"dtype": options["dtype"]},
+        "quantize": {
+            "method": options["method"],
+            "scheme": options["scheme"],
+            "format": options["format_"],
+            "overrides": overrides,
+        },
+        "device": options["device"],
+        "memory": options["memory"],
+    }
+    if options["calibration"] is not None:
+        settings["calibrate"] = {
+            "dataset": options["calibration"],
+            **{key: options[key] for key in ("samples", "length", "order", "seed")},
+        }
+    return settings

@@ -1,0 +1,277 @@
+"""Running a recipe: fetch, convert, calibrate, quantize, validate, write up, publish.
+
+Each step is a stage (:mod:`llmconvert.stages`) keyed by what determines its output, so a run that was stopped or
+changed repeats only what it must. Text, formats and the publishing target are checked before the long work begins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.convert.source import Source, open_source, source_fingerprint
+from llmconvert.engine.tokens import TokenWindows, check_disjoint
+from llmconvert.errors import GateError
+from llmconvert.interrupt import interruptible
+from llmconvert.memory import PeakMemory
+from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.base import needs_calibration
+from llmconvert.recipes.artifact import assemble_artifact, model_info
+from llmconvert.recipes.attention import require_attention_rewrite
+from llmconvert.recipes.publishing import check_target, publish_artifact
+from llmconvert.recipes.recipe import Recipe
+from llmconvert.recipes.steps import convert, measure, quantize
+from llmconvert.recipes.windows import WindowRequest, load_windows, save_windows
+from llmconvert.stages import StageResult, StageRun, StageStore
+from llmconvert.validate.report import Check, Report, Step, environment, require_passed
+
+__all__ = ["RunResult", "run_recipe"]
+
+_MODEL = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        recipe: what was run.
+        report: everything measured.
+        artifact: the artifact's directory in the work directory.
+        published: where it was published, or None.
+    """
+
+    recipe: Recipe
+    report: Report
+    artifact: Path
+    published: str | None
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    work_dir: Path | None = None,
+    store: StageStore | None = None,
+    fresh: bool = False,
+    publish: bool = True,
+    progress: Progress = SILENT,
+) -> RunResult:
+    """Run a recipe, or what is left of it.
+
+    Args:
+        work_dir: where stages are kept; the recipe's own by default.
+        store: an open work directory, to share among several recipes, instead.
+        fresh: forget what earlier runs of this recipe did.
+        publish: false leaves the artifact in the work directory.
+
+    Raises:
+        GateError: the artifact misses a limit; it is kept and not published.
+        RunInterruptedError: the process was asked to stop; the same call continues.
+        LlmconvertError: anything else that is wrong with the recipe, its sources or this machine.
+    """
+    with interruptible(), ExitStack() as stack:
+        if store is None:
+            store = stack.enter_context(StageStore(work_dir or Path(recipe.work_dir), progress=progress))
+        return _Run(recipe, store.begin(recipe.name, fresh=fresh), publish, progress).run()
+
+
+class _Run:
+    """One run of one recipe; its methods are the steps."""
+
+    def __init__(self, recipe: Recipe, stages: StageRun, publish: bool, progress: Progress) -> None:
+        self._recipe = recipe
+        self._stages = stages
+        self._progress = progress
+        self._device = torch.device(recipe.device)
+        self._steps: list[Step] = []
+        self._publish = recipe.publish if publish else None
+
+    def run(self) -> RunResult:
+        recipe = self._recipe
+        if recipe.attention is not None:
+            require_attention_rewrite(recipe.attention)
+        if self._publish is not None:
+            check_target(self._publish, recipe.name)
+        source = self._fetch()
+        converted = self._convert(source)
+        calibration, evaluation = self._draw(converted)
+        model = self._quantize(converted, calibration)
+        measured = self._measure(converted, model, calibration, evaluation)
+        artifact = self._assemble(source, converted, model, calibration, measured)
+        report = Report.read(artifact / "llmconvert" / "report.json")
+        try:
+            require_passed(report.checks)
+        except GateError as error:
+            raise GateError(f"{error}; the artifact is in {artifact}") from error
+        published = None
+        if self._publish is not None:
+            published = publish_artifact(artifact, self._publish, recipe.name, progress=self._progress)
+        return RunResult(recipe, report, artifact, published)
+
+    def _fetch(self) -> Source:
+        begin = time.perf_counter()
+        with PeakMemory() as memory:
+            source = open_source(self._recipe.model, allow_pickle=self._recipe.allow_pickle, progress=self._progress)
+        seconds = round(time.perf_counter() - begin, 3)
+        self._steps.append(Step(name="fetch", seconds=seconds, peak_rss_bytes=memory.nbytes))
+        return source
+
+    def _convert(self, source: Source) -> StageResult:
+        settings = self._recipe.convert
+
+        def build(path: Path) -> Mapping[str, Any]:
+            return asdict(convert(source.checkpoint, path / _MODEL, settings, progress=self._progress))
+
+        with source.checkpoint:
+            return self._stage("convert", {"source": source_fingerprint(source), **settings.model_dump()}, build)
+
+    def _draw(self, converted: StageResult) -> tuple[TokenWindows | None, TokenWindows | None]:
+        """Both texts, before the long work: a missing one, or one used twice, must not be found out after it."""
+        recipe = self._recipe
+        calibration = evaluation = None
+        if recipe.calibrate is not None and recipe.quantize is not None:
+            if needs_calibration(recipe.quantize.method):
+                calibration = self._windows("calibrate", WindowRequest.calibration(recipe.calibrate), converted)
+            else:
+                self._progress.log(f"calibrate: {recipe.quantize.method} needs no calibration, skipped")
+        if recipe.validation is not None and recipe.validation.perplexity is not None:
+            request = WindowRequest.evaluation(recipe.validation.perplexity)
+            evaluation = self._windows("evaluation-text", request, converted)
+        if calibration is not None and evaluation is not None:
+            check_disjoint(calibration, evaluation)
+        return calibration, evaluation
+
+    def _windows(self, name: str, request: WindowRequest, converted: StageResult) -> TokenWindows:
+        corpus = request.corpus()
+
+        def build(path: Path) -> Mapping[str, Any]:
+            with SafetensorsCheckpoint(converted.path / _MODEL) as checkpoint:
+                return save_windows(request.draw(checkpoint, corpus), path)
+
+        settings = {key: value for key, value in asdict(request).items() if key != "setting"}
+        result = self._stage(name, {"tokenizer of": converted.key, "text": corpus.digest, **settings}, build)
+        return load_windows(result.path, result.details)
+
+    def _quantize(self, converted: StageResult, calibration: TokenWindows | None) -> StageResult:
+        settings = self._recipe.quantize
+        if settings is None:
+            return converted
+
+        def build(path: Path) -> Mapping[str, Any]:
+            if (path / _MODEL).exists():  # complete, and killed just then
+                return {}
+            with SafetensorsCheckpoint(converted.path / _MODEL) as checkpoint:
+                return quantize(
+                    checkpoint,
+                    path / _MODEL,
+                    settings,
+                    windows=calibration.windows if calibration is not None else (),
+                    identity=converted.key,
+                    device=self._device,
+                    memory=self._recipe.memory,
+                    progress=self._progress,
+                )
+
+        inputs = {
+            "model": converted.key,
+            "calibration": calibration.digest if calibration is not None else None,
+            "device": self._device.type,
+            **settings.model_dump(mode="json"),
+        }
+        return self._stage("quantize", inputs, build, resumable=True)
+
+    def _measure(
+        self,
+        converted: StageResult,
+        model: StageResult,
+        calibration: TokenWindows | None,
+        evaluation: TokenWindows | None,
+    ) -> StageResult | None:
+        settings = self._recipe.validation
+        if settings is None:
+            return None
+        overlap = None
+        if calibration is not None and evaluation is not None:
+            overlap = check_disjoint(calibration, evaluation).fraction
+
+        def build(path: Path) -> Mapping[str, Any]:
+            with SafetensorsCheckpoint(converted.path / _MODEL) as reference:
+                checks = measure(
+                    model.path / _MODEL,
+                    reference,
+                    settings,
+                    evaluation,
+                    device=self._device,
+                    overlap=overlap,
+                    progress=self._progress,
+                )
+            return {"checks": [check.model_dump(mode="json") for check in checks]}
+
+        inputs = {
+            "original": converted.key,
+            "artifact": model.key,
+            "text": evaluation.digest if evaluation is not None else None,
+            "calibration": calibration.digest if calibration is not None else None,
+            "device": self._device.type,
+            **settings.model_dump(mode="json"),
+        }
+        return self._stage("validate", inputs, build)
+
+    def _assemble(
+        self,
+        source: Source,
+        converted: StageResult,
+        model: StageResult,
+        calibration: TokenWindows | None,
+        measured: StageResult | None,
+    ) -> Path:
+        checks = measured.details["checks"] if measured is not None else ()
+
+        def build(path: Path) -> Mapping[str, Any]:
+            report = Report(
+                model=model_info(self._recipe, source, converted.path / _MODEL, calibration),
+                environment=environment(),
+                steps=tuple(self._steps),
+                checks=tuple(Check.model_validate(check) for check in checks),
+            )
+            assemble_artifact(model.path / _MODEL, path / _MODEL, self._recipe, source, report)
+            return {}
+
+        inputs = {
+            "model": model.key,
+            "measured": measured.key if measured is not None else None,
+            "recipe": self._recipe.to_mapping(),
+            "source": f"{source.origin}@{source.revision}",
+        }
+        return self._stages.run("artifact", inputs, build).path / _MODEL
+
+    def _stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        build: Callable[[Path], Mapping[str, Any]],
+        *,
+        resumable: bool = False,
+    ) -> StageResult:
+        result = self._stages.run(name, inputs, build, resumable=resumable)
+        self._steps.append(
+            Step.model_validate(
+                {
+                    "name": name,
+                    "seconds": result.seconds,
+                    "peak_rss_bytes": result.peak_rss_bytes,
+                    "peak_rss_method": result.peak_rss_method,
+                    "reused": result.reused,
+                    "resumed": result.resumed,
+                    "details": result.details if name in ("convert", "quantize") else {},
+                }
+            )
+        )
+        return result

@@ -1,0 +1,114 @@
+"""The single steps, from a model named in any of its four forms: convert, quantize, validate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmconvert.convert.cast import CastView
+from llmconvert.convert.dtype import DtypeReport
+from llmconvert.convert.inspection import describe_model
+from llmconvert.convert.source import open_source, source_fingerprint
+from llmconvert.errors import UsageError
+from llmconvert.interrupt import interruptible
+from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.base import needs_calibration
+from llmconvert.recipes.artifact import public_name
+from llmconvert.recipes.recipe import Recipe
+from llmconvert.recipes.steps import DTYPES, convert, measure, quantize
+from llmconvert.recipes.windows import WindowRequest
+from llmconvert.validate.report import ModelInfo, Report, environment
+from llmconvert.writer import check_output_directory
+
+__all__ = ["convert_model", "quantize_model", "validate_model"]
+
+
+def convert_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) -> DtypeReport:
+    """Convert ``recipe.model`` to ``recipe.convert.dtype`` in the directory ``output``.
+
+    Raises:
+        LlmconvertError: see :func:`llmconvert.convert.source.open_source` and
+            :func:`llmconvert.convert.dtype.convert_dtype`.
+    """
+    check_output_directory(output)
+    with interruptible("nothing was written; run the same command again"):
+        source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
+        with source.checkpoint as checkpoint:
+            return convert(checkpoint, output, recipe.convert, progress=progress)
+
+
+def quantize_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) -> Mapping[str, Any]:
+    """Quantize ``recipe.model`` to the directory ``output``, by the recipe's quantize and calibrate sections.
+
+    What stays unquantized is written in ``recipe.convert.dtype``. A call that was stopped continues.
+
+    Raises:
+        UsageError: the recipe has no quantize section.
+        LlmconvertError: see :func:`llmconvert.quantize.job.quantize_checkpoint`.
+    """
+    if recipe.quantize is None:
+        raise UsageError("nothing to quantize: the recipe has no quantize section")
+    check_output_directory(output)
+    with interruptible():
+        source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
+        with source.checkpoint:
+            checkpoint = CastView(source.checkpoint, DTYPES[recipe.convert.dtype])
+            windows: Sequence[torch.Tensor] = ()
+            if recipe.calibrate is not None and needs_calibration(recipe.quantize.method):
+                request = WindowRequest.calibration(recipe.calibrate)
+                windows = request.draw(checkpoint, request.corpus()).windows
+            return quantize(
+                checkpoint,
+                output,
+                recipe.quantize,
+                windows=windows,
+                identity=source_fingerprint(source),
+                device=torch.device(recipe.device),
+                memory=recipe.memory,
+                progress=progress,
+            )
+
+
+def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Progress = SILENT) -> Report:
+    """Measure ``recipe.model``, by the recipe's validate section, against the model that ``reference`` names.
+
+    Raises:
+        UsageError: the recipe has no validate section, or the model is no directory.
+        LlmconvertError: see :func:`llmconvert.validate.artifact.validate_artifact`.
+    """
+    settings = recipe.validation
+    if settings is None:
+        raise UsageError("nothing to measure: the recipe has no validate section")
+    with interruptible("nothing was written; run the same command again"):
+        source = open_source(recipe.model, progress=progress)
+        original = open_source(reference, progress=progress) if reference is not None else None
+        with source.checkpoint as checkpoint:
+            if not source.path.is_dir():
+                raise UsageError(f"{recipe.model}: only directories are measured; convert it first")
+            summary = describe_model(checkpoint)
+            windows = None
+            if settings.perplexity is not None:
+                request = WindowRequest.evaluation(settings.perplexity)
+                windows = request.draw(checkpoint, request.corpus())
+        checks = measure(
+            source.path,
+            original.checkpoint if original is not None else None,
+            settings,
+            windows,
+            device=torch.device(recipe.device),
+            progress=progress,
+        )
+    return Report(
+        model=ModelInfo(
+            name=public_name(source.origin),
+            source=public_name(original.origin if original is not None else source.origin),
+            revision=(original or source).revision,
+            architecture=summary.architecture,
+            parameters=summary.parameters if summary.quantization is None else None,
+        ),
+        environment=environment(),
+        checks=tuple(checks),
+    )

@@ -1,0 +1,110 @@
+"""The steps of a recipe as plain calls, from a recipe's sections to the functions that do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmconvert.checkpoint import Checkpoint
+from llmconvert.convert.dtype import DtypeReport, convert_dtype
+from llmconvert.engine.tokens import TokenWindows
+from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.plan import Override
+from llmconvert.recipes.artifact import public_name
+from llmconvert.recipes.recipe import ConvertSettings, QuantizeSettings, ValidateSettings
+from llmconvert.validate.artifact import Limits, validate_artifact
+from llmconvert.validate.behaviour import GenerationOptions
+from llmconvert.validate.report import Check
+
+__all__ = ["DTYPES", "convert", "measure", "quantize"]
+
+#: The dtypes a recipe can name.
+DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+def convert(source: Checkpoint, output: Path, settings: ConvertSettings, *, progress: Progress = SILENT) -> DtypeReport:
+    """Write ``source`` in the section's dtype; see :func:`llmconvert.convert.dtype.convert_dtype`."""
+    return convert_dtype(source, output, dtype=DTYPES[settings.dtype], overflow=settings.overflow, progress=progress)
+
+
+def quantize(
+    source: Checkpoint,
+    output: Path,
+    settings: QuantizeSettings,
+    *,
+    windows: Sequence[torch.Tensor] = (),
+    identity: str = "",
+    device: torch.device,
+    memory: int | None,
+    progress: Progress = SILENT,
+) -> Mapping[str, Any]:
+    """Quantize ``source``, or go on where an earlier call was stopped; see
+    :func:`llmconvert.quantize.job.quantize_checkpoint`.
+
+    Args:
+        windows: calibration token ids, ``[1, length]`` each.
+        identity: what tells this source from others that look alike; a stopped call continues only if it is the same.
+        memory: bytes that may be used; what is free if None.
+
+    Returns:
+        What it reports, as JSON values.
+    """
+    result = quantize_checkpoint(
+        source,
+        output,
+        method=settings.method,
+        scheme=settings.scheme,
+        format=settings.format,
+        overrides=[Override(override.match, override.scheme) for override in settings.overrides],
+        windows=windows,
+        device=device,
+        memory_budget=memory,
+        identity=identity,
+        progress=progress,
+    )
+    return {
+        "layers": len(result.layers),
+        "bytes": result.nbytes,
+        "seconds": round(result.seconds, 3),
+        "phases": {name: round(seconds, 3) for name, seconds in result.phases.items()},
+        "mode": result.memory.mode,
+        "resumed_blocks": result.resumed_blocks,
+    }
+
+
+def measure(
+    artifact: Path,
+    reference: Checkpoint | None,
+    settings: ValidateSettings,
+    windows: TokenWindows | None,
+    *,
+    device: torch.device,
+    overlap: float | None = None,
+    progress: Progress = SILENT,
+) -> list[Check]:
+    """Measure an artifact as the section asks; see :func:`llmconvert.validate.artifact.validate_artifact`."""
+    perplexity, generation = settings.perplexity, settings.generation
+    return validate_artifact(
+        artifact,
+        reference=reference,
+        windows=replace(windows, dataset=public_name(windows.dataset)) if windows is not None else None,
+        generation=GenerationOptions(generation.max_new_tokens, generation.min_agreement) if generation else None,
+        limits=Limits(
+            max_increase=perplexity.max_increase if perplexity is not None else None,
+            max_kl=settings.max_kl,
+            min_top1=settings.min_top1,
+            max_bytes=settings.max_bytes,
+        ),
+        device=device,
+        overlap=overlap,
+        progress=progress,
+    )
