@@ -8,42 +8,38 @@ the result needs no column index and every kernel can read it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import CalibrationError
+from llmconvert.quantize.base import Solution, Target
+from llmconvert.quantize.factorize import invert_factor_, upper_factor_
 from llmconvert.quantize.kernels import over_rows, solve_columns
 from llmconvert.quantize.scales import GroupScales, search_scales
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
-__all__ = ["GptqOptions", "Prepared", "inverse_factor", "prepare", "quantize_gptq", "solve_nbytes"]
+__all__ = ["Gptq", "Prepared"]
 
 _MAX_DAMPING = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class GptqOptions:
-    """Settings of the algorithm.
-
-    Attributes:
-        damping: share of the mean diagonal that is added to the diagonal; grows tenfold until ``H`` factorizes.
-        block: columns solved before their errors are carried to the rest in one product.
-        scale_steps: fractions of a group's range that are tried as its scale.
-        narrowest: the smallest of these fractions.
-    """
-
-    damping: float = 0.01
-    block: int = 128
-    scale_steps: int = 26
-    narrowest: float = 0.5
+# Rows are solved in slices of about this many weights: rows are independent, and the working copies stay small.
+_WEIGHTS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What all linears at one stop share: the order of columns, the factor in that order, and the damping it took."""
+    """What all linears with the same inputs share.
+
+    Attributes:
+        order: int64 ``[columns]``, columns by falling diagonal.
+        factor: ``[columns, columns]``, upper triangular ``U`` of the damped inverse Hessian in that order; what lies
+            below its diagonal is not part of it.
+        diagonal: of the Hessian without damping, in the columns' own order.
+        damping: share of the mean diagonal it took.
+    """
 
     order: torch.Tensor
     factor: torch.Tensor
@@ -51,144 +47,160 @@ class Prepared:
     damping: float
 
 
-def prepare(name: str, hessian: Hessian, options: GptqOptions, dtype: torch.dtype = torch.float32) -> Prepared:
-    """Order the columns and factorize the inverse Hessian.
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """The method and its settings.
 
-    Args:
-        name: of the linears, for errors.
-        hessian: overwritten is nothing; a column whose inputs were all zero gets a diagonal of one.
-        options: damping.
-        dtype: of the factorization.
-
-    Raises:
-        CalibrationError: no damping up to the mean diagonal itself makes the matrix factorizable.
+    Attributes:
+        damping: share of the mean diagonal that is added to the diagonal; grows tenfold until ``H`` factorizes.
+        block: columns solved before their errors are carried to the rest in one product.
+        scale_steps: fractions of a group's range that are tried as its scale.
+        narrowest: the smallest of these fractions.
+        dtype: what is computed in.
     """
-    diagonal = hessian.matrix.diagonal().to(dtype)
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    damping = options.damping
-    while damping <= _MAX_DAMPING:
-        factor = inverse_factor(hessian.matrix, order, damping, dtype)
-        if factor is not None:
-            return Prepared(order, factor, diagonal, damping)
-        damping *= 10
-    raise CalibrationError(
-        f"{name}: the Hessian of its inputs ({hessian.tokens} tokens, {diagonal.shape[0]} columns) cannot be "
-        f"factorized even with damping {_MAX_DAMPING}; use more calibration text, or quantize this linear with rtn"
-    )
 
+    damping: float = 0.01
+    block: int = 128
+    scale_steps: int = 26
+    narrowest: float = 0.5
+    dtype: torch.dtype = torch.float32
 
-def inverse_factor(
-    matrix: torch.Tensor, order: torch.Tensor, damping: float, dtype: torch.dtype
-) -> torch.Tensor | None:
-    """The upper triangular ``U`` with ``(P H Pᵀ + damping · mean diagonal)⁻¹ = Uᵀ U``; None if it does not exist.
+    needs_hessian = True
 
-    One Cholesky factorization and one triangular inverse: with the order reversed, ``H = L Lᵀ`` turns into
-    ``H = R Rᵀ`` with ``R`` upper triangular, and ``U = R⁻¹``.
-    """
-    backwards = order.flip(0)
-    work = matrix[backwards][:, backwards].to(dtype)
-    diagonal = work.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    lower, info = torch.linalg.cholesky_ex(work)
-    if int(info) != 0:
-        return None
-    identity = torch.eye(len(order), dtype=dtype, device=matrix.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1)
+    def quantize(
+        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        assert hessian is not None
+        energies = {target.name: _output_energy(target.weight, hessian) for target in targets}
+        prepared = self.prepare(targets[0].name, hessian)
+        solutions: dict[str, Solution] = {}
+        for scheme in dict.fromkeys(target.scheme for target in targets):
+            stacked = [target for target in targets if target.scheme == scheme]
+            for name, (tensor, loss) in self._solve_stacked(stacked, prepared, scheme, scale_dtype).items():
+                error = loss / energies[name] if energies[name] > 0 else 0.0
+                solutions[name] = Solution(tensor, error, prepared.damping)
+        return solutions
 
+    def nbytes(self, rows: int, columns: int) -> int:
+        """The permuted copy of the Hessian, ``4 n²``, or the stacked weights and a slice of rows being solved.
 
-def quantize_gptq(
-    name: str,
-    weight: torch.Tensor,
-    prepared: Prepared,
-    scheme: Scheme,
-    scale_dtype: torch.dtype,
-    options: GptqOptions,
-    scales: GroupScales | None = None,
-) -> QuantizedTensor:
-    """Quantize one weight, or several with the same inputs stacked over their rows.
+        A slice holds its float32 weights twice (own order, solving order) and its scale candidates.
+        """
+        at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
+        # Per group and step a scale and a zero of 4 bytes, for the smallest usual group.
+        candidates = at_once // 32 * self.scale_steps * 8
+        return max(4 * columns * columns, rows * columns * 3 + at_once * 12 + candidates)
 
-    Args:
-        name: for errors.
-        weight: ``[rows, columns]``.
-        prepared: from :func:`prepare`; its dtype is what is computed in.
-        scheme: bits, grouping, symmetry.
-        scale_dtype: what scales are stored as.
-        options: scale search and block size.
-        scales: given scales; searched for when None.
+    def prepare(self, name: str, hessian: Hessian) -> Prepared:
+        """Order the columns and factorize the inverse Hessian, in the Hessian's own memory.
 
-    Raises:
-        CheckpointError: the weight has values that are not finite.
-    """
-    work = weight.to(prepared.factor.dtype)
-    if scales is None:
-        scales = search_scales(
-            name, work, prepared.diagonal, scheme, scale_dtype, steps=options.scale_steps, narrowest=options.narrowest
+        Args:
+            name: of a linear, for errors.
+            hessian: overwritten, if it has the dtype to compute in. A column whose inputs were all zero gets a
+                diagonal of one.
+
+        Raises:
+            CalibrationError: no damping up to the mean diagonal itself makes the matrix factorizable.
+        """
+        matrix = hessian.matrix.to(self.dtype)
+        original = matrix.diagonal().clone()
+        order = torch.argsort(original, descending=True, stable=True)
+        matrix.copy_(matrix[order.unsqueeze(1), order])
+        diagonal = original[order]
+        diagonal[diagonal == 0] = 1
+        damping = self.damping
+        while damping <= _MAX_DAMPING:
+            matrix.diagonal().copy_(diagonal + damping * diagonal.mean())
+            if upper_factor_(matrix):
+                invert_factor_(matrix)
+                return Prepared(order, matrix, original, damping)
+            # Factorizing changed only the upper triangle; the lower one still holds the matrix.
+            matrix.copy_(matrix.tril(-1) + matrix.tril(-1).T)
+            damping *= 10
+        raise CalibrationError(
+            f"{name}: the Hessian of its inputs ({hessian.tokens} tokens, {len(order)} columns) cannot be factorized "
+            f"even with damping {_MAX_DAMPING}; use more calibration text, or quantize this linear with rtn"
         )
-    scale, zero = scales.per_column(work.shape[1], work.dtype)
-    order = prepared.order
-    permuted = _solve(work[:, order], scale[:, order], zero[:, order], prepared.factor, scheme, options.block)
-    codes = torch.empty_like(permuted)
-    codes[:, order] = permuted
-    return QuantizedTensor(codes, scales.scale, scales.zero, scheme)
+
+    def solve(
+        self, name: str, weight: torch.Tensor, prepared: Prepared, scheme: Scheme, scales: GroupScales
+    ) -> tuple[QuantizedTensor, torch.Tensor]:
+        """Codes for given scales, and each row's squared output error (per token, in the damped metric)."""
+        rows, columns = weight.shape
+        codes = torch.empty((rows, columns), dtype=torch.int8, device=weight.device)
+        loss = torch.zeros(rows, dtype=self.dtype, device=weight.device)
+        scale = scales.scale.to(self.dtype)
+        zero = torch.zeros_like(scale) if scales.zero is None else scales.zero.to(self.dtype)
+        work = weight[:, prepared.order]
+        for start in range(0, columns, self.block):
+            stop = min(start + self.block, columns)
+            factor = prepared.factor[start:stop, start:stop].contiguous()
+            errors = torch.empty((rows, stop - start), dtype=self.dtype, device=weight.device)
+            _solve_block(work, scale, zero, codes, errors, prepared.order, factor, start, scheme)
+            loss += errors.square().sum(1)
+            if stop < columns:
+                work[:, stop:].addmm_(errors, prepared.factor[start:stop, stop:], alpha=-1)
+        return QuantizedTensor(codes, scales.scale, scales.zero, scheme), loss
+
+    def _solve_stacked(
+        self, targets: Sequence[Target], prepared: Prepared, scheme: Scheme, scale_dtype: torch.dtype
+    ) -> dict[str, tuple[QuantizedTensor, float]]:
+        """Solve several weights as one matrix of all their rows, a slice of rows at a time; with the loss of each."""
+        names = "+".join(target.name for target in targets)
+        weight = torch.cat([target.weight for target in targets])
+        rows, columns = weight.shape
+        parts: list[QuantizedTensor] = []
+        losses: list[torch.Tensor] = []
+        height = max(1, _WEIGHTS_AT_ONCE // columns)
+        for start in range(0, rows, height):
+            part = weight[start : start + height].to(self.dtype)
+            scales = search_scales(
+                names, part, prepared.diagonal, scheme, scale_dtype, steps=self.scale_steps, narrowest=self.narrowest
+            )
+            tensor, loss = self.solve(names, part, prepared, scheme, scales)
+            parts.append(tensor)
+            losses.append(loss)
+        whole = QuantizedTensor.concatenate(parts)
+        loss = torch.cat(losses)
+        solved: dict[str, tuple[QuantizedTensor, float]] = {}
+        start = 0
+        for target in targets:
+            stop = start + target.weight.shape[0]
+            solved[target.name] = (whole.rows(start, stop), float(loss[start:stop].sum()))
+            start = stop
+        return solved
 
 
-def solve_nbytes(rows: int, columns: int) -> int:
-    """Peak bytes of :func:`prepare` and :func:`quantize_gptq` in float32, beside the Hessian and the weight.
-
-    ``n²`` terms: the permuted copy, its Cholesky factor, the identity, the inverse and its flipped copy, 4 bytes each.
-    ``rows · n`` terms: the float32 weight, its permuted copy, scale and zero per column with permuted copies, codes
-    twice, and the scale candidates of at most 4,096 rows.
-    """
-    factorization = 5 * 4 * columns * columns
-    solution = 4 * columns * columns + rows * columns * (6 * 4 + 2)
-    return max(factorization, solution)
-
-
-def _solve(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    factor: torch.Tensor,
-    scheme: Scheme,
-    block: int,
-) -> torch.Tensor:
-    """Codes int8 ``[rows, columns]`` for columns already in order; ``weight`` is used up."""
-    rows, columns = weight.shape
-    codes = torch.empty((rows, columns), dtype=torch.int8, device=weight.device)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        part = slice(start, stop)
-        errors = torch.empty((rows, stop - start), dtype=weight.dtype, device=weight.device)
-        _solve_block(weight[:, part], scale[:, part], zero[:, part], codes[:, part], errors, factor[part, part], scheme)
-        if stop < columns:
-            weight[:, stop:].addmm_(errors, factor[part, stop:], alpha=-1)
-    return codes
+def _output_energy(weight: torch.Tensor, hessian: Hessian) -> float:
+    """Mean squared norm of the linear's output per token, ``tr(W H Wᵀ)``; three digits are plenty."""
+    coarse = weight.to(torch.bfloat16)
+    return float(((coarse @ hessian.matrix.to(torch.bfloat16)).float() * weight).sum())
 
 
 def _solve_block(
-    weight: torch.Tensor,
+    work: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor,
     codes: torch.Tensor,
     errors: torch.Tensor,
+    order: torch.Tensor,
     factor: torch.Tensor,
+    start: int,
     scheme: Scheme,
 ) -> None:
+    """One block of columns; see :func:`~llmconvert.quantize.kernels.solve_columns`, which does it on the CPU."""
     low, high = float(scheme.code_min), float(scheme.code_max)
-    if weight.device.type == "cpu":
-        line = weight.contiguous()
-        out = torch.empty(codes.shape, dtype=torch.int8)
-        over_rows(
-            solve_columns, (line, scale.contiguous(), zero.contiguous(), out, errors), (factor.contiguous(), low, high)
-        )
-        codes.copy_(out)
+    if work.device.type == "cpu":
+        over_rows(solve_columns, (work, scale, zero, codes, errors), (order, factor, start, low, high))
         return
-    for column in range(weight.shape[1]):
-        value, step, origin = weight[:, column], scale[:, column], zero[:, column]
+    size = work.shape[1] // scale.shape[1]
+    lines = work[:, start : start + len(factor)].clone()
+    for column in range(len(factor)):
+        place = int(order[start + column])
+        step, origin = scale[:, place // size], zero[:, place // size]
+        value = lines[:, column]
         code = torch.clamp(torch.round(value / step) + origin, low, high)
-        codes[:, column] = code.to(torch.int8)
+        codes[:, place] = code.to(torch.int8)
         error = (value - (code - origin) * step) / factor[column, column]
         errors[:, column] = error
-        weight[:, column + 1 :].addr_(error, factor[column, column + 1 :], alpha=-1)
+        lines[:, column + 1 :].addr_(error, factor[column, column + 1 :], alpha=-1)

@@ -72,29 +72,39 @@ def solve_columns(
     zeros: np.ndarray[Any, Any],
     codes: np.ndarray[Any, Any],
     errors: np.ndarray[Any, Any],
+    order: np.ndarray[Any, Any],
     factor: np.ndarray[Any, Any],
+    start: int,
     code_min: float,
     code_max: float,
 ) -> None:
-    """Quantize a block of columns one after the other, each error spread over the columns after it.
+    """Quantize a block of columns one after the other, each error spread over the columns after it in the block.
 
     Args:
-        weight: ``[rows, block]``, changed in place.
-        scales, zeros: of each column, ``[rows, block]``.
-        codes: int8 ``[rows, block]``, filled.
+        weight: ``[rows, columns]``, columns in the order they are solved; changed in place.
+        scales, zeros: ``[rows, groups]``, groups in the columns' own order.
+        codes: int8 ``[rows, columns]`` in the columns' own order; those of this block are filled.
         errors: ``[rows, block]``, filled with each column's error over its diagonal entry, for the columns beyond.
+        order: int64 ``[columns]``, the own place of each column.
         factor: ``[block, block]``, the diagonal block of the upper factor of the inverse Hessian.
+        start: first column of the block.
         code_min, code_max: range of codes.
     """
-    rows, block = weight.shape
+    rows, columns = weight.shape
+    block = factor.shape[0]
+    size = columns // scales.shape[1]
+    line = np.empty(block, weight.dtype)
     for row in range(rows):
-        line = weight[row]
         for column in range(block):
-            scale = scales[row, column]
-            zero = zeros[row, column]
+            line[column] = weight[row, start + column]
+        for column in range(block):
+            place = order[start + column]
+            group = place // size
+            scale = scales[row, group]
+            zero = zeros[row, group]
             value = line[column]
             code = min(max(np.rint(value / scale) + zero, code_min), code_max)
-            codes[row, column] = np.int8(code)
+            codes[row, place] = np.int8(code)
             error = (value - (code - zero) * scale) / factor[column, column]
             errors[row, column] = error
             for later in range(column + 1, block):
@@ -102,7 +112,7 @@ def solve_columns(
 
 
 def over_rows(
-    kernel: Callable[..., None], sliced: Sequence[torch.Tensor], whole: Sequence[torch.Tensor | float]
+    kernel: Callable[..., None], sliced: Sequence[torch.Tensor], whole: Sequence[torch.Tensor | int | float]
 ) -> None:
     """Run a kernel over slices of rows in as many threads as torch uses.
 

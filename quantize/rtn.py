@@ -5,36 +5,58 @@ Scales cover each group's full range, or minimize its squared error when ``searc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
+from llmconvert.engine.statistics import Hessian
+from llmconvert.quantize.base import Solution, Target
 from llmconvert.quantize.scales import GroupScales, full_range_scales, search_scales
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
-__all__ = ["quantize_rtn", "round_to_codes"]
+__all__ = ["Rtn", "round_to_codes"]
+
+# Rows are rounded in slices of about this many weights, for the sake of the float32 copies.
+_WEIGHTS_AT_ONCE = 1 << 23
 
 
-def quantize_rtn(
-    name: str, weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, *, search: bool = False
-) -> QuantizedTensor:
-    """Quantize a weight ``[rows, columns]`` without statistics.
+@dataclass(frozen=True, slots=True)
+class Rtn:
+    """The method and its one setting.
 
-    Args:
-        name: for errors.
-        weight: any floating dtype; computed in float32.
-        scheme: bits, grouping, symmetry.
-        scale_dtype: what scales are stored as.
+    Attributes:
         search: choose each group's scale by least squared error instead of covering its full range.
-
-    Raises:
-        CheckpointError: the weight has values that are not finite.
     """
-    work = weight.float()
-    if search:
-        scales = search_scales(name, work, torch.ones(work.shape[1], device=work.device), scheme, scale_dtype)
-    else:
-        scales = full_range_scales(name, work, scheme, scale_dtype)
-    return round_to_codes(work, scales, scheme)
+
+    search: bool = False
+
+    needs_hessian = False
+
+    def quantize(
+        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        return {target.name: Solution(self._round(target, scale_dtype)) for target in targets}
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """A slice of rows in float32: its weights, their groups' candidates or quotients, and codes; all codes."""
+        at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
+        return at_once * 20 + rows * columns * 2
+
+    def _round(self, target: Target, scale_dtype: torch.dtype) -> QuantizedTensor:
+        rows, columns = target.weight.shape
+        height = max(1, _WEIGHTS_AT_ONCE // columns)
+        parts: list[QuantizedTensor] = []
+        for start in range(0, rows, height):
+            work = target.weight[start : start + height].float()
+            if self.search:
+                importance = torch.ones(columns, device=work.device)
+                scales = search_scales(target.name, work, importance, target.scheme, scale_dtype)
+            else:
+                scales = full_range_scales(target.name, work, target.scheme, scale_dtype)
+            parts.append(round_to_codes(work, scales, target.scheme))
+        return QuantizedTensor.concatenate(parts)
 
 
 def round_to_codes(weight: torch.Tensor, scales: GroupScales, scheme: Scheme) -> QuantizedTensor:

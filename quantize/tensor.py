@@ -5,6 +5,7 @@ Algorithms produce it, formats pack it, readers dequantize it: ``w = (code - zer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,24 @@ class QuantizedTensor:
         """``(rows, columns)`` of the weight."""
         rows, columns = self.codes.shape
         return rows, columns
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """The rows ``start:stop``, sharing memory."""
+        zero = None if self.zero is None else self.zero[start:stop]
+        return QuantizedTensor(self.codes[start:stop], self.scale[start:stop], zero, self.scheme)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """Tensors of one scheme and width, one below the other."""
+        if len(parts) == 1:
+            return parts[0]
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(zeros) if zeros else None,
+            parts[0].scheme,
+        )
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight these codes stand for, ``[rows, columns]``, computed in float32 and rounded once to ``dtype``."""

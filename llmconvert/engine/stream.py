@@ -17,7 +17,7 @@ No parameter requires gradients, so no grad mode has to be set: it is thread-loc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -27,44 +27,14 @@ from torch.utils.hooks import RemovableHandle
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import BlockSlot, Skeleton
+from llmconvert.engine.states import MemoryStates, States
 from llmconvert.errors import CalibrationError
+from llmconvert.phases import Phases
 from llmconvert.progress import SILENT, Progress
 
-__all__ = ["BlockRun", "MemoryStates", "Mode", "States", "Stream", "stream_logits"]
+__all__ = ["BlockRun", "Mode", "Stream", "stream_logits"]
 
 Mode = Literal["lockstep", "replay"]
-
-
-class States(Protocol):
-    """Keeps the hidden state of every batch at the entry of the block to come."""
-
-    def put(self, block: int, batch: int, hidden: torch.Tensor) -> None:
-        """Keep the input of ``block`` for ``batch``, shape ``[1, length, hidden size]``."""
-
-    def get(self, block: int, batch: int) -> torch.Tensor:
-        """What was put, on any device."""
-
-    def commit(self, block: int) -> None:
-        """All batches were put for ``block``; what was put for earlier blocks may go."""
-
-
-class MemoryStates:
-    """Block inputs in memory: those of the current block and of the next."""
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[int, int], torch.Tensor] = {}
-
-    def put(self, block: int, batch: int, hidden: torch.Tensor) -> None:
-        # A batch's earlier state is not needed once it has left that block.
-        self._kept.pop((block - 1, batch), None)
-        self._kept[block, batch] = hidden
-
-    def get(self, block: int, batch: int) -> torch.Tensor:
-        return self._kept[block, batch]
-
-    def commit(self, block: int) -> None:
-        for key in [key for key in self._kept if key[0] < block]:
-            del self._kept[key]
 
 
 class _Pass(greenlet):
@@ -172,6 +142,7 @@ class Stream:
         states: keeps the block inputs; needed for replay, optional (for resuming) in lockstep.
         start: first block to run; above 0, its inputs are taken from ``states``.
         head: whether :meth:`logits` will be asked for; loads the output head.
+        phases: where the time spent reading weights is counted.
     """
 
     def __init__(
@@ -184,6 +155,7 @@ class Stream:
         states: States | None = None,
         start: int = 0,
         head: bool = False,
+        phases: Phases | None = None,
     ) -> None:
         self.skeleton = skeleton
         self.windows = tuple(windows)
@@ -192,8 +164,10 @@ class Stream:
         self._states: States | None = MemoryStates() if states is None and mode == "replay" else states
         self._start = start
         self._passes: list[_Pass] = []
+        self._phases = phases or Phases()
         skeleton.restore_buffers()
-        skeleton.load_outer(head=head)
+        with self._phases.measure("reading"):
+            skeleton.load_outer(head=head)
         for slot in skeleton.slots:
             slot.gate = _gate
 
@@ -207,7 +181,8 @@ class Stream:
         """
         self._depart()
         for index in range(self._start, self.skeleton.block_count):
-            self.skeleton.load_block(index)
+            with self._phases.measure("reading"):
+                self.skeleton.load_block(index)
             linears = self.skeleton.linears[index].values()
             hooks = [linear.register_forward_pre_hook(_stand_at_linear) for linear in linears]
             yield BlockRun(self, self.plans[index])
@@ -280,8 +255,6 @@ class Stream:
             if self._states is not None:
                 self._states.put(index + 1, batch, hidden)
             self.leave(coroutine)
-        if self._states is not None:
-            self._states.commit(index + 1)
 
 
 def _gate(slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:

@@ -1,0 +1,97 @@
+"""How much memory a streamed job needs, stated before it starts, and how much there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.stream import Mode
+from llmconvert.errors import CapacityError
+
+__all__ = ["BASE_NBYTES", "MemoryEstimate", "activation_nbytes", "available_nbytes", "choose_mode"]
+
+#: The interpreter with torch and transformers, thread stacks and the allocator's slack.
+BASE_NBYTES = 500_000_000
+# Leave some of what is free to the page cache and to others.
+_USABLE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Peak resident bytes of a job, by what they are for, in a given mode."""
+
+    mode: Mode
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in self.parts.items())
+        return f"{self.total / 1e6:,.0f} MB ({self.mode}: {parts})"
+
+
+def activation_nbytes(plans: Sequence[BlockPlan], skeleton: Skeleton, lengths: Sequence[int], mode: Mode) -> int:
+    """Bytes of activations at the worst moment.
+
+    In lockstep every batch waits at the same stop and one is running; in replay there is only the running one.
+    ``plans`` are of the longest batch; what a shorter one holds is taken to be in proportion.
+    """
+    longest = max(lengths)
+    running = max(plan.peak_nbytes for plan in plans)
+    if mode == "replay":
+        return running
+    held = max((stop.held_nbytes for plan in plans for stop in plan.stops), default=0)
+    return running + held * sum(lengths) // longest
+
+
+def choose_mode(
+    skeleton: Skeleton,
+    plans: Sequence[BlockPlan],
+    lengths: Sequence[int],
+    work_nbytes: int,
+    budget: int | None,
+    mode: Mode | None = None,
+) -> MemoryEstimate:
+    """Lockstep if it fits the budget, replay if only that does.
+
+    Args:
+        skeleton: the model.
+        plans: of its longest batch.
+        lengths: tokens of every batch.
+        work_nbytes: what one linear's statistics and solution need.
+        budget: bytes the process may use; what is free now when None.
+        mode: the mode to use in any case.
+
+    Raises:
+        CapacityError: not even replay fits; names what it would take.
+    """
+    limit = budget if budget is not None else int(available_nbytes() * _USABLE)
+    blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
+    fixed = {"base": BASE_NBYTES, "embeddings": skeleton.outer_nbytes(head=False), "two blocks": blocks}
+    candidates: tuple[Mode, ...] = (mode,) if mode else ("lockstep", "replay")
+    for candidate in candidates:
+        activations = activation_nbytes(plans, skeleton, lengths, candidate)
+        estimate = MemoryEstimate(candidate, {**fixed, "one linear": work_nbytes, "activations": activations})
+        if estimate.total <= limit:
+            return estimate
+    raise CapacityError(
+        f"this model needs {estimate}, {limit / 1e6:,.0f} MB may be used; "
+        "use shorter calibration samples, a data-free method (rtn), or a machine with more memory"
+    )
+
+
+def available_nbytes() -> int:
+    """Bytes this process can still get: what the kernel calls available, or its control group's limit if lower."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists():
+        text = limit.read_text().strip()
+        if text != "max":
+            available = min(available, int(text) - int(used.read_text()))
+    return available

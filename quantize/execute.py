@@ -1,0 +1,246 @@
+"""Carrying a quantization plan out: block by block, in the memory of one block, resumable to the bit.
+
+After each block its packed tensors and the activations that enter the next one are forced to disk, and only then the
+journal says so. A killed run continues behind the last block its journal names; the same bytes go to the same places.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.states import DiskStates
+from llmconvert.engine.statistics import Hessian, accumulate_hessian
+from llmconvert.engine.stream import BlockRun, Mode, Stream
+from llmconvert.errors import LlmconvertError, RunInterruptedError
+from llmconvert.journal import Journal
+from llmconvert.lock import LOCK_NAME, DirectoryLock
+from llmconvert.phases import Phases
+from llmconvert.progress import Progress
+from llmconvert.quantize.base import Quantizer, Solution, Target
+from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.plan import QuantizationPlan
+from llmconvert.writer import Layout, TensorWriter, publish_directory, staging_directory, write_file, write_json
+
+__all__ = ["Execution"]
+
+_WORK = ".work"
+_COPY_NBYTES = 1 << 26
+
+#: A block's index, what quantizes its linears one after the other, and what makes its inputs last on disk.
+_Step = tuple[int, Callable[[], Iterator[tuple[str, Solution]]], Callable[[], None]]
+
+
+class Execution:
+    """One run over the blocks of a model; holds what its steps share.
+
+    Args:
+        skeleton: the model and its source.
+        quantizer: the method.
+        layout_format: the format on disk.
+        plan: what is quantized into what.
+        blocks: what a forward pass does.
+        windows: calibration batches; none for data-free methods.
+        mode: lockstep or replay.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        quantizer: Quantizer,
+        layout_format: Format,
+        plan: QuantizationPlan,
+        blocks: Sequence[BlockPlan],
+        windows: tuple[torch.Tensor, ...],
+        mode: Mode,
+    ) -> None:
+        self.skeleton = skeleton
+        self.quantizer = quantizer
+        self.format = layout_format
+        self.plan = plan
+        self.blocks = blocks
+        self.windows = windows
+        self.mode = mode
+        self.phases = Phases()
+        #: ``(linear, error, damping)`` of every quantized linear so far.
+        self.results: list[tuple[str, float | None, float | None]] = []
+
+    def run(self, output: Path, layout: Layout, key: str, progress: Progress) -> int:
+        """Build the artifact and put it in place.
+
+        Args:
+            output: its directory.
+            layout: of its weight files.
+            key: what identifies the job; an interrupted run is continued only under the same key.
+            progress: one unit per block.
+
+        Returns:
+            the number of blocks taken over from an interrupted run.
+        """
+        staging = staging_directory(output)
+        work = staging / _WORK
+        lock = DirectoryLock(work)
+        try:
+            journal, done = self._resume(staging, key, progress)
+            try:
+                with TensorWriter(staging, layout) as writer:
+                    self._write_all(writer, journal, work, done, progress)
+                    with self.phases.measure("writing"):
+                        writer.sync()
+                self._finish(staging, output)
+            except LlmconvertError as error:
+                # What an earlier run achieved is not thrown away because this one was refused.
+                if done == 0 and not isinstance(error, RunInterruptedError):
+                    shutil.rmtree(staging, ignore_errors=True)
+                raise
+        finally:
+            lock.release()
+        return done
+
+    def _resume(self, staging: Path, key: str, progress: Progress) -> tuple[Journal, int]:
+        """Open the journal, and clear what belongs to another job; gives the number of finished blocks."""
+        path = staging / _WORK / "journal.jsonl"
+        journal = Journal(path)
+        if not journal.entries or journal.entries[0].get("key") != key:
+            if journal.entries:
+                progress.log(f"{staging.name}: holds an interrupted run with other inputs; starting anew")
+            for stale in (*staging.iterdir(), *(staging / _WORK).iterdir()):
+                if stale.is_file() and stale.name != LOCK_NAME:
+                    stale.unlink()
+            journal = Journal(path)
+            journal.append({"key": key})
+        finished = [entry for entry in journal.entries if "block" in entry]
+        self.results += [tuple(layer) for entry in finished for layer in entry["layers"]]
+        if finished:
+            progress.log(f"continuing an interrupted run: {len(finished)} blocks are done")
+        return journal, len(finished)
+
+    def _write_all(self, writer: TensorWriter, journal: Journal, work: Path, done: int, progress: Progress) -> None:
+        if not any("outer" in entry for entry in journal.entries):
+            self._copy(writer, self._outer_names())
+            with self.phases.measure("writing"):
+                writer.sync()
+            journal.append({"outer": True})
+        steps = self._calibrated(work, done) if self.quantizer.needs_hessian else self._data_free(done)
+        with progress.task("Quantizing", self.skeleton.block_count) as task:
+            task.advance(done)
+            for index, solve, sync in steps:
+                if index > done:
+                    self._journal_block(writer, journal, sync, index - 1)
+                first = len(self.results)
+                for name, solution in solve():
+                    self._store(writer, name, solution)
+                self._copy(writer, self._block_names(index))
+                errors = [error for _, error, _ in self.results[first:] if error is not None]
+                task.advance(1, f"output error {max(errors):.2%} at most" if errors else "")
+
+    def _journal_block(self, writer: TensorWriter, journal: Journal, sync: Callable[[], None], index: int) -> None:
+        """Everything of block ``index`` is written: make it last, then say so."""
+        with self.phases.measure("writing"):
+            writer.sync()
+            sync()
+            layers = [entry for entry in self.results if entry[0].startswith(self.skeleton.prefix(index))]
+            journal.append({"block": index, "layers": layers})
+
+    def _calibrated(self, work: Path, done: int) -> Iterator[_Step]:
+        """Blocks with all batches at their entry."""
+        skeleton = self.skeleton
+        width = skeleton.model.config.get_text_config().hidden_size
+        lengths = [window.shape[1] for window in self.windows]
+        states = DiskStates(work, lengths, width, skeleton.dtype)
+        stream = Stream(
+            skeleton, self.windows, self.blocks, mode=self.mode, states=states, start=done, phases=self.phases
+        )
+        try:
+            for run in self.phases.pull("forward", stream.blocks()):
+                index = run.plan.index
+                yield index, partial(self._solve_stops, run), partial(states.sync, index)
+        finally:
+            stream.close()
+            states.close()
+
+    def _solve_stops(self, run: BlockRun) -> Iterator[tuple[str, Solution]]:
+        """Quantize the linears of a block in the order the batches reach them, each on what the ones before give."""
+        device, dtype = self.skeleton.device, self.skeleton.dtype
+        for stop in run.plan.stops:
+            names = [name for name in stop.linears if name in self.plan.schemes]
+            if not names:
+                continue
+            inputs = self.phases.pull("forward", run.inputs(stop.linears[0]))
+            with self.phases.measure("Hessians"):
+                hessian = accumulate_hessian(names[0], inputs, stop.columns, device)
+            targets = [Target(name, run.module(name).weight.data, self.plan.schemes[name]) for name in names]
+            for name, solution in self._solve(targets, hessian).items():
+                yield name, solution
+                run.install(name, solution.tensor.dequantize(dtype))
+
+    def _data_free(self, done: int) -> Iterator[_Step]:
+        """Blocks whose linears are read one at a time, without a forward pass."""
+        for index in range(done, self.skeleton.block_count):
+            yield index, partial(self._solve_alone, index), _nothing
+
+    def _solve_alone(self, index: int) -> Iterator[tuple[str, Solution]]:
+        for name in self.skeleton.linears[index]:
+            if name in self.plan.schemes:
+                with self.phases.measure("reading"):
+                    weight = self.skeleton.checkpoint[f"{self.plan.stored[name]}.weight"]
+                target = Target(name, weight.to(self.skeleton.device), self.plan.schemes[name])
+                yield from self._solve([target], None).items()
+
+    def _solve(self, targets: Sequence[Target], hessian: Hessian | None) -> dict[str, Solution]:
+        with self.phases.measure("solving"):
+            return self.quantizer.quantize(targets, hessian, self.skeleton.dtype)
+
+    def _store(self, writer: TensorWriter, name: str, solution: Solution) -> None:
+        with self.phases.measure("packing"):
+            packed = self.format.pack(self.plan.stored[name], solution.tensor)
+        with self.phases.measure("writing"):
+            for stored, tensor in packed.items():
+                writer.write(stored, tensor)
+        self.results.append((name, solution.error, solution.damping))
+
+    def _copy(self, writer: TensorWriter, names: Sequence[str]) -> None:
+        """Copy tensors that stay as they are, in slices of rows."""
+        checkpoint = self.skeleton.checkpoint
+        with self.phases.measure("copying"):
+            for name in names:
+                info = checkpoint.infos[name]
+                rows = info.shape[0] if info.shape else 1
+                step = max(1, rows * _COPY_NBYTES // max(1, info.nbytes))
+                for start in range(0, rows, step):
+                    writer.write_rows(name, start, checkpoint.read_rows(name, start, min(rows, start + step)))
+
+
+    def _block_names(self, index: int) -> list[str]:
+        """Checkpoint tensors of a block that are copied."""
+        linears, prefix = self.skeleton.linears[index], self.skeleton.prefix(index)
+        quantized = {f"{self.plan.stored[name]}.weight" for name in linears if name in self.plan.schemes}
+        inside = (stored for name, stored in self.skeleton.names.items() if name.startswith(prefix))
+        return [stored for stored in inside if stored not in quantized]
+
+    def _outer_names(self) -> list[str]:
+        """Checkpoint tensors outside the blocks, and those that the model's class does not know."""
+        blocks = f"{self.skeleton.list_name}."
+        inside = {stored for name, stored in self.skeleton.names.items() if name.startswith(blocks)}
+        return [name for name in self.skeleton.checkpoint if name not in inside]
+
+    def _finish(self, staging: Path, output: Path) -> None:
+        """Add config and files, remove the work files, and put the directory in place."""
+        source = self.skeleton.checkpoint
+        declared = self.format.quantization_config(self.plan.schemes, self.plan.kept)
+        with self.phases.measure("writing"):
+            for name in source.files:
+                write_file(staging / name, source.read_file(name))
+            write_json(staging / "config.json", {**source.config, "quantization_config": declared})
+            shutil.rmtree(staging / _WORK)
+            publish_directory(staging, output)
+
+
+def _nothing() -> None:
+    """There are no activations to make last."""

@@ -1,0 +1,61 @@
+"""Triangular factors in place: ``H = R Rᵀ`` with ``R`` upper triangular, and its inverse.
+
+Second-order methods need ``U`` with ``H⁻¹ = Uᵀ U``, and ``U = R⁻¹``: one factorization and one triangular inverse,
+where the textbook takes two factorizations and a full inverse. For wide layers these matrices are the largest thing
+in memory, so everything happens in the memory of ``H``: panel by panel, with matrix products doing the work.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["invert_factor_", "upper_factor_"]
+
+_PANEL = 256
+
+
+def upper_factor_(matrix: torch.Tensor) -> bool:
+    """Overwrite the upper triangle of a symmetric ``[n, n]`` matrix with ``R``, ``matrix = R Rᵀ``.
+
+    The lower triangle is neither read nor changed.
+
+    Returns:
+        whether the matrix was positive definite; if not, its upper triangle holds nothing of use.
+    """
+    for start in reversed(range(0, len(matrix), _PANEL)):
+        stop = start + _PANEL
+        corner = matrix[start:stop, start:stop]
+        # Reversing both dimensions turns the upper triangle into the lower one, which is what gets read.
+        lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
+        if int(info) != 0:
+            return False
+        factor = lower.flip(0, 1)
+        _set_upper(corner, factor)
+        above = matrix[:start, start:stop]
+        above.copy_(torch.linalg.solve_triangular(factor.T, above, upper=False, left=False))
+        for row in range(0, start, _PANEL):
+            end = row + _PANEL
+            matrix[row:end, row:end].sub_((above[row:end] @ above[row:end].T).triu_())
+            matrix[row:end, end:start].addmm_(above[row:end], above[end:].T, alpha=-1)
+    return True
+
+
+def invert_factor_(matrix: torch.Tensor) -> None:
+    """Overwrite the upper triangle, taken as an upper triangular ``R``, with ``R⁻¹``; the lower one is left alone."""
+    for start in range(0, len(matrix), _PANEL):
+        stop = start + _PANEL
+        corner = matrix[start:stop, start:stop]
+        factor = corner.triu()
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=True)
+        above = matrix[:start, start:stop] @ inverse
+        for row in range(0, start, _PANEL):
+            end = row + _PANEL
+            block = matrix[row:end, row:start].clone()
+            block[:, :_PANEL].triu_()
+            matrix[row:end, start:stop] = -(block @ above[row:])
+        _set_upper(corner, inverse)
+
+
+def _set_upper(target: torch.Tensor, value: torch.Tensor) -> None:
+    upper = torch.ones_like(target, dtype=torch.bool).triu_()
+    target.copy_(torch.where(upper, value, target))

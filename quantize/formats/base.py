@@ -1,0 +1,57 @@
+"""What an on-disk format of quantized weights has to do, and the table of those there are."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from llmconvert.checkpoint import TensorSpec
+from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["FORMATS", "Format", "load_format"]
+
+#: Format name → where its class lies; loaded on use.
+FORMATS: Mapping[str, str] = {
+    "compressed-tensors": "llmconvert.quantize.formats.compressed_tensors:CompressedTensors",
+}
+
+
+class Format(Protocol):
+    """Packs canonical quantized tensors into named tensors of a checkpoint, and back, bit for bit."""
+
+    def check(self, scheme: Scheme) -> None:
+        """Refuse a scheme the format cannot hold.
+
+        Raises:
+            UnsupportedError: with the schemes that it can.
+        """
+
+    def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:
+        """What :meth:`pack` will write for a linear, known from its shape alone."""
+
+    def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """The tensors to store, by checkpoint name. ``linear`` is the name without ``.weight``."""
+
+    def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
+        """The inverse of :meth:`pack`."""
+
+    def quantization_config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
+        """The ``quantization_config`` of ``config.json``: schemes by linear, and the linears left unquantized."""
+
+
+def load_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        UnsupportedError: there is none; the message lists those there are.
+    """
+    if name not in FORMATS:
+        raise UnsupportedError(f"format {name!r} is not known; known are {', '.join(FORMATS)}")
+    module, _, attribute = FORMATS[name].partition(":")
+    instance: Format = getattr(importlib.import_module(module), attribute)()
+    return instance

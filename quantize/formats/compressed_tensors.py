@@ -1,0 +1,145 @@
+"""The compressed-tensors format (https://github.com/vllm-project/compressed-tensors): vLLM, transformers, SGLang.
+
+Two of its layouts: ``pack-quantized`` for weights of 2 to 8 bits with 16-bit activations (codes packed into int32
+words along the columns, zero points along the rows), and ``int-quantized`` for 8-bit weights with 8-bit activations
+(codes as int8, activations quantized per token while running).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from llmconvert.checkpoint import TensorSpec
+from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.pack import pack_words, packed_length, unpack_words
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["CompressedTensors"]
+
+
+class CompressedTensors:
+    """``pack-quantized`` and ``int-quantized`` tensors and their configuration."""
+
+    def check(self, scheme: Scheme) -> None:
+        if scheme.activation_bits == 8 and (scheme.bits != 8 or scheme.group_size is not None or not scheme.symmetric):
+            raise UnsupportedError(
+                f"scheme {scheme}: compressed-tensors stores int8 activations with w8a8-channel-sym weights only"
+            )
+
+    def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:
+        rows, columns = shape
+        groups = scheme.groups(columns)
+        scale = TensorSpec(f"{linear}.weight_scale", scale_dtype, (rows, groups))
+        if scheme.activation_bits == 8:
+            return [TensorSpec(f"{linear}.weight", torch.int8, shape), scale]
+        packed = (rows, packed_length(columns, scheme.bits))
+        specs = [
+            TensorSpec(f"{linear}.weight_packed", torch.int32, packed),
+            scale,
+            TensorSpec(f"{linear}.weight_shape", torch.int64, (2,)),
+        ]
+        if not scheme.symmetric:
+            zeros = (packed_length(rows, scheme.bits), groups)
+            specs.append(TensorSpec(f"{linear}.weight_zero_point", torch.int32, zeros))
+        return specs
+
+    def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+        scheme = tensor.scheme
+        if scheme.activation_bits == 8:
+            return {f"{linear}.weight": tensor.codes, f"{linear}.weight_scale": tensor.scale}
+        stored = {
+            f"{linear}.weight_packed": pack_words(_unsigned(tensor.codes, scheme), scheme.bits),
+            f"{linear}.weight_scale": tensor.scale,
+            f"{linear}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
+        }
+        if tensor.zero is not None:
+            packed = pack_words(_unsigned(tensor.zero, scheme).T.contiguous(), scheme.bits)
+            stored[f"{linear}.weight_zero_point"] = packed.T.contiguous()
+        return stored
+
+    def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
+        scale = stored[f"{linear}.weight_scale"]
+        if scheme.activation_bits == 8:
+            return QuantizedTensor(stored[f"{linear}.weight"], scale, None, scheme)
+        words = stored[f"{linear}.weight_packed"]
+        rows, columns = words.shape[0], int(stored[f"{linear}.weight_shape"][1])
+        codes = _signed(unpack_words(words, scheme.bits, columns), scheme)
+        zero = None
+        if not scheme.symmetric:
+            # Zero points are packed along the rows: all of them are needed to find those of a few rows.
+            packed = stored[f"{linear}.weight_zero_point"].T.contiguous()
+            zero = _signed(unpack_words(packed, scheme.bits, rows).T.contiguous(), scheme)
+        return QuantizedTensor(codes, scale, zero, scheme)
+
+    def quantization_config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
+        by_scheme: dict[Scheme, list[str]] = {}
+        for linear, scheme in schemes.items():
+            by_scheme.setdefault(scheme, []).append(linear)
+        # The commonest scheme is for every linear that nothing else names; names win over classes in every reader.
+        ordered = sorted(by_scheme, key=lambda scheme: -len(by_scheme[scheme]))
+        groups = {
+            f"group_{index}": {
+                "targets": ["Linear"] if index == 0 else by_scheme[scheme],
+                "weights": _weight_args(scheme),
+                "input_activations": _activation_args(scheme),
+                "output_activations": None,
+                "format": _layout(scheme),
+            }
+            for index, scheme in enumerate(ordered)
+        }
+        layouts = {_layout(scheme) for scheme in ordered}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": list(kept),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+
+def _layout(scheme: Scheme) -> str:
+    return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
+
+
+def _weight_args(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size is None else "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def _activation_args(scheme: Scheme) -> dict[str, Any] | None:
+    if scheme.activation_bits == 16:
+        return None
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "group_size": None,
+        "dynamic": True,
+        "observer": None,
+        "observer_kwargs": {},
+    }
+
+
+def _unsigned(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    return (codes.to(torch.int16) - scheme.code_min).to(torch.uint8)
+
+
+def _signed(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    return (codes.to(torch.int16) + scheme.code_min).to(torch.int8)

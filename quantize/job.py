@@ -1,0 +1,173 @@
+"""Quantizing a checkpoint into an artifact: everything is settled first, then carried out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmconvert import __version__
+from llmconvert.checkpoint import Checkpoint
+from llmconvert.dense import require_dense
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.memory import MemoryEstimate, choose_mode
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.stream import Mode
+from llmconvert.errors import CalibrationError
+from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.base import load_method
+from llmconvert.quantize.execute import Execution
+from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization, work_nbytes
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
+
+__all__ = ["LayerResult", "QuantizeResult", "quantize_checkpoint"]
+
+# A data-free method needs no forward; the model's shapes are still looked at, for what shares an input.
+_PROBE_LENGTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """One quantized linear.
+
+    Attributes:
+        name: in the checkpoint, without ``.weight``.
+        scheme: what it is stored in.
+        shape: ``(rows, columns)``.
+        error: squared output error over squared output on the calibration inputs; None for data-free methods.
+        damping: share of the mean diagonal that its Hessian needed; None without one.
+    """
+
+    name: str
+    scheme: str
+    shape: tuple[int, int]
+    error: float | None
+    damping: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """A finished job.
+
+    Attributes:
+        output: the artifact's directory.
+        layers: every quantized linear, in model order.
+        memory: what the job was expected to need, and the mode chosen.
+        nbytes: size of the weight files.
+        seconds: wall-clock time of this run.
+        phases: seconds of this run by phase.
+        resumed_blocks: blocks that an earlier, interrupted run had finished.
+    """
+
+    output: Path
+    layers: tuple[LayerResult, ...]
+    memory: MemoryEstimate
+    nbytes: int
+    seconds: float
+    phases: Mapping[str, float]
+    resumed_blocks: int
+
+
+def quantize_checkpoint(
+    source: Checkpoint,
+    output: Path,
+    *,
+    method: str,
+    scheme: Scheme,
+    format: str = "compressed-tensors",
+    overrides: Sequence[Override] = (),
+    windows: Sequence[torch.Tensor] = (),
+    device: torch.device | None = None,
+    memory_budget: int | None = None,
+    mode: Mode | None = None,
+    identity: str = "",
+    options: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress = SILENT,
+) -> QuantizeResult:
+    """Quantize the linears of every decoder block and write the artifact.
+
+    Args:
+        source: dense weights.
+        output: directory to create; it appears when it is complete.
+        method: a name in :data:`~llmconvert.quantize.base.METHODS`.
+        scheme: for every linear that no override names.
+        format: a name in :data:`~llmconvert.quantize.formats.base.FORMATS`.
+        overrides: other schemes by name pattern, first match wins.
+        windows: calibration token ids, each ``[1, length]``; one batch each.
+        device: where to compute, the CPU by default.
+        memory_budget: bytes the process may use; what is free by default.
+        mode: lockstep or replay; chosen by the budget when None. The result is the same.
+        identity: tells sources apart that look alike (a fingerprint of their files); an interrupted run is continued
+            only if it, and everything else that matters, is unchanged.
+        options: of the method.
+        max_shard_bytes: size at which a new shard is begun.
+        progress: one unit per block.
+
+    Raises:
+        UsageError: something in the request cannot be done; see its subclasses.
+        CalibrationError: activations or statistics are unusable.
+        CapacityError: memory or disk does not suffice.
+    """
+    begin = time.perf_counter()
+    check_output_directory(output)
+    require_dense(source, "the source")
+    quantizer, layout_format = load_method(method, options or {}), load_format(format)
+    if quantizer.needs_hessian and not windows:
+        raise CalibrationError(f"method {method!r} needs calibration text and was given none")
+    skeleton = Skeleton(source, device or torch.device("cpu"))
+    lengths = [window.shape[1] for window in windows]
+    blocks = discover(skeleton, max(lengths) if quantizer.needs_hessian else _PROBE_LENGTH)
+    plan = plan_quantization(skeleton, blocks, scheme, overrides, layout_format, calibrated=quantizer.needs_hessian)
+    needed = work_nbytes(skeleton, blocks, plan, quantizer, skeleton.dtype)
+    memory = choose_mode(skeleton, blocks, lengths or [_PROBE_LENGTH], needed, memory_budget, mode)
+    layout = plan_layout(plan.specs, max_shard_bytes)
+    request = {"method": method, "options": repr(quantizer), "format": format, "device": skeleton.device.type}
+    key = _job_key(source, plan, layout, windows, request, identity)
+    execution = Execution(skeleton, quantizer, layout_format, plan, blocks, tuple(windows), memory.mode)
+    resumed = execution.run(output, layout, key, progress)
+    layers = tuple(
+        LayerResult(plan.stored[name], str(plan.schemes[name]), _shape(skeleton, name), error, damping)
+        for name, error, damping in execution.results
+    )
+    seconds = time.perf_counter() - begin
+    return QuantizeResult(output, layers, memory, layout.nbytes, seconds, execution.phases.seconds, resumed)
+
+
+def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:
+    rows, columns = skeleton.checkpoint.infos[skeleton.names[f"{name}.weight"]].shape
+    return rows, columns
+
+
+def _job_key(
+    source: Checkpoint,
+    plan: QuantizationPlan,
+    layout: Layout,
+    windows: Sequence[torch.Tensor],
+    request: Mapping[str, str],
+    identity: str,
+) -> str:
+    """Hash of all that decides the artifact's bytes, besides the contents of the source's weights."""
+    digest = hashlib.sha256()
+    settings = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "identity": identity,
+        "config": source.config,
+        "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
+        **request,
+    }
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for shard in layout.shards:
+        digest.update(shard.header)
+    for window in windows:
+        digest.update(window.cpu().numpy().tobytes())
+    return digest.hexdigest()

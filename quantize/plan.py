@@ -1,0 +1,147 @@
+"""What will be quantized, and what the artifact will look like: settled from names and shapes, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from llmconvert.checkpoint import TensorSpec
+from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.statistics import hessian_nbytes
+from llmconvert.errors import CalibrationError, SchemeError
+from llmconvert.quantize.base import Quantizer
+from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.scheme import Scheme
+
+__all__ = ["Override", "QuantizationPlan", "plan_quantization", "work_nbytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Linears whose name matches the shell pattern ``match`` get ``scheme``; None leaves them as they are."""
+
+    match: str
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationPlan:
+    """The job's decisions.
+
+    Attributes:
+        schemes: module name of a linear → its scheme, in model order; linears left dense are not in it.
+        stored: module name of every linear in the blocks → its name in the checkpoint (without ``.weight``).
+        kept: module names of all linears left dense, the output head included.
+        specs: every tensor of the artifact, in the order of the source.
+    """
+
+    schemes: Mapping[str, Scheme]
+    stored: Mapping[str, str]
+    kept: tuple[str, ...]
+    specs: tuple[TensorSpec, ...]
+
+
+def plan_quantization(
+    skeleton: Skeleton,
+    blocks: Sequence[BlockPlan],
+    scheme: Scheme,
+    overrides: Sequence[Override],
+    layout: Format,
+    *,
+    calibrated: bool,
+) -> QuantizationPlan:
+    """Assign a scheme to every linear of the decoder blocks; the first override that matches wins.
+
+    Raises:
+        SchemeError: a group size does not divide a layer's columns, an override matches nothing, or linears that
+            runtimes fuse (they share one input) would get different schemes.
+        UnsupportedError: the format cannot hold a scheme.
+        CalibrationError: ``calibrated`` is set, and the forward never calls a linear that is to be quantized.
+    """
+    for used in {scheme, *(override.scheme for override in overrides if override.scheme)}:
+        layout.check(used)
+    linears = {name: module for block in skeleton.linears for name, module in block.items()}
+    assigned = {name: _assigned(name, scheme, overrides) for name in linears}
+    _check_overrides(overrides, linears)
+    for name, module in linears.items():
+        chosen = assigned[name]
+        if chosen is not None:
+            chosen.check_fits(name, module.in_features)
+    _check_fused(blocks, assigned)
+    unreached = [name for block in blocks for name in block.unreached if assigned[name] is not None]
+    if calibrated and unreached:
+        raise CalibrationError(
+            f"{unreached[0]}: the model's forward never calls this linear, so it cannot be calibrated; "
+            "leave it dense with an override (scheme: none) or use rtn"
+        )
+    stored = {name: skeleton.names[f"{name}.weight"].removesuffix(".weight") for name in linears}
+    schemes = {name: chosen for name, chosen in assigned.items() if chosen is not None}
+    quantized = {f"{stored[name]}.weight": (stored[name], chosen) for name, chosen in schemes.items()}
+    specs: list[TensorSpec] = []
+    for name, info in skeleton.checkpoint.infos.items():
+        if name in quantized:
+            linear, chosen = quantized[name]
+            specs += layout.specs(linear, (info.shape[0], info.shape[1]), chosen, skeleton.dtype)
+        else:
+            specs.append(TensorSpec(name, info.dtype, info.shape))
+    kept = [name for name, chosen in assigned.items() if chosen is None]
+    inside = f"{skeleton.list_name}."
+    kept += [
+        name
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(inside)
+    ]
+    return QuantizationPlan(schemes, stored, tuple(kept), tuple(specs))
+
+
+def work_nbytes(
+    skeleton: Skeleton, blocks: Sequence[BlockPlan], plan: QuantizationPlan, method: Quantizer, dtype: torch.dtype
+) -> int:
+    """Peak bytes of the statistics and the solution of the most demanding stop.
+
+    With ``n`` columns and ``r`` rows in all, GPTQ needs ``4 n²`` for the Hessian and then the larger of another
+    ``4 n²`` (its permuted copy) and what :meth:`~llmconvert.quantize.gptq.Gptq.nbytes` states in ``r · n``.
+    """
+    linears = {name: module for block in skeleton.linears for name, module in block.items()}
+    needs = [0]
+    for block in blocks:
+        for stop in block.stops:
+            rows = sum(linears[name].out_features for name in stop.linears if name in plan.schemes)
+            if rows == 0:
+                continue
+            solution = method.nbytes(rows, stop.columns)
+            if method.needs_hessian:
+                matrix = 4 * stop.columns * stop.columns
+                solution = max(hessian_nbytes(stop.columns, dtype), matrix + solution)
+            needs.append(solution)
+    return max(needs)
+
+
+def _assigned(name: str, scheme: Scheme, overrides: Iterable[Override]) -> Scheme | None:
+    for override in overrides:
+        if fnmatchcase(name, override.match):
+            return override.scheme
+    return scheme
+
+
+def _check_overrides(overrides: Sequence[Override], linears: Mapping[str, nn.Linear]) -> None:
+    for override in overrides:
+        if not any(fnmatchcase(name, override.match) for name in linears):
+            example = next(iter(linears), "none")
+            raise SchemeError(f"override {override.match!r} matches no linear of this model; they look like {example}")
+
+
+def _check_fused(blocks: Sequence[BlockPlan], assigned: Mapping[str, Scheme | None]) -> None:
+    for block in blocks:
+        for stop in block.stops:
+            schemes = {str(assigned[name]) if assigned[name] else "none" for name in stop.linears}
+            if len(schemes) > 1:
+                raise SchemeError(
+                    f"{', '.join(stop.linears)} share one input and are fused by runtimes, so they need one scheme; "
+                    f"the overrides give them {', '.join(sorted(schemes))}"
+                )
