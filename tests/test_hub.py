@@ -204,6 +204,21 @@ def test_fetch_uses_the_cache_when_the_hub_is_away(hub: HubServer, client: Clien
     assert "could not be reached" in client("fetch", "org/failing")["text"]
 
 
+def test_fetch_onto_a_full_disk_is_a_capacity_error(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    hub.add_repo("org/model", {**MODEL, "model.safetensors": bytes(6 << 20)})
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        refused = client("fetch", "org/model", env={"HF_HOME": str(disk)})
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert (refused["error"], refused["code"]) == ("CapacityError", 5)
+    assert "is full; free some space" in refused["text"]
+
+
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
     root = tmp_path / "artifact"
