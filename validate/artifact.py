@@ -157,9 +157,9 @@ def _inventory_check(source: Checkpoint, stored: Checkpoint, dense: Checkpoint, 
 
 
 def _about(windows: TokenWindows, overlap: float | None) -> dict[str, Any]:
-    """How quality was measured, as it goes on record."""
+    """How quality was measured, as it goes on record; of a local file the name alone, reports get published."""
     about: dict[str, Any] = {
-        "dataset": windows.dataset,
+        "dataset": Path(windows.dataset).name if windows.dataset.startswith("/") else windows.dataset,
         "windows": windows.drawn,
         "windows_requested": windows.requested,
         "window": windows.length,

@@ -112,8 +112,9 @@ def _fidelity_check(loaded: Runtime, probe: Probe) -> Check:
         found: Fidelity = fidelity(loaded, [probe.window], [probe.logits])
     except GateError as error:
         return Check(name=name, ok=False, detail={"text": str(error)})
-    relative = f"{100 * found.relative:.2g} % of the logits' own size, over {found.tokens} tokens"
-    text = f"logits of {loaded.name} differ from our reader's by {relative}"
+    differ = f"differ from our reader's by {100 * found.relative:.2g} % of their own size"
+    equal = "equal our reader's bit for bit"
+    text = f"logits of {loaded.name} {differ if found.max_abs_diff else equal}, on {found.tokens} tokens"
     detail: dict[str, Any] = {
         "text": text,
         "runtime": loaded.name,

@@ -163,7 +163,7 @@ def _draw_errors(figure: Any, series: Mapping[str, list[tuple[int, float]]]) -> 
             linewidth=1.2,
             label=kind,
         )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 110 * max(error for points in series.values() for _, error in points))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative weight error, %")

@@ -77,7 +77,7 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
                 model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
     except Exception as error:  # whatever goes wrong inside a loader of many architectures and quantizers
         raise UnsupportedError(
-            f"{directory}: transformers {transformers.__version__} cannot load it: {type(error).__name__}: {error}"
+            f"{directory.name}: transformers {transformers.__version__} cannot load it: {type(error).__name__}: {error}"
         ) from error
     problems = [
         f"{kind.removesuffix('_keys')}: {entry if isinstance(entry, str) else entry[0]}"

@@ -1,0 +1,163 @@
+"""All checks of one artifact, measured on tiny models and held against the resident model's own numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.engine.datasets import load_dataset_text
+from llmconvert.engine.tokens import TokenWindows, draw_windows
+from llmconvert.validate import behaviour
+from llmconvert.validate.artifact import GenerationOptions, Limits, validate_artifact
+from llmconvert.validate.report import Check
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def windows() -> TokenWindows:
+    corpus = load_dataset_text("pydoc-topics:test")
+    return draw_windows(tiny_tokenizer(), corpus, samples=3, length=40, order="sequential")
+
+
+def measure(artifact: Path, original: Path | None, **options: object) -> dict[str, Check]:
+    reference = None if original is None else SafetensorsCheckpoint(original)
+    checks = validate_artifact(artifact, reference=reference, device=CPU, **options)  # type: ignore[arg-type]
+    assert len({check.name for check in checks}) == len(checks)
+    return {check.name: check for check in checks}
+
+
+def log_softmax(directory: Path, windows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Float64 ``[predictions, vocabulary]`` of the model as transformers loads it."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    with torch.no_grad():
+        return torch.cat([model(window).logits[0, :-1].double().log_softmax(-1) for window in windows])
+
+
+def test_everything_at_once(original: Path, quantized: Path, windows: TokenWindows) -> None:
+    found = measure(
+        quantized,
+        original,
+        windows=windows,
+        generation=GenerationOptions(max_new_tokens=4),
+        limits=Limits(max_increase=10, max_kl=10, min_top1=0, max_bytes=10**9),
+        overlap=0.01,
+    )
+    assert list(found) == [
+        "size_bytes",
+        "bits_per_weight",
+        "inventory",
+        "perplexity",
+        "kl_mean",
+        "kl_p99",
+        "top1_agreement",
+        "runtime",
+        "fidelity.max_abs_diff",
+        "generation.agreement",
+        "generation.looping",
+        "generation.ended",
+        "speed.prefill",
+        "speed.decode",
+    ]
+    assert all(check.ok for check in found.values())
+    p, q = log_softmax(original, windows.windows), log_softmax(quantized, windows.windows)
+    targets = torch.cat([window[0, 1:] for window in windows.windows])
+    rows = torch.arange(len(targets))
+    perplexity = found["perplexity"]
+    assert perplexity.reference == pytest.approx(math.exp(-p[rows, targets].mean().item()), rel=1e-4)
+    assert perplexity.value == pytest.approx(math.exp(-q[rows, targets].mean().item()), rel=1e-4)
+    divergence = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).numpy()
+    assert found["kl_mean"].value == pytest.approx(divergence.mean(), rel=1e-3)
+    assert found["kl_p99"].value == pytest.approx(np.quantile(divergence, 0.99), rel=1e-3)
+    agreement = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    assert found["top1_agreement"].value == pytest.approx(agreement)
+    assert found["fidelity.max_abs_diff"].value == 0
+    assert found["size_bytes"].value == (quantized / "model.safetensors").stat().st_size
+    assert perplexity.detail["tokens"] == 3 * 39 and perplexity.detail["overlap"] == 0.01
+    worst = found["kl_p99"].detail["worst"][0]
+    assert worst["kl"] == pytest.approx(divergence.max(), rel=1e-3)
+    window = windows.windows[worst["window"]][0]
+    assert worst["next"] == tiny_tokenizer().decode(window[worst["position"] + 1 : worst["position"] + 2])
+    assert len(found["generation.agreement"].detail["texts"]) == 8
+
+
+def test_limits_fail_with_a_reason(original: Path, quantized: Path, windows: TokenWindows) -> None:
+    limits = Limits(max_increase=-0.5, max_kl=0, min_top1=1, max_bytes=100)
+    generation = GenerationOptions(max_new_tokens=2, min_agreement=1.01)
+    found = measure(quantized, original, windows=windows, generation=generation, limits=limits)
+    failed = {name for name, check in found.items() if not check.ok}
+    assert failed == {"size_bytes", "perplexity", "kl_mean", "top1_agreement", "generation.agreement"}
+    assert found["size_bytes"].text.endswith("bytes, allowed are 100")
+    assert found["perplexity"].text.startswith("perplexity rose by") and "allowed are -50 %" in found["perplexity"].text
+
+
+def test_an_original_does_not_differ_from_itself(original: Path, windows: TokenWindows) -> None:
+    found = measure(original, original, windows=windows, limits=Limits(max_increase=0, max_kl=0, min_top1=1))
+    assert all(check.ok for check in found.values())
+    assert found["kl_mean"].value == 0 and found["inventory"].detail["counts"] == {"kept": 20}
+
+
+def test_without_an_original(quantized: Path, windows: TokenWindows) -> None:
+    found = measure(quantized, None, windows=windows, generation=GenerationOptions(max_new_tokens=2))
+    assert "inventory" not in found and "kl_mean" not in found
+    assert found["perplexity"].value is not None and found["perplexity"].reference is None
+    assert len(found["generation.looping"].detail["texts"]) == 8
+
+
+def damaged(original: Path, directory: Path, name: str, value: float | None) -> Path:
+    """A copy with one tensor dropped, or holding ``value`` in one place."""
+    shutil.copytree(original, directory)
+    weights = load_file(directory / "model.safetensors")
+    if value is None:
+        del weights[name]
+    else:
+        weights[name].view(-1)[7] = value
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def test_an_artifact_that_computes_nan_fails_and_gives_no_number(
+    original: Path, windows: TokenWindows, tmp_path: Path
+) -> None:
+    broken = damaged(original, tmp_path / "nan", "model.layers.1.mlp.up_proj.weight", math.nan)
+    found = measure(broken, original, windows=windows)
+    assert not found["perplexity"].ok and found["perplexity"].value is None
+    assert "finite" in found["perplexity"].text and "kl_mean" not in found
+    assert "model.layers.1.mlp.up_proj.weight" in found["inventory"].text
+
+
+def test_an_artifact_that_lost_a_tensor_fails(original: Path, tmp_path: Path) -> None:
+    broken = damaged(original, tmp_path / "lost", "model.layers.0.mlp.down_proj.weight", None)
+    found = measure(broken, original, generation=GenerationOptions(max_new_tokens=2))
+    assert not found["inventory"].ok and not found["runtime"].ok
+    assert "model.layers.0.mlp.down_proj.weight" in found["inventory"].text
+    assert "missing: model.layers.0.mlp.down_proj.weight" in found["runtime"].text
+
+
+def test_a_model_too_large_for_the_memory_is_not_loaded(
+    quantized: Path, windows: TokenWindows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(behaviour, "available_memory", lambda: 1000)
+    found = measure(quantized, None, windows=windows)
+    assert found["runtime"].ok and found["runtime"].value is None
+    assert "1,000 are free" in found["runtime"].text and "fidelity.max_abs_diff" not in found
+
+
+def test_an_artifact_that_transformers_refuses_fails(original: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "refused"
+    shutil.copytree(original, broken)
+    config = json.loads((broken / "config.json").read_text()) | {"model_type": "nonesuch"}
+    (broken / "config.json").write_text(json.dumps(config))
+    found = measure(broken, None, generation=GenerationOptions(max_new_tokens=2))
+    assert not found["runtime"].ok and "nonesuch" in found["runtime"].text

@@ -1,0 +1,125 @@
+"""What became of every tensor, on artifacts with known changes and known damage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
+from llmconvert.quantize.reader import open_dense
+from llmconvert.validate import inventory as module
+from llmconvert.validate.inventory import bits_per_weight, measure_sizes, take_inventory
+
+
+class InMemory(Checkpoint):
+    """A checkpoint of tensors at hand."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], **config: object) -> None:
+        self.tensors = tensors
+        self.infos = {name: TensorInfo(name, t.dtype, tuple(t.shape), "memory") for name, t in tensors.items()}
+        self.config = config
+        self.files = {}
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        tensor = self.tensors[name]
+        return tensor[start:stop].clone() if tensor.ndim else tensor.clone()
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(7, 5, generator=generator) for name in ("embed", "a", "b")} | {
+        "scalar": torch.tensor(3.0)
+    }
+
+
+def statuses(source: Checkpoint, artifact: Checkpoint) -> dict[str, str]:
+    return {record.name: record.status for record in take_inventory(source, artifact, artifact).tensors}
+
+
+def test_an_artifact_of_the_real_format(original: Path, quantized: Path) -> None:
+    source, stored = SafetensorsCheckpoint(original), SafetensorsCheckpoint(quantized)
+    dense = open_dense(stored)
+    found = take_inventory(source, stored, dense)
+    assert found.problems == ()
+    assert found.counts == {"quantized": 14, "kept": 6}
+    for record in found.tensors:
+        before, after = source[record.name].float(), dense[record.name].float()
+        assert record.error == pytest.approx((torch.linalg.norm(before - after) / torch.linalg.norm(before)).item())
+        assert record.shape == tuple(before.shape)
+    assert all(0.05 < record.error < 0.15 for record in found.tensors if record.error and record.status == "quantized")
+
+
+def test_kept_cast_and_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two rows at a time: what is found must not depend on the pieces.
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 10)
+    source = tensors()
+    artifact = {**source, "a": source["a"].bfloat16(), "b": source["b"] * 1.5, "extra": torch.ones(2)}
+    assert statuses(InMemory(source), InMemory(artifact)) == {
+        "embed": "kept",
+        "a": "cast",
+        "b": "changed",
+        "scalar": "kept",
+        "extra": "added",
+    }
+    errors = {
+        record.name: record.error for record in take_inventory(InMemory(source), *[InMemory(artifact)] * 2).tensors
+    }
+    assert errors["b"] == pytest.approx(0.5) and errors["embed"] == 0
+
+
+def test_a_dropped_tensor_is_a_problem() -> None:
+    source = tensors()
+    artifact = {name: tensor for name, tensor in source.items() if name != "b"}
+    found = take_inventory(InMemory(source), *[InMemory(artifact)] * 2)
+    assert found.problems == ("b is missing from the artifact",)
+    assert found.counts["dropped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("equal", "tie", "status"), [(True, True, "tied"), (False, True, "dropped"), (True, False, "dropped")]
+)
+def test_a_missing_head_is_tied_only_if_equal_and_declared(equal: bool, tie: bool, status: str) -> None:
+    source = tensors()
+    source["lm_head"] = source["embed"].clone() if equal else source["embed"] + 1
+    artifact = {name: tensor for name, tensor in source.items() if name != "lm_head"}
+    found = statuses(InMemory(source), InMemory(artifact, tie_word_embeddings=tie))
+    assert found["lm_head"] == status
+
+
+def test_another_shape_is_a_problem_unless_heads_were_merged() -> None:
+    source = tensors()
+    artifact = {**source, "a": source["a"][:3]}
+    found = take_inventory(InMemory(source, num_key_value_heads=4), *[InMemory(artifact, num_key_value_heads=4)] * 2)
+    assert found.problems == ("a has shape [3, 5], the source [7, 5]",)
+    merged = take_inventory(InMemory(source, num_key_value_heads=4), *[InMemory(artifact, num_key_value_heads=2)] * 2)
+    assert merged.problems == () and merged.counts["merged"] == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_a_problem(value: float) -> None:
+    source = tensors()
+    broken = source["b"].clone()
+    broken[4, 2] = value
+    found = take_inventory(InMemory(source), *[InMemory({**source, "b": broken})] * 2)
+    assert len(found.problems) == 1 and found.problems[0].startswith("b holds values that are not finite")
+
+
+def test_sizes(original: Path, quantized: Path, tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x" * 10)
+    (tmp_path / "model.safetensors.index.json").write_bytes(b"x" * 3)
+    (tmp_path / "config.json").write_bytes(b"x" * 5)
+    (tmp_path / "llmconvert").mkdir()
+    (tmp_path / "llmconvert" / "plot.png").write_bytes(b"x" * 7)
+    sizes = measure_sizes(tmp_path)
+    assert (sizes.weights, sizes.total) == (13, 25)
+    source = SafetensorsCheckpoint(original)
+    assert bits_per_weight(source, source) == 16
+    # 4 bits and a 16-bit scale for each 32 columns in the linears, 16 bits in the rest, and 8 bytes × 2 of shape each.
+    linears = sum(source[name].numel() for name in source if "_proj" in name)
+    numbers = sum(source[name].numel() for name in source)
+    expected = (linears * 4.5 + (numbers - linears) * 16 + 14 * 128) / numbers
+    assert bits_per_weight(source, SafetensorsCheckpoint(quantized)) == pytest.approx(expected)
