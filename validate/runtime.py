@@ -50,7 +50,7 @@ class Runtime:
 
 @contextlib.contextmanager
 def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Runtime]:
-    """Load a model directory whole, and let it go again at the end.
+    """Load a model directory whole, and free its weights at the end.
 
     Code that comes with a model is never run.
 
@@ -85,7 +85,12 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
         for entry in sorted(info[kind], key=str)
     ]
     name = f"transformers {transformers.__version__} on {device}, {str(model.dtype).removeprefix('torch.')}"
-    yield Runtime(model, tokenizer, name, tuple(problems))
+    try:
+        yield Runtime(model, tokenizer, name, tuple(problems))
+    finally:
+        # The caller's variable and cycles between modules would keep the weights until some later collection.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def available_memory() -> int | None:

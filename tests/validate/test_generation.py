@@ -38,6 +38,8 @@ def test_continuations_are_transformers_greedy_ones(original: Path) -> None:
         expected = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert continuation.ids == tuple(expected.tolist())
         assert continuation.prompt == prompt
+    # The weights are gone at once, though the model is still referred to.
+    assert sum(tensor.numel() for tensor in loaded.model.parameters()) == 0
     assert made.prefill_tokens_per_second > 0 and made.decode_tokens_per_second > 0
     assert made.runtime.startswith("transformers ") and made.runtime.endswith("on cpu, bfloat16")
 
