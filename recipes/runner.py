@@ -24,7 +24,7 @@ from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.base import needs_calibration
 from llmconvert.recipes.artifact import assemble_artifact, model_info
-from llmconvert.recipes.attention import require_attention_rewrite
+from llmconvert.recipes.attention import require_attention_support
 from llmconvert.recipes.publishing import check_target, publish_artifact
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import convert, measure, quantize
@@ -95,8 +95,7 @@ class _Run:
 
     def run(self) -> RunResult:
         recipe = self._recipe
-        if recipe.attention is not None:
-            require_attention_rewrite(recipe.attention)
+        require_attention_support(recipe)
         if self._publish is not None:
             check_target(self._publish, recipe.name)
         source = self._fetch()

@@ -1,0 +1,101 @@
+"""Runs killed without warning: the same command continues and ends with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tiny_llama_dir
+
+from llmconvert.stages import STAGE_FILE
+
+pytestmark = pytest.mark.slow
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Deep enough that quantization can be met in its midst."""
+    return tiny_llama_dir(tmp_path_factory.mktemp("deep") / "llama", num_hidden_layers=12)
+
+
+def command(recipe: Path, work: Path) -> list[str]:
+    return [sys.executable, "-m", "llmconvert.cli", "run", str(recipe), "--work-dir", str(work)]
+
+
+def finish(recipe: Path, work: Path) -> str:
+    done = subprocess.run(command(recipe, work), capture_output=True, text=True, env=_ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def kill_when(recipe: Path, work: Path, ready: Any, delay: float = 0) -> bool:
+    """Start a run and kill it ``delay`` seconds after ``ready()``; False if it ended before."""
+    with subprocess.Popen(
+        command(recipe, work), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_ENVIRONMENT
+    ) as process:
+        while process.poll() is None and not ready():
+            time.sleep(0.002)
+        time.sleep(delay)
+        ended = process.poll() is not None
+        process.kill()
+    return not ended
+
+
+def stages(work: Path) -> dict[str, int]:
+    """Finished stage → when it was finished, in nanoseconds."""
+    found = work.glob(f"*/{STAGE_FILE}") if work.exists() else ()
+    return {path.parent.name.rpartition("-")[0]: path.stat().st_mtime_ns for path in found}
+
+
+def artifact(work: Path) -> dict[str, bytes]:
+    (directory,) = work.glob("artifact-*/model")
+    return {name: (directory / name).read_bytes() for name in ("model.safetensors", "config.json", "tokenizer.json")}
+
+
+def test_killed_in_the_midst_of_quantization(write_recipe: Any, model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(model=str(model), validate=None)
+    finish(recipe, tmp_path / "whole")
+    work = tmp_path / "work"
+
+    def three_blocks_done() -> bool:
+        journals = list(work.glob(".quantize-*.partial/.model.partial/.work/journal.jsonl"))
+        return bool(journals) and journals[0].read_text().count('"block"') >= 3
+
+    assert kill_when(recipe, work, three_blocks_done)
+    before = stages(work)
+    assert set(before) == {"convert", "calibrate"}
+    log = finish(recipe, work)
+    after = stages(work)
+    assert "convert: unchanged, reusing" in log and "quantize: was interrupted, continuing" in log
+    assert "continuing an interrupted run: " in log
+    assert {name: after[name] for name in before} == before
+    assert artifact(work) == artifact(tmp_path / "whole")
+
+
+def test_killed_anywhere_any_number_of_times(write_recipe: Any, model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(model=str(model), publish={"to": f"file:{tmp_path}/out"})
+    finish(recipe, tmp_path / "whole")
+    expected = artifact(tmp_path / "whole")
+    generator = random.Random(0)
+    work = tmp_path / "work"
+    known: dict[str, int] = {}
+    for _ in range(6):
+        seen = len(list(work.glob("*"))) if work.exists() else 0
+        progressed = lambda seen=seen: work.exists() and len(list(work.glob("*"))) > seen  # noqa: E731
+        killed = kill_when(recipe, work, progressed, generator.uniform(0, 0.4))
+        now = stages(work)
+        assert {name: now.get(name) for name in known} == known, "a finished stage stays as it is"
+        known = now
+        if not killed:
+            break
+    finish(recipe, work)
+    assert artifact(work) == expected
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected["model.safetensors"]
+    assert not list(work.glob(".*.partial"))

@@ -1,0 +1,177 @@
+"""The command line: help, exit codes, messages, and each command once on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from llmconvert import __version__
+from llmconvert.cli import main
+
+COMMANDS = ("inspect", "run", "convert", "quantize", "validate", "push")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(topics["assignment"][:6000])
+    return path
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def fails(code: int, *arguments: object) -> str:
+    """The message of a call that ends with ``code``: on standard error, without a traceback."""
+    result = call(*arguments)
+    assert result.exit_code == code, result.output
+    assert not result.stdout and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") or "\nerror: " in result.stderr
+    return result.stderr
+
+
+def test_help_shows_an_example_for_every_command() -> None:
+    assert {*main.commands} == {*COMMANDS}
+    for command in COMMANDS:
+        result = call(command, "--help")
+        assert result.exit_code == 0 and f"llmconvert {command} " in result.output and "Example" in result.output
+        assert "\\" not in result.output.replace("\\\n", ""), "no markup is left"
+
+
+def test_version_and_bare_call() -> None:
+    assert call("--version").output == f"llmconvert {__version__}\n"
+    assert call().exit_code == 2 and "Commands:" in call("--help").output
+
+
+def test_help_is_fast() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "llmconvert.cli", "--help"]
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - begin)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "numpy", "pydantic", "huggingface_hub"}
+    assert min(times) < 1.0, "half a second on an idle machine"
+
+
+def test_inspect(tiny_llama: Path) -> None:
+    result = call("inspect", tiny_llama)
+    assert result.exit_code == 0
+    assert "GQA, 4 heads of 16 over 2 key-value heads" in result.output and "RoPE" in result.output
+    summary = json.loads(call("inspect", tiny_llama, "--json").output)
+    assert summary["kv_bytes_per_token"] == 256 and summary["weight_bytes"]["bfloat16"] == 2 * summary["parameters"]
+
+
+def test_convert(tiny_llama: Path, here: Path) -> None:
+    result = call("convert", tiny_llama, "out", "--dtype", "float16")
+    assert result.exit_code == 0 and "largest relative rounding error" in result.output
+    assert json.loads((here / "out" / "config.json").read_text())["dtype"] == "float16"
+    assert "not empty" in fails(2, "convert", tiny_llama, "out")
+    assert os.listdir(here) == ["out"]
+
+
+def test_quantize_and_validate(tiny_llama: Path, here: Path, text: Path) -> None:
+    options = ["--scheme", "w4a16-g32", "--calibration", text, "--samples", 4, "--length", 64, "--order", "sequential"]
+    result = call("quantize", tiny_llama, "w4", *options, "--override", "*.mlp.down_proj=w8a16-g32")
+    assert result.exit_code == 0, result.output
+    assert "14 layers quantized" in result.output
+    config = json.loads((here / "w4" / "config.json").read_text())["quantization_config"]
+    assert sorted(group["weights"]["num_bits"] for group in config["config_groups"].values()) == [4, 8]
+
+    measured = ["validate", "w4", "--reference", tiny_llama, "--text", text, "--window", 64, "--max-windows", 2]
+    result = call(*measured, "--json", "report.json")
+    assert result.exit_code == 0, result.output
+    assert "Perplexity" in result.output
+    report = json.loads((here / "report.json").read_text())
+    assert report["schema"] == "llmconvert.report/1" and str(here) not in json.dumps(report)
+    assert {"perplexity", "kl_mean", "size_bytes"} <= {check["name"] for check in report["checks"]}
+
+
+def test_a_missed_limit_ends_with_three(tiny_llama: Path, here: Path, text: Path) -> None:
+    assert call("quantize", tiny_llama, "w2", "--method", "rtn", "--scheme", "w2a16-g32").exit_code == 0
+    recipe = {"model": str(tiny_llama), "validate": {"max_bytes": 1000}}
+    (here / "strict.yaml").write_text(yaml.safe_dump(recipe))
+    message = fails(3, "run", "strict.yaml")
+    assert "allowed are 1,000" in message and "the artifact is in" in message
+
+
+def test_run_prints_what_was_gained_and_where_it_lies(tiny_llama: Path, here: Path, text: Path) -> None:
+    recipe = {
+        "model": str(tiny_llama),
+        "quantize": {"method": "rtn", "scheme": "w4a16-g32"},
+        "validate": {"perplexity": {"dataset": str(text), "window": 64, "max_windows": 2}},
+        "publish": {"to": "file:out/tiny"},
+    }
+    (here / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    result = call("run", "tiny.yaml")
+    assert result.exit_code == 0, result.output
+    assert "Perplexity" in result.stdout and "out/tiny" in result.stdout
+    assert "quantize: done in" in result.stderr
+    assert (here / "out" / "tiny" / "README.md").is_file() and (here / "work").is_dir()
+    again = call("run", "tiny.yaml", "--no-publish")
+    assert "quantize: unchanged, reusing" in again.stderr and "publishing" not in again.stderr
+
+
+def test_a_batch_ends_with_its_first_failure(tiny_llama: Path, here: Path) -> None:
+    (here / "good.yaml").write_text(yaml.safe_dump({"model": str(tiny_llama)}))
+    (here / "bad.yaml").write_text("model: a\nquantise: {}\n")
+    (here / "gone.yaml").write_text("model: ./gone.gguf\n")
+    result = call("run", "gone.yaml", "bad.yaml", "good.yaml")
+    assert result.exit_code == 4
+    assert "failed (4)" in result.stdout and "failed (2)" in result.stdout and "done" in result.stdout
+    assert "did you mean quantize?" in result.stderr
+
+
+def test_mistakes_leave_nothing_behind(tiny_llama: Path, here: Path, text: Path) -> None:
+    (here / "bad.yaml").write_text("model: m\nquantize: {metod: gptq, scheme: w4a16}\n")
+    before = sorted(os.listdir(here))
+    assert "line 2: unknown key quantize.metod; did you mean quantize.method?" in fails(2, "run", "bad.yaml")
+    assert "no such file, and no shipped recipe" in fails(2, "run", "nothing.yaml")
+    assert "--set x: expected key=value" in fails(2, "run", "demo", "--set", "x")
+    assert "needs calibration text" in fails(2, "quantize", tiny_llama, "out", "--scheme", "w4a16-g32")
+    assert "scheme 'w4' is not understood" in fails(2, "quantize", tiny_llama, "out", "--scheme", "w4")
+    fit = fails(2, "quantize", tiny_llama, "out", "--scheme", "w4a16-g48", "--method", "rtn")
+    assert "48" in fit and "sizes that fit it: 16, 32, 64" in fit
+    assert "did you mean gptq" in fails(2, "quantize", tiny_llama, "out", "--scheme", "w4a16", "--method", "gtpq")
+    missing = ["--scheme", "w4a16-g32", "--calibration", "gone.txt"]
+    assert "gone.txt" in fails(4, "quantize", tiny_llama, "out", *missing)
+    assert "no such" in fails(4, "inspect", "./gone")
+    assert "no such" in fails(4, "convert", "./gone", "out")
+    assert "HF_TOKEN" in fails(4, "push", tiny_llama, "someone/something")
+    assert sorted(os.listdir(here)) == before
+
+
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
+    def broken(model: str) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("llmconvert.convert.inspection.inspect_model", broken)
+    result = call("inspect", tiny_llama)
+    assert result.exit_code == 1 and isinstance(result.exception, ZeroDivisionError)
+
+
+def test_it_runs_as_a_process(tiny_llama: Path) -> None:
+    command = [sys.executable, "-m", "llmconvert.cli", "inspect"]
+    good = subprocess.run([*command, str(tiny_llama)], capture_output=True, text=True)
+    assert (good.returncode, good.stderr) == (0, "") and "LlamaForCausalLM" in good.stdout
+    bad = subprocess.run([*command, "./gone"], capture_output=True, text=True)
+    assert bad.returncode == 4 and len(bad.stderr.splitlines()) == 1 and bad.stderr.startswith("error: ")
