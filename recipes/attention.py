@@ -20,8 +20,8 @@ def require_attention_support(recipe: Recipe) -> None:
     """
     if recipe.attention is not None:
         raise UnsupportedError(
-            f"attention: rewriting to {recipe.attention.kv_heads} key-value heads (method {recipe.attention.method}) is "
-            "not part of this version; remove the section, or run with --set attention=null"
+            f"attention: rewriting to {recipe.attention.kv_heads} key-value heads (method {recipe.attention.method}) "
+            "is not part of this version; remove the section, or run with --set attention=null"
         )
     if recipe.validation is not None and recipe.validation.attention:
         raise UnsupportedError(

@@ -143,7 +143,7 @@ def test_fresh_runs_give_the_same_bytes(write_recipe: Any) -> None:
 
 def test_a_missed_limit_keeps_the_artifact_and_publishes_nothing(write_recipe: Any, tmp_path: Path) -> None:
     path = write_recipe(publish={"to": f"file:{tmp_path}/out"})
-    with pytest.raises(GateError, match="the weights take .* bytes, allowed are 1,000") as caught:
+    with pytest.raises(GateError, match=r"the weights take .* bytes, allowed are 1,000") as caught:
         run(path, "validate.max_bytes=1kB")
     artifact = Path(str(caught.value).rsplit("the artifact is in ", 1)[1])
     assert (artifact / "model.safetensors").is_file() and (artifact / "README.md").is_file()
