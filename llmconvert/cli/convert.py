@@ -7,12 +7,10 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Write MODEL in another dtype.")
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True
-)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
 @click.option(
     "--overflow",
     type=click.Choice(["error", "clip"]),

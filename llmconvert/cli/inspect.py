@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from llmconvert.convert.inspection import ModelSummary
 
 
-@click.command()
+@click.command(short_help="Show what MODEL is and what it needs.")
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(model: str, as_json: bool) -> None:

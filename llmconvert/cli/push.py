@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Push an artifact to the Hub.")
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("repository", metavar="USER/NAME")
 @click.option("--private/--public", default=None, help="What a new repository becomes; --private refuses a public one.")

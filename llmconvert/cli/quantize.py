@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 
-@click.command()
+@click.command(short_help="Quantize MODEL to a directory.")
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--method", default="gptq", show_default=True)
@@ -44,7 +44,8 @@ def quantize(model: str, output: Path, **options: Any) -> None:
 
     recipe = make_recipe({"model": model, **_settings(options)}, "quantize")
     details = quantize_model(recipe, output, progress=console_progress())
-    click.echo(f"{output}: {details['layers']} layers quantized, {details['bytes']:,} bytes, {details['seconds']:.1f} s")
+    layers, size, seconds = details["layers"], details["bytes"], details["seconds"]
+    click.echo(f"{output}: {layers} layers quantized, {size:,} bytes, {seconds:.1f} s")
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Run recipes from start to end.")
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting: quantize.scheme=w8a16.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Where finished stages are kept. [default: work]")

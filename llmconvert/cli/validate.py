@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 
-@click.command()
+@click.command(short_help="Measure MODEL against its original.")
 @click.argument("model")
 @click.option("--reference", metavar="MODEL", help="The original, to compare with.")
 @click.option("--text", metavar="FILE|NAME", help="Text to measure perplexity on, pydoc-topics:test for example.")
