@@ -42,7 +42,7 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     format_ = load_format(settings.format)
     schemes: list[tuple[KeyPath, Scheme]] = [(("quantize", "scheme"), settings.scheme)]
     for index, override in enumerate(settings.overrides):
-        if override.scheme is not None:
+        if override.scheme != "none":
             schemes.append((("quantize", "overrides", index, "scheme"), override.scheme))
     for path, scheme in schemes:
         try:

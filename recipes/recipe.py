@@ -79,12 +79,8 @@ def _parse_scheme(value: object) -> Scheme:
         raise ValueError(str(error)) from error
 
 
-def _parse_override(value: object) -> Scheme | None:
-    return None if value == "none" else _parse_scheme(value)
-
-
-def _print_override(scheme: Scheme | None) -> str:
-    return "none" if scheme is None else str(scheme)
+def _parse_override(value: object) -> Scheme | Literal["none"]:
+    return "none" if value == "none" else _parse_scheme(value)
 
 
 def _switch(value: object) -> object:
@@ -97,7 +93,7 @@ def _to_tuple(value: object) -> object:
 
 
 SchemeField = Annotated[Scheme, PlainValidator(_parse_scheme), PlainSerializer(str)]
-OptionalScheme = Annotated[Scheme | None, PlainValidator(_parse_override), PlainSerializer(_print_override)]
+OptionalScheme = Annotated[Scheme | Literal["none"], PlainValidator(_parse_override), PlainSerializer(str)]
 Share = Annotated[float, PlainValidator(parse_share), PlainSerializer(lambda share: f"{100 * share:.10g}%")]
 Bytes = Annotated[int, PlainValidator(parse_bytes)]
 Count = Annotated[int, Field(ge=1)]

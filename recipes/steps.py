@@ -64,7 +64,10 @@ def quantize(
         method=settings.method,
         scheme=settings.scheme,
         format=settings.format,
-        overrides=[Override(override.match, override.scheme) for override in settings.overrides],
+        overrides=[
+            Override(override.match, None if override.scheme == "none" else override.scheme)
+            for override in settings.overrides
+        ],
         windows=windows,
         device=device,
         memory_budget=memory,

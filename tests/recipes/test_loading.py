@@ -173,3 +173,34 @@ def test_any_yaml_value_is_a_recipe_or_a_recipe_error(value: object) -> None:
 def test_override_values_are_yaml() -> None:
     assert read_override("a.b=[1, x]") == (("a", "b"), [1, "x"])
     assert read_override("a.0.b=1=2") == (("a", 0, "b"), "1=2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("{method: gptq, scheme: w4a16-g64}", "quantize.method: gptq needs calibration text"),
+        ("{method: gtpq, scheme: w4a16-g64}", "known are rtn, gptq; did you mean gptq?"),
+        ("{method: rtn, scheme: w4a16-g64, format: compressed}", "did you mean compressed-tensors?"),
+        ("{method: rtn, scheme: w3a8}", "quantize.scheme: "),
+        (
+            "{method: rtn, scheme: w4a16-g64, overrides: [{match: a, scheme: none}, {match: b, scheme: w3a8}]}",
+            "quantize.overrides.1.scheme: ",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings: str, expected: str) -> None:
+    text = refusal(f"model: a\nquantize: {settings}")
+    assert text.startswith("x.yaml, line 2: ") and expected in text
+
+
+def test_limits_need_the_text_they_are_measured_on() -> None:
+    assert "validate.max_kl is measured on the text of validate.perplexity" in refusal(
+        "model: a\nvalidate: {max_kl: 1}"
+    )
+
+
+def test_layers_can_be_left_alone() -> None:
+    text = "model: a\nquantize: {method: rtn, scheme: w4a16, overrides: [{match: '*.down_proj', scheme: none}]}"
+    recipe = parse_recipe(text, "x.yaml")
+    assert recipe.quantize is not None and recipe.quantize.overrides[0].scheme == "none"
+    assert parse_recipe(yaml.safe_dump(recipe.to_mapping()), "y.yaml") == recipe

@@ -231,3 +231,15 @@ def test_stages_say_what_they_were_made_from(write_recipe: Any) -> None:
     }
     assert inputs["quantize"]["scheme"] == "w4a16-g32-sym" and inputs["convert"]["dtype"] == "bfloat16"
     assert inputs["calibrate"]["seed"] == 0 and inputs["calibrate"]["samples"] == 4
+
+
+def test_layers_left_alone_stay_dense(write_recipe: Any) -> None:
+    overrides = [{"match": "*.down_proj", "scheme": "none"}, {"match": "*.mlp.*", "scheme": "w8a16-g32"}]
+    quantize = {"method": "rtn", "scheme": "w4a16-g32", "overrides": overrides}
+    result, _ = run(write_recipe(calibrate=None, validate=None, quantize=quantize))
+    with SafetensorsCheckpoint(result.artifact) as checkpoint:
+        assert "model.layers.0.mlp.down_proj.weight" in checkpoint
+        packed = {name.split(".")[-2] for name in checkpoint if name.endswith(".weight_packed")}
+    assert packed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    text = (result.artifact / "llmconvert" / "recipe.yaml").read_text()
+    assert load_recipe(result.artifact / "llmconvert" / "recipe.yaml").quantize is not None and "scheme: none" in text
