@@ -196,8 +196,6 @@ def test_what_does_not_go_together_is_refused(settings: str, expected: str) -> N
 def test_limits_need_the_text_they_are_measured_on() -> None:
     text = refusal("model: a\nvalidate: {max_kl: 1}")
     assert "validate.max_kl is measured on the text of validate.perplexity" in text
-        "model: a\nvalidate: {max_kl: 1}"
-    )
 
 
 def test_layers_can_be_left_alone() -> None:
