@@ -66,14 +66,15 @@ def discover(skeleton: Skeleton, length: int) -> tuple[BlockPlan, ...]:
     """
     config = build_config(skeleton.checkpoint.config)
     kind = config.model_type
+    # Built outside the fake mode, which does not take the constants that some modules turn into buffers.
+    model = build_meta_model(config, skeleton.dtype, skeleton.model.config._attn_implementation)
     with FakeTensorMode(), torch.no_grad():
-        model = build_meta_model(config, skeleton.dtype, skeleton.model.config._attn_implementation)
-        # Still fake, but on the real device, whose attention kernels decide what is alive.
+        # Fake, but on the real device, whose attention kernels decide what is alive.
         for module in model.modules():
             for name, tensor in module.named_buffers(recurse=False):
-                module._buffers[name] = torch.empty_like(tensor, device=skeleton.device)
+                module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=skeleton.device)
             for name, tensor in module.named_parameters(recurse=False):
-                value = torch.empty_like(tensor, device=skeleton.device)
+                value = torch.empty(tensor.shape, dtype=tensor.dtype, device=skeleton.device)
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
         blocks = list(model.get_submodule(skeleton.list_name))
         tracker = _LiveBytes(model)
