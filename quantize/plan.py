@@ -8,12 +8,13 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from llmconvert.checkpoint import TensorSpec
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.statistics import hessian_nbytes
-from llmconvert.errors import CalibrationError, SchemeError
+from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
 from llmconvert.quantize.base import Quantizer
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.scheme import Scheme
@@ -60,11 +61,12 @@ def plan_quantization(
     Raises:
         SchemeError: a group size does not divide a layer's columns, an override matches nothing, or linears that
             runtimes fuse (they share one input) would get different schemes.
-        UnsupportedError: the format cannot hold a scheme.
+        UnsupportedError: the format cannot hold a scheme, or the model's weights are not in linears.
         CalibrationError: ``calibrated`` is set, and the forward never calls a linear that is to be quantized.
     """
     for used in {scheme, *(override.scheme for override in overrides if override.scheme)}:
         layout.check(used)
+    _check_architecture(skeleton)
     linears = {name: module for block in skeleton.linears for name, module in block.items()}
     assigned = {name: _assigned(name, scheme, overrides) for name in linears}
     _check_overrides(overrides, linears)
@@ -120,6 +122,29 @@ def work_nbytes(
                 solution = max(hessian_nbytes(stop.columns, dtype), matrix + solution)
             needs.append(solution)
     return max(needs)
+
+
+def _check_architecture(skeleton: Skeleton) -> None:
+    """Refuse a model with experts, or with most weights outside linears: the artifact would look quantized and not be.
+
+    transformers keeps experts as three-dimensional parameters, and some older models have layers of their own
+    (GPT-2's ``Conv1D``) in the place of linears.
+    """
+    for index, (block, linears) in enumerate(zip(skeleton.blocks, skeleton.linears, strict=True)):
+        others: dict[str, nn.Parameter] = {}
+        for name, module in block.named_modules():
+            if not isinstance(module, nn.Embedding | _ConvNd) and skeleton.prefix(index) + name not in linears:
+                others |= {f"{name}.{leaf}": value for leaf, value in module.named_parameters(recurse=False)}
+        inside = sum(linear.weight.numel() for linear in linears.values())
+        outside = sum(value.numel() for value in others.values())
+        if outside > inside or any(sum(size > 1 for size in value.shape) > 2 for value in others.values()):
+            largest = max(others, key=lambda name: others[name].numel())
+            owner = type(block.get_submodule(largest.rpartition(".")[0])).__name__
+            raise UnsupportedError(
+                f"architecture {skeleton.model.config.model_type!r}: {outside / (inside + outside):.0%} of the weights "
+                f"of block {index} are not in linear layers, most of them in {owner} ({largest}); "
+                "such layers (experts, among others) cannot be quantized yet"
+            )
 
 
 def _assigned(name: str, scheme: Scheme, overrides: Iterable[Override]) -> Scheme | None:

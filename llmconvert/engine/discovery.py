@@ -47,14 +47,14 @@ class BlockPlan:
         index: position in the list of blocks.
         stops: in the order in which a batch reaches them.
         unreached: linears of the block that the forward never calls.
-        returns_tuple: whether the block returns ``(hidden, …)`` instead of the hidden state.
+        returned: values in the tuple ``(hidden, …)`` that the block returns; 0 if it returns the hidden state itself.
         peak_nbytes: most bytes one batch has alive anywhere inside the block.
     """
 
     index: int
     stops: tuple[Stop, ...]
     unreached: tuple[str, ...]
-    returns_tuple: bool
+    returned: int
     peak_nbytes: int
 
 
@@ -139,7 +139,7 @@ class _BlockRecorder:
         self._groups: list[_Group] = []
         self._seen: set[str] = set()
         self._linears: tuple[str, ...] = ()
-        self._returns_tuple = False
+        self._returned = 0
         self._peak = 0
 
     def attach(self, block: nn.Module, prefix: str, linears: Mapping[str, nn.Linear], order: list[int]) -> None:
@@ -151,7 +151,7 @@ class _BlockRecorder:
             self._tracker.peak = self._tracker.live
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._returns_tuple = isinstance(output, tuple)
+            self._returned = len(output) if isinstance(output, tuple) else 0
             self._peak = self._tracker.peak
 
         block.register_forward_pre_hook(enter)
@@ -177,7 +177,7 @@ class _BlockRecorder:
     def plan(self) -> BlockPlan:
         stops = tuple(Stop(tuple(group.linears), group.columns, group.held) for group in self._groups)
         unreached = tuple(name for name in self._linears if name not in self._seen)
-        return BlockPlan(self.index, stops, unreached, self._returns_tuple, self._peak)
+        return BlockPlan(self.index, stops, unreached, self._returned, self._peak)
 
 
 @dataclass(slots=True)

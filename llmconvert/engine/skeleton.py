@@ -201,7 +201,7 @@ def build_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """The transformers config object of a parsed ``config.json``.
 
     Raises:
-        UnsupportedError: unknown ``model_type``, remote code, or no causal-LM class.
+        UnsupportedError: unknown ``model_type``, remote code, no causal-LM class, or an encoder-decoder.
     """
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -210,7 +210,10 @@ def build_config(config: Mapping[str, Any]) -> PretrainedConfig:
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedError(f"architecture {model_type!r} has no causal language model in transformers")
     values = {key: value for key, value in config.items() if key != "quantization_config"}
-    return CONFIG_MAPPING[model_type].from_dict(values)
+    built = CONFIG_MAPPING[model_type].from_dict(values)
+    if built.is_encoder_decoder:
+        raise UnsupportedError(f"architecture {model_type!r} is an encoder-decoder; only decoders can be streamed")
+    return built
 
 
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:

@@ -83,7 +83,9 @@ class _Pass(greenlet):
 
     def pass_block(self, slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:
         if slot.index < self._start:
-            return (hidden,) if self._stream.plans[slot.index].returns_tuple else hidden
+            # What else a block returns (attention weights, a cache) is for callers who asked for it; nobody did.
+            returned = self._stream.plans[slot.index].returned
+            return (hidden, *[None] * (returned - 1)) if returned else hidden
         if slot.index == self._start and self._replacement is not None:
             hidden = self._replacement.to(hidden.device)
             self._replacement = None
