@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_architectures import tiny_model
 from tiny_models import tiny_llama_dir
 
 
@@ -12,6 +15,19 @@ from tiny_models import tiny_llama_dir
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny float32 Llama with its tokenizer, shared by the whole run: read it, don't change it."""
     return tiny_llama_dir(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny(name, dtype)``: the directory of a tiny model of that architecture, made once: read it, don't change it."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def directory(name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = tiny_model(tmp_path_factory.mktemp("tiny") / name, name, dtype=dtype)
+        return made[name, dtype]
+
+    return directory
 
 
 @pytest.fixture(autouse=True)

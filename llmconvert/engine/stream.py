@@ -196,13 +196,18 @@ class Stream:
                 _remove(hooks)
 
     def logits(self) -> Iterator[torch.Tensor]:
-        """After the last block of :meth:`blocks`: the logits of each batch, ``[1, length, vocabulary]``."""
+        """After the last block of :meth:`blocks`: the logits of each batch, ``[1, length, vocabulary]``.
+
+        Raises:
+            CalibrationError: they are not finite.
+        """
         last = self.skeleton.block_count - 1
         for batch in range(len(self.windows)):
             coroutine = self.enter(last, batch)
             logits = coroutine.run_to_next_block(last)
             assert logits is not None
             coroutine.kill()
+            self._check_finite(logits, last, batch)
             yield logits
 
     def close(self) -> None:
@@ -249,14 +254,19 @@ class Stream:
             coroutine = self.enter(index, batch)
             hidden = coroutine.run_to_next_block(index)
             assert hidden is not None
-            if not torch.isfinite(hidden).all():
-                raise CalibrationError(
-                    f"block {index} ({self.skeleton.prefix(index).rstrip('.')}): batch {batch} leaves it with values "
-                    "that are not finite; the weights may be damaged, or need a wider dtype (bfloat16 or float32)"
-                )
+            self._check_finite(hidden, index, batch)
             if self._states is not None:
                 self._states.put(index + 1, batch, hidden)
             self.leave(coroutine)
+
+    def _check_finite(self, value: torch.Tensor, index: int, batch: int) -> None:
+        """Refuse what ``batch`` brings from block ``index`` if it is not finite."""
+        if torch.isfinite(value).all():
+            return
+        raise CalibrationError(
+            f"block {index} ({self.skeleton.prefix(index).rstrip('.')}): batch {batch} leaves it with values "
+            "that are not finite; the weights may be damaged, or need a wider dtype (bfloat16 or float32)"
+        )
 
 
 def _gate(slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:

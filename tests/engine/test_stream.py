@@ -1,0 +1,201 @@
+"""The contract of the streaming engine, over every architecture: its numbers are the resident model's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_architectures import ARCHITECTURES, ids, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.states import DiskStates, States
+from llmconvert.engine.stream import Mode, Stream, stream_logits
+from llmconvert.errors import CalibrationError
+from llmconvert.progress import Progress
+
+CPU = torch.device("cpu")
+#: Different lengths, all longer than the sliding windows of the models that have one.
+WINDOWS = ids((24, 16, 24))
+MODES: tuple[Mode, ...] = ("lockstep", "replay")
+Tiny = Callable[..., Path]
+
+
+def resident(directory: Path) -> PreTrainedModel:
+    """The whole model as transformers loads it; Gemma 2's reference is eager attention."""
+    attention = "eager" if "gemma2" in directory.name else "sdpa"
+    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", attn_implementation=attention).eval()
+
+
+def logits_of(model: PreTrainedModel, windows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(input_ids=window, use_cache=False).logits for window in windows]
+
+
+@contextmanager
+def streaming(directory: Path, mode: Mode, *, states: States | None = None, start: int = 0) -> Iterator[Stream]:
+    skeleton = Skeleton(SafetensorsCheckpoint(directory), CPU)
+    plans = discover(skeleton, max(window.shape[1] for window in WINDOWS))
+    stream = Stream(skeleton, WINDOWS, plans, mode=mode, states=states, start=start, head=True)
+    try:
+        yield stream
+    finally:
+        stream.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_streamed_logits_are_those_of_the_resident_model(tiny: Tiny, name: str, dtype: torch.dtype) -> None:
+    directory = tiny(name, dtype)
+    expected = logits_of(resident(directory), WINDOWS)
+    streamed = list(stream_logits(SafetensorsCheckpoint(directory), WINDOWS, device=CPU))
+    assert len(streamed) == len(WINDOWS)
+    for ours, theirs in zip(streamed, expected, strict=True):
+        assert ours.dtype == dtype
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_linears_stand_before_the_inputs_that_the_model_gives_them(tiny: Tiny, name: str, mode: Mode) -> None:
+    directory = tiny(name)
+    model = resident(directory)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, args, key=module_name: seen.setdefault(key, []).append(args[0].flatten(0, -2).clone())
+            )
+    logits_of(model, WINDOWS)
+    visited = 0
+    with streaming(directory, mode) as stream:
+        for run in stream.blocks():
+            for stop in run.plan.stops:
+                inputs = [value.clone() for value in run.inputs(stop.linears[0])]
+                for linear in stop.linears:
+                    assert all(map(torch.equal, inputs, seen[linear]))
+                    assert len(inputs) == len(seen[linear]) == len(WINDOWS)
+                    visited += 1
+    assert visited == len(seen) - ("lm_head" in seen) - ("embed_out" in seen) - _projections(seen)
+
+
+def _projections(seen: dict[str, list[torch.Tensor]]) -> int:
+    """OPT's linears between its word embeddings and its blocks."""
+    return sum("project_" in name for name in seen)
+
+
+def perturbed(weight: torch.Tensor) -> torch.Tensor:
+    """Another weight, far enough from the first to be seen in the logits."""
+    return weight * 0.75 + 0.01
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_installed_weights_are_met_by_all_that_follows(tiny: Tiny, name: str, mode: Mode) -> None:
+    """Each linear is replaced before the next is looked at: the result is a model with all of them replaced."""
+    directory = tiny(name)
+    with streaming(directory, mode) as stream:
+        for run in stream.blocks():
+            for stop in run.plan.stops:
+                for _ in run.inputs(stop.linears[0]):
+                    pass
+                for linear in stop.linears:
+                    run.install(linear, perturbed(run.module(linear).weight))
+        streamed = list(stream.logits())
+        replaced = {linear for linears in stream.skeleton.linears for linear in linears}
+    model = resident(directory)
+    for module_name, module in model.named_modules():
+        if module_name in replaced:
+            module.weight.data = perturbed(module.weight.data)
+    for ours, theirs in zip(streamed, logits_of(model, WINDOWS), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt-untied"])
+def test_a_stream_starts_anywhere_from_kept_states(tiny: Tiny, name: str, mode: Mode, tmp_path: Path) -> None:
+    directory = tiny(name)
+    lengths = [window.shape[1] for window in WINDOWS]
+    states = DiskStates(tmp_path, lengths, 64, torch.float32)
+    with streaming(directory, "lockstep", states=states) as stream:
+        for run in stream.blocks():
+            if run.plan.index == 2:
+                break
+    states.close()
+    states = DiskStates(tmp_path, lengths, 64, torch.float32)
+    with streaming(directory, mode, states=states, start=2) as stream:
+        assert [run.plan.index for run in stream.blocks()] == [2]
+        streamed = list(stream.logits())
+    states.close()
+    for ours, theirs in zip(streamed, logits_of(resident(directory), WINDOWS), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_only_the_current_block_is_in_memory(tiny: Tiny) -> None:
+    with streaming(tiny("llama"), "replay") as stream:
+        for run in stream.blocks():
+            present = [not next(block.parameters()).is_meta for block in stream.skeleton.blocks]
+            assert present == [index == run.plan.index for index in range(3)]
+    assert all(next(block.parameters()).is_meta for block in stream.skeleton.blocks)
+
+
+def test_logits_are_computed_in_the_dtype_that_is_asked_for(tiny: Tiny) -> None:
+    directory = tiny("qwen3", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    checkpoint = SafetensorsCheckpoint(directory)
+    streamed = list(stream_logits(checkpoint, WINDOWS, device=CPU, dtype=torch.float32))
+    assert all(map(torch.equal, streamed, logits_of(model, WINDOWS)))
+
+
+def test_streaming_reports_one_unit_per_block(tiny: Tiny) -> None:
+    progress = RecordingProgress()
+    list(stream_logits(SafetensorsCheckpoint(tiny("llama")), WINDOWS, device=CPU, progress=progress))
+    assert (progress.total, progress.done) == (3, 3)
+
+
+class RecordingProgress(Progress):
+    total = 0.0
+    done = 0.0
+
+    @contextmanager
+    def task(self, description: str, total: float) -> Iterator[RecordingProgress]:  # type: ignore[override]
+        self.total = total
+        yield self
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self.done += amount
+
+
+def damaged(directory: Path, tensor: str, row: int, value: float) -> Checkpoint:
+    """A copy of a tiny Llama with one row of one tensor set to ``value``."""
+    tiny_model(directory, "llama")
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors[tensor][row] = value
+    save_file(tensors, path, {"format": "pt"})
+    return SafetensorsCheckpoint(directory)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_name_block_and_batch(tmp_path: Path, value: float) -> None:
+    checkpoint = damaged(tmp_path / "weight", "model.layers.1.mlp.down_proj.weight", 3, value)
+    with pytest.raises(CalibrationError, match=r"block 1 \(model\.layers\.1\): batch 0 .* not finite"):
+        list(stream_logits(checkpoint, WINDOWS, device=CPU))
+    checkpoint = damaged(tmp_path / "embedding", "model.embed_tokens.weight", 7, value)
+    windows = [window.clamp(min=8) for window in WINDOWS]
+    windows[2][0, 5] = 7
+    with pytest.raises(CalibrationError, match=r"block 0 \(model\.layers\.0\): batch 2 .* not finite"):
+        list(stream_logits(checkpoint, windows, device=CPU))
+
+
+def test_the_last_block_is_checked_as_well(tmp_path: Path) -> None:
+    checkpoint = damaged(tmp_path / "last", "model.layers.2.mlp.down_proj.weight", 3, float("nan"))
+    with pytest.raises(CalibrationError, match="block 2"):
+        list(stream_logits(checkpoint, WINDOWS, device=CPU))
