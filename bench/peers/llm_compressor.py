@@ -1,0 +1,82 @@
+"""One timed run of llm-compressor's GPTQ; started by ``bench/peers.py`` in llm-compressor's own environment.
+
+    PYTHON bench/peers/llm_compressor.py --model DIR --ids FILE.npy --output DIR --report FILE.json
+
+Its defaults (static act-order, true-sequential per decoder layer, damping 0.01), with the ``mse`` observer for scales.
+The clock starts with everything imported, tokenizer and token ids loaded, and stops with the artifact saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from llmcompressor import __version__, oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--ids", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    ids = np.load(options.ids)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    weights = {
+        "num_bits": options.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": options.group_size,
+        "observer": "mse",
+    }
+    recipe = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+    begin = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    loaded = time.perf_counter()
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        dataset=loader(ids),
+        recipe=recipe,
+        max_seq_length=ids.shape[1],
+        num_calibration_samples=len(ids),
+        shuffle_calibration_samples=False,
+    )
+    quantized = time.perf_counter()
+    model.save_pretrained(options.output, save_compressed=True)
+    tokenizer.save_pretrained(options.output)
+    saved = time.perf_counter()
+    report = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "seconds": saved - begin,
+        "quantize_seconds": quantized - loaded,
+        "load_seconds": loaded - begin,
+        "save_seconds": saved - quantized,
+    }
+    options.report.write_text(json.dumps(report))
+
+
+def loader(ids: np.ndarray) -> DataLoader[Any]:
+    """Batches of one window each, in order."""
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
+    return DataLoader(Dataset.from_list(rows).with_format("torch"), batch_size=1, shuffle=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""One timed run of llmconvert's GPTQ; started by ``bench/peers.py``.
+
+    python bench/peers/ours.py --model DIR --ids FILE.npy --output DIR --report FILE.json
+
+The clock starts with everything imported and token ids loaded, and stops with the artifact in place: opening the
+checkpoint, tracing, packing, journal and fsync included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import llmconvert
+from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.scheme import Scheme
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--ids", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    windows = [torch.from_numpy(row).unsqueeze(0) for row in np.load(options.ids)]
+    scheme = Scheme.parse(f"w{options.bits}a16-g{options.group_size}-sym")
+    begin = time.perf_counter()
+    with SafetensorsCheckpoint(options.model) as source:
+        result = quantize_checkpoint(source, options.output, method="gptq", scheme=scheme, windows=windows)
+    seconds = time.perf_counter() - begin
+    report = {
+        "version": llmconvert.__version__,
+        "torch": torch.__version__,
+        "seconds": seconds,
+        "phases": dict(result.phases),
+        "memory": {"mode": result.memory.mode, **result.memory.parts},
+        "linears": [
+            {"name": layer.name, "shape": layer.shape, "error": layer.error, "damping": layer.damping}
+            for layer in result.layers
+        ],
+    }
+    options.report.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
