@@ -1,0 +1,106 @@
+"""A checkpoint seen with fewer key-value heads, layer by layer as it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from llmconvert.checkpoint import Checkpoint, CheckpointView
+from llmconvert.convert.attention import AttentionGeometry, read_geometry, require_kv_heads
+from llmconvert.convert.attention_weights import (
+    attention_tensors,
+    config_with_kv_heads,
+    layer_tensors,
+    read_layer,
+)
+from llmconvert.convert.gqa import MergedLayer, Method, merge_layer
+
+__all__ = ["MergedAttention", "merged_geometry"]
+
+
+class Observer(Protocol):
+    """Told of every layer that is merged."""
+
+    def __call__(self, layer: int, merged: MergedLayer) -> None:
+        """``layer`` became ``merged``."""
+
+
+class MergedAttention(CheckpointView):
+    """``base`` with its attention merged from the weights alone: every input direction counts the same.
+
+    Args:
+        base: dense weights.
+        kv_heads: key-value heads per layer that remain.
+        method: see :func:`~llmconvert.convert.gqa.merge_layer`.
+        observer: told of every merged layer, once for each time it is read.
+
+    Raises:
+        UnsupportedError: an architecture or a number of heads that can't be merged.
+        CheckpointError: tensors are missing or contradict the config.
+    """
+
+    def __init__(
+        self, base: Checkpoint, kv_heads: int, method: Method = "svd", observer: Observer | None = None
+    ) -> None:
+        super().__init__(base)
+        self.geometry = read_geometry(base)
+        require_kv_heads(self.geometry, kv_heads)
+        self.kv_heads = kv_heads
+        self._method: Method = method
+        self._observer = observer
+        self.config = config_with_kv_heads(base.config, kv_heads)
+        self._layer_of = {
+            name: layer
+            for layer in range(self.geometry.layers)
+            for name in attention_tensors(base, self.geometry, layer)
+        }
+        self.infos = {
+            name: replace(info, shape=_merged_shape(self.geometry, kv_heads, name, info.shape))
+            if name in self._layer_of
+            else info
+            for name, info in base.infos.items()
+        }
+        self._current: tuple[int, Mapping[str, torch.Tensor]] | None = None
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        layer = self._layer_of.get(name)
+        if layer is None:
+            return self.base.read_rows(name, start, stop)
+        if self._current is None or self._current[0] != layer:
+            self._current = layer, self._merge(layer)
+        return self._current[1][name][start:stop].clone()
+
+    def _merge(self, layer: int) -> dict[str, torch.Tensor]:
+        weights = read_layer(self.base, self.geometry, layer)
+        moments = torch.eye(weights.key.shape[-1], dtype=weights.key.dtype)
+        merged = merge_layer(
+            weights,
+            moments,
+            self.kv_heads,
+            method=self._method,
+            rotary=self.geometry.rotary[layer],
+            head_norm=self.geometry.head_norm,
+            movable=self.geometry.movable,
+        )
+        if self._observer is not None:
+            self._observer(layer, merged)
+        return layer_tensors(self.base, self.geometry, layer, merged.weights)
+
+
+def merged_geometry(geometry: AttentionGeometry, kv_heads: int) -> AttentionGeometry:
+    """``geometry`` with ``kv_heads`` key-value heads."""
+    return replace(geometry, kv_heads=kv_heads)
+
+
+def _merged_shape(geometry: AttentionGeometry, kv_heads: int, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of an attention tensor after the merge: key and value lose rows, wherever they are."""
+    stem = name.rpartition(".")[0]
+    projections = next(p for p in geometry.projections if stem in (p.query, p.key, p.value, p.output))
+    fewer = (geometry.kv_heads - kv_heads) * geometry.head_dim
+    if stem == projections.output or (stem == projections.query and geometry.fusion == "separate"):
+        return shape
+    parts = 2 if geometry.fusion != "separate" else 1
+    return (shape[0] - parts * fewer, *shape[1:])

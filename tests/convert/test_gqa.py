@@ -1,0 +1,202 @@
+"""Merging key-value heads: lossless where heads are redundant in disguise, least-squares optimal where they are not."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from disguised_heads import disguise, grouped_model, logits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tiny_architectures import ids
+
+from llmconvert.checkpoint import SINGLE_NAME, SafetensorsCheckpoint
+from llmconvert.convert.attention import Rotary
+from llmconvert.convert.attention_weights import LayerWeights
+from llmconvert.convert.gqa import MergedLayer, merge_layer
+from llmconvert.convert.gqa_group import balanced_groups
+from llmconvert.convert.gqa_svd import merge_rotary, merge_subspace
+from llmconvert.convert.gqa_view import MergedAttention
+from llmconvert.writer import write_json
+
+# Every symmetry that the merge has to see through, by a model type that has it.
+DISGUISES: dict[str, tuple[str, dict[str, Any]]] = {
+    "rotary, half": ("llama", {"head_dim": 8}),
+    "head_dim of its own": ("mistral", {"head_dim": 16}),
+    "rotary, interleaved": ("cohere", {"logit_scale": 0.5}),
+    "interleaved and partial": ("glm", {"head_dim": 8, "partial_rotary_factor": 0.5, "attention_bias": True}),
+    "partial": ("stablelm", {"hidden_size": 64, "partial_rotary_factor": 0.25, "use_qkv_bias": True}),
+    "bias on the output too": ("phi", {"hidden_size": 64, "partial_rotary_factor": 0.5}),
+    "no rotary in every second layer": ("smollm3", {"head_dim": 8, "no_rope_layers": [1, 0]}),
+    "rotary only with a window": (
+        "cohere2",
+        {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "biases": ("qwen2", {"hidden_size": 64}),
+    "fused, stacked": ("phi3", {"hidden_size": 64}),
+    "fused, grouped": ("falcon", {"hidden_size": 64, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "fused, grouped, no rotary": (
+        "falcon",
+        {"hidden_size": 64, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": True, "bias": True},
+    ),
+    "soft-capped, scaled": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 11, "attn_logit_softcapping": 5.0}),
+    "scaled": ("granite", {"hidden_size": 64, "attention_multiplier": 0.3}),
+    "normalized heads": ("qwen3", {"head_dim": 8}),
+}
+
+
+def write_merged(source: Path, directory: Path, kv_heads: int, method: Any = "svd") -> list[MergedLayer]:
+    """Write ``source`` merged from its weights alone; gives what was merged."""
+    layers: dict[int, MergedLayer] = {}
+    directory.mkdir()
+    with SafetensorsCheckpoint(source) as checkpoint:
+        view = MergedAttention(
+            checkpoint, kv_heads, method, observer=lambda layer, merged: layers.update({layer: merged})
+        )
+        save_file(dict(view), directory / SINGLE_NAME, metadata={"format": "pt"})
+        write_json(directory / "config.json", dict(view.config))
+        assert all(view[name].shape == info.shape for name, info in view.infos.items())
+    return [layers[layer] for layer in sorted(layers)]
+
+
+@pytest.mark.parametrize("case", DISGUISES)
+def test_redundant_heads_merge_without_loss(case: str, tmp_path: Path) -> None:
+    kind, config = DISGUISES[case]
+    small = grouped_model(tmp_path / "small", kind, **config)
+    wide = disguise(small, tmp_path / "wide", copies=2)
+    window = ids((24,))[0]
+    expected = logits(small, window)
+    torch.testing.assert_close(logits(wide, window), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    layers = write_merged(wide, tmp_path / "merged", 2)
+    torch.testing.assert_close(
+        logits(tmp_path / "merged", window), expected, rtol=0, atol=5e-5 * float(expected.abs().max())
+    )
+    assert all(layer.key_loss is not None and layer.key_loss < 1e-10 for layer in layers)
+    assert all(layer.value_loss is not None and layer.value_loss < 1e-10 for layer in layers)
+
+
+@pytest.mark.parametrize("method", ["mean", "first"])
+def test_plain_methods_do_not_see_through_a_disguise(method: str, tmp_path: Path) -> None:
+    wide = disguise(grouped_model(tmp_path / "small", "llama", head_dim=8), tmp_path / "wide", copies=2)
+    window = ids((24,))[0]
+    write_merged(wide, tmp_path / "merged", 2, method)
+    expected = logits(wide, window)
+    assert (logits(tmp_path / "merged", window) - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_plain_methods_pool_neighbours() -> None:
+    weights = random_layer()
+    rotary = Rotary("half", 4)
+    moments = torch.eye(12, dtype=torch.float64)
+    first = merge_layer(weights, moments, 2, method="first", rotary=rotary)
+    mean = merge_layer(weights, moments, 2, method="mean", rotary=rotary)
+    assert torch.equal(first.weights.key, weights.key[[0, 2]])
+    torch.testing.assert_close(mean.weights.value[1], (weights.value[2] + weights.value[3]) / 2)
+    assert mean.groups == ((0, 1), (2, 3)) and torch.equal(mean.weights.query, weights.query)
+
+
+def test_falcon_of_the_old_layout_reaches_multi_query(tmp_path: Path) -> None:
+    small = grouped_model(tmp_path / "small", "falcon", hidden_size=64, multi_query=True)
+    wide = disguise(small, tmp_path / "wide", copies=8)
+    window = ids((24,))[0]
+    expected = logits(small, window)
+    write_merged(wide, tmp_path / "merged", 1)
+    torch.testing.assert_close(
+        logits(tmp_path / "merged", window), expected, rtol=0, atol=5e-5 * float(expected.abs().max())
+    )
+
+
+def random_layer(kv_heads: int = 4, ratio: int = 2, dim: int = 4, inputs: int = 12, seed: int = 0) -> LayerWeights:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    heads = kv_heads * ratio
+    return LayerWeights(
+        normal(heads, dim, inputs), normal(kv_heads, dim, inputs), normal(kv_heads, dim, inputs), normal(heads, 10, dim)
+    )
+
+
+def test_values_merge_with_the_least_squared_error() -> None:
+    """Against the truncated SVD of the stacked maps ``O_h V_h C^½``, computed as such."""
+    layer = random_layer(kv_heads=3, ratio=2)
+    generator = torch.Generator().manual_seed(1)
+    samples = torch.randn(50, 12, generator=generator, dtype=torch.float64)
+    moments = samples.T @ samples / 50
+    merged = merge_layer(layer, moments, 1, method="svd", rotary=Rotary("half", 4)).weights
+    root = torch.linalg.cholesky(moments)
+    stacked = torch.cat([layer.output[h] @ layer.value[h // 2] @ root for h in range(6)])
+    best = torch.linalg.svdvals(stacked)[4:].square().sum()
+    found = torch.cat([merged.output[h] @ merged.value[0] @ root for h in range(6)])
+    torch.testing.assert_close((stacked - found).square().sum(), best)
+
+
+def test_rotated_keys_merge_with_the_least_squared_error() -> None:
+    """Against the singular values of each frequency's stacked rows, computed as such."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.complex(*(torch.randn(3, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2)))
+    samples = torch.randn(40, 8, generator=generator, dtype=torch.float64)
+    moments = samples.T @ samples
+    energy = torch.rand(3, 2, generator=generator, dtype=torch.float64) + 0.1
+    gram = torch.einsum("gfd,de,hfe->fgh", rows, moments.to(rows.dtype), rows.conj())
+    merge = merge_rotary(rows, gram, energy)
+    root = torch.linalg.cholesky(moments).to(rows.dtype)
+    weight = energy.sqrt()[..., None]
+    singular = [torch.linalg.svdvals((weight * rows)[:, f] @ root) for f in range(2)]
+    best = sum(values[1:].square().sum() for values in singular)
+    found = (weight * (rows - merge.back[..., None] * merge.shared)) @ root
+    torch.testing.assert_close(found.abs().square().sum(), best)
+    assert merge.lost == pytest.approx(float(best))
+
+
+def test_directions_nobody_reads_cost_nothing() -> None:
+    """A head whose queries ignore half of its key is merged as if that half were not there."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(2, 4, 9, generator=generator, dtype=torch.float64)
+    metrics = torch.diag_embed(torch.tensor([[1.0, 1, 0, 0]] * 2, dtype=torch.float64))
+    merge = merge_subspace(rows, torch.einsum("gid,hjd->gihj", rows, rows), metrics)
+    assert merge.lost < 1e-12 * merge.total
+    torch.testing.assert_close((merge.back @ merge.shared)[:, :2], rows[:, :2])
+
+
+def test_dead_heads_stay_finite() -> None:
+    layer = random_layer()
+    dead = LayerWeights(layer.query * 0, layer.key * 0, layer.value * 0, layer.output * 0)
+    for normed in (False, True):
+        merged = merge_layer(
+            dead, torch.eye(12, dtype=torch.float64), 2, method="svd", rotary=Rotary("half", 2), head_norm=normed
+        )
+        parts = (merged.weights.query, merged.weights.key, merged.weights.value, merged.weights.output)
+        assert all(part.isfinite().all() for part in parts)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(4, 2), (6, 2), (6, 3), (8, 4), (9, 3)]))
+@settings(max_examples=20, deadline=None)
+def test_few_heads_are_grouped_optimally(seed: int, sizes: tuple[int, int]) -> None:
+    heads, count = sizes
+    costs = torch.rand(heads, heads, generator=torch.Generator().manual_seed(seed))
+    costs = costs + costs.T
+    size = heads // count
+
+    def total(order: tuple[int, ...]) -> float:
+        groups = [order[start : start + size] for start in range(0, heads, size)]
+        return sum(float(costs[a, b]) for group in groups for a, b in itertools.combinations(group, 2))
+
+    groups = balanced_groups(costs, count)
+    assert sorted(head for group in groups for head in group) == list(range(heads))
+    order = tuple(head for group in groups for head in group)
+    sample = itertools.islice(itertools.permutations(range(heads)), 0, None, 7 if heads < 9 else 997)
+    assert total(order) <= min(total(other) for other in sample) + 1e-5
+
+
+def test_many_heads_find_their_like() -> None:
+    """Sixteen groups of four planted in 64 heads, too many to try all partitions."""
+    kind = torch.arange(64) % 16
+    costs = (kind[:, None] != kind).double() + 0.1 * torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
+    groups = balanced_groups((costs + costs.T) / 2, 16)
+    assert all(len({int(kind[head]) for head in group}) == 1 and len(group) == 4 for group in groups)
