@@ -1,4 +1,4 @@
-"""Peak resident memory of a piece of work inside a process.
+"""Resident memory: the peak of a piece of work inside a process, and giving freed memory back.
 
 The kernel keeps one high-water mark per process (``VmHWM``). When work raises it, the new mark is that work's exact
 peak. When it doesn't, the peak lies below an earlier one and only samples can tell; a thread takes them. The mark is
@@ -7,13 +7,14 @@ never reset (``/proc/self/clear_refs``), because that would also falsify what ``
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 import threading
 from pathlib import Path
 from typing import Self
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "release_freed_memory"]
 
 _INTERVAL_SECONDS = 0.05
 _STATUS = Path("/proc/self/status")
@@ -64,3 +65,13 @@ def _resident() -> tuple[int, int]:
     except (OSError, KeyError):
         mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return (mark if sys.platform == "darwin" else mark * 1024), 0
+
+
+def release_freed_memory() -> None:
+    """Give memory that was freed inside the heap back to the system, where the C library can (glibc).
+
+    Batches free what they held in another order than they took it, and the holes count as resident until then.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

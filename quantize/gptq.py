@@ -105,7 +105,7 @@ class Gptq:
         matrix = hessian.matrix.to(self.dtype)
         original = matrix.diagonal().clone()
         order = torch.argsort(original, descending=True, stable=True)
-        matrix.copy_(matrix[order.unsqueeze(1), order])
+        torch.index_select(matrix.index_select(0, order), 1, order, out=matrix)
         diagonal = original[order]
         diagonal[diagonal == 0] = 1
         damping = self.damping
@@ -123,24 +123,25 @@ class Gptq:
         )
 
     def solve(
-        self, name: str, weight: torch.Tensor, prepared: Prepared, scheme: Scheme, scales: GroupScales
+        self, weight: torch.Tensor, prepared: Prepared, scheme: Scheme, scales: GroupScales
     ) -> tuple[QuantizedTensor, torch.Tensor]:
         """Codes for given scales, and each row's squared output error (per token, in the damped metric)."""
-        rows, columns = weight.shape
-        codes = torch.empty((rows, columns), dtype=torch.int8, device=weight.device)
+        # Transposed throughout: the solver works through columns, and a column's rows are independent of each other.
+        work = weight.T.contiguous().index_select(0, prepared.order)
+        columns, rows = work.shape
+        codes = torch.empty((columns, rows), dtype=torch.int8, device=weight.device)
         loss = torch.zeros(rows, dtype=self.dtype, device=weight.device)
-        scale = scales.scale.to(self.dtype)
-        zero = torch.zeros_like(scale) if scales.zero is None else scales.zero.to(self.dtype)
-        work = weight[:, prepared.order]
+        scale = scales.scale.T.to(self.dtype).contiguous()
+        zero = torch.zeros_like(scale) if scales.zero is None else scales.zero.T.to(self.dtype).contiguous()
         for start in range(0, columns, self.block):
             stop = min(start + self.block, columns)
             factor = prepared.factor[start:stop, start:stop].contiguous()
-            errors = torch.empty((rows, stop - start), dtype=self.dtype, device=weight.device)
+            errors = torch.empty((stop - start, rows), dtype=self.dtype, device=weight.device)
             _solve_block(work, scale, zero, codes, errors, prepared.order, factor, start, scheme)
-            loss += errors.square().sum(1)
+            loss += errors.square().sum(0)
             if stop < columns:
-                work[:, stop:].addmm_(errors, prepared.factor[start:stop, stop:], alpha=-1)
-        return QuantizedTensor(codes, scales.scale, scales.zero, scheme), loss
+                work[stop:].addmm_(prepared.factor[start:stop, stop:].T, errors, alpha=-1)
+        return QuantizedTensor(codes.T.contiguous(), scales.scale, scales.zero, scheme), loss
 
     def _solve_stacked(
         self, targets: Sequence[Target], prepared: Prepared, scheme: Scheme, scale_dtype: torch.dtype
@@ -157,7 +158,7 @@ class Gptq:
             scales = search_scales(
                 names, part, prepared.diagonal, scheme, scale_dtype, steps=self.scale_steps, narrowest=self.narrowest
             )
-            tensor, loss = self.solve(names, part, prepared, scheme, scales)
+            tensor, loss = self.solve(part, prepared, scheme, scales)
             parts.append(tensor)
             losses.append(loss)
         whole = QuantizedTensor.concatenate(parts)
@@ -174,7 +175,7 @@ class Gptq:
 def _output_energy(weight: torch.Tensor, hessian: Hessian) -> float:
     """Mean squared norm of the linear's output per token, ``tr(W H Wᵀ)``; three digits are plenty."""
     coarse = weight.to(torch.bfloat16)
-    return float(((coarse @ hessian.matrix.to(torch.bfloat16)).float() * weight).sum())
+    return float((coarse @ hessian.matrix.to(torch.bfloat16)).mul_(coarse).sum(dtype=torch.float32))
 
 
 def _solve_block(
@@ -191,16 +192,14 @@ def _solve_block(
     """One block of columns; see :func:`~llmconvert.quantize.kernels.solve_columns`, which does it on the CPU."""
     low, high = float(scheme.code_min), float(scheme.code_max)
     if work.device.type == "cpu":
-        over_rows(solve_columns, (work, scale, zero, codes, errors), (order, factor, start, low, high))
+        over_rows(solve_columns, work.shape[1], work, scale, zero, codes, errors, order, factor, start, low, high)
         return
-    size = work.shape[1] // scale.shape[1]
-    lines = work[:, start : start + len(factor)].clone()
+    size = work.shape[0] // scale.shape[0]
+    lines = work[start : start + len(factor)].clone()
     for column in range(len(factor)):
         place = int(order[start + column])
-        step, origin = scale[:, place // size], zero[:, place // size]
-        value = lines[:, column]
-        code = torch.clamp(torch.round(value / step) + origin, low, high)
-        codes[:, place] = code.to(torch.int8)
-        error = (value - (code - origin) * step) / factor[column, column]
-        errors[:, column] = error
-        lines[:, column + 1 :].addr_(error, factor[column, column + 1 :], alpha=-1)
+        step, origin = scale[place // size], zero[place // size]
+        code = torch.clamp(torch.round(lines[column] / step) + origin, low, high)
+        codes[place] = code.to(torch.int8)
+        errors[column] = (lines[column] - (code - origin) * step) / factor[column, column]
+        lines[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)

@@ -129,7 +129,7 @@ def _best(
     best = torch.zeros((rows, groups), dtype=torch.int64, device=weight.device)
     if weight.device.type == "cpu":
         limits = (float(scheme.code_min), float(scheme.code_max))
-        over_rows(best_candidates, (weight.contiguous(), scales, zeros, best), (importance, *limits))
+        over_rows(best_candidates, rows, weight.contiguous(), scales, zeros, best, importance, *limits)
         return best
     least = torch.full((rows, groups), torch.inf, dtype=weight.dtype, device=weight.device)
     for index in range(scales.shape[-1]):

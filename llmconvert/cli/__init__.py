@@ -7,6 +7,7 @@ Errors of this package end the program with one message on standard error and th
 
 from __future__ import annotations
 
+import os
 from typing import IO, Any
 
 import click
@@ -61,6 +62,9 @@ def main() -> None:
     Exit codes: 0 done, 2 usage or recipe error, 3 quality gate failed, 4 source or Hub error,
     5 does not fit this machine, 6 interrupted (the same command continues), 1 a bug.
     """
+    # Idle threads of torch's OpenMP spin for milliseconds before they sleep, on cores that compiled kernels could use.
+    # The runtime reads this when torch is loaded, which is after this line.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 for _command in (inspect, run, convert, quantize, validate, push):

@@ -29,6 +29,7 @@ from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import BlockSlot, Skeleton
 from llmconvert.engine.states import MemoryStates, States
 from llmconvert.errors import CalibrationError
+from llmconvert.memory import release_freed_memory
 from llmconvert.phases import Phases
 from llmconvert.progress import SILENT, Progress
 
@@ -192,6 +193,7 @@ class Stream:
                 self._cross(index)
                 _remove(hooks)
                 self.skeleton.drop_block(index)
+                release_freed_memory()
             else:
                 _remove(hooks)
 
