@@ -13,8 +13,8 @@ Calibration is the first ``--samples`` windows of ``--length`` tokens of a text,
 gets that same file. Runs alternate (ours, peer, peer, ours, …), each in a fresh process with ``--threads`` threads. A
 run's time goes from loaded tokenizer and token ids to the complete artifact: for ours all of ``quantize_checkpoint``,
 fsync included; for a peer loading the model, quantizing and saving, which it doesn't force to disk. Imports count for
-none. Peak memory is the process's, as ``wait4`` reports it. Perplexity is that of the dequantized weights in bfloat16, by one
-evaluator for all; it is measured for every artifact whose weights differ from those of an earlier round.
+none. Peak memory is the process's, as ``wait4`` reports it. Perplexity is that of the dequantized weights in bfloat16,
+by one evaluator for all; it is measured for every artifact whose weights differ from those of an earlier round.
 
 ``--profile`` shows first where our time goes, by phase, and the floor of each phase on this machine.
 """
