@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-__all__ = ["ARCHITECTURES", "Architecture", "ids", "tiny_model"]
+__all__ = ["ARCHITECTURES", "Architecture", "ids", "tiny_model", "unreached_model"]
 
 VOCABULARY = 128
 #: Shorter than the windows of the tests, so that layers with a sliding window differ from those without.
@@ -150,6 +150,23 @@ def tiny_model(
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     _randomize(model, torch.Generator().manual_seed(seed))
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory
+
+
+def unreached_model(directory: Path) -> Path:
+    """A BART decoder by itself: it has linears for cross-attention, and no encoder to attend to."""
+    settings = AutoConfig.for_model(
+        "bart",
+        vocab_size=VOCABULARY,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        decoder_ffn_dim=96,
+        decoder_attention_heads=4,
+        is_decoder=True,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(directory)
     return directory
 
 

@@ -31,7 +31,7 @@ class Stop:
     Attributes:
         linears: module names, e.g. ``model.layers.0.self_attn.q_proj``.
         columns: size of the input's last dimension.
-        held_nbytes: bytes that one batch keeps alive while it waits here.
+        held_nbytes: bytes that one batch keeps alive while it waits here, before the first of them.
     """
 
     linears: tuple[str, ...]
@@ -168,7 +168,6 @@ class _BlockRecorder:
             for group in self._groups:
                 if group.tensor() is tensor:
                     group.linears.append(name)
-                    group.held = max(group.held, held)
                     return
             self._groups.append(_Group(weakref.ref(tensor), [name], tensor.shape[-1], held))
 

@@ -46,12 +46,8 @@ def accumulate_hessian(name: str, inputs: Iterable[torch.Tensor], columns: int, 
     tokens = 0
     for chunk in _chunks(inputs):
         tokens += chunk.shape[0]
-        exact = chunk.dtype == torch.bfloat16 and device.type == "cpu"
-        rows = chunk.float()
-        with _bfloat16_products(enabled=exact):
-            for start in range(0, columns, _TILE):
-                stop = start + _TILE
-                total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        _add_products(total, chunk)
+        del chunk  # before the next is put together
     if tokens == 0:
         raise CalibrationError(
             f"{name}: no calibration token reached this linear; use more or other calibration text, "
@@ -74,6 +70,15 @@ def hessian_nbytes(columns: int, dtype: torch.dtype) -> int:
     return 4 * columns * columns + _CHUNK_TOKENS * columns * (dtype.itemsize + 4)
 
 
+def _add_products(total: torch.Tensor, chunk: torch.Tensor) -> None:
+    """Add ``chunkᵀ chunk`` to the upper triangle of ``total``, whole tiles of it."""
+    exact = chunk.dtype == torch.bfloat16 and chunk.device.type == "cpu"
+    rows = chunk.float()
+    with _bfloat16_products(enabled=exact):
+        for start in range(0, len(total), _TILE):
+            total[start : start + _TILE, start:].addmm_(rows[:, start : start + _TILE].T, rows[:, start:])
+
+
 def _chunks(inputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Batches joined to chunks of about ``_CHUNK_TOKENS`` rows, by the same rule whatever made the batches."""
     held: list[torch.Tensor] = []
@@ -81,12 +86,19 @@ def _chunks(inputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     for batch in inputs:
         for part in batch.split(_CHUNK_TOKENS):
             if count + part.shape[0] > _CHUNK_TOKENS:
-                yield held[0] if len(held) == 1 else torch.cat(held)
-                held, count = [], 0
+                yield _joined(held)
+                count = 0
             held.append(part)
             count += part.shape[0]
     if count:
-        yield held[0] if len(held) == 1 else torch.cat(held)
+        yield _joined(held)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One tensor of all parts; the list is emptied, so that they are not kept beside it."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts.clear()
+    return whole
 
 
 @contextmanager

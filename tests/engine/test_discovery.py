@@ -1,0 +1,207 @@
+"""What the shapes alone tell about a forward pass, checked against real forward passes."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_architectures import ARCHITECTURES, ids, tiny_model, unreached_model
+from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
+
+from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.engine.discovery import BlockPlan, discover
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.stream import Stream
+from llmconvert.errors import CheckpointError, UnsupportedError
+
+CPU = torch.device("cpu")
+LENGTH = 64
+Tiny = Callable[..., Path]
+
+
+def plans_of(directory: Path, length: int = LENGTH) -> tuple[BlockPlan, ...]:
+    return discover(Skeleton(SafetensorsCheckpoint(directory), CPU), length)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_stops_group_the_linears_that_share_an_input(tiny: Tiny, name: str) -> None:
+    skeleton = Skeleton(SafetensorsCheckpoint(tiny(name)), CPU)
+    plans = discover(skeleton, LENGTH)
+    assert [plan.index for plan in plans] == [0, 1, 2]
+    for plan in plans:
+        prefix = skeleton.prefix(plan.index)
+        shared = [tuple(linear.removeprefix(prefix) for linear in stop.linears) for stop in plan.stops]
+        assert shared == list(ARCHITECTURES[name].shared)
+        assert plan.unreached == ()
+        for stop in plan.stops:
+            widths = {skeleton.linears[plan.index][linear].in_features for linear in stop.linears}
+            assert widths == {stop.columns}
+
+
+def test_linears_that_are_never_called_are_told(tmp_path: Path) -> None:
+    unreached_model(tmp_path)
+    for plan in plans_of(tmp_path):
+        names = [name.rpartition("encoder_attn.")[2] for name in plan.unreached]
+        assert names == ["k_proj", "v_proj", "q_proj", "out_proj"]
+
+
+@pytest.fixture
+def young_objects() -> Iterator[None]:
+    """Hide all objects there are so far from ``gc.get_objects``."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def live_nbytes(skeleton: Skeleton) -> int:
+    """Bytes of the storages behind all young tensors that are not the model's."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*skeleton.model.parameters(), *skeleton.model.buffers())}
+    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and not found.is_meta]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(nbytes for pointer, nbytes in storages.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "phi3", "gpt_neox", "opt-untied", "olmo2"])
+def test_held_bytes_are_those_a_waiting_batch_really_holds(
+    tiny: Tiny, name: str, dtype: torch.dtype, young_objects: None
+) -> None:
+    skeleton = Skeleton(SafetensorsCheckpoint(tiny(name, dtype)), CPU)
+    plans = discover(skeleton, LENGTH)
+    gc.collect()
+    stream = Stream(skeleton, ids((LENGTH,)), plans, mode="lockstep")
+    for run in stream.blocks():
+        assert run.plan.stops
+        for stop in run.plan.stops:
+            waiting = run.inputs(stop.linears[0])
+            next(waiting)
+            held = live_nbytes(skeleton)
+            assert held <= stop.held_nbytes + 1024
+            # Fake tensors of a few position ids outlive the real ones.
+            assert stop.held_nbytes <= held * 1.05 + 64 * LENGTH
+            assert stop.held_nbytes <= run.plan.peak_nbytes
+            waiting.close()
+    stream.close()
+
+
+def test_discovery_takes_no_memory_for_data(tiny: Tiny) -> None:
+    """A million tokens: their attention scores alone would be terabytes."""
+    plans = plans_of(tiny("llama"), 1_000_000)
+    assert plans[0].stops[0].held_nbytes > 1_000_000 * 64 * 4
+
+
+def save_config(directory: Path, **config: Any) -> SafetensorsCheckpoint:
+    """A tiny Llama's weights under another config."""
+    path = directory / "config.json"
+    kept = {} if "model_type" in config else json.loads(path.read_text())
+    path.write_text(json.dumps({**kept, **config}))
+    return SafetensorsCheckpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "nonesuch"}, r"architecture 'nonesuch' is not known to the installed transformers$"),
+        ({"model_type": "nonesuch", "auto_map": {"AutoModel": "m.M"}}, "'nonesuch' .* code from its repository, which"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": None}, "architecture None is not known"),
+        ({"model_type": "vit"}, "architecture 'vit' has no causal language model"),
+        ({"model_type": "t5"}, "architecture 't5' has no causal language model"),
+    ],
+)
+def test_unknown_architectures_are_refused_by_name(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    checkpoint = save_config(tiny_model(tmp_path / "model"), **config)
+    with pytest.raises(UnsupportedError, match=message):
+        Skeleton(checkpoint, CPU)
+
+
+def test_remote_code_is_not_run_where_transformers_knows_the_architecture(tmp_path: Path) -> None:
+    directory = tiny_model(tmp_path / "model")
+    (directory / "modeling_custom.py").write_text("raise SystemExit('remote code was run')")
+    checkpoint = save_config(directory, auto_map={"AutoModelForCausalLM": "modeling_custom.Custom"})
+    assert len(discover(Skeleton(checkpoint, CPU), LENGTH)) == 3
+
+
+def test_encoder_decoders_are_refused_by_name(tmp_path: Path) -> None:
+    settings = BartConfig(
+        vocab_size=128,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+    )
+    BartForConditionalGeneration(settings).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="architecture 'bart' is an encoder-decoder"):
+        Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_experts_are_refused_by_name(tmp_path: Path, model_type: str) -> None:
+    settings = AutoConfig.for_model(
+        model_type,
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = AutoModelForCausalLM.from_config(settings)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=rf"{type(model).__name__}: tensor '.*experts.*' is merged .*experts"):
+        Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
+
+
+def test_a_model_without_a_list_of_blocks_is_refused_by_name(tmp_path: Path) -> None:
+    settings = AutoConfig.for_model("ctrl", vocab_size=128, n_embd=64, n_layer=2, n_head=4, dff=64)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="architecture 'ctrl': expected one list of 2 decoder blocks"):
+        Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
+
+
+def test_a_forward_that_skips_blocks_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaModel.forward
+
+    def shortened(self: LlamaModel, *args: Any, **kwargs: Any) -> Any:
+        self.config.num_hidden_layers = 2  # how many blocks Llama's loop takes
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", shortened)
+    with pytest.raises(UnsupportedError, match=r"architecture 'llama': its forward passes the blocks in the order"):
+        plans_of(tiny("llama"))
+
+
+def test_a_forward_that_calls_a_linear_twice_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x) * self.up_proj(x)))
+    with pytest.raises(UnsupportedError, match=r"architecture 'llama' cannot be traced: .*up_proj is called more"):
+        plans_of(tiny("llama"))
+
+
+def test_a_forward_that_looks_at_data_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaDecoderLayer.forward
+
+    def curious(self: LlamaDecoderLayer, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, hidden if hidden.sum().item() > 0 else -hidden, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", curious)
+    with pytest.raises(UnsupportedError, match="architecture 'llama' cannot be traced"):
+        plans_of(tiny("llama"))
+
+
+def test_shapes_that_contradict_the_config_are_named(tmp_path: Path) -> None:
+    checkpoint = save_config(tiny_model(tmp_path / "model"), intermediate_size=128)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp\..*' has shape .*96.*, config\.json says .*128"):
+        Skeleton(checkpoint, CPU)

@@ -1,0 +1,92 @@
+"""Block inputs kept in memory and on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmconvert.engine.states import DiskStates, MemoryStates, States
+from llmconvert.errors import CapacityError
+
+LENGTHS = (5, 3, 8)
+WIDTH = 6
+
+
+def hidden(block: int, batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * block + batch)
+    return torch.randn((1, LENGTHS[batch], WIDTH), generator=generator).to(dtype)
+
+
+def walk(states: States, dtype: torch.dtype) -> None:
+    """Put and get as a stream does: read a batch's input, then put what it gives the next block."""
+    for batch in range(3):
+        states.put(0, batch, hidden(0, batch, dtype))
+    for block in range(4):
+        for batch in range(3):
+            assert torch.equal(states.get(block, batch), hidden(block, batch, dtype))
+            assert torch.equal(states.get(block, batch), hidden(block, batch, dtype))
+            states.put(block + 1, batch, hidden(block + 1, batch, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_put_is_got(tmp_path: Path, dtype: torch.dtype) -> None:
+    walk(MemoryStates(), dtype)
+    states = DiskStates(tmp_path, LENGTHS, WIDTH, dtype)
+    walk(states, dtype)
+    states.close()
+
+
+def test_tensors_that_are_not_contiguous_are_kept_as_well(tmp_path: Path) -> None:
+    states = DiskStates(tmp_path, LENGTHS, WIDTH, torch.float32)
+    value = torch.randn((1, WIDTH, LENGTHS[0])).transpose(1, 2)
+    states.put(0, 0, value)
+    assert torch.equal(states.get(0, 0), value)
+    states.close()
+
+
+def test_memory_states_forget_what_is_behind() -> None:
+    states = MemoryStates()
+    for block in range(10):
+        for batch in range(3):
+            states.put(block, batch, hidden(block, batch))
+    assert len(states._kept) == 3
+
+
+def test_inputs_of_a_block_outlast_those_of_the_next(tmp_path: Path) -> None:
+    """A run killed while block 4's inputs are written starts again from block 3's."""
+    states = DiskStates(tmp_path, LENGTHS, WIDTH, torch.float32)
+    for batch in range(3):
+        states.put(3, batch, hidden(3, batch))
+    states.sync(3)
+    states.put(4, 0, hidden(4, 0))
+    states.close()
+    reopened = DiskStates(tmp_path, LENGTHS, WIDTH, torch.float32)
+    for batch in range(3):
+        assert torch.equal(reopened.get(3, batch), hidden(3, batch))
+    assert torch.equal(reopened.get(4, 0), hidden(4, 0))
+    reopened.close()
+
+
+def test_space_is_reserved_at_once(tmp_path: Path) -> None:
+    states = DiskStates(tmp_path, LENGTHS, WIDTH, torch.bfloat16)
+    sizes = {path.name: (path.stat().st_size, path.stat().st_blocks) for path in tmp_path.iterdir()}
+    assert {name: size for name, (size, _) in sizes.items()} == {
+        "states-even.bin": sum(LENGTHS) * WIDTH * 2,
+        "states-odd.bin": sum(LENGTHS) * WIDTH * 2,
+    }
+    assert all(blocks > 0 for _, blocks in sizes.values())
+    states.close()
+
+
+def test_a_full_disk_is_named_and_no_descriptor_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, offset: int, length: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CapacityError, match=r"states-even\.bin: no space for 384 bytes of activations: No space left"):
+        DiskStates(tmp_path, LENGTHS, WIDTH, torch.float32)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,102 @@
+"""Second moments of inputs, against their definition in float64."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmconvert.engine.statistics import accumulate_hessian, hessian_nbytes
+from llmconvert.errors import CalibrationError
+
+CPU = torch.device("cpu")
+
+
+def batches(lengths: list[int], columns: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn((length, columns), generator=generator).to(dtype) for length in lengths]
+
+
+def second_moment(inputs: list[torch.Tensor]) -> torch.Tensor:
+    rows = torch.cat(inputs).double()
+    return rows.T @ rows / len(rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=5),
+    columns=st.integers(1, 700),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_the_hessian_is_the_mean_outer_product(lengths: list[int], columns: int, dtype: torch.dtype) -> None:
+    inputs = batches(lengths, columns, dtype)
+    found = accumulate_hessian("layer", iter(inputs), columns, CPU)
+    assert found.tokens == sum(lengths)
+    assert found.matrix.dtype == torch.float32
+    assert torch.equal(found.matrix, found.matrix.T)
+    expected = second_moment(inputs)
+    # Products of bfloat16 values are exact; only their sums round.
+    assert (found.matrix - expected).abs().max() <= 2e-6 * expected.diagonal().max() * sum(lengths) ** 0.5
+
+
+def test_batches_longer_than_a_chunk_are_split() -> None:
+    inputs = batches([9000, 5, 4090], 8, torch.float32)
+    found = accumulate_hessian("layer", inputs, 8, CPU)
+    assert found.tokens == 13_095
+    torch.testing.assert_close(found.matrix.double(), second_moment(inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_the_result_depends_on_the_tokens_and_not_on_how_batches_arrive() -> None:
+    """Lockstep hands out tensors that live on, replay ones that die: both must give the same bytes."""
+    inputs = batches([300, 700, 300], 96, torch.bfloat16)
+    first = accumulate_hessian("layer", inputs, 96, CPU).matrix
+    assert torch.equal(first, accumulate_hessian("layer", (value.clone() for value in inputs), 96, CPU).matrix)
+
+
+def test_nothing_but_a_chunk_of_inputs_is_kept() -> None:
+    """Batches are dropped once a chunk is full, so calibration sets of any size fit."""
+    columns, most = 64, 0
+
+    def inputs() -> Iterator[torch.Tensor]:
+        nonlocal most
+        for seed in range(40):
+            alive = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+            storages = {tensor.untyped_storage().data_ptr() for tensor in alive if tensor.shape == (512, columns)}
+            most = max(most, len(storages))
+            del alive
+            yield batches([512], columns, torch.float32, seed)[0]
+
+    gc.collect()
+    gc.freeze()
+    try:
+        accumulate_hessian("layer", inputs(), columns, CPU)
+    finally:
+        gc.unfreeze()
+    assert 7 <= most <= 9
+    assert hessian_nbytes(columns, torch.float32) >= 4 * columns * columns + 8 * 512 * columns * 4
+
+
+@pytest.mark.parametrize("inputs", [[], [torch.empty((0, 8))]], ids=["no batch", "empty batches"])
+def test_a_linear_that_no_token_reached_is_named(inputs: list[torch.Tensor]) -> None:
+    with pytest.raises(CalibrationError, match=r"layers\.7\.up_proj: no calibration token reached this linear"):
+        accumulate_hessian("layers.7.up_proj", inputs, 8, CPU)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_that_are_not_finite_are_named(value: float, dtype: torch.dtype) -> None:
+    inputs = batches([20, 20], 600, dtype)
+    inputs[1][3, 550] = value
+    with pytest.raises(CalibrationError, match=r"layers\.7\.up_proj: its calibration inputs are not finite"):
+        accumulate_hessian("layers.7.up_proj", inputs, 600, CPU)
+
+
+def test_settings_of_the_process_are_left_as_they_were() -> None:
+    settings_ = torch.backends.mkldnn.matmul
+    before = settings_.fp32_precision
+    accumulate_hessian("layer", batches([64], 600, torch.bfloat16), 600, CPU)
+    assert settings_.fp32_precision == before
