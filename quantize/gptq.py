@@ -193,7 +193,23 @@ def _solve_block(
     low, high = float(scheme.code_min), float(scheme.code_max)
     if work.device.type == "cpu":
         over_rows(solve_columns, work.shape[1], work, scale, zero, codes, errors, order, factor, start, low, high)
-        return
+    else:
+        _solve_block_plain(work, scale, zero, codes, errors, order, factor, start, low, high)
+
+
+def _solve_block_plain(
+    work: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    order: torch.Tensor,
+    factor: torch.Tensor,
+    start: int,
+    low: float,
+    high: float,
+) -> None:
+    """What the kernel does, in torch, for any device."""
     size = work.shape[0] // scale.shape[0]
     lines = work[start : start + len(factor)].clone()
     for column in range(len(factor)):

@@ -125,13 +125,21 @@ def _best(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, importance: torch.Tensor, scheme: Scheme
 ) -> torch.Tensor:
     """Index of the best candidate of each group, int64 ``[rows, groups]``."""
-    rows, groups, _ = weight.shape
-    best = torch.zeros((rows, groups), dtype=torch.int64, device=weight.device)
     if weight.device.type == "cpu":
+        rows, groups, _ = weight.shape
+        best = torch.zeros((rows, groups), dtype=torch.int64)
         limits = (float(scheme.code_min), float(scheme.code_max))
         over_rows(best_candidates, rows, weight.contiguous(), scales, zeros, best, importance, *limits)
         return best
-    least = torch.full((rows, groups), torch.inf, dtype=weight.dtype, device=weight.device)
+    return _best_plain(weight, scales, zeros, importance, scheme)
+
+
+def _best_plain(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, importance: torch.Tensor, scheme: Scheme
+) -> torch.Tensor:
+    """What the kernel does, in torch, for any device."""
+    best = torch.zeros(weight.shape[:2], dtype=torch.int64, device=weight.device)
+    least = torch.full(weight.shape[:2], torch.inf, dtype=weight.dtype, device=weight.device)
     for index in range(scales.shape[-1]):
         scale, zero = scales[..., index, None], zeros[..., index, None]
         level = torch.clamp(torch.round(weight / scale), scheme.code_min - zero, scheme.code_max - zero)
