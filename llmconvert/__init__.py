@@ -26,6 +26,7 @@ __all__ = [
     "ModelSummary",
     "Override",
     "Progress",
+    "PushOptions",
     "QuantizedTensor",
     "Recipe",
     "Report",
@@ -56,6 +57,7 @@ _MODULES = {
     "ModelSummary": "convert.inspection",
     "Override": "quantize.plan",
     "Progress": "progress",
+    "PushOptions": "hub",
     "QuantizedTensor": "quantize.tensor",
     "Recipe": "recipes.recipe",
     "Report": "validate.report",
@@ -83,7 +85,7 @@ if TYPE_CHECKING:
     from llmconvert.convert.inspection import ModelSummary, inspect_model
     from llmconvert.convert.source import Source, open_source
     from llmconvert.errors import LlmconvertError
-    from llmconvert.hub import push_folder
+    from llmconvert.hub import PushOptions, push_folder
     from llmconvert.progress import SILENT, Progress, console_progress
     from llmconvert.quantize.job import quantize_checkpoint
     from llmconvert.quantize.plan import Override

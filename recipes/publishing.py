@@ -1,7 +1,7 @@
-"""Publishing an artifact to a local directory; ``llmconvert.hub`` does it for the Hub.
+"""Publishing an artifact where its recipe says: to a local directory here, to the Hub through ``llmconvert.hub``.
 
-The directory appears whole. One that holds files is replaced only if it is an earlier publication of the same recipe
-and nobody has added to it or changed it since: ``llmconvert/publication.json`` lists what was put there.
+A local directory appears whole. One that holds files is replaced only if it is an earlier publication of the same
+recipe and nobody has added to it or changed it since: ``llmconvert/publication.json`` lists what was put there.
 """
 
 from __future__ import annotations
@@ -11,18 +11,48 @@ import os
 import shutil
 from pathlib import Path
 
-from huggingface_hub import get_token
-
-from llmconvert.errors import CapacityError, HubError, OutputError
-from llmconvert.hub import push_folder
+from llmconvert.errors import CapacityError, OutputError
+from llmconvert.hub import PushOptions, check_push, push_folder
 from llmconvert.progress import SILENT, Progress
-from llmconvert.recipes.recipe import PublishSettings
+from llmconvert.recipes.recipe import PLACEHOLDERS, PublishSettings, Recipe
 from llmconvert.writer import check_output_directory, publish_directory, staging_directory, write_json
 
-__all__ = ["PUBLICATION_FILE", "check_local_target", "check_target", "file_sizes", "publish_artifact", "publish_local"]
+__all__ = [
+    "PUBLICATION_FILE",
+    "check_local_target",
+    "check_target",
+    "file_sizes",
+    "fill_target",
+    "publish_artifact",
+    "publish_local",
+]
 
 PUBLICATION_FILE = Path("llmconvert") / "publication.json"
 _SCHEMA = "llmconvert.publication/1"
+
+
+def fill_target(recipe: Recipe) -> Recipe:
+    """The recipe with the placeholders of its publishing target filled in, ``{scheme}`` with ``w4a16-g64``.
+
+    ``{name}`` is the recipe's, ``{model}`` the last part of the model's, and ``{scheme}`` the dtype if nothing is
+    quantized.
+    """
+    settings, quantize = recipe.publish, recipe.quantize
+    if settings is None:
+        return recipe
+    values = {
+        "name": recipe.name,
+        "model": Path(recipe.model.partition("@")[0].rstrip("/")).name.removesuffix(".gguf"),
+        "method": quantize.method if quantize is not None else "convert",
+        "scheme": str(quantize.scheme) if quantize is not None else recipe.convert.dtype,
+    }
+    assert values.keys() == set(PLACEHOLDERS)
+    filled = {
+        key: value.format_map(values)
+        for key in ("to", "revision", "folder", "tag", "message")
+        if (value := getattr(settings, key)) is not None
+    }
+    return recipe.model_copy(update={"publish": settings.model_copy(update=filled)})
 
 
 def check_target(settings: PublishSettings, recipe: str) -> None:
@@ -30,14 +60,12 @@ def check_target(settings: PublishSettings, recipe: str) -> None:
 
     Raises:
         OutputError: see :func:`check_local_target`.
-        HubError: there is no token to publish with.
+        HubError: see :func:`llmconvert.hub.check_push`.
     """
     if settings.to.startswith("file:"):
         check_local_target(_directory(settings), recipe)
-    elif get_token() is None:
-        raise HubError(
-            f"{settings.to}: publishing needs a token; set HF_TOKEN to one that may write, or add --no-publish"
-        )
+    else:
+        check_push(settings.to, _options(settings))
 
 
 def publish_artifact(artifact: Path, settings: PublishSettings, recipe: str, *, progress: Progress = SILENT) -> str:
@@ -50,15 +78,19 @@ def publish_artifact(artifact: Path, settings: PublishSettings, recipe: str, *, 
     if settings.to.startswith("file:"):
         publish_local(artifact, _directory(settings), recipe, progress=progress)
         return settings.to
-    return push_folder(
-        artifact,
-        settings.to,
+    return push_folder(artifact, settings.to, _options(settings), progress=progress)
+
+
+def _options(settings: PublishSettings) -> PushOptions:
+    return PushOptions(
         private=settings.private,
         revision=settings.revision,
+        folder=settings.folder,
         create_pr=settings.create_pr,
         tag=settings.tag,
         message=settings.message,
-        progress=progress,
+        replace=settings.replace,
+        verify_download=settings.verify_download,
     )
 
 

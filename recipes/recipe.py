@@ -7,14 +7,16 @@ Unknown keys are errors. Shares such as ``max_increase`` are written ``5%`` or `
 from __future__ import annotations
 
 import re
+import string
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
 from llmconvert.errors import SchemeError
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = [
+    "PLACEHOLDERS",
     "AttentionSettings",
     "CalibrateSettings",
     "ConvertSettings",
@@ -187,18 +189,43 @@ class ValidateSettings(_Section):
     max_bytes: Bytes | None = None
 
 
+def _check_placeholders(value: str | None) -> str | None:
+    """Only the known ones, in the plain form ``{scheme}``."""
+    if value is not None:
+        try:
+            found = [part[1:] for part in string.Formatter().parse(value) if part[1] is not None]
+        except ValueError as error:
+            raise ValueError(f"{value!r}: {error}") from error
+        for name, form, conversion in found:
+            if name not in PLACEHOLDERS or form or conversion:
+                known = ", ".join(f"{{{placeholder}}}" for placeholder in PLACEHOLDERS)
+                raise ValueError(f"{{{name}}} stands for nothing; known are {known}")
+    return value
+
+
+#: What a publishing target may name in braces, so that one setting serves several variants.
+PLACEHOLDERS = ("name", "model", "method", "scheme")
+Target = Annotated[str, AfterValidator(_check_placeholders)]
+
+
 class PublishSettings(_Section):
     """Where the artifact goes: ``file:DIR`` or a Hub repository ``user/name``; the rest is for the Hub.
 
-    ``private`` says what a new repository becomes; ``true`` also refuses to publish into a public one.
+    ``private`` says what a new repository becomes; ``true`` also refuses to publish into a public one. Variants of
+    one model go to a repository each, or into one, each on a branch (``revision``) or in a folder (``folder``) of its
+    own; ``{scheme}`` and the other :data:`PLACEHOLDERS` stand for this recipe's values. ``replace`` removes files
+    that are there and don't belong to the artifact; ``verify_download`` fetches everything again and compares it.
     """
 
-    to: Annotated[str, Field(pattern=r"^(file:.+|[\w.-]+/[\w.-]+)$")]
+    to: Annotated[Target, Field(pattern=r"^(file:.+|[\w.{}-]+/[\w.{}-]+)$")]
     private: bool | None = None
-    revision: str | None = None
+    revision: Target | None = None
+    folder: Annotated[Target, Field(pattern=r"^[\w.{}-]+(/[\w.{}-]+)*$")] | None = None
     create_pr: bool = False
-    tag: str | None = None
-    message: str | None = None
+    tag: Target | None = None
+    message: Target | None = None
+    replace: bool = False
+    verify_download: bool = False
 
 
 class Recipe(_Section):

@@ -25,7 +25,7 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.base import needs_calibration
 from llmconvert.recipes.artifact import assemble_artifact, model_info
 from llmconvert.recipes.attention import require_attention_support
-from llmconvert.recipes.publishing import check_target, publish_artifact
+from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import convert, measure, quantize
 from llmconvert.recipes.windows import WindowRequest, load_windows, save_windows
@@ -79,7 +79,7 @@ def run_recipe(
     with interruptible(), ExitStack() as stack:
         if store is None:
             store = stack.enter_context(StageStore(work_dir or Path(recipe.work_dir), progress=progress))
-        return _Run(recipe, store.begin(recipe.name, fresh=fresh), publish, progress).run()
+        return _Run(fill_target(recipe), store.begin(recipe.name, fresh=fresh), publish, progress).run()
 
 
 class _Run:

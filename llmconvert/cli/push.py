@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from llmconvert.hub import PushPlan
 
 
 @click.command(short_help="Push an artifact to the Hub.")
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("repository", metavar="USER/NAME")
 @click.option("--private/--public", default=None, help="What a new repository becomes; --private refuses a public one.")
-@click.option("--revision", help="Branch to push to. [default: main]")
+@click.option("--revision", help="Branch to push to, made if need be. [default: main]")
+@click.option("--folder", help="Folder of the repository to push to, for one of several variants.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of pushing to the branch.")
 @click.option("--tag", help="Tag the commit.")
 @click.option("--message", help="Commit message.")
-def push(
-    directory: Path,
-    repository: str,
-    private: bool | None,
-    revision: str | None,
-    create_pr: bool,
-    tag: str | None,
-    message: str | None,
-) -> None:
-    """Push an artifact DIRECTORY to the Hub.
+@click.option("--replace", is_flag=True, help="Remove files that are there and don't belong to the artifact.")
+@click.option("--verify-download", is_flag=True, help="Fetch what was published again and compare it byte for byte.")
+@click.option("--dry-run", is_flag=True, help="List files, sizes and the card; send nothing. Needs no token.")
+def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> None:
+    """Push an artifact DIRECTORY to the Hub, in one commit.
 
     The token comes from HF_TOKEN or from `hf auth login`.
 
@@ -32,19 +32,25 @@ def push(
     Example:
       llmconvert push out/demo user/SmolLM2-135M-Instruct-W4A16
     """
-    from llmconvert.hub import push_folder
+    from llmconvert.hub import PushOptions, plan_push, push_folder
     from llmconvert.interrupt import interruptible
     from llmconvert.progress import console_progress
 
+    if dry_run:
+        _show(plan_push(directory, repository, revision=options["revision"], folder=options["folder"]))
+        return
     with interruptible("files already sent are not sent again; run the same command to continue"):
-        result = push_folder(
-            directory,
-            repository,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            tag=tag,
-            message=message,
-            progress=console_progress(),
-        )
+        result = push_folder(directory, repository, PushOptions(**options), progress=console_progress())
     click.echo(result)
+
+
+def _show(plan: PushPlan) -> None:
+    """The plan as lines: one per file, the sum, and the card."""
+    width = max(len(f"{plan.nbytes:,}"), 5)
+    for file in plan.files:
+        click.echo(f"{file.size:>{width},}  {file.name}")
+    click.echo(f"{plan.nbytes:>{width},}  in {len(plan.files)} files, to {plan.repo_id} ({plan.revision})")
+    if plan.card is not None:
+        click.echo(f"\n{plan.card.rstrip()}")
+    else:
+        click.echo("\nno model card (README.md)")

@@ -1,18 +1,28 @@
 """All traffic with the Hugging Face Hub: fetching models and publishing them.
 
-``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are honoured by ``huggingface_hub`` itself; nothing
-here passes a token on.
+``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are honoured by ``huggingface_hub`` itself; the token
+goes from there into request headers and nowhere else.
 """
 
 from llmconvert.hub.errors import hub_errors, without_tokens
-from llmconvert.hub.fetch import FetchedModel, fetch
-from llmconvert.hub.push import PlannedFile, PushPlan, plan_push, push_folder
+from llmconvert.hub.fetch import FetchedModel, RemoteModel, fetch, fetch_without_weights
+from llmconvert.hub.plan import PlannedFile, PushPlan, plan_push
+from llmconvert.hub.push import PushOptions, check_push, push_folder
+from llmconvert.hub.retry import Backoff
+from llmconvert.hub.transfer import RemoteFile, download_file
 
 __all__ = [
+    "Backoff",
     "FetchedModel",
     "PlannedFile",
+    "PushOptions",
     "PushPlan",
+    "RemoteFile",
+    "RemoteModel",
+    "check_push",
+    "download_file",
     "fetch",
+    "fetch_without_weights",
     "hub_errors",
     "plan_push",
     "push_folder",

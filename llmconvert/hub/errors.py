@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import huggingface_hub
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     DisabledRepoError,
     EntryNotFoundError,
@@ -22,12 +24,13 @@ from huggingface_hub.errors import (
 )
 
 from llmconvert.errors import CapacityError, HubError, LlmconvertError
+from llmconvert.hub.retry import TRANSPORT_ERROR
 
 __all__ = ["hub_errors", "without_tokens"]
 
-# The transport's own base class, whichever httpx the client is built on.
-_TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
+# Of the models that a search finds, how many are looked at, and how many are shown.
+_LOOKED_AT, _SHOWN = 100, 3
 
 
 def without_tokens(text: str) -> str:
@@ -43,9 +46,9 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         yield
     except LlmconvertError:
         raise
-    except (OSError, ValueError, RuntimeError, RevisionResolutionError, EntryNotFoundError, _TRANSPORT_ERROR) as caught:
+    except (OSError, ValueError, RuntimeError, RevisionResolutionError, EntryNotFoundError, TRANSPORT_ERROR) as caught:
         # Uploads wrap what went wrong in a RuntimeError that does not say it.
-        wrapped = isinstance(caught, RuntimeError) and isinstance(caught.__cause__, (OSError, _TRANSPORT_ERROR))
+        wrapped = isinstance(caught, RuntimeError) and isinstance(caught.__cause__, (OSError, TRANSPORT_ERROR))
         error = caught.__cause__ if wrapped else caught
         assert isinstance(error, Exception)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -63,10 +66,7 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
         case GatedRepoError():
             return f"is gated; accept its terms at {endpoint}/{repo_id} and set HF_TOKEN to a token of that account"
         case RepositoryNotFoundError():
-            return (
-                f"no such model on {endpoint}, or it is private; check the spelling (org/name), "
-                "and set HF_TOKEN if it is private"
-            )
+            return _explain_not_found(error, repo_id)
         case DisabledRepoError():
             return "was disabled on the Hub"
         case OfflineModeIsEnabled():
@@ -81,21 +81,64 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
         case HfHubHTTPError():
             return _explain_status(error)
         case _:
-            if isinstance(error, _TRANSPORT_ERROR):
+            if isinstance(error, TRANSPORT_ERROR):
                 return f"{endpoint} could not be reached ({type(error).__name__}: {_first_line(error)})"
             return _first_line(error)
+
+
+def _explain_not_found(error: RepositoryNotFoundError, repo_id: str) -> str:
+    """A model the Hub doesn't show: a wrong id, a private one, or a token that it doesn't accept (any more)."""
+    endpoint = huggingface_hub.constants.ENDPOINT
+    refused = error.response.status_code == 401 and huggingface_hub.get_token() is not None
+    if refused and ("expired" in (error.server_message or "") or _token_is_rejected()):
+        return (
+            "the token was rejected, it may have expired; "
+            f"make one at {endpoint}/settings/tokens and set HF_TOKEN to it, or unset it"
+        )
+    near = _near_matches(repo_id)
+    return (
+        f"no such model on {endpoint}, or it is private; "
+        + (f"did you mean {' or '.join(near)}? " if near else "")
+        + ("Otherwise check" if near else "check")
+        + " the spelling (org/name), and set HF_TOKEN if it is private"
+    )
+
+
+def _token_is_rejected() -> bool:
+    """Whether the Hub knows the token no longer, or never did; False if it can't be asked."""
+    try:
+        HfApi().whoami()
+    except HfHubHTTPError as error:
+        return error.response.status_code == 401
+    except (OSError, TRANSPORT_ERROR):
+        return False
+    return False
+
+
+def _near_matches(repo_id: str) -> list[str]:
+    """Models whose id is close to ``repo_id``: of the same owner, or with the same name; none if it can't be asked."""
+    owner, _, name = repo_id.partition("/")
+    found: set[str] = set()
+    for query in ({"search": name}, {"author": owner}):
+        with suppress(Exception):  # a suggestion is not worth an error of its own
+            found |= {model.id for model in HfApi().list_models(limit=_LOOKED_AT, **query)}
+    lowered = {model_id.lower(): model_id for model_id in sorted(found) if model_id != repo_id}
+    near = difflib.get_close_matches(repo_id.lower(), list(lowered), n=_SHOWN, cutoff=0.75)
+    return [lowered[match] for match in near]
 
 
 def _explain_status(error: HfHubHTTPError) -> str:
     status = error.response.status_code
     said = f" (the Hub says: {' '.join(error.server_message.split())})" if error.server_message else ""
+    tokens = f"{huggingface_hub.constants.ENDPOINT}/settings/tokens"
     advice = {
-        401: "the token was rejected; set HF_TOKEN to a valid one, or unset it",
+        401: f"the token was rejected, it may have expired; make one at {tokens} and set HF_TOKEN to it, or unset it",
         403: "the token does not allow this; use one with the needed permission",
         404: "not found",
         409: "conflicts with what is there",
-        412: "the branch has moved meanwhile; run the same command again",
+        412: "the branch has moved meanwhile; look at what came in, then run the same command again",
         429: "too many requests; wait a few minutes and run the same command again",
+        507: "the Hub has no room for this; free some storage of the account",
     }
     default = "the Hub failed; run the same command again later" if status >= 500 else "the Hub refused the request"
     return f"HTTP {status}: {advice.get(status, default)}{said}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 import glob
 import json
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from llmconvert.errors import HubError
 from llmconvert.hub.errors import hub_errors
+from llmconvert.hub.transfer import RemoteFile, download_file, list_files
 from llmconvert.progress import SILENT, Progress, Task
 
-__all__ = ["FetchedModel", "fetch"]
+__all__ = ["FetchedModel", "RemoteModel", "fetch", "fetch_without_weights"]
 
 
 _INDEX = "model.safetensors.index.json"
@@ -46,6 +49,12 @@ _NEEDED = (
 )
 
 
+# How many weight files are on their way at the same time.
+_AT_ONCE = 4
+# Larger files than this are not served over plain HTTP; the client has another way for them.
+_MAX_HTTP_BYTES = huggingface_hub.constants.MAX_HTTP_DOWNLOAD_SIZE
+
+
 @dataclass(frozen=True, slots=True)
 class FetchedModel:
     """A model in the local cache: where it lies, where it came from, and at which commit."""
@@ -53,6 +62,38 @@ class FetchedModel:
     directory: Path
     repo_id: str
     commit_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteModel:
+    """A model whose small files are in the local cache, and whose weights are still on the Hub.
+
+    Attributes:
+        directory: the cache's snapshot, without weights.
+        repo_id: ``org/name``.
+        commit_hash: its commit.
+        shards: the weight files, in the order of their names.
+    """
+
+    directory: Path
+    repo_id: str
+    commit_hash: str
+    shards: tuple[RemoteFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is to be fetched of a repository at a commit: name → size of weights and of the other files."""
+
+    resolved: Any
+    cache_dir: Path | None
+    directory: Path
+    weights: dict[str, int]
+    others: dict[str, int]
+
+    @property
+    def commit(self) -> str:
+        return str(self.resolved.resolved)
 
 
 def fetch(
@@ -65,7 +106,8 @@ def fetch(
 ) -> FetchedModel:
     """Download what is needed of a model repository: config, safetensors, tokenizer, chat template, licence.
 
-    Files already in the cache are not fetched again. When the Hub can't be reached, a complete cached copy is used.
+    Files already in the cache are not fetched again, and a file that was cut off is continued, by a later process
+    too. When the Hub can't be reached, a complete cached copy is used.
 
     Args:
         model_id: ``org/name``.
@@ -79,24 +121,81 @@ def fetch(
         CapacityError: the disk is full.
     """
     with hub_errors(model_id, revision):
-        resolved = huggingface_hub.HfApi().resolve_revision(model_id, revision=revision, cache_dir=cache_dir)
-        commit = resolved.resolved
+        wanted = _look_up(model_id, revision, cache_dir, allow_pickle)
+        total = sum(wanted.weights.values()) + sum(wanted.others.values())
+        with progress.task(f"fetching {model_id}", total) as task:
+            _fetch_weights(model_id, wanted, task)
+            _snapshot(model_id, wanted, list(wanted.weights), _bar(task))
+            directory = _snapshot(model_id, wanted, list(wanted.others))
+            task.advance(sum(wanted.others.values()))
+    return FetchedModel(directory, model_id, wanted.commit)
 
-        def download(names: Sequence[str], bar: type[Any]) -> Path:
-            patterns = [glob.escape(name) for name in names]
-            return Path(
-                huggingface_hub.snapshot_download(
-                    model_id, revision=resolved, cache_dir=cache_dir, allow_patterns=patterns, tqdm_class=bar
-                )
-            )
 
-        with SILENT.task("", 0) as silent:
-            directory = download(["config.json", _INDEX, _PICKLE_INDEX], _bar(silent))
-        sizes = _listing(model_id, commit, cache_dir, directory)
-        names = _choose(model_id, sizes, directory, allow_pickle)
-        with progress.task(f"fetching {model_id}", sum(sizes[name] for name in names)) as task:
-            directory = download(names, _bar(task))
-    return FetchedModel(directory, model_id, commit)
+def fetch_without_weights(model_id: str, revision: str | None = None, *, cache_dir: Path | None = None) -> RemoteModel:
+    """Download everything :func:`fetch` would but the weights, and say where those are.
+
+    Raises:
+        HubError, CapacityError: see :func:`fetch`; also if the weights are no safetensors.
+    """
+    with hub_errors(model_id, revision):
+        wanted = _look_up(model_id, revision, cache_dir, allow_pickle=False)
+        directory = _snapshot(model_id, wanted, list(wanted.others))
+        names = sorted(name for name in wanted.weights if name.endswith(".safetensors"))
+        files = list_files(model_id, wanted.commit, names)
+    return RemoteModel(directory, model_id, wanted.commit, tuple(files[name] for name in names))
+
+
+def _look_up(model_id: str, revision: str | None, cache_dir: Path | None, allow_pickle: bool) -> _Wanted:
+    resolved = huggingface_hub.HfApi().resolve_revision(model_id, revision=revision, cache_dir=cache_dir)
+    wanted = _Wanted(resolved, cache_dir, Path(), {}, {})
+    directory = _snapshot(model_id, wanted, ["config.json", _INDEX, _PICKLE_INDEX])
+    sizes = _listing(model_id, wanted.commit, cache_dir, directory)
+    others, weights = _choose(model_id, sizes, directory, allow_pickle)
+    return replace(
+        wanted,
+        directory=directory,
+        weights={name: sizes[name] for name in weights},
+        others={name: sizes[name] for name in others},
+    )
+
+
+def _snapshot(model_id: str, wanted: _Wanted, names: Sequence[str], bar: type[Any] | None = None) -> Path:
+    """The cache's directory for this commit, with these files in it; small ones need no progress bar."""
+    patterns = [glob.escape(name) for name in names]
+    return Path(
+        huggingface_hub.snapshot_download(
+            model_id,
+            revision=wanted.resolved,
+            cache_dir=wanted.cache_dir,
+            allow_patterns=patterns,
+            tqdm_class=bar or _bar(None),
+        )
+    )
+
+
+def _fetch_weights(model_id: str, wanted: _Wanted, task: Task) -> None:
+    """Put missing weight files where the client's cache keeps contents, under their hash; it links them itself."""
+    missing = [name for name in wanted.weights if not (wanted.directory / name).exists()]
+    task.advance(sum(size for name, size in wanted.weights.items() if name not in missing))
+    if not missing or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    files = list_files(model_id, wanted.commit, missing).values()
+    blobs = wanted.directory.parent.parent / "blobs"
+    blobs.mkdir(exist_ok=True)
+    stop = threading.Event()
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        downloads = [
+            pool.submit(download_file, file, blobs / file.digest, advance=task.advance, stop=stop)
+            for file in files
+            if file.size <= _MAX_HTTP_BYTES
+        ]
+        try:
+            for download in as_completed(downloads):
+                download.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _listing(model_id: str, commit: str, cache_dir: Path | None, directory: Path) -> dict[str, int]:
@@ -108,8 +207,8 @@ def _listing(model_id: str, commit: str, cache_dir: Path | None, directory: Path
         return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
 
 
-def _choose(model_id: str, names: dict[str, int], directory: Path, allow_pickle: bool) -> list[str]:
-    """The files to fetch: exactly one complete set of weights, and what goes with it."""
+def _choose(model_id: str, names: dict[str, int], directory: Path, allow_pickle: bool) -> tuple[list[str], list[str]]:
+    """The files to fetch: what goes with the weights, and exactly one complete set of these."""
     if "config.json" not in names:
         raise HubError(f"{model_id}: has no config.json, so it is no transformers model")
     chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in _NEEDED)]
@@ -125,7 +224,7 @@ def _choose(model_id: str, names: dict[str, int], directory: Path, allow_pickle:
         missing = [name for name in weights if name not in names]
         if missing:
             raise HubError(f"{model_id}: {index} names {len(missing)} file(s) the repository lacks, first {missing[0]}")
-        return chosen + weights
+        return chosen + [name for name in weights if name == index], [name for name in weights if name != index]
     found = sorted(name for name in names if name.endswith((".safetensors", ".gguf", ".bin", ".pth", ".pt")))
     raise HubError(
         f"{model_id}: neither {_SINGLE} nor {_INDEX}"
@@ -141,8 +240,8 @@ def _shards(model_id: str, index: Path) -> list[str]:
         raise HubError(f"{model_id}: {index.name} is not an index of weight files: {error!r}") from error
 
 
-def _bar(task: Task) -> type[Any]:
-    """A progress bar class for ``huggingface_hub`` that draws nothing and passes the bytes on to ``task``."""
+def _bar(task: Task | None) -> type[Any]:
+    """A progress bar class for ``huggingface_hub`` that draws nothing and passes the bytes on to ``task``, if any."""
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -151,7 +250,7 @@ def _bar(task: Task) -> type[Any]:
             super().__init__(*args, **{**kwargs, "disable": True})
 
         def update(self, n: float | None = 1) -> bool | None:
-            if self._counts and n:
+            if self._counts and n and task is not None:
                 task.advance(n)
             return None
 

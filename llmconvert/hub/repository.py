@@ -1,0 +1,170 @@
+"""What lies in a repository, and whose it is: the artifact's, an earlier version's of it, or somebody else's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.hf_api import RepoFile
+
+from llmconvert.errors import HubError
+from llmconvert.hub.plan import PushPlan
+from llmconvert.hub.retry import Backoff, retrying
+from llmconvert.hub.transfer import RemoteFile, as_remote_file, git_blob_id, iterate_content
+
+__all__ = [
+    "MANIFEST",
+    "Content",
+    "Listing",
+    "Survey",
+    "hash_files",
+    "list_repository",
+    "mismatch",
+    "require_clear",
+    "survey",
+]
+
+#: What a push records of itself, below the artifact's folder: the sha256 of every file it sent.
+MANIFEST = "llmconvert/upload.json"
+_SCHEMA = "llmconvert.upload/1"
+# What loaders take for weights, or for the list of them.
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+#: Path → file, at one commit.
+Listing = Mapping[str, RemoteFile]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What one file is to hold: its size and sha256, and where it is, on disk or in memory."""
+
+    size: int
+    sha256: str
+    source: Path | bytes
+
+    @classmethod
+    def of(cls, data: bytes) -> Content:
+        return cls(len(data), hashlib.sha256(data).hexdigest(), data)
+
+    def equals(self, file: RemoteFile) -> bool:
+        """Whether the Hub lists the same."""
+        return (file.size, file.digest) == (self.size, self.sha256 if file.large else self.blob_id)
+
+    @property
+    def blob_id(self) -> str:
+        return git_blob_id(self.source if isinstance(self.source, bytes) else self.source.read_bytes())
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Whose the files at a commit are, of those in the artifact's folder (its root: in the whole repository).
+
+    Attributes:
+        stale: sent by an earlier push, unchanged since, and not part of this one; they go.
+        foreign: of other origin, and not part of this push.
+        edited: sent by an earlier push and changed by somebody since; this push would write over that.
+    """
+
+    stale: tuple[str, ...]
+    foreign: tuple[str, ...]
+    edited: tuple[str, ...]
+
+
+def list_repository(api: HfApi, repo_id: str, commit: str, backoff: Backoff) -> dict[str, RemoteFile]:
+    """Every file of a repository at a commit."""
+
+    def request() -> list[RepoFile]:
+        entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+        return [entry for entry in entries if isinstance(entry, RepoFile)]
+
+    return {entry.path: as_remote_file(repo_id, commit, entry) for entry in retrying(request, backoff)}
+
+
+def hash_files(plan: PushPlan) -> dict[str, Content]:
+    """Path → content of everything a push sends: the plan's files, and the manifest that lists them."""
+    contents: dict[str, Content] = {}
+    for file in plan.files:
+        with file.path.open("rb") as opened:
+            contents[file.name] = Content(file.size, hashlib.file_digest(opened, "sha256").hexdigest(), file.path)
+    files = {name.removeprefix(plan.folder): content.sha256 for name, content in contents.items()}
+    manifest = (json.dumps({"schema": _SCHEMA, "files": files}, indent=2, sort_keys=True) + "\n").encode()
+    contents[plan.folder + MANIFEST] = Content.of(manifest)
+    return contents
+
+
+def survey(listing: Listing, plan: PushPlan, contents: Mapping[str, Content]) -> Survey:
+    """Sort the files that are there already.
+
+    Raises:
+        HubError: the connection failed while the earlier push's manifest was read.
+    """
+    earlier = _earlier_push(listing, plan.folder)
+    stale, foreign, edited = [], [], []
+    for name, file in listing.items():
+        if not name.startswith(plan.folder) or name in (".gitattributes", plan.folder + MANIFEST):
+            continue
+        ours = name in earlier and _holds(file, earlier[name])
+        if name not in contents:
+            (stale if ours else foreign).append(name)
+        elif name in earlier and not ours and not contents[name].equals(file):
+            edited.append(name)
+    return Survey(tuple(stale), tuple(foreign), tuple(edited))
+
+
+def _holds(file: RemoteFile, sha256: str) -> bool:
+    """Whether a file on the Hub has this hash; the listing gives another kind for small ones, which are fetched."""
+    if file.large:
+        return file.digest == sha256
+    return hashlib.sha256(b"".join(iterate_content(file))).hexdigest() == sha256
+
+
+def _earlier_push(listing: Listing, folder: str) -> dict[str, str]:
+    """Path → sha256 of what the last push of this artifact sent; empty if there was none."""
+    manifest = listing.get(folder + MANIFEST)
+    if manifest is None:
+        return {}
+    try:
+        value = json.loads(b"".join(iterate_content(manifest)))
+        return {folder + name: str(digest) for name, digest in value["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def require_clear(plan: PushPlan, found: Survey) -> None:
+    """Refuse to write over somebody's changes, and to publish beside weights that a loader would take instead of the
+    artifact's, or mix with them.
+
+    Raises:
+        HubError: naming the first such file.
+    """
+    if found.edited:
+        raise HubError(
+            f"{plan.repo_id}: {found.edited[0]} was changed since it was published; take the change over, "
+            "or write over it with --replace"
+        )
+    beside = [name for name in found.foreign if name.endswith(_WEIGHTS) and "/" not in name.removeprefix(plan.folder)]
+    if beside:
+        more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
+        raise HubError(
+            f"{plan.repo_id}: {beside[0]}{more} would be loaded instead of the artifact or mixed with it; "
+            "--replace removes what is not the artifact's, or publish to a branch, a folder or a repository of its own"
+        )
+
+
+def mismatch(listing: Listing, contents: Mapping[str, Content], removed: tuple[str, ...] = ()) -> str | None:
+    """What of a listing is not as a push meant it to be, in words; None if everything is."""
+    for name, content in contents.items():
+        file = listing.get(name)
+        if file is None:
+            return f"{name} is missing"
+        if not content.equals(file):
+            expected = content.sha256 if file.large else content.blob_id
+            return (
+                f"{name} has {file.size:,} bytes and hash {file.digest}, expected {content.size:,} bytes and {expected}"
+            )
+    left = [name for name in removed if name in listing]
+    return f"{left[0]} is still there" if left else None

@@ -1,0 +1,131 @@
+"""Publishing to a Hub that fails: what is repeated, what is given up, and that nothing is ever half there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hub_client import Client
+from hub_files import published, sent
+from hub_server import WRITE_TOKEN, Blob, Fault, HubServer
+
+OLD = {"config.json": b"old"}
+
+
+@pytest.fixture
+def big(artifact: Path) -> Path:
+    """With a shard large enough to be cut off in its midst."""
+    (artifact / "model-00001-of-00002.safetensors").write_bytes(bytes(range(256)) * 8192)
+    return artifact
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("POST /api/repos/create", 503, times=2),
+        Fault("GET /api/models/me/model/tree", 500, times=2),
+        Fault("POST .*preupload", 429, retry_after="3", times=1),
+        Fault("POST .*lfs/objects/batch", 500, times=2),
+        Fault("PUT /lfs/", 503, times=2),
+        Fault("PUT /lfs/", drop_after=1 << 17, times=2),
+        Fault("PUT /lfs/", slow_seconds=0.005, times=1),
+        Fault("POST /lfs/.*/verify", 500, times=1),
+        Fault("POST /api/models/me/model/commit", 500, times=2),
+        Fault("POST /api/models/me/model/commit", 429, retry_after="3", times=1),
+        Fault("POST /api/models/me/model/commit", drop_after=100, times=2),
+        Fault("POST /api/models/me/model/tag", 503, times=2),
+    ],
+    ids=lambda fault: f"{fault.pattern} {fault.status or 'cut off'}",
+)
+def test_passing_failures_are_overcome(hub: HubServer, client: Client, big: Path, fault: Fault) -> None:
+    repo = hub.add_repo("me/model", OLD)
+    fault.times, before = fault.times, fault.times
+    hub.faults.append(fault)
+    answer = client("push_folder", big, "me/model", tag="v1")
+    assert "result" in answer, answer
+    assert fault.times < before
+    if fault.retry_after is not None:
+        assert any(nap >= 3 for nap in answer["naps"])
+    assert published(hub, "me/model") == sent(big)
+    assert len(repo.commits) == 2
+    assert repo.tags == {"v1": repo.branches["main"]}
+
+
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(
+    hub: HubServer, client: Client, artifact: Path, create_pr: bool
+) -> None:
+    repo = hub.add_repo("me/model", OLD)
+    hub.faults.append(Fault("POST /api/models/me/model/commit", lose_response=True, times=1))
+    answer = client("push_folder", artifact, "me/model", create_pr=create_pr)
+    assert len(repo.commits) == 2
+    assert hub.count("POST /api/models/me/model/commit") == 1
+    page = "discussions/1" if create_pr else f"commit/{repo.branches['main']}"
+    assert answer["result"] == f"{hub.url}/me/model/{page}"
+    assert published(hub, "me/model", "refs/pr/1" if create_pr else "main") == sent(artifact)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "status", "text"),
+    [
+        ("POST /api/repos/create", 500, "HTTP 500: the Hub failed; run the same command again later"),
+        ("POST /api/repos/create", 429, "HTTP 429: too many requests; wait"),
+        ("POST /api/models/me/model/commit", 500, "HTTP 500"),
+        ("POST /api/models/me/model/commit", 412, "the branch has moved meanwhile"),
+        ("POST .*lfs/objects/batch", 403, "HTTP 403: the token does not allow this"),
+        ("PUT /lfs/", 403, "HTTP 403"),
+        ("PUT /lfs/", 503, "HTTP 503"),
+    ],
+)
+def test_lasting_failures_leave_the_repository_as_it_was(
+    hub: HubServer, client: Client, artifact: Path, pattern: str, status: int, text: str
+) -> None:
+    hub.add_repo("me/model", OLD)
+    hub.faults.append(Fault(pattern, status, f"said with {WRITE_TOKEN} in it"))
+    failed = client("push_folder", artifact, "me/model")
+    assert (failed["error"], failed["code"]) == ("HubError", 4)
+    assert text in failed["text"]
+    assert hub.files("me/model") == OLD
+    hub.faults.clear()
+    assert "result" in client("push_folder", artifact, "me/model")
+    assert published(hub, "me/model") == sent(artifact)
+
+
+def test_a_wait_without_end_is_not_waited_for(hub: HubServer, client: Client, artifact: Path) -> None:
+    hub.faults.append(Fault("POST /api/repos/create", 429, retry_after="86400"))
+    failed = client("push_folder", artifact, "me/model")
+    assert "HTTP 429" in failed["text"]
+    assert failed["naps"] == []
+
+
+def test_a_hub_without_room_is_named(hub: HubServer, client: Client, artifact: Path) -> None:
+    hub.add_repo("me/model", OLD)
+    hub.store_bytes = 8000
+    assert "HTTP 507: the Hub has no room for this" in client("push_folder", artifact, "me/model")["text"]
+    assert hub.files("me/model") == OLD
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["before the commit", "while its answer was lost"])
+def test_a_commit_made_meanwhile_is_not_overwritten(hub: HubServer, client: Client, artifact: Path, lost: bool) -> None:
+    repo = hub.add_repo("me/model", OLD)
+
+    def somebody_else() -> None:
+        repo.commit("main", {**repo.commits[repo.branches["main"]], "theirs.txt": Blob(b"new", False)})
+
+    if lost:
+        hub.faults.append(Fault("POST /api/models/me/model/commit", 503, hook=somebody_else, times=1))
+    else:
+        hub.faults.append(Fault("POST .*lfs/objects/batch", hook=somebody_else, times=1))
+    text = client("push_folder", artifact, "me/model")["text"]
+    assert "the branch has moved meanwhile" in text
+    assert "run the same command again" in text
+    assert hub.files("me/model") == {**OLD, "theirs.txt": b"new"}
+    client("push_folder", artifact, "me/model")
+    assert published(hub, "me/model") == {"theirs.txt": b"new", **sent(artifact)}
+
+
+def test_no_network_is_one_line(artifact: Path, tmp_path: Path) -> None:
+    with Client("http://127.0.0.1:9", tmp_path / "home") as away:
+        refused = away("push_folder", artifact, "me/model")
+    assert refused["code"] == 4
+    assert "http://127.0.0.1:9 could not be reached (ConnectError" in refused["text"]

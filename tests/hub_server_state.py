@@ -1,0 +1,157 @@
+"""What the loopback Hub keeps: repositories in memory, tokens, and the faults it was told to commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+WRITE_TOKEN = "hf_" + "w" * 34
+READ_TOKEN = "hf_" + "r" * 34
+EXPIRED_TOKEN = "hf_" + "e" * 34
+DATE = "2025-01-01T00:00:00.000Z"
+#: Files from this size on are large objects, and go through LFS or Xet.
+LFS_BYTES = 1000
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A file at a commit: its content, and whether it is stored as a large object."""
+
+    content: bytes
+    lfs: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def blob_id(self) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
+
+    @property
+    def oid(self) -> str:
+        return self.sha256 if self.lfs else self.blob_id
+
+    def entry(self, path: str) -> dict[str, Any]:
+        lfs = {"lfs": {"oid": self.sha256, "size": len(self.content), "pointerSize": 130}} if self.lfs else {}
+        return {"type": "file", "path": path, "size": len(self.content), "oid": self.blob_id, **lfs}
+
+
+@dataclass
+class Repo:
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    pull_requests: dict[str, str] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    #: ``(object, part number)`` → content, until the parts are put together.
+    parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
+
+    def commit(self, branch: str | None, tree: dict[str, Blob]) -> str:
+        listing = json.dumps([len(self.commits), {path: blob.oid for path, blob in tree.items()}])
+        sha = hashlib.sha1(listing.encode()).hexdigest()
+        self.commits[sha] = tree
+        if branch is not None:
+            self.branches[branch] = sha
+        return sha
+
+    def resolve(self, revision: str) -> str | None:
+        if revision in self.commits:
+            return revision
+        return self.branches.get(revision) or self.tags.get(revision) or self.pull_requests.get(revision)
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next ``times`` requests whose line (``"PUT /path"``) matches ``pattern``.
+
+    Attributes:
+        status: answer with this, with ``message``, and ``retry_after`` in a ``Retry-After`` header.
+        hook: called before the request's body is read.
+        drop_after: close the connection after this many bytes of the body, of the request if it has one, else of
+            the response.
+        lose_response: do what was asked and close the connection without an answer.
+        slow_seconds: sleep this long per 64 KiB of body.
+    """
+
+    pattern: str
+    status: int = 0
+    message: str = ""
+    times: int = 1_000_000
+    hook: Callable[[], None] | None = None
+    retry_after: str | None = None
+    drop_after: int | None = None
+    lose_response: bool = False
+    slow_seconds: float = 0.0
+
+
+class RefusalError(Exception):
+    """An error response."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, retry_after: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.retry_after = status, message, code, retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        found = {"X-Error-Message": self.message, "X-Error-Code": self.code, "Retry-After": self.retry_after}
+        return {key: value for key, value in found.items() if value is not None}
+
+
+class HubState:
+    """The repositories, the faults to commit and the log of requests (``"GET /path bytes=5-"``).
+
+    ``part_bytes`` makes objects above that size multipart; ``store_bytes`` is the size of the Hub's disk.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.url = ""
+        self.reset()
+
+    def reset(self) -> None:
+        """An empty Hub at the same address."""
+        self.repos: dict[str, Repo] = {}
+        self.faults: list[Fault] = []
+        self.log: list[str] = []
+        self.part_bytes: int | None = None
+        self.store_bytes: int | None = None
+        #: sha256 → what is sent in place of that content.
+        self.served_instead: dict[str, bytes] = {}
+
+    def add_repo(self, repo_id: str, files: dict[str, bytes], **settings: bool) -> Repo:
+        repo = self.repos[repo_id] = Repo(**settings)
+        repo.commit("main", {path: Blob(data, len(data) >= LFS_BYTES) for path, data in files.items()})
+        return repo
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """What a reader sees."""
+        repo = self.repos[repo_id]
+        return {path: blob.content for path, blob in repo.commits[repo.resolve(revision) or ""].items()}
+
+    def count(self, pattern: str) -> int:
+        return sum(re.search(pattern, line) is not None for line in self.log)
+
+    def store(self, repo: Repo, oid: str, content: bytes) -> None:
+        """Keep a large object whose hash was announced as ``oid``."""
+        if hashlib.sha256(content).hexdigest() != oid:
+            raise RefusalError(400, "the content's sha256 is not what was announced")
+        used = sum(len(known) for other in self.repos.values() for known in other.objects.values())
+        if self.store_bytes is not None and used + len(content) > self.store_bytes:
+            raise RefusalError(507, "Insufficient Storage")
+        repo.objects[oid] = content
+
+    def take_faults(self, line: str) -> list[Fault]:
+        """The faults that this request meets."""
+        with self.lock:
+            met = [fault for fault in self.faults if fault.times > 0 and re.search(fault.pattern, line)]
+            for fault in met:
+                fault.times -= 1
+            return met
