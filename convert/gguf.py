@@ -56,6 +56,8 @@ class GgufCheckpoint(Checkpoint):
         self.path = path
         self._fd = -1
         header = read_gguf_header(path)
+        #: The file's metadata about the model as a whole, ``general.*``.
+        self.general = {key: value for key, value in header.metadata.items() if key.startswith("general.")}
         arch = header.metadata.text("general.architecture")
         if arch not in ARCHITECTURES:
             raise UnsupportedError(

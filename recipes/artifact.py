@@ -24,8 +24,9 @@ from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.source import Source
 from llmconvert.engine.tokens import TokenWindows
 from llmconvert.errors import CapacityError
+from llmconvert.recipes.provenance import provenance
 from llmconvert.recipes.recipe import Recipe
-from llmconvert.validate.card import inherited_license, render_card
+from llmconvert.validate.card import render_card
 from llmconvert.validate.html import render_html
 from llmconvert.validate.plots import layer_error_plot, quality_plot
 from llmconvert.validate.report import ModelInfo, Report
@@ -60,6 +61,7 @@ def model_info(recipe: Recipe, source: Source, original: Path, calibration: Toke
     with SafetensorsCheckpoint(original) as checkpoint:
         summary = describe_model(checkpoint)
     settings = recipe.quantize
+    origin = provenance(source)
     words = None
     if calibration is not None:
         words = f"{public_name(calibration.dataset)}, {calibration.drawn} × {calibration.length} tokens"
@@ -69,6 +71,9 @@ def model_info(recipe: Recipe, source: Source, original: Path, calibration: Toke
         revision=source.revision,
         architecture=summary.architecture,
         parameters=summary.parameters,
+        license=origin.license_fields.get("license"),
+        base_model=recipe.card.base_model or origin.base_model,
+        parents=origin.parents,
         method=settings.method if settings is not None else None,
         scheme=str(settings.scheme) if settings is not None else None,
         format=settings.format if settings is not None else None,
@@ -121,7 +126,7 @@ def assemble_artifact(model: Path, artifact: Path, recipe: Recipe, source: Sourc
         report,
         repository=_repository(recipe, report),
         recipe=text,
-        license_fields=inherited_license(_original_card(source)),
+        license_fields=provenance(source).license_fields,
         chat=any(name.startswith("chat_template") for name in source.checkpoint.files),
         plots=plots,
     )
@@ -132,10 +137,6 @@ def _repository(recipe: Recipe, report: Report) -> str:
     """Where users will load the artifact from."""
     target = recipe.publish.to if recipe.publish is not None else ""
     return report.model.name if not target or target.startswith("file:") else target
-
-
-def _original_card(source: Source) -> bytes | None:
-    return source.checkpoint.read_file("README.md") if "README.md" in source.checkpoint.files else None
 
 
 def _take(source: Path, target: Path) -> None:

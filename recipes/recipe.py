@@ -19,6 +19,7 @@ __all__ = [
     "PLACEHOLDERS",
     "AttentionSettings",
     "CalibrateSettings",
+    "CardSettings",
     "ConvertSettings",
     "GenerationSettings",
     "HealSettings",
@@ -228,6 +229,12 @@ class PublishSettings(_Section):
     verify_download: bool = False
 
 
+class CardSettings(_Section):
+    """What the model card says and the source doesn't: ``base_model``, the Hub id of the model that the source is."""
+
+    base_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None = None
+
+
 class Recipe(_Section):
     """One job. ``name`` names it in tables and in the work directory; it defaults to the file's name."""
 
@@ -240,6 +247,7 @@ class Recipe(_Section):
     quantize: QuantizeSettings | None = None
     # "validate" is a method of pydantic's models, so the attribute has another name than the key.
     validation: ValidateSettings | None = Field(default=None, alias="validate")
+    card: CardSettings = CardSettings()
     publish: PublishSettings | None = None
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     memory: Bytes | None = None

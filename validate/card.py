@@ -19,7 +19,6 @@ from llmconvert.validate.report import Report
 
 __all__ = ["inherited_license", "render_card"]
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NOT_ON_CARD = ("inventory", "runtime", "fidelity.max_abs_diff", "kl_p99", "generation.looping", "generation.ended")
 # Formats that vLLM reads; the others are transformers' or llama.cpp's business.
 _VLLM_FORMATS = ("compressed-tensors", "gptq", "awq")
@@ -30,7 +29,6 @@ def render_card(
     *,
     repository: str,
     recipe: str,
-    base_model: str | None = None,
     license_fields: Mapping[str, str] | None = None,
     chat: bool = False,
     plots: Sequence[tuple[str, str]] = (),
@@ -41,7 +39,6 @@ def render_card(
     Args:
         repository: where users will load it from: ``user/name``, or a directory.
         recipe: the resolved recipe as YAML.
-        base_model: Hub id of the original; taken from the report where its source is one.
         license_fields: ``license``, ``license_name``, ``license_link`` of the original (:func:`inherited_license`).
         chat: whether the tokenizer has a chat template, for the example.
         plots: (caption, path inside the repository).
@@ -51,7 +48,7 @@ def render_card(
         HubError: the card's metadata would not be valid on the Hub.
     """
     model = report.model
-    base = base_model or (model.source if _REPOSITORY.fullmatch(model.source) else None)
+    base = model.base_model
     template = template_environment(escape=False).get_template("card.md.j2")
     body = template.render(
         title=model.name,
@@ -69,7 +66,7 @@ def render_card(
         limitations=limitations,
         environment=report.environment,
     )
-    card = f"---\n{_metadata(report, base, license_fields or {}).to_yaml()}\n---\n\n{body}"
+    card = f"---\n{_metadata(report, license_fields or {}).to_yaml()}\n---\n\n{body}"
     try:
         ModelCard(card)
     except (ValueError, yaml.YAMLError) as error:
@@ -77,7 +74,7 @@ def render_card(
     return card
 
 
-def _metadata(report: Report, base: str | None, license_fields: Mapping[str, str]) -> ModelCardData:
+def _metadata(report: Report, license_fields: Mapping[str, str]) -> ModelCardData:
     model = report.model
     tags = ["llmconvert"]
     if model.scheme:
@@ -91,9 +88,12 @@ def _metadata(report: Report, base: str | None, license_fields: Mapping[str, str
     }
     if model.license and "license" not in fields:
         fields["license"] = model.license
-    if base is not None:
-        fields["base_model"] = [base]
+    if model.base_model is not None:
+        fields["base_model"] = [model.base_model]
         fields["base_model_relation"] = "quantized" if model.scheme else "finetune"
+    elif model.parents:
+        # The artifact is not a quantization of these; how it relates to them is more than anyone has said.
+        fields["base_model"] = list(model.parents)
     return ModelCardData(**fields)
 
 

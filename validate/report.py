@@ -49,6 +49,8 @@ class ModelInfo(_Value):
         architecture: the transformers class, ``LlamaForCausalLM``.
         parameters: numbers in the original.
         license: identifier inherited from the original.
+        base_model: Hub id of the original, where the source or the recipe says so.
+        parents: Hub ids of the models that the original was made from, where only these are known.
         method, scheme, format: of the quantization, ``gptq``, ``w4a16-g64-sym``, ``compressed-tensors``.
         calibration: dataset and amount in words.
     """
@@ -59,6 +61,8 @@ class ModelInfo(_Value):
     architecture: str | None = None
     parameters: int | None = None
     license: str | None = None
+    base_model: str | None = None
+    parents: tuple[str, ...] = ()
     method: str | None = None
     scheme: str | None = None
     format: str | None = None

@@ -91,6 +91,7 @@ def report() -> Report:
         model=ModelInfo(
             name="Tiny-W4A16",
             source="maker/Tiny",
+            base_model="maker/Tiny",
             revision="0123456789abcdef0123456789abcdef01234567",
             parameters=134_515_008,
             license="apache-2.0",

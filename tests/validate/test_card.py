@@ -66,14 +66,19 @@ def test_numbers_and_how_they_were_measured(report: Report) -> None:
     assert re.search(r"\|---\|---:\|---:\|---:\|\n\| Weights", card)
 
 
-def test_a_local_source_is_no_base_model(report: Report) -> None:
-    local = report.model.model_copy(update={"source": "package:pkg/model.gguf", "scheme": None, "format": None})
-    found = front_matter(render_card(report.model_copy(update={"model": local}), repository="x", recipe=RECIPE))
+def card_of(report: Report, **model: object) -> dict[str, object]:
+    changed = report.model_copy(update={"model": report.model.model_copy(update=model)})
+    return front_matter(render_card(changed, repository="x", recipe=RECIPE))
+
+
+def test_a_base_model_is_only_what_somebody_said(report: Report) -> None:
+    found = card_of(report, source="out/copy", base_model=None, scheme=None, format=None)
     assert "base_model" not in found and found["tags"] == ["llmconvert"]
-    named = render_card(
-        report.model_copy(update={"model": local}), repository="x", recipe=RECIPE, base_model="maker/Tiny"
-    )
-    assert front_matter(named)["base_model_relation"] == "finetune"
+    assert card_of(report, source="x.gguf", scheme=None)["base_model_relation"] == "finetune"
+    parent = card_of(report, base_model=None, parents=("maker/Parent",))
+    assert parent["base_model"] == ["maker/Parent"] and "base_model_relation" not in parent
+    both = card_of(report, parents=("maker/Parent",))
+    assert both["base_model"] == ["maker/Tiny"] and both["base_model_relation"] == "quantized"
 
 
 def test_failed_checks_are_not_hidden(report: Report) -> None:
