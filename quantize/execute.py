@@ -216,7 +216,6 @@ class Execution:
                 for start in range(0, rows, step):
                     writer.write_rows(name, start, checkpoint.read_rows(name, start, min(rows, start + step)))
 
-
     def _block_names(self, index: int) -> list[str]:
         """Checkpoint tensors of a block that are copied."""
         linears, prefix = self.skeleton.linears[index], self.skeleton.prefix(index)

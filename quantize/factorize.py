@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["invert_factor_", "upper_factor_"]
+__all__ = ["invert_factor_", "mirror_lower_", "upper_factor_"]
 
 _PANEL = 256
 
@@ -54,6 +54,15 @@ def invert_factor_(matrix: torch.Tensor) -> None:
             block[:, :_PANEL].triu_()
             matrix[row:end, start:stop] = -(block @ above[row:])
         _set_upper(corner, inverse)
+
+
+def mirror_lower_(matrix: torch.Tensor) -> None:
+    """Overwrite the triangle above the diagonal with the one below it."""
+    for start in range(0, len(matrix), _PANEL):
+        stop = start + _PANEL
+        corner = matrix[start:stop, start:stop]
+        _set_upper(corner, corner.tril(-1).T + corner.diagonal().diag())
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
 
 
 def _set_upper(target: torch.Tensor, value: torch.Tensor) -> None:

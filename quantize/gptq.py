@@ -16,7 +16,7 @@ import torch
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import CalibrationError
 from llmconvert.quantize.base import Solution, Target
-from llmconvert.quantize.factorize import invert_factor_, upper_factor_
+from llmconvert.quantize.factorize import invert_factor_, mirror_lower_, upper_factor_
 from llmconvert.quantize.kernels import over_rows, solve_columns
 from llmconvert.quantize.scales import GroupScales, search_scales
 from llmconvert.quantize.scheme import Scheme
@@ -38,12 +38,14 @@ class Prepared:
         factor: ``[columns, columns]``, upper triangular ``U`` of the damped inverse Hessian in that order; what lies
             below its diagonal is not part of it.
         diagonal: of the Hessian without damping, in the columns' own order.
+        added: to this diagonal before it was factorized.
         damping: share of the mean diagonal it took.
     """
 
     order: torch.Tensor
     factor: torch.Tensor
     diagonal: torch.Tensor
+    added: torch.Tensor
     damping: float
 
 
@@ -113,9 +115,10 @@ class Gptq:
             matrix.diagonal().copy_(diagonal + damping * diagonal.mean())
             if upper_factor_(matrix):
                 invert_factor_(matrix)
-                return Prepared(order, matrix, original, damping)
+                added = damping * diagonal.mean() + (original == 0)
+                return Prepared(order, matrix, original, added, damping)
             # Factorizing changed only the upper triangle; the lower one still holds the matrix.
-            matrix.copy_(matrix.tril(-1) + matrix.tril(-1).T)
+            mirror_lower_(matrix)
             damping *= 10
         raise CalibrationError(
             f"{name}: the Hessian of its inputs ({hessian.tokens} tokens, {len(order)} columns) cannot be factorized "
@@ -125,7 +128,7 @@ class Gptq:
     def solve(
         self, weight: torch.Tensor, prepared: Prepared, scheme: Scheme, scales: GroupScales
     ) -> tuple[QuantizedTensor, torch.Tensor]:
-        """Codes for given scales, and each row's squared output error (per token, in the damped metric)."""
+        """Codes for given scales, and each row's squared output error per token."""
         # Transposed throughout: the solver works through columns, and a column's rows are independent of each other.
         work = weight.T.contiguous().index_select(0, prepared.order)
         columns, rows = work.shape
@@ -141,7 +144,11 @@ class Gptq:
             loss += errors.square().sum(0)
             if stop < columns:
                 work[stop:].addmm_(prepared.factor[start:stop, stop:].T, errors, alpha=-1)
-        return QuantizedTensor(codes.T.contiguous(), scales.scale, scales.zero, scheme), loss
+        del work
+        tensor = QuantizedTensor(codes.T.contiguous(), scales.scale, scales.zero, scheme)
+        # The sum so far is the error in the damped metric; what was added to the diagonal is taken out again.
+        difference = tensor.dequantize(self.dtype).sub_(weight)
+        return tensor, (loss - difference.square_() @ prepared.added).clamp_(min=0)
 
     def _solve_stacked(
         self, targets: Sequence[Target], prepared: Prepared, scheme: Scheme, scale_dtype: torch.dtype

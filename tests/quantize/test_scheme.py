@@ -1,0 +1,83 @@
+"""Schemes and their names."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmconvert.errors import SchemeError
+from llmconvert.quantize.scheme import Scheme
+
+schemes = st.builds(
+    Scheme,
+    bits=st.integers(2, 8),
+    group_size=st.none() | st.integers(1, 4096),
+    symmetric=st.booleans(),
+    activation_bits=st.sampled_from([8, 16]),
+)
+
+
+@given(schemes)
+def test_a_name_stands_for_its_scheme(scheme: Scheme) -> None:
+    assert Scheme.parse(str(scheme)) == scheme
+    assert Scheme.parse(f" {str(scheme).upper()} ") == scheme
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "canonical"),
+    [
+        ("w4a16-g128", Scheme(4, 128), "w4a16-g128-sym"),
+        ("w4a16-g128-sym", Scheme(4, 128), "w4a16-g128-sym"),
+        ("w3a16-g64-asym", Scheme(3, 64, symmetric=False), "w3a16-g64-asym"),
+        ("w8a8", Scheme(8, activation_bits=8), "w8a8-channel-sym"),
+        ("w8a16-channel-asym", Scheme(8, symmetric=False), "w8a16-channel-asym"),
+        ("w2a16-asym", Scheme(2, symmetric=False), "w2a16-channel-asym"),
+    ],
+)
+def test_defaults_are_filled_in(name: str, scheme: Scheme, canonical: str) -> None:
+    assert Scheme.parse(name) == scheme
+    assert str(scheme) == canonical
+
+
+@pytest.mark.parametrize(
+    "name", ["", "w4", "4bit", "w4a16-128", "w4a16-g", "w4a16-symm", "w4a16-sym-g64", "w4a16-g64-"]
+)
+def test_names_outside_the_grammar_are_refused_with_an_example(name: str) -> None:
+    with pytest.raises(SchemeError, match=r"is not understood; expected w<bits>a<bits>.*for example w4a16-g128"):
+        Scheme.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w1a16", "weights can have 2 to 8 bits, found 1"),
+        ("w9a16", "weights can have 2 to 8 bits, found 9"),
+        ("w16a16", "weights can have 2 to 8 bits, found 16"),
+        ("w4a4", "activations can have 16 or 8 bits, found 4"),
+        ("w4a16-g0", "group size must be positive, found 0"),
+    ],
+)
+def test_numbers_out_of_range_are_named(name: str, message: str) -> None:
+    with pytest.raises(SchemeError, match=message):
+        Scheme.parse(name)
+
+
+@given(schemes)
+def test_codes_fill_their_bits(scheme: Scheme) -> None:
+    assert scheme.code_max - scheme.code_min + 1 == 1 << scheme.bits
+    assert scheme.code_min == -scheme.code_max - 1
+
+
+def test_groups_of_a_weight() -> None:
+    assert (Scheme(4, 32).groups(96), Scheme(4, 32).columns_per_group(96)) == (3, 32)
+    assert (Scheme(4).groups(96), Scheme(4).columns_per_group(96)) == (1, 96)
+
+
+def test_a_group_size_that_does_not_divide_names_layer_and_fitting_sizes() -> None:
+    Scheme(4, 32).check_fits("layer", 96)
+    Scheme(4).check_fits("layer", 97)
+    with pytest.raises(SchemeError, match=r"group size 64 does not divide the 96 columns of a\.b; .*fit it: 16, 32$"):
+        Scheme(4, 64).check_fits("a.b", 96)
+    with pytest.raises(SchemeError, match=r"the 97 columns of a\.b; only per-channel scales fit it"):
+        Scheme(4, 64).check_fits("a.b", 97)

@@ -1,0 +1,47 @@
+"""Random weights, calibration statistics and quantized tensors for the tests of quantization."""
+
+from __future__ import annotations
+
+import torch
+
+from llmconvert.engine.statistics import Hessian
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["hessian_of", "random_inputs", "random_tensor", "random_weight"]
+
+
+def random_tensor(
+    scheme: Scheme, rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> QuantizedTensor:
+    """Codes, scales and zero points of every value their types allow."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = scheme.groups(columns)
+    low, high = scheme.code_min, scheme.code_max + 1
+    codes = torch.randint(low, high, (rows, columns), generator=generator, dtype=torch.int64).to(torch.int8)
+    scale = torch.rand((rows, groups), generator=generator).mul_(0.1).add_(0.01).to(dtype)
+    zero = torch.randint(low, high, (rows, groups), generator=generator, dtype=torch.int64).to(torch.int8)
+    return QuantizedTensor(codes, scale, None if scheme.symmetric else zero, scheme)
+
+
+def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Normally distributed, with a few outliers and an offset per row, so that zero points matter."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = 0.1 * torch.randn((rows, columns), generator=generator)
+    weight += 0.05 * torch.randn((rows, 1), generator=generator)
+    outliers = torch.rand((rows, columns), generator=generator) < 0.005
+    return torch.where(outliers, 5 * weight, weight)
+
+
+def random_inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Correlated activations, some channels much larger than others, as transformers have them."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    mixing = torch.randn((columns, columns), generator=generator, dtype=torch.float64) / columns**0.5
+    strength = torch.exp(torch.randn(columns, generator=generator, dtype=torch.float64))
+    values = torch.randn((tokens, columns), generator=generator, dtype=torch.float64)
+    return (values @ (torch.eye(columns, dtype=torch.float64) + mixing)) * strength
+
+
+def hessian_of(inputs: torch.Tensor, dtype: torch.dtype = torch.float32) -> Hessian:
+    """Their second moment, as the engine accumulates it but in any precision."""
+    return Hessian((inputs.T @ inputs / len(inputs)).to(dtype), len(inputs))
