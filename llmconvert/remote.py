@@ -45,8 +45,9 @@ class RemoteCheckpoint(Checkpoint):
             raise CheckpointError(f"{model_id}: {str(error).splitlines()[0]}") from error
         self.files = {}
         infos: dict[str, TensorInfo] = {}
-        for shard, file in metadata.files_metadata.items():
-            for name, tensor in file.tensors.items():
+        for shard, file in sorted(metadata.files_metadata.items()):
+            # In on-disk order, as from files on this disk.
+            for name, tensor in sorted(file.tensors.items(), key=lambda entry: entry[1].data_offsets):
                 if tensor.dtype not in DTYPES:
                     raise CheckpointError(f"{model_id}: tensor {name!r} has dtype {tensor.dtype!r}, which is not known")
                 infos[name] = TensorInfo(name, DTYPES[tensor.dtype], tuple(tensor.shape), shard)

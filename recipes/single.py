@@ -11,14 +11,14 @@ import torch
 from llmconvert.convert.cast import CastView
 from llmconvert.convert.dtype import DtypeReport
 from llmconvert.convert.inspection import describe_model
-from llmconvert.convert.source import open_source, source_fingerprint
+from llmconvert.convert.source import open_source, parse_hub_id, source_fingerprint
 from llmconvert.errors import UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.base import needs_calibration
 from llmconvert.recipes.artifact import public_name
-from llmconvert.recipes.recipe import Recipe
-from llmconvert.recipes.steps import DTYPES, convert, measure, quantize
+from llmconvert.recipes.recipe import QuantizeSettings, Recipe
+from llmconvert.recipes.steps import DTYPES, convert, layer_overrides, measure, quantize
 from llmconvert.recipes.windows import WindowRequest
 from llmconvert.validate.report import ModelInfo, Report, environment
 from llmconvert.writer import check_output_directory
@@ -26,32 +26,55 @@ from llmconvert.writer import check_output_directory
 __all__ = ["convert_model", "quantize_model", "validate_model"]
 
 
-def convert_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) -> DtypeReport:
+def convert_model(recipe: Recipe, output: Path, *, stream: bool = False, progress: Progress = SILENT) -> DtypeReport:
     """Convert ``recipe.model`` to ``recipe.convert.dtype`` in the directory ``output``.
+
+    With ``stream``, a Hub model is converted while it downloads: disk need is the output and two source shards, and
+    a call that was stopped continues.
 
     Raises:
         LlmconvertError: see :func:`llmconvert.convert.source.open_source` and
             :func:`llmconvert.convert.dtype.convert_dtype`.
     """
     check_output_directory(output)
+    if stream:
+        from llmconvert.convert.stream_jobs import stream_convert
+
+        model_id, revision = _hub_model(recipe)
+        settings = recipe.convert
+        with interruptible():
+            return stream_convert(
+                model_id,
+                output,
+                revision=revision,
+                dtype=DTYPES[settings.dtype],
+                overflow=settings.overflow,
+                progress=progress,
+            )
     with interruptible("nothing was written; run the same command again"):
         source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
         with source.checkpoint as checkpoint:
             return convert(checkpoint, output, recipe.convert, progress=progress)
 
 
-def quantize_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) -> Mapping[str, Any]:
+def quantize_model(
+    recipe: Recipe, output: Path, *, stream: bool = False, progress: Progress = SILENT
+) -> Mapping[str, Any]:
     """Quantize ``recipe.model`` to the directory ``output``, by the recipe's quantize and calibrate sections.
 
-    What stays unquantized is written in ``recipe.convert.dtype``. A call that was stopped continues.
+    What stays unquantized is written in ``recipe.convert.dtype``. A call that was stopped continues. With ``stream``,
+    a Hub model is quantized while it downloads, by a method without calibration: disk need is the output and two
+    source shards.
 
     Raises:
-        UsageError: the recipe has no quantize section.
+        UsageError: the recipe has no quantize section, or can't be streamed.
         LlmconvertError: see :func:`llmconvert.quantize.job.quantize_checkpoint`.
     """
     if recipe.quantize is None:
         raise UsageError("nothing to quantize: the recipe has no quantize section")
     check_output_directory(output)
+    if stream:
+        return _stream_quantize(recipe, recipe.quantize, output, progress)
     with interruptible():
         source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
         with source.checkpoint:
@@ -70,6 +93,38 @@ def quantize_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT)
                 memory=recipe.memory,
                 progress=progress,
             )
+
+
+def _stream_quantize(recipe: Recipe, settings: QuantizeSettings, output: Path, progress: Progress) -> Mapping[str, Any]:
+    from llmconvert.convert.stream_jobs import stream_quantize
+
+    model_id, revision = _hub_model(recipe)
+    with interruptible():
+        return stream_quantize(
+            model_id,
+            output,
+            revision=revision,
+            dtype=DTYPES[recipe.convert.dtype],
+            method=settings.method,
+            scheme=settings.scheme,
+            format=settings.format,
+            overrides=layer_overrides(settings),
+            progress=progress,
+        )
+
+
+def _hub_model(recipe: Recipe) -> tuple[str, str | None]:
+    """The repository and revision to stream from.
+
+    Raises:
+        UsageError: the model is no Hub id.
+    """
+    found = parse_hub_id(recipe.model) if not Path(recipe.model).expanduser().exists() else None
+    if found is None:
+        raise UsageError(
+            f"{recipe.model}: only a Hub model (org/name) downloads and can be streamed; leave out --stream"
+        )
+    return found
 
 
 def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Progress = SILENT) -> Report:

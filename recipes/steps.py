@@ -21,7 +21,7 @@ from llmconvert.validate.artifact import Limits, validate_artifact
 from llmconvert.validate.behaviour import GenerationOptions
 from llmconvert.validate.report import Check
 
-__all__ = ["DTYPES", "convert", "measure", "quantize"]
+__all__ = ["DTYPES", "convert", "layer_overrides", "measure", "quantize"]
 
 #: The dtypes a recipe can name.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -64,10 +64,7 @@ def quantize(
         method=settings.method,
         scheme=settings.scheme,
         format=settings.format,
-        overrides=[
-            Override(override.match, None if override.scheme == "none" else override.scheme)
-            for override in settings.overrides
-        ],
+        overrides=layer_overrides(settings),
         windows=windows,
         device=device,
         memory_budget=memory,
@@ -82,6 +79,14 @@ def quantize(
         "mode": result.memory.mode,
         "resumed_blocks": result.resumed_blocks,
     }
+
+
+def layer_overrides(settings: QuantizeSettings) -> list[Override]:
+    """The section's overrides as the engine takes them."""
+    return [
+        Override(override.match, None if override.scheme == "none" else override.scheme)
+        for override in settings.overrides
+    ]
 
 
 def measure(

@@ -79,7 +79,8 @@ class Handler(Routes, BaseHTTPRequestHandler):
         self.authorization = self.headers.get("Authorization")
         self.byte_range = self.headers.get("Range") or ""
         try:
-            self.state.log.append(f"{line} {self.byte_range}".rstrip())
+            line = f"{line} {self.byte_range}".rstrip()
+            self.state.log.append(line)
             self._faults = self.state.take_faults(line)
             for fault in self._faults:
                 if fault.hook is not None:

@@ -70,7 +70,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next ``times`` requests whose line (``"PUT /path"``) matches ``pattern``.
+    """What goes wrong with the next ``times`` requests whose line (``"GET /path bytes=5-"``) matches ``pattern``.
 
     Attributes:
         status: answer with this, with ``message``, and ``retry_after`` in a ``Retry-After`` header.

@@ -30,7 +30,8 @@ import click
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--memory", metavar="SIZE", help="Use at most this much memory, 4GB for example.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with weights_only=True.")
-def quantize(model: str, output: Path, **options: Any) -> None:
+@click.option("--stream", is_flag=True, help="Quantize while downloading, by a method without calibration.")
+def quantize(model: str, output: Path, stream: bool, **options: Any) -> None:
     """Quantize MODEL to the directory OUTPUT. Stopped, the same command continues.
 
     \b
@@ -43,7 +44,7 @@ def quantize(model: str, output: Path, **options: Any) -> None:
     from llmconvert.recipes.single import quantize_model
 
     recipe = make_recipe({"model": model, **_settings(options)}, "quantize")
-    details = quantize_model(recipe, output, progress=console_progress())
+    details = quantize_model(recipe, output, stream=stream, progress=console_progress())
     layers, size, seconds = details["layers"], details["bytes"], details["seconds"]
     click.echo(f"{output}: {layers} layers quantized, {size:,} bytes, {seconds:.1f} s")
 

@@ -194,7 +194,7 @@ def test_a_plan_needs_neither_token_nor_network(artifact: Path, tmp_path: Path) 
     assert (plan.repo_id, plan.revision) == ("me/model", "main")
     assert plan.nbytes == sum(len(content) for content in sent(artifact).values())
     assert plan.card == (artifact / "README.md").read_text()
-    assert [file.name for file in plan_push(artifact, "me/model", folder="a/b").files][0] == "a/b/README.md"
+    assert plan_push(artifact, "me/model", folder="a/b").files[0].name == "a/b/README.md"
     for bad in ("model", "a/b/c", "me/mo del", "../x", ""):
         with pytest.raises(HubError, match="is no repository"):
             plan_push(artifact, bad)
