@@ -15,7 +15,7 @@ import torch
 
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.states import DiskStates
+from llmconvert.engine.states import DiskStates, states_present
 from llmconvert.engine.statistics import Hessian, accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Mode, Stream
 from llmconvert.errors import LlmconvertError, RunInterruptedError
@@ -31,6 +31,7 @@ from llmconvert.writer import Layout, TensorWriter, publish_directory, staging_d
 __all__ = ["Execution"]
 
 _WORK = ".work"
+_JOURNAL = "journal.jsonl"
 _COPY_NBYTES = 1 << 26
 
 #: A block's index, what quantizes its linears one after the other, and what makes its inputs last on disk.
@@ -87,12 +88,10 @@ class Execution:
         work = staging / _WORK
         lock = DirectoryLock(work)
         try:
-            journal, done = self._resume(staging, key, progress)
+            journal, done = self._resume(staging, layout, key, progress)
             try:
                 with TensorWriter(staging, layout) as writer:
                     self._write_all(writer, journal, work, done, progress)
-                    with self.phases.measure("writing"):
-                        writer.sync()
                 self._finish(staging, output)
             except LlmconvertError as error:
                 # What an earlier run achieved is not thrown away because this one was refused.
@@ -103,23 +102,43 @@ class Execution:
             lock.release()
         return done
 
-    def _resume(self, staging: Path, key: str, progress: Progress) -> tuple[Journal, int]:
+    def _resume(self, staging: Path, layout: Layout, key: str, progress: Progress) -> tuple[Journal, int]:
         """Open the journal, and clear what belongs to another job; gives the number of finished blocks."""
-        path = staging / _WORK / "journal.jsonl"
-        journal = Journal(path)
-        if not journal.entries or journal.entries[0].get("key") != key:
+        work = staging / _WORK
+        journal = Journal(work / _JOURNAL)
+        problem = self._unusable(staging, journal, layout, key)
+        if problem:
             if journal.entries:
-                progress.log(f"{staging.name}: holds an interrupted run with other inputs; starting anew")
-            for stale in (*staging.iterdir(), *(staging / _WORK).iterdir()):
+                progress.log(f"{staging.name}: {problem}; starting anew")
+            for stale in (*staging.iterdir(), *work.iterdir()):
                 if stale.is_file() and stale.name != LOCK_NAME:
                     stale.unlink()
-            journal = Journal(path)
+            journal = Journal(work / _JOURNAL)
             journal.append({"key": key})
         finished = [entry for entry in journal.entries if "block" in entry]
         self.results += [tuple(layer) for entry in finished for layer in entry["layers"]]
         if finished:
             progress.log(f"continuing an interrupted run: {len(finished)} blocks are done")
         return journal, len(finished)
+
+    def _unusable(self, staging: Path, journal: Journal, layout: Layout, key: str) -> str:
+        """Why the run that the journal tells of can't be continued; empty if it can."""
+        if not journal.entries or journal.entries[0].get("key") != key:
+            return "holds an interrupted run with other inputs"
+        for shard in layout.shards:
+            path = staging / shard.name
+            if len(journal.entries) > 1 and not (path.is_file() and path.stat().st_size == shard.nbytes):
+                return f"{shard.name} of an interrupted run is gone or cut short"
+        done = sum("block" in entry for entry in journal.entries)
+        calibrated = self.quantizer.needs_hessian and 0 < done < self.skeleton.block_count
+        if calibrated and not states_present(staging / _WORK, done, *self._states_shape()):
+            return "the activations of an interrupted run are gone or cut short"
+        return ""
+
+    def _states_shape(self) -> tuple[list[int], int, torch.dtype]:
+        """Tokens of each batch, width and dtype of the hidden states."""
+        width = self.skeleton.model.config.get_text_config().hidden_size
+        return [window.shape[1] for window in self.windows], width, self.skeleton.dtype
 
     def _write_all(self, writer: TensorWriter, journal: Journal, work: Path, done: int, progress: Progress) -> None:
         if not any("outer" in entry for entry in journal.entries):
@@ -139,6 +158,8 @@ class Execution:
                 self._copy(writer, self._block_names(index))
                 errors = [error for _, error, _ in self.results[first:] if error is not None]
                 task.advance(1, f"output error {max(errors):.2%} at most" if errors else "")
+        if done < self.skeleton.block_count:
+            self._journal_block(writer, journal, _nothing, self.skeleton.block_count - 1)
 
     def _journal_block(self, writer: TensorWriter, journal: Journal, sync: Callable[[], None], index: int) -> None:
         """Everything of block ``index`` is written: make it last, then say so."""
@@ -150,12 +171,11 @@ class Execution:
 
     def _calibrated(self, work: Path, done: int) -> Iterator[_Step]:
         """Blocks with all batches at their entry."""
-        skeleton = self.skeleton
-        width = skeleton.model.config.get_text_config().hidden_size
-        lengths = [window.shape[1] for window in self.windows]
-        states = DiskStates(work, lengths, width, skeleton.dtype)
+        if done == self.skeleton.block_count:
+            return
+        states = DiskStates(work, *self._states_shape())
         stream = Stream(
-            skeleton, self.windows, self.blocks, mode=self.mode, states=states, start=done, phases=self.phases
+            self.skeleton, self.windows, self.blocks, mode=self.mode, states=states, start=done, phases=self.phases
         )
         try:
             for run in self.phases.pull("forward", stream.blocks()):
@@ -237,6 +257,10 @@ class Execution:
             for name in source.files:
                 write_file(staging / name, source.read_file(name))
             write_json(staging / "config.json", {**source.config, "quantization_config": declared})
+            # The journal goes last: a run killed in between finds all blocks done, and needs nothing else.
+            for path in (staging / _WORK).iterdir():
+                if path.name not in (_JOURNAL, LOCK_NAME):
+                    path.unlink()
             shutil.rmtree(staging / _WORK)
             publish_directory(staging, output)
 

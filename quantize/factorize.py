@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["invert_factor_", "mirror_lower_", "upper_factor_"]
+__all__ = ["invert_factor_", "mirror_lower_", "permute_", "upper_factor_"]
 
 _PANEL = 256
 
@@ -63,6 +63,16 @@ def mirror_lower_(matrix: torch.Tensor) -> None:
         corner = matrix[start:stop, start:stop]
         _set_upper(corner, corner.tril(-1).T + corner.diagonal().diag())
         matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+
+
+def permute_(matrix: torch.Tensor, order: torch.Tensor) -> None:
+    """Reorder rows and columns of a square matrix alike: entry ``[i, j]`` becomes ``[order[i], order[j]]``."""
+    for start in range(0, len(matrix), _PANEL):
+        rows = matrix[start : start + _PANEL]
+        rows.copy_(rows.index_select(1, order))
+    for start in range(0, len(matrix), _PANEL):
+        columns = matrix[:, start : start + _PANEL]
+        columns.copy_(columns.index_select(0, order))
 
 
 def _set_upper(target: torch.Tensor, value: torch.Tensor) -> None:

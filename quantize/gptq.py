@@ -16,7 +16,7 @@ import torch
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import CalibrationError
 from llmconvert.quantize.base import Solution, Target
-from llmconvert.quantize.factorize import invert_factor_, mirror_lower_, upper_factor_
+from llmconvert.quantize.factorize import invert_factor_, mirror_lower_, permute_, upper_factor_
 from llmconvert.quantize.kernels import over_rows, solve_columns
 from llmconvert.quantize.scales import GroupScales, search_scales
 from llmconvert.quantize.scheme import Scheme
@@ -27,6 +27,8 @@ __all__ = ["Gptq", "Prepared"]
 _MAX_DAMPING = 1.0
 # Rows are solved in slices of about this many weights: rows are independent, and the working copies stay small.
 _WEIGHTS_AT_ONCE = 1 << 23
+# Columns of the Hessian multiplied at a time where only a sum is wanted.
+_ENERGY_COLUMNS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +86,16 @@ class Gptq:
         return solutions
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """The permuted copy of the Hessian, ``4 n²``, or the stacked weights and a slice of rows being solved.
+        """The stacked weights, all codes, and a slice of rows being solved; or the codes twice, to join the slices.
 
-        A slice holds its float32 weights twice (own order, solving order) and its scale candidates.
+        A slice holds its float32 weights three times (own order, transposed, solving order) and its scale candidates.
+        The Hessian is permuted, factorized and inverted in place, a panel of columns at a time.
         """
         at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
         # Per group and step a scale and a zero of 4 bytes, for the smallest usual group.
         candidates = at_once // 32 * self.scale_steps * 8
-        return max(4 * columns * columns, rows * columns * 3 + at_once * 12 + candidates)
+        panels = _ENERGY_COLUMNS * (2 * columns + 6 * rows)
+        return max(panels, rows * columns * 4, rows * columns * 3 + at_once * 12 + candidates)
 
     def prepare(self, name: str, hessian: Hessian) -> Prepared:
         """Order the columns and factorize the inverse Hessian, in the Hessian's own memory.
@@ -107,7 +111,7 @@ class Gptq:
         matrix = hessian.matrix.to(self.dtype)
         original = matrix.diagonal().clone()
         order = torch.argsort(original, descending=True, stable=True)
-        torch.index_select(matrix.index_select(0, order), 1, order, out=matrix)
+        permute_(matrix, order)
         diagonal = original[order]
         diagonal[diagonal == 0] = 1
         damping = self.damping
@@ -182,7 +186,12 @@ class Gptq:
 def _output_energy(weight: torch.Tensor, hessian: Hessian) -> float:
     """Mean squared norm of the linear's output per token, ``tr(W H Wᵀ)``; three digits are plenty."""
     coarse = weight.to(torch.bfloat16)
-    return float((coarse @ hessian.matrix.to(torch.bfloat16)).mul_(coarse).sum(dtype=torch.float32))
+    energy = 0.0
+    for start in range(0, weight.shape[1], _ENERGY_COLUMNS):
+        part = slice(start, start + _ENERGY_COLUMNS)
+        product = coarse @ hessian.matrix[:, part].to(torch.bfloat16)
+        energy += float(product.mul_(coarse[:, part]).sum(dtype=torch.float32))
+    return energy
 
 
 def _solve_block(

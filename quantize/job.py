@@ -128,7 +128,8 @@ def quantize_checkpoint(
     blocks = discover(skeleton, max(lengths) if quantizer.needs_hessian else _PROBE_LENGTH)
     plan = plan_quantization(skeleton, blocks, scheme, overrides, layout_format, calibrated=quantizer.needs_hessian)
     needed = work_nbytes(skeleton, blocks, plan, quantizer, skeleton.dtype)
-    memory = choose_mode(skeleton, blocks, lengths or [_PROBE_LENGTH], needed, memory_budget, mode)
+    calibrated = lengths if quantizer.needs_hessian else []
+    memory = choose_mode(skeleton, blocks, calibrated, needed, memory_budget, mode)
     layout = plan_layout(plan.specs, max_shard_bytes)
     request = {"method": method, "options": repr(quantizer), "format": format, "device": skeleton.device.type}
     key = _job_key(source, plan, layout, windows, request, identity)

@@ -106,8 +106,10 @@ def work_nbytes(
 ) -> int:
     """Peak bytes of the statistics and the solution of the most demanding stop.
 
-    With ``n`` columns and ``r`` rows in all, GPTQ needs ``4 n²`` for the Hessian and then the larger of another
-    ``4 n²`` (its permuted copy) and what :meth:`~llmconvert.quantize.gptq.Gptq.nbytes` states in ``r · n``.
+    With ``n`` columns and ``r`` rows in all, GPTQ needs ``4 n²`` for the Hessian, which is permuted, factorized and
+    inverted in place, and beside it what :func:`~llmconvert.engine.statistics.hessian_nbytes` states for a chunk of
+    tokens or :meth:`~llmconvert.quantize.gptq.Gptq.nbytes` in ``r · n``. A data-free method takes one linear at a
+    time, whose weight is read for it.
     """
     linears = {name: module for block in skeleton.linears for name, module in block.items()}
     needs = [0]

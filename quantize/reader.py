@@ -65,6 +65,7 @@ class QuantizedView(CheckpointView):
         for name, info in base.infos.items():
             found = self._quantized_at(name, info, groups)
             if found is not None:
+                self._check_parts(found)
                 weight = f"{found.linear}.weight"
                 self.quantized[weight] = found
                 scale = base.infos[f"{found.linear}.weight_scale"]
@@ -88,6 +89,8 @@ class QuantizedView(CheckpointView):
         found = self.quantized.get(name)
         if found is None:
             return super().read_rows(name, start, stop)
+        if stop <= start:
+            return torch.empty((0, found.shape[1]), dtype=self.infos[name].dtype)
         stored: dict[str, torch.Tensor] = {}
         for part in self._stored_names(found):
             if part.endswith(".weight_shape"):
@@ -104,15 +107,25 @@ class QuantizedView(CheckpointView):
         return pack_words(every[:, start:stop].contiguous(), found.scheme.bits).T.contiguous()
 
     def _stored_names(self, found: _Quantized) -> list[str]:
-        specs = self._format.specs(found.linear, found.shape, found.scheme, torch.float32)
-        missing = [spec.name for spec in specs if spec.name not in self.base]
-        if missing:
-            raise CheckpointError(f"quantized linear {found.linear!r} has no tensor {missing[0]!r}")
-        return [spec.name for spec in specs]
+        return [spec.name for spec in self._format.specs(found.linear, found.shape, found.scheme, torch.float32)]
+
+    def _check_parts(self, found: _Quantized) -> None:
+        """Refuse a linear with a missing part, or one of another shape than its scheme says."""
+        for spec in self._format.specs(found.linear, found.shape, found.scheme, torch.float32):
+            stored = self.base.infos.get(spec.name)
+            if stored is None:
+                raise CheckpointError(f"quantized linear {found.linear!r} has no tensor {spec.name!r}")
+            if stored.shape != spec.shape:
+                raise CheckpointError(
+                    f"tensor {spec.name!r} has shape {list(stored.shape)}; a weight of shape {list(found.shape)} "
+                    f"in {found.scheme} needs {list(spec.shape)}"
+                )
 
     def _quantized_at(self, name: str, info: TensorInfo, groups: list[_Group]) -> _Quantized | None:
         if name.endswith(_PACKED):
             linear = name.removesuffix(_PACKED)
+            if f"{linear}.weight_shape" not in self.base:
+                raise CheckpointError(f"quantized linear {linear!r} has no tensor '{linear}.weight_shape'")
             rows, columns = self.base[f"{linear}.weight_shape"].tolist()
             return _Quantized(linear, _scheme_for(linear, groups), (rows, columns))
         if name.endswith(".weight") and info.dtype == torch.int8:
@@ -150,8 +163,11 @@ class _Group:
         return cls(tuple(group["targets"]), scheme)
 
     def names(self, linear: str) -> bool:
+        """Whether the group names a linear. A checkpoint's names may lack the prefix that its modules' names have."""
         return any(
-            re.match(target[3:], linear) is not None if target.startswith("re:") else target == linear
+            re.match(target[3:], linear) is not None
+            if target.startswith("re:")
+            else target == linear or target.endswith(f".{linear}")
             for target in self.targets
         )
 

@@ -59,10 +59,12 @@ def choose_mode(
 ) -> MemoryEstimate:
     """Lockstep if it fits the budget, replay if only that does.
 
+    Without batches there is no forward: neither embeddings nor blocks are loaded, and the mode makes no difference.
+
     Args:
         skeleton: the model.
         plans: of its longest batch.
-        lengths: tokens of every batch.
+        lengths: tokens of every batch; empty for methods that need no calibration.
         work_nbytes: what one linear's statistics and solution need.
         budget: bytes the process may use; what is free now when None.
         mode: the mode to use in any case.
@@ -71,12 +73,15 @@ def choose_mode(
         CapacityError: not even replay fits; names what it would take.
     """
     limit = budget if budget is not None else int(available_nbytes() * _USABLE)
-    blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
-    fixed = {"base": BASE_NBYTES, "embeddings": skeleton.outer_nbytes(head=False), "two blocks": blocks}
     candidates: tuple[Mode, ...] = (mode,) if mode else ("lockstep", "replay")
     for candidate in candidates:
-        activations = activation_nbytes(plans, skeleton, lengths, candidate)
-        estimate = MemoryEstimate(candidate, {**fixed, "one linear": work_nbytes, "activations": activations})
+        parts = {"base": BASE_NBYTES, "one linear": work_nbytes}
+        if lengths:
+            blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
+            activations = activation_nbytes(plans, skeleton, lengths, candidate)
+            model = {"embeddings": skeleton.outer_nbytes(head=False), "two blocks": blocks}
+            parts |= {**model, "activations": activations}
+        estimate = MemoryEstimate(candidate, parts)
         if estimate.total <= limit:
             return estimate
     raise CapacityError(

@@ -11,7 +11,9 @@ import torch
 
 from llmconvert.errors import CapacityError
 
-__all__ = ["DiskStates", "MemoryStates", "States"]
+__all__ = ["DiskStates", "MemoryStates", "States", "states_present"]
+
+_NAMES = ("states-even.bin", "states-odd.bin")
 
 
 class States(Protocol):
@@ -59,7 +61,7 @@ class DiskStates:
         for length in lengths:
             self._offsets.append(self._offsets[-1] + length * row)
         self._files: list[int] = []
-        for name in ("states-even.bin", "states-odd.bin"):
+        for name in _NAMES:
             fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._files.append(fd)
             try:
@@ -97,3 +99,9 @@ class DiskStates:
         """Close the files."""
         while self._files:
             os.close(self._files.pop())
+
+
+def states_present(directory: Path, block: int, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> bool:
+    """Whether a :class:`DiskStates` of the same arguments has left its file of the inputs of ``block``, whole."""
+    path = directory / _NAMES[block % 2]
+    return path.is_file() and path.stat().st_size == sum(lengths) * hidden_size * dtype.itemsize

@@ -44,10 +44,9 @@ def accumulate_hessian(name: str, inputs: Iterable[torch.Tensor], columns: int, 
     """
     total = torch.zeros((columns, columns), dtype=torch.float32, device=device)
     tokens = 0
-    for chunk in _chunks(inputs):
-        tokens += chunk.shape[0]
-        _add_products(total, chunk)
-        del chunk  # before the next is put together
+    for rows, exact in _chunks(inputs, columns, device):
+        tokens += rows.shape[0]
+        _add_products(total, rows, exact)
     if tokens == 0:
         raise CalibrationError(
             f"{name}: no calibration token reached this linear; use more or other calibration text, "
@@ -66,39 +65,37 @@ def accumulate_hessian(name: str, inputs: Iterable[torch.Tensor], columns: int, 
 
 
 def hessian_nbytes(columns: int, dtype: torch.dtype) -> int:
-    """Peak bytes of :func:`accumulate_hessian`: the matrix, one chunk of tokens as given, and in float32."""
+    """Peak bytes of :func:`accumulate_hessian`: the matrix, and a chunk of tokens in float32 and as it is multiplied."""
     return 4 * columns * columns + _CHUNK_TOKENS * columns * (dtype.itemsize + 4)
 
 
-def _add_products(total: torch.Tensor, chunk: torch.Tensor) -> None:
-    """Add ``chunkᵀ chunk`` to the upper triangle of ``total``, whole tiles of it."""
-    exact = chunk.dtype == torch.bfloat16 and chunk.device.type == "cpu"
-    rows = chunk.float()
+def _add_products(total: torch.Tensor, rows: torch.Tensor, exact: bool) -> None:
+    """Add ``rowsᵀ rows`` to the upper triangle of ``total``, whole tiles of it."""
     with _bfloat16_products(enabled=exact):
         for start in range(0, len(total), _TILE):
             total[start : start + _TILE, start:].addmm_(rows[:, start : start + _TILE].T, rows[:, start:])
 
 
-def _chunks(inputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Batches joined to chunks of about ``_CHUNK_TOKENS`` rows, by the same rule whatever made the batches."""
-    held: list[torch.Tensor] = []
-    count = 0
+def _chunks(
+    inputs: Iterable[torch.Tensor], columns: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Batches joined to chunks of about ``_CHUNK_TOKENS`` rows, by the same rule whatever made the batches.
+
+    Yields float32 rows in memory that the next chunk will use again, and whether they are bfloat16 values on a CPU.
+    One buffer for all: chunks made anew would each find their place taken by what the batches have come to hold.
+    """
+    buffer = torch.empty((_CHUNK_TOKENS, columns), dtype=torch.float32, device=device)
+    count, exact = 0, device.type == "cpu"
     for batch in inputs:
+        exact = exact and batch.dtype == torch.bfloat16
         for part in batch.split(_CHUNK_TOKENS):
             if count + part.shape[0] > _CHUNK_TOKENS:
-                yield _joined(held)
+                yield buffer[:count], exact
                 count = 0
-            held.append(part)
+            buffer[count : count + part.shape[0]] = part
             count += part.shape[0]
     if count:
-        yield _joined(held)
-
-
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """One tensor of all parts; the list is emptied, so that they are not kept beside it."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    parts.clear()
-    return whole
+        yield buffer[:count], exact
 
 
 @contextmanager

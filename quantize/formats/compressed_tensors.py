@@ -138,8 +138,9 @@ def _activation_args(scheme: Scheme) -> dict[str, Any] | None:
 
 
 def _unsigned(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    return (codes.to(torch.int16) - scheme.code_min).to(torch.uint8)
+    # Modulo 256, so that the sum needs no wider type.
+    return codes.view(torch.uint8).add(-scheme.code_min)
 
 
 def _signed(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    return (codes.to(torch.int16) + scheme.code_min).to(torch.int8)
+    return codes.sub(-scheme.code_min).view(torch.int8)

@@ -71,7 +71,7 @@ def test_int8_activations_need_plain_int8_weights() -> None:
 
 
 def test_unknown_formats_are_refused_with_those_there_are() -> None:
-    with pytest.raises(UnsupportedError, match="format 'gguf2' is not known; known are .*compressed-tensors"):
+    with pytest.raises(UnsupportedError, match=r"format 'gguf2' is not known; known are .*compressed-tensors"):
         load_format("gguf2")
 
 
