@@ -28,7 +28,7 @@ from llmconvert.recipes.provenance import provenance
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.validate.card import render_card
 from llmconvert.validate.html import render_html
-from llmconvert.validate.plots import layer_error_plot, quality_plot
+from llmconvert.validate.plots import divergence_plot, layer_error_plot, quality_plot
 from llmconvert.validate.report import ModelInfo, Report
 from llmconvert.writer import write_file
 
@@ -37,6 +37,7 @@ __all__ = ["artifact_name", "assemble_artifact", "model_info", "public_name", "r
 _GGUF_TYPE = re.compile(r"[.-](?:I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
 _PLOTS = (
     ("quality", "Size on disk and perplexity, original and artifact, with 95 % intervals.", quality_plot),
+    ("divergence", "Drift of the hidden state after each block, and what each block adds.", divergence_plot),
     ("layers", "Relative error of each quantized weight.", layer_error_plot),
 )
 _LINK_REFUSED = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)

@@ -73,6 +73,7 @@ def quantize(
     )
     return {
         "layers": len(result.layers),
+        "linears": [{"name": layer.name, "scheme": layer.scheme, "error": layer.error} for layer in result.layers],
         "bytes": result.nbytes,
         "seconds": round(result.seconds, 3),
         "phases": {name: round(seconds, 3) for name, seconds in result.phases.items()},

@@ -13,9 +13,10 @@ from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.errors import GateError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.validate.fidelity import Fidelity, fidelity
-from llmconvert.validate.generation import PROMPTS, Generations, compare, generate
+from llmconvert.validate.generation import PROMPTS, Continuation, Generations, compare, generate
 from llmconvert.validate.report import Check
 from llmconvert.validate.runtime import Runtime, available_memory, runtime
+from llmconvert.validate.streamed_generation import Scored, score_continuations, stream_continuations
 
 __all__ = ["GenerationOptions", "Probe", "runtime_checks"]
 
@@ -44,6 +45,7 @@ def runtime_checks(
     artifact: Path,
     dense: Checkpoint,
     reference: Checkpoint | None,
+    original: Checkpoint | None,
     *,
     probe: Probe | None,
     generation: GenerationOptions | None,
@@ -53,40 +55,130 @@ def runtime_checks(
 ) -> list[Check]:
     """Load the artifact, then the original, by transformers, one at a time.
 
-    A model too large for the memory, or one whose quantizer is not installed, gives a check that says so and holds no
-    number. An artifact that transformers refuses, or loads with tensors missing, is a failed check.
+    An artifact too large for the memory is continued by the streaming engine, a few tokens per prompt; one whose
+    quantizer is not installed gives a check that says so and holds no number. An artifact that transformers refuses,
+    or loads with tensors missing, is a failed check.
 
     Args:
         dense: the artifact seen as dense weights, for its size.
-        reference: continued only if it is a directory on disk.
+        reference: the original as stored. One that is a directory and fits in memory writes its own continuations.
+        original: it as dense weights. One that cannot write reads the artifact's continuations instead.
         dtype: what the runtime computes in; that of the probe, or of the config, by default.
     """
-    free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    needed = round(_LOADING_FACTOR * dense.nbytes)
-    if free is not None and needed > free:
-        text = f"not measured: loading it whole takes about {needed:,} bytes, {free:,} are free"
-        return [Check(name="runtime", detail={"text": text})]
+    too_large = _too_large(dense, device)
     dtype = probe.logits.dtype if dtype is None and probe is not None else dtype
+    if too_large:
+        runtime_check = Check(name="runtime", detail={"text": f"not measured: {too_large}"})
+        if generation is None:
+            return [runtime_check]
+        return [runtime_check, *_streamed_checks(artifact, dense, original, generation, device, dtype, progress)]
     try:
         with runtime(artifact, device=device, dtype=dtype) as loaded:
             checks = [_loading_check(loaded)]
             if probe is not None:
                 checks.append(_fidelity_check(loaded, probe))
             ours = None if generation is None else _generate(loaded, generation, progress)
+            tokenizer = loaded.tokenizer
     except UnsupportedError as error:
         missing = isinstance(error.__cause__, ImportError)
         return [Check(name="runtime", ok=missing, detail={"text": f"not measured: {error}" if missing else str(error)})]
     if ours is None or generation is None:
         return checks
-    theirs: Generations | None = None
-    note = "no original to compare with"
-    if isinstance(reference, SafetensorsCheckpoint):
-        try:
+    if original is None:
+        return [*checks, *_alone(ours.continuations, {"runtime": ours.runtime}, generation), *_pace(ours, None)]
+    try:
+        note = _too_large(original, device)
+        if isinstance(reference, SafetensorsCheckpoint) and not note:
             with runtime(reference.directory, device=device, dtype=dtype) as loaded:
                 theirs = _generate(loaded, generation, progress)
-        except UnsupportedError as error:
-            note = f"the original was not continued: {error}"
-    return checks + _generation_checks(ours, theirs, generation, note)
+            return checks + _generation_checks(ours, theirs, generation)
+        note = note or "it is no directory that the runtime could load"
+    except UnsupportedError as error:
+        note = str(error)
+    scored = score_continuations(original, tokenizer, ours.continuations, device=device, dtype=dtype, progress=progress)
+    about = {"runtime": ours.runtime}
+    return [*checks, *_scored_checks(ours.continuations, scored, generation, about, note), *_pace(ours, None)]
+
+
+def _too_large(dense: Checkpoint, device: torch.device) -> str:
+    """Why a model can't be loaded whole; empty if it can."""
+    free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    needed = round(_LOADING_FACTOR * dense.nbytes)
+    return f"loading it whole takes about {needed:,} bytes, {free:,} are free" if free and needed > free else ""
+
+
+def _streamed_checks(
+    artifact: Path,
+    dense: Checkpoint,
+    original: Checkpoint | None,
+    options: GenerationOptions,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Progress,
+) -> list[Check]:
+    """Continuations of an artifact that can't be loaded whole, written and judged by the streaming engine."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(artifact, local_files_only=True, trust_remote_code=False)
+    texts = stream_continuations(
+        dense,
+        tokenizer,
+        options.prompts,
+        max_new_tokens=options.max_new_tokens,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
+    about = {"runtime": "llmconvert, streamed"}
+    if original is None:
+        return _alone(texts, about, options)
+    scored = score_continuations(original, tokenizer, texts, device=device, dtype=dtype, progress=progress)
+    return _scored_checks(texts, scored, options, about, "the models don't fit in memory")
+
+
+def _alone(texts: Sequence[Continuation], about: dict[str, Any], options: GenerationOptions) -> list[Check]:
+    """Continuations without an original to compare with."""
+    detail = {**about, "max_new_tokens": options.max_new_tokens, "text": "no original to compare with"}
+    shown = [{"prompt": text.prompt, "artifact": text.text} for text in texts]
+    looping = sum(text.looping for text in texts)
+    return [Check(name="generation.looping", value=looping, unit="texts", detail={**detail, "texts": shown})]
+
+
+def _scored_checks(
+    texts: Sequence[Continuation], scored: Scored, options: GenerationOptions, about: dict[str, Any], why: str
+) -> list[Check]:
+    """Continuations that the original has read, because it could not write its own."""
+    agreed = options.min_agreement is None or scored.agreement >= options.min_agreement
+    text = (
+        "share of the artifact's tokens that the original, reading its text in one streamed pass, finds most likely; "
+        f"the original wrote none of its own: {why}"
+    )
+    shown = [{"prompt": item.prompt, "artifact": item.text, "looping": item.looping} for item in texts]
+    count = len(texts)
+    return [
+        Check(
+            name="generation.agreement",
+            value=scored.agreement,
+            limit=options.min_agreement,
+            ok=agreed,
+            unit="share",
+            detail={
+                **about,
+                "judged_by": "scoring",
+                "prefix": scored.prefix,
+                "max_new_tokens": max(len(item.ids) for item in texts),
+                "texts": shown,
+                "text": text,
+            },
+        ),
+        *(
+            Check(name=f"generation.{name}", value=value, unit="texts", detail={"of": count})
+            for name, value in (
+                ("looping", sum(item.looping for item in texts)),
+                ("ended", sum(item.ended for item in texts)),
+            )
+        ),
+    ]
 
 
 def _generate(loaded: Runtime, options: GenerationOptions, progress: Progress) -> Generations:
@@ -125,15 +217,8 @@ def _fidelity_check(loaded: Runtime, probe: Probe) -> Check:
     return Check(name=name, value=found.max_abs_diff, ok=found.ok, detail=detail)
 
 
-def _generation_checks(
-    ours: Generations, theirs: Generations | None, options: GenerationOptions, note: str
-) -> list[Check]:
+def _generation_checks(ours: Generations, theirs: Generations, options: GenerationOptions) -> list[Check]:
     about = {"runtime": ours.runtime, "max_new_tokens": options.max_new_tokens}
-    if theirs is None:
-        texts = [{"prompt": text.prompt, "artifact": text.text} for text in ours.continuations]
-        looping = sum(text.looping for text in ours.continuations)
-        loops = Check(name="generation.looping", value=looping, unit="texts", detail={**about, "text": note})
-        return [loops.model_copy(update={"detail": {**loops.detail, "texts": texts}}), *_pace(ours, None)]
     result = compare(theirs, ours)
     agreed = options.min_agreement is None or result.agreement >= options.min_agreement
     detail = {**about, "prefix": result.prefix, "texts": _side_by_side(theirs, ours)}

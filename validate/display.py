@@ -12,7 +12,16 @@ from dataclasses import dataclass
 
 from llmconvert.validate.report import Check, Report
 
-__all__ = ["Row", "format_bytes", "format_count", "format_seconds", "format_value", "rows", "split_interval"]
+__all__ = [
+    "Row",
+    "format_bytes",
+    "format_count",
+    "format_seconds",
+    "format_value",
+    "label_of",
+    "rows",
+    "split_interval",
+]
 
 _LABELS: Mapping[str, str] = {
     "size_bytes": "Weights on disk",
@@ -21,6 +30,7 @@ _LABELS: Mapping[str, str] = {
     "kl_mean": "KL divergence per token, mean",
     "kl_p99": "KL divergence per token, 99th percentile",
     "top1_agreement": "Same most likely next token",
+    "block_divergence": "Drift of the hidden state",
     "generation.agreement": "Same tokens in greedy continuations",
     "generation.looping": "Continuations stuck in a loop",
     "generation.ended": "Continuations that end by themselves",
@@ -56,7 +66,7 @@ def rows(report: Report) -> list[Row]:
     return [
         Row(
             name=check.name,
-            label=_LABELS.get(check.name, check.name),
+            label=label_of(check.name),
             reference=_with_interval(check, check.reference, "reference_"),
             value=_with_interval(check, check.value, ""),
             change=_change(check),
@@ -67,6 +77,11 @@ def rows(report: Report) -> list[Row]:
         )
         for check in report.checks
     ]
+
+
+def label_of(name: str) -> str:
+    """A check's name in words."""
+    return _LABELS.get(name, name)
 
 
 def split_interval(cell: str) -> tuple[str, str]:
@@ -81,7 +96,7 @@ def format_value(value: float | None, unit: str) -> str:
         return ""
     if unit == "bytes":
         return format_bytes(value)
-    if unit == "share":
+    if unit in ("share", "relative"):
         return f"{100 * value:.1f} %"
     if unit in ("tensors", "texts"):
         return f"{value:,.0f}"

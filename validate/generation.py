@@ -9,13 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from llmconvert.progress import SILENT, Progress
 from llmconvert.validate.runtime import Runtime
 
-__all__ = ["PROMPTS", "Continuation", "GenerationComparison", "Generations", "compare", "generate", "is_looping"]
+__all__ = [
+    "PROMPTS",
+    "Continuation",
+    "GenerationComparison",
+    "Generations",
+    "compare",
+    "encode",
+    "generate",
+    "is_looping",
+]
 
 #: Everyday requests of different kinds; the last two should make a chat model end by itself soon.
 PROMPTS: tuple[str, ...] = (
@@ -94,7 +104,7 @@ def generate(
     read = written = 0
     with progress.task("generation", len(prompts)) as task:
         for prompt in prompts:
-            ids = _encode(runtime, prompt)
+            ids = encode(runtime.tokenizer, prompt).to(runtime.device)
             new, seconds = _continue(runtime, ids, max_new_tokens)
             read, written = read + ids.shape[1], written + len(new) - 1
             prefill, decode = prefill + seconds[0], decode + seconds[1]
@@ -104,9 +114,8 @@ def generate(
     return Generations(tuple(continuations), read / prefill, written / decode if written else 0.0, runtime=runtime.name)
 
 
-def _encode(runtime: Runtime, prompt: str) -> torch.Tensor:
-    """Ids ``[1, tokens]`` of a prompt as a user would send it."""
-    tokenizer = runtime.tokenizer
+def encode(tokenizer: Any, prompt: str) -> torch.Tensor:
+    """Ids ``[1, tokens]`` of a prompt as a user would send it: through the chat template where there is one."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -114,7 +123,7 @@ def _encode(runtime: Runtime, prompt: str) -> torch.Tensor:
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     ids: torch.Tensor = encoded["input_ids"]
-    return ids.to(runtime.device)
+    return ids
 
 
 def _continue(runtime: Runtime, ids: torch.Tensor, limit: int) -> tuple[tuple[int, ...], tuple[float, float]]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import jinja2
 
+from llmconvert.validate.blame import blame
 from llmconvert.validate.display import format_bytes, format_count, format_seconds, rows, split_interval
-from llmconvert.validate.plots import layer_error_plot, quality_plot
+from llmconvert.validate.plots import divergence_plot, layer_error_plot, quality_plot
 from llmconvert.validate.report import Report
 
 __all__ = ["render_html", "template_environment"]
@@ -49,6 +50,7 @@ def render_html(report: Report, *, recipe: str | None = None) -> str:
         texts=_detail(report, "generation.agreement").get("texts", []),
         worst=_detail(report, "kl_p99").get("worst", []),
         tensors=_detail(report, "inventory").get("tensors", []),
+        blame=blame(report),
         recipe=recipe,
     )
 
@@ -62,6 +64,10 @@ def _plots(report: Report) -> list[tuple[str, str]]:
     """(caption, inline SVG) of every plot the report has numbers for."""
     drawn = (
         ("Size and quality; bars are 95 % intervals over windows of text.", quality_plot(report)),
+        (
+            "Drift ‖ĥ − h‖ / ‖h‖ of the hidden state after each block, and what each block adds to it (in squares).",
+            divergence_plot(report),
+        ),
         ("Relative error ‖w − ŵ‖ / ‖w‖ of each quantized weight.", layer_error_plot(report)),
     )
     return [(caption, svg.decode()) for caption, svg in drawn if svg is not None]

@@ -96,13 +96,9 @@ def perplexity(logits: Iterable[torch.Tensor], windows: Sequence[torch.Tensor], 
 
 
 def compare_logits(
-    reference: Iterable[torch.Tensor],
-    artifact: Iterable[torch.Tensor],
-    windows: Sequence[torch.Tensor],
-    *,
-    seed: int = 0,
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], windows: Sequence[torch.Tensor], *, seed: int = 0
 ) -> Comparison:
-    """Walk the logits of two models over the same windows side by side.
+    """Walk the logits of two models, (reference, artifact), over the same windows side by side.
 
     Only one window's logits of each model are held, and a few 4 MB pieces of them in float32.
 
@@ -114,7 +110,7 @@ def compare_logits(
     """
     scored = [
         _compare_window(ours, theirs, window, index)
-        for index, (ours, theirs, window) in enumerate(zip(reference, artifact, windows, strict=True))
+        for index, ((ours, theirs), window) in enumerate(zip(pairs, windows, strict=True))
     ]
     reference_result = _result([part[:, 0] for part in scored], seed)
     artifact_result = _result([part[:, 1] for part in scored], seed)

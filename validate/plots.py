@@ -9,14 +9,14 @@ from __future__ import annotations
 import io
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmconvert.validate.display import format_bytes
 from llmconvert.validate.report import Check, Report
 
-__all__ = ["Format", "layer_error_plot", "quality_plot"]
+__all__ = ["Format", "comparison_plot", "divergence_plot", "drift_plot", "layer_error_plot", "quality_plot"]
 
 Format = Literal["svg", "png"]
 
@@ -62,6 +62,40 @@ def layer_error_plot(report: Report, format: Format = "svg") -> bytes | None:
     if not series:
         return None
     return _render(lambda figure: _draw_errors(figure, series), format, "layers")
+
+
+def comparison_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes | None:
+    """Size on disk against perplexity of several artifacts and of their originals. None with fewer than two points."""
+    points: list[_Point] = []
+    for index, (label, report) in enumerate(reports.items()):
+        size, quality = report.check("size_bytes"), report.check("perplexity")
+        if size is None or quality is None or size.value is None or quality.value is None:
+            continue
+        points.append(_Point(label, size.value, quality.value, _interval(quality, ""), _COLOURS[index % 8]))
+        known = {(point.size, point.perplexity) for point in points}
+        if size.reference and quality.reference and (size.reference, quality.reference) not in known:
+            before = _interval(quality, "reference_")
+            points.append(_Point("original", size.reference, quality.reference, before, _COLOURS[8]))
+    return _render(lambda figure: _draw_comparison(figure, points), format, "comparison") if len(points) > 1 else None
+
+
+def drift_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes | None:
+    """Drift of the hidden state after each block, one line per artifact. None if it was not measured."""
+    lines = {
+        label: check.detail["blocks"]
+        for label, report in reports.items()
+        if (check := report.check("block_divergence")) is not None and check.detail.get("blocks")
+    }
+    return _render(lambda figure: _draw_drifts(figure, lines), format, "drift") if lines else None
+
+
+def divergence_plot(report: Report, format: Format = "svg") -> bytes | None:
+    """Drift of the hidden state after each block, and what each block adds. None if it was not measured."""
+    check = report.check("block_divergence")
+    blocks = check.detail.get("blocks", ()) if check else ()
+    if not blocks:
+        return None
+    return _render(lambda figure: _draw_divergence(figure, blocks), format, "divergence")
 
 
 def _render(draw: Callable[[Any], None], format: Format, name: str) -> bytes:
@@ -137,6 +171,73 @@ def _draw_quality(figure: Any, points: tuple[_Point, _Point]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".0 ", " "))
     axes.set_xlabel("weights on disk")
     axes.set_ylabel("perplexity, lower is better")
+
+
+def _draw_comparison(figure: Any, points: Sequence[_Point]) -> None:
+    axes = figure.add_subplot()
+    _style(axes)
+    for index, point in enumerate(points):
+        interval = point.interval or (point.perplexity, point.perplexity)
+        bars = [[max(0.0, point.perplexity - interval[0])], [max(0.0, interval[1] - point.perplexity)]]
+        axes.errorbar(
+            point.size,
+            point.perplexity,
+            yerr=bars,
+            fmt=_MARKERS[index % len(_MARKERS)],
+            color=point.colour,
+            markersize=7,
+            capsize=3,
+            linewidth=1,
+            label=point.label,
+        )
+    axes.set_xlim(0, 1.1 * max(point.size for point in points))
+    axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".0 ", " "))
+    axes.set_xlabel("weights on disk")
+    axes.set_ylabel("perplexity, lower is better")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=_INK, fontsize=9)
+
+
+def _draw_drifts(figure: Any, lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    axes = figure.add_subplot()
+    _style(axes)
+    for index, (label, blocks) in enumerate(lines.items()):
+        axes.plot(
+            [block["index"] for block in blocks],
+            [100 * block["error"] for block in blocks],
+            marker=_MARKERS[index % len(_MARKERS)],
+            color=_COLOURS[index % 8],
+            markersize=4,
+            linewidth=1.2,
+            label=label,
+        )
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("block")
+    axes.set_ylabel("drift of the hidden state, %")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=_INK, fontsize=9)
+
+
+def _draw_divergence(figure: Any, blocks: Sequence[Mapping[str, Any]]) -> None:
+    axes = figure.add_subplot()
+    _style(axes)
+    indices = [block["index"] for block in blocks]
+    axes.bar(
+        indices, [100 * block["added"] for block in blocks], color=_COLOURS[1], width=0.6, label="added by the block"
+    )
+    axes.plot(
+        indices,
+        [100 * block["error"] for block in blocks],
+        marker="o",
+        markersize=4,
+        linewidth=1.4,
+        color=_COLOURS[0],
+        label="after the block",
+    )
+    axes.set_ylim(0, 110 * max(max(block["error"], block["added"]) for block in blocks) or 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("block")
+    axes.set_ylabel("drift of the hidden state, %")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=_INK, fontsize=9)
 
 
 def _errors_by_kind(tensors: Any) -> Mapping[str, list[tuple[int, float]]]:

@@ -9,7 +9,8 @@ It is written to ``llmconvert/report.json`` of an artifact in the stable schema 
      "checks": [{"name", "value", "reference", "limit", "ok", "unit", "detail"}]}
 
 ``value`` is the artifact's, ``reference`` the original's, and ``limit`` what the recipe allows; any of them may be
-null. ``unit`` names what they count: ``bytes``, ``bits``, ``nats``, ``share`` (0 to 1), ``tokens``, ``tokens/s``,
+null. ``unit`` names what they count: ``bytes``, ``bits``, ``nats``, ``share`` (0 to 1), ``relative`` (an
+error's size relative to what it is an error of), ``tokens``, ``tokens/s``,
 ``tensors``, or nothing. ``detail`` holds a sentence under ``text`` where one helps, intervals under ``low`` and
 ``high``, and whatever else belongs to that check. A check without a limit passes unless something is broken.
 """
@@ -166,8 +167,8 @@ def environment() -> dict[str, str]:
     return found
 
 
-def require_passed(checks: Iterable[Check]) -> None:
-    """The gate.
+def require_passed(checks: Iterable[Check], blame: str = "") -> None:
+    """The gate. ``blame`` (:func:`llmconvert.validate.blame.blame`) is added to what it says.
 
     Raises:
         GateError: naming every check that failed, its value and its limit.
@@ -175,4 +176,5 @@ def require_passed(checks: Iterable[Check]) -> None:
     failed = [check for check in checks if not check.ok]
     if failed:
         reasons = "; ".join(check.text or f"{check.name} is {check.value}, allowed {check.limit}" for check in failed)
-        raise GateError(f"the artifact did not pass: {reasons}. It is kept and was not published")
+        advice = f". To blame: {blame}; give these layers more bits or smaller groups" if blame else ""
+        raise GateError(f"the artifact did not pass: {reasons}{advice}. It is kept and was not published")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from llmconvert.errors import UnsupportedError
+from llmconvert.memory import release_freed_memory
 
 __all__ = ["Runtime", "available_memory", "runtime"]
 
@@ -60,6 +61,7 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
     Raises:
         UnsupportedError: transformers cannot load it, with its reason.
     """
+    release_freed_memory()
     # Imported here, and before standard error is replaced: its log handler keeps the stream it finds.
     import transformers
 
@@ -75,6 +77,7 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
             # Quantized weights are unpacked by the first forward, which belongs to loading and not to what is timed.
             with torch.inference_mode():
                 model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+            release_freed_memory()
     except Exception as error:  # whatever goes wrong inside a loader of many architectures and quantizers
         raise UnsupportedError(
             f"{directory.name}: transformers {transformers.__version__} cannot load it: {type(error).__name__}: {error}"
@@ -91,6 +94,7 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
         # The caller's variable and cycles between modules would keep the weights until some later collection.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        release_freed_memory()
 
 
 def available_memory() -> int | None:

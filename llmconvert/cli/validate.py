@@ -29,6 +29,7 @@ def validate(model: str, reference: str | None, json_file: Path | None, **option
     from llmconvert.recipes.loading import make_recipe
     from llmconvert.recipes.single import validate_model
     from llmconvert.recipes.summary import print_report
+    from llmconvert.validate.blame import blame
     from llmconvert.validate.report import require_passed
 
     settings: dict[str, Any] = {"generation": options["generation"]}
@@ -40,4 +41,4 @@ def validate(model: str, reference: str | None, json_file: Path | None, **option
     if json_file is not None:
         report.write(json_file)
     print_report(report)
-    require_passed(report.checks)
+    require_passed(report.checks, blame(report))

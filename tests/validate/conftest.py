@@ -86,6 +86,10 @@ def report() -> Report:
     intervals = {"low": 12.21, "high": 14.93, "reference_low": 11.02, "reference_high": 13.38}
     increase = {"increase": 0.108175, "increase_low": 0.0971, "increase_high": 0.1212}
     texts = [{"prompt": "Go & say", "reference": "<b>1 < 2</b>", "artifact": "</div>", "same": False, "looping": True}]
+    blocks = [
+        {"index": index, "name": f"model.layers.{index}", "error": error, "added": added, "cosine": 0.99}
+        for index, (error, added) in enumerate([(0.03, 0.03), (0.05, 0.04), (0.05, 0.0)])
+    ]
     worst = {"window": 1, "position": 7, "kl": 3.217, "reference_nll": 0.41, "artifact_nll": 5.12}
     return Report(
         model=ModelInfo(
@@ -122,6 +126,7 @@ def report() -> Report:
                 detail={"worst": [{**worst, "context": "if a < b &", "next": "&"}]},
             ),
             Check(name="top1_agreement", value=0.87312, unit="share"),
+            Check(name="block_divergence", value=0.05, unit="relative", detail={"blocks": blocks}),
             Check(name="generation.agreement", value=0.421, limit=0.3, unit="share", detail={"texts": texts}),
             Check(name="speed.decode", value=19.24, reference=20.1, unit="tokens/s"),
         ),

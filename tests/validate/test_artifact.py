@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_tokenizer
+from tiny_models import tiny_llama_dir, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine.datasets import load_dataset_text
 from llmconvert.engine.tokens import TokenWindows, draw_windows
+from llmconvert.errors import CalibrationError, UsageError
 from llmconvert.validate import behaviour
 from llmconvert.validate.artifact import GenerationOptions, Limits, validate_artifact
 from llmconvert.validate.report import Check
@@ -62,6 +63,7 @@ def test_everything_at_once(original: Path, quantized: Path, windows: TokenWindo
         "kl_mean",
         "kl_p99",
         "top1_agreement",
+        "block_divergence",
         "runtime",
         "fidelity.max_abs_diff",
         "generation.agreement",
@@ -161,3 +163,63 @@ def test_an_artifact_that_transformers_refuses_fails(original: Path, tmp_path: P
     (broken / "config.json").write_text(json.dumps(config))
     found = measure(broken, None, generation=GenerationOptions(max_new_tokens=2))
     assert not found["runtime"].ok and "nonesuch" in found["runtime"].text
+
+
+def test_models_too_large_for_the_memory_are_continued_and_judged_by_streaming(
+    original: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = GenerationOptions(max_new_tokens=4)
+    loaded = measure(quantized, original, generation=options)
+    monkeypatch.setattr(behaviour, "available_memory", lambda: 1000)
+    found = measure(quantized, original, generation=options)
+    agreement = found["generation.agreement"]
+    assert "in one streamed pass" in agreement.text and agreement.detail["runtime"] == "llmconvert, streamed"
+    written = [text["artifact"] for text in agreement.detail["texts"]]
+    assert written == [text["artifact"] for text in loaded["generation.agreement"].detail["texts"]]
+    assert agreement.detail["prefix"] == pytest.approx(loaded["generation.agreement"].detail["prefix"])
+    itself = measure(original, original, generation=options)
+    assert itself["generation.agreement"].value == 1
+    alone = measure(quantized, None, generation=options)
+    assert len(alone["generation.looping"].detail["texts"]) == 8
+
+
+def test_an_original_that_is_too_large_reads_what_the_artifact_wrote(
+    original: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([10**12, 1000])
+    monkeypatch.setattr(behaviour, "available_memory", lambda: next(answers))
+    found = measure(quantized, original, generation=GenerationOptions(max_new_tokens=4))
+    assert "1,000 are free" in found["generation.agreement"].text
+    assert found["speed.decode"].value and found["speed.decode"].reference is None
+
+
+def test_the_block_that_was_damaged_is_named(original: Path, windows: TokenWindows, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(original, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"].neg_()
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    found = measure(broken, original, windows=windows)["block_divergence"]
+    assert found.text.startswith("after the last block; model.layers.1 adds most")
+    assert [block["error"] > 0 for block in found.detail["blocks"]] == [False, True]
+
+
+def test_nan_names_the_first_block(original: Path, windows: TokenWindows, tmp_path: Path) -> None:
+    broken = damaged(original, tmp_path / "nan", "model.layers.1.mlp.up_proj.weight", math.nan)
+    assert "block 1 (model.layers.1)" in measure(broken, original, windows=windows)["perplexity"].text
+    with pytest.raises(CalibrationError, match=r"block 1 \(model\.layers\.1\)"):
+        measure(original, broken, windows=windows)
+
+
+def test_a_reference_with_another_vocabulary_is_refused_before_the_work(original: Path, tmp_path: Path) -> None:
+    larger = tiny_llama_dir(tmp_path / "larger", vocab_size=400)
+    with pytest.raises(UsageError, match="vocabulary of 400 tokens, the artifact one of 320"):
+        measure(original, larger)
+    renamed = tmp_path / "renamed"
+    shutil.copytree(original, renamed)
+    tokenizer = json.loads((renamed / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (renamed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UsageError, match="the reference's tokenizer gives token 'a' the id"):
+        measure(original, renamed)

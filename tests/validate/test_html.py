@@ -4,50 +4,14 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 
 import matplotlib as mpl
 import pytest
+from html_page import parse
 
 from llmconvert.validate.html import render_html
-from llmconvert.validate.plots import Format, layer_error_plot, quality_plot
+from llmconvert.validate.plots import Format, divergence_plot, layer_error_plot, quality_plot
 from llmconvert.validate.report import Check, ModelInfo, Report
-
-VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Checks that elements nest, and collects text, attributes and ids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.text.append(data)
-
-
-def parse(html: str) -> Page:
-    page = Page()
-    page.feed(html)
-    page.close()
-    assert page.open == []
-    return page
 
 
 def test_the_page_is_well_formed_and_holds_the_numbers(report: Report) -> None:
@@ -57,7 +21,7 @@ def test_the_page_is_well_formed_and_holds_the_numbers(report: Report) -> None:
         assert number in text
     assert "≤ 15.14" in text and "8,176 predictions" in text and "0.12 % also occur" in text
     assert "1 min 11 s" in text and "990.0 MB" in text and "134.5 M parameters" in text
-    assert "passed 8 checks" in text
+    assert "passed 9 checks" in text
     # Text of models and recipes stays text.
     assert "<b>1 < 2</b>" in text and "</div>" in text and "# <script>" in text and "if a < b &" in text
 
@@ -78,11 +42,14 @@ def test_failures_and_missing_parts_show(report: Report) -> None:
     page = parse(render_html(Report(model=ModelInfo(name="a", source="b"), checks=(broken,))))
     text = " ".join(page.text)
     assert "1 of 1 checks failed" in text and "all NaN" in text
+    checks = tuple(check.model_copy(update={"ok": check.name != "kl_mean"}) for check in report.checks)
+    blamed = " ".join(parse(render_html(report.model_copy(update={"checks": checks}))).text)
+    assert "To blame: the hidden state drifts most in model.layers.1 (4.0 %)" in blamed
     empty = parse(render_html(Report(model=ModelInfo(name="a", source="b"))))
     assert "passed 0 checks" in " ".join(empty.text)
 
 
-@pytest.mark.parametrize("draw", [quality_plot, layer_error_plot])
+@pytest.mark.parametrize("draw", [quality_plot, divergence_plot, layer_error_plot])
 def test_plots_are_the_same_every_time_and_leave_matplotlib_alone(draw: object, report: Report) -> None:
     assert callable(draw)
     before = dict(mpl.rcParams)
@@ -92,7 +59,7 @@ def test_plots_are_the_same_every_time_and_leave_matplotlib_alone(draw: object, 
 
 @pytest.mark.parametrize("format", ["svg", "png"])
 def test_plot_formats(format: Format, report: Report) -> None:
-    for plot in (quality_plot(report, format), layer_error_plot(report, format)):
+    for plot in (quality_plot(report, format), divergence_plot(report, format), layer_error_plot(report, format)):
         assert plot is not None
         if format == "png":
             assert plot.startswith(b"\x89PNG") and len(plot) > 5000
@@ -107,9 +74,13 @@ def test_plots_show_what_was_measured(report: Report) -> None:
     assert {"113.2 MB, 13.42", "269.1 MB, 12.11", "original", "artifact"} <= words
     words = {"".join(node.itertext()).strip() for node in ElementTree.fromstring(layers).iter()}
     assert {"up_proj", "down_proj", "layer"} <= words
+    drift = divergence_plot(report)
+    assert drift is not None
+    words = {"".join(node.itertext()).strip() for node in ElementTree.fromstring(drift).iter()}
+    assert {"block", "after the block", "added by the block"} <= words
     assert b"currentColor" in quality and b"#1e2328" not in quality
 
 
 def test_no_plot_without_numbers(report: Report) -> None:
-    alone = report.model_copy(update={"checks": report.checks[3:]})
-    assert quality_plot(alone) is None and layer_error_plot(alone) is None
+    alone = report.model_copy(update={"checks": report.checks[:1]})
+    assert quality_plot(alone) is None and layer_error_plot(alone) is None and divergence_plot(alone) is None

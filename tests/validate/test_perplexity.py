@@ -58,7 +58,7 @@ def test_divergence_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     # Pieces of three rows: the result must not depend on where the pieces end.
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 3 * 257)
     ids, first, second = make(3, 32, 257, seed=3)
-    result = compare_logits(iter(first), iter(second), ids)
+    result = compare_logits(zip(first, second, strict=True), ids)
     p = torch.cat([x[0, :-1] for x in first]).double().log_softmax(-1)
     q = torch.cat([x[0, :-1] for x in second]).double().log_softmax(-1)
     divergence = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
@@ -77,14 +77,14 @@ def test_divergence_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     ids, logits, _ = make(2, 24, 100, seed=5, dtype=torch.bfloat16)
-    result = compare_logits(logits, logits, ids)
+    result = compare_logits(zip(logits, logits, strict=True), ids)
     assert (result.kl_mean, result.kl_p99, result.top1_agreement, result.increase) == (0, 0, 1, 0)
 
 
 def test_logits_are_left_alone() -> None:
     ids, first, second = make(1, 8, 50, seed=6)
     before = first[0].clone(), second[0].clone()
-    compare_logits(first, second, ids)
+    compare_logits(zip(first, second, strict=True), ids)
     assert torch.equal(first[0], before[0]) and torch.equal(second[0], before[1])
 
 
@@ -114,16 +114,16 @@ def test_infinite_logits_are_no_number(value: float) -> None:
     with pytest.raises(GateError, match="artifact's logits are not finite at token 5 of window 1"):
         perplexity(second, ids)
     with pytest.raises(CalibrationError, match="reference's logits"):
-        compare_logits(second, first, ids)
+        compare_logits(zip(second, first, strict=True), ids)
     with pytest.raises(GateError, match="artifact's logits"):
-        compare_logits(first, second, ids)
+        compare_logits(zip(first, second, strict=True), ids)
 
 
 def test_other_vocabularies_are_refused() -> None:
     ids, first, _ = make(1, 8, 50, seed=9)
     _, other, _ = make(1, 8, 51, seed=9)
     with pytest.raises(UsageError, match="50 tokens, the artifact 51"):
-        compare_logits(first, other, ids)
+        compare_logits(zip(first, other, strict=True), ids)
 
 
 def test_logits_must_belong_to_the_windows() -> None:

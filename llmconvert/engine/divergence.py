@@ -1,0 +1,184 @@
+"""Two models side by side over the same text, block by block in one pass: how far each block takes them apart.
+
+Both run in replay mode, one block ahead of the other at most, so that memory holds two blocks, both models' outer
+weights and their hidden states, whatever the models' sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Self, TypeVar
+
+import torch
+
+from llmconvert.checkpoint import Checkpoint
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.states import MemoryStates
+from llmconvert.engine.stream import Stream
+from llmconvert.errors import CalibrationError, GateError
+from llmconvert.progress import SILENT, Progress
+
+__all__ = ["BlockDivergence", "SideBySide"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDivergence:
+    """The hidden state after a block, in the artifact against the original.
+
+    Attributes:
+        index: of the block.
+        name: its module name, ``model.layers.3``.
+        error: ‖ĥ − h‖ / ‖h‖ per token, root mean square over all tokens.
+        added: what of it this block added: the root of the increase of its square, 0 if it shrank.
+        cosine: mean over all tokens of the cosine between the two states.
+    """
+
+    index: int
+    name: str
+    error: float
+    added: float
+    cosine: float
+
+
+class SideBySide:
+    """A context manager; ask for :meth:`logits`, and for :attr:`divergences` when they are exhausted.
+
+    Args:
+        reference: dense weights of the original.
+        artifact: dense weights of what was made of it.
+        windows: token ids, each ``[1, length]``.
+        device: where to compute.
+        dtype: of weights and activations; each checkpoint's own by default.
+        progress: one unit per block.
+
+    Raises:
+        UnsupportedError: the engine cannot run one of the architectures.
+    """
+
+    def __init__(
+        self,
+        reference: Checkpoint,
+        artifact: Checkpoint,
+        windows: Sequence[torch.Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        self._windows = tuple(windows)
+        self._progress = progress
+        self._reference = _Side(reference, self._windows, device, dtype)
+        self._artifact = _Side(artifact, self._windows, device, dtype)
+        #: Whether blocks and hidden states of the two models correspond at all.
+        self.comparable = self._reference.shape == self._artifact.shape
+        self._sums = [_Sums() for _ in range(self._reference.skeleton.block_count if self.comparable else 0)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._reference.stream.close()
+        self._artifact.stream.close()
+
+    @property
+    def divergences(self) -> tuple[BlockDivergence, ...]:
+        """Of every block that all windows have passed; empty if the models don't correspond."""
+        found: list[BlockDivergence] = []
+        before = 0.0
+        for index, sums in enumerate(self._sums):
+            if sums.windows < len(self._windows):
+                break
+            square = sums.square / sums.tokens
+            name = self._reference.skeleton.prefix(index).rstrip(".")
+            added = math.sqrt(max(0.0, square - before))
+            found.append(BlockDivergence(index, name, math.sqrt(square), added, sums.cosine / sums.tokens))
+            before = square
+        return tuple(found)
+
+    def logits(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The logits ``[1, length, vocabulary]`` of original and artifact, window after window.
+
+        Raises:
+            CalibrationError: a hidden state of the original is not finite; the block is named.
+            GateError: one of the artifact is not.
+        """
+        count = max(side.skeleton.block_count for side in (self._reference, self._artifact))
+        with self._progress.task("Comparing", count) as task:
+            passed = zip_longest(self._reference.stream.blocks(), _blaming(self._artifact.stream.blocks()))
+            for index, _ in enumerate(passed):
+                if index and self.comparable:
+                    self._compare_entries(index)
+                task.advance()
+        pairs = zip(self._reference.stream.logits(), _blaming(self._artifact.stream.logits()), strict=True)
+        for ours, theirs in pairs:
+            if self.comparable:
+                self._sums[-1].add(self._reference.leaving(), self._artifact.leaving())
+            yield ours, theirs
+
+    def _compare_entries(self, index: int) -> None:
+        """Both models stand at the entry of block ``index``: compare what the block before it gave."""
+        for window in range(len(self._windows)):
+            self._sums[index - 1].add(
+                self._reference.states.get(index, window), self._artifact.states.get(index, window)
+            )
+
+
+class _Side:
+    """One of the two models."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, windows: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype | None
+    ) -> None:
+        self.skeleton = Skeleton(checkpoint, device, dtype)
+        self.states = MemoryStates()
+        plans = discover(self.skeleton, max(window.shape[1] for window in windows))
+        self.stream = Stream(self.skeleton, windows, plans, mode="replay", states=self.states, head=True)
+        self._left: torch.Tensor | None = None
+        # The last block has no successor at whose entry its output could be looked at.
+        self.skeleton.slots[-1].register_forward_hook(self._keep)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of blocks and width of the hidden state."""
+        config = self.skeleton.model.config.get_text_config()
+        return self.skeleton.block_count, config.hidden_size
+
+    def leaving(self) -> torch.Tensor:
+        """What the last block gave for the window whose logits were computed last."""
+        assert self._left is not None
+        hidden, self._left = self._left, None
+        return hidden
+
+    def _keep(self, module: Any, args: Any, output: Any) -> None:
+        self._left = output[0] if isinstance(output, tuple) else output
+
+
+class _Sums:
+    """Sums over tokens of a block's relative squared error and cosine."""
+
+    def __init__(self) -> None:
+        self.square = self.cosine = 0.0
+        self.tokens = self.windows = 0
+
+    def add(self, reference: torch.Tensor, artifact: torch.Tensor) -> None:
+        """Add a window's hidden states, ``[1, length, hidden size]`` each."""
+        ours, theirs = reference[0].float(), artifact[0].float()
+        norm = ours.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        self.square += float(((theirs - ours).square().sum(-1) / norm).sum(dtype=torch.float64))
+        self.cosine += float(torch.cosine_similarity(ours, theirs, dim=-1).sum(dtype=torch.float64))
+        self.tokens += len(ours)
+        self.windows += 1
+
+
+def _blaming(steps: Iterator[T]) -> Iterator[T]:
+    """As ``steps``; a state of the artifact that is not finite is its failure, not the input's."""
+    try:
+        yield from steps
+    except CalibrationError as error:
+        raise GateError(f"the artifact computes no usable numbers: {error}") from error

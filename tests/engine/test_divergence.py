@@ -1,0 +1,122 @@
+"""Two models side by side: the drift after each block is that of the resident models, in the memory of two blocks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_architectures import ids
+from tiny_models import tiny_llama_dir
+from transformers import AutoModelForCausalLM
+
+from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.engine.divergence import BlockDivergence, SideBySide
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.errors import CalibrationError, GateError
+
+CPU = torch.device("cpu")
+WINDOWS = ids((24, 16))
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama_dir(tmp_path_factory.mktemp("divergence") / "original", num_hidden_layers=LAYERS)
+
+
+def changed(original: Path, directory: Path, name: str, factor: float) -> Path:
+    """A copy with one tensor multiplied."""
+    weights = load_file(original / "model.safetensors")
+    weights[name] = weights[name] * factor
+    directory.mkdir()
+    (directory / "config.json").write_bytes((original / "config.json").read_bytes())
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def compare(first: Path, second: Path) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], tuple[BlockDivergence, ...]]:
+    with SideBySide(SafetensorsCheckpoint(first), SafetensorsCheckpoint(second), WINDOWS, device=CPU) as models:
+        logits = list(models.logits())
+        return logits, models.divergences
+
+
+def hidden_states(directory: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Of the resident model: after each block ``[tokens, hidden]`` over all windows, and the logits per window."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    after: list[list[torch.Tensor]] = [[] for _ in range(LAYERS)]
+    for index, block in enumerate(model.model.layers):
+        block.register_forward_hook(
+            lambda module, args, output, index=index: after[index].append(
+                (output[0] if isinstance(output, tuple) else output).reshape(-1, output[0].shape[-1])
+            )
+        )
+    with torch.no_grad():
+        logits = [model(input_ids=window, use_cache=False).logits for window in WINDOWS]
+    return [torch.cat(states).double() for states in after], logits
+
+
+def test_the_drift_is_that_of_the_resident_models(original: Path, tmp_path: Path) -> None:
+    other = changed(original, tmp_path / "other", "model.layers.1.mlp.down_proj.weight", 1.3)
+    logits, found = compare(original, other)
+    (ours, our_logits), (theirs, their_logits) = hidden_states(original), hidden_states(other)
+    for (first, second), a, b in zip(logits, our_logits, their_logits, strict=True):
+        assert torch.equal(first, a) and torch.equal(second, b)
+    before = 0.0
+    for index, block in enumerate(found):
+        h, g = ours[index], theirs[index]
+        square = ((g - h).square().sum(-1) / h.square().sum(-1)).mean().item()
+        assert (block.index, block.name) == (index, f"model.layers.{index}")
+        assert block.error == pytest.approx(math.sqrt(square), rel=1e-5, abs=1e-9)
+        assert block.added == pytest.approx(math.sqrt(max(0.0, square - before)), rel=1e-4, abs=1e-6)
+        assert block.cosine == pytest.approx(torch.cosine_similarity(g, h, dim=-1).mean().item(), abs=1e-6)
+        before = square
+    assert found[0].error == 0 and max(found, key=lambda block: block.added).index == 1
+    assert len(found) == LAYERS
+
+
+def test_a_model_does_not_drift_from_itself(original: Path) -> None:
+    _, found = compare(original, original)
+    assert [block.error for block in found] == [0.0] * LAYERS
+    assert all(block.cosine == pytest.approx(1) for block in found)
+
+
+def test_memory_holds_two_blocks_at_most(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: set[tuple[int, int]] = set()
+    most = 0
+    load, drop = Skeleton.load_block, Skeleton.drop_block
+
+    def count_load(self: Skeleton, index: int) -> None:
+        nonlocal most
+        load(self, index)
+        loaded.add((id(self), index))
+        most = max(most, len(loaded))
+
+    def count_drop(self: Skeleton, index: int) -> None:
+        drop(self, index)
+        loaded.discard((id(self), index))
+
+    monkeypatch.setattr(Skeleton, "load_block", count_load)
+    monkeypatch.setattr(Skeleton, "drop_block", count_drop)
+    compare(original, original)
+    assert most == 2 and not loaded
+
+
+@pytest.mark.parametrize("layer", [1, LAYERS - 1])
+def test_whoever_computes_nan_is_named_with_the_block(original: Path, tmp_path: Path, layer: int) -> None:
+    broken = changed(original, tmp_path / "broken", f"model.layers.{layer}.mlp.up_proj.weight", math.nan)
+    with pytest.raises(GateError, match=rf"the artifact computes .* block {layer} \(model\.layers\.{layer}\)"):
+        compare(original, broken)
+    with pytest.raises(CalibrationError, match=rf"block {layer} "):
+        compare(broken, original)
+
+
+def test_models_of_different_depth_are_compared_by_their_logits_alone(original: Path, tmp_path: Path) -> None:
+    deeper = tiny_llama_dir(tmp_path / "deeper", num_hidden_layers=LAYERS + 1)
+    logits, found = compare(original, deeper)
+    assert found == () and len(logits) == len(WINDOWS)
+    model = AutoModelForCausalLM.from_pretrained(deeper, dtype="auto").eval()
+    with torch.no_grad():
+        assert torch.equal(logits[1][1], model(WINDOWS[1]).logits)
