@@ -11,14 +11,20 @@ from rich.text import Text
 
 from llmconvert.recipes.batch import Outcome
 from llmconvert.recipes.runner import RunResult
+from llmconvert.validate.comparison import ReportComparison, render_comparison_table
 from llmconvert.validate.display import format_seconds
 from llmconvert.validate.report import Report
 from llmconvert.validate.terminal import render_terminal
 
-__all__ = ["print_batch", "print_report"]
+__all__ = ["print_batch", "print_comparison", "print_report"]
 
 # Where no terminal says how wide it is: wide enough for every column, as a log should be.
 _WIDTH = 120
+
+
+def print_comparison(comparison: ReportComparison) -> None:
+    """Several reports' table on standard output."""
+    render_comparison_table(comparison, _console())
 
 
 def print_report(report: Report) -> None:

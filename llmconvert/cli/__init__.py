@@ -17,6 +17,7 @@ from llmconvert.cli.convert import convert
 from llmconvert.cli.inspect import inspect
 from llmconvert.cli.push import push
 from llmconvert.cli.quantize import quantize
+from llmconvert.cli.report import report
 from llmconvert.cli.run import run
 from llmconvert.cli.validate import validate
 from llmconvert.errors import LlmconvertError, RunInterruptedError
@@ -67,5 +68,5 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-for _command in (inspect, run, convert, quantize, validate, push):
+for _command in (inspect, run, convert, quantize, validate, report, push):
     main.add_command(_command)

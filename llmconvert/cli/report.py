@@ -1,0 +1,27 @@
+"""``llmconvert report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(short_help="Compare the reports of several artifacts.")
+@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT...")
+@click.option("--html", "html_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the page here.")
+def report(artifacts: tuple[str, ...], html_file: Path | None) -> None:
+    """Compare artifacts by what was measured: directories with llmconvert/report.json, or report files.
+
+    \b
+    Example:
+      llmconvert report out/w4 out/w3 out/w8 --html compared.html
+    """
+    from llmconvert.recipes.summary import print_comparison
+    from llmconvert.validate.comparison import compare_reports, read_reports, render_comparison
+    from llmconvert.writer import write_file
+
+    comparison = compare_reports(read_reports(artifacts))
+    if html_file is not None:
+        write_file(html_file, render_comparison(comparison).encode())
+    print_comparison(comparison)
