@@ -20,7 +20,7 @@ from llmconvert.convert.source import Source, open_source, source_fingerprint
 from llmconvert.engine.tokens import TokenWindows, check_disjoint
 from llmconvert.errors import GateError
 from llmconvert.interrupt import interruptible
-from llmconvert.memory import PeakMemory
+from llmconvert.memory import PeakMemory, release_freed_memory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.base import needs_calibration
 from llmconvert.recipes.artifact import assemble_artifact, model_info
@@ -30,6 +30,7 @@ from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import convert, measure, quantize
 from llmconvert.recipes.windows import WindowRequest, load_windows, save_windows
 from llmconvert.stages import StageResult, StageRun, StageStore
+from llmconvert.validate.blame import blame
 from llmconvert.validate.report import Check, Report, Step, environment, require_passed
 
 __all__ = ["RunResult", "run_recipe"]
@@ -106,7 +107,7 @@ class _Run:
         artifact = self._assemble(source, converted, model, calibration, measured)
         report = Report.read(artifact / "llmconvert" / "report.json")
         try:
-            require_passed(report.checks)
+            require_passed(report.checks, blame(report))
         except GateError as error:
             raise GateError(f"{error}; the artifact is in {artifact}") from error
         published = None
@@ -260,6 +261,7 @@ class _Run:
         resumable: bool = False,
     ) -> StageResult:
         result = self._stages.run(name, inputs, build, resumable=resumable)
+        release_freed_memory()
         self._steps.append(
             Step.model_validate(
                 {
