@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
@@ -18,14 +17,7 @@ from llmconvert.convert.attention_weights import (
 )
 from llmconvert.convert.gqa import MergedLayer, Method, merge_layer
 
-__all__ = ["MergedAttention", "merged_geometry"]
-
-
-class Observer(Protocol):
-    """Told of every layer that is merged."""
-
-    def __call__(self, layer: int, merged: MergedLayer) -> None:
-        """``layer`` became ``merged``."""
+__all__ = ["MergedAttention"]
 
 
 class MergedAttention(CheckpointView):
@@ -35,22 +27,18 @@ class MergedAttention(CheckpointView):
         base: dense weights.
         kv_heads: key-value heads per layer that remain.
         method: see :func:`~llmconvert.convert.gqa.merge_layer`.
-        observer: told of every merged layer, once for each time it is read.
 
     Raises:
         UnsupportedError: an architecture or a number of heads that can't be merged.
         CheckpointError: tensors are missing or contradict the config.
     """
 
-    def __init__(
-        self, base: Checkpoint, kv_heads: int, method: Method = "svd", observer: Observer | None = None
-    ) -> None:
+    def __init__(self, base: Checkpoint, kv_heads: int, method: Method = "svd") -> None:
         super().__init__(base)
         self.geometry = read_geometry(base)
         require_kv_heads(self.geometry, kv_heads)
         self.kv_heads = kv_heads
         self._method: Method = method
-        self._observer = observer
         self.config = config_with_kv_heads(base.config, kv_heads)
         self._layer_of = {
             name: layer
@@ -63,17 +51,21 @@ class MergedAttention(CheckpointView):
             else info
             for name, info in base.infos.items()
         }
-        self._current: tuple[int, Mapping[str, torch.Tensor]] | None = None
+        self._current: tuple[int, MergedLayer] | None = None
+        self._tensors: Mapping[str, torch.Tensor] | None = None
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         layer = self._layer_of.get(name)
         if layer is None:
             return self.base.read_rows(name, start, stop)
-        if self._current is None or self._current[0] != layer:
-            self._current = layer, self._merge(layer)
-        return self._current[1][name][start:stop].clone()
+        self.merge(layer)
+        assert self._tensors is not None
+        return self._tensors[name][start:stop].clone()
 
-    def _merge(self, layer: int) -> dict[str, torch.Tensor]:
+    def merge(self, layer: int) -> MergedLayer:
+        """How ``layer`` is merged; the last one asked for is kept."""
+        if self._current is not None and self._current[0] == layer:
+            return self._current[1]
         weights = read_layer(self.base, self.geometry, layer)
         moments = torch.eye(weights.key.shape[-1], dtype=weights.key.dtype)
         merged = merge_layer(
@@ -85,14 +77,9 @@ class MergedAttention(CheckpointView):
             head_norm=self.geometry.head_norm,
             movable=self.geometry.movable,
         )
-        if self._observer is not None:
-            self._observer(layer, merged)
-        return layer_tensors(self.base, self.geometry, layer, merged.weights)
-
-
-def merged_geometry(geometry: AttentionGeometry, kv_heads: int) -> AttentionGeometry:
-    """``geometry`` with ``kv_heads`` key-value heads."""
-    return replace(geometry, kv_heads=kv_heads)
+        self._tensors = layer_tensors(self.base, self.geometry, layer, merged.weights)
+        self._current = layer, merged
+        return merged
 
 
 def _merged_shape(geometry: AttentionGeometry, kv_heads: int, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

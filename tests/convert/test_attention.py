@@ -87,7 +87,7 @@ def test_falcon_of_the_old_layout_names_its_only_choice(tmp_path: Path) -> None:
     path = grouped_model(tmp_path / "model", "falcon", hidden_size=64, multi_query=False)
     geometry = read_geometry(SafetensorsCheckpoint(path))
     assert geometry.kv_heads == 8
-    with pytest.raises(UnsupportedError, match="possible: 1$"):
+    with pytest.raises(UnsupportedError, match=r"possible: 1$"):
         require_kv_heads(geometry, 4)
 
 

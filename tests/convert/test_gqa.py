@@ -51,16 +51,13 @@ DISGUISES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def write_merged(source: Path, directory: Path, kv_heads: int, method: Any = "svd") -> list[MergedLayer]:
     """Write ``source`` merged from its weights alone; gives what was merged."""
-    layers: dict[int, MergedLayer] = {}
     directory.mkdir()
     with SafetensorsCheckpoint(source) as checkpoint:
-        view = MergedAttention(
-            checkpoint, kv_heads, method, observer=lambda layer, merged: layers.update({layer: merged})
-        )
+        view = MergedAttention(checkpoint, kv_heads, method)
         save_file(dict(view), directory / SINGLE_NAME, metadata={"format": "pt"})
         write_json(directory / "config.json", dict(view.config))
         assert all(view[name].shape == info.shape for name, info in view.infos.items())
-    return [layers[layer] for layer in sorted(layers)]
+        return [view.merge(layer) for layer in range(view.geometry.layers)]
 
 
 @pytest.mark.parametrize("case", DISGUISES)

@@ -1,0 +1,229 @@
+"""Rewriting a checkpoint to fewer key-value heads, on disk."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmconvert.checkpoint import Checkpoint, TensorSpec
+from llmconvert.convert.attention import AttentionGeometry
+from llmconvert.convert.attention_weights import attention_tensors
+from llmconvert.convert.gqa import METHODS, MergedLayer, Method
+from llmconvert.convert.gqa_stream import RefitLayer, RefitOptions, stream_merge
+from llmconvert.convert.gqa_view import MergedAttention
+from llmconvert.dense import require_dense
+from llmconvert.errors import UnsupportedError
+from llmconvert.progress import SILENT, Progress, Task
+from llmconvert.writer import (
+    DEFAULT_SHARD_BYTES,
+    TensorWriter,
+    check_output_directory,
+    plan_layout,
+    publish_directory,
+    staging_directory,
+    write_json,
+    write_side_files,
+)
+
+__all__ = ["AttentionReport", "LayerReport", "convert_attention"]
+
+_WORK = ".work"
+_COPY_NBYTES = 1 << 26
+_MEMORIES = {"16 GB": 16e9, "24 GB": 24e9, "80 GB": 80e9}
+_BITS = {"bfloat16": 16.0, "4 bits": 4.25}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What happened to one layer.
+
+    Attributes:
+        groups: key-value heads that became one, by their old numbers.
+        key_loss: share of the attention logits' energy lost by the merge; None where the method doesn't say.
+        value_loss: likewise of the values.
+        output_loss: share of the attention output lost after the refit, on the calibration text; None without text.
+        output_loss_before: the same before the output refit.
+        divergence: of the attention from the original's, in nats, after the logit refit; None without one.
+        divergence_before: the same before it.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    key_loss: float | None
+    value_loss: float | None
+    output_loss: float | None = None
+    output_loss_before: float | None = None
+    divergence: float | None = None
+    divergence_before: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionReport:
+    """A finished rewrite.
+
+    Attributes:
+        method: of the merge.
+        kv_heads: key-value heads per layer, before and after.
+        kv_bytes_per_token: of a 16-bit cache over all layers, before and after.
+        contexts: longest context that fits with the weights, in tokens before and after, by memory and weight dtype;
+            0 where the weights alone don't fit. 4 bits count every matrix of the blocks with 4.25 bits per weight.
+        layers: in order.
+        left_out: what the architecture kept from being used.
+        nbytes: size of the weight files.
+        seconds: wall-clock time.
+    """
+
+    method: str
+    kv_heads: tuple[int, int]
+    kv_bytes_per_token: tuple[int, int]
+    contexts: Mapping[str, tuple[int, int]]
+    layers: tuple[LayerReport, ...]
+    left_out: tuple[str, ...]
+    nbytes: int
+    seconds: float
+
+
+def convert_attention(
+    source: Checkpoint,
+    output: Path,
+    *,
+    kv_heads: int,
+    method: str = "svd",
+    windows: Sequence[torch.Tensor] = (),
+    refit: bool = True,
+    options: RefitOptions | None = None,
+    device: torch.device | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress = SILENT,
+) -> AttentionReport:
+    """Write ``source`` with ``kv_heads`` key-value heads per layer to the directory ``output``.
+
+    The result is a plain checkpoint of the same architecture; only attention weights differ. Without calibration text
+    the merge goes by the weights alone, which loses much more.
+
+    Args:
+        source: dense weights.
+        output: a directory that does not exist yet or is empty; it appears whole or not at all.
+        kv_heads: divides the present number.
+        method: a name in :data:`~llmconvert.convert.gqa.METHODS`.
+        windows: calibration token ids, each ``[1, length]``.
+        refit: whether queries, keys and output projections are refitted on the calibration text.
+        options: how, in detail.
+        device: where to compute, the CPU by default.
+        max_shard_bytes: size at which a new shard is begun.
+        progress: one unit per layer.
+
+    Raises:
+        UsageError: an architecture, method or number of heads that can't be done; an unusable output directory.
+        CalibrationError: activations are unusable.
+        CapacityError: the disk does not suffice.
+    """
+    begin = time.perf_counter()
+    if method not in METHODS:
+        raise UnsupportedError(f"attention method {method!r} is unknown; known are {', '.join(METHODS)}")
+    chosen: Method = method  # type: ignore[assignment]
+    check_output_directory(output)
+    require_dense(source, "the source")
+    view = MergedAttention(source, kv_heads, chosen)
+    settings = options or (RefitOptions() if refit else RefitOptions(outputs=False, logits=False))
+    layout = plan_layout(
+        (TensorSpec(info.name, info.dtype, info.shape) for info in view.infos.values()), max_shard_bytes
+    )
+    staging = staging_directory(output)
+    try:
+        shutil.rmtree(staging)
+        work = staging_directory(output) / _WORK
+        work.mkdir()
+        with TensorWriter(staging, layout) as writer, progress.task("Merging attention", view.geometry.layers) as task:
+            if windows:
+                solved = stream_merge(source, kv_heads, chosen, windows, settings, device or torch.device("cpu"), work)
+                with closing(solved):
+                    layers = [_write_refitted(writer, layer, task) for layer in solved]
+            else:
+                layers = list(_write_merged(writer, view, task))
+            attention = {n for i in range(view.geometry.layers) for n in attention_tensors(source, view.geometry, i)}
+            _copy(writer, source, (name for name in source if name not in attention))
+            writer.sync()
+        shutil.rmtree(work)
+        write_side_files(staging, source.files)
+        write_json(staging / "config.json", dict(view.config))
+        publish_directory(staging, output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    geometry = view.geometry
+    return AttentionReport(
+        method=method,
+        kv_heads=(geometry.kv_heads, kv_heads),
+        kv_bytes_per_token=(geometry.kv_bytes_per_token(geometry.kv_heads), geometry.kv_bytes_per_token(kv_heads)),
+        contexts=_contexts(source, view),
+        layers=tuple(layers),
+        left_out=_left_out(geometry, calibrated=bool(windows), refit=settings.logits),
+        nbytes=layout.nbytes,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _write_refitted(writer: TensorWriter, layer: RefitLayer, task: Task) -> LayerReport:
+    for name, tensor in layer.tensors.items():
+        writer.write(name, tensor)
+    before, after = layer.output_loss
+    task.advance(1, f"{after:.1%} of the attention output lost")
+    divergence = layer.divergence or (None, None)
+    merged = layer.merged
+    return LayerReport(merged.groups, merged.key_loss, merged.value_loss, after, before, divergence[1], divergence[0])
+
+
+def _write_merged(writer: TensorWriter, view: MergedAttention, task: Task) -> Iterator[LayerReport]:
+    for layer in range(view.geometry.layers):
+        merged: MergedLayer = view.merge(layer)
+        for name in attention_tensors(view.base, view.geometry, layer):
+            writer.write(name, view[name])
+        task.advance()
+        yield LayerReport(merged.groups, merged.key_loss, merged.value_loss)
+
+
+def _copy(writer: TensorWriter, source: Checkpoint, names: Iterable[str]) -> None:
+    """Copy tensors that stay as they are, in slices of rows."""
+    for name in names:
+        info = source.infos[name]
+        rows = info.shape[0] if info.shape else 1
+        step = max(1, rows * _COPY_NBYTES // max(1, info.nbytes))
+        for start in range(0, rows, step):
+            writer.write_rows(name, start, source.read_rows(name, start, min(rows, start + step)))
+
+
+def _left_out(geometry: AttentionGeometry, *, calibrated: bool, refit: bool) -> tuple[str, ...]:
+    notes = []
+    if not calibrated:
+        notes.append("no calibration text: merged by the weights alone, nothing refitted")
+    if geometry.head_norm:
+        notes.append("query and key heads are normalized: keys are merged up to their sign alone")
+        if calibrated and refit:
+            notes.append("query and key heads are normalized: the two are not refitted")
+    if not geometry.movable:
+        notes.append("ALiBi gives every query head a slope of its own: only neighbouring heads are merged")
+    return tuple(notes)
+
+
+def _contexts(source: Checkpoint, view: MergedAttention) -> dict[str, tuple[int, int]]:
+    geometry = view.geometry
+    inside = tuple(names.query.rsplit(".", 2)[0] for names in geometry.projections)
+
+    def tokens(checkpoint: Checkpoint, kv_heads: int, memory: float, bits: float) -> int:
+        weights = 0.0
+        for info in checkpoint.infos.values():
+            matrix = len(info.shape) == 2 and info.name.startswith(inside)
+            weights += info.nbytes / info.dtype.itemsize * (bits if matrix else 16) / 8
+        return max(0, int((memory - weights) // geometry.kv_bytes_per_token(kv_heads)))
+
+    return {
+        f"{memory}, {dtype}": (tokens(source, geometry.kv_heads, size, bits), tokens(view, view.kv_heads, size, bits))
+        for memory, size in _MEMORIES.items()
+        for dtype, bits in _BITS.items()
+    }

@@ -1,0 +1,289 @@
+"""Merging attention block after block while calibration text streams through, and refitting what was merged.
+
+Two models run side by side, the original and the merged one, each in the memory of one block. In every block the
+merge is solved on the second moments of the merged model's own attention input; queries and keys are refitted to the
+original's attention; then the output projection is refitted by ridge regression to the original's attention output.
+So every layer makes up for part of what those before it lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmconvert.checkpoint import Checkpoint
+from llmconvert.convert.attention import AttentionGeometry
+from llmconvert.convert.attention_weights import LayerWeights, layer_tensors, read_layer
+from llmconvert.convert.gqa import MergedLayer, Method, merge_layer
+from llmconvert.convert.gqa_capture import RotaryAngles, keep_inputs
+from llmconvert.convert.gqa_refit import LogitFit, LogitSamples
+from llmconvert.convert.gqa_solve import ridge
+from llmconvert.convert.gqa_view import MergedAttention
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.states import DiskStates
+from llmconvert.engine.statistics import accumulate_hessian
+from llmconvert.engine.stream import BlockRun, Stream
+
+__all__ = ["RefitLayer", "RefitOptions", "stream_merge"]
+
+
+@dataclass(frozen=True, slots=True)
+class RefitOptions:
+    """How much is refitted.
+
+    Attributes:
+        outputs: whether the output projections are.
+        logits: whether queries and keys are.
+        rounds: turns of queries and keys.
+        steps: of conjugate gradients per turn.
+        ridge: strength of the output refit, as a share of the mean second moment.
+        sample_nbytes: memory for attention weights and inputs of the logit refit.
+        windows: at most so many windows go into the logit refit.
+    """
+
+    outputs: bool = True
+    logits: bool = True
+    rounds: int = 1
+    steps: int = 6
+    ridge: float = 1e-3
+    sample_nbytes: int = 200_000_000
+    windows: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RefitLayer:
+    """One layer as it is written.
+
+    Attributes:
+        tensors: by checkpoint name, in the checkpoint's dtypes.
+        merged: the closed form it started from.
+        output_loss: squared difference to the original's attention output over its square, on the calibration text,
+            before and after the output refit.
+        divergence: of the attention, in nats, before and after the logit refit; None without one.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    merged: MergedLayer
+    output_loss: tuple[float, float]
+    divergence: tuple[float, float] | None
+
+
+def stream_merge(
+    source: Checkpoint,
+    kv_heads: int,
+    method: Method,
+    windows: Sequence[torch.Tensor],
+    options: RefitOptions,
+    device: torch.device,
+    work: Path,
+) -> Generator[RefitLayer, None, None]:
+    """Merge ``source`` layer by layer.
+
+    Args:
+        source: dense weights.
+        kv_heads: key-value heads per layer that remain.
+        method: of the merge.
+        windows: calibration token ids, each ``[1, length]``.
+        options: how much is refitted.
+        device: where to compute.
+        work: an existing directory for activations.
+
+    Yields:
+        every layer, in order; each must be used before the next is asked for.
+
+    Raises:
+        UnsupportedError: the engine cannot run this architecture.
+        CalibrationError: activations are unusable.
+        CapacityError: the disk cannot hold the activations.
+    """
+    view = MergedAttention(source, kv_heads, "first")
+    with (
+        _Side(source, windows, device, work / "original") as original,
+        _Side(view, windows, device, work / "merged") as merged,
+    ):
+        for before, after in zip(original.stream.blocks(), merged.stream.blocks(), strict=True):
+            block = _Block(view, original, merged, before, after, options)
+            yield block.solve(method)
+
+
+class _Side:
+    """One of the two models on its way through the windows."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, windows: Sequence[torch.Tensor], device: torch.device, work: Path
+    ) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.skeleton = Skeleton(checkpoint, device)
+        self.windows = windows
+        self.modules = {stored: name for name, stored in self.skeleton.names.items()}
+        lengths = [window.shape[1] for window in windows]
+        width = self.skeleton.model.config.get_text_config().hidden_size
+        plans = discover(self.skeleton, max(lengths))
+        self._states = DiskStates(work, lengths, width, self.skeleton.dtype)
+        self.stream = Stream(self.skeleton, windows, plans, mode="replay", states=self._states)
+
+    def linear(self, stem: str) -> str:
+        """Module name of the linear that the checkpoint calls ``stem``."""
+        return self.modules[f"{stem}.weight"].removesuffix(".weight")
+
+    def __enter__(self) -> _Side:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stream.close()
+        self._states.close()
+
+
+class _Block:
+    """One block of both models, with all windows at its entry."""
+
+    def __init__(
+        self,
+        view: MergedAttention,
+        original: _Side,
+        merged: _Side,
+        before: BlockRun,
+        after: BlockRun,
+        options: RefitOptions,
+    ) -> None:
+        self._view = view
+        self._geometry: AttentionGeometry = view.geometry
+        self._original, self._merged = original, merged
+        self._before, self._after = before, after
+        self._options = options
+        self._layer = after.plan.index
+        self._names = self._geometry.projections[self._layer]
+        self._device = merged.skeleton.device
+
+    def solve(self, method: Method) -> RefitLayer:
+        """Merge, refit and install the block's attention."""
+        weights = read_layer(self._view.base, self._geometry, self._layer)
+        wide = weights.key.shape[-1] > self._geometry.hidden_size
+        picks = self._picked_windows() if self._options.logits and not self._geometry.head_norm else []
+        kept: list[torch.Tensor] = []
+        angles = RotaryAngles(self._attention_module())
+        inputs = keep_inputs(self._after.inputs(self._merged.linear(self._names.query)), picks, kept, wide=wide)
+        with angles:
+            hessian = accumulate_hessian(self._names.query, inputs, weights.key.shape[-1], self._device)
+        merged = merge_layer(
+            weights,
+            hessian.matrix.double().cpu(),
+            self._view.kv_heads,
+            method=method,
+            rotary=self._geometry.rotary[self._layer],
+            head_norm=self._geometry.head_norm,
+            movable=self._geometry.movable,
+        )
+        result, divergence = merged.weights, None
+        if picks and (angles.found or not self._geometry.rotary[self._layer].dims):
+            fit = self._logit_fit(weights, merged, hessian.matrix, picks, kept, angles, wide=wide)
+            start = _to(merged.weights, self._device)
+            result = fit.fit(start, self._options.rounds, self._options.steps)
+            divergence = fit.divergence(start), fit.divergence(result)
+            del fit
+            kept.clear()
+        tensors = self._install(result)
+        tensors, loss = self._refit_output(tensors)
+        return RefitLayer(tensors, merged, loss, divergence)
+
+    def _logit_fit(
+        self,
+        weights: LayerWeights,
+        merged: MergedLayer,
+        moments: torch.Tensor,
+        picks: Sequence[int],
+        kept: Sequence[torch.Tensor],
+        angles: RotaryAngles,
+        *,
+        wide: bool,
+    ) -> LogitFit:
+        """The layer's queries and keys against the original's on the picked windows."""
+        rotary = self._geometry.rotary[self._layer]
+        originals: list[torch.Tensor] = []
+        for _ in keep_inputs(
+            self._before.inputs(self._original.linear(self._names.query)), picks, originals, wide=wide
+        ):
+            pass
+        module = self._attention_module()
+        config = self._merged.skeleton.model.config
+        cosines, sines = angles.by_pair(rotary.dims // 2, self._device)
+        samples = LogitSamples(
+            tuple(originals),
+            tuple(kept),
+            tuple(self._rows(len(inputs), len(picks)) for inputs in kept),
+            cosines,
+            sines,
+            scaling=float(getattr(module, "scaling", self._geometry.head_dim**-0.5)),
+            window=getattr(module, "sliding_window", None),
+            softcap=getattr(config, "attn_logit_softcapping", None),
+        )
+        ratio = weights.queries_per_kv
+        heads = torch.tensor([head for group in merged.groups for head in group])
+        order = (heads[:, None] * ratio + torch.arange(ratio)).flatten()
+        ordered = _to(replace(weights, query=weights.query[order]), self._device)
+        key_of = heads.repeat_interleave(ratio).to(self._device)
+        return LogitFit(samples, ordered, key_of, moments, rotary)
+
+    def _picked_windows(self) -> list[int]:
+        """The windows that the logit refit sees: as many as their inputs fit into half of its memory."""
+        windows = self._merged.windows
+        length = max(window.shape[1] for window in windows)
+        nbytes = 2 * 4 * length * (self._geometry.hidden_size + 1)
+        count = max(1, min(len(windows), self._options.windows, self._options.sample_nbytes // 2 // nbytes))
+        return list(range(count))
+
+    def _rows(self, length: int, windows: int) -> torch.Tensor:
+        """Positions whose queries the logit refit sees: as many as their attention fits into half of its memory."""
+        nbytes = 2 * 4 * windows * self._geometry.query_heads * length
+        count = max(1, min(length, self._options.sample_nbytes // 2 // nbytes))
+        generator = torch.Generator().manual_seed(self._layer)
+        return torch.randperm(length, generator=generator)[:count].sort().values.to(self._device)
+
+    def _attention_module(self) -> nn.Module:
+        skeleton = self._merged.skeleton
+        name = self._merged.linear(self._names.query).removeprefix(skeleton.prefix(self._layer))
+        return skeleton.blocks[self._layer].get_submodule(name.rpartition(".")[0])
+
+    def _install(self, weights: LayerWeights) -> dict[str, torch.Tensor]:
+        """Let the merged model meet ``weights``; gives them as they are stored."""
+        geometry = self._geometry
+        tensors = layer_tensors(self._view.base, geometry, self._layer, _to(weights, torch.device("cpu")))
+        for name, tensor in tensors.items():
+            stem, _, leaf = name.rpartition(".")
+            getattr(self._after.module(self._merged.linear(stem)), leaf).data.copy_(tensor)
+        return tensors
+
+    def _refit_output(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
+        """The output projection by ridge regression to the original's attention output."""
+        name = f"{self._names.output}.weight"
+        after = self._after.inputs(self._merged.linear(self._names.output))
+        before = self._before.inputs(self._original.linear(self._names.output))
+        columns = self._geometry.query_heads * self._geometry.head_dim
+        pairs = (torch.cat(pair, dim=1) for pair in zip(after, before, strict=True))
+        gram = accumulate_hessian(self._names.output, pairs, 2 * columns, self._device).matrix
+        own, other = gram[:columns, :columns], gram[columns:, columns:]
+        target = self._view.base[name].to(self._device, torch.float32)
+        cross = target @ gram[columns:, :columns]
+        total = float((target @ other * target).sum())
+
+        def loss(weight: torch.Tensor) -> float:
+            lost = (weight @ own * weight).sum() - 2 * (weight * cross).sum()
+            return max(0.0, (float(lost) + total) / total) if total else 0.0
+
+        closed = tensors[name].to(self._device, torch.float32)
+        if not self._options.outputs:
+            return tensors, (loss(closed), loss(closed))
+        fitted = ridge(name, own, cross, closed, self._options.ridge)
+        stored = fitted.to(tensors[name].dtype)
+        self._after.install(self._merged.linear(self._names.output), stored)
+        return {**tensors, name: stored.cpu()}, (loss(closed), loss(stored.float()))
+
+
+def _to(weights: LayerWeights, device: torch.device) -> LayerWeights:
+    parts = (weights.query, weights.key, weights.value, weights.output)
+    return LayerWeights(*(part.to(device, torch.float32) for part in parts))
