@@ -27,6 +27,8 @@ __all__ = ["Limits", "Scorer", "how_measured"]
 
 # Tokens of the first window that the runtime's logits are compared on.
 _FIDELITY_TOKENS = 256
+# Above this share of text in common with the calibration text, a score flatters the artifact.
+_NOTABLE_OVERLAP = 0.01
 # Tokens shown before a prediction that changed.
 _CONTEXT_TOKENS = 24
 
@@ -102,10 +104,12 @@ class Scorer:
         try:
             if original is None:
                 result = perplexity(self.artifact_logits(dense), windows, seed=self.seed)
+                about = {**about, **_warning(result.ppl, dense, about.get("overlap"))}
                 return [_perplexity_check(result, about)], True
             comparison, blocks = self._compare(original, dense)
         except GateError as error:
             return [Check(name="perplexity", ok=False, detail={**about, "text": str(error)})], False
+        about = {**about, **_warning(comparison.reference.ppl, original, about.get("overlap"))}
         worst = _in_context(comparison.worst, self.windows, artifact)
         return _comparison_checks(comparison, about, limits, worst) + _block_check(blocks), True
 
@@ -116,6 +120,20 @@ class Scorer:
         ) as models:
             comparison = compare_logits(models.logits(), windows, seed=self.seed)
             return comparison, models.divergences
+
+
+def _warning(perplexity: float, model: Checkpoint, overlap: float | None) -> dict[str, str]:
+    """Why the numbers mean less than they seem to, under ``text``; empty if nothing speaks against them."""
+    found: list[str] = []
+    vocabulary = model.config.get("text_config", model.config).get("vocab_size")
+    if isinstance(vocabulary, int) and perplexity >= vocabulary:
+        found.append(
+            f"warning: a perplexity of {perplexity:,.0f} with {vocabulary:,} tokens is worse than guessing; "
+            "does the tokenizer belong to this model, and the text to its language?"
+        )
+    if overlap is not None and overlap > _NOTABLE_OVERLAP:
+        found.append(f"warning: {100 * overlap:.1f} % of this text was calibrated on, which flatters the artifact")
+    return {"text": "; ".join(found)} if found else {}
 
 
 def _in_context(worst: Sequence[WorstToken], windows: TokenWindows, artifact: Path) -> list[dict[str, Any]]:

@@ -15,10 +15,14 @@ import click
 @click.option("--window", type=int, default=2048, show_default=True, help="Tokens per window.")
 @click.option("--max-windows", type=int, help="Use only the first windows of the text.")
 @click.option("--max-increase", metavar="SHARE", help="Fail if perplexity rises by more than this, 5% for example.")
+@click.option("--max-kl", type=float, help="Fail if the predictions diverge by more nats per token on average.")
+@click.option("--min-top1", metavar="SHARE", help="Fail if fewer predictions agree, 90% for example.")
+@click.option("--max-bytes", metavar="SIZE", help="Fail if the weight files are larger, 4GB for example.")
+@click.option("--html", "html_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the page here.")
 @click.option("--generation", is_flag=True, help="Generate greedily, and compare with the original's text.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report here.")
-def validate(model: str, reference: str | None, json_file: Path | None, **options: Any) -> None:
+def validate(model: str, reference: str | None, json_file: Path | None, html_file: Path | None, **options: Any) -> None:
     """Measure MODEL, a directory, against the original it was made from.
 
     \b
@@ -30,9 +34,12 @@ def validate(model: str, reference: str | None, json_file: Path | None, **option
     from llmconvert.recipes.single import validate_model
     from llmconvert.recipes.summary import print_report
     from llmconvert.validate.blame import blame
+    from llmconvert.validate.html import render_html
     from llmconvert.validate.report import require_passed
+    from llmconvert.writer import write_file
 
-    settings: dict[str, Any] = {"generation": options["generation"]}
+    limits = {key: options[key] for key in ("max_kl", "min_top1", "max_bytes")}
+    settings: dict[str, Any] = {"generation": options["generation"], **limits}
     if options["text"] is not None:
         keys = ("window", "max_windows", "max_increase")
         settings["perplexity"] = {"dataset": options["text"], **{key: options[key] for key in keys}}
@@ -40,5 +47,7 @@ def validate(model: str, reference: str | None, json_file: Path | None, **option
     report = validate_model(recipe, reference, progress=console_progress())
     if json_file is not None:
         report.write(json_file)
+    if html_file is not None:
+        write_file(html_file, render_html(report).encode())
     print_report(report)
     require_passed(report.checks, blame(report))

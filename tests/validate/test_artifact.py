@@ -223,3 +223,11 @@ def test_a_reference_with_another_vocabulary_is_refused_before_the_work(original
     (renamed / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UsageError, match="the reference's tokenizer gives token 'a' the id"):
         measure(original, renamed)
+
+
+def test_numbers_that_mean_little_carry_a_warning(original: Path, quantized: Path, windows: TokenWindows) -> None:
+    found = measure(quantized, original, windows=windows, overlap=0.2)["perplexity"]
+    assert "20.0 % of this text was calibrated on" in found.text
+    # A random model predicts this text worse than guessing.
+    assert (found.reference or 0) > 320 and "worse than guessing" in found.text
+    assert found.ok
