@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -141,7 +141,7 @@ def _open_journal(staging: Path, key: str, progress: Progress) -> Journal:
 
 def _arriving(
     model: StreamedModel, files: Sequence[RemoteFile], work: Path, task: Task
-) -> Iterator[tuple[RemoteFile, Path]]:
+) -> Generator[tuple[RemoteFile, Path], None, None]:
     """Each shard in a directory of its own, while the next one is on its way."""
     _require_space(files, work)
     stop = threading.Event()

@@ -81,6 +81,7 @@ class Handler(Routes, BaseHTTPRequestHandler):
         try:
             line = f"{line} {self.byte_range}".rstrip()
             self.state.log.append(line)
+            generation = self.state.generation
             self._faults = self.state.take_faults(line)
             for fault in self._faults:
                 if fault.hook is not None:
@@ -90,6 +91,8 @@ class Handler(Routes, BaseHTTPRequestHandler):
                 if fault.status:
                     raise RefusalError(fault.status, fault.message, retry_after=fault.retry_after)
             with self.state.lock:
+                if generation != self.state.generation:
+                    raise ConnectionResetError("the client is gone")
                 self._route(parsed.path, line)
             self._send(*self.response)
         except RefusalError as refusal:

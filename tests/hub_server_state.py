@@ -114,6 +114,7 @@ class HubState:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.url = ""
+        self.generation = 0
         self.reset()
 
     def reset(self) -> None:
@@ -135,6 +136,11 @@ class HubState:
         """What a reader sees."""
         repo = self.repos[repo_id]
         return {path: blob.content for path, blob in repo.commits[repo.resolve(revision) or ""].items()}
+
+    def drop_pending(self) -> None:
+        """Nobody waits any more for the answers to requests under way, and what they ask for is not done."""
+        with self.lock:
+            self.generation += 1
 
     def count(self, pattern: str) -> int:
         return sum(re.search(pattern, line) is not None for line in self.log)

@@ -43,9 +43,9 @@ class XetStore:
         from hf_xet import XetFileInfo, XetSession
 
         with tempfile.TemporaryDirectory() as scratch:
-            # A copy, without the index that the client's process holds a lock on.
+            # A copy, because the client's process holds a lock on the store's index.
             copy, target = Path(scratch, "store"), Path(scratch, "content")
-            shutil.copytree(self.directory, copy, ignore=shutil.ignore_patterns("*.redb"))
+            shutil.copytree(self.directory, copy)
             with XetSession().new_file_download_group(endpoint=f"local://{copy}") as group:
                 group.start_download_file(XetFileInfo(xet_hash, size), str(target))
             return target.read_bytes()

@@ -119,9 +119,9 @@ def _near_matches(repo_id: str) -> list[str]:
     """Models whose id is close to ``repo_id``: of the same owner, or with the same name; none if it can't be asked."""
     owner, _, name = repo_id.partition("/")
     found: set[str] = set()
-    for query in ({"search": name}, {"author": owner}):
+    for words, author in ((name, None), (None, owner)):
         with suppress(Exception):  # a suggestion is not worth an error of its own
-            found |= {model.id for model in HfApi().list_models(limit=_LOOKED_AT, **query)}
+            found |= {model.id for model in HfApi().list_models(search=words, author=author, limit=_LOOKED_AT)}
     lowered = {model_id.lower(): model_id for model_id in sorted(found) if model_id != repo_id}
     near = difflib.get_close_matches(repo_id.lower(), list(lowered), n=_SHOWN, cutoff=0.75)
     return [lowered[match] for match in near]

@@ -103,7 +103,9 @@ def survey(listing: Listing, plan: PushPlan, contents: Mapping[str, Content]) ->
         HubError: the connection failed while the earlier push's manifest was read.
     """
     earlier = _earlier_push(listing, plan.folder)
-    stale, foreign, edited = [], [], []
+    stale: list[str] = []
+    foreign: list[str] = []
+    edited: list[str] = []
     for name, file in listing.items():
         if not name.startswith(plan.folder) or name in (".gitattributes", plan.folder + MANIFEST):
             continue

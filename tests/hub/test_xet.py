@@ -1,0 +1,71 @@
+"""Publishing by Xet: the real ``hf_xet`` client and its local store in place of the content-addressed service."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hub_client import Client
+from hub_files import published, sent
+from hub_server import Fault, HubServer
+
+pytest.importorskip("hf_xet")
+
+
+@pytest.fixture
+def big(artifact: Path) -> Path:
+    """Two shards that don't compress; each large enough for an upload of its own."""
+    draw = random.Random(0)
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (artifact / name).write_bytes(draw.randbytes(11_000_000))
+    return artifact
+
+
+def test_it_is_one_commit_and_nothing_is_sent_twice(
+    hub: HubServer, new_client: Callable[..., Client], big: Path
+) -> None:
+    repo = hub.add_repo("me/model", {"config.json": b"old"})
+    total = sum(path.stat().st_size for path in big.glob("*.safetensors"))
+    reached, release = threading.Event(), threading.Event()
+
+    def stall() -> None:
+        reached.set()
+        release.wait(60)
+
+    hub.faults.append(Fault("POST /api/models/me/model/commit", hook=stall, times=1))
+    first = new_client(HF_HUB_DISABLE_XET="0")
+    first.send("push_folder", big, "me/model")
+    assert reached.wait(60), first.errors()
+    first.kill()
+    hub.drop_pending()
+    release.set()
+    assert hub.files("me/model") == {"config.json": b"old"}, "a reader sees nothing of it"
+    stored = hub.xet.nbytes()
+    assert stored >= total, "and yet everything was sent"
+
+    second = new_client(HF_HUB_DISABLE_XET="0")
+    answer = second("push_folder", big, "me/model", verify_download=True, tag="v1")
+    assert answer["log"][-1].startswith("verifying the download: ")
+    assert hub.xet.nbytes() - stored < total / 100, "chunks that were there are not sent again"
+    assert published(hub, "me/model") == sent(big)
+    assert (len(repo.commits), hub.count("lfs/")) == (2, 0)
+    assert hub.count("xet-write-token") > 0
+
+    second("push_folder", big, "me/model", revision="w4")
+    assert published(hub, "me/model", "w4") == sent(big)
+    (big / "model-00002-of-00002.safetensors").write_bytes(random.Random(1).randbytes(5000))
+    second("push_folder", big, "me/model", create_pr=True)
+    assert published(hub, "me/model", "refs/pr/1") == sent(big) != published(hub, "me/model")
+
+
+def test_without_the_service_the_push_fails_in_one_line(
+    hub: HubServer, new_client: Callable[..., Client], artifact: Path
+) -> None:
+    hub.add_repo("me/model", {"config.json": b"old"})
+    hub.faults.append(Fault("xet-write-token", 403, "no Xet here"))
+    refused = new_client(HF_HUB_DISABLE_XET="0")("push_folder", artifact, "me/model")
+    assert (refused["error"], refused["code"]) == ("HubError", 4)
+    assert hub.files("me/model") == {"config.json": b"old"}

@@ -1,0 +1,137 @@
+"""Recipes that publish to the Hub: what is published is what was measured, and variants find their places."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
+
+from llmconvert.errors import RecipeError
+from llmconvert.recipes.loading import load_recipe
+from llmconvert.recipes.publishing import fill_target
+
+
+@pytest.fixture(scope="module")
+def running_hub() -> Iterator[HubServer]:
+    with HubServer().running() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(running_hub: HubServer) -> HubServer:
+    running_hub.reset()
+    return running_hub
+
+
+def run(hub: HubServer, home: Path, *arguments: str, token: str = WRITE_TOKEN) -> subprocess.CompletedProcess[str]:
+    """The command line, with a Hub to talk to."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, "-m", "llmconvert.cli", *arguments],
+        env={
+            **environment,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": token,
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=home.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_what_is_fetched_back_scores_the_same(
+    hub: HubServer, write_recipe: Any, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(publish={"to": "me/{model}-{scheme}", "private": True, "verify_download": True, "tag": "v1"})
+    done = run(hub, tmp_path / "home", "run", str(recipe))
+    assert done.returncode == 0, done.stderr
+    repo_id = "me/llama-w4a16-g32-sym"
+    repo = hub.repos[repo_id]
+    assert repo.private and repo.tags == {"v1": repo.branches["main"]}
+    assert f"{hub.url}/{repo_id}/commit/{repo.branches['main']}" in done.stdout
+    files = hub.files(repo_id)
+    card = files["README.md"].decode()
+    assert repo_id in card
+
+    scored = run(
+        hub,
+        tmp_path / "other-home",
+        *("validate", f"{repo_id}@v1", "--text", str(texts[1]), "--window", "64", "--max-windows", "4"),
+        *("--json", str(tmp_path / "scored.json")),
+    )
+    assert scored.returncode == 0, scored.stderr
+    measured, again = json.loads(files["llmconvert/report.json"]), json.loads((tmp_path / "scored.json").read_text())
+    assert _perplexity(again) == _perplexity(measured)
+
+    for text in (done.stdout, done.stderr, scored.stdout, scored.stderr):
+        assert WRITE_TOKEN not in text
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and WRITE_TOKEN.encode() in path.read_bytes()]
+    assert left == []
+    assert not [name for name, content in files.items() if WRITE_TOKEN.encode() in content]
+
+
+def _perplexity(report: dict[str, Any]) -> float:
+    return float(next(check["value"] for check in report["checks"] if check["name"] == "perplexity"))
+
+
+@pytest.mark.slow
+def test_a_batch_goes_on_when_one_repository_fails(hub: HubServer, write_recipe: Any, tmp_path: Path) -> None:
+    quick = {"quantize": {"method": "rtn", "scheme": "w8a16-g32"}, "validate": None, "calibrate": None}
+    hub.add_repo("me/public", {"config.json": b"old"})
+    hub.faults.append(Fault("POST .*me/broken/preupload", 403, "quota"))
+    recipes = [
+        write_recipe("first", publish={"to": "me/{name}"}, **quick),
+        write_recipe("broken", publish={"to": "me/broken"}, **quick),
+        write_recipe("visible", publish={"to": "me/public", "private": True}, **quick),
+        write_recipe("branch", publish={"to": "me/first", "revision": "{scheme}"}, **quick),
+        write_recipe("folder", publish={"to": "me/variants", "folder": "{scheme}"}, **quick),
+    ]
+    done = run(hub, tmp_path / "home", "run", *map(str, recipes))
+    assert done.returncode == 4, done.stderr
+    assert (done.stdout.count(" failed (4) "), done.stdout.count(" done ")) == (2, 3), done.stdout
+    assert "HTTP 403" in done.stdout and "is public" in done.stdout
+    assert "model.safetensors" in hub.files("me/first") and "model.safetensors" in hub.files(
+        "me/first", "w8a16-g32-sym"
+    )
+    assert "w8a16-g32-sym/model.safetensors" in hub.files("me/variants")
+    assert hub.files("me/public") == {"config.json": b"old"}
+
+
+@pytest.mark.slow
+def test_a_token_that_may_not_write_is_found_out_before_the_work(
+    hub: HubServer, write_recipe: Any, tmp_path: Path
+) -> None:
+    recipe = write_recipe(publish={"to": "me/new"})
+    done = run(hub, tmp_path / "home", "run", str(recipe), token="hf_" + "x" * 34)
+    assert done.returncode == 4
+    assert "the token was rejected" in done.stderr
+    assert not list((tmp_path / "work").glob("convert-*"))
+    assert READ_TOKEN not in done.stderr
+
+
+def test_placeholders_stand_for_the_recipes_values(write_recipe: Any) -> None:
+    publish = {"to": "me/{model}-{scheme}", "revision": "{method}", "folder": "{name}/{scheme}", "tag": "v1-{scheme}"}
+    recipe = fill_target(load_recipe(str(write_recipe(publish=publish))))
+    assert recipe.publish is not None
+    assert recipe.publish.to == "me/llama-w4a16-g32-sym"
+    assert (recipe.publish.revision, recipe.publish.folder) == ("gptq", "tiny/w4a16-g32-sym")
+    assert recipe.publish.tag == "v1-w4a16-g32-sym"
+    dense = fill_target(load_recipe(str(write_recipe(publish=publish, quantize=None, calibrate=None))))
+    assert dense.publish is not None and dense.publish.to == "me/llama-bfloat16"
+
+
+@pytest.mark.parametrize("value", ["{shceme}", "{scheme!r}", "{scheme:>9}", "{0}", "{", "a}"])
+def test_other_placeholders_are_refused(write_recipe: Any, value: str) -> None:
+    with pytest.raises(RecipeError, match="publish"):
+        load_recipe(str(write_recipe(publish={"to": "me/x", "revision": value})))
