@@ -1,30 +1,121 @@
-"""What recipes can already say about attention, and this version cannot do yet: refused by name, before any work.
+"""The recipe's attention section: which rewrites can be done, and doing them.
 
-A rewrite to fewer key-value heads comes in as a stage between convert and calibrate (``recipes/runner.py``), the
-comparison of attention backends as one of the checks.
+Healing by distillation and the comparison of attention backends can be written in a recipe, and are refused by name,
+before any work: this version cannot do them yet.
 """
 
 from __future__ import annotations
 
-from llmconvert.errors import UnsupportedError
-from llmconvert.recipes.recipe import Recipe
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-__all__ = ["require_attention_support"]
+import torch
+
+from llmconvert.checkpoint import Checkpoint
+from llmconvert.convert.attention import read_geometry, require_kv_heads
+from llmconvert.convert.cast import CastView
+from llmconvert.convert.gqa_job import AttentionReport, convert_attention
+from llmconvert.convert.source import open_source
+from llmconvert.errors import UnsupportedError, UsageError
+from llmconvert.interrupt import interruptible
+from llmconvert.progress import SILENT, Progress
+from llmconvert.recipes.recipe import AttentionSettings, Recipe
+from llmconvert.recipes.steps import DTYPES
+from llmconvert.recipes.windows import WindowRequest
+from llmconvert.writer import check_output_directory
+
+__all__ = ["require_attention_support", "require_mergeable", "rewrite_attention", "rewrite_model"]
 
 
 def require_attention_support(recipe: Recipe) -> None:
-    """Refuse a recipe that rewrites attention or compares attention backends.
+    """Refuse a recipe that heals or compares attention backends.
 
     Raises:
-        UnsupportedError: naming the section and what to do.
+        UnsupportedError: naming the key and what to do.
     """
-    if recipe.attention is not None:
+    heal = recipe.attention.heal if recipe.attention is not None else None
+    if heal is not None and heal.steps > 0:
         raise UnsupportedError(
-            f"attention: rewriting to {recipe.attention.kv_heads} key-value heads (method {recipe.attention.method}) "
-            "is not part of this version; remove the section, or run with --set attention=null"
+            f"attention.heal: {heal.steps} steps of distillation are not part of this version; "
+            "remove the key, or run with --set attention.heal=null"
         )
     if recipe.validation is not None and recipe.validation.attention:
         raise UnsupportedError(
             f"validate.attention: comparing the backends {', '.join(recipe.validation.attention)} is not part of this "
             "version; remove the key, or run with --set validate.attention=[]"
         )
+
+
+def require_mergeable(checkpoint: Checkpoint, settings: AttentionSettings) -> None:
+    """Refuse a model whose heads can't be merged as the section asks; nothing but headers is read.
+
+    Raises:
+        UnsupportedError: an architecture, or a number of heads, with those that are possible.
+        CheckpointError: tensors are missing or contradict the config.
+    """
+    require_kv_heads(read_geometry(checkpoint), settings.kv_heads)
+
+
+def rewrite_attention(
+    source: Checkpoint,
+    output: Path,
+    settings: AttentionSettings,
+    *,
+    windows: Sequence[torch.Tensor],
+    device: torch.device,
+    progress: Progress = SILENT,
+) -> Mapping[str, Any]:
+    """Merge key-value heads as the section asks; see :func:`llmconvert.convert.gqa_job.convert_attention`.
+
+    Returns:
+        What it reports, as JSON values.
+    """
+    return asdict(_convert(source, output, settings, windows, device, progress))
+
+
+def rewrite_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) -> AttentionReport:
+    """Merge the key-value heads of ``recipe.model`` into the directory ``output``, by its attention section.
+
+    Weights are written in ``recipe.convert.dtype``; without a calibrate section the weights alone decide.
+
+    Raises:
+        UsageError: the recipe has no attention section.
+        LlmconvertError: see :func:`llmconvert.convert.gqa_job.convert_attention`.
+    """
+    settings = recipe.attention
+    if settings is None:
+        raise UsageError("nothing to rewrite: the recipe has no attention section")
+    require_attention_support(recipe)
+    check_output_directory(output)
+    with interruptible("nothing was written; run the same command again"):
+        source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
+        with source.checkpoint:
+            checkpoint = CastView(source.checkpoint, DTYPES[recipe.convert.dtype], recipe.convert.overflow)
+            require_mergeable(checkpoint, settings)
+            windows: Sequence[torch.Tensor] = ()
+            if recipe.calibrate is not None:
+                request = WindowRequest.calibration(recipe.calibrate)
+                windows = request.draw(checkpoint, request.corpus()).windows
+            return _convert(checkpoint, output, settings, windows, torch.device(recipe.device), progress)
+
+
+def _convert(
+    source: Checkpoint,
+    output: Path,
+    settings: AttentionSettings,
+    windows: Sequence[torch.Tensor],
+    device: torch.device,
+    progress: Progress,
+) -> AttentionReport:
+    return convert_attention(
+        source,
+        output,
+        kv_heads=settings.kv_heads,
+        method=settings.method,
+        windows=windows,
+        refit=settings.refit,
+        device=device,
+        progress=progress,
+    )

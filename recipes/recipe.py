@@ -123,10 +123,14 @@ class HealSettings(_Section):
 
 
 class AttentionSettings(_Section):
-    """Rewrite to ``kv_heads`` key-value heads: 1 is MQA, fewer than the query heads GQA."""
+    """Rewrite to ``kv_heads`` key-value heads: 1 is MQA, fewer than the query heads GQA.
+
+    ``refit`` adapts queries, keys and output projections to the original's attention on the calibration text.
+    """
 
     kv_heads: Count
-    method: Literal["svd", "mean"] = "svd"
+    method: Literal["svd", "mean", "first"] = "svd"
+    refit: bool = True
     heal: HealSettings | None = None
 
 

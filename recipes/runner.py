@@ -24,7 +24,7 @@ from llmconvert.memory import PeakMemory, release_freed_memory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.base import needs_calibration
 from llmconvert.recipes.artifact import assemble_artifact, model_info
-from llmconvert.recipes.attention import require_attention_support
+from llmconvert.recipes.attention import require_attention_support, require_mergeable, rewrite_attention
 from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import convert, measure, quantize
@@ -100,9 +100,12 @@ class _Run:
         if self._publish is not None:
             check_target(self._publish, recipe.name)
         source = self._fetch()
+        if recipe.attention is not None:
+            require_mergeable(source.checkpoint, recipe.attention)
         converted = self._convert(source)
         calibration, evaluation = self._draw(converted)
-        model = self._quantize(converted, calibration)
+        rewritten = self._rewrite(converted, calibration)
+        model = self._quantize(rewritten, calibration)
         measured = self._measure(converted, model, calibration, evaluation)
         artifact = self._assemble(source, converted, model, calibration, measured)
         report = Report.read(artifact / "llmconvert" / "report.json")
@@ -136,8 +139,8 @@ class _Run:
         """Both texts, before the long work: a missing one, or one used twice, must not be found out after it."""
         recipe = self._recipe
         calibration = evaluation = None
-        if recipe.calibrate is not None and recipe.quantize is not None:
-            if needs_calibration(recipe.quantize.method):
+        if recipe.calibrate is not None and (recipe.quantize is not None or recipe.attention is not None):
+            if recipe.attention is not None or recipe.quantize is None or needs_calibration(recipe.quantize.method):
                 calibration = self._windows("calibrate", WindowRequest.calibration(recipe.calibrate), converted)
             else:
                 self._progress.log(f"calibrate: {recipe.quantize.method} needs no calibration, skipped")
@@ -158,6 +161,30 @@ class _Run:
         settings = {key: value for key, value in asdict(request).items() if key != "setting"}
         result = self._stage(name, {"tokenizer of": converted.key, "text": corpus.digest, **settings}, build)
         return load_windows(result.path, result.details)
+
+    def _rewrite(self, converted: StageResult, calibration: TokenWindows | None) -> StageResult:
+        settings = self._recipe.attention
+        if settings is None:
+            return converted
+
+        def build(path: Path) -> Mapping[str, Any]:
+            with SafetensorsCheckpoint(converted.path / _MODEL) as checkpoint:
+                return rewrite_attention(
+                    checkpoint,
+                    path / _MODEL,
+                    settings,
+                    windows=calibration.windows if calibration is not None else (),
+                    device=self._device,
+                    progress=self._progress,
+                )
+
+        inputs = {
+            "model": converted.key,
+            "calibration": calibration.digest if calibration is not None else None,
+            "device": self._device.type,
+            **settings.model_dump(mode="json"),
+        }
+        return self._stage("attention", inputs, build)
 
     def _quantize(self, converted: StageResult, calibration: TokenWindows | None) -> StageResult:
         settings = self._recipe.quantize
@@ -271,7 +298,7 @@ class _Run:
                     "peak_rss_method": result.peak_rss_method,
                     "reused": result.reused,
                     "resumed": result.resumed,
-                    "details": result.details if name in ("convert", "quantize") else {},
+                    "details": result.details if name in ("convert", "attention", "quantize") else {},
                 }
             )
         )

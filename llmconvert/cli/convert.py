@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,23 +20,77 @@ import click
     help="What to do with values too large for the dtype.",
 )
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with weights_only=True.")
+@click.option("--kv-heads", type=int, help="Merge key-value heads to this number per layer; 1 is MQA.")
+@click.option("--gqa-method", type=click.Choice(["svd", "mean", "first"]), default="svd", show_default=True)
+@click.option("--refit/--no-refit", default=True, show_default=True, help="Refit merged attention to the original's.")
+@click.option("--heal-steps", type=int, default=0, show_default=True, help="Steps of distillation after the merge.")
+@click.option("--calibration", metavar="FILE|NAME", help="Text for the merge, pydoc-topics:train for example.")
+@click.option("--samples", type=int, default=128, show_default=True, help="Windows of calibration text.")
+@click.option("--length", type=int, default=2048, show_default=True, help="Tokens per window.")
+@click.option("--order", type=click.Choice(["shuffled", "sequential"]), default="shuffled", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Where to merge: cpu, cuda or cuda:N.")
 @click.option("--stream", is_flag=True, help="Convert while downloading; disk need: the output and two source shards.")
-def convert(model: str, output: Path, dtype: str, overflow: str, allow_pickle: bool, stream: bool) -> None:
+def convert(model: str, output: Path, **options: Any) -> None:
     """Write MODEL to the directory OUTPUT as safetensors in another dtype, in constant memory.
+
+    With --kv-heads, its attention is rewritten to fewer key-value heads: a smaller cache at long context.
 
     \b
     Examples:
       llmconvert convert model.gguf out/model --dtype bfloat16
       llmconvert convert org/name out/model --stream
+      llmconvert convert org/name out/gqa --kv-heads 8 --calibration pydoc-topics:train --length 512
     """
+    if options["kv_heads"] is not None:
+        _merge_heads(model, output, options)
+        return
     from llmconvert.progress import console_progress
     from llmconvert.recipes.loading import make_recipe
     from llmconvert.recipes.single import convert_model
 
-    values = {"model": model, "allow_pickle": allow_pickle, "convert": {"dtype": dtype, "overflow": overflow}}
-    report = convert_model(make_recipe(values, "convert"), output, stream=stream, progress=console_progress())
+    recipe = make_recipe({"model": model, **_settings(options)}, "convert")
+    report = convert_model(recipe, output, stream=options["stream"], progress=console_progress())
     error = f"{report.largest_relative_error:.2e} in {report.largest_error_tensor}" if report.cast else "none"
     click.echo(
         f"{output}: {report.tensors:,} tensors, {report.bytes_written:,} bytes, {report.seconds:.1f} s, "
         f"largest relative rounding error {error}"
     )
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's sections that the options of a plain conversion stand for."""
+    return {
+        "allow_pickle": options["allow_pickle"],
+        "convert": {"dtype": options["dtype"], "overflow": options["overflow"]},
+    }
+
+
+def _merge_heads(model: str, output: Path, options: dict[str, Any]) -> None:
+    from llmconvert.progress import console_progress
+    from llmconvert.recipes.attention import rewrite_model
+    from llmconvert.recipes.loading import make_recipe
+
+    if options["stream"]:
+        raise click.UsageError("--stream goes with a change of dtype alone; fetch the model to merge its heads")
+    settings = _settings(options)
+    settings["attention"] = {
+        "kv_heads": options["kv_heads"],
+        "method": options["gqa_method"],
+        "refit": options["refit"],
+        "heal": {"steps": options["heal_steps"]},
+    }
+    settings["device"] = options["device"]
+    if options["calibration"] is not None:
+        calibrate = {key: options[key] for key in ("samples", "length", "order", "seed")}
+        settings["calibrate"] = {"dataset": options["calibration"], **calibrate}
+    report = rewrite_model(make_recipe({"model": model, **settings}, "convert"), output, progress=console_progress())
+    (before, after), (wide, narrow) = report.kv_heads, report.kv_bytes_per_token
+    losses = [layer.output_loss for layer in report.layers if layer.output_loss is not None]
+    lost = f", {sum(losses) / len(losses):.1%} of the attention output lost on the average" if losses else ""
+    click.echo(
+        f"{output}: {before} → {after} key-value heads, {wide:,} → {narrow:,} cache bytes per token, "
+        f"{report.nbytes:,} bytes, {report.seconds:.1f} s{lost}"
+    )
+    for note in report.left_out:
+        click.echo(f"note: {note}")
