@@ -13,8 +13,8 @@ __all__ = ["PlannedFile", "PushPlan", "plan_push"]
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
-# What a local publication says about itself holds for that directory alone.
-_LEFT_OUT = ("llmconvert/publication.json",)
+# What earlier publications said about themselves, to a directory or to the Hub.
+_LEFT_OUT = ("llmconvert/publication.json", "llmconvert/upload.json")
 # Where a token could have been pasted, or logged into.
 _PROSE = (".md", ".json", ".yaml", ".yml", ".html", ".txt", ".log")
 _PROSE_BYTES = 4_000_000
