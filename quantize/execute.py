@@ -155,6 +155,7 @@ class Execution:
                 first = len(self.results)
                 for name, solution in solve():
                     self._store(writer, name, solution)
+                    del solution  # it would stand beside the next linear's statistics
                 self._copy(writer, self._block_names(index))
                 errors = [error for _, error, _ in self.results[first:] if error is not None]
                 task.advance(1, f"output error {max(errors):.2%} at most" if errors else "")
@@ -196,9 +197,12 @@ class Execution:
             with self.phases.measure("Hessians"):
                 hessian = accumulate_hessian(names[0], inputs, stop.columns, device)
             targets = [Target(name, run.module(name).weight.data, self.plan.schemes[name]) for name in names]
-            for name, solution in self._solve(targets, hessian).items():
+            solutions = self._solve(targets, hessian)
+            del hessian, targets
+            for name, solution in solutions.items():
                 yield name, solution
                 run.install(name, solution.tensor.dequantize(dtype))
+            del solution, solutions
 
     def _data_free(self, done: int) -> Iterator[_Step]:
         """Blocks whose linears are read one at a time, without a forward pass."""
@@ -210,8 +214,11 @@ class Execution:
             if name in self.plan.schemes:
                 with self.phases.measure("reading"):
                     weight = self.skeleton.checkpoint[f"{self.plan.stored[name]}.weight"]
-                target = Target(name, weight.to(self.skeleton.device), self.plan.schemes[name])
-                yield from self._solve([target], None).items()
+                targets = [Target(name, weight.to(self.skeleton.device), self.plan.schemes[name])]
+                solutions = self._solve(targets, None)
+                del weight, targets
+                yield from solutions.items()
+                del solutions
 
     def _solve(self, targets: Sequence[Target], hessian: Hessian | None) -> dict[str, Solution]:
         with self.phases.measure("solving"):

@@ -115,14 +115,13 @@ def work_nbytes(
     needs = [0]
     for block in blocks:
         for stop in block.stops:
-            rows = sum(linears[name].out_features for name in stop.linears if name in plan.schemes)
-            if rows == 0:
-                continue
-            solution = method.nbytes(rows, stop.columns)
-            if method.needs_hessian:
-                matrix = 4 * stop.columns * stop.columns
-                solution = max(hessian_nbytes(stop.columns, dtype), matrix + solution)
-            needs.append(solution)
+            heights = [linears[name].out_features for name in stop.linears if name in plan.schemes]
+            columns = stop.columns
+            if not method.needs_hessian:
+                needs += [rows * columns * dtype.itemsize + method.nbytes(rows, columns) for rows in heights]
+            elif heights:
+                solution = 4 * columns * columns + method.nbytes(sum(heights), columns)
+                needs.append(max(hessian_nbytes(columns, dtype), solution))
     return max(needs)
 
 

@@ -17,7 +17,7 @@ from llmconvert.errors import CalibrationError
 __all__ = ["Hessian", "accumulate_hessian", "hessian_nbytes"]
 
 # Enough rows per product to amortize reading and writing the accumulator; few enough to stay in cache.
-_CHUNK_TOKENS = 4096
+_CHUNK_TOKENS = 2048
 # Only tiles on and above the diagonal are multiplied; smaller tiles save more work but multiply more slowly.
 _TILE = 512
 
@@ -65,7 +65,7 @@ def accumulate_hessian(name: str, inputs: Iterable[torch.Tensor], columns: int, 
 
 
 def hessian_nbytes(columns: int, dtype: torch.dtype) -> int:
-    """Peak bytes of :func:`accumulate_hessian`: the matrix, and a chunk of tokens in float32 and as it is multiplied."""
+    """Peak bytes of :func:`accumulate_hessian`: the matrix; a chunk of tokens in float32, and as it is multiplied."""
     return 4 * columns * columns + _CHUNK_TOKENS * columns * (dtype.itemsize + 4)
 
 
@@ -76,9 +76,7 @@ def _add_products(total: torch.Tensor, rows: torch.Tensor, exact: bool) -> None:
             total[start : start + _TILE, start:].addmm_(rows[:, start : start + _TILE].T, rows[:, start:])
 
 
-def _chunks(
-    inputs: Iterable[torch.Tensor], columns: int, device: torch.device
-) -> Iterator[tuple[torch.Tensor, bool]]:
+def _chunks(inputs: Iterable[torch.Tensor], columns: int, device: torch.device) -> Iterator[tuple[torch.Tensor, bool]]:
     """Batches joined to chunks of about ``_CHUNK_TOKENS`` rows, by the same rule whatever made the batches.
 
     Yields float32 rows in memory that the next chunk will use again, and whether they are bfloat16 values on a CPU.
