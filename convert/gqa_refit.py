@@ -76,7 +76,7 @@ class LogitFit:
         self._count = sum(len(rows) for rows in samples.rows)
         self._power = float(moments.diagonal().mean())
         identity = torch.eye(len(moments), device=moments.device)
-        self._inverse = torch.linalg.inv(moments + _MOMENT_DAMPING * self._power * identity)
+        self._inverse: torch.Tensor = torch.linalg.inv(moments + _MOMENT_DAMPING * self._power * identity)
         query, key = original.query[:, self._order], original.key[:, self._order]
         self._targets: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
@@ -160,8 +160,9 @@ class LogitFit:
             return sum(mapped, start=damping * change)
 
         def precondition(residual: torch.Tensor) -> torch.Tensor:
-            scaled: torch.Tensor = residual / (scale + _ROW_DAMPING * scale.mean())[..., None]
-            return scaled @ self._inverse
+            scaled = residual / (scale + _ROW_DAMPING * scale.mean())[..., None]
+            result: torch.Tensor = scaled @ self._inverse
+            return result
 
         errors = (adjoint(b, self._centred(b, self._targets[b] - current(b))) for b in batches)
         first = next(errors)
