@@ -82,8 +82,8 @@ def comparison_plot(reports: Mapping[str, Report], format: Format = "svg") -> by
 def drift_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes | None:
     """Drift of the hidden state after each block, one line per artifact. None if it was not measured."""
     lines = {
-        label: check.detail["blocks"]
-        for label, report in reports.items()
+        label: (index, check.detail["blocks"])  # the index gives an artifact the same colour in both plots
+        for index, (label, report) in enumerate(reports.items())
         if (check := report.check("block_divergence")) is not None and check.detail.get("blocks")
     }
     return _render(lambda figure: _draw_drifts(figure, lines), format, "drift") if lines else None
@@ -176,14 +176,14 @@ def _draw_quality(figure: Any, points: tuple[_Point, _Point]) -> None:
 def _draw_comparison(figure: Any, points: Sequence[_Point]) -> None:
     axes = figure.add_subplot()
     _style(axes)
-    for index, point in enumerate(points):
+    for point in points:
         interval = point.interval or (point.perplexity, point.perplexity)
         bars = [[max(0.0, point.perplexity - interval[0])], [max(0.0, interval[1] - point.perplexity)]]
         axes.errorbar(
             point.size,
             point.perplexity,
             yerr=bars,
-            fmt=_MARKERS[index % len(_MARKERS)],
+            fmt=_MARKERS[_COLOURS.index(point.colour)],
             color=point.colour,
             markersize=7,
             capsize=3,
@@ -197,10 +197,10 @@ def _draw_comparison(figure: Any, points: Sequence[_Point]) -> None:
     figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=_INK, fontsize=9)
 
 
-def _draw_drifts(figure: Any, lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def _draw_drifts(figure: Any, lines: Mapping[str, tuple[int, Sequence[Mapping[str, Any]]]]) -> None:
     axes = figure.add_subplot()
     _style(axes)
-    for index, (label, blocks) in enumerate(lines.items()):
+    for label, (index, blocks) in lines.items():
         axes.plot(
             [block["index"] for block in blocks],
             [100 * block["error"] for block in blocks],
