@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from llmconvert import __version__
 from llmconvert.cli import main
 
-COMMANDS = ("inspect", "run", "convert", "quantize", "validate", "push")
+COMMANDS = ("inspect", "run", "convert", "quantize", "report", "validate", "push")
 
 
 @pytest.fixture
