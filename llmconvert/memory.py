@@ -8,15 +8,19 @@ never reset (``/proc/self/clear_refs``), because that would also falsify what ``
 from __future__ import annotations
 
 import ctypes
+import functools
 import resource
 import sys
 import threading
 from pathlib import Path
 from typing import Self
 
-__all__ = ["PeakMemory", "release_freed_memory"]
+__all__ = ["PeakMemory", "map_large_tensors", "release_freed_memory"]
 
 _INTERVAL_SECONDS = 0.05
+# Smaller tensors are not worth pages of their own: fresh pages have to be cleared by the kernel.
+_LARGE_NBYTES = 1 << 20
+_M_MMAP_THRESHOLD = -3
 _STATUS = Path("/proc/self/status")
 
 
@@ -67,11 +71,37 @@ def _resident() -> tuple[int, int]:
         return (mark if sys.platform == "darwin" else mark * 1024), 0
 
 
-def release_freed_memory() -> None:
+def release_freed_memory() -> bool:
     """Give memory that was freed inside the heap back to the system, where the C library can (glibc).
 
     Batches free what they held in another order than they took it, and the holes count as resident until then.
+
+    Returns:
+        whether anything was given back.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    library = _glibc()
+    return library is not None and bool(library.malloc_trim(0))
+
+
+def map_large_tensors() -> bool:
+    """From here on, give every large tensor of this process pages of its own, which go back when it is freed.
+
+    Activations and temporaries come and go interleaved, a megabyte or two each; on the heap, what stands between the
+    freed ones keeps it from shrinking. No result changes.
+
+    Returns:
+        whether the C library could be told (glibc).
+    """
+    library = _glibc()
+    return library is not None and bool(library.mallopt(_M_MMAP_THRESHOLD, _LARGE_NBYTES))
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
+        library.malloc_trim.argtypes = [ctypes.c_size_t]
+    except (OSError, AttributeError):
+        return None
+    return library

@@ -21,6 +21,7 @@ from llmconvert.engine.stream import BlockRun, Mode, Stream
 from llmconvert.errors import LlmconvertError, RunInterruptedError
 from llmconvert.journal import Journal
 from llmconvert.lock import LOCK_NAME, DirectoryLock
+from llmconvert.memory import map_large_tensors, release_freed_memory
 from llmconvert.phases import Phases
 from llmconvert.progress import Progress
 from llmconvert.quantize.base import Quantizer, Solution, Target
@@ -87,6 +88,7 @@ class Execution:
         staging = staging_directory(output)
         work = staging / _WORK
         lock = DirectoryLock(work)
+        map_large_tensors()
         try:
             journal, done = self._resume(staging, layout, key, progress)
             try:
@@ -197,6 +199,8 @@ class Execution:
             with self.phases.measure("Hessians"):
                 hessian = accumulate_hessian(names[0], inputs, stop.columns, device)
             targets = [Target(name, run.module(name).weight.data, self.plan.schemes[name]) for name in names]
+            with self.phases.measure("releasing"):
+                release_freed_memory()
             solutions = self._solve(targets, hessian)
             del hessian, targets
             for name, solution in solutions.items():
