@@ -19,7 +19,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``tiny(name, dtype)``: the directory of a tiny model of that architecture, made once: read it, don't change it."""
+    """``tiny(name, dtype)``: the directory of a tiny model of that architecture, made once; only read it."""
     made: dict[tuple[str, torch.dtype], Path] = {}
 
     def directory(name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
