@@ -18,8 +18,8 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from types import MappingProxyType, TracebackType
+from typing import Any, Literal, Self
 
 import torch
 
@@ -109,6 +109,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     #: File name → content source of every non-weight file besides ``config.json`` that belongs to the model:
     #: a path to copy, or the bytes themselves.
     files: Mapping[str, Path | bytes]
+    #: Weight name → what the inputs of its linear are quantized to while the model runs; most checkpoints have none.
+    quantized_inputs: Mapping[str, Literal["int8", "fp8"]] = MappingProxyType({})
 
     @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -164,6 +166,7 @@ class CheckpointView(Checkpoint):
         self.infos = base.infos
         self.config = base.config
         self.files = base.files
+        self.quantized_inputs = base.quantized_inputs
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.base.read_rows(name, start, stop)
@@ -275,9 +278,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         info = self.infos[name]
-        row_shape = info.shape[1:]
-        rows = max(0, stop - start)
-        shape = (rows, *row_shape) if info.shape else ()
+        shape = (max(0, stop - start), *info.shape[1:]) if info.shape else ()
         out = torch.empty(shape, dtype=info.dtype)
         self.read_into(name, start, out)
         return out
@@ -287,13 +288,12 @@ class SafetensorsCheckpoint(Checkpoint):
         if out.numel() == 0:
             return
         info = self.infos[name]
-        row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
-        self.read_bytes(name, start * row_bytes, out.reshape(-1).view(torch.uint8).numpy().data)
+        first = start * math.prod(info.shape[1:]) * info.dtype.itemsize
+        self.read_bytes(name, first, out.reshape(-1).view(torch.uint8).numpy().data)
 
     def read_bytes(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from byte ``offset`` of tensor ``name`` on: any part of a tensor, however large its rows."""
-        extent = self._extents[name]
-        self.pread(extent.shard, extent.offset + offset, buffer, what=name)
+        self.pread(self._extents[name].shard, self._extents[name].offset + offset, buffer, what=name)
 
     def pread(self, shard: str, offset: int, buffer: memoryview, *, what: str) -> None:
         """Fill ``buffer`` from byte ``offset`` of ``shard``; ``what`` names the content in errors."""
@@ -310,8 +310,8 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def drop_cache(self, name: str, offset: int = 0, nbytes: int | None = None) -> None:
         """Tell the kernel that these bytes of ``name`` are not needed again, so a large file doesn't evict others."""
-        extent = self._extents[name]
-        nbytes = self.infos[name].nbytes - offset if nbytes is None else nbytes
+        extent, left = self._extents[name], self.infos[name].nbytes - offset
+        nbytes = left if nbytes is None else nbytes
         if nbytes > 0:  # zero would mean the rest of the file
             os.posix_fadvise(self._fds[extent.shard], extent.offset + offset, nbytes, os.POSIX_FADV_DONTNEED)
 

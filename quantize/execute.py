@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from llmconvert.engine.activations import quantize_inputs_of
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, states_present
@@ -27,6 +28,7 @@ from llmconvert.progress import Progress
 from llmconvert.quantize.base import Quantizer, Solution, Target
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.plan import QuantizationPlan
+from llmconvert.quantize.scheme import input_kind
 from llmconvert.writer import Layout, TensorWriter, publish_directory, staging_directory, write_file, write_json
 
 __all__ = ["Execution"]
@@ -70,6 +72,11 @@ class Execution:
         self.windows = windows
         self.mode = mode
         self.phases = Phases()
+        for linears in skeleton.linears:
+            for name, linear in linears.items():
+                kind = input_kind(plan.schemes[name]) if name in plan.schemes else None
+                if kind is not None and quantizer.needs_hessian:
+                    quantize_inputs_of(linear, kind)
         #: ``(linear, error, damping)`` of every quantized linear so far.
         self.results: list[tuple[str, float | None, float | None]] = []
 

@@ -11,14 +11,16 @@ import torch
 
 from llmconvert.checkpoint import Checkpoint, CheckpointView, TensorInfo
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.quantize.codes import FP8
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.pack import pack_words, unpack_words
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Kind, Scheme, input_kind
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["QuantizedView", "open_dense"]
 
 _PACKED = ".weight_packed"
+_CODES = (torch.int8, FP8)
 _PARTS = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
 
 
@@ -73,6 +75,8 @@ class QuantizedView(CheckpointView):
             elif not self._is_part(name):
                 infos[name] = info
         self.infos = infos
+        inputs = {weight: input_kind(found.scheme) for weight, found in self.quantized.items()}
+        self.quantized_inputs = {weight: kind for weight, kind in inputs.items() if kind is not None}
 
     def scheme_of(self, name: str) -> Scheme | None:
         """The scheme a weight is stored in; None for one that is dense."""
@@ -128,7 +132,7 @@ class QuantizedView(CheckpointView):
                 raise CheckpointError(f"quantized linear {linear!r} has no tensor '{linear}.weight_shape'")
             rows, columns = self.base[f"{linear}.weight_shape"].tolist()
             return _Quantized(linear, _scheme_for(linear, groups), (rows, columns))
-        if name.endswith(".weight") and info.dtype == torch.int8:
+        if name.endswith(".weight") and info.dtype in _CODES:
             linear = name.removesuffix(".weight")
             return _Quantized(linear, _scheme_for(linear, groups), (info.shape[0], info.shape[1]))
         return None
@@ -139,7 +143,7 @@ class QuantizedView(CheckpointView):
 
 def _has_weight(checkpoint: Checkpoint, linear: str) -> bool:
     stored = checkpoint.infos.get(f"{linear}.weight")
-    return f"{linear}{_PACKED}" in checkpoint or (stored is not None and stored.dtype == torch.int8)
+    return f"{linear}{_PACKED}" in checkpoint or (stored is not None and stored.dtype in _CODES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +156,17 @@ class _Group:
     @classmethod
     def parse(cls, group: Mapping[str, Any]) -> _Group:
         weights = group["weights"]
-        if weights["type"] != "int" or weights["strategy"] not in ("group", "channel"):
+        kinds: Mapping[tuple[str, int], Kind] = {("float", 8): "fp8"} | {("int", bits): "int" for bits in range(2, 9)}
+        kind = kinds.get((weights["type"], weights["num_bits"]))
+        if kind is None or weights["strategy"] not in ("group", "channel"):
             raise UnsupportedError(
-                f"compressed-tensors weights of type {weights['type']!r} with strategy {weights['strategy']!r}; "
-                "this reader knows int weights by group or channel"
+                f"compressed-tensors weights of {weights['num_bits']}-bit type {weights['type']!r} with strategy "
+                f"{weights['strategy']!r}; this reader knows int and 8-bit float weights by group or channel"
             )
         activations = group.get("input_activations")
         size = weights["group_size"] if weights["strategy"] == "group" else None
-        scheme = Scheme(weights["num_bits"], size, weights["symmetric"], activations["num_bits"] if activations else 16)
+        bits = activations["num_bits"] if activations else 16
+        scheme = Scheme(weights["num_bits"], size, weights["symmetric"], bits, kind)
         return cls(tuple(group["targets"]), scheme)
 
     def names(self, linear: str) -> bool:

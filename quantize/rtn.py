@@ -12,6 +12,7 @@ import torch
 
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.base import Solution, Target
+from llmconvert.quantize.codes import nearest_codes
 from llmconvert.quantize.scales import GroupScales, full_range_scales, search_scales
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -62,9 +63,6 @@ class Rtn:
 def round_to_codes(weight: torch.Tensor, scales: GroupScales, scheme: Scheme) -> QuantizedTensor:
     """The nearest code of every weight, for given scales."""
     rows, columns = weight.shape
-    grouped = weight.reshape(rows, scales.scale.shape[1], -1)
-    codes = torch.round(grouped / scales.scale.unsqueeze(-1).to(weight.dtype))
-    if scales.zero is not None:
-        codes += scales.zero.unsqueeze(-1)
-    codes = codes.clamp_(scheme.code_min, scheme.code_max).to(torch.int8)
+    grouped = weight.reshape(rows, scales.scale.shape[1], -1) / scales.scale.unsqueeze(-1).to(weight.dtype)
+    codes = nearest_codes(grouped, scheme, None if scales.zero is None else scales.zero.unsqueeze(-1))
     return QuantizedTensor(codes.reshape(rows, columns), scales.scale, scales.zero, scheme)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from llmconvert.errors import CheckpointError
+from llmconvert.quantize.codes import largest_value
 from llmconvert.quantize.kernels import best_candidates, over_rows
 from llmconvert.quantize.scheme import Scheme
 
@@ -109,9 +110,10 @@ def _candidates(
     low: torch.Tensor, high: torch.Tensor, ratios: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points ``[rows, groups, ratios]`` in the weight's dtype, scales rounded to the stored dtype."""
-    levels = scheme.code_max - scheme.code_min
-    # The symmetric range is 2·max|w| over all levels, as compressed-tensors has it: codes reach -8 … 7.
-    span = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
+    if scheme.symmetric:
+        span, levels = torch.maximum(-low, high), largest_value(scheme)
+    else:
+        span, levels = high - low, scheme.code_max - scheme.code_min
     scale = (span.unsqueeze(-1) * ratios / levels).to(scale_dtype).to(low.dtype)
     # An all-zero group, or one whose scale vanishes in the stored dtype, needs some scale that is not zero.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,20 +1,29 @@
 """Quantization schemes and their names, ``w4a16-g128-sym`` and its kin.
 
-Grammar: ``w<bits>a<bits>[-g<size>|-channel][-sym|-asym]``, e.g. ``w4a16-g64``, ``w8a8``, ``w3a16-g128-asym``.
-Weights default to symmetric, one scale per output channel when no group size is given. ``a16`` leaves activations
-alone; ``a8`` quantizes them to int8 per token while the model runs (dynamically).
+Grammar: ``w<bits>a<bits>[-g<size>|-channel][-sym|-asym|-fp8|-nf4|-nf4-dq]``, e.g. ``w4a16-g64``, ``w8a8``,
+``w3a16-g128-asym``. Weights default to symmetric integers, one scale per output channel when no group size is given.
+``fp8`` weights are E4M3 floats, ``nf4`` weights one of 16 fixed levels, with ``dq`` their scales are quantized too.
+``a16`` leaves activations alone; ``a8`` quantizes them per token while the model runs (dynamically), to the kind that
+the weights have. ``fp8``, ``nf4`` and ``nf4-dq`` alone stand for their usual schemes.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from llmconvert.errors import SchemeError
 
-__all__ = ["Scheme"]
+__all__ = ["Kind", "Scheme", "input_kind"]
 
-_PATTERN = re.compile(r"w(?P<bits>\d+)a(?P<act>\d+)(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?(?:-(?P<sym>a?sym))?")
+Kind = Literal["int", "fp8", "nf4"]
+
+_PATTERN = re.compile(
+    r"w(?P<bits>\d+)a(?P<act>\d+)(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?"
+    r"(?:-(?:(?P<sym>a?sym)|(?P<fp8>fp8)|(?P<nf4>nf4)(?P<nested>-dq)?))?"
+)
+_SHORT = {"fp8": "w8a8-channel-fp8", "nf4": "w4a16-g64-nf4", "nf4-dq": "w4a16-g64-nf4-dq"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +35,16 @@ class Scheme:
         group_size: columns that share one scale; None for one scale per output channel.
         symmetric: no zero point when true.
         activation_bits: 16 (untouched) or 8 (dynamic, per token).
+        kind: what a code is: an integer, an E4M3 float, or an index into the levels of NF4.
+        nested: whether the scales are quantized themselves (the double quantization of QLoRA).
     """
 
     bits: int
     group_size: int | None = None
     symmetric: bool = True
     activation_bits: int = 16
+    kind: Kind = "int"
+    nested: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -40,6 +53,14 @@ class Scheme:
             raise SchemeError(f"scheme {self}: group size must be positive, found {self.group_size}")
         if self.activation_bits not in (8, 16):
             raise SchemeError(f"scheme {self}: activations can have 16 or 8 bits, found {self.activation_bits}")
+        if self.kind == "fp8" and (self.bits != 8 or not self.symmetric):
+            raise SchemeError(f"scheme {self}: fp8 weights have 8 bits and no zero point")
+        if self.kind == "nf4" and (self.bits != 4 or not self.symmetric or not self.group_size):
+            raise SchemeError(f"scheme {self}: nf4 weights have 4 bits, a group size and no zero point")
+        if self.kind == "nf4" and self.activation_bits != 16:
+            raise SchemeError(f"scheme {self}: nf4 weights leave activations at 16 bits")
+        if self.nested and self.kind != "nf4":
+            raise SchemeError(f"scheme {self}: only nf4 weights have quantized scales")
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
@@ -48,28 +69,38 @@ class Scheme:
         Raises:
             SchemeError: it does not follow the grammar, or a number is out of range.
         """
-        match = _PATTERN.fullmatch(text.strip().lower())
+        name = text.strip().lower()
+        match = _PATTERN.fullmatch(_SHORT.get(name, name))
         if match is None:
             raise SchemeError(
-                f"scheme {text!r} is not understood; expected w<bits>a<bits>[-g<size>|-channel][-sym|-asym], "
-                "for example w4a16-g128 or w8a8"
+                f"scheme {text!r} is not understood; expected w<bits>a<bits>[-g<size>|-channel][-sym|-asym|-fp8|-nf4], "
+                "for example w4a16-g128, w8a8 or fp8"
             )
         group = match["group"]
-        return cls(int(match["bits"]), int(group) if group else None, match["sym"] != "asym", int(match["act"]))
+        kind: Kind = "fp8" if match["fp8"] else "nf4" if match["nf4"] else "int"
+        return cls(
+            int(match["bits"]),
+            int(group) if group else None,
+            match["sym"] != "asym",
+            int(match["act"]),
+            kind,
+            match["nested"] is not None,
+        )
 
     def __str__(self) -> str:
         grouping = "channel" if self.group_size is None else f"g{self.group_size}"
-        return f"w{self.bits}a{self.activation_bits}-{grouping}-{'sym' if self.symmetric else 'asym'}"
+        kind = ("sym" if self.symmetric else "asym") if self.kind == "int" else self.kind
+        return f"w{self.bits}a{self.activation_bits}-{grouping}-{kind}{'-dq' if self.nested else ''}"
 
     @property
     def code_min(self) -> int:
-        """Smallest code: codes are signed whatever the symmetry, as in compressed-tensors."""
-        return -(1 << (self.bits - 1))
+        """Smallest integer code: signed whatever the symmetry, as in compressed-tensors; an index for nf4."""
+        return 0 if self.kind == "nf4" else -(1 << (self.bits - 1))
 
     @property
     def code_max(self) -> int:
-        """Largest code."""
-        return (1 << (self.bits - 1)) - 1
+        """Largest integer code."""
+        return self.code_min + (1 << self.bits) - 1
 
     def groups(self, columns: int) -> int:
         """Scales per row of a weight with ``columns`` input columns."""
@@ -92,3 +123,10 @@ class Scheme:
         raise SchemeError(
             f"scheme {self}: group size {self.group_size} does not divide the {columns} columns of {name}; {advice}"
         )
+
+
+def input_kind(scheme: Scheme) -> Literal["int8", "fp8"] | None:
+    """What runtimes quantize the inputs of such a linear to; None for schemes that leave them alone."""
+    if scheme.activation_bits == 16:
+        return None
+    return "fp8" if scheme.kind == "fp8" else "int8"

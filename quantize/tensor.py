@@ -1,6 +1,6 @@
-"""The canonical quantized weight: unpacked integer codes with scales and zero points.
+"""The canonical quantized weight: unpacked codes with scales and zero points.
 
-Algorithms produce it, formats pack it, readers dequantize it: ``w = (code - zero) * scale``.
+Algorithms produce it, formats pack it, readers dequantize it: ``w = (value of code - zero) * scale``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,25 @@ from dataclasses import dataclass
 
 import torch
 
+from llmconvert.quantize.codes import code_dtype, code_values
 from llmconvert.quantize.scheme import Scheme
 
-__all__ = ["QuantizedTensor"]
+__all__ = ["NestedScales", "QuantizedTensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class NestedScales:
+    """Scales that are quantized themselves, as bitsandbytes stores them; how, is :mod:`llmconvert.quantize.nf4`'s.
+
+    Attributes:
+        codes: uint8 ``[rows · groups]``, one per scale of the flattened weight.
+        absmax: float32, one per 256 codes.
+        offset: float32 scalar tensor, added to all of them.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    offset: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,28 +36,33 @@ class QuantizedTensor:
     """A weight of shape ``[rows, columns]`` as codes.
 
     Attributes:
-        codes: int8 ``[rows, columns]``, in ``scheme.code_min … scheme.code_max`` (signed, also when asymmetric).
+        codes: ``[rows, columns]``: int8 in ``scheme.code_min … scheme.code_max`` (signed, also when asymmetric), or
+            E4M3 floats.
         scale: ``[rows, groups]`` in the dtype the format stores, so that what an algorithm saw is what is written.
         zero: int8 ``[rows, groups]`` in the range of the codes, or None for symmetric schemes.
-        scheme: bits, grouping and symmetry.
+        scheme: bits, grouping, symmetry and kind.
+        nested: what ``scale`` is stored as, for schemes that quantize it too; None for all others.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
     scheme: Scheme
+    nested: NestedScales | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
         expected = (rows, self.scheme.groups(columns))
-        if self.codes.dtype != torch.int8:
-            raise ValueError(f"codes must be int8, found {self.codes.dtype}")
+        if self.codes.dtype != code_dtype(self.scheme):
+            raise ValueError(f"codes must be {str(code_dtype(self.scheme))[6:]}, found {self.codes.dtype}")
         if tuple(self.scale.shape) != expected:
             raise ValueError(f"scale must have shape {expected}, found {tuple(self.scale.shape)}")
         if (self.zero is None) != self.scheme.symmetric:
             raise ValueError(f"scheme {self.scheme} {'has no' if self.scheme.symmetric else 'needs a'} zero point")
         if self.zero is not None and (tuple(self.zero.shape) != expected or self.zero.dtype != torch.int8):
             raise ValueError(f"zero must be int8 {expected}, found {self.zero.dtype} {tuple(self.zero.shape)}")
+        if (self.nested is not None) != self.scheme.nested:
+            raise ValueError(f"scheme {self.scheme} {'needs' if self.scheme.nested else 'has no'} nested scales")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,7 +71,7 @@ class QuantizedTensor:
         return rows, columns
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
-        """The rows ``start:stop``, sharing memory."""
+        """The rows ``start:stop``, sharing memory. Nested scales cannot be cut: they run over all rows."""
         zero = None if self.zero is None else self.zero[start:stop]
         return QuantizedTensor(self.codes[start:stop], self.scale[start:stop], zero, self.scheme)
 
@@ -70,7 +91,7 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight these codes stand for, ``[rows, columns]``, computed in float32 and rounded once to ``dtype``."""
         rows, columns = self.codes.shape
-        grouped = self.codes.reshape(rows, self.scale.shape[1], -1).float()
+        grouped = code_values(self.codes, self.scheme).reshape(rows, self.scale.shape[1], -1)
         if self.zero is not None:
             grouped -= self.zero.unsqueeze(-1).float()
         grouped *= self.scale.unsqueeze(-1).float()

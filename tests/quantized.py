@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmconvert.engine.statistics import Hessian
+from llmconvert.quantize.codes import FP8
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
@@ -20,6 +21,8 @@ def random_tensor(
     low, high = scheme.code_min, scheme.code_max + 1
     codes = torch.randint(low, high, (rows, columns), generator=generator, dtype=torch.int64).to(torch.int8)
     scale = torch.rand((rows, groups), generator=generator).mul_(0.1).add_(0.01).to(dtype)
+    if scheme.kind == "fp8":
+        return QuantizedTensor(torch.randn((rows, columns), generator=generator).to(FP8), scale, None, scheme)
     zero = torch.randint(low, high, (rows, groups), generator=generator, dtype=torch.int64).to(torch.int8)
     return QuantizedTensor(codes, scale, None if scheme.symmetric else zero, scheme)
 

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmconvert.checkpoint import Checkpoint
+from llmconvert.engine.activations import quantize_inputs_of
 from llmconvert.engine.names import map_names
 from llmconvert.errors import CheckpointError, UnsupportedError
 
@@ -89,6 +90,11 @@ class Skeleton:
         ]
         for index, slot in enumerate(self.slots):
             blocks[index] = slot
+        for linears in self.linears:
+            for name, linear in linears.items():
+                kind = checkpoint.quantized_inputs.get(self.names[f"{name}.weight"])
+                if kind is not None:
+                    quantize_inputs_of(linear, kind)
 
     @property
     def block_count(self) -> int:

@@ -1,8 +1,9 @@
 """The compressed-tensors format (https://github.com/vllm-project/compressed-tensors): vLLM, transformers, SGLang.
 
-Two of its layouts: ``pack-quantized`` for weights of 2 to 8 bits with 16-bit activations (codes packed into int32
-words along the columns, zero points along the rows), and ``int-quantized`` for 8-bit weights with 8-bit activations
-(codes as int8, activations quantized per token while running).
+Three of its layouts: ``pack-quantized`` for integer weights of 2 to 8 bits with 16-bit activations (codes packed into
+int32 words along the columns, zero points along the rows), ``int-quantized`` for 8-bit weights with 8-bit activations
+(codes as int8, activations quantized per token while running), and ``float-quantized`` for E4M3 weights, with or
+without E4M3 activations.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from llmconvert.checkpoint import TensorSpec
 from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.codes import FP8
 from llmconvert.quantize.pack import pack_words, packed_length, unpack_words
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -22,9 +24,17 @@ __all__ = ["CompressedTensors"]
 
 
 class CompressedTensors:
-    """``pack-quantized`` and ``int-quantized`` tensors and their configuration."""
+    """``pack-quantized``, ``int-quantized`` and ``float-quantized`` tensors and their configuration."""
 
     def check(self, scheme: Scheme) -> None:
+        if scheme.kind == "nf4":
+            raise UnsupportedError(f"scheme {scheme}: compressed-tensors has no nf4; format bitsandbytes has")
+        if scheme.kind == "fp8":
+            if scheme.group_size is not None:
+                raise UnsupportedError(
+                    f"scheme {scheme}: runtimes read E4M3 weights with one scale per channel only (w8a8-channel-fp8)"
+                )
+            return
         if scheme.activation_bits == 8 and (scheme.bits != 8 or scheme.group_size is not None or not scheme.symmetric):
             raise UnsupportedError(
                 f"scheme {scheme}: compressed-tensors stores int8 activations with w8a8-channel-sym weights only"
@@ -34,8 +44,8 @@ class CompressedTensors:
         rows, columns = shape
         groups = scheme.groups(columns)
         scale = TensorSpec(f"{linear}.weight_scale", scale_dtype, (rows, groups))
-        if scheme.activation_bits == 8:
-            return [TensorSpec(f"{linear}.weight", torch.int8, shape), scale]
+        if _layout(scheme) != "pack-quantized":
+            return [TensorSpec(f"{linear}.weight", FP8 if scheme.kind == "fp8" else torch.int8, shape), scale]
         packed = (rows, packed_length(columns, scheme.bits))
         specs = [
             TensorSpec(f"{linear}.weight_packed", torch.int32, packed),
@@ -49,7 +59,7 @@ class CompressedTensors:
 
     def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         scheme = tensor.scheme
-        if scheme.activation_bits == 8:
+        if _layout(scheme) != "pack-quantized":
             return {f"{linear}.weight": tensor.codes, f"{linear}.weight_scale": tensor.scale}
         stored = {
             f"{linear}.weight_packed": pack_words(_unsigned(tensor.codes, scheme), scheme.bits),
@@ -63,7 +73,7 @@ class CompressedTensors:
 
     def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
         scale = stored[f"{linear}.weight_scale"]
-        if scheme.activation_bits == 8:
+        if _layout(scheme) != "pack-quantized":
             return QuantizedTensor(stored[f"{linear}.weight"], scale, None, scheme)
         words = stored[f"{linear}.weight_packed"]
         rows, columns = words.shape[0], int(stored[f"{linear}.weight_shape"][1])
@@ -104,13 +114,19 @@ class CompressedTensors:
 
 
 def _layout(scheme: Scheme) -> str:
+    if scheme.kind == "fp8":
+        return "float-quantized"
     return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
+
+
+def _type(scheme: Scheme) -> str:
+    return "float" if scheme.kind == "fp8" else "int"
 
 
 def _weight_args(scheme: Scheme) -> dict[str, Any]:
     return {
         "num_bits": scheme.bits,
-        "type": "int",
+        "type": _type(scheme),
         "symmetric": scheme.symmetric,
         "strategy": "channel" if scheme.group_size is None else "group",
         "group_size": scheme.group_size,
@@ -127,7 +143,7 @@ def _activation_args(scheme: Scheme) -> dict[str, Any] | None:
         return None
     return {
         "num_bits": 8,
-        "type": "int",
+        "type": _type(scheme),
         "symmetric": True,
         "strategy": "token",
         "group_size": None,

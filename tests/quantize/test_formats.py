@@ -19,7 +19,8 @@ WEIGHT_ONLY = [
     Scheme(bits, group, symmetric)
     for bits, group, symmetric in itertools.product(range(2, 9), (None, 32), (True, False))
 ]
-SCHEMES = [*WEIGHT_ONLY, Scheme(8, activation_bits=8)]
+FLOATS = [Scheme.parse("fp8"), Scheme.parse("w8a16-fp8")]
+SCHEMES = [*WEIGHT_ONLY, Scheme(8, activation_bits=8), *FLOATS]
 
 
 @pytest.fixture(params=FORMATS)
@@ -35,7 +36,8 @@ def test_unpacking_undoes_packing(layout: Format, scheme: Scheme, scale_dtype: t
         tensor = random_tensor(scheme, rows, columns, scale_dtype)
         found = layout.unpack("a.b", layout.pack("a.b", tensor), scheme)
         assert found.scheme == scheme
-        assert torch.equal(found.codes, tensor.codes)
+        assert found.codes.dtype == tensor.codes.dtype
+        assert torch.equal(found.codes.view(torch.int8), tensor.codes.view(torch.int8))
         assert torch.equal(found.scale, tensor.scale) and found.scale.dtype == scale_dtype
         if tensor.zero is None:
             assert found.zero is None
@@ -70,6 +72,13 @@ def test_int8_activations_need_plain_int8_weights() -> None:
             layout.check(Scheme.parse(name))
 
 
+def test_kinds_that_compressed_tensors_has_no_layout_for() -> None:
+    layout = load_format("compressed-tensors")
+    for name, message in (("nf4", "no nf4; format bitsandbytes has"), ("w8a8-g64-fp8", "one scale per channel only")):
+        with pytest.raises(UnsupportedError, match=message):
+            layout.check(Scheme.parse(name))
+
+
 def test_unknown_formats_are_refused_with_those_there_are() -> None:
     with pytest.raises(UnsupportedError, match=r"format 'gguf2' is not known; known are .*compressed-tensors"):
         load_format("gguf2")
@@ -93,11 +102,13 @@ def test_compressed_tensors_parses_the_config(scheme: Scheme) -> None:
     config = QuantizationConfig.model_validate(declared)
     assert config.quant_method == "compressed-tensors"
     assert config.ignore == ["lm_head"]
-    assert config.format == ("int-quantized" if scheme.activation_bits == 8 else "pack-quantized")
+    plain = "float-quantized" if scheme.kind == "fp8" else "int-quantized"
+    assert config.format == ("pack-quantized" if scheme in WEIGHT_ONLY else plain)
     (group,) = config.config_groups.values()
     assert group.targets == ["Linear"]
     weights = group.weights
     assert weights is not None
+    assert weights.type == ("float" if scheme.kind == "fp8" else "int")
     assert (weights.num_bits, weights.symmetric, weights.group_size) == (
         scheme.bits,
         scheme.symmetric,

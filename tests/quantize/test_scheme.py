@@ -9,13 +9,22 @@ from hypothesis import strategies as st
 from llmconvert.errors import SchemeError
 from llmconvert.quantize.scheme import Scheme
 
-schemes = st.builds(
+integers = st.builds(
     Scheme,
     bits=st.integers(2, 8),
     group_size=st.none() | st.integers(1, 4096),
     symmetric=st.booleans(),
     activation_bits=st.sampled_from([8, 16]),
 )
+floats = st.builds(
+    Scheme,
+    bits=st.just(8),
+    group_size=st.none() | st.integers(1, 4096),
+    activation_bits=st.sampled_from([8, 16]),
+    kind=st.just("fp8"),
+)
+levels = st.builds(Scheme, bits=st.just(4), group_size=st.integers(1, 4096), kind=st.just("nf4"), nested=st.booleans())
+schemes = integers | floats | levels
 
 
 @given(schemes)
@@ -33,6 +42,10 @@ def test_a_name_stands_for_its_scheme(scheme: Scheme) -> None:
         ("w8a8", Scheme(8, activation_bits=8), "w8a8-channel-sym"),
         ("w8a16-channel-asym", Scheme(8, symmetric=False), "w8a16-channel-asym"),
         ("w2a16-asym", Scheme(2, symmetric=False), "w2a16-channel-asym"),
+        ("fp8", Scheme(8, activation_bits=8, kind="fp8"), "w8a8-channel-fp8"),
+        ("w8a16-fp8", Scheme(8, kind="fp8"), "w8a16-channel-fp8"),
+        ("nf4", Scheme(4, 64, kind="nf4"), "w4a16-g64-nf4"),
+        ("nf4-dq", Scheme(4, 64, kind="nf4", nested=True), "w4a16-g64-nf4-dq"),
     ],
 )
 def test_defaults_are_filled_in(name: str, scheme: Scheme, canonical: str) -> None:
@@ -56,6 +69,10 @@ def test_names_outside_the_grammar_are_refused_with_an_example(name: str) -> Non
         ("w16a16", "weights can have 2 to 8 bits, found 16"),
         ("w4a4", "activations can have 16 or 8 bits, found 4"),
         ("w4a16-g0", "group size must be positive, found 0"),
+        ("w4a8-fp8", "fp8 weights have 8 bits and no zero point"),
+        ("w3a16-g64-nf4", "nf4 weights have 4 bits, a group size and no zero point"),
+        ("w4a16-nf4", "nf4 weights have 4 bits, a group size and no zero point"),
+        ("w4a8-g64-nf4", "nf4 weights leave activations at 16 bits"),
     ],
 )
 def test_numbers_out_of_range_are_named(name: str, message: str) -> None:
@@ -63,7 +80,7 @@ def test_numbers_out_of_range_are_named(name: str, message: str) -> None:
         Scheme.parse(name)
 
 
-@given(schemes)
+@given(integers)
 def test_codes_fill_their_bits(scheme: Scheme) -> None:
     assert scheme.code_max - scheme.code_min + 1 == 1 << scheme.bits
     assert scheme.code_min == -scheme.code_max - 1
