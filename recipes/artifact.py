@@ -30,6 +30,7 @@ from llmconvert.validate.card import render_card
 from llmconvert.validate.html import render_html
 from llmconvert.validate.plots import divergence_plot, layer_error_plot, quality_plot
 from llmconvert.validate.report import ModelInfo, Report
+from llmconvert.validate.section_plot import section_plot
 from llmconvert.writer import write_file
 
 __all__ = ["artifact_name", "assemble_artifact", "model_info", "public_name", "resolved_recipe"]
@@ -123,6 +124,12 @@ def assemble_artifact(model: Path, artifact: Path, recipe: Recipe, source: Sourc
         if picture is not None:
             write_file(folder / f"{name}.png", picture)
             plots.append((caption, f"llmconvert/{name}.png"))
+    section_plots = {}
+    for section in report.sections:
+        picture = section_plot(section, "png") if "card" in section.shown else None
+        if picture is not None:
+            section_plots[section.name] = f"llmconvert/{section.name}.png"
+            write_file(artifact / section_plots[section.name], picture)
     card = render_card(
         report,
         repository=_repository(recipe, report),
@@ -130,6 +137,7 @@ def assemble_artifact(model: Path, artifact: Path, recipe: Recipe, source: Sourc
         license_fields=provenance(source).license_fields,
         chat=any(name.startswith("chat_template") for name in source.checkpoint.files),
         plots=plots,
+        section_plots=section_plots,
     )
     write_file(artifact / "README.md", card.encode())
 

@@ -27,7 +27,7 @@ from llmconvert.recipes.artifact import assemble_artifact, model_info
 from llmconvert.recipes.attention import require_attention_support, require_mergeable, rewrite_attention
 from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
 from llmconvert.recipes.recipe import Recipe
-from llmconvert.recipes.steps import convert, measure, quantize
+from llmconvert.recipes.steps import convert, measure, quantize, require_measurable
 from llmconvert.recipes.windows import WindowRequest, load_windows, save_windows
 from llmconvert.stages import StageResult, StageRun, StageStore
 from llmconvert.validate.blame import blame
@@ -97,6 +97,7 @@ class _Run:
     def run(self) -> RunResult:
         recipe = self._recipe
         require_attention_support(recipe)
+        require_measurable(recipe.validation)
         if self._publish is not None:
             check_target(self._publish, recipe.name)
         source = self._fetch()
@@ -288,6 +289,7 @@ class _Run:
         resumable: bool = False,
     ) -> StageResult:
         result = self._stages.run(name, inputs, build, resumable=resumable)
+        details = {key: value for key, value in result.details.items() if key != "sections"}
         release_freed_memory()
         self._steps.append(
             Step.model_validate(
@@ -298,7 +300,8 @@ class _Run:
                     "peak_rss_method": result.peak_rss_method,
                     "reused": result.reused,
                     "resumed": result.resumed,
-                    "details": result.details if name in ("convert", "attention", "quantize") else {},
+                    "sections": result.details.get("sections", ()),
+                    "details": details if name in ("convert", "attention", "quantize") else {},
                 }
             )
         )

@@ -18,7 +18,7 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.base import needs_calibration
 from llmconvert.recipes.artifact import public_name
 from llmconvert.recipes.recipe import QuantizeSettings, Recipe
-from llmconvert.recipes.steps import DTYPES, convert, layer_overrides, measure, quantize
+from llmconvert.recipes.steps import DTYPES, convert, layer_overrides, measure, quantize, require_measurable
 from llmconvert.recipes.windows import WindowRequest
 from llmconvert.validate.report import ModelInfo, Report, environment
 from llmconvert.writer import check_output_directory
@@ -137,6 +137,7 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
     settings = recipe.validation
     if settings is None:
         raise UsageError("nothing to measure: the recipe has no validate section")
+    require_measurable(settings)
     with interruptible("nothing was written; run the same command again"):
         source = open_source(recipe.model, progress=progress)
         original = open_source(reference, progress=progress) if reference is not None else None

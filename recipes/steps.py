@@ -19,9 +19,10 @@ from llmconvert.recipes.artifact import public_name
 from llmconvert.recipes.recipe import ConvertSettings, QuantizeSettings, ValidateSettings
 from llmconvert.validate.artifact import Limits, validate_artifact
 from llmconvert.validate.behaviour import GenerationOptions
+from llmconvert.validate.measurement import Measurement
 from llmconvert.validate.report import Check
 
-__all__ = ["DTYPES", "convert", "layer_overrides", "measure", "quantize"]
+__all__ = ["DTYPES", "convert", "layer_overrides", "measure", "measurements", "quantize", "require_measurable"]
 
 #: The dtypes a recipe can name.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -82,6 +83,16 @@ def quantize(
     }
 
 
+def require_measurable(settings: ValidateSettings | None) -> None:
+    """Refuse, before any work, a measurement that can't be made in this environment.
+
+    Raises:
+        UnsupportedError: with what is missing.
+    """
+    for measurement in measurements(settings) if settings is not None else ():
+        measurement.require()
+
+
 def layer_overrides(settings: QuantizeSettings) -> list[Override]:
     """The section's overrides as the engine takes them."""
     return [
@@ -115,5 +126,11 @@ def measure(
         ),
         device=device,
         overlap=overlap,
+        measurements=measurements(settings),
         progress=progress,
     )
+
+
+def measurements(settings: ValidateSettings) -> list[Measurement]:
+    """What the section asks for besides; a measurement is a file under ``validate/`` and a line here."""
+    return []

@@ -6,6 +6,7 @@ are evaluated by the streaming engine side by side, block by block; the runtime 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.reader import open_dense
 from llmconvert.validate.behaviour import GenerationOptions, Probe, runtime_checks
 from llmconvert.validate.inventory import bits_per_weight, measure_sizes, take_inventory
+from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.quality import Limits, Scorer, how_measured
 from llmconvert.validate.report import Check
 from llmconvert.validate.vocabulary import check_vocabularies
@@ -36,6 +38,7 @@ def validate_artifact(
     dtype: torch.dtype | None = None,
     overlap: float | None = None,
     seed: int = 0,
+    measurements: Sequence[Measurement] = (),
     progress: Progress = SILENT,
 ) -> list[Check]:
     """Measure an artifact directory, against the original where there is one.
@@ -49,6 +52,7 @@ def validate_artifact(
         dtype: what evaluation computes in; the checkpoints' own by default.
         overlap: share of the evaluation text found in the calibration text, to go on record.
         seed: of the bootstrap.
+        measurements: what else to measure, in this order.
 
     Raises:
         CheckpointError: files cannot be read.
@@ -84,6 +88,12 @@ def validate_artifact(
                 dtype=dtype,
                 progress=progress,
             )
+        subject = Subject(
+            artifact, stored, dense, reference, original, windows, device, dtype, seed=seed, progress=progress
+        )
+        for measurement in measurements:
+            checks += measurement.measure(subject)
+            release_freed_memory()
     return checks
 
 

@@ -13,13 +13,12 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from llmconvert.errors import HubError
-from llmconvert.validate.display import rows
+from llmconvert.validate.display import rows, section_table
 from llmconvert.validate.html import template_environment
 from llmconvert.validate.report import Report
 
 __all__ = ["inherited_license", "render_card"]
 
-_NOT_ON_CARD = ("inventory", "runtime", "fidelity.max_abs_diff", "kl_p99", "generation.looping", "generation.ended")
 # Formats that vLLM reads; the others are transformers' or llama.cpp's business.
 _VLLM_FORMATS = ("compressed-tensors", "gptq", "awq")
 
@@ -32,6 +31,7 @@ def render_card(
     license_fields: Mapping[str, str] | None = None,
     chat: bool = False,
     plots: Sequence[tuple[str, str]] = (),
+    section_plots: Mapping[str, str] | None = None,
     limitations: Sequence[str] = (),
 ) -> str:
     """``README.md`` of an artifact, parsed once by ``huggingface_hub`` before it is returned.
@@ -42,6 +42,7 @@ def render_card(
         license_fields: ``license``, ``license_name``, ``license_link`` of the original (:func:`inherited_license`).
         chat: whether the tokenizer has a chat template, for the example.
         plots: (caption, path inside the repository).
+        section_plots: name of a section → path of its plot.
         limitations: sentences to add to the standing ones.
 
     Raises:
@@ -49,13 +50,19 @@ def render_card(
     """
     model = report.model
     base = model.base_model
+    section_plots = section_plots or {}
     template = template_environment(escape=False).get_template("card.md.j2")
     body = template.render(
         title=model.name,
         model=model,
         base=base,
         repository=repository,
-        rows=[row for row in rows(report) if row.value and row.name not in _NOT_ON_CARD],
+        rows=[row for row in rows(report) if row.value and not row.quiet],
+        sections=[
+            (section, section_table(section), section_plots.get(section.name, ""))
+            for section in report.sections
+            if "card" in section.shown
+        ],
         about=_detail(report, "perplexity"),
         fidelity=report.check("fidelity.max_abs_diff"),
         failed=report.failed,

@@ -11,15 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmconvert.validate.report import Check, Report
+from llmconvert.validate.section import Cell, Section
 
 __all__ = [
     "Row",
+    "TextTable",
     "format_bytes",
     "format_count",
     "format_seconds",
     "format_value",
     "label_of",
     "rows",
+    "section_table",
     "split_interval",
 ]
 
@@ -40,6 +43,15 @@ _LABELS: Mapping[str, str] = {
     "runtime": "Tensors the runtime could not load",
     "fidelity.max_abs_diff": "Largest difference of a logit, runtime to reader",
 }
+# These matter when they fail.
+_QUIET = (
+    "inventory",
+    "runtime",
+    "fidelity.max_abs_diff",
+    "kl_p99",
+    "generation.looping",
+    "generation.ended",
+)
 _PREFIXES = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -47,7 +59,8 @@ _PREFIXES = ("B", "kB", "MB", "GB", "TB", "PB")
 class Row:
     """One check for people: label, original, artifact, change and limit as text; empty where there is none.
 
-    ``note`` is the check's sentence, ``ok`` its verdict, ``gated`` whether a limit was set.
+    ``note`` is the check's sentence, ``ok`` its verdict, ``gated`` whether a limit was set, ``quiet`` whether only the
+    whole report shows it.
     """
 
     name: str
@@ -59,6 +72,16 @@ class Row:
     note: str
     ok: bool
     gated: bool
+    quiet: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """A section's table as text; ``numeric`` says of each column whether it holds numbers."""
+
+    headings: tuple[str, ...]
+    numeric: tuple[bool, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
 def rows(report: Report) -> list[Row]:
@@ -66,7 +89,7 @@ def rows(report: Report) -> list[Row]:
     return [
         Row(
             name=check.name,
-            label=label_of(check.name),
+            label=check.label or label_of(check.name),
             reference=_with_interval(check, check.reference, "reference_"),
             value=_with_interval(check, check.value, ""),
             change=_change(check),
@@ -74,6 +97,7 @@ def rows(report: Report) -> list[Row]:
             note=check.text,
             ok=check.ok,
             gated=check.limit is not None,
+            quiet=check.ok and (check.quiet or check.name in _QUIET),
         )
         for check in report.checks
     ]
@@ -98,11 +122,31 @@ def format_value(value: float | None, unit: str) -> str:
         return format_bytes(value)
     if unit in ("share", "relative"):
         return f"{100 * value:.1f} %"
-    if unit in ("tensors", "texts"):
+    if unit == "seconds":
+        return format_seconds(value)
+    if unit in ("tensors", "texts", "tokens"):
         return f"{value:,.0f}"
     if unit in ("tokens/s", "nats"):
         return f"{_significant(value, 3)} {unit}"
     return _significant(value, 4)
+
+
+def section_table(section: Section) -> TextTable:
+    """A section's table, every number with its column's unit."""
+    columns = section.columns
+    return TextTable(
+        tuple(column.heading for column in columns),
+        tuple(any(isinstance(row[index], float) for row in section.rows) for index in range(len(columns))),
+        tuple(
+            tuple(_cell(value, column.unit) for value, column in zip(row, columns, strict=True)) for row in section.rows
+        ),
+    )
+
+
+def _cell(value: Cell, unit: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:,.0f}" if not unit and float(value).is_integer() else format_value(value, unit)
 
 
 def format_bytes(value: float) -> str:
@@ -152,7 +196,7 @@ def _change(check: Check) -> str:
         text = _signed(check.detail["increase"])
         low, high = check.detail.get("increase_low"), check.detail.get("increase_high")
         return text if low is None or high is None else f"{text} ({_signed(low)} to {_signed(high)})"
-    if not check.value or not check.reference or check.unit in ("texts", "tensors"):
+    if not check.value or not check.reference or check.unit in ("texts", "tensors", "tokens"):
         return ""
     return _signed(check.value / check.reference - 1)
 

@@ -8,9 +8,11 @@ from typing import Any
 import jinja2
 
 from llmconvert.validate.blame import blame
-from llmconvert.validate.display import format_bytes, format_count, format_seconds, rows, split_interval
+from llmconvert.validate.display import format_bytes, format_count, format_seconds, rows, section_table, split_interval
 from llmconvert.validate.plots import divergence_plot, layer_error_plot, quality_plot
 from llmconvert.validate.report import Report
+from llmconvert.validate.section import Section
+from llmconvert.validate.section_plot import section_plot
 
 __all__ = ["render_html", "template_environment"]
 
@@ -46,6 +48,7 @@ def render_html(report: Report, *, recipe: str | None = None) -> str:
         rows=list(by_name.values()),
         tiles=[by_name[name] for name in _TILES if name in by_name and by_name[name].value],
         plots=_plots(report),
+        sections=[(section, section_table(section), _section_svg(section)) for section in report.sections],
         about=_detail(report, "perplexity"),
         texts=_detail(report, "generation.agreement").get("texts", []),
         worst=_detail(report, "kl_p99").get("worst", []),
@@ -58,6 +61,11 @@ def render_html(report: Report, *, recipe: str | None = None) -> str:
 def _detail(report: Report, name: str) -> dict[str, Any]:
     check = report.check(name)
     return {} if check is None else dict(check.detail)
+
+
+def _section_svg(section: Section) -> str:
+    svg = section_plot(section)
+    return "" if svg is None else svg.decode()
 
 
 def _plots(report: Report) -> list[tuple[str, str]]:

@@ -1,32 +1,20 @@
-"""The report's plots, drawn without any global state of matplotlib.
-
-As SVG their text is text and their ink is the page's own colour (``currentColor``), so that one drawing serves light
-and dark pages; as PNG they are dark on white.
-"""
+"""The report's own plots; see :mod:`llmconvert.validate.section_plot` for those of sections."""
 
 from __future__ import annotations
 
-import io
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from llmconvert.validate.display import format_bytes
+from llmconvert.validate.drawing import COLOURS, INK, MARKERS, Format, render, style
 from llmconvert.validate.report import Check, Report
 
 __all__ = ["Format", "comparison_plot", "divergence_plot", "drift_plot", "layer_error_plot", "quality_plot"]
 
-Format = Literal["svg", "png"]
-
-# Near-black for PNG; a colour that occurs nowhere else, to be found again in the SVG.
-_INK = "#1e2328"
-# Of middle lightness: at least 3:1 against white and against near-black.
-_COLOURS = ("#3b82c4", "#d07a1f", "#2e9567", "#c75a9b", "#8a6fd1", "#a08025", "#d1495b", "#2a9d9d", "#7f7f7f")
-_MARKERS = "osD^vP*Xh"
 _LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)\.weight")
-_INCHES = (6.4, 3.6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +37,10 @@ def quality_plot(report: Report, format: Format = "svg") -> bytes | None:
     if quality is None or quality.value is None or quality.reference is None:
         return None
     points = (
-        _Point("original", size.reference, quality.reference, _interval(quality, "reference_"), _COLOURS[8]),
-        _Point("artifact", size.value, quality.value, _interval(quality, ""), _COLOURS[0]),
+        _Point("original", size.reference, quality.reference, _interval(quality, "reference_"), COLOURS[8]),
+        _Point("artifact", size.value, quality.value, _interval(quality, ""), COLOURS[0]),
     )
-    return _render(lambda figure: _draw_quality(figure, points), format, "quality")
+    return render(lambda figure: _draw_quality(figure, points), format, "quality")
 
 
 def layer_error_plot(report: Report, format: Format = "svg") -> bytes | None:
@@ -61,7 +49,7 @@ def layer_error_plot(report: Report, format: Format = "svg") -> bytes | None:
     series = _errors_by_kind(inventory.detail.get("tensors", ()) if inventory else ())
     if not series:
         return None
-    return _render(lambda figure: _draw_errors(figure, series), format, "layers")
+    return render(lambda figure: _draw_errors(figure, series), format, "layers")
 
 
 def comparison_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes | None:
@@ -71,12 +59,12 @@ def comparison_plot(reports: Mapping[str, Report], format: Format = "svg") -> by
         size, quality = report.check("size_bytes"), report.check("perplexity")
         if size is None or quality is None or size.value is None or quality.value is None:
             continue
-        points.append(_Point(label, size.value, quality.value, _interval(quality, ""), _COLOURS[index % 8]))
+        points.append(_Point(label, size.value, quality.value, _interval(quality, ""), COLOURS[index % 8]))
         known = {(point.size, point.perplexity) for point in points}
         if size.reference and quality.reference and (size.reference, quality.reference) not in known:
             before = _interval(quality, "reference_")
-            points.append(_Point("original", size.reference, quality.reference, before, _COLOURS[8]))
-    return _render(lambda figure: _draw_comparison(figure, points), format, "comparison") if len(points) > 1 else None
+            points.append(_Point("original", size.reference, quality.reference, before, COLOURS[8]))
+    return render(lambda figure: _draw_comparison(figure, points), format, "comparison") if len(points) > 1 else None
 
 
 def drift_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes | None:
@@ -86,7 +74,7 @@ def drift_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes |
         for index, (label, report) in enumerate(reports.items())
         if (check := report.check("block_divergence")) is not None and check.detail.get("blocks")
     }
-    return _render(lambda figure: _draw_drifts(figure, lines), format, "drift") if lines else None
+    return render(lambda figure: _draw_drifts(figure, lines), format, "drift") if lines else None
 
 
 def divergence_plot(report: Report, format: Format = "svg") -> bytes | None:
@@ -95,49 +83,7 @@ def divergence_plot(report: Report, format: Format = "svg") -> bytes | None:
     blocks = check.detail.get("blocks", ()) if check else ()
     if not blocks:
         return None
-    return _render(lambda figure: _draw_divergence(figure, blocks), format, "divergence")
-
-
-def _render(draw: Callable[[Any], None], format: Format, name: str) -> bytes:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    buffer = io.BytesIO()
-    # Restored on leaving: text as text, and ids that are the same every time.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "font.family": "sans-serif"}):
-        figure = Figure(figsize=_INCHES, layout="constrained")
-        (FigureCanvasSVG if format == "svg" else FigureCanvasAgg)(figure)
-        draw(figure)
-        if format == "png":
-            figure.savefig(buffer, format="png", dpi=160, facecolor="white")
-            return buffer.getvalue()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue().decode(), name).encode()
-
-
-def _inline(svg: str, name: str) -> str:
-    """An SVG to stand inside a page: no prologue, ids of its own, the page's ink and font."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
-    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg \1width="100%" role="img"', svg, count=1)
-    return svg.replace(_INK, "currentColor")
-
-
-def _style(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_INK)
-    axes.tick_params(colors=_INK)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-    axes.grid(color="#888888", alpha=0.25, linewidth=0.8)
-    axes.set_axisbelow(True)
+    return render(lambda figure: _draw_divergence(figure, blocks), format, "divergence")
 
 
 def _interval(check: Check, prefix: str) -> tuple[float, float] | None:
@@ -147,9 +93,9 @@ def _interval(check: Check, prefix: str) -> tuple[float, float] | None:
 
 def _draw_quality(figure: Any, points: tuple[_Point, _Point]) -> None:
     axes = figure.add_subplot()
-    _style(axes)
+    style(axes)
     before, after = points
-    arrow = {"arrowstyle": "->", "color": _INK, "alpha": 0.6, "shrinkA": 7, "shrinkB": 7}
+    arrow = {"arrowstyle": "->", "color": INK, "alpha": 0.6, "shrinkA": 7, "shrinkB": 7}
     axes.annotate("", (after.size, after.perplexity), (before.size, before.perplexity), arrowprops=arrow)
     highest = max(point.perplexity for point in points)
     for point in points:
@@ -165,7 +111,7 @@ def _draw_quality(figure: Any, points: tuple[_Point, _Point]) -> None:
             xytext=(10, 6 if above else -6),
             textcoords="offset points",
             va="bottom" if above else "top",
-            color=_INK,
+            color=INK,
         )
     axes.set_xlim(0, 1.4 * max(point.size for point in points))
     axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".0 ", " "))
@@ -175,7 +121,7 @@ def _draw_quality(figure: Any, points: tuple[_Point, _Point]) -> None:
 
 def _draw_comparison(figure: Any, points: Sequence[_Point]) -> None:
     axes = figure.add_subplot()
-    _style(axes)
+    style(axes)
     for point in points:
         interval = point.interval or (point.perplexity, point.perplexity)
         bars = [[max(0.0, point.perplexity - interval[0])], [max(0.0, interval[1] - point.perplexity)]]
@@ -183,7 +129,7 @@ def _draw_comparison(figure: Any, points: Sequence[_Point]) -> None:
             point.size,
             point.perplexity,
             yerr=bars,
-            fmt=_MARKERS[_COLOURS.index(point.colour)],
+            fmt=MARKERS[COLOURS.index(point.colour)],
             color=point.colour,
             markersize=7,
             capsize=3,
@@ -194,18 +140,18 @@ def _draw_comparison(figure: Any, points: Sequence[_Point]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".0 ", " "))
     axes.set_xlabel("weights on disk")
     axes.set_ylabel("perplexity, lower is better")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=_INK, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
 
 
 def _draw_drifts(figure: Any, lines: Mapping[str, tuple[int, Sequence[Mapping[str, Any]]]]) -> None:
     axes = figure.add_subplot()
-    _style(axes)
+    style(axes)
     for label, (index, blocks) in lines.items():
         axes.plot(
             [block["index"] for block in blocks],
             [100 * block["error"] for block in blocks],
-            marker=_MARKERS[index % len(_MARKERS)],
-            color=_COLOURS[index % 8],
+            marker=MARKERS[index % len(MARKERS)],
+            color=COLOURS[index % 8],
             markersize=4,
             linewidth=1.2,
             label=label,
@@ -214,15 +160,15 @@ def _draw_drifts(figure: Any, lines: Mapping[str, tuple[int, Sequence[Mapping[st
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel("drift of the hidden state, %")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=_INK, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
 
 
 def _draw_divergence(figure: Any, blocks: Sequence[Mapping[str, Any]]) -> None:
     axes = figure.add_subplot()
-    _style(axes)
+    style(axes)
     indices = [block["index"] for block in blocks]
     axes.bar(
-        indices, [100 * block["added"] for block in blocks], color=_COLOURS[1], width=0.6, label="added by the block"
+        indices, [100 * block["added"] for block in blocks], color=COLOURS[1], width=0.6, label="added by the block"
     )
     axes.plot(
         indices,
@@ -230,14 +176,14 @@ def _draw_divergence(figure: Any, blocks: Sequence[Mapping[str, Any]]) -> None:
         marker="o",
         markersize=4,
         linewidth=1.4,
-        color=_COLOURS[0],
+        color=COLOURS[0],
         label="after the block",
     )
     axes.set_ylim(0, 110 * max(max(block["error"], block["added"]) for block in blocks) or 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel("drift of the hidden state, %")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=_INK, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
 
 
 def _errors_by_kind(tensors: Any) -> Mapping[str, list[tuple[int, float]]]:
@@ -252,14 +198,14 @@ def _errors_by_kind(tensors: Any) -> Mapping[str, list[tuple[int, float]]]:
 
 def _draw_errors(figure: Any, series: Mapping[str, list[tuple[int, float]]]) -> None:
     axes = figure.add_subplot()
-    _style(axes)
+    style(axes)
     for index, (kind, points) in enumerate(series.items()):
         layers, errors = zip(*points, strict=True)
         axes.plot(
             layers,
             [100 * error for error in errors],
-            marker=_MARKERS[index % len(_MARKERS)],
-            color=_COLOURS[index % len(_COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            color=COLOURS[index % len(COLOURS)],
             markersize=4,
             linewidth=1.2,
             label=kind,
@@ -268,4 +214,4 @@ def _draw_errors(figure: Any, series: Mapping[str, list[tuple[int, float]]]) -> 
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative weight error, %")
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, labelcolor=_INK, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=9)

@@ -5,14 +5,15 @@ It is written to ``llmconvert/report.json`` of an artifact in the stable schema 
     {"schema": "llmconvert.report/1",
      "model": {"name", "source", "revision", "architecture", "parameters", ...},
      "environment": {"python": "3.12.1", "torch": "2.13.0", ...},
-     "steps": [{"name", "seconds", "peak_rss_bytes", ...}],
-     "checks": [{"name", "value", "reference", "limit", "ok", "unit", "detail"}]}
+     "steps": [{"name", "seconds", "peak_rss_bytes", "sections", ...}],
+     "checks": [{"name", "value", "reference", "limit", "ok", "unit", "detail", "sections"}]}
 
 ``value`` is the artifact's, ``reference`` the original's, and ``limit`` what the recipe allows; any of them may be
-null. ``unit`` names what they count: ``bytes``, ``bits``, ``nats``, ``share`` (0 to 1), ``relative`` (an
-error's size relative to what it is an error of), ``tokens``, ``tokens/s``,
-``tensors``, or nothing. ``detail`` holds a sentence under ``text`` where one helps, intervals under ``low`` and
-``high``, and whatever else belongs to that check. A check without a limit passes unless something is broken.
+null. ``unit`` names what they count: ``bytes``, ``bits``, ``nats``, ``share`` (0 to 1), ``relative`` (an error's size
+relative to what it is an error of), ``tokens``, ``tokens/s``, ``seconds``, ``tensors``, ``texts``, or nothing.
+``detail`` holds a sentence under ``text`` where one helps, intervals under ``low`` and ``high``, and whatever else
+belongs to that check; tables and plots are ``sections`` (:mod:`llmconvert.validate.section`). A check without a limit
+passes unless something is broken. ``docs/report.md`` has it all.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from llmconvert.errors import GateError, SourceError
+from llmconvert.validate.section import Section, Value
 from llmconvert.writer import write_file
 
 __all__ = ["Check", "ModelInfo", "Report", "Step", "environment", "require_passed"]
@@ -35,12 +37,11 @@ __all__ = ["Check", "ModelInfo", "Report", "Step", "environment", "require_passe
 _PACKAGES = ("llmconvert", "torch", "transformers", "safetensors", "compressed-tensors", "numpy", "numba")
 
 
-class _Value(BaseModel):
-    # Unknown keys are kept: a later version may have written more.
-    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="null")
+def _is_empty(value: object) -> bool:
+    return not value
 
 
-class ModelInfo(_Value):
+class ModelInfo(Value):
     """What was made of what.
 
     Attributes:
@@ -70,24 +71,34 @@ class ModelInfo(_Value):
     calibration: str | None = None
 
 
-class Step(_Value):
-    """A stage of the run: wall-clock seconds, and the process's peak resident memory at its end."""
+class Step(Value):
+    """A stage of the run: wall-clock seconds, the process's peak resident memory at its end, what it has to show."""
 
     name: str
     seconds: float
     peak_rss_bytes: int | None = None
+    sections: tuple[Section, ...] = Field(default=(), exclude_if=_is_empty)
 
 
-class Check(_Value):
-    """One measurement, the limit it had to keep, and whether it did."""
+class Check(Value):
+    """One measurement, the limit it had to keep, and whether it did.
+
+    Attributes:
+        label: the name in words, for names that :mod:`llmconvert.validate.display` does not know.
+        quiet: whether terminal and model card leave it out unless it fails.
+        sections: what it has to show besides a number.
+    """
 
     name: str
+    label: str = Field(default="", exclude_if=_is_empty)
     value: float | None = None
     reference: float | None = None
     limit: float | None = None
     ok: bool = True
     unit: str = ""
+    quiet: bool = Field(default=False, exclude_if=_is_empty)
     detail: Mapping[str, Any] = Field(default_factory=dict)
+    sections: tuple[Section, ...] = Field(default=(), exclude_if=_is_empty)
 
     @property
     def text(self) -> str:
@@ -95,7 +106,7 @@ class Check(_Value):
         return str(self.detail.get("text", ""))
 
 
-class Report(_Value):
+class Report(Value):
     """Everything measured about one artifact; the JSON schema is in the module's docstring."""
 
     schema_: Literal["llmconvert.report/1"] = Field(default="llmconvert.report/1", alias="schema")
@@ -113,6 +124,11 @@ class Report(_Value):
     def failed(self) -> tuple[Check, ...]:
         """The checks that did not pass."""
         return tuple(check for check in self.checks if not check.ok)
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The sections of all steps, then those of all checks."""
+        return tuple(section for owner in (*self.steps, *self.checks) for section in owner.sections)
 
     def check(self, name: str) -> Check | None:
         """The check of that name, or None."""

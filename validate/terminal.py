@@ -9,22 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from llmconvert.validate.display import rows, split_interval
+from llmconvert.validate.display import rows, section_table, split_interval
 from llmconvert.validate.report import Report
+from llmconvert.validate.section import Section
 
 __all__ = ["render_terminal"]
 
-# Rows that only matter when they fail; the report files hold them all.
-_QUIET = (
-    "inventory",
-    "runtime",
-    "fidelity.max_abs_diff",
-    "kl_p99",
-    "generation.looping",
-    "generation.ended",
-    "speed.prefill",
-    "speed.decode",
-)
+# Speeds hold for one machine; the report files have them.
+_SPEED = "speed."
 
 
 def render_terminal(report: Report, console: Console, *, locations: Mapping[str, str] | None = None) -> None:
@@ -38,12 +30,15 @@ def render_terminal(report: Report, console: Console, *, locations: Mapping[str,
     for heading in ("original", "artifact", "change", "limit"):
         table.add_column(heading, justify="right")
     for row in rows(report):
-        if row.name in _QUIET and row.ok:
+        if row.quiet or (row.name.startswith(_SPEED) and row.ok):
             continue
         style = "" if row.ok else "bold red"
         label = Text(row.label if row.ok else f"{row.label} ✗", style=style)
         table.add_row(label, *(_cell(cell, style) for cell in (row.reference, row.value, row.change, row.limit)))
     console.print(table)
+    for section in report.sections:
+        if "terminal" in section.shown and section.rows:
+            console.print(_section_table(section))
     for check in report.failed:
         console.print(Text(f"✗ {check.name}: {check.text or 'over its limit'}", style="bold red"))
     if report.verdict:
@@ -51,6 +46,16 @@ def render_terminal(report: Report, console: Console, *, locations: Mapping[str,
         console.print(Text(f"✓ passed all {count} checks", style="green"))
     for what, where in (locations or {}).items():
         console.print(Text.assemble((f"{what:<12}", "dim"), where), soft_wrap=True)
+
+
+def _section_table(section: Section) -> Table:
+    table = Table(title=Text(section.title), title_justify="left")
+    found = section_table(section)
+    for heading, numeric in zip(found.headings, found.numeric, strict=True):
+        table.add_column(Text(heading), justify="right" if numeric else "left", overflow="fold")
+    for row in found.rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _cell(text: str, style: str) -> Text:

@@ -1,0 +1,68 @@
+"""How a measurement of its own is added to what is measured about every artifact.
+
+One file under ``validate/`` holds a frozen dataclass with its settings and the two methods of :class:`Measurement`; one
+line in ``recipes/steps.py`` (``measurements``) makes it from the recipe. What it returns appears everywhere by itself:
+in ``report.json``, in the terminal, on the page and on the model card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from llmconvert.checkpoint import Checkpoint
+from llmconvert.engine.tokens import TokenWindows
+from llmconvert.progress import SILENT, Progress
+from llmconvert.validate.report import Check
+
+__all__ = ["Measurement", "Subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        artifact: the artifact's directory.
+        stored: it as it is on disk.
+        dense: it with dequantized weights.
+        reference: the original as stored; None if there is none to compare with.
+        original: the original as dense weights.
+        windows: evaluation text; None if the recipe names none.
+        device: where to compute.
+        dtype: what to compute in; the checkpoints' own if None.
+        seed: of whatever is drawn.
+        progress: where long work is shown.
+    """
+
+    artifact: Path
+    stored: Checkpoint
+    dense: Checkpoint
+    reference: Checkpoint | None
+    original: Checkpoint | None
+    windows: TokenWindows | None
+    device: torch.device
+    dtype: torch.dtype | None = None
+    seed: int = 0
+    progress: Progress = SILENT
+
+
+class Measurement(Protocol):
+    """Something to measure on every artifact."""
+
+    def require(self) -> None:
+        """Refuse, before any work, what can't be done in this environment.
+
+        Raises:
+            UnsupportedError: with what is missing, and how to get it.
+        """
+
+    def measure(self, subject: Subject) -> Sequence[Check]:
+        """Its checks, in order. A number that could not be had is a check without a value, whose text says why.
+
+        A missing package or a model that is too large is not a failure of the artifact; NaN is.
+        """

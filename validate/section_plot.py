@@ -1,0 +1,93 @@
+"""The plot of a report's section."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmconvert.validate.drawing import COLOURS, INK, MARKERS, Format, render, style
+from llmconvert.validate.section import Plot, Section, Series
+
+__all__ = ["section_plot"]
+
+_BARS_WIDTH = 0.8
+# Above this many, the labels of bars would run into each other.
+_LEVEL_LABELS = 5
+
+
+def section_plot(section: Section, format: Format = "svg") -> bytes | None:
+    """A section's plot; None if it has none, or no numbers to draw."""
+    plot = section.plot
+    if plot is None or not any(value is not None for series in plot.series for value in series.y):
+        return None
+    return render(lambda figure: _draw(figure, plot), format, f"section-{section.name}")
+
+
+def _draw(figure: Any, plot: Plot) -> None:
+    axes = figure.add_subplot()
+    style(axes)
+    if plot.kind == "bars":
+        _bars(axes, plot)
+    else:
+        for index, series in enumerate(plot.series):
+            _points(axes, series, index, joined=plot.kind == "line")
+        axes.set_xscale(plot.x_scale)
+        if plot.x_scale == "linear" and all(float(x).is_integer() for series in plot.series for x in series.x):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_yscale(plot.y_scale)
+    if plot.limit is not None:
+        axes.axhline(plot.limit, color=INK, linestyle="--", linewidth=1, alpha=0.7, label="limit")
+    lowest = min(value for series in plot.series for value in (*series.y, *series.low) if value is not None)
+    if plot.y_scale == "linear" and lowest >= 0:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel(plot.y_label)
+    if len(plot.series) > 1 or plot.limit is not None:
+        figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=9)
+
+
+def _points(axes: Any, series: Series, index: int, *, joined: bool) -> None:
+    axes.errorbar(
+        [float(x) for x in series.x],
+        _gaps(series),
+        yerr=_error(series),
+        marker=MARKERS[index % len(MARKERS)],
+        linestyle="-" if joined else "none",
+        color=COLOURS[index % len(COLOURS)],
+        markersize=4 if joined else 7,
+        linewidth=1.4,
+        capsize=3,
+        label=series.label,
+    )
+
+
+def _bars(axes: Any, plot: Plot) -> None:
+    """Bars of several series beside each other, in the order in which their labels first occur."""
+    labels = list(dict.fromkeys(str(x) for series in plot.series for x in series.x))
+    width = _BARS_WIDTH / len(plot.series)
+    for index, series in enumerate(plot.series):
+        shift = (index - (len(plot.series) - 1) / 2) * width
+        axes.bar(
+            [labels.index(str(x)) + shift for x in series.x],
+            _gaps(series),
+            width,
+            yerr=_error(series),
+            capsize=3,
+            color=COLOURS[index % len(COLOURS)],
+            label=series.label,
+        )
+    slanted = len(labels) > _LEVEL_LABELS
+    axes.set_xticks(range(len(labels)), labels, rotation=30 if slanted else 0, ha="right" if slanted else "center")
+
+
+def _gaps(series: Series) -> list[float]:
+    return [float("nan") if value is None else value for value in series.y]
+
+
+def _error(series: Series) -> list[list[float]] | None:
+    if not series.low or not series.high:
+        return None
+    values = _gaps(series)
+    return [
+        [max(0.0, value - low) for value, low in zip(values, series.low, strict=True)],
+        [max(0.0, high - value) for value, high in zip(values, series.high, strict=True)],
+    ]
