@@ -106,6 +106,7 @@ class _CastJob:
         )
         self.layout = plan_layout(specs, max_shard_bytes)
         self.config: Mapping[str, Any] = with_dtype(model.checkpoint.config, dtype)
+        self.files = model.checkpoint.files
         self.key = _key(model, self.layout, {"dtype": str(dtype), "overflow": overflow})
         self._dtype = dtype
         self._overflow = overflow
@@ -191,15 +192,16 @@ class _QuantizeJob:
         blocks = discover(skeleton, _PROBE_LENGTH)
         self.plan = plan_quantization(skeleton, blocks, scheme, overrides, layout_format, calibrated=False)
         self.layout = plan_layout(self.plan.specs, max_shard_bytes)
-        declared = layout_format.quantization_config(self.plan.schemes, self.plan.kept)
+        declared = self.plan.declared
         self.config: Mapping[str, Any] = {**skeleton.checkpoint.config, "quantization_config": declared}
+        self.files: Mapping[str, Path | bytes] = {**model.checkpoint.files, **layout_format.files(declared)}
         settings = {"dtype": str(dtype), "method": repr(quantizer), "config": json.dumps(declared, sort_keys=True)}
         self.key = _key(model, self.layout, settings)
         self._linears = {f"{self.plan.stored[name]}.weight": name for name in self.plan.schemes}
         self._quantizer = quantizer
         self._format = layout_format
         self._dtype = dtype
-        self._scale_dtype = skeleton.dtype
+        self._scale_dtype = layout_format.scale_dtype(skeleton.dtype)
 
     def process(self, shard: SafetensorsCheckpoint, writer: TensorWriter) -> Mapping[str, Any]:
         cast = CastView(shard, self._dtype)

@@ -37,6 +37,8 @@ class ShardJob(Protocol):
     layout: Layout
     #: ``config.json`` of the output.
     config: Mapping[str, Any]
+    #: Its other files.
+    files: Mapping[str, Path | bytes]
     #: What decides the output's bytes; an interrupted call is continued only under the same key.
     key: str
 
@@ -107,7 +109,7 @@ def stream_shards(
                     results[file.name] = _process(model.checkpoint, file, directory, job, writer)
                     journal.append({"shard": file.name, "result": results[file.name]})
                     shutil.rmtree(directory)
-        write_side_files(staging, model.checkpoint.files)
+        write_side_files(staging, job.files)
         write_json(staging / "config.json", job.config)
         shutil.rmtree(work)
         publish_directory(staging, output)

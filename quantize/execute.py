@@ -233,7 +233,7 @@ class Execution:
 
     def _solve(self, targets: Sequence[Target], hessian: Hessian | None) -> dict[str, Solution]:
         with self.phases.measure("solving"):
-            return self.quantizer.quantize(targets, hessian, self.skeleton.dtype)
+            return self.quantizer.quantize(targets, hessian, self.format.scale_dtype(self.skeleton.dtype))
 
     def _store(self, writer: TensorWriter, name: str, solution: Solution) -> None:
         with self.phases.measure("packing"):
@@ -270,10 +270,12 @@ class Execution:
     def _finish(self, staging: Path, output: Path) -> None:
         """Add config and files, remove the work files, and put the directory in place."""
         source = self.skeleton.checkpoint
-        declared = self.format.quantization_config(self.plan.schemes, self.plan.kept)
+        declared = self.plan.declared
         with self.phases.measure("writing"):
             for name in source.files:
                 write_file(staging / name, source.read_file(name))
+            for name, content in self.format.files(declared).items():
+                write_file(staging / name, content)
             write_json(staging / "config.json", {**source.config, "quantization_config": declared})
             # The journal goes last: a run killed in between finds all blocks done, and needs nothing else.
             for path in (staging / _WORK).iterdir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,12 +40,14 @@ class QuantizationPlan:
         stored: module name of every linear in the blocks → its name in the checkpoint (without ``.weight``).
         kept: module names of all linears left dense, the output head included.
         specs: every tensor of the artifact, in the order of the source.
+        declared: what ``config.json`` says about them.
     """
 
     schemes: Mapping[str, Scheme]
     stored: Mapping[str, str]
     kept: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
+    declared: Mapping[str, Any]
 
 
 def plan_quantization(
@@ -61,7 +64,7 @@ def plan_quantization(
     Raises:
         SchemeError: a group size does not divide a layer's columns, an override matches nothing, or linears that
             runtimes fuse (they share one input) would get different schemes.
-        UnsupportedError: the format cannot hold a scheme, or the model's weights are not in linears.
+        UnsupportedError: the format cannot hold the schemes, or the model's weights are not in linears.
         CalibrationError: ``calibrated`` is set, and the forward never calls a linear that is to be quantized.
     """
     for used in {scheme, *(override.scheme for override in overrides if override.scheme)}:
@@ -81,6 +84,8 @@ def plan_quantization(
             f"{unreached[0]}: the model's forward never calls this linear, so it cannot be calibrated; "
             "leave it dense with an override (scheme: none) or use rtn"
         )
+    if not any(assigned.values()):
+        raise SchemeError("the overrides leave no linear to quantize")
     stored = {name: skeleton.names[f"{name}.weight"].removesuffix(".weight") for name in linears}
     schemes = {name: chosen for name, chosen in assigned.items() if chosen is not None}
     quantized = {f"{stored[name]}.weight": (stored[name], chosen) for name, chosen in schemes.items()}
@@ -88,7 +93,7 @@ def plan_quantization(
     for name, info in skeleton.checkpoint.infos.items():
         if name in quantized:
             linear, chosen = quantized[name]
-            specs += layout.specs(linear, (info.shape[0], info.shape[1]), chosen, skeleton.dtype)
+            specs += layout.specs(linear, (info.shape[0], info.shape[1]), chosen, layout.scale_dtype(skeleton.dtype))
         else:
             specs.append(TensorSpec(name, info.dtype, info.shape))
     kept = [name for name, chosen in assigned.items() if chosen is None]
@@ -98,7 +103,8 @@ def plan_quantization(
         for name, module in skeleton.model.named_modules()
         if isinstance(module, nn.Linear) and not name.startswith(inside)
     ]
-    return QuantizationPlan(schemes, stored, tuple(kept), tuple(specs))
+    declared = layout.quantization_config(schemes, kept)
+    return QuantizationPlan(schemes, stored, tuple(kept), tuple(specs), declared)
 
 
 def work_nbytes(

@@ -40,6 +40,9 @@ class CompressedTensors:
                 f"scheme {scheme}: compressed-tensors stores int8 activations with w8a8-channel-sym weights only"
             )
 
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:
         rows, columns = shape
         groups = scheme.groups(columns)
@@ -111,6 +114,9 @@ class CompressedTensors:
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+    def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
+        return {}
 
 
 def _layout(scheme: Scheme) -> str:

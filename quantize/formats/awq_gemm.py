@@ -1,0 +1,104 @@
+"""The AWQ format (GEMM version) as AutoAWQ defined it (https://github.com/casper-hansen/AutoAWQ): vLLM, transformers.
+
+A linear of ``n`` inputs and ``r`` outputs is stored transposed: ``qweight`` int32 ``[n, r / 8]`` and ``qzeros`` int32
+``[groups, r / 8]``, unsigned codes of 4 bits packed along the outputs, and ``scales`` float16 ``[groups, r]``. Within
+a word, eight outputs lie in the order 0, 2, 4, 6, 1, 3, 5, 7, lowest bits first, which suits the kernel's unpacking.
+Asymmetric only: the scale is always beside a zero point, stored as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from llmconvert.checkpoint import TensorSpec
+from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.quantize.formats.base import half_scale_dtype
+from llmconvert.quantize.pack import pack_words, unpack_words
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["AwqGemm", "deinterleave"]
+
+_BITS = 4
+_LANES = 8
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
+_OFFSET = 1 << (_BITS - 1)
+
+
+class AwqGemm:
+    """``qweight``, ``qzeros`` and ``scales`` and their configuration."""
+
+    def check(self, scheme: Scheme) -> None:
+        if scheme.kind != "int" or scheme.bits != _BITS or scheme.activation_bits != 16 or scheme.symmetric:
+            raise UnsupportedError(f"scheme {scheme}: awq stores asymmetric weights of 4 bits, w4a16-g128-asym for one")
+        if scheme.group_size is None:
+            raise UnsupportedError(f"scheme {scheme}: awq needs a group size, w4a16-g128-asym for one")
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return half_scale_dtype(dtype)
+
+    def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:
+        rows, columns = shape
+        if rows % _LANES:
+            raise UnsupportedError(
+                f"{linear}: a weight of shape {list(shape)}; awq needs a multiple of {_LANES} outputs; "
+                "leave it dense with an override (scheme: none), or choose compressed-tensors"
+            )
+        groups = scheme.groups(columns)
+        return [
+            TensorSpec(f"{linear}.qweight", torch.int32, (columns, rows // _LANES)),
+            TensorSpec(f"{linear}.qzeros", torch.int32, (groups, rows // _LANES)),
+            TensorSpec(f"{linear}.scales", torch.float16, (groups, rows)),
+        ]
+
+    def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+        assert tensor.zero is not None, "awq is asymmetric; check() refuses the rest"
+        scales = tensor.scale.T.to(torch.float16).contiguous()
+        if not torch.isfinite(scales).all():
+            raise CheckpointError(f"{linear}: a scale is beyond float16, in which awq stores scales")
+        return {
+            f"{linear}.qweight": _interleave(tensor.codes),
+            f"{linear}.qzeros": _interleave(tensor.zero),
+            f"{linear}.scales": scales,
+        }
+
+    def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
+        codes, zero = deinterleave(stored[f"{linear}.qweight"]), deinterleave(stored[f"{linear}.qzeros"])
+        return QuantizedTensor(codes, stored[f"{linear}.scales"].T.contiguous(), zero, scheme)
+
+    def quantization_config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
+        used = sorted(set(schemes.values()), key=str)
+        if len(used) > 1:
+            raise UnsupportedError(
+                f"schemes {', '.join(map(str, used))}: awq has one scheme per model; give overrides that one or none "
+                "(scheme: none), or choose compressed-tensors or gptq"
+            )
+        return {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": _BITS,
+            "group_size": used[0].group_size,
+            "zero_point": True,
+            "modules_to_not_convert": list(kept),
+        }
+
+    def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
+        return {}
+
+
+def _interleave(codes: torch.Tensor) -> torch.Tensor:
+    """Signed codes ``[rows, n]`` as words ``[n, rows / 8]``."""
+    unsigned = codes.view(torch.uint8).add(_OFFSET).T
+    lanes = unsigned.reshape(unsigned.shape[0], -1, _LANES)[..., list(_ORDER)]
+    return pack_words(lanes.reshape(unsigned.shape), _BITS)
+
+
+def deinterleave(words: torch.Tensor) -> torch.Tensor:
+    """Words ``[n, rows / 8]`` as signed codes ``[rows, n]``."""
+    count = words.shape[1] * _LANES
+    lanes = unpack_words(words, _BITS, count).view(words.shape[0], -1, _LANES)[..., list(_INVERSE)]
+    return lanes.reshape(words.shape[0], count).sub(_OFFSET).view(torch.int8).T.contiguous()
