@@ -131,6 +131,7 @@ def stream_quantize(
     *,
     revision: str | None = None,
     dtype: torch.dtype,
+    overflow: Overflow = "error",
     method: str,
     scheme: Scheme,
     format: str = "compressed-tensors",
@@ -147,12 +148,12 @@ def stream_quantize(
         model_id: ``org/name``.
         output: a directory that does not exist yet or is empty.
         revision: branch, tag or commit.
-        dtype: what stays unquantized is written in this.
+        dtype, overflow: what stays unquantized is written in this dtype; what to do with values too large for it.
         method, scheme, format, overrides, options: see :func:`llmconvert.quantize.job.quantize_checkpoint`.
         progress: in bytes downloaded.
 
     Returns:
-        ``layers`` quantized, ``bytes`` of the weight files, and ``seconds`` of this call.
+        ``layers`` quantized, ``linears`` with their schemes, ``bytes`` of the weight files, ``seconds`` of this call.
 
     Raises:
         UsageError: the method needs calibration, or the request cannot be done.
@@ -167,10 +168,14 @@ def stream_quantize(
         )
     model = describe_remote(model_id, revision)
     require_dense(model.checkpoint, model_id)
-    job = _QuantizeJob(model, dtype, quantizer, layout_format, scheme, overrides, max_shard_bytes)
+    job = _QuantizeJob(model, dtype, overflow, quantizer, layout_format, scheme, overrides, max_shard_bytes)
     stream_shards(model, output, job, progress=progress)
     seconds = time.perf_counter() - begin
-    return {"layers": len(job.plan.schemes), "bytes": job.layout.nbytes, "seconds": round(seconds, 3)}
+    linears = [
+        {"name": job.plan.stored[name], "scheme": str(scheme), "error": None}
+        for name, scheme in job.plan.schemes.items()
+    ]
+    return {"layers": len(linears), "linears": linears, "bytes": job.layout.nbytes, "seconds": round(seconds, 3)}
 
 
 class _QuantizeJob:
@@ -182,6 +187,7 @@ class _QuantizeJob:
         self,
         model: StreamedModel,
         dtype: torch.dtype,
+        overflow: Overflow,
         quantizer: Quantizer,
         layout_format: Format,
         scheme: Scheme,
@@ -195,16 +201,22 @@ class _QuantizeJob:
         declared = self.plan.declared
         self.config: Mapping[str, Any] = {**skeleton.checkpoint.config, "quantization_config": declared}
         self.files: Mapping[str, Path | bytes] = {**model.checkpoint.files, **layout_format.files(declared)}
-        settings = {"dtype": str(dtype), "method": repr(quantizer), "config": json.dumps(declared, sort_keys=True)}
+        settings = {
+            "dtype": str(dtype),
+            "overflow": overflow,
+            "method": repr(quantizer),
+            "config": json.dumps(declared, sort_keys=True),
+        }
         self.key = _key(model, self.layout, settings)
         self._linears = {f"{self.plan.stored[name]}.weight": name for name in self.plan.schemes}
         self._quantizer = quantizer
         self._format = layout_format
         self._dtype = dtype
+        self._overflow = overflow
         self._scale_dtype = layout_format.scale_dtype(skeleton.dtype)
 
     def process(self, shard: SafetensorsCheckpoint, writer: TensorWriter) -> Mapping[str, Any]:
-        cast = CastView(shard, self._dtype)
+        cast = CastView(shard, self._dtype, self._overflow)
         for name in shard:
             if name in self._linears:
                 self._round(name, cast[name], writer)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from llmconvert.checkpoint import SafetensorsCheckpoint, is_weight_file
+from llmconvert.checkpoint import Checkpoint, is_weight_file
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.source import Source
 from llmconvert.engine.tokens import TokenWindows
@@ -58,10 +58,9 @@ def artifact_name(recipe: Recipe, source: Source) -> str:
     return f"{stem}-{recipe.quantize.scheme if recipe.quantize is not None else recipe.convert.dtype}"
 
 
-def model_info(recipe: Recipe, source: Source, original: Path, calibration: TokenWindows | None) -> ModelInfo:
-    """What was made of what, for the report. ``original`` is the converted model's directory."""
-    with SafetensorsCheckpoint(original) as checkpoint:
-        summary = describe_model(checkpoint)
+def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration: TokenWindows | None) -> ModelInfo:
+    """What was made of what, for the report. ``original`` is the converted model."""
+    summary = describe_model(original)
     settings = recipe.quantize
     origin = provenance(source)
     words = None
@@ -89,7 +88,7 @@ def resolved_recipe(recipe: Recipe, source: Source, report: Report) -> str:
     Where and under which names this run worked and published is left out, and of local paths all but the last part.
     """
     values: dict[str, Any] = recipe.to_mapping()
-    for key in ("publish", "work_dir", "memory"):
+    for key in ("publish", "work_dir", "memory", "stream"):
         values.pop(key, None)
     values["model"] = public_name(source.origin) + (f"@{source.revision}" if source.revision else "")
     for section in (values.get("calibrate"), values.get("validate", {}).get("perplexity")):

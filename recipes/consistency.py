@@ -20,6 +20,7 @@ KeyPath = tuple[str | int, ...]
 def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """Key path and explanation of every contradiction."""
     yield from _quantization(recipe)
+    yield from _streaming(recipe)
     yield from _same_text(recipe)
     yield from _limits_without_text(recipe)
 
@@ -49,6 +50,20 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             format_.check(scheme)
         except UnsupportedError as error:
             yield path, f"{'.'.join(map(str, path))}: {error}"
+
+
+def _streaming(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    if not recipe.stream:
+        return
+    settings = recipe.quantize
+    if settings is not None and settings.method in METHODS and needs_calibration(settings.method):
+        yield (
+            ("stream",),
+            f"stream: {settings.method} needs the activations of the whole model; leave out stream (--stream), or "
+            f"take a method without calibration: {', '.join(name for name in METHODS if not needs_calibration(name))}",
+        )
+    if recipe.attention is not None:
+        yield ("stream",), "stream: heads are merged in the whole model; leave out stream (--stream), or attention"
 
 
 def _unknown(value: str, known: Iterable[str]) -> str:

@@ -240,11 +240,15 @@ class CardSettings(_Section):
 
 
 class Recipe(_Section):
-    """One job. ``name`` names it in tables and in the work directory; it defaults to the file's name."""
+    """One job. ``name`` names it in tables and in the work directory; it defaults to the file's name.
+
+    With ``stream``, a Hub model is worked on while it downloads, and is never on this disk as a whole.
+    """
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "recipe"
     model: Annotated[str, Field(min_length=1)]
     allow_pickle: bool = False
+    stream: bool = False
     convert: ConvertSettings = ConvertSettings()
     attention: AttentionSettings | None = None
     calibrate: CalibrateSettings | None = None

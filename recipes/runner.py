@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.convert.source import Source, open_source, source_fingerprint
 from llmconvert.engine.tokens import TokenWindows, check_disjoint
 from llmconvert.errors import GateError
@@ -28,8 +28,9 @@ from llmconvert.recipes.attention import require_attention_support, require_merg
 from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import convert, measure, quantize, require_measurable
+from llmconvert.recipes.streaming import converted_view, open_remote, stream_model, validation_traffic
 from llmconvert.recipes.windows import WindowRequest, load_windows, save_windows
-from llmconvert.stages import StageResult, StageRun, StageStore
+from llmconvert.stages import StageResult, StageRun, StageStore, stage_key
 from llmconvert.validate.blame import blame
 from llmconvert.validate.report import Check, Report, Step, environment, require_passed
 
@@ -83,6 +84,20 @@ def run_recipe(
         return _Run(fill_target(recipe), store.begin(recipe.name, fresh=fresh), publish, progress).run()
 
 
+@dataclass(frozen=True, slots=True)
+class _Original:
+    """What the artifact is measured against, the model in the recipe's dtype: what identifies it, how to open it, and
+    what that costs, where it is not on this disk."""
+
+    key: str
+    open: Callable[[], Checkpoint]
+    note: str = ""
+
+    @classmethod
+    def of(cls, stage: StageResult) -> _Original:
+        return cls(stage.key, lambda: SafetensorsCheckpoint(stage.path / _MODEL))
+
+
 class _Run:
     """One run of one recipe; its methods are the steps."""
 
@@ -103,12 +118,20 @@ class _Run:
         source = self._fetch()
         if recipe.attention is not None:
             require_mergeable(source.checkpoint, recipe.attention)
-        converted = self._convert(source)
-        calibration, evaluation = self._draw(converted)
-        rewritten = self._rewrite(converted, calibration)
-        model = self._quantize(rewritten, calibration)
-        measured = self._measure(converted, model, calibration, evaluation)
-        artifact = self._assemble(source, converted, model, calibration, measured)
+        if recipe.stream:
+            original = self._remote_original(source)
+            calibration, evaluation = self._draw(original)
+            model = self._stream(source, original)
+            if recipe.quantize is None:
+                original = _Original.of(model)
+        else:
+            converted = self._convert(source)
+            original = _Original.of(converted)
+            calibration, evaluation = self._draw(original)
+            rewritten = self._rewrite(converted, calibration)
+            model = self._quantize(rewritten, calibration)
+        measured = self._measure(original, model, calibration, evaluation)
+        artifact = self._assemble(source, original, model, calibration, measured)
         report = Report.read(artifact / "llmconvert" / "report.json")
         try:
             require_passed(report.checks, blame(report))
@@ -122,7 +145,11 @@ class _Run:
     def _fetch(self) -> Source:
         begin = time.perf_counter()
         with PeakMemory() as memory:
-            source = open_source(self._recipe.model, allow_pickle=self._recipe.allow_pickle, progress=self._progress)
+            source = (
+                open_remote(self._recipe)
+                if self._recipe.stream
+                else open_source(self._recipe.model, allow_pickle=self._recipe.allow_pickle, progress=self._progress)
+            )
         seconds = round(time.perf_counter() - begin, 3)
         self._steps.append(Step(name="fetch", seconds=seconds, peak_rss_bytes=memory.nbytes))
         return source
@@ -134,33 +161,59 @@ class _Run:
             return asdict(convert(source.checkpoint, path / _MODEL, settings, progress=self._progress))
 
         with source.checkpoint:
-            return self._stage("convert", {"source": source_fingerprint(source), **settings.model_dump()}, build)
+            return self._stage("convert", self._convert_inputs(source), build)
 
-    def _draw(self, converted: StageResult) -> tuple[TokenWindows | None, TokenWindows | None]:
+    def _convert_inputs(self, source: Source) -> Mapping[str, Any]:
+        return {"source": source_fingerprint(source), **self._recipe.convert.model_dump()}
+
+    def _remote_original(self, source: Source) -> _Original:
+        recipe, note = self._recipe, ""
+        if recipe.validation is not None:
+            traffic = validation_traffic(source, recipe.validation)
+            note = (
+                f"validate: the original is not on this disk and is read from the Hub again, {traffic:,} bytes in all"
+            )
+        key = stage_key("convert", self._convert_inputs(source))
+        return _Original(key, lambda: converted_view(source, recipe), note)
+
+    def _stream(self, source: Source, original: _Original) -> StageResult:
+        """Convert and quantize while the model downloads."""
+        settings = self._recipe.quantize
+
+        def build(path: Path) -> Mapping[str, Any]:
+            if (path / _MODEL).exists():  # complete, and killed just then
+                return {"streamed": True}
+            found = stream_model(source, path / _MODEL, self._recipe, progress=self._progress)
+            return {**found, "streamed": True}
+
+        inputs = {"model": original.key, "streamed": True, **(settings.model_dump(mode="json") if settings else {})}
+        return self._stage("quantize" if settings is not None else "convert", inputs, build, resumable=True)
+
+    def _draw(self, original: _Original) -> tuple[TokenWindows | None, TokenWindows | None]:
         """Both texts, before the long work: a missing one, or one used twice, must not be found out after it."""
         recipe = self._recipe
         calibration = evaluation = None
         if recipe.calibrate is not None and (recipe.quantize is not None or recipe.attention is not None):
             if recipe.attention is not None or recipe.quantize is None or needs_calibration(recipe.quantize.method):
-                calibration = self._windows("calibrate", WindowRequest.calibration(recipe.calibrate), converted)
+                calibration = self._windows("calibrate", WindowRequest.calibration(recipe.calibrate), original)
             else:
                 self._progress.log(f"calibrate: {recipe.quantize.method} needs no calibration, skipped")
         if recipe.validation is not None and recipe.validation.perplexity is not None:
             request = WindowRequest.evaluation(recipe.validation.perplexity)
-            evaluation = self._windows("evaluation-text", request, converted)
+            evaluation = self._windows("evaluation-text", request, original)
         if calibration is not None and evaluation is not None:
             check_disjoint(calibration, evaluation)
         return calibration, evaluation
 
-    def _windows(self, name: str, request: WindowRequest, converted: StageResult) -> TokenWindows:
+    def _windows(self, name: str, request: WindowRequest, original: _Original) -> TokenWindows:
         corpus = request.corpus()
 
         def build(path: Path) -> Mapping[str, Any]:
-            with SafetensorsCheckpoint(converted.path / _MODEL) as checkpoint:
+            with original.open() as checkpoint:
                 return save_windows(request.draw(checkpoint, corpus), path)
 
         settings = {key: value for key, value in asdict(request).items() if key != "setting"}
-        result = self._stage(name, {"tokenizer of": converted.key, "text": corpus.digest, **settings}, build)
+        result = self._stage(name, {"tokenizer of": original.key, "text": corpus.digest, **settings}, build)
         return load_windows(result.path, result.details)
 
     def _rewrite(self, converted: StageResult, calibration: TokenWindows | None) -> StageResult:
@@ -217,7 +270,7 @@ class _Run:
 
     def _measure(
         self,
-        converted: StageResult,
+        original: _Original,
         model: StageResult,
         calibration: TokenWindows | None,
         evaluation: TokenWindows | None,
@@ -230,7 +283,9 @@ class _Run:
             overlap = check_disjoint(calibration, evaluation).fraction
 
         def build(path: Path) -> Mapping[str, Any]:
-            with SafetensorsCheckpoint(converted.path / _MODEL) as reference:
+            if original.note:
+                self._progress.log(original.note)
+            with original.open() as reference:
                 checks = measure(
                     model.path / _MODEL,
                     reference,
@@ -243,7 +298,7 @@ class _Run:
             return {"checks": [check.model_dump(mode="json") for check in checks]}
 
         inputs = {
-            "original": converted.key,
+            "original": original.key,
             "artifact": model.key,
             "text": evaluation.digest if evaluation is not None else None,
             "calibration": calibration.digest if calibration is not None else None,
@@ -255,7 +310,7 @@ class _Run:
     def _assemble(
         self,
         source: Source,
-        converted: StageResult,
+        original: _Original,
         model: StageResult,
         calibration: TokenWindows | None,
         measured: StageResult | None,
@@ -263,8 +318,10 @@ class _Run:
         checks = measured.details["checks"] if measured is not None else ()
 
         def build(path: Path) -> Mapping[str, Any]:
+            with original.open() as checkpoint:
+                info = model_info(self._recipe, source, checkpoint, calibration)
             report = Report(
-                model=model_info(self._recipe, source, converted.path / _MODEL, calibration),
+                model=info,
                 environment=environment(),
                 steps=tuple(self._steps),
                 checks=tuple(Check.model_validate(check) for check in checks),

@@ -11,14 +11,15 @@ import torch
 from llmconvert.convert.cast import CastView
 from llmconvert.convert.dtype import DtypeReport
 from llmconvert.convert.inspection import describe_model
-from llmconvert.convert.source import open_source, parse_hub_id, source_fingerprint
+from llmconvert.convert.source import open_source, source_fingerprint
 from llmconvert.errors import UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.base import needs_calibration
 from llmconvert.recipes.artifact import public_name
-from llmconvert.recipes.recipe import QuantizeSettings, Recipe
-from llmconvert.recipes.steps import DTYPES, convert, layer_overrides, measure, quantize, require_measurable
+from llmconvert.recipes.recipe import Recipe
+from llmconvert.recipes.steps import DTYPES, convert, measure, quantize, require_measurable
+from llmconvert.recipes.streaming import hub_model, open_remote, stream_model
 from llmconvert.recipes.windows import WindowRequest
 from llmconvert.validate.report import ModelInfo, Report, environment
 from llmconvert.writer import check_output_directory
@@ -40,7 +41,7 @@ def convert_model(recipe: Recipe, output: Path, *, stream: bool = False, progres
     if stream:
         from llmconvert.convert.stream_jobs import stream_convert
 
-        model_id, revision = _hub_model(recipe)
+        model_id, revision = hub_model(recipe)
         settings = recipe.convert
         with interruptible():
             return stream_convert(
@@ -74,7 +75,8 @@ def quantize_model(
         raise UsageError("nothing to quantize: the recipe has no quantize section")
     check_output_directory(output)
     if stream:
-        return _stream_quantize(recipe, recipe.quantize, output, progress)
+        with interruptible():
+            return stream_model(open_remote(recipe), output, recipe, progress=progress)
     with interruptible():
         source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
         with source.checkpoint:
@@ -93,38 +95,6 @@ def quantize_model(
                 memory=recipe.memory,
                 progress=progress,
             )
-
-
-def _stream_quantize(recipe: Recipe, settings: QuantizeSettings, output: Path, progress: Progress) -> Mapping[str, Any]:
-    from llmconvert.convert.stream_jobs import stream_quantize
-
-    model_id, revision = _hub_model(recipe)
-    with interruptible():
-        return stream_quantize(
-            model_id,
-            output,
-            revision=revision,
-            dtype=DTYPES[recipe.convert.dtype],
-            method=settings.method,
-            scheme=settings.scheme,
-            format=settings.format,
-            overrides=layer_overrides(settings),
-            progress=progress,
-        )
-
-
-def _hub_model(recipe: Recipe) -> tuple[str, str | None]:
-    """The repository and revision to stream from.
-
-    Raises:
-        UsageError: the model is no Hub id.
-    """
-    found = parse_hub_id(recipe.model) if not Path(recipe.model).expanduser().exists() else None
-    if found is None:
-        raise UsageError(
-            f"{recipe.model}: only a Hub model (org/name) downloads and can be streamed; leave out --stream"
-        )
-    return found
 
 
 def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Progress = SILENT) -> Report:

@@ -12,14 +12,23 @@ import click
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting: quantize.scheme=w8a16.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Where finished stages are kept. [default: work]")
 @click.option("--fresh", is_flag=True, help="Forget what earlier runs of the recipe did.")
+@click.option("--stream", is_flag=True, help="Work on Hub models while they download, by methods without calibration.")
 @click.option("--no-publish", is_flag=True, help="Leave the artifact in the work directory.")
 def run(
-    recipes: tuple[str, ...], overrides: tuple[str, ...], work_dir: Path | None, fresh: bool, no_publish: bool
+    recipes: tuple[str, ...],
+    overrides: tuple[str, ...],
+    work_dir: Path | None,
+    fresh: bool,
+    stream: bool,
+    no_publish: bool,
 ) -> None:
     """Run recipes one after the other: files, or names of shipped recipes.
 
     A run that was stopped continues with the same command. Recipes share downloads and conversions; one that fails
     does not stop the others.
+
+    With --stream, disk need is the artifact and two source shards; to measure it, the original is read from the Hub
+    once more.
 
     \b
     Examples:
@@ -34,7 +43,7 @@ def run(
 
     outcomes = run_batch(
         recipes,
-        overrides=overrides,
+        overrides=(*overrides, "stream=true") if stream else overrides,
         work_dir=work_dir,
         fresh=fresh,
         publish=not no_publish,

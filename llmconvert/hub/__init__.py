@@ -9,7 +9,7 @@ from llmconvert.hub.fetch import FetchedModel, RemoteModel, fetch, fetch_without
 from llmconvert.hub.plan import PlannedFile, PushPlan, plan_push
 from llmconvert.hub.push import PushOptions, check_push, push_folder
 from llmconvert.hub.retry import Backoff
-from llmconvert.hub.transfer import RemoteFile, download_file
+from llmconvert.hub.transfer import RemoteFile, download_file, iterate_content, list_files
 
 __all__ = [
     "Backoff",
@@ -24,6 +24,8 @@ __all__ = [
     "fetch",
     "fetch_without_weights",
     "hub_errors",
+    "iterate_content",
+    "list_files",
     "plan_push",
     "push_folder",
     "without_tokens",

@@ -139,21 +139,27 @@ def _full(target: Path, nbytes: int = 0) -> CapacityError:
 
 
 def iterate_content(
-    file: RemoteFile, *, start: int = 0, stop: threading.Event | None = None, backoff: Backoff | None = None
+    file: RemoteFile,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    stop: threading.Event | None = None,
+    backoff: Backoff | None = None,
 ) -> Iterator[bytes]:
-    """The content from byte ``start`` on. Dropped connections are taken up again where they broke off."""
+    """The content from byte ``start`` up to ``end``. Dropped connections are taken up again where they broke off."""
     backoff = backoff or Backoff()
     position, failures = start, 0
-    while position < file.size:
+    end = file.size if end is None else end
+    while position < end:
         try:
-            for piece in _request(file, position):
+            for piece in _request(file, position, end):
                 if stop is not None and stop.is_set():
                     raise RunInterruptedError("stopped; the same command continues")
                 position += len(piece)
                 failures = 0
                 yield piece
-            if position < file.size:
-                raise HubError(f"{file.repo_id}: {file.name} ended after {position:,} of {file.size:,} bytes")
+            if position < end:
+                raise HubError(f"{file.repo_id}: {file.name} ended after {position:,} of {end:,} bytes")
         except TRANSPORT_ERROR as error:
             failures += 1
             seconds = backoff.seconds(failures, error)
@@ -162,19 +168,25 @@ def iterate_content(
             time.sleep(seconds)
 
 
-def _request(file: RemoteFile, position: int) -> Iterator[bytes]:
+def _request(file: RemoteFile, position: int, end: int) -> Iterator[bytes]:
     url = hf_hub_url(file.repo_id, file.name, revision=file.commit)
     # Compressed on the way, a range would mean other bytes.
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    if position:
-        headers["Range"] = f"bytes={position}-"
+    if position or end < file.size:
+        headers["Range"] = f"bytes={position}-" + (str(end - 1) if end < file.size else "")
     seconds = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
     with huggingface_hub.get_session().stream("GET", url, headers=headers, timeout=seconds) as response:
         if response.status_code >= 400:
             response.read()
         hf_raise_for_status(response)
-        skip = position if response.status_code == 200 else 0  # a server that knows no ranges sends everything
+        # A server that knows no ranges sends everything.
+        skip = position if response.status_code == 200 else 0
+        left = end - position
         for piece in response.iter_bytes(_CHUNK):
+            if not left:
+                return
             if skip < len(piece):
-                yield piece[skip:]
+                wanted = piece[skip : skip + left]
+                left -= len(wanted)
+                yield wanted
             skip = max(0, skip - len(piece))

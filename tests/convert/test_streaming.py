@@ -27,14 +27,35 @@ from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 
 _CODE = """
-import json, sys
+import json, random, sys
 from pathlib import Path
 import torch
+from llmconvert import remote
+from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.stream_jobs import stream_convert, stream_quantize
 from llmconvert.errors import LlmconvertError
 from llmconvert.progress import console_progress
 from llmconvert.quantize.scheme import Scheme
 torch.set_num_threads(1)
+
+def stream_read(model_id, local, progress, ahead, dtype):
+    # Tensors in rows and whole, as the Hub gives them and as they are.
+    remote._AHEAD_BYTES = ahead
+    draw, pieces, wrong = random.Random(0), 0, []
+    with SafetensorsCheckpoint(local) as ours, remote.RemoteCheckpoint(model_id) as theirs:
+        assert list(ours.infos.values()) == list(theirs.infos.values())
+        for name, info in ours.infos.items():
+            rows, start = info.shape[0], 0
+            while start < rows:
+                stop = min(rows, start + draw.randint(1, rows))
+                expected, found = ours.read_rows(name, start, stop), theirs.read_rows(name, start, stop)
+                if found.shape != expected.shape or found.dtype != expected.dtype or not torch.equal(found, expected):
+                    wrong.append(name)
+                pieces, start = pieces + 1, stop
+            if not torch.equal(theirs[name], ours[name]):
+                wrong.append(name)
+    return {"pieces": pieces, "wrong": wrong}
+
 print("ready", flush=True)
 for line in sys.stdin:
     kind, output, settings = json.loads(line)
@@ -42,10 +63,10 @@ for line in sys.stdin:
     if "scheme" in settings:
         settings["scheme"] = Scheme.parse(settings["scheme"])
     try:
-        report = {"convert": stream_convert, "quantize": stream_quantize}[kind](
+        report = {"convert": stream_convert, "quantize": stream_quantize, "read": stream_read}[kind](
             "org/model", Path(output), progress=console_progress(), **settings
         )
-        answer = dict(report) if kind == "quantize" else {key: getattr(report, key) for key in report.__slots__}
+        answer = report if isinstance(report, dict) else {key: getattr(report, key) for key in report.__slots__}
     except LlmconvertError as error:
         answer = {"error": type(error).__name__, "code": error.exit_code, "text": str(error)}
     print(json.dumps(answer), flush=True)
@@ -150,6 +171,23 @@ def test_rounding_gives_the_same_bytes_as_fetching_first(
         result = quantize_checkpoint(cast, tmp_path / "expected", method="rtn", scheme=Scheme.parse(scheme))
     assert content(tmp_path / "out") == content(tmp_path / "expected")
     assert (answer["layers"], answer["bytes"]) == (len(result.layers), result.nbytes)
+
+
+@pytest.mark.parametrize("ahead", [1, 20_000, 1 << 26])
+def test_tensors_can_be_read_where_they_lie(hub: HubServer, streamer: Streamer, model: Path, ahead: int) -> None:
+    """One request per range asked for, or fewer with reading ahead; what breaks off is taken up again."""
+    tensors = sum(1 for _ in SafetensorsCheckpoint(model))
+    ranges = r"GET .*safetensors bytes=[1-9]\d*-\d+$"
+    hub.faults.append(Fault(ranges, 503, times=1))
+    hub.faults.append(Fault(ranges, drop_after=5000, times=3))
+    answer = streamer("read", model, ahead=ahead)
+    assert answer["wrong"] == []
+    assert answer["pieces"] > 2 * tensors
+    requests = hub.count(ranges)
+    if ahead == 1:
+        assert requests >= answer["pieces"] + tensors
+    elif ahead == 1 << 26:
+        assert requests <= tensors + 10, "the whole tensor came with its first rows"
 
 
 class DiskUse:

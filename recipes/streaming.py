@@ -1,0 +1,89 @@
+"""Recipes that work on a Hub model while it downloads: the original is never on this disk as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llmconvert.convert.cast import CastView
+from llmconvert.convert.source import Source, parse_hub_id
+from llmconvert.convert.stream_jobs import stream_convert, stream_quantize
+from llmconvert.convert.streaming import describe_remote
+from llmconvert.dense import require_dense
+from llmconvert.errors import UsageError
+from llmconvert.progress import SILENT, Progress
+from llmconvert.recipes.recipe import Recipe, ValidateSettings
+from llmconvert.recipes.steps import DTYPES, layer_overrides
+
+__all__ = ["converted_view", "hub_model", "open_remote", "stream_model", "validation_traffic"]
+
+
+def hub_model(recipe: Recipe) -> tuple[str, str | None]:
+    """The repository and revision to stream from.
+
+    Raises:
+        UsageError: the model is no Hub id.
+    """
+    found = parse_hub_id(recipe.model) if not Path(recipe.model).expanduser().exists() else None
+    if found is None:
+        raise UsageError(
+            f"{recipe.model}: only a Hub model (org/name) downloads and can be streamed; leave out --stream"
+        )
+    return found
+
+
+def open_remote(recipe: Recipe) -> Source:
+    """The recipe's model, of which the headers and the small files are fetched; tensors are read from the Hub.
+
+    Raises:
+        UsageError: the model is no Hub id, or it is quantized.
+        HubError, CheckpointError: see :func:`llmconvert.convert.streaming.describe_remote`.
+    """
+    model = describe_remote(*hub_model(recipe))
+    require_dense(model.checkpoint, recipe.model)
+    remote = model.remote
+    return Source("hub", remote.repo_id, remote.commit_hash, remote.directory, model.checkpoint)
+
+
+def converted_view(source: Source, recipe: Recipe) -> CastView:
+    """The model as the recipe's convert section would write it, read from the Hub."""
+    return CastView(source.checkpoint, DTYPES[recipe.convert.dtype], recipe.convert.overflow)
+
+
+def stream_model(source: Source, output: Path, recipe: Recipe, *, progress: Progress = SILENT) -> Mapping[str, Any]:
+    """Quantize, or convert where the recipe quantizes nothing, while the model downloads. A stopped call continues.
+
+    Returns:
+        What was done, as JSON values.
+
+    Raises:
+        LlmconvertError: see :func:`llmconvert.convert.stream_jobs.stream_quantize`.
+    """
+    dtype, overflow, settings = DTYPES[recipe.convert.dtype], recipe.convert.overflow, recipe.quantize
+    if settings is None:
+        return asdict(
+            stream_convert(
+                source.origin, output, revision=source.revision, dtype=dtype, overflow=overflow, progress=progress
+            )
+        )
+    return stream_quantize(
+        source.origin,
+        output,
+        revision=source.revision,
+        dtype=dtype,
+        overflow=overflow,
+        method=settings.method,
+        scheme=settings.scheme,
+        format=settings.format,
+        overrides=layer_overrides(settings),
+        progress=progress,
+    )
+
+
+def validation_traffic(source: Source, settings: ValidateSettings) -> int:
+    """Bytes of the original that measuring an artifact against it downloads again."""
+    # The inventory, the predictions and the continuations each read every tensor once.
+    passes = 1 + (settings.perplexity is not None) + (settings.generation is not None)
+    return passes * source.checkpoint.nbytes
