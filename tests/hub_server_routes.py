@@ -51,8 +51,8 @@ class Routes:
         repo = self.state.repos.get(repo_id)
         if repo is None or (repo.private and role is None):
             raise RefusalError(401 if role is None else 404, "Repository not found", "RepoNotFound")
-        if content and repo.gated and role is None:
-            raise RefusalError(401, "Access to model is restricted", "GatedRepo")
+        if content and repo.gated and role != "write":  # the terms were accepted by the account of that token
+            raise RefusalError(403 if role else 401, "Access to model is restricted", "GatedRepo")
         if write and role != "write":
             raise RefusalError(403 if role else 401, "Forbidden: this token cannot write")
         return repo
@@ -276,6 +276,26 @@ class Routes:
             answer["pullRequests"] = [{**ref, "name": ref["ref"]} for ref in listed(repo.pull_requests, "")]
         self.answer_json(answer)
 
+    def discussions(self, repo_id: str) -> None:
+        repo = self._repo(repo_id)
+        found = [reference for reference in repo.pull_requests if reference not in repo.closed]
+        if (self.query.get("type"), self.query.get("status")) != ("pull_request", "open"):
+            raise RefusalError(400, "only open pull requests are listed here")
+        start = int(self.query.get("p", 0)) * _PAGE
+        shown = [
+            {
+                "num": int(reference.rsplit("/", 1)[1]),
+                "title": "Upload model",
+                "author": {"name": "me"},
+                "createdAt": DATE,
+                "status": "open",
+                "repo": {"name": repo_id, "type": "model"},
+                "isPullRequest": True,
+            }
+            for reference in found[start : start + _PAGE]
+        ]
+        self.answer_json({"discussions": shown, "count": len(found), "start": start})
+
     def branch(self, repo_id: str, name: str) -> None:
         repo = self._repo(repo_id, write=True)
         if name in repo.branches:
@@ -311,6 +331,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", rf"/api/models/{_ID}/branch/([^/]+)", Routes.branch),
     ("POST", rf"/api/models/{_ID}/tag/([^/]+)", Routes.tag),
     ("GET", rf"/api/models/{_ID}/refs", Routes.refs),
+    ("GET", rf"/api/models/{_ID}/discussions", Routes.discussions),
     ("GET", rf"/api/models/{_ID}/tree/([^/]+)", Routes.tree),
     ("POST", rf"/api/models/{_ID}/paths-info/([^/]+)", Routes.paths_info),
     ("GET", rf"/api/models/{_ID}/xet-(read|write)-token/([^/]+)", Routes.xet_token),

@@ -50,6 +50,8 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     pull_requests: dict[str, str] = field(default_factory=dict)
+    #: References of those that are merged or closed.
+    closed: set[str] = field(default_factory=set)
     objects: dict[str, bytes] = field(default_factory=dict)
     #: ``(object, part number)`` → content, until the parts are put together.
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)

@@ -6,18 +6,24 @@ import fnmatch
 import glob
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
-from huggingface_hub.errors import CachedRepoTreeNotFoundError
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RevisionResolutionError,
+)
 from huggingface_hub.utils.tqdm import tqdm
 
 from llmconvert.errors import HubError
 from llmconvert.hub.errors import hub_errors
+from llmconvert.hub.retry import Backoff, retrying
 from llmconvert.hub.transfer import RemoteFile, download_file, list_files
 from llmconvert.progress import SILENT, Progress, Task
 
@@ -28,7 +34,8 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
 _PICKLE_SINGLE = "pytorch_model.bin"
-#: Root files besides the weights that a converted model needs or must keep (licences travel with the weights).
+#: Root files besides the weights that a converted model needs or must keep (licences travel with the weights, and the
+#: card names them).
 _NEEDED = (
     "config.json",
     "generation_config.json",
@@ -46,8 +53,11 @@ _NEEDED = (
     "LICENCE*",
     "NOTICE*",
     "USE_POLICY*",
+    "README.md",
 )
 
+
+T = TypeVar("T")
 
 # How many weight files are on their way at the same time.
 _AT_ONCE = 4
@@ -146,7 +156,8 @@ def fetch_without_weights(model_id: str, revision: str | None = None, *, cache_d
 
 
 def _look_up(model_id: str, revision: str | None, cache_dir: Path | None, allow_pickle: bool) -> _Wanted:
-    resolved = huggingface_hub.HfApi().resolve_revision(model_id, revision=revision, cache_dir=cache_dir)
+    api = huggingface_hub.HfApi()
+    resolved = _retrying(lambda: api.resolve_revision(model_id, revision=revision, cache_dir=cache_dir))
     wanted = _Wanted(resolved, cache_dir, Path(), {}, {})
     directory = _snapshot(model_id, wanted, ["config.json", _INDEX, _PICKLE_INDEX])
     sizes = _listing(model_id, wanted.commit, cache_dir, directory)
@@ -162,8 +173,8 @@ def _look_up(model_id: str, revision: str | None, cache_dir: Path | None, allow_
 def _snapshot(model_id: str, wanted: _Wanted, names: Sequence[str], bar: type[Any] | None = None) -> Path:
     """The cache's directory for this commit, with these files in it; small ones need no progress bar."""
     patterns = [glob.escape(name) for name in names]
-    return Path(
-        huggingface_hub.snapshot_download(
+    directory = _retrying(
+        lambda: huggingface_hub.snapshot_download(
             model_id,
             revision=wanted.resolved,
             cache_dir=wanted.cache_dir,
@@ -171,6 +182,21 @@ def _snapshot(model_id: str, wanted: _Wanted, names: Sequence[str], bar: type[An
             tqdm_class=bar or _bar(None),
         )
     )
+    return Path(directory)
+
+
+def _retrying(call: Callable[[], T]) -> T:
+    """``call()``, again after a failure of the Hub that may pass. The client hides those behind errors of its own."""
+
+    def unwrapped() -> T:
+        try:
+            return call()
+        except (LocalEntryNotFoundError, RevisionResolutionError) as error:
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise error.__cause__ from None
+            raise
+
+    return retrying(unwrapped, Backoff())
 
 
 def _fetch_weights(model_id: str, wanted: _Wanted, task: Task) -> None:

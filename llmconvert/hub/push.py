@@ -126,12 +126,16 @@ def check_push(repo_id: str, options: PushOptions) -> None:
     """Find out, before hours of work, whether a push would be refused at its end.
 
     Raises:
-        HubError: no token or one the Hub rejects, no connection, or a repository that is public and should be private.
+        HubError: no token, or one that the Hub rejects or that may only read, no connection, or a repository that is
+            public and should be private.
     """
     options.check(repo_id)
     api = HfApi()
     with hub_errors(repo_id, options.revision):
-        retrying(api.whoami, options.backoff)
+        account = retrying(api.whoami, options.backoff)
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            tokens = f"{huggingface_hub.constants.ENDPOINT}/settings/tokens"
+            raise HubError(f"{repo_id}: the token may only read; set HF_TOKEN to one that may write, from {tokens}")
         try:
             info = retrying(lambda: api.model_info(repo_id), options.backoff)
         except RepositoryNotFoundError:
@@ -174,7 +178,8 @@ class _Push:
             contents[ROOT_CARD] = Content.of(card)
         if not branch_exists:
             self._create_branch(parent)
-        commit = self._publish(contents, removed, parent)
+        commit = self._opened_before(contents, removed) if options.create_pr else None
+        commit = commit or self._publish(contents, removed, parent)
         self._verify(contents, removed, commit)
         if options.tag is not None:
             self._tag(options.tag, commit.sha)
@@ -265,22 +270,42 @@ class _Push:
         Raises:
             HubError: the branch holds another commit than the one it had and the one it should have.
         """
-        endpoint = huggingface_hub.constants.ENDPOINT
         if self._options.create_pr:
-            for reference, sha in self._pull_requests().items():
-                if reference not in before and self._mismatch(contents, removed, sha) is None:
-                    number = reference.rsplit("/", 1)[1]
-                    return _Commit(sha, reference, f"{endpoint}/{self._repo_id}/discussions/{number}")
-            return None
+            new = {reference: sha for reference, sha in self._pull_requests().items() if reference not in before}
+            return self._with_contents(new, contents, removed)
         head, _ = self._parent()
         if head == parent:
             return None
         if self._mismatch(contents, removed, head) is None:
-            return _Commit(head, head, f"{endpoint}/{self._repo_id}/commit/{head}")
+            return _Commit(head, head, f"{huggingface_hub.constants.ENDPOINT}/{self._repo_id}/commit/{head}")
         raise HubError(
             f"{self._repo_id}: the branch has moved meanwhile, to {head[:12]}, and was not overwritten; "
             "look at what came in, then run the same command again"
         )
+
+    def _opened_before(self, contents: dict[str, Content], removed: tuple[str, ...]) -> _Commit | None:
+        """The open pull request that holds just this, if a push that was killed had got so far."""
+
+        def request() -> list[str]:
+            found = self._api.get_repo_discussions(
+                self._repo_id, discussion_type="pull_request", discussion_status="open"
+            )
+            return [f"refs/pr/{discussion.num}" for discussion in found]
+
+        still_open = retrying(request, self._backoff)
+        heads = {reference: sha for reference, sha in self._pull_requests().items() if reference in still_open}
+        return self._with_contents(heads, contents, removed)
+
+    def _with_contents(
+        self, heads: dict[str, str], contents: dict[str, Content], removed: tuple[str, ...]
+    ) -> _Commit | None:
+        """The first of these pull requests (reference → commit) that is as this push is to be."""
+        for reference, sha in heads.items():
+            if self._mismatch(contents, removed, sha) is None:
+                number = reference.rsplit("/", 1)[1]
+                page = f"{huggingface_hub.constants.ENDPOINT}/{self._repo_id}/discussions/{number}"
+                return _Commit(sha, reference, page)
+        return None
 
     def _pull_requests(self) -> dict[str, str]:
         """Reference → commit of every pull request."""

@@ -22,7 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from llmconvert.errors import CapacityError, HubError, RunInterruptedError
-from llmconvert.hub.retry import TRANSPORT_ERROR, Backoff, is_transient
+from llmconvert.hub.retry import TRANSPORT_ERROR, Backoff, is_transient, retrying
 
 __all__ = ["RemoteFile", "download_file", "git_blob_id", "iterate_content", "list_files"]
 
@@ -52,7 +52,9 @@ class RemoteFile:
 
 def list_files(repo_id: str, commit: str, names: list[str]) -> dict[str, RemoteFile]:
     """Size and hash of the named files, as the Hub lists them. Those that it lacks are left out."""
-    found = HfApi().get_paths_info(repo_id, names, revision=commit) if names else []
+    if not names:
+        return {}
+    found = retrying(lambda: HfApi().get_paths_info(repo_id, names, revision=commit), Backoff())
     return {entry.path: as_remote_file(repo_id, commit, entry) for entry in found if isinstance(entry, RepoFile)}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hub_client import Client
 from hub_files import names
-from hub_server import EXPIRED_TOKEN, Fault, HubServer
+from hub_server import EXPIRED_TOKEN, READ_TOKEN, Fault, HubServer
 
 SAFETENSORS = bytes(range(256)) * 20
 MODEL = {
@@ -30,7 +30,7 @@ MODEL = {
     "onnx/config.json": b"{}",
     ".gitattributes": b"",
 }
-NEEDED = ["LICENSE", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
+NEEDED = ["LICENSE", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
 NEEDED += ["tokenizer.json", "tokenizer_config.json"]
 
 
@@ -118,7 +118,8 @@ def test_failures_are_one_line_that_says_what_to_do(hub: HubServer, client: Clie
 
     assert "has no revision 'v9'" in refused("org/model", "v9")
     assert "set HF_TOKEN if it is private" in refused("org/private")
-    assert "is gated; accept its terms" in refused("org/gated")
+    for token in ("", READ_TOKEN):  # without an account, and of one that has not accepted the terms
+        assert "is gated; accept its terms" in refused("org/gated", token=token)
     for token in (EXPIRED_TOKEN, "hf_" + "x" * 34):
         assert "the token was rejected, it may have expired; make one at" in refused("org/model", token=token)
     assert names(client("fetch", "org/private", cache_dir=tmp_path)["result"]) == NEEDED
@@ -170,7 +171,9 @@ def test_fetch_uses_the_cache_when_the_hub_is_away(hub: HubServer, new_client: C
 def test_a_failing_hub_is_named(hub: HubServer, client: Client, tmp_path: Path) -> None:
     hub.faults.append(Fault("GET /api/models/org/failing", 503, "maintenance"))
     hub.add_repo("org/failing", MODEL)
-    assert "could not be reached" in client("fetch", "org/failing", cache_dir=tmp_path)["text"]
+    refused = client("fetch", "org/failing", cache_dir=tmp_path)
+    assert refused["code"] == 4
+    assert "HTTP 503: the Hub failed; run the same command again later (the Hub says: maintenance)" in refused["text"]
 
 
 BIG = bytes(range(256)) * (16 << 10)
@@ -250,3 +253,53 @@ def test_fetch_onto_a_full_disk_is_a_capacity_error(hub: HubServer, client: Clie
     assert (refused["error"], refused["code"]) == ("CapacityError", 5)
     assert "is full: 6,291,456 more bytes are needed" in refused["text"]
     assert sum(sizes) < 1 << 16, "nothing of the file that can't fit was begun"
+
+
+def test_a_disk_that_fills_up_meanwhile_is_a_capacity_error(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    hub.add_repo("org/model", {**MODEL, "model.safetensors": BIG})
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small file system takes root")
+    other = disk / "of somebody else"
+    hub.faults.append(Fault("GET .*safetensors", hook=lambda: other.write_bytes(bytes(4 << 20)) and None, times=1))
+    try:
+        refused = client("fetch", "org/model", cache_dir=disk / "cache")
+        other.unlink()
+        fetched = client("fetch", "org/model", cache_dir=disk / "cache")
+        assert (Path(fetched["result"]) / "model.safetensors").read_bytes() == BIG
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert (refused["error"], refused["code"]) == ("CapacityError", 5)
+    assert "is full" in refused["text"]
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        "GET /api/models/org/model/revision/main",
+        "GET /api/models/org/model/tree",
+        "HEAD /org/model/resolve/.*config.json",
+        "GET /org/model/resolve/.*/tokenizer.json",
+        "POST /api/models/org/model/paths-info",
+        "GET /org/model/resolve/.*safetensors",
+    ],
+)
+@pytest.mark.parametrize("kind", ["429", "500", "503", "dropped"])
+def test_passing_failures_are_overcome(
+    hub: HubServer, client: Client, tmp_path: Path, request_line: str, kind: str
+) -> None:
+    hub.add_repo("org/model", MODEL)
+    if kind == "dropped":
+        fault = Fault(request_line, lose_response=True, times=1)
+    else:
+        fault = Fault(request_line, int(kind), retry_after="3" if kind == "429" else None, times=1)
+    hub.faults.append(fault)
+    answer = client("fetch", "org/model", cache_dir=tmp_path)
+    assert "result" in answer, answer
+    assert names(answer["result"]) == NEEDED
+    if fault.times:
+        pytest.fail(f"{request_line} was never asked")
+    if kind == "429":
+        assert any(nap >= 3 for nap in answer["naps"])

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_client import Client
 from hub_files import published, sent
-from hub_server import Fault, HubServer
+from hub_server import WRITE_TOKEN, Fault, HubServer
 
 OLD = {"config.json": b"old"}
 
@@ -66,3 +73,68 @@ def test_killed_at_each_stage_the_rerun_completes(
     assert published(hub, "me/model") == sent(artifact)
     assert repo.tags == {"v1": repo.branches["main"]}
     assert len(repo.commits) == 2
+
+
+@pytest.mark.parametrize("stage", ["POST .*branch/w4", "POST .*preupload", "POST .*commit/"])
+def test_killed_on_a_branch_of_its_own_main_never_shows_it(
+    hub: HubServer, new_client: Callable[..., Client], client: Client, artifact: Path, stage: str
+) -> None:
+    repo = hub.add_repo("me/model", OLD)
+    victim = new_client()
+    hub.faults.append(Fault(stage, hook=victim.kill, times=1))
+    victim.send("push_folder", artifact, "me/model", revision="w4")
+    victim.process.wait(60)
+    assert "w4" not in repo.branches or hub.files("me/model", "w4") in (OLD, {**OLD, **sent(artifact)})
+    client("push_folder", artifact, "me/model", revision="w4")
+    assert published(hub, "me/model", "w4") == sent(artifact)
+    assert hub.files("me/model") == OLD
+    assert len(repo.commits) == 2
+
+
+def test_a_pull_request_that_a_killed_push_had_opened_is_not_opened_twice(
+    hub: HubServer, new_client: Callable[..., Client], client: Client, artifact: Path
+) -> None:
+    repo = hub.add_repo("me/model", OLD)
+    victim = new_client()
+    opened = threading.Event()
+    hub.faults.append(Fault("GET .*/tree/refs%2Fpr%2F1|GET .*/tree/refs/pr/1", hook=opened.set, times=1))
+    hub.faults.append(Fault("GET .*/tree/refs%2Fpr%2F1|GET .*/tree/refs/pr/1", hook=victim.kill, times=1))
+    victim.send("push_folder", artifact, "me/model", create_pr=True)
+    victim.process.wait(60)
+    assert opened.is_set() and list(repo.pull_requests) == ["refs/pr/1"]
+    again = client("push_folder", artifact, "me/model", create_pr=True)
+    assert again["result"] == f"{hub.url}/me/model/discussions/1"
+    assert list(repo.pull_requests) == ["refs/pr/1"]
+    repo.closed.add("refs/pr/1")
+    another = client("push_folder", artifact, "me/model", create_pr=True)
+    assert another["result"] == f"{hub.url}/me/model/discussions/2"
+    assert hub.files("me/model") == OLD
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_the_command_line_stops_at_once_and_goes_on_later(
+    hub: HubServer, artifact: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    hub.add_repo("me/model", OLD)
+    (artifact / "model-00001-of-00002.safetensors").write_bytes(bytes(12_000_000))
+    hub.faults.append(Fault("PUT /lfs/", slow_seconds=0.1))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "llmconvert.cli", "push", str(artifact), "me/model"]
+    options: dict[str, Any] = {"env": {**environment, **settings, "HF_TOKEN": WRITE_TOKEN}, "text": True}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, **options)
+    large = hashlib.sha256(bytes(12_000_000)).hexdigest()
+    while not hub.count(f"PUT /lfs/.*{large}"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    begin = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 5, "twelve seconds of upload were left"
+    assert process.returncode == 6, errors
+    assert f"stopped by {number.name}; files already sent are not sent again" in errors
+    assert hub.files("me/model") == OLD
+    hub.faults.clear()
+    subprocess.run(command, check=True, capture_output=True, **options)
+    assert published(hub, "me/model") == sent(artifact)

@@ -154,6 +154,7 @@ def test_a_check_before_the_work_finds_what_would_fail_at_its_end(hub: HubServer
     assert "is public, and this was to be private" in client("check_push", "me/public", private=True)["text"]
     assert "the token was rejected" in client("check_push", "me/new", token=EXPIRED_TOKEN)["text"]
     assert "publishing needs a token" in client("check_push", "me/new", token="")["text"]
+    assert "the token may only read; set HF_TOKEN" in client("check_push", "me/public", token=READ_TOKEN)["text"]
 
 
 def test_what_the_hub_lists_is_compared_with_what_was_sent(hub: HubServer, client: Client, artifact: Path) -> None:

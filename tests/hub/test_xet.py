@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hub_client import Client
 from hub_files import published, sent
-from hub_server import Fault, HubServer
+from hub_server import Blob, Fault, HubServer
 
 pytest.importorskip("hf_xet")
 
@@ -69,3 +69,66 @@ def test_without_the_service_the_push_fails_in_one_line(
     refused = new_client(HF_HUB_DISABLE_XET="0")("push_folder", artifact, "me/model")
     assert (refused["error"], refused["code"]) == ("HubError", 4)
     assert hub.files("me/model") == {"config.json": b"old"}
+
+
+def test_killed_between_files_only_the_rest_is_sent(
+    hub: HubServer, new_client: Callable[..., Client], big: Path
+) -> None:
+    hub.add_repo("me/model", {"config.json": b"old"})
+    one, both = 11_000_000, 22_000_000
+    draw = random.Random(7)  # the store knows nothing of it yet
+    for path in big.glob("*.safetensors"):
+        path.write_bytes(draw.randbytes(one))
+    before = hub.xet.nbytes()
+    first = new_client(HF_HUB_DISABLE_XET="0")
+
+    def kill() -> None:  # the small files have been asked about, the first shard is there, and now the second's turn
+        if hub.count("POST .*preupload") == 3:
+            first.kill()
+
+    hub.faults.append(Fault("POST .*preupload", hook=kill))
+    first.send("push_folder", big, "me/model")
+    first.process.wait(60)
+    hub.faults.clear()
+    stored = hub.xet.nbytes() - before
+    assert one <= stored < 1.1 * one
+    assert hub.files("me/model") == {"config.json": b"old"}
+    new_client(HF_HUB_DISABLE_XET="0")("push_folder", big, "me/model")
+    assert both <= hub.xet.nbytes() - before < both + one / 10
+    assert published(hub, "me/model") == sent(big)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("xet-write-token", 503, times=2),
+        Fault("xet-write-token", 429, retry_after="3", times=1),
+        Fault("POST /api/models/me/model/commit", 500, times=2),
+        Fault("POST /api/models/me/model/commit", lose_response=True, times=1),
+    ],
+    ids=lambda fault: f"{fault.pattern} {fault.status or 'lost'}",
+)
+def test_passing_failures_are_overcome(
+    hub: HubServer, new_client: Callable[..., Client], artifact: Path, fault: Fault
+) -> None:
+    repo = hub.add_repo("me/model", {"config.json": b"old"})
+    hub.faults.append(fault)
+    answer = new_client(HF_HUB_DISABLE_XET="0")("push_folder", artifact, "me/model")
+    assert "result" in answer, answer
+    assert published(hub, "me/model") == sent(artifact)
+    assert len(repo.commits) == 2
+
+
+def test_a_commit_made_meanwhile_is_not_overwritten(
+    hub: HubServer, new_client: Callable[..., Client], artifact: Path
+) -> None:
+    repo = hub.add_repo("me/model", {"config.json": b"old"})
+    theirs = {"config.json": b"old", "theirs.txt": b"new"}
+
+    def somebody_else() -> None:
+        repo.commit("main", {name: Blob(content, False) for name, content in theirs.items()})
+
+    hub.faults.append(Fault("xet-write-token", hook=somebody_else, times=1))
+    refused = new_client(HF_HUB_DISABLE_XET="0")("push_folder", artifact, "me/model")
+    assert "the branch has moved meanwhile" in refused["text"]
+    assert hub.files("me/model") == theirs

@@ -113,11 +113,12 @@ def test_a_token_that_may_not_write_is_found_out_before_the_work(
     hub: HubServer, write_recipe: Any, tmp_path: Path
 ) -> None:
     recipe = write_recipe(publish={"to": "me/new"})
-    done = run(hub, tmp_path / "home", "run", str(recipe), token="hf_" + "x" * 34)
-    assert done.returncode == 4
-    assert "the token was rejected" in done.stderr
-    assert not list((tmp_path / "work").glob("convert-*"))
-    assert READ_TOKEN not in done.stderr
+    for token, text in (("hf_" + "x" * 34, "the token was rejected"), (READ_TOKEN, "the token may only read")):
+        done = run(hub, tmp_path / "home", "run", str(recipe), token=token)
+        assert done.returncode == 4
+        assert text in done.stderr
+        assert not list((tmp_path / "work").glob("convert-*"))
+        assert token not in done.stderr
 
 
 def test_placeholders_stand_for_the_recipes_values(write_recipe: Any) -> None:

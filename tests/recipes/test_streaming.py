@@ -35,7 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(model: Path) -> Iterator[HubServer]:
     with HubServer().running() as server:
-        server.add_repo("org/llama", {path.name: path.read_bytes() for path in model.iterdir()})
+        files = {path.name: path.read_bytes() for path in model.iterdir()}
+        server.add_repo("org/llama", {**files, "README.md": b"---\nlicense: apache-2.0\n---\n# Llama\n"})
         yield server
 
 
@@ -136,6 +137,9 @@ def test_it_ends_with_what_a_run_on_the_whole_model_ends_with(
     assert found["generation.agreement"]["detail"]["judged_by"] == "scoring"
     resolved = published["llmconvert/recipe.yaml"].decode()
     assert f"model: org/llama@{hub.repos['org/llama'].branches['main']}" in resolved and "stream" not in resolved
+
+    card = published["README.md"].decode()
+    assert "license: apache-2.0" in card and "- org/llama" in card
 
     room = 60 * 4096  # token windows, journal, report and plots are not weights, and sizes are rounded to blocks
     assert disk.most_shards <= sum(shards[-2:]) + room < sum(shards)
