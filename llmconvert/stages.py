@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from llmconvert import __version__
-from llmconvert.errors import OutputError, SourceError, UsageError
+from llmconvert.errors import HubError, OutputError, SourceError, UsageError
 from llmconvert.lock import DirectoryLock
 from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
@@ -193,7 +193,9 @@ class StageRun:
             }
             write_json(staging / STAGE_FILE, record)
         except BaseException as error:
-            if not resumable or isinstance(error, UsageError | SourceError):
+            # A lost connection says nothing against the input.
+            refused = isinstance(error, UsageError | SourceError) and not isinstance(error, HubError)
+            if not resumable or refused:
                 _remove(staging)
                 self._forget(name)
             raise

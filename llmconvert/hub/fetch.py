@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import huggingface_hub
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RevisionResolutionError,
 )
@@ -23,7 +22,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from llmconvert.errors import HubError
 from llmconvert.hub.errors import hub_errors
-from llmconvert.hub.retry import Backoff, retrying
+from llmconvert.hub.retry import TRANSPORT_ERROR, Backoff, is_unreachable, retrying
 from llmconvert.hub.transfer import RemoteFile, download_file, list_files
 from llmconvert.progress import SILENT, Progress, Task
 
@@ -192,7 +191,8 @@ def _retrying(call: Callable[[], T]) -> T:
         try:
             return call()
         except (LocalEntryNotFoundError, RevisionResolutionError) as error:
-            if isinstance(error.__cause__, HfHubHTTPError):
+            # Without any connection, the client's own error knows better, and waiting a few seconds doesn't help.
+            if isinstance(error.__cause__, TRANSPORT_ERROR) and not is_unreachable(error.__cause__):
                 raise error.__cause__ from None
             raise
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from huggingface_hub.errors import HfHubHTTPError
 
-__all__ = ["TRANSPORT_ERROR", "Backoff", "is_transient", "retrying"]
+__all__ = ["TRANSPORT_ERROR", "Backoff", "is_transient", "is_unreachable", "retrying"]
 
 #: The transport's own base class, whichever httpx the client is built on.
 TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -51,6 +51,11 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _TRANSIENT
     return isinstance(error, TRANSPORT_ERROR)
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether no connection could be made at all: no network, no such host, or nobody listening there."""
+    return type(error).__name__ in ("ConnectError", "ConnectTimeout")  # of whichever httpx the client is built on
 
 
 def retrying(call: Callable[[], Result], backoff: Backoff) -> Result:

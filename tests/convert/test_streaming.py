@@ -177,9 +177,9 @@ def test_rounding_gives_the_same_bytes_as_fetching_first(
 def test_tensors_can_be_read_where_they_lie(hub: HubServer, streamer: Streamer, model: Path, ahead: int) -> None:
     """One request per range asked for, or fewer with reading ahead; what breaks off is taken up again."""
     tensors = sum(1 for _ in SafetensorsCheckpoint(model))
-    ranges = r"GET .*safetensors bytes=[1-9]\d*-\d+$"
+    ranges = r"GET .*safetensors bytes=[1-9]\d*-\d*$"
     hub.faults.append(Fault(ranges, 503, times=1))
-    hub.faults.append(Fault(ranges, drop_after=5000, times=3))
+    hub.faults.append(Fault(ranges, drop_after=5000, times=2))
     answer = streamer("read", model, ahead=ahead)
     assert answer["wrong"] == []
     assert answer["pieces"] > 2 * tensors

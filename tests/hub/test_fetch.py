@@ -278,10 +278,10 @@ def test_a_disk_that_fills_up_meanwhile_is_a_capacity_error(hub: HubServer, clie
 @pytest.mark.parametrize(
     "request_line",
     [
-        "GET /api/models/org/model/revision/main",
+        "GET /api/models/org/model(/revision/main)?([?].*)?$",
         "GET /api/models/org/model/tree",
         "HEAD /org/model/resolve/.*config.json",
-        "GET /org/model/resolve/.*/tokenizer.json",
+        "GET /org/model/resolve/.*/LICENSE",
         "POST /api/models/org/model/paths-info",
         "GET /org/model/resolve/.*safetensors",
     ],
@@ -300,6 +300,6 @@ def test_passing_failures_are_overcome(
     assert "result" in answer, answer
     assert names(answer["result"]) == NEEDED
     if fault.times:
-        pytest.fail(f"{request_line} was never asked")
-    if kind == "429":
+        pytest.fail(f"{request_line} was never asked, these were: {hub.log}")
+    if kind == "429" and not request_line.startswith("HEAD"):  # those the client repeats by a rule of its own
         assert any(nap >= 3 for nap in answer["naps"])
