@@ -165,12 +165,20 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _replace(staging: Path, directory: Path) -> None:
-    """Put the new directory in the old one's place with two renames; a crash between them leaves the old one hidden."""
+    """Put the new directory in the old one's place with two renames.
+
+    When the second one fails, the old one comes back; after a crash between them, the next run puts the new one there.
+    """
     old = directory.absolute().with_name(f".{directory.absolute().name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         os.rename(directory, old)
-    publish_directory(staging, directory)
+    try:
+        publish_directory(staging, directory)
+    except BaseException:
+        if old.exists() and not directory.exists():
+            os.rename(old, directory)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

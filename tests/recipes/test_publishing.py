@@ -90,3 +90,32 @@ def test_a_full_disk_leaves_the_old_one(artifact: Path, tmp_path: Path, monkeypa
         publish_local(artifact, tmp_path / "demo", "demo")
     assert content(tmp_path / "demo") == before
     assert sorted(os.listdir(tmp_path)) == ["artifact", "demo"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OutputError])
+def test_stopped_between_the_renames_the_old_one_is_back(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    publish_local(artifact, tmp_path / "demo", "demo")
+    before = content(tmp_path / "demo")
+    (artifact / "model.safetensors").write_bytes(b"better weights")
+
+    def fail(staging: Path, target: Path) -> None:
+        raise stop("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(publishing, "publish_directory", fail)
+        with pytest.raises(stop):
+            publish_local(artifact, tmp_path / "demo", "demo")
+    assert content(tmp_path / "demo") == before
+    assert sorted(os.listdir(tmp_path)) == ["artifact", "demo"]
+    publish_local(artifact, tmp_path / "demo", "demo")
+    assert content(tmp_path / "demo") == content(artifact)
+
+
+def test_killed_between_the_renames_the_next_run_puts_it_there(artifact: Path, tmp_path: Path) -> None:
+    publish_local(artifact, tmp_path / "demo", "demo")
+    (tmp_path / "demo").rename(tmp_path / ".demo.replaced")  # as a kill leaves it
+    publish_local(artifact, tmp_path / "demo", "demo")
+    assert content(tmp_path / "demo") == content(artifact)
+    assert sorted(os.listdir(tmp_path)) == ["artifact", "demo"]
