@@ -16,6 +16,7 @@ from llmconvert.convert.pipeline import stream_tensors
 from llmconvert.dense import require_dense
 from llmconvert.errors import UnsupportedError
 from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.reader import open_dense
 from llmconvert.writer import (
     DEFAULT_SHARD_BYTES,
     Layout,
@@ -75,8 +76,9 @@ def convert_dtype(
 ) -> DtypeReport:
     """Write ``source`` to the directory ``output`` with its floating-point tensors in ``dtype``.
 
-    Integer and bool tensors, and tensors that have the dtype already, are copied bit for bit, as are the files beside
-    the weights; ``config.json`` declares the new dtype. ``output`` appears whole or not at all.
+    Quantized weights are dequantized in float32 and rounded once. Integer and bool tensors, and tensors that have the
+    dtype already, are copied bit for bit, as are the files beside the weights; ``config.json`` declares the new dtype.
+    ``output`` appears whole or not at all.
 
     Args:
         source: any checkpoint; one in safetensors is read fastest.
@@ -87,14 +89,17 @@ def convert_dtype(
         progress: where to report, in bytes read.
 
     Raises:
-        UnsupportedError: another dtype, a quantized source, or a value out of range, with the tensor's name.
+        UnsupportedError: another dtype, a source quantized in a format that is not known, or a value out of range, with
+            the tensor's name.
         OutputError: ``output`` exists and is not empty, or can't be written.
         CheckpointError: the source is damaged.
         CapacityError: the disk can't hold the result.
     """
     if dtype not in TARGETS:
         raise UnsupportedError(f"{dtype} is no target; convert to float32, float16 or bfloat16")
-    require_dense(source, str(getattr(source, "directory", "the model")))
+    origin = str(getattr(source, "directory", "the model"))
+    source = open_dense(source, dtype)
+    require_dense(source, origin)
     check_output_directory(output)
     begin = time.perf_counter()
     layout = plan_layout(

@@ -17,6 +17,7 @@ import torch
 
 from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.convert.source import Source, open_source, source_fingerprint
+from llmconvert.dense import require_dense
 from llmconvert.engine.tokens import TokenWindows, check_disjoint
 from llmconvert.errors import GateError
 from llmconvert.interrupt import interruptible
@@ -116,6 +117,8 @@ class _Run:
         if self._publish is not None:
             check_target(self._publish, recipe.name)
         source = self._fetch()
+        if recipe.quantize is not None:
+            require_dense(source.checkpoint, source.origin)
         if recipe.attention is not None:
             require_mergeable(source.checkpoint, recipe.attention)
         if recipe.stream:

@@ -249,7 +249,11 @@ def test_a_cast_view_checks_the_range(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        ({"w": torch.ones(2)}, {"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq"),
+        (
+            {"w": torch.ones(2)},
+            {"quantization_config": {"quant_method": "hqq"}},
+            "quantized with 'hqq'; this reader knows",
+        ),
         ({"w": torch.ones(2)}, {"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
         ({"l.qweight": torch.ones(2, 2, dtype=torch.int32)}, {}, r"tensor l\.qweight is torch\.int32"),
         ({"l.weight": torch.ones(2, 2, dtype=torch.int8), "l.SCB": torch.ones(2)}, {}, "already quantized"),

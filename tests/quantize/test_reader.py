@@ -214,8 +214,15 @@ def test_other_formats_are_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = changed(directory, lambda config: config["config_groups"]["group_0"]["weights"].update(type="float"))
     with pytest.raises(UnsupportedError, match="weights of 4-bit type 'float' with strategy 'group'"):
         open_dense(checkpoint)
+    checkpoint = changed(directory, lambda config: config.update(quant_method="hqq"))
+    with pytest.raises(UnsupportedError, match="quantized with 'hqq'; this reader knows compressed-tensors, gptq"):
+        open_dense(checkpoint)
+
+
+def test_a_quantization_that_no_tensor_shows_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
+    directory = artifact(tiny("llama"), tmp_path / "out", "w4a16-g32")
     checkpoint = changed(directory, lambda config: config.update(quant_method="gptq"))
-    with pytest.raises(UnsupportedError, match="quantized with 'gptq'; this reader knows compressed-tensors"):
+    with pytest.raises(CheckpointError, match=r"config\.json says quantized with 'gptq', and no tensor is"):
         open_dense(checkpoint)
 
 
