@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ from llmconvert.writer import (
     write_side_files,
 )
 
-__all__ = ["AttentionReport", "LayerReport", "convert_attention"]
+__all__ = ["AttentionReport", "LayerReport", "convert_attention", "copy_tensors"]
 
 _WORK = ".work"
 _COPY_NBYTES = 1 << 26
@@ -86,6 +87,17 @@ class AttentionReport:
     left_out: tuple[str, ...]
     nbytes: int
     seconds: float
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> AttentionReport:
+        """What ``dataclasses.asdict`` made of a report, JSON in between or not."""
+        layers = tuple(
+            LayerReport(**{**layer, "groups": tuple(tuple(group) for group in layer["groups"])})
+            for layer in values["layers"]
+        )
+        pairs = {key: tuple(values[key]) for key in ("kv_heads", "kv_bytes_per_token", "left_out")}
+        contexts = {memory: tuple(tokens) for memory, tokens in values["contexts"].items()}
+        return cls(**{**values, **pairs, "contexts": contexts, "layers": layers})
 
 
 def convert_attention(
@@ -147,7 +159,7 @@ def convert_attention(
             else:
                 layers = list(_write_merged(writer, view, task))
             attention = {n for i in range(view.geometry.layers) for n in attention_tensors(source, view.geometry, i)}
-            _copy(writer, source, (name for name in source if name not in attention))
+            copy_tensors(writer, source, (name for name in source if name not in attention))
             writer.sync()
         shutil.rmtree(work)
         write_side_files(staging, source.files)
@@ -188,7 +200,7 @@ def _write_merged(writer: TensorWriter, view: MergedAttention, task: Task) -> It
         yield LayerReport(merged.groups, merged.key_loss, merged.value_loss)
 
 
-def _copy(writer: TensorWriter, source: Checkpoint, names: Iterable[str]) -> None:
+def copy_tensors(writer: TensorWriter, source: Checkpoint, names: Iterable[str]) -> None:
     """Copy tensors that stay as they are, in slices of rows."""
     for name in names:
         info = source.infos[name]

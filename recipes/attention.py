@@ -1,11 +1,12 @@
 """The recipe's attention section: which rewrites can be done, and doing them.
 
-Healing by distillation and the comparison of attention backends can be written in a recipe, and are refused by name,
-before any work: this version cannot do them yet.
+The comparison of attention backends can be written in a recipe, and is refused by name, before any work: this version
+cannot do it yet.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,34 +14,31 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
+from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.convert.attention import read_geometry, require_kv_heads
 from llmconvert.convert.cast import CastView
 from llmconvert.convert.gqa_job import AttentionReport, convert_attention
-from llmconvert.convert.source import open_source
+from llmconvert.convert.heal import HealReport
+from llmconvert.convert.source import open_source, source_fingerprint
 from llmconvert.errors import UnsupportedError, UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
+from llmconvert.recipes.healing import heal, heal_request, heal_settings
 from llmconvert.recipes.recipe import AttentionSettings, Recipe
 from llmconvert.recipes.steps import DTYPES
 from llmconvert.recipes.windows import WindowRequest
+from llmconvert.stages import StageStore
 from llmconvert.writer import check_output_directory
 
 __all__ = ["require_attention_support", "require_mergeable", "rewrite_attention", "rewrite_model"]
 
 
 def require_attention_support(recipe: Recipe) -> None:
-    """Refuse a recipe that heals or compares attention backends.
+    """Refuse a recipe that compares attention backends.
 
     Raises:
         UnsupportedError: naming the key and what to do.
     """
-    heal = recipe.attention.heal if recipe.attention is not None else None
-    if heal is not None and heal.steps > 0:
-        raise UnsupportedError(
-            f"attention.heal: {heal.steps} steps of distillation are not part of this version; "
-            "remove the key, or run with --set attention.heal=null"
-        )
     if recipe.validation is not None and recipe.validation.attention:
         raise UnsupportedError(
             f"validate.attention: comparing the backends {', '.join(recipe.validation.attention)} is not part of this "
@@ -75,30 +73,65 @@ def rewrite_attention(
     return asdict(_convert(source, output, settings, windows, device, progress))
 
 
-def rewrite_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) -> AttentionReport:
+def rewrite_model(
+    recipe: Recipe, output: Path, *, progress: Progress = SILENT
+) -> tuple[AttentionReport, HealReport | None]:
     """Merge the key-value heads of ``recipe.model`` into the directory ``output``, by its attention section.
 
-    Weights are written in ``recipe.convert.dtype``; without a calibrate section the weights alone decide.
+    Weights are written in ``recipe.convert.dtype``; without a calibrate section the weights alone decide. Where the
+    section heals, the merged model and the state of healing wait in a hidden directory beside the output, and a call
+    that was stopped continues from them.
+
+    Returns:
+        What the merge reports, and what healing does; None without healing.
 
     Raises:
         UsageError: the recipe has no attention section.
-        LlmconvertError: see :func:`llmconvert.convert.gqa_job.convert_attention`.
+        LlmconvertError: see :func:`llmconvert.convert.gqa_job.convert_attention` and
+            :func:`llmconvert.convert.heal.heal_attention`.
     """
     settings = recipe.attention
     if settings is None:
         raise UsageError("nothing to rewrite: the recipe has no attention section")
     require_attention_support(recipe)
     check_output_directory(output)
-    with interruptible("nothing was written; run the same command again"):
+    request, healing = heal_request(recipe), heal_settings(recipe)
+    advice = "nothing was written; run the same command again" if healing is None else "run the same command to go on"
+    with interruptible(advice):
         source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
         with source.checkpoint:
             checkpoint = CastView(source.checkpoint, DTYPES[recipe.convert.dtype], recipe.convert.overflow)
             require_mergeable(checkpoint, settings)
             windows: Sequence[torch.Tensor] = ()
+            device = torch.device(recipe.device)
             if recipe.calibrate is not None:
-                request = WindowRequest.calibration(recipe.calibrate)
-                windows = request.draw(checkpoint, request.corpus()).windows
-            return _convert(checkpoint, output, settings, windows, torch.device(recipe.device), progress)
+                calibration = WindowRequest.calibration(recipe.calibrate)
+                windows = calibration.draw(checkpoint, calibration.corpus()).windows
+            if healing is None or request is None:
+                return _convert(checkpoint, output, settings, windows, device, progress), None
+            lessons = request.draw(checkpoint, request.corpus())
+            with StageStore(output.with_name(f".{output.name}.healing"), progress=progress) as store:
+                stages = store.begin("convert")
+
+                def merge(path: Path) -> Mapping[str, Any]:
+                    return asdict(_convert(checkpoint, path / "model", settings, windows, device, progress))
+
+                inputs = {"source": source_fingerprint(source), "recipe": recipe.to_mapping(), "text": lessons.digest}
+                merged = stages.run("merged", inputs, merge)
+                with SafetensorsCheckpoint(merged.path / "model") as student:
+                    healed = heal(
+                        checkpoint,
+                        student,
+                        store.work_dir,
+                        output,
+                        healing,
+                        windows=lessons.windows,
+                        identity=merged.key,
+                        device=device,
+                        progress=progress,
+                    )
+            shutil.rmtree(store.work_dir)
+            return AttentionReport.from_mapping(merged.details), healed
 
 
 def _convert(

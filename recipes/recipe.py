@@ -115,10 +115,20 @@ class ConvertSettings(_Section):
 
 
 class HealSettings(_Section):
-    """Distillation after the attention rewrite: optimizer steps, learning rate, seed."""
+    """Distillation from the original after the attention rewrite; attention weights alone are trained.
+
+    ``steps`` of ``batch`` windows of ``length`` tokens, drawn from ``dataset`` (that of ``calibrate`` by default).
+    ``held_out`` more windows tell which step was best, and when to stop. ``hidden`` weighs the error of the hidden
+    states beside the divergence of the predictions.
+    """
 
     steps: Annotated[int, Field(ge=0)] = 200
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    batch: Count = 2
+    length: Annotated[int, Field(ge=2)] = 512
+    dataset: Annotated[str, Field(min_length=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    hidden: Annotated[float, Field(ge=0)] = 0.5
+    held_out: Annotated[int, Field(ge=0)] = 8
     seed: Seed = 0
 
 

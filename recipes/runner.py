@@ -1,4 +1,4 @@
-"""Running a recipe: fetch, convert, calibrate, quantize, validate, write up, publish.
+"""Running a recipe: fetch, convert, calibrate, rewrite attention, heal, quantize, validate, write up, publish.
 
 Each step is a stage (:mod:`llmconvert.stages`) keyed by what determines its output, so a run that was stopped or
 changed repeats only what it must. Text, formats and the publishing target are checked before the long work begins.
@@ -26,6 +26,7 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.base import needs_calibration
 from llmconvert.recipes.artifact import assemble_artifact, model_info
 from llmconvert.recipes.attention import require_attention_support, require_mergeable, rewrite_attention
+from llmconvert.recipes.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import convert, measure, quantize, require_measurable
@@ -131,8 +132,10 @@ class _Run:
             converted = self._convert(source)
             original = _Original.of(converted)
             calibration, evaluation = self._draw(original)
+            lessons = self._draw_lessons(original, evaluation)
             rewritten = self._rewrite(converted, calibration)
-            model = self._quantize(rewritten, calibration)
+            healed = self._heal(converted, rewritten, lessons)
+            model = self._quantize(healed, calibration)
         measured = self._measure(original, model, calibration, evaluation)
         artifact = self._assemble(source, original, model, calibration, measured)
         report = Report.read(artifact / "llmconvert" / "report.json")
@@ -208,6 +211,14 @@ class _Run:
             check_disjoint(calibration, evaluation)
         return calibration, evaluation
 
+    def _draw_lessons(self, original: _Original, evaluation: TokenWindows | None) -> TokenWindows | None:
+        """The text that healing learns from."""
+        request = heal_request(self._recipe)
+        lessons = self._windows("heal-text", request, original) if request is not None else None
+        if lessons is not None and evaluation is not None:
+            check_disjoint(lessons, evaluation)
+        return lessons
+
     def _windows(self, name: str, request: WindowRequest, original: _Original) -> TokenWindows:
         corpus = request.corpus()
 
@@ -239,9 +250,31 @@ class _Run:
             "model": converted.key,
             "calibration": calibration.digest if calibration is not None else None,
             "device": self._device.type,
-            **settings.model_dump(mode="json"),
+            **settings.model_dump(mode="json", exclude={"heal"}),
         }
         return self._stage("attention", inputs, build)
+
+    def _heal(self, converted: StageResult, rewritten: StageResult, lessons: TokenWindows | None) -> StageResult:
+        settings = heal_settings(self._recipe)
+        if settings is None or lessons is None:
+            return rewritten
+
+        def build(path: Path) -> Mapping[str, Any]:
+            models = converted.path / _MODEL, rewritten.path / _MODEL
+            place, show = self._device, self._progress
+            text = lessons.windows
+            return heal_stage(
+                *models, path, settings, windows=text, identity=rewritten.key, device=place, progress=show
+            )
+
+        inputs = {
+            "original": converted.key,
+            "model": rewritten.key,
+            "text": lessons.digest,
+            "device": self._device.type,
+            **settings.model_dump(mode="json"),
+        }
+        return self._stage("heal", inputs, build, resumable=True)
 
     def _quantize(self, converted: StageResult, calibration: TokenWindows | None) -> StageResult:
         settings = self._recipe.quantize
@@ -361,7 +394,7 @@ class _Run:
                     "reused": result.reused,
                     "resumed": result.resumed,
                     "sections": result.details.get("sections", ()),
-                    "details": details if name in ("convert", "attention", "quantize") else {},
+                    "details": details if name in ("convert", "attention", "heal", "quantize") else {},
                 }
             )
         )

@@ -78,13 +78,14 @@ def _merge_heads(model: str, output: Path, options: dict[str, Any]) -> None:
         "kv_heads": options["kv_heads"],
         "method": options["gqa_method"],
         "refit": options["refit"],
-        "heal": {"steps": options["heal_steps"]},
+        "heal": {"steps": options["heal_steps"], "length": min(512, options["length"])},
     }
     settings["device"] = options["device"]
     if options["calibration"] is not None:
         calibrate = {key: options[key] for key in ("samples", "length", "order", "seed")}
         settings["calibrate"] = {"dataset": options["calibration"], **calibrate}
-    report = rewrite_model(make_recipe({"model": model, **settings}, "convert"), output, progress=console_progress())
+    recipe = make_recipe({"model": model, **settings}, "convert")
+    report, healed = rewrite_model(recipe, output, progress=console_progress())
     (before, after), (wide, narrow) = report.kv_heads, report.kv_bytes_per_token
     losses = [layer.output_loss for layer in report.layers if layer.output_loss is not None]
     lost = f", {sum(losses) / len(losses):.1%} of the attention output lost on the average" if losses else ""
@@ -92,5 +93,10 @@ def _merge_heads(model: str, output: Path, options: dict[str, Any]) -> None:
         f"{output}: {before} → {after} key-value heads, {wide:,} → {narrow:,} cache bytes per token, "
         f"{report.nbytes:,} bytes, {report.seconds:.1f} s{lost}"
     )
+    if healed is not None and healed.before is not None and healed.after is not None:
+        click.echo(
+            f"healed in {healed.steps} steps on {healed.tokens:,} tokens, {healed.seconds:.1f} s: "
+            f"{healed.before:.3f} → {healed.after:.3f} nats from the original on held-out text"
+        )
     for note in report.left_out:
         click.echo(f"note: {note}")

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.cli import main
-from llmconvert.errors import UnsupportedError
+from llmconvert.convert.gqa_job import convert_attention
+from llmconvert.errors import RecipeError
+from llmconvert.recipes.healing import heal_stage
 from llmconvert.recipes.loading import load_recipe
+from llmconvert.recipes.recipe import HealSettings
 from llmconvert.recipes.runner import run_recipe
 
 
@@ -38,11 +42,44 @@ def test_merging_alone(write_recipe: Any) -> None:
     assert any(check.name == "perplexity" for check in result.report.checks)
 
 
-def test_healing_is_refused_by_name(write_recipe: Any, tmp_path: Path) -> None:
-    recipe = load_recipe(write_recipe(attention={"kv_heads": 1, "heal": {"steps": 3}}))
-    with pytest.raises(UnsupportedError, match=r"attention\.heal: 3 steps"):
+def test_healing_between_merge_and_quantization(write_recipe: Any) -> None:
+    heal = {"steps": 6, "length": 32, "held_out": 4}
+    recipe = load_recipe(write_recipe(attention={"kv_heads": 1, "heal": heal}))
+    result = run_recipe(recipe)
+    steps = {step.name: step.model_dump() for step in result.report.steps}
+    assert list(steps).index("attention") < list(steps).index("heal") < list(steps).index("quantize")
+    details = steps["heal"]["details"]
+    assert details["steps"] == 6 and len(details["history"]) == 6 and details["after"] <= details["before"]
+    with SafetensorsCheckpoint(result.artifact) as checkpoint:
+        assert checkpoint.config["num_key_value_heads"] == 1
+    assert run_recipe(recipe).report == result.report
+
+
+def test_a_recipe_that_heals_names_text(write_recipe: Any) -> None:
+    recipe = load_recipe(write_recipe(attention={"kv_heads": 1, "heal": {"steps": 3}}, calibrate=None, quantize=None))
+    with pytest.raises(RecipeError, match=r"attention\.heal\.dataset"):
         run_recipe(recipe)
-    assert not (tmp_path / "work").exists() or not any((tmp_path / "work").glob("convert-*"))
+
+
+def test_a_finished_healing_is_not_done_again(tiny_llama: Path, tmp_path: Path) -> None:
+    """Killed after its model was written: what there is counts if the report is there, and is written again if not."""
+    settings = HealSettings(steps=2, length=16, held_out=1)
+    windows = [torch.randint(0, 300, (1, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    with SafetensorsCheckpoint(tiny_llama) as original:
+        convert_attention(original, tmp_path / "merged", kv_heads=1)
+
+    def stage() -> Any:
+        folders = tiny_llama, tmp_path / "merged", tmp_path / "stage"
+        return heal_stage(*folders, settings, windows=windows, identity="", device=torch.device("cpu"))
+
+    (tmp_path / "stage").mkdir()
+    first = stage()
+    written = (tmp_path / "stage" / "model" / "model.safetensors").read_bytes()
+    assert stage() == json.loads(json.dumps(first))
+    (tmp_path / "stage" / "healing.json").unlink()
+    assert stage()["held_out"] == first["held_out"]
+    assert (tmp_path / "stage" / "model" / "model.safetensors").read_bytes() == written
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["healing.json", "model"]
 
 
 def test_merging_from_the_command_line(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
@@ -53,5 +90,12 @@ def test_merging_from_the_command_line(tiny_llama: Path, texts: tuple[Path, Path
     assert result.exit_code == 0, result.output
     assert "2 → 1 key-value heads, 256 → 128 cache bytes per token" in result.output.replace("\n", " ")
     assert json.loads((output / "config.json").read_text())["num_key_value_heads"] == 1
+    healed = tmp_path / "healed"
+    lesson = [*command[:2], str(healed), *command[3:-1], "2", *text]
+    result = CliRunner().invoke(main, lesson)
+    assert result.exit_code == 0, result.output
+    assert "healed in 2 steps" in result.output.replace("\n", " ")
+    assert json.loads((healed / "config.json").read_text())["num_key_value_heads"] == 1
+    assert not (tmp_path / ".healed.healing").exists()
     refused = CliRunner().invoke(main, [*command[:-1], "7"])
     assert refused.exit_code == 2
