@@ -23,6 +23,7 @@ __all__ = ["heal", "heal_request", "heal_settings", "heal_stage"]
 
 _STATE = "healing.safetensors"
 _REPORT = "healing.json"
+_MODEL = "model"
 # Looks at the held-out text in a whole healing; each costs as much as a few steps.
 _LOOKS = 8
 
@@ -103,19 +104,21 @@ def heal_stage(
     device: torch.device,
     progress: Progress = SILENT,
 ) -> Mapping[str, Any]:
-    """Heal the model in ``merged`` into ``model`` inside a stage's directory ``path``, whatever is there already.
+    """Heal the model of the stage ``merged`` into the stage ``path``, whatever is there already.
+
+    The three are directories with the model in their folder ``model``.
 
     Returns:
         What healing reports, as JSON values.
     """
-    record, model = path / _REPORT, path / "model"
+    record, model = path / _REPORT, path / _MODEL
     if model.exists() and record.exists():
         details: Mapping[str, Any] = json.loads(record.read_bytes())
     else:
         if model.exists():
             shutil.rmtree(model)
         about: dict[str, Any] = {"windows": windows, "identity": identity, "device": device, "progress": progress}
-        with SafetensorsCheckpoint(original) as teacher, SafetensorsCheckpoint(merged) as student:
+        with SafetensorsCheckpoint(original / _MODEL) as teacher, SafetensorsCheckpoint(merged / _MODEL) as student:
             details = asdict(heal(teacher, student, path, model, settings, **about))
         write_json(record, details)
     (path / _STATE).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,13 @@ def test_a_finished_healing_is_not_done_again(tiny_llama: Path, tmp_path: Path) 
     """Killed after its model was written: what there is counts if the report is there, and is written again if not."""
     settings = HealSettings(steps=2, length=16, held_out=1)
     windows = [torch.randint(0, 300, (1, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    (tmp_path / "merged").mkdir()
+    shutil.copytree(tiny_llama, tmp_path / "original" / "model")
     with SafetensorsCheckpoint(tiny_llama) as original:
-        convert_attention(original, tmp_path / "merged", kv_heads=1)
+        convert_attention(original, tmp_path / "merged" / "model", kv_heads=1)
 
     def stage() -> Any:
-        folders = tiny_llama, tmp_path / "merged", tmp_path / "stage"
+        folders = tmp_path / "original", tmp_path / "merged", tmp_path / "stage"
         return heal_stage(*folders, settings, windows=windows, identity="", device=torch.device("cpu"))
 
     (tmp_path / "stage").mkdir()
