@@ -260,12 +260,8 @@ class _Run:
             return rewritten
 
         def build(path: Path) -> Mapping[str, Any]:
-            models = converted.path / _MODEL, rewritten.path / _MODEL
-            place, show = self._device, self._progress
-            text = lessons.windows
-            return heal_stage(
-                *models, path, settings, windows=text, identity=rewritten.key, device=place, progress=show
-            )
+            about: dict[str, Any] = {"identity": rewritten.key, "device": self._device, "progress": self._progress}
+            return heal_stage(converted.path, rewritten.path, path, settings, windows=lessons.windows, **about)
 
         inputs = {
             "original": converted.key,
