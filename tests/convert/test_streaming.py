@@ -23,6 +23,8 @@ from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.cli import main
 from llmconvert.convert.cast import CastView
 from llmconvert.convert.dtype import convert_dtype
+from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.base import METHODS, needs_calibration
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 
@@ -161,14 +163,30 @@ def test_conversion_gives_the_same_bytes_as_fetching_first(
     assert hub.count("GET .*safetensors$") == len(shard_sizes(model)), "each shard came once"
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-g32", "w8a8"])
+@pytest.mark.parametrize("method", [name for name in METHODS if not needs_calibration(name)])
+@pytest.mark.parametrize(
+    ("scheme", "layout_format"),
+    [
+        ("w4a16-g32", "compressed-tensors"),
+        ("w8a8", "compressed-tensors"),
+        ("fp8", "compressed-tensors"),
+        ("w4a16-g32", "gptq"),
+        ("w4a16-g32-asym", "awq"),
+    ],
+)
 def test_rounding_gives_the_same_bytes_as_fetching_first(
-    hub: HubServer, streamer: Streamer, model: Path, tmp_path: Path, scheme: str
+    hub: HubServer, streamer: Streamer, model: Path, tmp_path: Path, method: str, scheme: str, layout_format: str
 ) -> None:
-    answer = streamer("quantize", tmp_path / "out", method="rtn", scheme=scheme)
+    settings = {"method": method, "format": layout_format}
     with SafetensorsCheckpoint(model) as checkpoint:
         cast = CastView(checkpoint, torch.bfloat16)
-        result = quantize_checkpoint(cast, tmp_path / "expected", method="rtn", scheme=Scheme.parse(scheme))
+        try:
+            result = quantize_checkpoint(cast, tmp_path / "expected", scheme=Scheme.parse(scheme), **settings)
+        except UnsupportedError as refusal:
+            refused = streamer("quantize", tmp_path / "out", scheme=scheme, **settings)
+            assert refused["text"] == str(refusal)
+            return
+    answer = streamer("quantize", tmp_path / "out", scheme=scheme, **settings)
     assert content(tmp_path / "out") == content(tmp_path / "expected")
     assert (answer["layers"], answer["bytes"]) == (len(result.layers), result.nbytes)
 
