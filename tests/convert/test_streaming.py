@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from disk_use import DiskUse
 from hub_server import Fault, HubServer
 from tiny_models import tiny_llama_dir
 
@@ -206,39 +206,6 @@ def test_tensors_can_be_read_where_they_lie(hub: HubServer, streamer: Streamer, 
         assert requests >= answer["pieces"] + tensors
     elif ahead == 1 << 26:
         assert requests <= tensors + 10, "the whole tensor came with its first rows"
-
-
-class DiskUse:
-    """The most bytes that lay below a directory at any of many looks."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self.most = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def look(self) -> int:
-        total = 0
-        for directory, _, files in os.walk(self._root):
-            for name in files:
-                try:
-                    total += Path(directory, name).stat().st_blocks * 512
-                except FileNotFoundError:
-                    continue
-        self.most = max(self.most, total)
-        return total
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.001):
-            self.look()
-
-    def __enter__(self) -> DiskUse:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 @pytest.mark.parametrize("kind", ["convert", "quantize"])

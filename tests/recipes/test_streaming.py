@@ -7,12 +7,12 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disk_use import DiskUse
 from hub_server import WRITE_TOKEN, Fault, HubServer
 from tiny_models import tiny_llama_dir
 
@@ -63,38 +63,6 @@ def checks(report: bytes) -> dict[str, Any]:
     return {check["name"]: check for check in json.loads(report)["checks"]}
 
 
-class Watch:
-    """The most bytes that lay in source shards, and in all, below a directory at any of many looks."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self.most = self.most_shards = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            sizes: dict[int, int] = {}  # by inode: links take no room
-            shards = 0
-            for directory, _, files in os.walk(self._root):
-                for name in files:
-                    try:
-                        status = Path(directory, name).stat()
-                    except FileNotFoundError:
-                        continue
-                    sizes[status.st_ino] = status.st_blocks * 512
-                    shards += sizes[status.st_ino] if "shard-" in directory else 0
-            self.most, self.most_shards = max(self.most, sum(sizes.values())), max(self.most_shards, shards)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 @pytest.mark.slow
 def test_it_ends_with_what_a_run_on_the_whole_model_ends_with(
     hub: HubServer, model: Path, write_recipe: Any, texts: tuple[Path, Path], tmp_path: Path
@@ -111,7 +79,7 @@ def test_it_ends_with_what_a_run_on_the_whole_model_ends_with(
     # Killed by a lost connection in the midst of the download, the same command goes on with what is missing.
     third = sorted(path.name for path in model.glob("*.safetensors"))[2]
     hub.faults.append(Fault(f"GET .*{third}$", 403, "blocked"))
-    with Watch(tmp_path / "work") as disk:
+    with DiskUse(tmp_path / "work") as disk:
         failed = run(hub, tmp_path / "home", str(recipe), "--stream")
         assert (failed.returncode, "HTTP 403" in failed.stderr) == (4, True), failed.stderr
         assert "me/llama-w4a16-g32-sym" not in hub.repos
@@ -150,7 +118,7 @@ def test_it_ends_with_what_a_run_on_the_whole_model_ends_with(
     assert "license: apache-2.0" in card and "- org/llama" in card
 
     room = 60 * 4096  # token windows, journal, report and plots are not weights, and sizes are rounded to blocks
-    assert disk.most_shards <= sum(shards[-2:]) + room < sum(shards)
+    assert disk.most_in_shards <= sum(shards[-2:]) + room < sum(shards)
     output = sum(len(content) for name, content in published.items())
     assert disk.most <= output + sum(shards[-2:]) + room + 200_000
     assert not list((tmp_path / "work").glob("convert-*"))
