@@ -162,7 +162,7 @@ def stream_quantize(
     check_output_directory(output)
     begin = time.perf_counter()
     quantizer, layout_format = load_method(method, options or {}), load_format(format)
-    if quantizer.needs_hessian:
+    if quantizer.calibration != "none":
         raise UsageError(
             f"method {method!r} needs the model's activations, so it can't be streamed; leave out --stream"
         )
@@ -196,7 +196,7 @@ class _QuantizeJob:
     ) -> None:
         skeleton = Skeleton(CastView(model.checkpoint, dtype), torch.device("cpu"))
         blocks = discover(skeleton, _PROBE_LENGTH)
-        self.plan = plan_quantization(skeleton, blocks, scheme, overrides, layout_format, calibrated=False)
+        self.plan = plan_quantization(skeleton, blocks, scheme, overrides, quantizer, layout_format)
         self.layout = plan_layout(self.plan.specs, max_shard_bytes)
         declared = self.plan.declared
         self.config: Mapping[str, Any] = {**skeleton.checkpoint.config, "quantization_config": declared}

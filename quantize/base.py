@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
+from llmconvert.engine.skeleton import BlockCall
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
-__all__ = ["METHODS", "Quantizer", "Solution", "Target", "load_method", "needs_calibration"]
+__all__ = [
+    "METHODS",
+    "BlockData",
+    "BlockQuantizer",
+    "Calibration",
+    "Quantizer",
+    "Solution",
+    "Target",
+    "check_method",
+    "load_method",
+    "needs_calibration",
+]
 
 #: Method name → where its class lies; loaded on use.
 METHODS: Mapping[str, str] = {
     "rtn": "llmconvert.quantize.rtn:Rtn",
     "gptq": "llmconvert.quantize.gptq:Gptq",
+    "gptaq": "llmconvert.quantize.gptaq:Gptaq",
 }
+
+#: What a method wants to see of the running model: nothing, the second moments of its linears' inputs, whole blocks.
+Calibration = Literal["none", "inputs", "block"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +64,37 @@ class Solution:
     damping: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class BlockData:
+    """A decoder block with its calibration data.
+
+    Attributes:
+        prefix: what the names of its linears begin with, ``model.layers.0.``.
+        tokens: length of each batch.
+        entries: for batch indices, what those batches enter the block with: the hidden state ``[1, length, width]``
+            in the model quantized so far, and the call that takes it.
+        outputs: for batch indices, what the original block gives for the original model's hidden state.
+    """
+
+    prefix: str
+    tokens: tuple[int, ...]
+    entries: Callable[[Iterable[int]], Iterator[tuple[torch.Tensor, BlockCall]]]
+    outputs: Callable[[Iterable[int]], Iterator[torch.Tensor]]
+
+
 class Quantizer(Protocol):
     """A method: statistics and weights in, codes out."""
 
-    #: Whether :meth:`quantize` wants the Hessian of the linears' inputs.
-    needs_hessian: bool
+    calibration: ClassVar[Calibration]
+    #: Whether it also wants to see what the original, unquantized model makes of the text.
+    original: ClassVar[bool]
+    #: The kinds of codes it can choose.
+    kinds: ClassVar[frozenset[Kind]]
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
     ) -> dict[str, Solution]:
-        """Quantize linears that share one input; ``hessian`` is theirs to overwrite.
+        """Quantize linears that share one input; ``hessian`` is theirs to overwrite, None without calibration.
 
         Raises:
             CheckpointError: a weight is not finite.
@@ -66,6 +103,29 @@ class Quantizer(Protocol):
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Peak bytes of :meth:`quantize` beside the weights and the Hessian, for ``rows`` in all."""
+
+
+@runtime_checkable
+class BlockQuantizer(Quantizer, Protocol):
+    """A method that takes all linears of a block at once; its ``calibration`` is ``block``, ``original`` is set."""
+
+    def quantize_block(
+        self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        """Quantize the linears of a block; weights in the targets must not be changed.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+            CalibrationError: the block's activations are unusable.
+        """
+
+    def block_nbytes(self, weights: int, batch: int) -> int:
+        """Peak bytes of :meth:`quantize_block` beside the block.
+
+        Args:
+            weights: how many numbers the block's targets have in all.
+            batch: most bytes that one batch has alive inside the block in a forward pass without gradients.
+        """
 
 
 def load_method(name: str, options: Mapping[str, Any]) -> Quantizer:
@@ -84,6 +144,21 @@ def load_method(name: str, options: Mapping[str, Any]) -> Quantizer:
     return instance
 
 
+def check_method(method: Quantizer, scheme: Scheme) -> None:
+    """Refuse a scheme whose codes a method cannot choose.
+
+    Raises:
+        UnsupportedError: with the methods that can.
+    """
+    if scheme.kind in method.kinds:
+        return
+    able = [name for name in METHODS if scheme.kind in load_method(name, {}).kinds]
+    raise UnsupportedError(
+        f"scheme {scheme}: {type(method).__name__.lower()} chooses {' and '.join(sorted(method.kinds))} codes only; "
+        f"methods for {scheme.kind} are {', '.join(able)}"
+    )
+
+
 def needs_calibration(name: str) -> bool:
     """Whether a method needs calibration text."""
-    return load_method(name, {}).needs_hessian
+    return load_method(name, {}).calibration != "none"

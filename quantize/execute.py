@@ -7,28 +7,20 @@ journal says so. A killed run continues behind the last block its journal names;
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
-from llmconvert.engine.activations import quantize_inputs_of
-from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.states import DiskStates, states_present
-from llmconvert.engine.statistics import Hessian, accumulate_hessian
-from llmconvert.engine.stream import BlockRun, Mode, Stream
 from llmconvert.errors import LlmconvertError, RunInterruptedError
 from llmconvert.journal import Journal
 from llmconvert.lock import LOCK_NAME, DirectoryLock
-from llmconvert.memory import map_large_tensors, release_freed_memory
+from llmconvert.memory import map_large_tensors
 from llmconvert.phases import Phases
 from llmconvert.progress import Progress
-from llmconvert.quantize.base import Quantizer, Solution, Target
+from llmconvert.quantize.base import Solution
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.plan import QuantizationPlan
-from llmconvert.quantize.scheme import input_kind
+from llmconvert.quantize.steps import Steps
 from llmconvert.writer import Layout, TensorWriter, publish_directory, staging_directory, write_file, write_json
 
 __all__ = ["Execution"]
@@ -37,46 +29,26 @@ _WORK = ".work"
 _JOURNAL = "journal.jsonl"
 _COPY_NBYTES = 1 << 26
 
-#: A block's index, what quantizes its linears one after the other, and what makes its inputs last on disk.
-_Step = tuple[int, Callable[[], Iterator[tuple[str, Solution]]], Callable[[], None]]
-
 
 class Execution:
     """One run over the blocks of a model; holds what its steps share.
 
     Args:
         skeleton: the model and its source.
-        quantizer: the method.
         layout_format: the format on disk.
         plan: what is quantized into what.
-        blocks: what a forward pass does.
-        windows: calibration batches; none for data-free methods.
-        mode: lockstep or replay.
+        steps: the way through the blocks.
+        phases: where time is counted, the steps' as well.
     """
 
     def __init__(
-        self,
-        skeleton: Skeleton,
-        quantizer: Quantizer,
-        layout_format: Format,
-        plan: QuantizationPlan,
-        blocks: Sequence[BlockPlan],
-        windows: tuple[torch.Tensor, ...],
-        mode: Mode,
+        self, skeleton: Skeleton, layout_format: Format, plan: QuantizationPlan, steps: Steps, phases: Phases
     ) -> None:
         self.skeleton = skeleton
-        self.quantizer = quantizer
         self.format = layout_format
         self.plan = plan
-        self.blocks = blocks
-        self.windows = windows
-        self.mode = mode
-        self.phases = Phases()
-        for linears in skeleton.linears:
-            for name, linear in linears.items():
-                kind = input_kind(plan.schemes[name]) if name in plan.schemes else None
-                if kind is not None and quantizer.needs_hessian:
-                    quantize_inputs_of(linear, kind)
+        self.steps = steps
+        self.phases = phases
         #: ``(linear, error, damping)`` of every quantized linear so far.
         self.results: list[tuple[str, float | None, float | None]] = []
 
@@ -138,16 +110,9 @@ class Execution:
             path = staging / shard.name
             if len(journal.entries) > 1 and not (path.is_file() and path.stat().st_size == shard.nbytes):
                 return f"{shard.name} of an interrupted run is gone or cut short"
-        done = sum("block" in entry for entry in journal.entries)
-        calibrated = self.quantizer.needs_hessian and 0 < done < self.skeleton.block_count
-        if calibrated and not states_present(staging / _WORK, done, *self._states_shape()):
+        if self.steps.lost(staging / _WORK, sum("block" in entry for entry in journal.entries)):
             return "the activations of an interrupted run are gone or cut short"
         return ""
-
-    def _states_shape(self) -> tuple[list[int], int, torch.dtype]:
-        """Tokens of each batch, width and dtype of the hidden states."""
-        width = self.skeleton.model.config.get_text_config().hidden_size
-        return [window.shape[1] for window in self.windows], width, self.skeleton.dtype
 
     def _write_all(self, writer: TensorWriter, journal: Journal, work: Path, done: int, progress: Progress) -> None:
         if not any("outer" in entry for entry in journal.entries):
@@ -155,17 +120,16 @@ class Execution:
             with self.phases.measure("writing"):
                 writer.sync()
             journal.append({"outer": True})
-        steps = self._calibrated(work, done) if self.quantizer.needs_hessian else self._data_free(done)
         with progress.task("Quantizing", self.skeleton.block_count) as task:
             task.advance(done)
-            for index, solve, sync in steps:
-                if index > done:
-                    self._journal_block(writer, journal, sync, index - 1)
+            for step in self.steps.run(work, done):
+                if step.index > done:
+                    self._journal_block(writer, journal, step.sync, step.index - 1)
                 first = len(self.results)
-                for name, solution in solve():
+                for name, solution in step.solve():
                     self._store(writer, name, solution)
                     del solution  # it would stand beside the next linear's statistics
-                self._copy(writer, self._block_names(index))
+                self._copy(writer, self._block_names(step.index))
                 errors = [error for _, error, _ in self.results[first:] if error is not None]
                 task.advance(1, f"output error {max(errors):.2%} at most" if errors else "")
         if done < self.skeleton.block_count:
@@ -178,62 +142,6 @@ class Execution:
             sync()
             layers = [entry for entry in self.results if entry[0].startswith(self.skeleton.prefix(index))]
             journal.append({"block": index, "layers": layers})
-
-    def _calibrated(self, work: Path, done: int) -> Iterator[_Step]:
-        """Blocks with all batches at their entry."""
-        if done == self.skeleton.block_count:
-            return
-        states = DiskStates(work, *self._states_shape())
-        stream = Stream(
-            self.skeleton, self.windows, self.blocks, mode=self.mode, states=states, start=done, phases=self.phases
-        )
-        try:
-            for run in self.phases.pull("forward", stream.blocks()):
-                index = run.plan.index
-                yield index, partial(self._solve_stops, run), partial(states.sync, index)
-        finally:
-            stream.close()
-            states.close()
-
-    def _solve_stops(self, run: BlockRun) -> Iterator[tuple[str, Solution]]:
-        """Quantize the linears of a block in the order the batches reach them, each on what the ones before give."""
-        device, dtype = self.skeleton.device, self.skeleton.dtype
-        for stop in run.plan.stops:
-            names = [name for name in stop.linears if name in self.plan.schemes]
-            if not names:
-                continue
-            inputs = self.phases.pull("forward", run.inputs(stop.linears[0]))
-            with self.phases.measure("Hessians"):
-                hessian = accumulate_hessian(names[0], inputs, stop.columns, device)
-            targets = [Target(name, run.module(name).weight.data, self.plan.schemes[name]) for name in names]
-            with self.phases.measure("releasing"):
-                release_freed_memory()
-            solutions = self._solve(targets, hessian)
-            del hessian, targets
-            for name, solution in solutions.items():
-                yield name, solution
-                run.install(name, solution.tensor.dequantize(dtype))
-            del solution, solutions
-
-    def _data_free(self, done: int) -> Iterator[_Step]:
-        """Blocks whose linears are read one at a time, without a forward pass."""
-        for index in range(done, self.skeleton.block_count):
-            yield index, partial(self._solve_alone, index), _nothing
-
-    def _solve_alone(self, index: int) -> Iterator[tuple[str, Solution]]:
-        for name in self.skeleton.linears[index]:
-            if name in self.plan.schemes:
-                with self.phases.measure("reading"):
-                    weight = self.skeleton.checkpoint[f"{self.plan.stored[name]}.weight"]
-                targets = [Target(name, weight.to(self.skeleton.device), self.plan.schemes[name])]
-                solutions = self._solve(targets, None)
-                del weight, targets
-                yield from solutions.items()
-                del solutions
-
-    def _solve(self, targets: Sequence[Target], hessian: Hessian | None) -> dict[str, Solution]:
-        with self.phases.measure("solving"):
-            return self.quantizer.quantize(targets, hessian, self.format.scale_dtype(self.skeleton.dtype))
 
     def _store(self, writer: TensorWriter, name: str, solution: Solution) -> None:
         with self.phases.measure("packing"):

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import CalibrationError
-from llmconvert.quantize.base import Solution, Target
+from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.factorize import invert_factor_, mirror_lower_, permute_, upper_factor_
 from llmconvert.quantize.kernels import over_rows, solve_columns
 from llmconvert.quantize.scales import GroupScales, search_scales
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["Gptq", "Prepared"]
@@ -69,7 +70,9 @@ class Gptq:
     narrowest: float = 0.5
     dtype: torch.dtype = torch.float32
 
-    needs_hessian = True
+    calibration: ClassVar[Calibration] = "inputs"
+    original: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[Kind]] = frozenset(("int",))
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype

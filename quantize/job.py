@@ -15,17 +15,20 @@ import torch
 from llmconvert import __version__
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.dense import require_dense
+from llmconvert.engine.activations import quantize_inputs_of
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError
+from llmconvert.phases import Phases
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.base import load_method
 from llmconvert.quantize.execute import Execution
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization, work_nbytes
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Scheme, input_kind
+from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Steps
 from llmconvert.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
 
 __all__ = ["LayerResult", "QuantizeResult", "quantize_checkpoint"]
@@ -121,19 +124,25 @@ def quantize_checkpoint(
     check_output_directory(output)
     require_dense(source, "the source")
     quantizer, layout_format = load_method(method, options or {}), load_format(format)
-    if quantizer.needs_hessian and not windows:
+    calibrated = quantizer.calibration != "none"
+    if calibrated and not windows:
         raise CalibrationError(f"method {method!r} needs calibration text and was given none")
     skeleton = Skeleton(source, device or torch.device("cpu"))
     lengths = [window.shape[1] for window in windows]
-    blocks = discover(skeleton, max(lengths) if quantizer.needs_hessian else _PROBE_LENGTH)
-    plan = plan_quantization(skeleton, blocks, scheme, overrides, layout_format, calibrated=quantizer.needs_hessian)
+    blocks = discover(skeleton, max(lengths) if calibrated else _PROBE_LENGTH)
+    plan = plan_quantization(skeleton, blocks, scheme, overrides, quantizer, layout_format)
     needed = work_nbytes(skeleton, blocks, plan, quantizer, skeleton.dtype)
-    calibrated = lengths if quantizer.needs_hessian else []
-    memory = choose_mode(skeleton, blocks, calibrated, needed, memory_budget, mode)
+    streams = 2 if quantizer.original else 1
+    memory = choose_mode(skeleton, blocks, lengths if calibrated else [], needed, memory_budget, mode, streams=streams)
     layout = plan_layout(plan.specs, max_shard_bytes)
     request = {"method": method, "options": repr(quantizer), "format": format, "device": skeleton.device.type}
     key = _job_key(source, plan, layout, windows, request, identity)
-    execution = Execution(skeleton, quantizer, layout_format, plan, blocks, tuple(windows), memory.mode)
+    phases, scale_dtype = Phases(), layout_format.scale_dtype(skeleton.dtype)
+    steps: Steps = DataFreeSteps(skeleton, quantizer, plan, scale_dtype, phases)
+    if calibrated:
+        _quantize_inputs(skeleton, plan)
+        steps = CalibratedSteps(skeleton, quantizer, plan, scale_dtype, phases, blocks, tuple(windows), memory.mode)
+    execution = Execution(skeleton, layout_format, plan, steps, phases)
     resumed = execution.run(output, layout, key, progress)
     layers = tuple(
         LayerResult(plan.stored[name], str(plan.schemes[name]), _shape(skeleton, name), error, damping)
@@ -141,6 +150,15 @@ def quantize_checkpoint(
     )
     seconds = time.perf_counter() - begin
     return QuantizeResult(output, layers, memory, layout.nbytes, seconds, execution.phases.seconds, resumed)
+
+
+def _quantize_inputs(skeleton: Skeleton, plan: QuantizationPlan) -> None:
+    """Let linears whose inputs will be quantized at run time see them so during calibration."""
+    for linears in skeleton.linears:
+        for name, linear in linears.items():
+            kind = input_kind(plan.schemes[name]) if name in plan.schemes else None
+            if kind is not None:
+                quantize_inputs_of(linear, kind)
 
 
 def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.statistics import hessian_nbytes
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
-from llmconvert.quantize.base import Quantizer
+from llmconvert.quantize.base import BlockQuantizer, Quantizer, check_method
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.scheme import Scheme
 
@@ -55,19 +55,20 @@ def plan_quantization(
     blocks: Sequence[BlockPlan],
     scheme: Scheme,
     overrides: Sequence[Override],
+    method: Quantizer,
     layout: Format,
-    *,
-    calibrated: bool,
 ) -> QuantizationPlan:
     """Assign a scheme to every linear of the decoder blocks; the first override that matches wins.
 
     Raises:
         SchemeError: a group size does not divide a layer's columns, an override matches nothing, or linears that
             runtimes fuse (they share one input) would get different schemes.
-        UnsupportedError: the format cannot hold the schemes, or the model's weights are not in linears.
-        CalibrationError: ``calibrated`` is set, and the forward never calls a linear that is to be quantized.
+        UnsupportedError: the format cannot hold a scheme, the method cannot choose its codes, or the model's weights
+            are not in linears.
+        CalibrationError: the method is calibrated, and the forward never calls a linear that is to be quantized.
     """
     for used in {scheme, *(override.scheme for override in overrides if override.scheme)}:
+        check_method(method, used)
         layout.check(used)
     _check_architecture(skeleton)
     linears = {name: module for block in skeleton.linears for name, module in block.items()}
@@ -79,7 +80,7 @@ def plan_quantization(
             chosen.check_fits(name, module.in_features)
     _check_fused(blocks, assigned)
     unreached = [name for block in blocks for name in block.unreached if assigned[name] is not None]
-    if calibrated and unreached:
+    if method.calibration != "none" and unreached:
         raise CalibrationError(
             f"{unreached[0]}: the model's forward never calls this linear, so it cannot be calibrated; "
             "leave it dense with an override (scheme: none) or use rtn"
@@ -114,20 +115,27 @@ def work_nbytes(
 
     With ``n`` columns and ``r`` rows in all, GPTQ needs ``4 n²`` for the Hessian, which is permuted, factorized and
     inverted in place, and beside it what :func:`~llmconvert.engine.statistics.hessian_nbytes` states for a chunk of
-    tokens or :meth:`~llmconvert.quantize.gptq.Gptq.nbytes` in ``r · n``. A data-free method takes one linear at a
-    time, whose weight is read for it.
+    tokens or :meth:`~llmconvert.quantize.gptq.Gptq.nbytes` in ``r · n``; with the original's inputs too, another
+    ``4 n²`` and a chunk of those. A data-free method takes one linear at a time, whose weight is read for it, and a
+    block-wise one all linears of a block.
     """
     linears = {name: module for block in skeleton.linears for name, module in block.items()}
     needs = [0]
     for block in blocks:
+        if isinstance(method, BlockQuantizer):
+            chosen = [linears[name].weight.numel() for stop in block.stops for name in stop.linears]
+            needs.append(method.block_nbytes(sum(chosen), block.peak_nbytes))
+            continue
         for stop in block.stops:
             heights = [linears[name].out_features for name in stop.linears if name in plan.schemes]
             columns = stop.columns
-            if not method.needs_hessian:
+            if method.calibration == "none":
                 needs += [rows * columns * dtype.itemsize + method.nbytes(rows, columns) for rows in heights]
             elif heights:
-                solution = 4 * columns * columns + method.nbytes(sum(heights), columns)
-                needs.append(max(hessian_nbytes(columns, dtype), solution))
+                matrices = 4 * columns * columns * (2 if method.original else 1)
+                solution = matrices + method.nbytes(sum(heights), columns)
+                statistics = hessian_nbytes(columns, dtype, original=method.original)
+                needs.append(max(statistics, solution))
     return max(needs)
 
 

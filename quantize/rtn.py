@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from llmconvert.engine.statistics import Hessian
-from llmconvert.quantize.base import Solution, Target
+from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.codes import nearest_codes
 from llmconvert.quantize.scales import GroupScales, full_range_scales, search_scales
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["Rtn", "round_to_codes"]
@@ -33,7 +34,9 @@ class Rtn:
 
     search: bool = False
 
-    needs_hessian = False
+    calibration: ClassVar[Calibration] = "none"
+    original: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[Kind]] = frozenset(("int", "fp8", "nf4"))
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype

@@ -56,6 +56,8 @@ def choose_mode(
     work_nbytes: int,
     budget: int | None,
     mode: Mode | None = None,
+    *,
+    streams: int = 1,
 ) -> MemoryEstimate:
     """Lockstep if it fits the budget, replay if only that does.
 
@@ -68,6 +70,7 @@ def choose_mode(
         work_nbytes: what one linear's statistics and solution need.
         budget: bytes the process may use; what is free now when None.
         mode: the mode to use in any case.
+        streams: models that the batches run through beside each other.
 
     Raises:
         CapacityError: not even replay fits; names what it would take.
@@ -79,8 +82,8 @@ def choose_mode(
         if lengths:
             blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
             activations = activation_nbytes(plans, skeleton, lengths, candidate)
-            model = {"embeddings": skeleton.outer_nbytes(head=False), "two blocks": blocks}
-            parts |= {**model, "activations": activations}
+            model = {"embeddings": skeleton.outer_nbytes(head=False), "two blocks": blocks, "activations": activations}
+            parts |= {name: streams * size for name, size in model.items()}
         estimate = MemoryEstimate(candidate, parts)
         if estimate.total <= limit:
             return estimate

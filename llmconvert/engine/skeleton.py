@@ -6,11 +6,14 @@ block is put into a :class:`BlockSlot`, the only place where a batch can be held
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -20,7 +23,7 @@ from llmconvert.engine.activations import quantize_inputs_of
 from llmconvert.engine.names import map_names
 from llmconvert.errors import CheckpointError, UnsupportedError
 
-__all__ = ["BlockSlot", "Gate", "Skeleton", "build_config"]
+__all__ = ["BlockCall", "BlockSlot", "Gate", "Skeleton", "build_config"]
 
 #: Attention implementations that give the reference result; the rest run eagerly.
 _EAGER_ONLY = frozenset({"gemma2", "bloom", "mpt"})
@@ -29,8 +32,33 @@ _EAGER_ONLY = frozenset({"gemma2", "bloom", "mpt"})
 class Gate(Protocol):
     """Decides what happens when a batch arrives at a block."""
 
-    def __call__(self, slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:
-        """Return what the block returns: ``forward(hidden)`` runs it."""
+    def __call__(self, slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
+        """Return what the block returns: ``call(hidden)`` runs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """A block with everything the model passes to it besides the hidden state: masks, positions, caches."""
+
+    block: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, hidden: torch.Tensor) -> Any:
+        return self.block(hidden, *self.args, **self.kwargs)
+
+    def output(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] = MappingProxyType({})) -> torch.Tensor:
+        """The hidden state that leaves the block, ``[1, length, hidden size]``.
+
+        Args:
+            hidden: the one that enters it.
+            weights: stand in for the block's own parameters, by their names inside the block; they may require
+                gradients.
+        """
+        given = (hidden, *self.args)
+        result = functional_call(self.block, dict(weights), given, dict(self.kwargs)) if weights else self(hidden)
+        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return output
 
 
 class BlockSlot(nn.Module):
@@ -43,12 +71,12 @@ class BlockSlot(nn.Module):
         self.gate: Gate = self.run_block
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.gate(self, hidden, lambda value: self.block(value, *args, **kwargs))
+        return self.gate(self, hidden, BlockCall(self.block, args, kwargs))
 
     @staticmethod
-    def run_block(slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:
+    def run_block(slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
         """The gate that is always open."""
-        return forward(hidden)
+        return call(hidden)
 
     def __getattr__(self, name: str) -> Any:
         # Some models read attributes of their blocks in the loop over them (attention type, layer index).

@@ -13,7 +13,7 @@ from llmconvert.errors import CapacityError
 
 __all__ = ["DiskStates", "MemoryStates", "States", "states_present"]
 
-_NAMES = ("states-even.bin", "states-odd.bin")
+_PARITIES = ("even", "odd")
 
 
 class States(Protocol):
@@ -48,12 +48,15 @@ class DiskStates:
         lengths: tokens of each batch.
         hidden_size: width of the hidden state.
         dtype: of the hidden state.
+        name: what the files' names begin with.
 
     Raises:
         CapacityError: the disk cannot hold them.
     """
 
-    def __init__(self, directory: Path, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, directory: Path, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype, name: str = "states"
+    ) -> None:
         self._shapes = [(1, length, hidden_size) for length in lengths]
         self._dtype = dtype
         row = hidden_size * dtype.itemsize
@@ -61,15 +64,16 @@ class DiskStates:
         for length in lengths:
             self._offsets.append(self._offsets[-1] + length * row)
         self._files: list[int] = []
-        for name in _NAMES:
-            fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        for parity in _PARITIES:
+            path = directory / f"{name}-{parity}.bin"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._files.append(fd)
             try:
                 os.posix_fallocate(fd, 0, self._offsets[-1])
             except OSError as error:
                 self.close()
                 raise CapacityError(
-                    f"{directory / name}: no space for {self._offsets[-1]:,} bytes of activations: {error.strerror}"
+                    f"{path}: no space for {self._offsets[-1]:,} bytes of activations: {error.strerror}"
                 ) from error
 
     def put(self, block: int, batch: int, hidden: torch.Tensor) -> None:
@@ -101,7 +105,9 @@ class DiskStates:
             os.close(self._files.pop())
 
 
-def states_present(directory: Path, block: int, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> bool:
+def states_present(
+    directory: Path, block: int, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype, name: str = "states"
+) -> bool:
     """Whether a :class:`DiskStates` of the same arguments has left its file of the inputs of ``block``, whole."""
-    path = directory / _NAMES[block % 2]
+    path = directory / f"{name}-{_PARITIES[block % 2]}.bin"
     return path.is_file() and path.stat().st_size == sum(lengths) * hidden_size * dtype.itemsize

@@ -24,13 +24,23 @@ _TILE = 512
 
 @dataclass(frozen=True, slots=True)
 class Hessian:
-    """``matrix`` is ``XᵀX / tokens``, float32 ``[columns, columns]``, symmetric; ``tokens`` went into it."""
+    """``matrix`` is ``XᵀX / tokens``, float32 ``[columns, columns]``, symmetric; ``tokens`` went into it.
+
+    ``cross`` is ``OᵀX / tokens`` with the inputs ``O`` that the original model has at the same tokens, if asked for.
+    """
 
     matrix: torch.Tensor
     tokens: int
+    cross: torch.Tensor | None = None
 
 
-def accumulate_hessian(name: str, inputs: Iterable[torch.Tensor], columns: int, device: torch.device) -> Hessian:
+def accumulate_hessian(
+    name: str,
+    inputs: Iterable[torch.Tensor],
+    columns: int,
+    device: torch.device,
+    originals: Iterable[torch.Tensor] | None = None,
+) -> Hessian:
     """Sum ``xᵀx`` over batches.
 
     Args:
@@ -38,15 +48,22 @@ def accumulate_hessian(name: str, inputs: Iterable[torch.Tensor], columns: int, 
         inputs: batches ``[tokens, columns]`` of any floating dtype; each is used up before the next is taken.
         columns: width of the inputs.
         device: where the inputs are.
+        originals: the same batches in the original model, for :attr:`Hessian.cross`.
 
     Raises:
         CalibrationError: no token reached the linear, or an input is not finite.
     """
     total = torch.zeros((columns, columns), dtype=torch.float32, device=device)
+    cross = None if originals is None else torch.zeros_like(total)
+    if originals is not None:
+        inputs = (torch.cat(pair, 1) for pair in zip(inputs, originals, strict=True))
     tokens = 0
-    for rows, exact in _chunks(inputs, columns, device):
+    for rows, exact in _chunks(inputs, columns if originals is None else 2 * columns, device):
         tokens += rows.shape[0]
-        _add_products(total, rows, exact)
+        _add_products(total, rows[:, :columns], exact)
+        if cross is not None:
+            with _bfloat16_products(enabled=exact):
+                cross.addmm_(rows[:, columns:].T, rows[:, :columns])
     if tokens == 0:
         raise CalibrationError(
             f"{name}: no calibration token reached this linear; use more or other calibration text, "
@@ -61,12 +78,15 @@ def accumulate_hessian(name: str, inputs: Iterable[torch.Tensor], columns: int, 
         tile = upper[start:stop, start:stop]
         tile += tile.triu(1).T
         upper[stop:, start:stop] = upper[start:stop, stop:].T
-    return Hessian(upper.div_(tokens), tokens)
+    return Hessian(upper.div_(tokens), tokens, None if cross is None else cross.div_(tokens))
 
 
-def hessian_nbytes(columns: int, dtype: torch.dtype) -> int:
-    """Peak bytes of :func:`accumulate_hessian`: the matrix; a chunk of tokens in float32, and as it is multiplied."""
-    return 4 * columns * columns + _CHUNK_TOKENS * columns * (dtype.itemsize + 4)
+def hessian_nbytes(columns: int, dtype: torch.dtype, *, original: bool = False) -> int:
+    """Peak bytes of :func:`accumulate_hessian`: the matrix; a chunk of tokens in float32, and as it is multiplied.
+
+    With the inputs of the ``original`` model, all of that twice.
+    """
+    return (4 * columns * columns + _CHUNK_TOKENS * columns * (dtype.itemsize + 4)) * (2 if original else 1)
 
 
 def _add_products(total: torch.Tensor, rows: torch.Tensor, exact: bool) -> None:

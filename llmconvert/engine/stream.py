@@ -16,7 +16,7 @@ No parameter requires gradients, so no grad mode has to be set: it is thread-loc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.discovery import BlockPlan, discover
-from llmconvert.engine.skeleton import BlockSlot, Skeleton
+from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
 from llmconvert.engine.states import MemoryStates, States
 from llmconvert.errors import CalibrationError
 from llmconvert.memory import release_freed_memory
@@ -41,8 +41,9 @@ Mode = Literal["lockstep", "replay"]
 class _Pass(greenlet):
     """One batch inside the model's forward.
 
-    ``at`` is where it stands: the index of the block it is about to enter, a linear it is about to call, or None
-    once the forward has ended; ``tensor`` is what it brought there.
+    ``at`` is where it stands: the index of the block it is about to enter (their number, if it stands behind the last
+    one), a linear it is about to call, or None once the forward has ended; ``tensor`` is what it brought there, and
+    ``call`` the block it entered last with all else it is called with.
     """
 
     def __init__(self, stream: Stream, ids: torch.Tensor, start: int, hidden: torch.Tensor | None) -> None:
@@ -52,8 +53,10 @@ class _Pass(greenlet):
         self._start = start
         self._replacement = hidden
         self._target: nn.Module | None = None
+        self._leaves_last = False
         self.at: int | nn.Module | None = -1
         self.tensor: torch.Tensor | None = None
+        self.call: BlockCall | None = None
         self.switch()
 
     def run_to_linear(self, block: int, linear: nn.Module) -> torch.Tensor | None:
@@ -63,16 +66,25 @@ class _Pass(greenlet):
             self.switch()
         return self.tensor if self.at is linear else None
 
-    def run_to_next_block(self, block: int) -> torch.Tensor | None:
-        """Go on to the entry of the block after ``block``, or to the end; gives the hidden state, or the logits."""
+    def run_to_next_block(self, block: int) -> torch.Tensor:
+        """Go on to the exit of ``block``, which is the entry of the one after it; gives the hidden state."""
         if self.at == block or isinstance(self.at, nn.Module):
-            self._target = None
+            self._target, self._leaves_last = None, True
             self.switch()
+        assert self.tensor is not None
+        return self.tensor
+
+    def run_to_end(self) -> torch.Tensor:
+        """Go on to the end of the forward; gives the logits."""
+        self._target, self._leaves_last = None, False
+        while self.at is not None:
+            self.switch()
+        assert self.tensor is not None
         return self.tensor
 
     def kill(self) -> None:
         """Unwind the frames and free what they hold."""
-        self.tensor = None
+        self.tensor = self.call = None
         if not self.dead:
             self.throw(GreenletExit)
 
@@ -82,16 +94,23 @@ class _Pass(greenlet):
         output = self._stream.skeleton.model(input_ids=self._ids, use_cache=False)
         self.at, self.tensor = None, output.logits
 
-    def pass_block(self, slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:
+    def pass_block(self, slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
+        last = self._stream.skeleton.block_count - 1
         if slot.index < self._start:
+            if slot.index == last and self._replacement is not None:
+                hidden, self._replacement = self._replacement.to(hidden.device), None
             # What else a block returns (attention weights, a cache) is for callers who asked for it; nobody did.
             returned = self._stream.plans[slot.index].returned
             return (hidden, *[None] * (returned - 1)) if returned else hidden
         if slot.index == self._start and self._replacement is not None:
             hidden = self._replacement.to(hidden.device)
             self._replacement = None
+        self.call = call
         self._stand(slot.index, hidden)
-        return forward(hidden)
+        result = call(hidden)
+        if self._leaves_last and slot.index == last:
+            self._stand(slot.index + 1, result[0] if isinstance(result, tuple) else result)
+        return result
 
     def pass_linear(self, module: nn.Module, value: torch.Tensor) -> None:
         if module is self._target:
@@ -128,6 +147,20 @@ class BlockRun:
             if value is not None:
                 yield value.reshape(-1, value.shape[-1])
             self._stream.leave(coroutine)
+
+    def entries(self, batches: Iterable[int]) -> Iterator[tuple[torch.Tensor, BlockCall]]:
+        """What the given batches enter the block with: the hidden state, and the call that takes it.
+
+        To be asked for before any of the block's :meth:`inputs`. Calls and hidden states stay usable until the next
+        block; whether they are kept, which takes memory for every batch, is up to the caller.
+        """
+        index = self.plan.index
+        for batch in batches:
+            coroutine = self._stream.enter(index, batch)
+            assert coroutine.tensor is not None and coroutine.call is not None
+            entry = coroutine.tensor, coroutine.call
+            self._stream.leave(coroutine)
+            yield entry
 
     def install(self, linear: str, weight: torch.Tensor) -> None:
         """Let all batches meet ``weight`` in place of a linear's own from here on."""
@@ -167,6 +200,7 @@ class Stream:
         self._states: States | None = MemoryStates() if states is None and mode == "replay" else states
         self._start = start
         self._passes: list[_Pass] = []
+        self._crossed = start - 1
         self._phases = phases or Phases()
         skeleton.restore_buffers()
         with self._phases.measure("reading"):
@@ -190,7 +224,7 @@ class Stream:
             hooks = [linear.register_forward_pre_hook(_stand_at_linear) for linear in linears]
             yield BlockRun(self, self.plans[index])
             if index + 1 < self.skeleton.block_count:
-                self._cross(index)
+                self.cross(index)
                 _remove(hooks)
                 self.skeleton.drop_block(index)
                 release_freed_memory()
@@ -205,9 +239,8 @@ class Stream:
         """
         last = self.skeleton.block_count - 1
         for batch in range(len(self.windows)):
-            coroutine = self.enter(last, batch)
-            logits = coroutine.run_to_next_block(last)
-            assert logits is not None
+            coroutine = self.enter(max(last, self._crossed + 1), batch)
+            logits = coroutine.run_to_end()
             coroutine.kill()
             self._check_finite(logits, last, batch)
             yield logits
@@ -250,12 +283,20 @@ class Stream:
             else:
                 coroutine.kill()
 
-    def _cross(self, index: int) -> None:
-        """Run every batch from where it is to the entry of the block after ``index``."""
+    def cross(self, index: int) -> None:
+        """Run every batch from where it is to the exit of block ``index``, unless that was done before.
+
+        What leaves the block is in the states then, as the input of the block after it.
+
+        Raises:
+            CalibrationError: a hidden state is not finite.
+        """
+        if self._crossed >= index:
+            return
+        self._crossed = index
         for batch in range(len(self.windows)):
             coroutine = self.enter(index, batch)
             hidden = coroutine.run_to_next_block(index)
-            assert hidden is not None
             self._check_finite(hidden, index, batch)
             if self._states is not None:
                 self._states.put(index + 1, batch, hidden)
@@ -271,9 +312,9 @@ class Stream:
         )
 
 
-def _gate(slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:
+def _gate(slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
     coroutine = getcurrent()
-    return coroutine.pass_block(slot, hidden, forward) if isinstance(coroutine, _Pass) else forward(hidden)
+    return coroutine.pass_block(slot, hidden, call) if isinstance(coroutine, _Pass) else call(hidden)
 
 
 def _stand_at_linear(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -99,7 +99,8 @@ class _Group:
     @classmethod
     def parse(cls, group: Mapping[str, Any]) -> _Group:
         weights = group["weights"]
-        kinds: Mapping[tuple[str, int], Kind] = {("float", 8): "fp8"} | {("int", bits): "int" for bits in range(2, 9)}
+        kinds: dict[tuple[str, int], Kind] = {("int", bits): "int" for bits in range(2, 9)}
+        kinds["float", 8] = "fp8"
         kind = kinds.get((weights["type"], weights["num_bits"]))
         if kind is None or weights["strategy"] not in ("group", "channel"):
             raise UnsupportedError(

@@ -43,6 +43,16 @@ def test_the_hessian_is_the_mean_outer_product(lengths: list[int], columns: int,
     assert (found.matrix - expected).abs().max() <= 2e-6 * expected.diagonal().max() * sum(lengths) ** 0.5
 
 
+def test_original_inputs_are_multiplied_with_these() -> None:
+    inputs = batches([700, 900, 800], 96, torch.bfloat16)
+    originals = [value + 0.25 * value.flip(0) for value in inputs]
+    found = accumulate_hessian("layer", iter(inputs), 96, CPU, iter(originals))
+    x, o = torch.cat(inputs).double(), torch.cat(originals).double()
+    assert found.cross is not None
+    torch.testing.assert_close(found.cross.double(), o.T @ x / 2400, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.matrix.double(), x.T @ x / 2400, rtol=1e-4, atol=1e-4)
+
+
 def test_batches_longer_than_a_chunk_are_split() -> None:
     inputs = batches([9000, 5, 4090], 8, torch.float32)
     found = accumulate_hessian("layer", inputs, 8, CPU)

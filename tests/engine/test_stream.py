@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.states import DiskStates, States
+from llmconvert.engine.states import DiskStates, MemoryStates, States
 from llmconvert.engine.stream import Mode, Stream, stream_logits
 from llmconvert.errors import CalibrationError
 from llmconvert.progress import Progress
@@ -136,6 +136,28 @@ def test_a_stream_starts_anywhere_from_kept_states(tiny: Tiny, name: str, mode: 
     states.close()
     for ours, theirs in zip(streamed, logits_of(resident(directory), WINDOWS), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_blocks_can_be_called_as_the_model_calls_them(tiny: Tiny, name: str, mode: Mode) -> None:
+    """Entries and calls give what leaves the block, with other weights too, and with gradients to them."""
+    states = MemoryStates()
+    with streaming(tiny(name), mode, states=states) as stream:
+        for run in stream.blocks():
+            index = run.plan.index
+            outputs = [call.output(hidden) for hidden, call in run.entries(range(len(WINDOWS)))]
+            hidden, call = next(run.entries([1]))
+            weights = {key: value.detach().clone() for key, value in call.block.named_parameters()}
+            linear = next(key for key, value in weights.items() if value.dim() == 2)
+            weights[linear].requires_grad_()
+            again = call.output(hidden, weights)
+            assert torch.equal(again.detach(), outputs[1])
+            again.square().sum().backward()
+            assert weights[linear].grad is not None and float(weights[linear].grad.norm()) > 0
+            stream.cross(index)
+            assert all(torch.equal(states.get(index + 1, batch), outputs[batch]) for batch in range(len(WINDOWS)))
+        assert all(map(torch.equal, stream.logits(), logits_of(resident(tiny(name)), WINDOWS)))
 
 
 def test_only_the_current_block_is_in_memory(tiny: Tiny) -> None:

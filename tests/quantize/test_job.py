@@ -101,11 +101,12 @@ def test_layer_errors_are_those_of_the_outputs(tiny: Tiny, tmp_path: Path) -> No
         assert layer.error == pytest.approx(actual, rel=0.02)
 
 
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2", "phi3", "gpt_neox", "opt-untied"])
-def test_lockstep_and_replay_write_the_same_bytes(tiny: Tiny, name: str, tmp_path: Path) -> None:
+def test_lockstep_and_replay_write_the_same_bytes(tiny: Tiny, name: str, method: str, tmp_path: Path) -> None:
     modes: tuple[Mode, ...] = ("lockstep", "replay")
     for mode in modes:
-        assert quantize(tiny(name, torch.bfloat16), tmp_path / mode, mode=mode).memory.mode == mode
+        assert quantize(tiny(name, torch.bfloat16), tmp_path / mode, mode=mode, method=method).memory.mode == mode
     assert files(tmp_path / "lockstep") == files(tmp_path / "replay")
 
 

@@ -105,6 +105,17 @@ def test_killed_at_random_steps(run: Run, expected: dict[str, bytes], tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lockstep", "replay"])
+def test_two_streams_are_continued_both(run: Run, tmp_path: Path, mode: str) -> None:
+    assert run("whole", method="gptaq", mode=mode) == 0
+    kills = 0
+    while not (tmp_path / "out").exists():
+        kills += run(method="gptaq", mode=mode, kill_at=20 + 9 * kills) == -signal.SIGKILL
+    assert kills > 2
+    assert any("continuing an interrupted run" in line for line in lines(tmp_path))
+    assert artifact(tmp_path / "out") == artifact(tmp_path / "whole")
+
+
 def test_killed_at_random_times(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     generator = random.Random(0)
     for _ in range(12):

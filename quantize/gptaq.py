@@ -1,0 +1,88 @@
+"""GPTAQ (Li et al. 2025, arXiv 2504.02692): GPTQ against what the original linear gives for its original inputs.
+
+GPTQ minimizes ``‖Ŵ X − W X‖²`` on the inputs ``X`` that the quantized model so far produces; what earlier layers lost
+is lost. Here the target is ``W O`` with the original model's inputs ``O``. That splits: with ``W* = W O Xᵀ (X Xᵀ)⁻¹``,
+the least-squares answer of a linear that sees ``X``, ``‖Ŵ X − W O‖² = ‖(Ŵ − W*) X‖² + constant``. So the weight moves
+to ``W*`` first, and GPTQ rounds that. The paper corrects column by column while solving and comes to the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from llmconvert.engine.statistics import Hessian
+from llmconvert.errors import CalibrationError
+from llmconvert.quantize.base import Calibration, Solution, Target
+from llmconvert.quantize.gptq import Gptq
+from llmconvert.quantize.scheme import Kind
+
+__all__ = ["Gptaq"]
+
+_MAX_DAMPING = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gptaq:
+    """The method and its settings, beside those of :class:`~llmconvert.quantize.gptq.Gptq` with the same names.
+
+    Attributes:
+        strength: how far weights move towards ``W*``, 0 to 1.
+        shift_damping: share of the mean diagonal added to ``X Xᵀ`` before it is inverted for ``W*``.
+    """
+
+    strength: float = 1.0
+    shift_damping: float = 0.01
+    damping: float = 0.01
+    block: int = 128
+    scale_steps: int = 26
+    narrowest: float = 0.5
+
+    calibration: ClassVar[Calibration] = "inputs"
+    original: ClassVar[bool] = True
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"int"})
+
+    def quantize(
+        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        assert hessian is not None and hessian.cross is not None
+        weight = torch.cat([target.weight for target in targets]).float()
+        weight += self.strength * self.shift(targets[0].name, weight, hessian)
+        moved = [
+            replace(target, weight=part)
+            for target, part in zip(targets, weight.split([len(target.weight) for target in targets]), strict=True)
+        ]
+        return self._gptq.quantize(moved, replace(hessian, cross=None), scale_dtype)
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """The weights in float32, what they move by, and a factor of the Hessian; then what GPTQ takes."""
+        return rows * columns * 4 + max(rows * columns * 8 + columns * columns * 8, self._gptq.nbytes(rows, columns))
+
+    def shift(self, name: str, weight: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+        """``W* − W`` for ``weight`` ``[rows, columns]``; ``hessian.cross`` is overwritten.
+
+        Raises:
+            CalibrationError: no damping up to the mean diagonal itself makes ``X Xᵀ`` invertible.
+        """
+        assert hessian.cross is not None
+        moved = weight @ hessian.cross.sub_(hessian.matrix)
+        diagonal = hessian.matrix.diagonal()
+        damping = self.shift_damping
+        while damping <= _MAX_DAMPING:
+            damped = hessian.matrix.clone()
+            damped.diagonal().add_(damping * diagonal.mean() + (diagonal == 0))
+            factor, info = torch.linalg.cholesky_ex(damped)
+            if int(info) == 0:
+                return torch.cholesky_solve(moved.T, factor).T
+            damping *= 10
+        raise CalibrationError(
+            f"{name}: the Hessian of its inputs ({hessian.tokens} tokens, {len(diagonal)} columns) cannot be inverted "
+            f"even with damping {_MAX_DAMPING}; use more calibration text, or quantize this linear with rtn"
+        )
+
+    @property
+    def _gptq(self) -> Gptq:
+        return Gptq(self.damping, self.block, self.scale_steps, self.narrowest)

@@ -1,0 +1,204 @@
+"""The ways through a model, block after block: without running it, or with calibration text streaming through.
+
+A step is one block: what quantizes its linears, and what makes the activations that enter it last on disk. The
+sequential way shows each linear what those before it have become; methods that ask for it get a second stream beside
+it, of the same text through the original weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from llmconvert.engine.discovery import BlockPlan, Stop
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.states import DiskStates, states_present
+from llmconvert.engine.statistics import Hessian, accumulate_hessian
+from llmconvert.engine.stream import BlockRun, Mode, Stream
+from llmconvert.memory import release_freed_memory
+from llmconvert.phases import Phases
+from llmconvert.quantize.base import BlockData, BlockQuantizer, Quantizer, Solution, Target
+from llmconvert.quantize.plan import QuantizationPlan
+
+__all__ = ["CalibratedSteps", "DataFreeSteps", "Step", "Steps"]
+
+_STREAMS = ("states", "originals")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One block.
+
+    Attributes:
+        index: of the block.
+        solve: quantizes its linears, one after the other; each is put into the running model before the next.
+        sync: forces the activations that enter the block to disk.
+    """
+
+    index: int
+    solve: Callable[[], Iterator[tuple[str, Solution]]]
+    sync: Callable[[], None]
+
+
+class Steps(Protocol):
+    """A way through the model."""
+
+    def lost(self, work: Path, done: int) -> bool:
+        """Whether ``work`` lacks what continuing behind the first ``done`` blocks takes."""
+
+    def run(self, work: Path, done: int) -> Iterator[Step]:
+        """The blocks from ``done`` on; when the next one is asked for, the one before must be solved."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataFreeSteps:
+    """Linears are read one at a time, without a forward pass."""
+
+    skeleton: Skeleton
+    quantizer: Quantizer
+    plan: QuantizationPlan
+    scale_dtype: torch.dtype
+    phases: Phases
+
+    def lost(self, work: Path, done: int) -> bool:
+        return False
+
+    def run(self, work: Path, done: int) -> Iterator[Step]:
+        for index in range(done, self.skeleton.block_count):
+            yield Step(index, partial(self._solve, index), _nothing)
+
+    def _solve(self, index: int) -> Iterator[tuple[str, Solution]]:
+        for name in self.skeleton.linears[index]:
+            if name in self.plan.schemes:
+                with self.phases.measure("reading"):
+                    weight = self.skeleton.checkpoint[f"{self.plan.stored[name]}.weight"]
+                targets = [Target(name, weight.to(self.skeleton.device), self.plan.schemes[name])]
+                with self.phases.measure("solving"):
+                    solutions = self.quantizer.quantize(targets, None, self.scale_dtype)
+                del weight, targets
+                yield from solutions.items()
+                del solutions
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedSteps:
+    """Text streams through the model while it is quantized.
+
+    Attributes:
+        blocks: what a forward pass does.
+        windows: calibration batches.
+        mode: lockstep or replay.
+    """
+
+    skeleton: Skeleton
+    quantizer: Quantizer
+    plan: QuantizationPlan
+    scale_dtype: torch.dtype
+    phases: Phases
+    blocks: Sequence[BlockPlan]
+    windows: tuple[torch.Tensor, ...]
+    mode: Mode
+
+    def lost(self, work: Path, done: int) -> bool:
+        needed = _STREAMS if self.quantizer.original else _STREAMS[:1]
+        inside = 0 < done < self.skeleton.block_count
+        return inside and not all(states_present(work, done, *self._shape, name=name) for name in needed)
+
+    def run(self, work: Path, done: int) -> Iterator[Step]:
+        if done == self.skeleton.block_count:
+            return
+        with ExitStack() as stack:
+            states, stream = self._stream(stack, self.skeleton, work, _STREAMS[0], done)
+            kept, original = [states], None
+            other_runs: Iterator[BlockRun | None] = repeat(None)
+            if self.quantizer.original:
+                skeleton = Skeleton(self.skeleton.checkpoint, self.skeleton.device, self.skeleton.dtype)
+                other_states, original = self._stream(stack, skeleton, work, _STREAMS[1], done)
+                kept.append(other_states)
+                other_runs = original.blocks()
+            for run in self.phases.pull("forward", stream.blocks()):
+                with self.phases.measure("forward"):
+                    other = next(other_runs)
+                index = run.plan.index
+                solve = partial(self._solve_stops, run, other)
+                if original is not None and self.quantizer.calibration == "block":
+                    solve = partial(self._solve_block, run, original, kept[1])
+                yield Step(index, solve, partial(_sync_all, kept, index))
+
+    @property
+    def _shape(self) -> tuple[list[int], int, torch.dtype]:
+        """Tokens of each batch, width and dtype of the hidden states."""
+        width = self.skeleton.model.config.get_text_config().hidden_size
+        return [window.shape[1] for window in self.windows], width, self.skeleton.dtype
+
+    def _stream(
+        self, stack: ExitStack, skeleton: Skeleton, work: Path, name: str, start: int
+    ) -> tuple[DiskStates, Stream]:
+        states = stack.enter_context(closing(DiskStates(work, *self._shape, name=name)))
+        stream = Stream(
+            skeleton, self.windows, self.blocks, mode=self.mode, states=states, start=start, phases=self.phases
+        )
+        return states, stack.enter_context(closing(stream))
+
+    def _solve_stops(self, run: BlockRun, original: BlockRun | None) -> Iterator[tuple[str, Solution]]:
+        """Quantize the linears of a block in the order the batches reach them, each on what the ones before give."""
+        dtype = self.skeleton.dtype
+        for stop in run.plan.stops:
+            names = [name for name in stop.linears if name in self.plan.schemes]
+            if not names:
+                continue
+            hessian = self._hessian(stop, names[0], run, original)
+            targets = self._targets(run, names)
+            with self.phases.measure("releasing"):
+                release_freed_memory()
+            with self.phases.measure("solving"):
+                solutions = self.quantizer.quantize(targets, hessian, self.scale_dtype)
+            del hessian, targets
+            for name, solution in solutions.items():
+                yield name, solution
+                run.install(name, solution.tensor.dequantize(dtype))
+            del solution, solutions
+
+    def _hessian(self, stop: Stop, name: str, run: BlockRun, original: BlockRun | None) -> Hessian:
+        inputs = self.phases.pull("forward", run.inputs(stop.linears[0]))
+        others = None if original is None else self.phases.pull("forward", original.inputs(stop.linears[0]))
+        with self.phases.measure("Hessians"):
+            return accumulate_hessian(name, inputs, stop.columns, self.skeleton.device, others)
+
+    def _solve_block(self, run: BlockRun, original: Stream, targets: DiskStates) -> Iterator[tuple[str, Solution]]:
+        """Quantize all linears of a block together, against what the original block gives for its own input."""
+        quantizer, index = self.quantizer, run.plan.index
+        assert isinstance(quantizer, BlockQuantizer)
+        with self.phases.measure("forward"):
+            original.cross(index)
+        names = [name for stop in run.plan.stops for name in stop.linears if name in self.plan.schemes]
+        data = BlockData(
+            prefix=self.skeleton.prefix(index),
+            tokens=tuple(window.shape[1] for window in self.windows),
+            entries=run.entries,
+            outputs=partial(map, partial(targets.get, index + 1)),
+        )
+        with self.phases.measure("solving"):
+            solutions = quantizer.quantize_block(self._targets(run, names), data, self.scale_dtype)
+        for name, solution in solutions.items():
+            yield name, solution
+            run.install(name, solution.tensor.dequantize(self.skeleton.dtype))
+
+    def _targets(self, run: BlockRun, names: Sequence[str]) -> list[Target]:
+        return [Target(name, run.module(name).weight.data, self.plan.schemes[name]) for name in names]
+
+
+def _sync_all(kept: Sequence[DiskStates], index: int) -> None:
+    for states in kept:
+        states.sync(index)
+
+
+def _nothing() -> None:
+    """There are no activations to make last."""
