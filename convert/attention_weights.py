@@ -27,12 +27,16 @@ class LayerWeights:
         key: ``[kv_heads, head_dim, inputs]``.
         value: like ``key``.
         output: ``[heads, hidden size, head_dim]``.
+        query_norm: what the norm multiplies normalized queries with, ``[heads, head_dim]``; None without a norm.
+        key_norm: likewise, ``[kv_heads, head_dim]``.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     output: torch.Tensor
+    query_norm: torch.Tensor | None = None
+    key_norm: torch.Tensor | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -43,13 +47,25 @@ class LayerWeights:
         """Query heads that share one key-value head."""
         return self.query.shape[0] // self.key.shape[0]
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> LayerWeights:
+        """The same in another place and precision."""
+        parts = (self.query, self.key, self.value, self.output, self.query_norm, self.key_norm)
+        moved = (part.to(device, dtype) if part is not None else None for part in parts)
+        return LayerWeights(*moved)  # type: ignore[arg-type]
+
 
 def attention_tensors(checkpoint: Checkpoint, geometry: AttentionGeometry, layer: int) -> list[str]:
     """Names of the tensors that :func:`layer_tensors` gives for ``layer``."""
     names = geometry.projections[layer]
     stems = dict.fromkeys((names.query, names.key, names.value))
     inputs = [f"{stem}.{leaf}" for stem in stems for leaf in ("weight", "bias") if f"{stem}.{leaf}" in checkpoint]
-    return [*inputs, f"{names.output}.weight"]
+    norms = [f"{stem}.weight" for stem in (*names.query_norm, *names.key_norm) if _owned(geometry)]
+    return [*inputs, f"{names.output}.weight", *norms]
+
+
+def _owned(geometry: AttentionGeometry) -> bool:
+    """Whether every head has norm weights of its own; weights that heads share stay as they are."""
+    return geometry.norm is not None and geometry.norm.weights != "shared"
 
 
 def read_layer(
@@ -70,7 +86,22 @@ def read_layer(
     query, key, value = split_rows(geometry, geometry.kv_heads, {stem: rows(stem) for stem in stems}, layer)
     output = checkpoint[f"{names.output}.weight"].to(dtype)
     by_head = output.view(geometry.hidden_size, geometry.query_heads, geometry.head_dim).permute(1, 0, 2)
-    return LayerWeights(query, key, value, by_head)
+    norms = (
+        _norm_weights(checkpoint, geometry, stems, heads, dtype)
+        for stems, heads in ((names.query_norm, geometry.query_heads), (names.key_norm, geometry.kv_heads))
+    )
+    return LayerWeights(query, key, value, by_head, *norms)
+
+
+def _norm_weights(
+    checkpoint: Checkpoint, geometry: AttentionGeometry, stems: tuple[str, ...], heads: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    if geometry.norm is None:
+        return None
+    if not stems:
+        return torch.ones(heads, geometry.head_dim, dtype=dtype)
+    stored = torch.cat([checkpoint[f"{stem}.weight"].to(dtype).flatten() for stem in stems])
+    return (stored + geometry.norm.offset).view(-1, geometry.head_dim).expand(heads, -1)
 
 
 def split_rows(
@@ -111,16 +142,30 @@ def layer_tensors(
         if f"{stem}.bias" in checkpoint:
             tensors[f"{stem}.bias"] = matrix[:, geometry.hidden_size]
     tensors[f"{names.output}.weight"] = weights.output.permute(1, 0, 2).flatten(1)
-    return {name: tensor.to(checkpoint.infos[name].dtype).contiguous() for name, tensor in tensors.items()}
+    stored = {name: tensor.to(checkpoint.infos[name].dtype).contiguous() for name, tensor in tensors.items()}
+    if _owned(geometry):
+        stored.update(_norm_tensors(checkpoint, geometry, names.query_norm, weights.query_norm))
+        stored.update(_norm_tensors(checkpoint, geometry, names.key_norm, weights.key_norm))
+    return stored
+
+
+def _norm_tensors(
+    checkpoint: Checkpoint, geometry: AttentionGeometry, stems: tuple[str, ...], weights: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    assert geometry.norm is not None and weights is not None
+    info = checkpoint.infos[f"{stems[0]}.weight"]
+    stored = (weights - geometry.norm.offset).to(info.dtype).contiguous()
+    if geometry.norm.weights == "modules":  # one for each head that is left
+        return {f"{stem}.weight": row.clone() for stem, row in zip(stems, stored, strict=False)}
+    return {info.name: stored.flatten() if len(info.shape) == 1 else stored}
 
 
 def config_with_kv_heads(config: Mapping[str, Any], kv_heads: int) -> dict[str, Any]:
     """``config`` declaring ``kv_heads`` key-value heads."""
     changed = dict(config)
-    if config.get("model_type") != "falcon":
-        changed["num_key_value_heads"] = kv_heads
-    elif config.get("new_decoder_architecture"):
-        changed["num_kv_heads"] = kv_heads
-    else:
-        changed["multi_query"] = True  # one key-value head is all that the old layout can have
+    kind = config.get("model_type")
+    if kind == "gpt_bigcode" or (kind == "falcon" and not config.get("new_decoder_architecture")):
+        changed["multi_query"] = True  # one key-value head is all that these layouts can have
+        return changed
+    changed["num_kv_heads" if kind == "falcon" else "num_key_value_heads"] = kv_heads
     return changed

@@ -52,6 +52,8 @@ class LayerReport:
         output_loss_before: the same before the output refit.
         divergence: of the attention from the original's, in nats, after the logit refit; None without one.
         divergence_before: the same before it.
+        symmetric: whether keys were brought together by symmetries of the layer alone, see
+            :class:`~llmconvert.convert.gqa.MergedLayer`.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -61,6 +63,7 @@ class LayerReport:
     output_loss_before: float | None = None
     divergence: float | None = None
     divergence_before: float | None = None
+    symmetric: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +178,13 @@ def convert_attention(
         kv_bytes_per_token=(geometry.kv_bytes_per_token(geometry.kv_heads), geometry.kv_bytes_per_token(kv_heads)),
         contexts=_contexts(source, view),
         layers=tuple(layers),
-        left_out=_left_out(geometry, calibrated=bool(windows), refit=settings.logits),
+        left_out=_left_out(
+            geometry,
+            method,
+            [layer.symmetric for layer in layers],
+            calibrated=bool(windows),
+            refit=settings.logits,
+        ),
         nbytes=layout.nbytes,
         seconds=time.perf_counter() - begin,
     )
@@ -188,16 +197,26 @@ def _write_refitted(writer: TensorWriter, layer: RefitLayer, task: Task) -> Laye
     task.advance(1, f"{after:.1%} of the attention output lost")
     divergence = layer.divergence or (None, None)
     merged = layer.merged
-    return LayerReport(merged.groups, merged.key_loss, merged.value_loss, after, before, divergence[1], divergence[0])
+    return LayerReport(
+        merged.groups,
+        merged.key_loss,
+        merged.value_loss,
+        after,
+        before,
+        divergence[1],
+        divergence[0],
+        merged.symmetric,
+    )
 
 
 def _write_merged(writer: TensorWriter, view: MergedAttention, task: Task) -> Iterator[LayerReport]:
     for layer in range(view.geometry.layers):
         merged: MergedLayer = view.merge(layer)
         for name in attention_tensors(view.base, view.geometry, layer):
-            writer.write(name, view[name])
+            if name in view:  # a norm of a single head goes with its head
+                writer.write(name, view[name])
         task.advance()
-        yield LayerReport(merged.groups, merged.key_loss, merged.value_loss)
+        yield LayerReport(merged.groups, merged.key_loss, merged.value_loss, symmetric=merged.symmetric)
 
 
 def copy_tensors(writer: TensorWriter, source: Checkpoint, names: Iterable[str]) -> None:
@@ -210,17 +229,34 @@ def copy_tensors(writer: TensorWriter, source: Checkpoint, names: Iterable[str])
             writer.write_rows(name, start, source.read_rows(name, start, min(rows, start + step)))
 
 
-def _left_out(geometry: AttentionGeometry, *, calibrated: bool, refit: bool) -> tuple[str, ...]:
+def _left_out(
+    geometry: AttentionGeometry, method: str, symmetric: Sequence[bool], *, calibrated: bool, refit: bool
+) -> tuple[str, ...]:
     notes = []
     if not calibrated:
         notes.append("no calibration text: merged by the weights alone, nothing refitted")
-    if geometry.head_norm:
-        notes.append("query and key heads are normalized: keys are merged up to their sign alone")
+    if geometry.norm is not None:
+        where = "over whole layers" if geometry.norm.scope == "layer" else "per head"
+        notes.append(f"queries and keys are normalized {where}: {_norm_note(geometry, method, symmetric)}")
         if calibrated and refit:
-            notes.append("query and key heads are normalized: the two are not refitted")
+            notes.append(f"queries and keys are normalized {where}: the two are not refitted")
     if not geometry.movable:
-        notes.append("ALiBi gives every query head a slope of its own: only neighbouring heads are merged")
+        notes.append("query heads have slopes (ALiBi) or sinks of their own: only neighbouring heads are merged")
     return tuple(notes)
+
+
+def _norm_note(geometry: AttentionGeometry, method: str, symmetric: Sequence[bool]) -> str:
+    """What the norms left to a merge, and in how many layers it went further."""
+    if method != "svd":
+        return "their weights are pooled along"
+    assert geometry.norm is not None
+    if geometry.norm.weights != "shared" and geometry.norm.scope == "head":
+        return "keys are merged up to their sign and their norms' weights alone"
+    rest = symmetric.count(False)
+    approximate = f"in {rest} of {len(symmetric)} layers" if rest else "in no layer"
+    if geometry.norm.scope == "layer":
+        return f"what the norm divides by could not be kept exactly {approximate}"
+    return f"signs and sizes of keys are free, other transforms, which the norm notices, lost less {approximate}"
 
 
 def _contexts(source: Checkpoint, view: MergedAttention) -> dict[str, tuple[int, int]]:

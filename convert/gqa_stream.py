@@ -164,7 +164,7 @@ class _Block:
         """Merge, refit and install the block's attention."""
         weights = read_layer(self._view.base, self._geometry, self._layer)
         wide = weights.key.shape[-1] > self._geometry.hidden_size
-        picks = self._picked_windows() if self._options.logits and not self._geometry.head_norm else []
+        picks = self._picked_windows() if self._options.logits and self._geometry.norm is None else []
         kept: list[torch.Tensor] = []
         angles = RotaryAngles(self._attention_module())
         inputs = keep_inputs(self._after.inputs(self._merged.linear(self._names.query)), picks, kept, wide=wide)
@@ -176,7 +176,7 @@ class _Block:
             self._view.kv_heads,
             method=method,
             rotary=self._geometry.rotary[self._layer],
-            head_norm=self._geometry.head_norm,
+            norm=self._geometry.norm,
             movable=self._geometry.movable,
         )
         result, divergence = merged.weights, None
@@ -285,5 +285,4 @@ class _Block:
 
 
 def _to(weights: LayerWeights, device: torch.device) -> LayerWeights:
-    parts = (weights.query, weights.key, weights.value, weights.output)
-    return LayerWeights(*(part.to(device, torch.float32) for part in parts))
+    return weights.to(device, torch.float32)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Merge", "merge_rotary", "merge_signed", "merge_subspace"]
+__all__ = ["Merge", "merge_rotary", "merge_subspace"]
 
 # Directions whose share of the largest is below this are rounding noise and carry nothing.
 _RANK_TOLERANCE = 1e-12
@@ -92,28 +92,6 @@ def merge_rotary(rows: torch.Tensor, gram: torch.Tensor, metrics: torch.Tensor) 
     scale = torch.where(scale > 0, scale, 1)
     lost = energies[:, :-1].clamp_min(0).sum()
     return Merge(shared * scale[:, None], back / scale, float(lost), float(energies.clamp_min(0).sum()))
-
-
-def merge_signed(rows: torch.Tensor, gram: torch.Tensor) -> Merge:
-    """Merge keys that are normalized per head afterwards, which leaves them nothing but their sign.
-
-    Heads are brought to the same mean square, then to the signs under which they agree best, and averaged.
-
-    Args:
-        rows: ``[heads, r, inputs]``.
-        gram: traces of the heads' products, ``[heads, heads]``.
-
-    Returns:
-        ``back`` is ``[heads]``, of ones and minus ones.
-    """
-    count = len(rows)
-    scale = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
-    correlation = gram * scale[:, None] * scale
-    leading = torch.linalg.eigh(correlation)[1][:, -1]
-    signs = torch.where(leading < 0, -1.0, 1.0).to(rows.dtype)
-    agreement = float(signs @ correlation @ signs) / count
-    shared = torch.einsum("g,gri->ri", signs * scale, rows) / count / scale.mean()
-    return Merge(shared, signs, max(0.0, count - agreement), float(count))
 
 
 def _balanced(shared: torch.Tensor, back: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,11 +45,13 @@ class MergedAttention(CheckpointView):
             for layer in range(self.geometry.layers)
             for name in attention_tensors(base, self.geometry, layer)
         }
+        gone = _gone(self.geometry, kv_heads)
         self.infos = {
             name: replace(info, shape=_merged_shape(self.geometry, kv_heads, name, info.shape))
             if name in self._layer_of
             else info
             for name, info in base.infos.items()
+            if name not in gone
         }
         self._current: tuple[int, MergedLayer] | None = None
         self._tensors: Mapping[str, torch.Tensor] | None = None
@@ -74,7 +76,7 @@ class MergedAttention(CheckpointView):
             self.kv_heads,
             method=self._method,
             rotary=self.geometry.rotary[layer],
-            head_norm=self.geometry.head_norm,
+            norm=self.geometry.norm,
             movable=self.geometry.movable,
         )
         self._tensors = layer_tensors(self.base, self.geometry, layer, merged.weights)
@@ -82,9 +84,20 @@ class MergedAttention(CheckpointView):
         return merged
 
 
+def _gone(geometry: AttentionGeometry, kv_heads: int) -> frozenset[str]:
+    """Tensors that have no successor: norms of single heads."""
+    stems = (stem for names in geometry.projections for stem in names.key_norm[kv_heads:])
+    return frozenset(f"{stem}.weight" for stem in stems)
+
+
 def _merged_shape(geometry: AttentionGeometry, kv_heads: int, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of an attention tensor after the merge: key and value lose rows, wherever they are."""
     stem = name.rpartition(".")[0]
+    if any(stem in p.key_norm for p in geometry.projections):
+        own = geometry.norm is not None and geometry.norm.weights == "own"
+        return (shape[0] * kv_heads // geometry.kv_heads, *shape[1:]) if own else shape
+    if any(stem in p.query_norm for p in geometry.projections):
+        return shape
     projections = next(p for p in geometry.projections if stem in (p.query, p.key, p.value, p.output))
     fewer = (geometry.kv_heads - kv_heads) * geometry.head_dim
     if stem == projections.output or (stem == projections.query and geometry.fusion == "separate"):

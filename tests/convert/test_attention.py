@@ -58,14 +58,48 @@ def test_architectures_without_the_setting_are_refused_by_name(kind: str, tmp_pa
         read_geometry(SafetensorsCheckpoint(tmp_path))
 
 
-def test_other_architectures_are_refused_with_those_known(tiny: Tiny) -> None:
-    with pytest.raises(UnsupportedError, match="norms run over all heads at once"):
-        read_geometry(SafetensorsCheckpoint(tiny("olmo2")))
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("biogpt", "no setting for the number of key-value heads"),
+        ("bitnet", "normalizes attention outputs"),
+        ("deepseek_v3", "latent"),
+        ("qwen3_next", "gate"),
+        ("gemma3n_text", "known are .*llama"),
+    ],
+)
+def test_other_architectures_are_refused_with_the_reason(kind: str, reason: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / SINGLE_NAME)
+    with pytest.raises(UnsupportedError, match=rf"{kind!r}.*{reason}"):
+        read_geometry(SafetensorsCheckpoint(tmp_path))
 
 
 def test_settings_that_undo_the_symmetry_are_refused(tmp_path: Path) -> None:
-    path = grouped_model(tmp_path / "model", "cohere", use_qk_norm=True)
-    with pytest.raises(UnsupportedError, match="use_qk_norm"):
+    path = grouped_model(tmp_path / "model", "phi", hidden_size=64, qk_layernorm=True)
+    with pytest.raises(UnsupportedError, match="qk_layernorm"):
+        read_geometry(SafetensorsCheckpoint(path))
+
+
+def test_norms_are_found_where_the_config_has_them(tmp_path: Path) -> None:
+    path = grouped_model(tmp_path / "with", "stablelm", hidden_size=64, qk_layernorm=True)
+    geometry = read_geometry(SafetensorsCheckpoint(path))
+    assert geometry.norm is not None and geometry.norm.centred
+    assert geometry.projections[1].key_norm[1] == "model.layers.1.self_attn.k_layernorm.norms.1"
+    path = grouped_model(tmp_path / "without", "stablelm", hidden_size=64)
+    assert read_geometry(SafetensorsCheckpoint(path)).norm is None
+
+
+def test_norms_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
+    path = grouped_model(tmp_path / "model", "olmo2", hidden_size=64)
+    tensors = load_file(path / SINGLE_NAME)
+    name = "model.layers.1.self_attn.k_norm.weight"
+    save_file({**tensors, name: tensors[name][:8].clone()}, path / SINGLE_NAME)
+    with pytest.raises(CheckpointError, match=rf"{name} has shape \[8\], config.json says 16 numbers"):
+        read_geometry(SafetensorsCheckpoint(path))
+    del tensors[name]
+    save_file(tensors, path / SINGLE_NAME)
+    with pytest.raises(CheckpointError, match=f"no tensor {name}"):
         read_geometry(SafetensorsCheckpoint(path))
 
 

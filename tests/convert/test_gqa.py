@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from safetensors.torch import save_file
 from tiny_architectures import ids
 
 from llmconvert.checkpoint import SINGLE_NAME, SafetensorsCheckpoint
-from llmconvert.convert.attention import Rotary
+from llmconvert.convert.attention import Norm, Rotary
+from llmconvert.convert.attention_families import FAMILIES
 from llmconvert.convert.attention_weights import LayerWeights
 from llmconvert.convert.gqa import MergedLayer, merge_layer
 from llmconvert.convert.gqa_group import balanced_groups
@@ -46,6 +49,49 @@ DISGUISES: dict[str, tuple[str, dict[str, Any]]] = {
     "soft-capped, scaled": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 11, "attn_logit_softcapping": 5.0}),
     "scaled": ("granite", {"hidden_size": 64, "attention_multiplier": 0.3}),
     "normalized heads": ("qwen3", {"head_dim": 8}),
+    "normalized heads, weights plus one": (
+        "gemma3_text",
+        {"head_dim": 8, "query_pre_attn_scalar": 11, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "normalized heads, some not rotated": (
+        "exaone4",
+        {"hidden_size": 64, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "normalized heads without weights": ("nanochat", {"hidden_size": 64}),
+    "normalized after rotation": ("hunyuan_v1_dense", {"head_dim": 8}),
+    "normalized heads with weights of their own": ("cohere", {"head_dim": 8, "use_qk_norm": True}),
+    "normalized heads, a module each": (
+        "stablelm",
+        {"hidden_size": 64, "partial_rotary_factor": 0.25, "qk_layernorm": True},
+    ),
+    "normalized layer": ("olmo2", {"hidden_size": 64}),
+    "sinks": ("gpt_oss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}),
+}
+#: Architectures made of the parts above.
+OTHERS: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "ernie4_5": {},
+    "flex_olmo": {"num_experts": 2, "num_experts_per_tok": 1},
+    "gemma": {"head_dim": 8},
+    "glm4": {"head_dim": 8, "attention_bias": True},
+    "granitemoe": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "helium": {"head_dim": 8},
+    "hyperclovax": {},
+    "jais2": {},
+    "ministral": {"head_dim": 8},
+    "ministral3": {"head_dim": 8},
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "nemotron": {"partial_rotary_factor": 0.5},
+    "olmo": {},
+    "olmo3": {},
+    "olmoe": {"num_experts": 2, "num_experts_per_tok": 1},
+    "phimoe": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "qwen2_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
+    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "head_dim": 8},
+    "seed_oss": {"head_dim": 8},
+    "starcoder2": {"use_bias": True},
+    "vaultgemma": {"head_dim": 8},
 }
 
 
@@ -60,9 +106,8 @@ def write_merged(source: Path, directory: Path, kv_heads: int, method: Any = "sv
         return [view.merge(layer) for layer in range(view.geometry.layers)]
 
 
-@pytest.mark.parametrize("case", DISGUISES)
-def test_redundant_heads_merge_without_loss(case: str, tmp_path: Path) -> None:
-    kind, config = DISGUISES[case]
+def require_lossless(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
+    """Merge a disguised model and compare it with the small one that it was made from."""
     small = grouped_model(tmp_path / "small", kind, **config)
     wide = disguise(small, tmp_path / "wide", copies=2)
     window = ids((24,))[0]
@@ -74,6 +119,23 @@ def test_redundant_heads_merge_without_loss(case: str, tmp_path: Path) -> None:
     )
     assert all(layer.key_loss is not None and layer.key_loss < 1e-10 for layer in layers)
     assert all(layer.value_loss is not None and layer.value_loss < 1e-10 for layer in layers)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (small, tmp_path / "merged"))
+    assert before == after  # the same architecture, with as many heads as it began with
+
+
+@pytest.mark.parametrize("case", DISGUISES)
+def test_redundant_heads_merge_without_loss(case: str, tmp_path: Path) -> None:
+    require_lossless(*DISGUISES[case], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
+def test_architectures_of_known_parts_merge_without_loss(kind: str, tmp_path: Path) -> None:
+    require_lossless(kind, {"hidden_size": 64, **OTHERS[kind]}, tmp_path)
+
+
+def test_every_architecture_has_a_disguise() -> None:
+    assert set(FAMILIES) == {kind for kind, _ in DISGUISES.values()} | set(OTHERS) | {"gpt_bigcode"}
 
 
 @pytest.mark.parametrize("method", ["mean", "first"])
@@ -96,11 +158,14 @@ def test_plain_methods_pool_neighbours() -> None:
     assert mean.groups == ((0, 1), (2, 3)) and torch.equal(mean.weights.query, weights.query)
 
 
-def test_falcon_of_the_old_layout_reaches_multi_query(tmp_path: Path) -> None:
-    small = grouped_model(tmp_path / "small", "falcon", hidden_size=64, multi_query=True)
+@pytest.mark.parametrize("kind", ["falcon", "gpt_bigcode"])
+def test_layouts_of_one_head_or_all_reach_multi_query(kind: str, tmp_path: Path) -> None:
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 8, "n_inner": 64} if kind == "gpt_bigcode" else {"hidden_size": 64}
+    small = grouped_model(tmp_path / "small", kind, multi_query=True, **sizes)
     wide = disguise(small, tmp_path / "wide", copies=8)
     window = ids((24,))[0]
     expected = logits(small, window)
+    torch.testing.assert_close(logits(wide, window), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     write_merged(wide, tmp_path / "merged", 1)
     torch.testing.assert_close(
         logits(tmp_path / "merged", window), expected, rtol=0, atol=5e-5 * float(expected.abs().max())
@@ -164,10 +229,11 @@ def test_directions_nobody_reads_cost_nothing() -> None:
 def test_dead_heads_stay_finite() -> None:
     layer = random_layer()
     dead = LayerWeights(layer.query * 0, layer.key * 0, layer.value * 0, layer.output * 0)
-    for normed in (False, True):
-        merged = merge_layer(
-            dead, torch.eye(12, dtype=torch.float64), 2, method="svd", rotary=Rotary("half", 2), head_norm=normed
-        )
+    norms = {"query_norm": torch.zeros(8, 4, dtype=torch.float64), "key_norm": torch.zeros(4, 4, dtype=torch.float64)}
+    for norm in (None, Norm(), Norm(weights="own", centred=True), Norm(scope="layer", weights="own")):
+        rotary = Rotary("half", 4 if norm is not None and norm.scope == "layer" else 2)
+        layer = replace(dead, **(norms if norm is not None else {}))
+        merged = merge_layer(layer, torch.eye(12, dtype=torch.float64), 2, method="svd", rotary=rotary, norm=norm)
         parts = (merged.weights.query, merged.weights.key, merged.weights.value, merged.weights.output)
         assert all(part.isfinite().all() for part in parts)
 

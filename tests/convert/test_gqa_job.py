@@ -28,6 +28,9 @@ STREAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "no rotary": ("smollm3", {"head_dim": 8, "no_rope_layers": [1, 0]}),
     "capped": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 11, "attn_logit_softcapping": 5.0}),
     "normalized": ("qwen3", {"head_dim": 8}),
+    "normalized, own weights": ("cohere", {"head_dim": 8, "use_qk_norm": True}),
+    "normalized, own modules": ("stablelm", {"hidden_size": 64, "partial_rotary_factor": 0.25, "qk_layernorm": True}),
+    "normalized layer": ("olmo2", {"hidden_size": 64}),
 }
 WINDOWS = ids((32, 32, 24, 32), seed=5)
 
@@ -56,8 +59,9 @@ def test_redundant_heads_survive_merge_and_refit(case: str, tmp_path: Path) -> N
         assert layer.key_loss is not None and layer.key_loss < 1e-4  # statistics are float32
         if layer.divergence is not None:
             assert layer.divergence < 1e-5
-    assert all(layer.divergence is None for layer in report.layers) == (kind == "qwen3")
-    assert bool(report.left_out) == (kind == "qwen3")
+    normed = case.startswith("normalized")
+    assert all(layer.symmetric and (layer.divergence is None) == normed for layer in report.layers)
+    assert any("normalized" in note for note in report.left_out) == normed
 
 
 def test_refits_bring_attention_closer(tmp_path: Path) -> None:
