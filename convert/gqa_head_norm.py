@@ -51,10 +51,12 @@ class HeadNormedKeys:
         self._centred = norm.centred
         self._inputs = weights.key.shape[-1]
         drawn = _samples(moments)
-        key, query = (_unit(rows, moments, drawn, norm.centred) for rows in (weights.key, weights.query))
+        key, key_size = _unit(weights.key, moments, drawn, norm.centred)
+        query, query_size = _unit(weights.query, moments, drawn, norm.centred)
         key_norm, query_norm = _nonzero(weights.key_norm), _nonzero(weights.query_norm)
         by_group = (weights.kv_heads, weights.queries_per_kv)
         self._key, self._query = key, query.unflatten(0, by_group)
+        self._key_size, self._query_size = key_size, query_size.unflatten(0, by_group)
         self._key_norm, self._query_norm = key_norm, query_norm.unflatten(0, by_group)
         self._moments = moments
         effective = replace(weights, query=query * query_norm[..., None], key=key * key_norm[..., None])
@@ -73,7 +75,10 @@ class HeadNormedKeys:
     def merge(self, group: tuple[int, ...]) -> KeyMerge:
         merges = [self._weigh(group) if way == "weights" else self._align(group, way) for way in self._ways]
         best = min(merges, key=lambda merge: merge.lost)
-        return replace(best, key=best.key[:, : self._inputs], query=best.query[..., : self._inputs])
+        # Sizes mean nothing to a norm but for the epsilon in it: keep them.
+        key = best.key[:, : self._inputs] * self._key_size[list(group)].square().mean().sqrt()
+        query = best.query[..., : self._inputs] * self._query_size[list(group)][..., None, None]
+        return replace(best, key=key, query=query)
 
     def _align(self, group: tuple[int, ...], way: Way) -> KeyMerge:
         """Heads brought together by factors that fold into projections."""
@@ -172,13 +177,20 @@ def _samples(moments: torch.Tensor) -> torch.Tensor:
     return factor @ torch.randn(len(moments), _SAMPLES, generator=generator, dtype=moments.dtype)
 
 
-def _unit(rows: torch.Tensor, moments: torch.Tensor, drawn: torch.Tensor, centred: bool) -> torch.Tensor:
-    """Heads at mean square one (which their norm makes of them), with what they make of drawn inputs beside them."""
+def _unit(
+    rows: torch.Tensor, moments: torch.Tensor, drawn: torch.Tensor, centred: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Heads at mean square one (which their norm makes of them), with what they make of drawn inputs beside them.
+
+    Returns:
+        ``[heads, head_dim, inputs + samples]``, and the size that each head had, ``[heads]``.
+    """
     if centred:
         rows = rows - rows.mean(1, keepdim=True)
-    size = torch.einsum("hid,de,hie->h", rows, moments, rows) / rows.shape[1]
-    rows = rows * torch.where(size > 0, size.clamp_min(torch.finfo(size.dtype).tiny).rsqrt(), 1)[:, None, None]
-    return torch.cat([rows, rows @ drawn], dim=-1)
+    size = (torch.einsum("hid,de,hie->h", rows, moments, rows) / rows.shape[1]).clamp_min(0).sqrt()
+    size = torch.where(size > 0, size, 1)
+    rows = rows / size[:, None, None]
+    return torch.cat([rows, rows @ drawn], dim=-1), size
 
 
 def _nonzero(weights: torch.Tensor) -> torch.Tensor:
