@@ -14,7 +14,7 @@ import torch
 
 from llmconvert.convert.attention import Norm, Rotary
 from llmconvert.convert.attention_weights import LayerWeights
-from llmconvert.convert.gqa_group import balanced_groups
+from llmconvert.convert.gqa_group import Groups, candidate_groups
 from llmconvert.convert.gqa_head_norm import HeadNormedKeys
 from llmconvert.convert.gqa_keys import Keys, PlainKeys
 from llmconvert.convert.gqa_layer_norm import LayerNormedKeys
@@ -25,6 +25,8 @@ __all__ = ["METHODS", "MergedLayer", "Method", "merge_layer"]
 #: ``svd`` merges with the least loss, ``mean`` averages neighbouring heads, ``first`` keeps the first of them.
 Method = Literal["svd", "mean", "first"]
 METHODS: tuple[str, ...] = get_args(Method)
+#: Partitions of heads that are good pair by pair, of which the best as a whole is taken.
+_CANDIDATES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class MergedLayer:
     """
 
     weights: LayerWeights
-    groups: tuple[tuple[int, ...], ...]
+    groups: Groups
     key_loss: float | None
     value_loss: float | None
     symmetric: bool = True
@@ -71,8 +73,10 @@ def merge_layer(
     if method != "svd":
         return _merge_plainly(weights, kv_heads, method)
     layer = _Layer(weights, moments, rotary, norm)
-    neighbours = _neighbours(weights.kv_heads, kv_heads)
-    return layer.merge(balanced_groups(layer.costs(), kv_heads) if movable else neighbours)
+    if not movable:
+        return layer.merge(_neighbours(weights.kv_heads, kv_heads))
+    candidates = candidate_groups(layer.costs(), kv_heads, _CANDIDATES)
+    return layer.merge(min(candidates, key=layer.loss) if len(candidates) > 1 else candidates[0])
 
 
 def _merge_plainly(weights: LayerWeights, kv_heads: int, method: Method) -> MergedLayer:
@@ -91,7 +95,7 @@ def _merge_plainly(weights: LayerWeights, kv_heads: int, method: Method) -> Merg
     )
 
 
-def _neighbours(heads: int, count: int) -> tuple[tuple[int, ...], ...]:
+def _neighbours(heads: int, count: int) -> Groups:
     size = heads // count
     return tuple(tuple(range(start, start + size)) for start in range(0, heads, size))
 
@@ -112,20 +116,29 @@ class _Layer:
             self._keys = LayerNormedKeys(weights, moments, rotary)
         else:
             self._keys = HeadNormedKeys(weights, moments, rotary, norm)
+        self._value_total = sum(self._value((head,)).total for head in range(count)) or 1.0
+        self._key_total = sum(self._keys.loss((head,))[1] for head in range(count)) or 1.0
+        self._losses: dict[tuple[int, ...], float] = {}
 
     def costs(self) -> torch.Tensor:
         """Loss of merging any two heads: the share of the values' energy plus that of the logits'."""
         count = self._weights.kv_heads
         costs = torch.zeros(count, count, dtype=torch.float64)
-        whole = tuple(range(count))
-        value_total = sum(self._value((head,)).total for head in whole) or 1.0
-        key_total = sum(self._keys.loss((head,))[1] for head in whole) or 1.0
-        for pair in itertools.combinations(whole, 2):
-            lost = self._value(pair).lost / value_total + self._keys.loss(pair)[0] / key_total
-            costs[pair] = costs[pair[::-1]] = lost
+        for pair in itertools.combinations(range(count), 2):
+            costs[pair] = costs[pair[::-1]] = self._group_loss(pair)
         return costs
 
-    def merge(self, groups: tuple[tuple[int, ...], ...]) -> MergedLayer:
+    def loss(self, groups: Groups) -> float:
+        """The same for whole groups."""
+        return sum(self._group_loss(group) for group in groups)
+
+    def _group_loss(self, group: tuple[int, ...]) -> float:
+        if group not in self._losses:
+            value, (lost, _) = self._value(group), self._keys.loss(group)
+            self._losses[group] = value.lost / self._value_total + lost / self._key_total
+        return self._losses[group]
+
+    def merge(self, groups: Groups) -> MergedLayer:
         """The layer with each group merged to one head."""
         weights, ratio = self._weights, self._weights.queries_per_kv
         output = weights.output.view(-1, ratio, *weights.output.shape[1:])

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tiny_architectures import ids
 
 from llmconvert.checkpoint import SINGLE_NAME, SafetensorsCheckpoint
+from llmconvert.convert import gqa_group
 from llmconvert.convert.attention import Norm, Rotary
 from llmconvert.convert.attention_families import FAMILIES
 from llmconvert.convert.attention_weights import LayerWeights
@@ -266,3 +267,36 @@ def test_many_heads_find_their_like() -> None:
     costs = (kind[:, None] != kind).double() + 0.1 * torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
     groups = balanced_groups((costs + costs.T) / 2, 16)
     assert all(len({int(kind[head]) for head in group}) == 1 and len(group) == 4 for group in groups)
+
+
+@pytest.mark.parametrize(("heads", "count"), [(12, 2), (12, 3), (12, 4), (12, 6)])
+def test_exchanges_reach_the_best_partition(heads: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search for many heads, on few, against all partitions."""
+    for seed in range(8):
+        costs = torch.rand(heads, heads, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        costs = costs + costs.T
+        monkeypatch.setattr(gqa_group, "_EXHAUSTIVE", 10**6)
+        best = balanced_groups(costs, count)
+        monkeypatch.setattr(gqa_group, "_EXHAUSTIVE", 0)
+        assert balanced_groups(costs, count) == best
+
+
+def test_the_best_of_several_partitions_is_taken_as_a_whole() -> None:
+    """Six heads in two groups: whatever is chosen, no other partition loses less in keys and values together."""
+    moments, rotary = torch.eye(12, dtype=torch.float64), Rotary("half", 4)
+
+    def loss(merged: MergedLayer) -> float:
+        assert merged.key_loss is not None and merged.value_loss is not None
+        return merged.key_loss + merged.value_loss
+
+    def fixed(layer: LayerWeights, order: list[int]) -> float:
+        users = [2 * head + i for head in order for i in range(2)]
+        moved = LayerWeights(layer.query[users], layer.key[order], layer.value[order], layer.output[users])
+        return loss(merge_layer(moved, moments, 2, method="svd", rotary=rotary, movable=False))
+
+    for seed in range(5):
+        layer = random_layer(kv_heads=6, seed=seed)
+        taken = loss(merge_layer(layer, moments, 2, method="svd", rotary=rotary))
+        halves = [[0, *pair] for pair in itertools.combinations(range(1, 6), 2)]
+        others = [fixed(layer, half + [head for head in range(6) if head not in half]) for half in halves]
+        assert taken <= min(others) + 1e-9
