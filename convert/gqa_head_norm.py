@@ -22,7 +22,7 @@ import torch
 
 from llmconvert.convert.attention import Norm, Rotary
 from llmconvert.convert.attention_weights import LayerWeights
-from llmconvert.convert.gqa_keys import KeyMerge, PlainKeys, split_pairs
+from llmconvert.convert.gqa_keys import KeyMerge, PlainKeys, nonzero, split_pairs
 from llmconvert.convert.gqa_svd import Merge
 
 __all__ = ["HeadNormedKeys"]
@@ -53,7 +53,7 @@ class HeadNormedKeys:
         drawn = _samples(moments)
         key, key_size = _unit(weights.key, moments, drawn, norm.centred)
         query, query_size = _unit(weights.query, moments, drawn, norm.centred)
-        key_norm, query_norm = _nonzero(weights.key_norm), _nonzero(weights.query_norm)
+        key_norm, query_norm = nonzero(weights.key_norm), nonzero(weights.query_norm)
         by_group = (weights.kv_heads, weights.queries_per_kv)
         self._key, self._query = key, query.unflatten(0, by_group)
         self._key_size, self._query_size = key_size, query_size.unflatten(0, by_group)
@@ -191,12 +191,6 @@ def _unit(
     size = torch.where(size > 0, size, 1)
     rows = rows / size[:, None, None]
     return torch.cat([rows, rows @ drawn], dim=-1), size
-
-
-def _nonzero(weights: torch.Tensor) -> torch.Tensor:
-    """Weights that can be divided by."""
-    floor = 1e-6 * weights.abs().mean().clamp_min(torch.finfo(weights.dtype).tiny)
-    return torch.where(weights.abs() < floor, floor, weights)
 
 
 def _even(weights: torch.Tensor, rotary: Rotary) -> torch.Tensor:

@@ -11,7 +11,7 @@ from llmconvert.convert.attention import Rotary
 from llmconvert.convert.attention_weights import LayerWeights
 from llmconvert.convert.gqa_svd import Merge, merge_rotary, merge_subspace
 
-__all__ = ["KeyMerge", "Keys", "PlainKeys", "join_pairs", "split_pairs"]
+__all__ = ["KeyMerge", "Keys", "PlainKeys", "join_pairs", "nonzero", "split_pairs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,13 @@ class PlainKeys:
         turned, still = self.solve(group)
         key, query = self.fold(group, turned, still)
         return KeyMerge(key, query, turned.lost + still.lost, turned.total + still.total)
+
+
+def nonzero(weights: torch.Tensor) -> torch.Tensor:
+    """Norm weights that can be divided by: what a zero hides is given next to none of the logits instead."""
+    mean = weights.abs().mean()
+    floor = torch.where(mean > 0, 1e-6 * mean, 1)
+    return torch.where(weights.abs() < floor, floor, weights)
 
 
 def split_pairs(rows: torch.Tensor, rotary: Rotary) -> torch.Tensor:

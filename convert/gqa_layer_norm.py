@@ -17,7 +17,7 @@ import torch
 
 from llmconvert.convert.attention import Rotary
 from llmconvert.convert.attention_weights import LayerWeights
-from llmconvert.convert.gqa_keys import KeyMerge, PlainKeys, join_pairs, split_pairs
+from llmconvert.convert.gqa_keys import KeyMerge, PlainKeys, join_pairs, nonzero, split_pairs
 
 __all__ = ["LayerNormedKeys"]
 
@@ -38,7 +38,7 @@ class LayerNormedKeys:
         assert weights.query_norm is not None and weights.key_norm is not None
         self._rotary = rotary
         self._moments = moments
-        query_norm, key_norm = _nonzero(weights.query_norm), _nonzero(weights.key_norm)
+        query_norm, key_norm = nonzero(weights.query_norm), nonzero(weights.key_norm)
         effective = replace(weights, query=weights.query * query_norm[..., None], key=weights.key * key_norm[..., None])
         self._plain = PlainKeys(effective, moments, rotary)
         self._key_norm = _pairs(key_norm, rotary)
@@ -69,8 +69,8 @@ class LayerNormedKeys:
             torch.cat([total[None], queries.flatten(0, 1)]),
             torch.cat(
                 [
-                    (own_key / self._key_energy.sum())[None],
-                    (own_query / self._query_energy.sum()).flatten(0, 1),
+                    (own_key / _positive(self._key_energy.sum()))[None],
+                    (own_query / _positive(self._query_energy.sum())).flatten(0, 1),
                 ]
             ),
         )
@@ -103,15 +103,13 @@ class LayerNormedKeys:
         own = torch.einsum("...id,de,...ie->...i", rows, self._moments, rows)
         counted = _pairs(inverse * own, self._rotary).sum(-1, keepdim=True)
         wanted = _pairs(energy, self._rotary).sum(-1, keepdim=True)
-        ratio = torch.where(counted > 0, wanted / counted.clamp_min(torch.finfo(own.dtype).tiny), 1)
+        ratio = torch.where(counted > 0, wanted / _positive(counted), 1)
         squares = inverse * _flat(ratio.expand(*ratio.shape[:-1], 2), self._rotary) / heads
-        return torch.where(squares > 0, squares.clamp_min(torch.finfo(own.dtype).tiny).rsqrt(), 1)
+        return torch.where(squares > 0, _positive(squares).rsqrt(), 1)
 
 
-def _nonzero(weights: torch.Tensor) -> torch.Tensor:
-    """Weights without zeros: what a zero hides is given next to none of the logits, and can be divided by."""
-    floor = 1e-6 * weights.abs().mean().clamp_min(torch.finfo(weights.dtype).tiny)
-    return torch.where(weights.abs() < floor, floor, weights)
+def _positive(values: torch.Tensor) -> torch.Tensor:
+    return values.clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _pairs(values: torch.Tensor, rotary: Rotary) -> torch.Tensor:
@@ -157,5 +155,5 @@ def _diagonal(gram: torch.Tensor, energy: torch.Tensor) -> tuple[torch.Tensor, f
     angle = pull.angle() / 4
     off = _rotated(gram, angle)[..., 0, 1]
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    share = (energy * off).abs().sum() / (energy * size).sum().clamp_min(torch.finfo(size.dtype).tiny)
+    share = (energy * off).abs().sum() / _positive((energy * size).sum())
     return angle, float(share)
