@@ -33,6 +33,8 @@ _TURNS = 8
 # Relative difference up to which two norm weights are the same.
 _EVEN = 1e-6
 _JITTER = 1e-10
+# Share of the logits' energy that an approximation has to gain, so that rounding doesn't choose it.
+_WORTH = 1e-6
 
 
 class HeadNormedKeys:
@@ -74,7 +76,7 @@ class HeadNormedKeys:
 
     def merge(self, group: tuple[int, ...]) -> KeyMerge:
         merges = [self._weigh(group) if way == "weights" else self._align(group, way) for way in self._ways]
-        best = min(merges, key=lambda merge: merge.lost)
+        best = min(merges, key=lambda merge: merge.lost + (0.0 if merge.exact else _WORTH * merge.total))
         # Sizes mean nothing to a norm but for the epsilon in it: keep them.
         key = best.key[:, : self._inputs] * self._key_size[list(group)].square().mean().sqrt()
         query = best.query[..., : self._inputs] * self._query_size[list(group)][..., None, None]

@@ -245,9 +245,12 @@ class _Block:
         return torch.randperm(length, generator=generator)[:count].sort().values.to(self._device)
 
     def _attention_module(self) -> nn.Module:
+        return self._submodule(self._merged.linear(self._names.query).rpartition(".")[0])
+
+    def _submodule(self, name: str) -> nn.Module:
+        """A module of the merged block by its full name."""
         skeleton = self._merged.skeleton
-        name = self._merged.linear(self._names.query).removeprefix(skeleton.prefix(self._layer))
-        return skeleton.blocks[self._layer].get_submodule(name.rpartition(".")[0])
+        return skeleton.blocks[self._layer].get_submodule(name.removeprefix(skeleton.prefix(self._layer)))
 
     def _install(self, weights: LayerWeights) -> dict[str, torch.Tensor]:
         """Let the merged model meet ``weights``; gives them as they are stored."""
@@ -255,7 +258,7 @@ class _Block:
         tensors = layer_tensors(self._view.base, geometry, self._layer, _to(weights, torch.device("cpu")))
         for name, tensor in tensors.items():
             stem, _, leaf = name.rpartition(".")
-            getattr(self._after.module(self._merged.linear(stem)), leaf).data.copy_(tensor)
+            getattr(self._submodule(self._merged.linear(stem)), leaf).data.copy_(tensor)
         return tensors
 
     def _refit_output(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
