@@ -154,7 +154,9 @@ def solve_columns(
                     )
 
 
-def over_rows(kernel: Callable[..., None], rows: int, *arguments: torch.Tensor | int | float) -> None:
+def over_rows(
+    kernel: Callable[..., None], rows: int, *arguments: torch.Tensor | np.ndarray[Any, Any] | np.generic | int | float
+) -> None:
     """Run ``kernel(begin, end, *arguments)`` over all rows, in as many threads as torch uses; tensors go as arrays."""
     threads = max(1, min(torch.get_num_threads(), rows // _ROWS_PER_THREAD))
     bounds = [rows * i // threads for i in range(threads + 1)]

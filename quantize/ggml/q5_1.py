@@ -1,0 +1,49 @@
+"""Q5_1: blocks of 32 weights, ``scale · code + minimum`` with 5-bit codes (24 bytes: scale, minimum, high bits, low nibbles)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmconvert.quantize.ggml.blocks import Array, Blocks
+from llmconvert.quantize.ggml.simple import BLOCK, fit_minimum_blocks, join_nibbles, split_nibbles
+
+__all__ = ["CODEC", "Q5_1"]
+
+
+class Q5_1:
+    """See :class:`~llmconvert.quantize.ggml.blocks.Codec`."""
+
+    name, size, nbytes = "Q5_1", BLOCK, 24
+
+    def encode(self, values: Array, importance: Array | None = None) -> Array:
+        return self.pack(fit_minimum_blocks(values, importance, 5)).reshape(len(values), -1)
+
+    def decode(self, raw: Array) -> Array:
+        blocks = self.unpack(raw.reshape(-1, self.nbytes))
+        assert blocks.minimum is not None
+        weights = blocks.codes * blocks.scale.astype(np.float32)[:, None] + blocks.minimum.astype(np.float32)[:, None]
+        return weights.reshape(len(raw), -1)
+
+    def pack(self, blocks: Blocks) -> Array:
+        """``[n, nbytes]``."""
+        assert blocks.minimum is not None
+        high = np.packbits(blocks.codes >> 4, axis=1, bitorder="little")
+        return np.concatenate(
+            [
+                blocks.scale[:, None].view(np.uint8),
+                blocks.minimum[:, None].view(np.uint8),
+                high,
+                join_nibbles(blocks.codes & 15),
+            ],
+            axis=1,
+        )
+
+    def unpack(self, raw: Array) -> Blocks:
+        """The inverse of :meth:`pack`."""
+        high = np.unpackbits(raw[:, 4:8], axis=1, bitorder="little")
+        scale = raw[:, :2].copy().view(np.float16)[:, 0]
+        minimum = raw[:, 2:4].copy().view(np.float16)[:, 0]
+        return Blocks(split_nibbles(raw[:, 8:]) | (high << 4), scale, minimum)
+
+
+CODEC = Q5_1()

@@ -1,0 +1,45 @@
+"""llama.cpp's own quantization of tensors: ``ggml_quantize_chunk``, by ctypes out of ``xllamacpp``'s library."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+
+@functools.cache
+def _function() -> Any:
+    spec = importlib.util.find_spec("xllamacpp")
+    assert spec is not None
+    folder = Path(next(iter(spec.submodule_search_locations or ())))
+    function = ctypes.CDLL(str(next(folder.glob("*.so")))).ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    function.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    return function
+
+
+def ggml_quantize(values: np.ndarray, name: str, importance: np.ndarray | None = None) -> np.ndarray:
+    """float32 ``[rows, columns]`` in a tensor type, uint8 ``[rows, row bytes]``, with or without an importance matrix."""
+    qtype = GGMLQuantizationType[name]
+    block, block_bytes = GGML_QUANT_SIZES[qtype]
+    rows, columns = values.shape
+    values = np.ascontiguousarray(values, np.float32)
+    out = np.empty((rows, columns // block * block_bytes), np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    pointer = None if weights is None else weights.ctypes.data
+    written = _function()(int(qtype), values.ctypes.data, out.ctypes.data, 0, rows, columns, pointer)
+    assert written == out.nbytes
+    return out
