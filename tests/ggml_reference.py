@@ -32,7 +32,7 @@ def _function() -> Any:
 
 
 def ggml_quantize(values: np.ndarray, name: str, importance: np.ndarray | None = None) -> np.ndarray:
-    """float32 ``[rows, columns]`` in a tensor type, uint8 ``[rows, row bytes]``, with or without an importance matrix."""
+    """float32 ``[rows, columns]`` in a tensor type: uint8 ``[rows, row bytes]``."""
     qtype = GGMLQuantizationType[name]
     block, block_bytes = GGML_QUANT_SIZES[qtype]
     rows, columns = values.shape

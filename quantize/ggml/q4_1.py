@@ -27,10 +27,8 @@ class Q4_1:
     def pack(self, blocks: Blocks) -> Array:
         """``[n, nbytes]``."""
         assert blocks.minimum is not None
-        return np.concatenate(
-            [blocks.scale[:, None].view(np.uint8), blocks.minimum[:, None].view(np.uint8), join_nibbles(blocks.codes)],
-            axis=1,
-        )
+        outer = np.stack([blocks.scale, blocks.minimum], axis=1).view(np.uint8)
+        return np.concatenate([outer, join_nibbles(blocks.codes)], axis=1)
 
     def unpack(self, raw: Array) -> Blocks:
         """The inverse of :meth:`pack`."""

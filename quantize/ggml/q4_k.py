@@ -1,4 +1,4 @@
-"""Q4_K: super-blocks of 256 weights with 4-bit codes (144 bytes: scale, minimum, 12 bytes of 6-bit pairs, 128 of nibbles).
+"""Q4_K: super-blocks of 256 weights with 4-bit codes (144 bytes: scale, minimum, 6-bit pairs, nibbles).
 
 Two sub-blocks share 32 bytes, the first in the low nibbles.
 """
@@ -19,7 +19,7 @@ from llmconvert.quantize.ggml.super_blocks import (
 __all__ = ["CODEC", "Q4_K", "join_pairs", "split_pairs"]
 
 
-class Q4_K:  # noqa: N801 - the type's name
+class Q4_K:
     """See :class:`~llmconvert.quantize.ggml.blocks.Codec`."""
 
     name, size, nbytes = "Q4_K", SUPER_BLOCK, 144

@@ -1,4 +1,4 @@
-"""Q5_1: blocks of 32 weights, ``scale · code + minimum`` with 5-bit codes (24 bytes: scale, minimum, high bits, low nibbles)."""
+"""Q5_1: blocks of 32 weights, ``scale · code + minimum`` with 5-bit codes (24 bytes: scale, minimum, high bits, nibbles)."""
 
 from __future__ import annotations
 
@@ -28,15 +28,8 @@ class Q5_1:
         """``[n, nbytes]``."""
         assert blocks.minimum is not None
         high = np.packbits(blocks.codes >> 4, axis=1, bitorder="little")
-        return np.concatenate(
-            [
-                blocks.scale[:, None].view(np.uint8),
-                blocks.minimum[:, None].view(np.uint8),
-                high,
-                join_nibbles(blocks.codes & 15),
-            ],
-            axis=1,
-        )
+        outer = np.stack([blocks.scale, blocks.minimum], axis=1).view(np.uint8)
+        return np.concatenate([outer, high, join_nibbles(blocks.codes & 15)], axis=1)
 
     def unpack(self, raw: Array) -> Blocks:
         """The inverse of :meth:`pack`."""

@@ -1,4 +1,4 @@
-"""Q5_K: Q4_K with a fifth bit per code (176 bytes: scale, minimum, 6-bit pairs, 32 bytes of high bits, 128 of nibbles).
+"""Q5_K: Q4_K with a fifth bit per code (176 bytes: scale, minimum, 6-bit pairs, high bits, nibbles).
 
 Byte ``i`` of the high bits holds those of weight ``i`` of each of the eight sub-blocks.
 """
@@ -21,7 +21,7 @@ from llmconvert.quantize.ggml.super_blocks import (
 __all__ = ["CODEC", "Q5_K"]
 
 
-class Q5_K:  # noqa: N801 - the type's name
+class Q5_K:
     """See :class:`~llmconvert.quantize.ggml.blocks.Codec`."""
 
     name, size, nbytes = "Q5_K", SUPER_BLOCK, 176

@@ -26,7 +26,7 @@ _CANDIDATES = 6
 _LOW, _HIGH, _S_LOW, _S_HIGH = -32, 31, -128, 127
 
 
-class Q6_K:  # noqa: N801 - the type's name
+class Q6_K:
     """See :class:`~llmconvert.quantize.ggml.blocks.Codec`."""
 
     name, size, nbytes = "Q6_K", SUPER_BLOCK, 210
