@@ -1,4 +1,4 @@
-"""Q4_1: blocks of 32 weights, ``scale · code + minimum`` with 4-bit codes (20 bytes: float16 scale, float16 minimum, 16 bytes of nibbles)."""
+"""Q4_1: blocks of 32 weights, ``scale · code + minimum`` with 4-bit codes: scale, minimum, nibbles (20 bytes)."""
 
 from __future__ import annotations
 

