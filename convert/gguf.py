@@ -19,14 +19,14 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from llmconvert.checkpoint import Checkpoint, TensorInfo
+from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.convert.gguf_config import Geometry, build_config, build_generation_config, read_geometry
 from llmconvert.convert.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from llmconvert.convert.gguf_names import ARCHITECTURES, Place, Storage, place_tensors
 from llmconvert.convert.gguf_tokenizer import tokenizer_files
 from llmconvert.errors import CheckpointError, UnsupportedError
 
-__all__ = ["GgufCheckpoint", "can_dequantize", "open_gguf"]
+__all__ = ["GgufCheckpoint", "can_dequantize", "open_artifact", "open_gguf"]
 
 #: Stored types that need no arithmetic.
 _DIRECT: Final[Mapping[GGMLQuantizationType, torch.dtype]] = {
@@ -47,6 +47,21 @@ def open_gguf(path: Path) -> Checkpoint:
         UnsupportedError: an architecture, tensor type, setting or tokenizer that cannot be restored; it is named.
     """
     return GgufCheckpoint(path)
+
+
+def open_artifact(path: Path) -> Checkpoint:
+    """A finished artifact: a directory in Hugging Face layout, a GGUF file, or a directory with one GGUF file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        UnsupportedError: see :func:`open_gguf`.
+    """
+    if path.is_file():
+        return open_gguf(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1 and not (path / "config.json").exists():
+        return open_gguf(files[0])
+    return SafetensorsCheckpoint(path)
 
 
 class GgufCheckpoint(Checkpoint):
@@ -87,6 +102,11 @@ class GgufCheckpoint(Checkpoint):
     def geometry(self) -> Geometry:
         """The model's sizes."""
         return self._geometry
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes that the tensors take in the file."""
+        return sum(tensor.nbytes for tensor, _ in self._sources.values())
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         tensor, place = self._sources[name]

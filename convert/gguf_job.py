@@ -30,7 +30,7 @@ from llmconvert.quantize.importance import collect_importance
 from llmconvert.quantize.reader import QuantizedView
 from llmconvert.writer import Layout, TensorWriter, check_output_directory, publish_directory, staging_directory
 
-__all__ = ["GgufResult", "write_gguf"]
+__all__ = ["GgufResult", "check_gguf_output", "write_gguf"]
 
 _WORK = ".work"
 _IMPORTANCE = "importance.safetensors"
@@ -95,7 +95,7 @@ def write_gguf(
         OutputError: the output cannot be written.
     """
     begin = time.perf_counter()
-    file_name, directory = _check_output(output, name, mix)
+    file_name, directory = check_gguf_output(output, name, mix)
     if not isinstance(source, QuantizedView):
         require_dense(source, "the source")
     export = export_checkpoint(source, name or output.name.removesuffix(".gguf"))
@@ -219,8 +219,12 @@ def _specs(export: GgufExport, mix: GgmlMix, *, importance: bool) -> list[GgufSp
     ]
 
 
-def _check_output(output: Path, name: str | None, mix: GgmlMix) -> tuple[str, bool]:
-    """The file's name, and whether ``output`` is a directory around it."""
+def check_gguf_output(output: Path, name: str | None, mix: GgmlMix) -> tuple[str, bool]:
+    """The file's name, and whether ``output`` is a directory around it.
+
+    Raises:
+        OutputError: it exists, or cannot be written.
+    """
     if output.suffix != ".gguf":
         check_output_directory(output)
         return f"{name or output.name}-{mix.name.upper()}.gguf", True

@@ -92,6 +92,8 @@ def parse_hub_id(text: str) -> tuple[str, str | None] | None:
 def _open_path(path: Path, allow_pickle: bool) -> Checkpoint:
     if path.is_dir():
         ggufs = sorted(found.name for found in path.glob("*.gguf"))
+        if len(ggufs) == 1 and not (path / "config.json").exists():
+            return _open_path(path / ggufs[0], allow_pickle)
         if ggufs and not (path / "config.json").exists():
             raise SourceError(f"{path}: has no config.json but {ggufs[0]}; to read that, name the file itself")
         if allow_pickle and not (path / SINGLE_NAME).exists() and not (path / INDEX_NAME).exists():

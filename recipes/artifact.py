@@ -33,7 +33,7 @@ from llmconvert.validate.report import ModelInfo, Report
 from llmconvert.validate.section_plot import section_plot
 from llmconvert.writer import write_file
 
-__all__ = ["artifact_name", "assemble_artifact", "model_info", "public_name", "resolved_recipe"]
+__all__ = ["artifact_name", "assemble_artifact", "model_info", "model_stem", "public_name", "resolved_recipe"]
 
 _GGUF_TYPE = re.compile(r"[.-](?:I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
 _PLOTS = (
@@ -49,13 +49,18 @@ def public_name(text: str) -> str:
     return Path(text).name if text.startswith(("/", "~", "..")) else text
 
 
+def model_stem(origin: str) -> str:
+    """What a model is called without where it lies and which GGUF type it was stored in."""
+    return _GGUF_TYPE.sub("", Path(origin.rstrip("/")).name.removesuffix(".gguf"))
+
+
 def artifact_name(recipe: Recipe, source: Source) -> str:
     """What the artifact calls itself: its repository's name on the Hub, else the model's with the scheme."""
     if recipe.publish is not None and not recipe.publish.to.startswith("file:"):
         return recipe.publish.to.split("/")[1]
-    stem = Path(source.origin.rstrip("/")).name
-    stem = _GGUF_TYPE.sub("", stem.removesuffix(".gguf"))
-    return f"{stem}-{recipe.quantize.scheme if recipe.quantize is not None else recipe.convert.dtype}"
+    return (
+        f"{model_stem(source.origin)}-{recipe.quantize.scheme if recipe.quantize is not None else recipe.convert.dtype}"
+    )
 
 
 def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration: TokenWindows | None) -> ModelInfo:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
 from llmconvert.errors import SchemeError
+from llmconvert.quantize.ggml.mix import MIXES, GgmlMix
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = [
@@ -82,6 +83,20 @@ def _parse_scheme(value: object) -> Scheme:
         raise ValueError(str(error)) from error
 
 
+def _parse_scheme_or_mix(value: object) -> Scheme | GgmlMix:
+    if isinstance(value, GgmlMix):
+        return value
+    if isinstance(value, str):
+        try:
+            return GgmlMix.parse(value)
+        except SchemeError:
+            pass
+    try:
+        return _parse_scheme(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; or a GGUF type: {', '.join(MIXES)}") from error
+
+
 def _parse_override(value: object) -> Scheme | Literal["none"]:
     return "none" if value == "none" else _parse_scheme(value)
 
@@ -95,7 +110,7 @@ def _to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-SchemeField = Annotated[Scheme, PlainValidator(_parse_scheme), PlainSerializer(str)]
+SchemeOrMix = Annotated[Scheme | GgmlMix, PlainValidator(_parse_scheme_or_mix), PlainSerializer(str)]
 OptionalScheme = Annotated[Scheme | Literal["none"], PlainValidator(_parse_override), PlainSerializer(str)]
 Share = Annotated[float, PlainValidator(parse_share), PlainSerializer(lambda share: f"{100 * share:.10g}%")]
 Bytes = Annotated[int, PlainValidator(parse_bytes)]
@@ -165,10 +180,13 @@ class OverrideSettings(_Section):
 
 
 class QuantizeSettings(_Section):
-    """The method, the scheme and the format on disk; ``overrides`` give some layers another scheme."""
+    """The method, the scheme and the format on disk; ``overrides`` give some layers another scheme.
+
+    With ``format: gguf`` the scheme is one of llama.cpp's types, ``q4_k_m`` for example.
+    """
 
     method: str
-    scheme: SchemeField
+    scheme: SchemeOrMix
     format: str = "compressed-tensors"
     overrides: Annotated[tuple[OverrideSettings, ...], BeforeValidator(_to_tuple)] = ()
 

@@ -23,9 +23,9 @@ from llmconvert.errors import GateError
 from llmconvert.interrupt import interruptible
 from llmconvert.memory import PeakMemory, release_freed_memory
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.base import needs_calibration
-from llmconvert.recipes.artifact import assemble_artifact, model_info
+from llmconvert.recipes.artifact import assemble_artifact, model_info, model_stem
 from llmconvert.recipes.attention import require_attention_support, require_mergeable, rewrite_attention
+from llmconvert.recipes.gguf import calibrates
 from llmconvert.recipes.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
 from llmconvert.recipes.recipe import Recipe
@@ -200,7 +200,7 @@ class _Run:
         recipe = self._recipe
         calibration = evaluation = None
         if recipe.calibrate is not None and (recipe.quantize is not None or recipe.attention is not None):
-            if recipe.attention is not None or recipe.quantize is None or needs_calibration(recipe.quantize.method):
+            if recipe.attention is not None or recipe.quantize is None or calibrates(recipe.quantize):
                 calibration = self._windows("calibrate", WindowRequest.calibration(recipe.calibrate), original)
             else:
                 self._progress.log(f"calibrate: {recipe.quantize.method} needs no calibration, skipped")
@@ -285,6 +285,7 @@ class _Run:
                     checkpoint,
                     path / _MODEL,
                     settings,
+                    name=model_stem(self._recipe.model.partition("@")[0]),
                     windows=calibration.windows if calibration is not None else (),
                     identity=converted.key,
                     device=self._device,

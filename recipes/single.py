@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llmconvert.checkpoint import Checkpoint
 from llmconvert.convert.cast import CastView
 from llmconvert.convert.dtype import DtypeReport
 from llmconvert.convert.inspection import describe_model
@@ -15,8 +16,9 @@ from llmconvert.convert.source import open_source, source_fingerprint
 from llmconvert.errors import UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.base import needs_calibration
-from llmconvert.recipes.artifact import public_name
+from llmconvert.quantize.reader import open_dense
+from llmconvert.recipes.artifact import model_stem, public_name
+from llmconvert.recipes.gguf import GGUF, calibrates
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import DTYPES, convert, measure, quantize, require_measurable
 from llmconvert.recipes.streaming import hub_model, open_remote, stream_model
@@ -73,28 +75,39 @@ def quantize_model(
     """
     if recipe.quantize is None:
         raise UsageError("nothing to quantize: the recipe has no quantize section")
-    check_output_directory(output)
+    if recipe.quantize.format != GGUF:  # which may be a file, and checks its output itself
+        check_output_directory(output)
     if stream:
         with interruptible():
             return stream_model(open_remote(recipe), output, recipe, progress=progress)
     with interruptible():
         source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
         with source.checkpoint:
-            checkpoint = CastView(source.checkpoint, DTYPES[recipe.convert.dtype])
+            checkpoint = _to_quantize(source.checkpoint, recipe)
             windows: Sequence[torch.Tensor] = ()
-            if recipe.calibrate is not None and needs_calibration(recipe.quantize.method):
+            if recipe.calibrate is not None and calibrates(recipe.quantize):
                 request = WindowRequest.calibration(recipe.calibrate)
                 windows = request.draw(checkpoint, request.corpus()).windows
             return quantize(
                 checkpoint,
                 output,
                 recipe.quantize,
+                name=model_stem(source.origin),
                 windows=windows,
                 identity=source_fingerprint(source),
                 device=torch.device(recipe.device),
                 memory=recipe.memory,
                 progress=progress,
             )
+
+
+def _to_quantize(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The source in the recipe's dtype; a quantized one as it is, where its codes may be carried over."""
+    if recipe.quantize is not None and recipe.quantize.format == GGUF:
+        dense = open_dense(checkpoint)
+        if dense is not checkpoint:
+            return dense
+    return CastView(checkpoint, DTYPES[recipe.convert.dtype])
 
 
 def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Progress = SILENT) -> Report:
@@ -112,8 +125,8 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
         source = open_source(recipe.model, progress=progress)
         original = open_source(reference, progress=progress) if reference is not None else None
         with source.checkpoint as checkpoint:
-            if not source.path.is_dir():
-                raise UsageError(f"{recipe.model}: only directories are measured; convert it first")
+            if not source.path.is_dir() and settings.generation is not None:
+                raise UsageError(f"{recipe.model}: transformers generates from directories only; leave out generation")
             summary = describe_model(checkpoint)
             windows = None
             if settings.perplexity is not None:

@@ -15,7 +15,9 @@ from llmconvert.engine.tokens import TokenWindows
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.plan import Override
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.artifact import public_name
+from llmconvert.recipes.gguf import GGUF, quantize_gguf
 from llmconvert.recipes.recipe import ConvertSettings, QuantizeSettings, ValidateSettings
 from llmconvert.validate.artifact import Limits, validate_artifact
 from llmconvert.validate.behaviour import GenerationOptions
@@ -42,6 +44,7 @@ def quantize(
     output: Path,
     settings: QuantizeSettings,
     *,
+    name: str = "model",
     windows: Sequence[torch.Tensor] = (),
     identity: str = "",
     device: torch.device,
@@ -52,6 +55,7 @@ def quantize(
     :func:`llmconvert.quantize.job.quantize_checkpoint`.
 
     Args:
+        name: of the model, for formats that store it.
         windows: calibration token ids, ``[1, length]`` each.
         identity: what tells this source from others that look alike; a stopped call continues only if it is the same.
         memory: bytes that may be used; what is free if None.
@@ -59,6 +63,19 @@ def quantize(
     Returns:
         What it reports, as JSON values.
     """
+    if settings.format == GGUF:
+        return quantize_gguf(
+            source,
+            output,
+            settings,
+            name=name,
+            windows=windows,
+            identity=identity,
+            device=device,
+            memory=memory,
+            progress=progress,
+        )
+    assert isinstance(settings.scheme, Scheme)
     result = quantize_checkpoint(
         source,
         output,

@@ -6,13 +6,16 @@ are evaluated by the streaming engine side by side, block by block; the runtime 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
+from llmconvert.convert.gguf import GgufCheckpoint, open_artifact
 from llmconvert.engine.tokens import TokenWindows
 from llmconvert.memory import release_freed_memory
 from llmconvert.progress import SILENT, Progress
@@ -23,6 +26,7 @@ from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.quality import Limits, Scorer, how_measured
 from llmconvert.validate.report import Check
 from llmconvert.validate.vocabulary import check_vocabularies
+from llmconvert.writer import write_side_files
 
 __all__ = ["GenerationOptions", "Limits", "validate_artifact"]
 
@@ -44,7 +48,7 @@ def validate_artifact(
     """Measure an artifact directory, against the original where there is one.
 
     Args:
-        artifact: directory in Hugging Face layout, quantized or not.
+        artifact: directory in Hugging Face layout, quantized or not; or a GGUF file, or a directory with one.
         reference: the original. Its continuations need it to be a directory on disk.
         windows: evaluation text; without it no perplexity, divergence and fidelity.
         generation: greedy continuations, with the pace of the runtime.
@@ -62,7 +66,7 @@ def validate_artifact(
     limits = limits or Limits()
     if reference is not None:
         check_vocabularies(artifact, reference)
-    with SafetensorsCheckpoint(artifact) as stored:
+    with open_artifact(artifact) as stored, _tokenizer_home(artifact, stored) as home:
         dense = open_dense(stored)
         original = open_dense(reference) if reference is not None else None
         checks = _size_checks(artifact, stored, reference, original, limits)
@@ -72,11 +76,12 @@ def validate_artifact(
         probe: Probe | None = None
         if windows is not None:
             scorer = Scorer(windows, device, dtype, seed, progress)
-            quality, finite = scorer.checks(dense, original, limits, how_measured(windows, overlap), artifact)
+            quality, finite = scorer.checks(dense, original, limits, how_measured(windows, overlap), home)
             checks += quality
             release_freed_memory()
             probe = scorer.probe(dense) if finite else None
-        if probe is not None or generation is not None:
+        # transformers is not the runtime of a GGUF file.
+        if (probe is not None or generation is not None) and not isinstance(stored, GgufCheckpoint):
             checks += runtime_checks(
                 artifact,
                 dense,
@@ -95,6 +100,17 @@ def validate_artifact(
             checks += measurement.measure(subject)
             release_freed_memory()
     return checks
+
+
+@contextmanager
+def _tokenizer_home(artifact: Path, stored: Checkpoint) -> Iterator[Path]:
+    """A directory with the artifact's tokenizer files, which are inside a GGUF file."""
+    if not isinstance(stored, GgufCheckpoint):
+        yield artifact
+        return
+    with TemporaryDirectory() as directory:
+        write_side_files(Path(directory), stored.files)
+        yield Path(directory)
 
 
 def _size_checks(

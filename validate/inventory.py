@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from llmconvert.checkpoint import DTYPE_NAMES, Checkpoint, is_weight_file
+from llmconvert.convert.gguf import GgufCheckpoint
 from llmconvert.progress import SILENT, Progress
 
 __all__ = ["Inventory", "Sizes", "Status", "TensorRecord", "bits_per_weight", "measure_sizes", "take_inventory"]
@@ -168,6 +169,9 @@ def _relative_error(name: str, source: Checkpoint, dense: Checkpoint) -> float:
 
 def measure_sizes(directory: Path) -> Sizes:
     """Add up the files of a model directory (regular files; links count as what they point to)."""
+    if directory.is_file():  # a GGUF file is a model by itself
+        nbytes = directory.stat().st_size
+        return Sizes(nbytes, nbytes)
     files = [path for path in directory.rglob("*") if path.is_file()]
     sizes = {path: path.stat().st_size for path in files}
     weights = sum(size for path, size in sizes.items() if path.parent == directory and is_weight_file(path.name))
@@ -177,4 +181,5 @@ def measure_sizes(directory: Path) -> Sizes:
 def bits_per_weight(source: Checkpoint, stored: Checkpoint) -> float:
     """Bits that ``stored`` spends per number of the source, over all tensors: scales, zero points, embeddings too."""
     numbers = sum(math.prod(info.shape) for info in source.infos.values())
-    return 8 * stored.nbytes / numbers
+    nbytes = stored.stored_nbytes if isinstance(stored, GgufCheckpoint) else stored.nbytes
+    return 8 * nbytes / numbers

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
+from llmconvert.checkpoint import Checkpoint
+from llmconvert.convert.gguf import open_artifact
 from llmconvert.errors import UsageError
 
 __all__ = ["check_vocabularies"]
@@ -17,7 +18,7 @@ def check_vocabularies(artifact: Path, reference: Checkpoint) -> None:
     Raises:
         UsageError: their vocabularies differ in size, or their tokenizers give a token different ids.
     """
-    with SafetensorsCheckpoint(artifact) as stored:
+    with open_artifact(artifact) as stored:
         sizes = _vocabulary_size(reference), _vocabulary_size(stored)
         before, after = _tokens(reference), _tokens(stored)
     if None not in sizes and sizes[0] != sizes[1]:

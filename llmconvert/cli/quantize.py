@@ -11,9 +11,9 @@ import click
 @click.command(short_help="Quantize MODEL to a directory.")
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--method", default="gptq", show_default=True)
-@click.option("--scheme", required=True, help="For example w4a16-g128 or w8a8.")
-@click.option("--format", "format_", default="compressed-tensors", show_default=True)
+@click.option("--method", help="gptq by default; of a GGUF type rtn, or imatrix with calibration text.")
+@click.option("--scheme", required=True, help="For example w4a16-g128, w8a8; of GGUF q4_k_m, q8_0.")
+@click.option("--format", "format_", default="compressed-tensors", show_default=True, help="gguf for llama.cpp.")
 @click.option(
     "--override",
     "overrides",
@@ -32,12 +32,13 @@ import click
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with weights_only=True.")
 @click.option("--stream", is_flag=True, help="Quantize while downloading, by a method without calibration.")
 def quantize(model: str, output: Path, stream: bool, **options: Any) -> None:
-    """Quantize MODEL to the directory OUTPUT. Stopped, the same command continues.
+    """Quantize MODEL to the directory OUTPUT, or to a .gguf file. Stopped, the same command continues.
 
     \b
     Example:
       llmconvert quantize org/name out/w4 --scheme w4a16-g128 \\
           --calibration pydoc-topics:train --samples 32 --length 512
+      llmconvert quantize org/name model-q4_k_m.gguf --format gguf --scheme q4_k_m
     """
     from llmconvert.progress import console_progress
     from llmconvert.recipes.loading import make_recipe
@@ -47,6 +48,13 @@ def quantize(model: str, output: Path, stream: bool, **options: Any) -> None:
     details = quantize_model(recipe, output, stream=stream, progress=console_progress())
     layers, size, seconds = details["layers"], details["bytes"], details["seconds"]
     click.echo(f"{output}: {layers} layers quantized, {size:,} bytes, {seconds:.1f} s")
+
+
+def _usual_method(options: dict[str, Any]) -> str:
+    """Nothing in GPTQ chooses the scales of a GGUF type; what llama.cpp offers for them is an importance matrix."""
+    if options["format_"] == "gguf" and not options["scheme"].lower().startswith("w"):
+        return "rtn" if options["calibration"] is None else "imatrix"
+    return "gptq"
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +69,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         "allow_pickle": options["allow_pickle"],
         "convert": {"dtype": options["dtype"]},
         "quantize": {
-            "method": options["method"],
+            "method": options["method"] or _usual_method(options),
             "scheme": options["scheme"],
             "format": options["format_"],
             "overrides": overrides,
