@@ -28,6 +28,7 @@ from llmconvert.quantize.ggml.blocks import load_codec
 from llmconvert.quantize.ggml.mix import GgmlMix, MixContext
 from llmconvert.quantize.importance import collect_importance
 from llmconvert.quantize.reader import QuantizedView
+from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.writer import Layout, TensorWriter, check_output_directory, publish_directory, staging_directory
 
 __all__ = ["GgufResult", "check_gguf_output", "write_gguf"]
@@ -170,11 +171,9 @@ class _Job:
     def _write(self, tensor: ExportedTensor) -> None:
         spec = self._specs[tensor.name]
         codec = load_codec(spec.qtype)
-        if isinstance(self._source, QuantizedView):
-            scheme = self._source.scheme_of(tensor.source)
-            if scheme is not None and carried_type(scheme) == spec.qtype:
-                self._carry(tensor)
-                return
+        if (quantized := self._carried(tensor, spec)) is not None:
+            self._carry(tensor, quantized)
+            return
         weights = self._importance.get(tensor.source)
         columns = spec.shape[-1]
         if len(spec.shape) == 1:
@@ -191,9 +190,20 @@ class _Job:
             raw = codec.encode(rows.numpy(), weights.numpy() if weights is not None else None)
             self._writer.write_rows(tensor.name, start, torch.from_numpy(raw))
 
-    def _carry(self, tensor: ExportedTensor) -> None:
-        assert isinstance(self._source, QuantizedView)
-        raw = torch.from_numpy(carry_over(tensor.source, self._source.read_quantized(tensor.source)))
+    def _carried(self, tensor: ExportedTensor, spec: GgufSpec) -> QuantizedTensor | None:
+        """The source's own codes where the tensor's type holds them."""
+        if not isinstance(self._source, QuantizedView):
+            return None
+        scheme = self._source.scheme_of(tensor.source)
+        if scheme is None or carried_type(scheme) != spec.qtype:
+            return None
+        try:
+            return self._source.read_quantized(tensor.source)
+        except UnsupportedError:  # groups of scattered columns: the weights are encoded anew
+            return None
+
+    def _carry(self, tensor: ExportedTensor, quantized: QuantizedTensor) -> None:
+        raw = torch.from_numpy(carry_over(tensor.source, quantized))
         if tensor.heads:
             halves = raw.reshape(tensor.heads, 2, -1, raw.shape[1])
             raw = halves.transpose(1, 2).reshape(raw.shape)

@@ -58,9 +58,8 @@ def artifact_name(recipe: Recipe, source: Source) -> str:
     """What the artifact calls itself: its repository's name on the Hub, else the model's with the scheme."""
     if recipe.publish is not None and not recipe.publish.to.startswith("file:"):
         return recipe.publish.to.split("/")[1]
-    return (
-        f"{model_stem(source.origin)}-{recipe.quantize.scheme if recipe.quantize is not None else recipe.convert.dtype}"
-    )
+    suffix = recipe.quantize.scheme if recipe.quantize is not None else recipe.convert.dtype
+    return f"{model_stem(source.origin)}-{suffix}"
 
 
 def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration: TokenWindows | None) -> ModelInfo:

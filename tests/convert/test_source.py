@@ -75,7 +75,8 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"not a \.gguf; of other models name the directory"):
         open_source(str(tmp_path / "m" / "model.safetensors"))
     (tmp_path / "g").mkdir()
-    (tmp_path / "g" / "model.gguf").write_bytes(b"GGUF")
+    for name in ("model.gguf", "other.gguf"):
+        (tmp_path / "g" / name).write_bytes(b"GGUF")
     with pytest.raises(SourceError, match=r"model\.gguf; to read that, name the file itself"):
         open_source(str(tmp_path / "g"))
 
