@@ -213,7 +213,7 @@ class _QuantizeJob:
         self._format = layout_format
         self._dtype = dtype
         self._overflow = overflow
-        self._scale_dtype = layout_format.scale_dtype(skeleton.dtype)
+        self._model_dtype = skeleton.dtype
 
     def process(self, shard: SafetensorsCheckpoint, writer: TensorWriter) -> Mapping[str, Any]:
         cast = CastView(shard, self._dtype, self._overflow)
@@ -227,7 +227,8 @@ class _QuantizeJob:
     def _round(self, name: str, weight: torch.Tensor, writer: TensorWriter) -> None:
         linear = self._linears[name]
         target = Target(linear, weight, self.plan.schemes[linear])
-        solution = self._quantizer.quantize([target], None, self._scale_dtype)[linear]
+        scale_dtype = self._format.scale_dtype(target.scheme, self._model_dtype)
+        solution = self._quantizer.quantize([target], None, scale_dtype)[linear]
         for stored, tensor in self._format.pack(self.plan.stored[linear], solution.tensor).items():
             writer.write(stored, tensor)
 

@@ -137,7 +137,8 @@ def quantize_checkpoint(
     layout = plan_layout(plan.specs, max_shard_bytes)
     request = {"method": method, "options": repr(quantizer), "format": format, "device": skeleton.device.type}
     key = _job_key(source, plan, layout, windows, request, identity)
-    phases, scale_dtype = Phases(), layout_format.scale_dtype(skeleton.dtype)
+    # Formats with several schemes in one model have one dtype for all their scales.
+    phases, scale_dtype = Phases(), layout_format.scale_dtype(next(iter(plan.schemes.values())), skeleton.dtype)
     steps: Steps = DataFreeSteps(skeleton, quantizer, plan, scale_dtype, phases)
     if calibrated:
         _quantize_inputs(skeleton, plan)

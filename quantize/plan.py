@@ -94,7 +94,9 @@ def plan_quantization(
     for name, info in skeleton.checkpoint.infos.items():
         if name in quantized:
             linear, chosen = quantized[name]
-            specs += layout.specs(linear, (info.shape[0], info.shape[1]), chosen, layout.scale_dtype(skeleton.dtype))
+            specs += layout.specs(
+                linear, (info.shape[0], info.shape[1]), chosen, layout.scale_dtype(chosen, skeleton.dtype)
+            )
         else:
             specs.append(TensorSpec(name, info.dtype, info.shape))
     kept = [name for name, chosen in assigned.items() if chosen is None]

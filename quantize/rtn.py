@@ -14,6 +14,7 @@ import torch
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.codes import nearest_codes
+from llmconvert.quantize.nf4 import round_to_nf4
 from llmconvert.quantize.scales import GroupScales, full_range_scales, search_scales
 from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -49,6 +50,8 @@ class Rtn:
         return at_once * 20 + rows * columns * 2
 
     def _round(self, target: Target, scale_dtype: torch.dtype) -> QuantizedTensor:
+        if target.scheme.kind == "nf4":
+            return round_to_nf4(target.name, target.weight.float(), target.scheme)
         rows, columns = target.weight.shape
         height = max(1, _WEIGHTS_AT_ONCE // columns)
         parts: list[QuantizedTensor] = []

@@ -38,7 +38,7 @@ class AwqGemm:
         if scheme.group_size is None:
             raise UnsupportedError(f"scheme {scheme}: awq needs a group size, w4a16-g128-asym for one")
 
-    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return half_scale_dtype(dtype)
 
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:

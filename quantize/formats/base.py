@@ -20,6 +20,7 @@ FORMATS: Mapping[str, str] = {
     "compressed-tensors": "llmconvert.quantize.formats.compressed_tensors:CompressedTensors",
     "gptq": "llmconvert.quantize.formats.gptq_v1:GptqV1",
     "awq": "llmconvert.quantize.formats.awq_gemm:AwqGemm",
+    "bitsandbytes": "llmconvert.quantize.formats.bitsandbytes:BitsAndBytes",
 }
 
 
@@ -33,7 +34,7 @@ class Format(Protocol):
             UnsupportedError: with the schemes that it can.
         """
 
-    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which a method has to choose its scales, for a model in ``dtype``."""
 
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:

@@ -40,7 +40,7 @@ class CompressedTensors:
                 f"scheme {scheme}: compressed-tensors stores int8 activations with w8a8-channel-sym weights only"
             )
 
-    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:

@@ -56,7 +56,7 @@ class GptqV1:
             sizes = ", ".join(f"g{size}" for size in _GROUP_SIZES if size)
             raise UnsupportedError(f"scheme {scheme}: gptq readers know the group sizes channel, {sizes}")
 
-    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return half_scale_dtype(dtype)
 
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:

@@ -41,7 +41,7 @@ pairs = pytest.mark.parametrize(("name", "scheme"), PAIRS, ids=lambda value: str
 
 def packed_tensors(layout: Format, scheme: Scheme, dtype: torch.dtype) -> Iterator[tuple[Any, Any, Any]]:
     """``(tensor, specs, packed)`` of every shape that the format takes."""
-    scale_dtype = layout.scale_dtype(dtype)
+    scale_dtype = layout.scale_dtype(scheme, dtype)
     for rows, columns in SHAPES:
         try:
             specs = layout.specs("a.b", (rows, columns), scheme, scale_dtype)
@@ -84,7 +84,7 @@ def test_tensors_look_as_announced(name: str, scheme: Scheme, dtype: torch.dtype
 @pairs
 def test_packing_saves_what_the_bits_promise(name: str, scheme: Scheme) -> None:
     layout = load_format(name)
-    packed = layout.pack("a.b", random_tensor(scheme, 64, 256, layout.scale_dtype(torch.bfloat16)))
+    packed = layout.pack("a.b", random_tensor(scheme, 64, 256, layout.scale_dtype(scheme, torch.bfloat16)))
     beside = ("scale", "zero", "g_idx")
     weight = sum(tensor.nbytes for name, tensor in packed.items() if not any(part in name for part in beside))
     assert weight <= 64 * 256 * scheme.bits / 8 + 16
