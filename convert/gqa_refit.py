@@ -2,9 +2,11 @@
 
 The divergence between two attention distributions is, to second order, half the variance of the difference of their
 logits under the original distribution: adding a constant to a row of logits changes nothing, and what is not attended
-to doesn't matter. With the keys fixed that is a linear least-squares problem in the queries' weights, and the other way
-round, so the two take turns, each a few steps of conjugate gradients. Nothing is differentiated, and no other layer
-is involved.
+to doesn't matter. A change of logits moves a head's output by at most its spread around the row's mean logit times the
+spread of the values around theirs, so rows are weighted by the latter, as the output projection sees it: where all
+values say the same, it does not matter where a head looks. With the keys fixed that is a linear least-squares problem
+in the queries' weights, and the other way round, so the two take turns, each a few steps of conjugate gradients.
+Nothing is differentiated, and no other layer is involved.
 """
 
 from __future__ import annotations
@@ -80,12 +82,17 @@ class LogitFit:
         query, key = original.query[:, self._order], original.key[:, self._order]
         self._targets: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
+        spreads: list[torch.Tensor] = []
+        metric = original.output.mT @ original.output
         for inputs, rows in zip(samples.original, samples.rows, strict=True):
             queries = self._turn(inputs[rows] @ query.mT, rows)
             keys = self._turn(inputs @ key.mT, None)[key_of]
             logits = queries @ keys.mT * samples.scaling
             self._targets.append(logits)
             self._weights.append(self._attend(logits, rows))
+            spreads.append(_spread(self._weights[-1], (inputs @ original.value.mT)[key_of], metric))
+        mean = torch.stack([spread.mean() for spread in spreads]).mean().clamp_min(torch.finfo(torch.float32).tiny)
+        self._spreads = [(spread / mean)[..., None] for spread in spreads]
 
     def fit(self, weights: LayerWeights, rounds: int, steps: int) -> LayerWeights:
         """``weights`` with queries and keys refitted, in turns of ``steps`` steps each."""
@@ -156,7 +163,7 @@ class LogitFit:
         damping = _RIDGE * scale.mean() * self._power
 
         def normal(change: torch.Tensor) -> torch.Tensor:
-            mapped = (adjoint(batch, self._centred(batch, logits(batch, change))) for batch in batches)
+            mapped = (adjoint(batch, self._weighted(batch, logits(batch, change))) for batch in batches)
             return sum(mapped, start=damping * change)
 
         def precondition(residual: torch.Tensor) -> torch.Tensor:
@@ -164,7 +171,7 @@ class LogitFit:
             result: torch.Tensor = scaled @ self._inverse
             return result
 
-        errors = (adjoint(b, self._centred(b, self._targets[b] - current(b))) for b in batches)
+        errors = (adjoint(b, self._weighted(b, self._targets[b] - current(b))) for b in batches)
         first = next(errors)
         return conjugate_gradients(normal, sum(errors, start=first), precondition, steps)
 
@@ -181,6 +188,10 @@ class LogitFit:
         weights = self._weights[batch]
         mean = (weights * logits).sum(-1, keepdim=True)
         return weights * (logits - mean)
+
+    def _weighted(self, batch: int, logits: torch.Tensor) -> torch.Tensor:
+        """The same, by how much a row's output depends on where it looks."""
+        return self._spreads[batch] * self._centred(batch, logits)
 
     def _attend(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The original's attention, ``[heads, rows, tokens]``."""
@@ -216,6 +227,19 @@ class LogitFit:
         half = self._half
         pairs = (mean[:, :half] + mean[:, half : 2 * half]) / 2
         return torch.cat([pairs, pairs, mean[:, 2 * half :]], dim=1) * (self._samples.scaling**2 * self._count)
+
+
+def _spread(attention: torch.Tensor, values: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    """Variance of the values under a row's attention, in the measure of the output projection: ``[heads, rows]``.
+
+    Args:
+        attention: ``[heads, rows, tokens]``.
+        values: ``[heads, tokens, head_dim]``.
+        metric: ``OᵀO`` of every head, ``[heads, head_dim, head_dim]``.
+    """
+    energy = (values @ metric * values).sum(-1, keepdim=True)
+    mean = attention @ values
+    return ((attention @ energy)[..., 0] - (mean @ metric * mean).sum(-1)).clamp_min(0)
 
 
 def half_order(rotary: Rotary, head_dim: int) -> torch.Tensor:

@@ -23,13 +23,19 @@ from llmconvert.convert.gqa_capture import RotaryAngles, keep_inputs
 from llmconvert.convert.gqa_refit import LogitFit, LogitSamples
 from llmconvert.convert.gqa_solve import ridge
 from llmconvert.convert.gqa_view import MergedAttention
+from llmconvert.convert.heal_model import compute_dtype
 from llmconvert.engine.discovery import discover
+from llmconvert.engine.memory import available_nbytes, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates
 from llmconvert.engine.statistics import accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Stream
 
 __all__ = ["RefitLayer", "RefitOptions", "stream_merge"]
+
+
+# What solving a layer holds besides the models and their batches: samples, second moments, weights in float64.
+_WORK_NBYTES = 600_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,11 @@ def stream_merge(
             yield block.solve(method)
 
 
+def _refit_dtype(device: torch.device) -> torch.dtype | None:
+    """float32 on processors that bfloat16 would slow down; what the checkpoint is stored in where nothing is gained."""
+    return torch.float32 if compute_dtype(device) == torch.float32 else None
+
+
 class _Side:
     """One of the two models on its way through the windows."""
 
@@ -118,14 +129,17 @@ class _Side:
         self, checkpoint: Checkpoint, windows: Sequence[torch.Tensor], device: torch.device, work: Path
     ) -> None:
         work.mkdir(parents=True, exist_ok=True)
-        self.skeleton = Skeleton(checkpoint, device)
+        self.skeleton = Skeleton(checkpoint, device, _refit_dtype(device))
         self.windows = windows
         self.modules = {stored: name for name, stored in self.skeleton.names.items()}
         lengths = [window.shape[1] for window in windows]
         width = self.skeleton.model.config.get_text_config().hidden_size
         plans = discover(self.skeleton, max(lengths))
-        self._states = DiskStates(work, lengths, width, self.skeleton.dtype)
-        self.stream = Stream(self.skeleton, windows, plans, mode="replay", states=self._states)
+        # Two models share what is free.
+        mode = choose_mode(self.skeleton, plans, lengths, _WORK_NBYTES, available_nbytes() // 3).mode
+        replayed = mode == "replay"
+        self._states = DiskStates(work, lengths, width, self.skeleton.dtype) if replayed else None
+        self.stream = Stream(self.skeleton, windows, plans, mode=mode, states=self._states)
 
     def linear(self, stem: str) -> str:
         """Module name of the linear that the checkpoint calls ``stem``."""
@@ -136,7 +150,8 @@ class _Side:
 
     def __exit__(self, *exc: object) -> None:
         self.stream.close()
-        self._states.close()
+        if self._states is not None:
+            self._states.close()
 
 
 class _Block:

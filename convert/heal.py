@@ -111,7 +111,9 @@ def heal_attention(
     check_output_directory(output)
     require_dense(original, "the original")
     require_dense(merged, "the merged model")
-    names = _trained_tensors(original, merged)
+    names = _attention_of(merged)
+    apart = frozenset((*names, *_attention_of(original)))
+    _require_kin(original, merged, apart)
     _check_windows(windows, chosen)
     dtype = compute_dtype(place)
     _check_memory(merged, names, max(window.shape[1] for window in windows), dtype, place)
@@ -119,7 +121,7 @@ def heal_attention(
     found = load_state(state, job) if state is not None else None
     start = found.step if found is not None else 0
     teacher, student = (
-        ResidentModel(view, place, dtype) for view in share_tensors((original, merged), frozenset(names), place, dtype)
+        ResidentModel(view, place, dtype) for view in share_tensors((original, merged), apart, place, dtype)
     )
     healing = Healing(teacher, student, names, windows, chosen)
 
@@ -155,23 +157,25 @@ def _report(state: HealState, options: HealOptions, tokens: int, start: int) -> 
     )
 
 
-def _trained_tensors(original: Checkpoint, merged: Checkpoint) -> list[str]:
-    """Attention tensors, which are the only ones that may differ.
+def _attention_of(checkpoint: Checkpoint) -> list[str]:
+    geometry = read_geometry(checkpoint)
+    names = [name for layer in range(geometry.layers) for name in attention_tensors(checkpoint, geometry, layer)]
+    return [name for name in names if name in checkpoint]
+
+
+def _require_kin(original: Checkpoint, merged: Checkpoint, apart: frozenset[str]) -> None:
+    """Refuse models that differ in more than attention.
 
     Raises:
-        UsageError: others do, in name or shape.
+        UsageError: naming a tensor.
     """
-    geometry = read_geometry(merged)
-    names = [name for layer in range(geometry.layers) for name in attention_tensors(merged, geometry, layer)]
-    shared = set(merged.infos) - set(names)
-    for name in (set(original.infos) ^ set(merged.infos)) | shared:
+    for name in (set(original.infos) | set(merged.infos)) - apart:
         ours, theirs = merged.infos.get(name), original.infos.get(name)
-        if ours is None or theirs is None or (name in shared and ours.shape != theirs.shape):
+        if ours is None or theirs is None or ours.shape != theirs.shape:
             raise UsageError(
                 f"tensor {name} is not the same in the original and in the model to heal; "
                 "only models that differ in attention alone can be healed"
             )
-    return names
 
 
 def _check_windows(windows: Sequence[torch.Tensor], options: HealOptions) -> None:
