@@ -23,6 +23,7 @@ from llmconvert.convert.source import open_source, source_fingerprint
 from llmconvert.errors import UnsupportedError, UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
+from llmconvert.recipes.attention_sections import attention_sections
 from llmconvert.recipes.healing import heal, heal_request, heal_settings
 from llmconvert.recipes.recipe import AttentionSettings, Recipe
 from llmconvert.recipes.steps import DTYPES
@@ -70,7 +71,9 @@ def rewrite_attention(
     Returns:
         What it reports, as JSON values.
     """
-    return asdict(_convert(source, output, settings, windows, device, progress))
+    report = _convert(source, output, settings, windows, device, progress)
+    sections = [section.model_dump(mode="json") for section in attention_sections(report)]
+    return {**asdict(report), "sections": sections}
 
 
 def rewrite_model(

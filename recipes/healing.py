@@ -15,6 +15,7 @@ from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.convert.heal import HealOptions, HealReport, heal_attention
 from llmconvert.errors import RecipeError
 from llmconvert.progress import SILENT, Progress
+from llmconvert.recipes.attention_sections import healing_sections
 from llmconvert.recipes.recipe import HealSettings, Recipe
 from llmconvert.recipes.windows import WindowRequest
 from llmconvert.writer import write_json
@@ -119,7 +120,9 @@ def heal_stage(
             shutil.rmtree(model)
         about: dict[str, Any] = {"windows": windows, "identity": identity, "device": device, "progress": progress}
         with SafetensorsCheckpoint(original / _MODEL) as teacher, SafetensorsCheckpoint(merged / _MODEL) as student:
-            details = asdict(heal(teacher, student, path, model, settings, **about))
+            report = heal(teacher, student, path, model, settings, **about)
+        sections = [section.model_dump(mode="json") for section in healing_sections(report)]
+        details = {**asdict(report), "sections": sections}
         write_json(record, details)
     (path / _STATE).unlink(missing_ok=True)
     return details

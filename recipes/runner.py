@@ -35,6 +35,7 @@ from llmconvert.recipes.windows import WindowRequest, load_windows, save_windows
 from llmconvert.stages import StageResult, StageRun, StageStore, stage_key
 from llmconvert.validate.blame import blame
 from llmconvert.validate.report import Check, Report, Step, environment, require_passed
+from llmconvert.validate.step_losses import step_losses
 
 __all__ = ["RunResult", "run_recipe"]
 
@@ -46,8 +47,6 @@ class RunResult:
     """What a run made.
 
     Attributes:
-        recipe: what was run.
-        report: everything measured.
         artifact: the artifact's directory in the work directory.
         published: where it was published, or None.
     """
@@ -315,6 +314,9 @@ class _Run:
         if calibration is not None and evaluation is not None:
             overlap = check_disjoint(calibration, evaluation).fraction
 
+        steps = [stage for stage in self._stages.results if stage.name in ("attention", "heal") and stage != model]
+        between = {stage.name: stage.path / _MODEL for stage in steps}
+
         def build(path: Path) -> Mapping[str, Any]:
             if original.note:
                 self._progress.log(original.note)
@@ -328,11 +330,13 @@ class _Run:
                     overlap=overlap,
                     progress=self._progress,
                 )
+            checks += step_losses(checks, between, model.name, evaluation, device=self._device, progress=self._progress)
             return {"checks": [check.model_dump(mode="json") for check in checks]}
 
         inputs = {
             "original": original.key,
             "artifact": model.key,
+            "between": [stage.key for stage in steps],
             "text": evaluation.digest if evaluation is not None else None,
             "calibration": calibration.digest if calibration is not None else None,
             "device": self._device.type,

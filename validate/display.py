@@ -30,6 +30,7 @@ _LABELS: Mapping[str, str] = {
     "size_bytes": "Weights on disk",
     "bits_per_weight": "Bits per weight",
     "perplexity": "Perplexity",
+    "perplexity.steps": "Perplexity step by step",
     "kl_mean": "KL divergence per token, mean",
     "kl_p99": "KL divergence per token, 99th percentile",
     "top1_agreement": "Same most likely next token",

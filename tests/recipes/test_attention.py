@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ def test_healing_between_merge_and_quantization(write_recipe: Any) -> None:
     assert details["steps"] == 6 and len(details["history"]) == 6 and details["after"] <= details["before"]
     with SafetensorsCheckpoint(result.artifact) as checkpoint:
         assert checkpoint.config["num_key_value_heads"] == 1
+    shares = result.report.check("perplexity.steps")
+    total = result.report.check("perplexity")
+    assert shares is not None and total is not None and total.value and total.reference
+    (section,) = shares.sections
+    assert [row[0] for row in section.rows] == ["original", "attention", "heal", "quantize"]
+    added = [float(row[2] or 0) for row in section.rows]
+    assert sum(added) == pytest.approx(math.log(total.value / total.reference))
+    assert {section.name for section in result.report.sections} >= {"attention-layers", "kv-cache", "healing"}
+    page = (result.artifact / "llmconvert" / "report.html").read_text()
+    assert "Merged attention, layer by layer" in page and "while healing" in page
     assert run_recipe(recipe).report == result.report
 
 
