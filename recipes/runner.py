@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
+from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.source import Source, open_source, source_fingerprint
 from llmconvert.dense import require_dense
 from llmconvert.engine.tokens import TokenWindows, check_disjoint
@@ -27,6 +27,7 @@ from llmconvert.recipes.artifact import assemble_artifact, model_info, model_ste
 from llmconvert.recipes.attention import require_attention_support, require_mergeable, rewrite_attention
 from llmconvert.recipes.gguf import calibrates
 from llmconvert.recipes.healing import heal_request, heal_settings, heal_stage
+from llmconvert.recipes.original import Original
 from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import convert, measure, quantize, require_measurable
@@ -85,20 +86,6 @@ def run_recipe(
         return _Run(fill_target(recipe), store.begin(recipe.name, fresh=fresh), publish, progress).run()
 
 
-@dataclass(frozen=True, slots=True)
-class _Original:
-    """What the artifact is measured against, the model in the recipe's dtype: what identifies it, how to open it, and
-    what that costs, where it is not on this disk."""
-
-    key: str
-    open: Callable[[], Checkpoint]
-    note: str = ""
-
-    @classmethod
-    def of(cls, stage: StageResult) -> _Original:
-        return cls(stage.key, lambda: SafetensorsCheckpoint(stage.path / _MODEL))
-
-
 class _Run:
     """One run of one recipe; its methods are the steps."""
 
@@ -126,10 +113,10 @@ class _Run:
             calibration, evaluation = self._draw(original)
             model = self._stream(source, original)
             if recipe.quantize is None:
-                original = _Original.of(model)
+                original = Original.of(model)
         else:
             converted = self._convert(source)
-            original = _Original.of(converted)
+            original = Original.of(converted)
             calibration, evaluation = self._draw(original)
             lessons = self._draw_lessons(original, evaluation)
             rewritten = self._rewrite(converted, calibration)
@@ -170,7 +157,7 @@ class _Run:
     def _convert_inputs(self, source: Source) -> Mapping[str, Any]:
         return {"source": source_fingerprint(source), **self._recipe.convert.model_dump()}
 
-    def _remote_original(self, source: Source) -> _Original:
+    def _remote_original(self, source: Source) -> Original:
         recipe, note = self._recipe, ""
         if recipe.validation is not None:
             traffic = validation_traffic(source, recipe.validation)
@@ -178,9 +165,9 @@ class _Run:
                 f"validate: the original is not on this disk and is read from the Hub again, {traffic:,} bytes in all"
             )
         key = stage_key("convert", self._convert_inputs(source))
-        return _Original(key, lambda: converted_view(source, recipe), note)
+        return Original(key, lambda: converted_view(source, recipe), note)
 
-    def _stream(self, source: Source, original: _Original) -> StageResult:
+    def _stream(self, source: Source, original: Original) -> StageResult:
         """Convert and quantize while the model downloads."""
         settings = self._recipe.quantize
 
@@ -193,7 +180,7 @@ class _Run:
         inputs = {"model": original.key, "streamed": True, **(settings.model_dump(mode="json") if settings else {})}
         return self._stage("quantize" if settings is not None else "convert", inputs, build, resumable=True)
 
-    def _draw(self, original: _Original) -> tuple[TokenWindows | None, TokenWindows | None]:
+    def _draw(self, original: Original) -> tuple[TokenWindows | None, TokenWindows | None]:
         """Both texts, before the long work: a missing one, or one used twice, must not be found out after it."""
         recipe = self._recipe
         calibration = evaluation = None
@@ -209,7 +196,7 @@ class _Run:
             check_disjoint(calibration, evaluation)
         return calibration, evaluation
 
-    def _draw_lessons(self, original: _Original, evaluation: TokenWindows | None) -> TokenWindows | None:
+    def _draw_lessons(self, original: Original, evaluation: TokenWindows | None) -> TokenWindows | None:
         """The text that healing learns from."""
         request = heal_request(self._recipe)
         lessons = self._windows("heal-text", request, original) if request is not None else None
@@ -217,7 +204,7 @@ class _Run:
             check_disjoint(lessons, evaluation)
         return lessons
 
-    def _windows(self, name: str, request: WindowRequest, original: _Original) -> TokenWindows:
+    def _windows(self, name: str, request: WindowRequest, original: Original) -> TokenWindows:
         corpus = request.corpus()
 
         def build(path: Path) -> Mapping[str, Any]:
@@ -301,7 +288,7 @@ class _Run:
 
     def _measure(
         self,
-        original: _Original,
+        original: Original,
         model: StageResult,
         calibration: TokenWindows | None,
         evaluation: TokenWindows | None,
@@ -346,7 +333,7 @@ class _Run:
     def _assemble(
         self,
         source: Source,
-        original: _Original,
+        original: Original,
         model: StageResult,
         calibration: TokenWindows | None,
         measured: StageResult | None,
