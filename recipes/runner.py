@@ -31,7 +31,7 @@ from llmconvert.recipes.original import Original
 from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import convert, measure, quantize, require_measurable
-from llmconvert.recipes.streaming import converted_view, open_remote, stream_model, validation_traffic
+from llmconvert.recipes.streaming import open_remote, stream_model
 from llmconvert.recipes.windows import WindowRequest, load_windows, save_windows
 from llmconvert.stages import StageResult, StageRun, StageStore, stage_key
 from llmconvert.validate.blame import blame
@@ -109,14 +109,14 @@ class _Run:
         if recipe.attention is not None:
             require_mergeable(source.checkpoint, recipe.attention)
         if recipe.stream:
-            original = self._remote_original(source)
+            original = Original.on_the_hub(stage_key("convert", self._convert_inputs(source)), source, recipe)
             calibration, evaluation = self._draw(original)
             model = self._stream(source, original)
             if recipe.quantize is None:
-                original = Original.of(model)
+                original = Original.on_disk(model.key, model.path / _MODEL)
         else:
             converted = self._convert(source)
-            original = Original.of(converted)
+            original = Original.on_disk(converted.key, converted.path / _MODEL)
             calibration, evaluation = self._draw(original)
             lessons = self._draw_lessons(original, evaluation)
             rewritten = self._rewrite(converted, calibration)
@@ -157,23 +157,13 @@ class _Run:
     def _convert_inputs(self, source: Source) -> Mapping[str, Any]:
         return {"source": source_fingerprint(source), **self._recipe.convert.model_dump()}
 
-    def _remote_original(self, source: Source) -> Original:
-        recipe, note = self._recipe, ""
-        if recipe.validation is not None:
-            traffic = validation_traffic(source, recipe.validation)
-            note = (
-                f"validate: the original is not on this disk and is read from the Hub again, {traffic:,} bytes in all"
-            )
-        key = stage_key("convert", self._convert_inputs(source))
-        return Original(key, lambda: converted_view(source, recipe), note)
-
     def _stream(self, source: Source, original: Original) -> StageResult:
         """Convert and quantize while the model downloads."""
         settings = self._recipe.quantize
 
         def build(path: Path) -> Mapping[str, Any]:
             if (path / _MODEL).exists():  # complete, and killed just then
-                return {"streamed": True}
+                return {}
             found = stream_model(source, path / _MODEL, self._recipe, progress=self._progress)
             return {**found, "streamed": True}
 
@@ -305,7 +295,7 @@ class _Run:
 
         def build(path: Path) -> Mapping[str, Any]:
             if original.note:
-                self._progress.log(original.note)
+                self._progress.log(f"validate: {original.note}")
             with original.open() as reference:
                 checks = measure(
                     model.path / _MODEL,

@@ -7,17 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmconvert.convert.cast import CastView
 from llmconvert.convert.source import Source, parse_hub_id
 from llmconvert.convert.stream_jobs import stream_convert, stream_quantize
 from llmconvert.convert.streaming import describe_remote
 from llmconvert.dense import require_dense
 from llmconvert.errors import UsageError
 from llmconvert.progress import SILENT, Progress
-from llmconvert.recipes.recipe import Recipe, ValidateSettings
+from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import DTYPES, layer_overrides
 
-__all__ = ["converted_view", "hub_model", "open_remote", "stream_model", "validation_traffic"]
+__all__ = ["hub_model", "open_remote", "stream_model"]
 
 
 def hub_model(recipe: Recipe) -> tuple[str, str | None]:
@@ -45,11 +44,6 @@ def open_remote(recipe: Recipe) -> Source:
     require_dense(model.checkpoint, recipe.model)
     remote = model.remote
     return Source("hub", remote.repo_id, remote.commit_hash, remote.directory, model.checkpoint)
-
-
-def converted_view(source: Source, recipe: Recipe) -> CastView:
-    """The model as the recipe's convert section would write it, read from the Hub."""
-    return CastView(source.checkpoint, DTYPES[recipe.convert.dtype], recipe.convert.overflow)
 
 
 def stream_model(source: Source, output: Path, recipe: Recipe, *, progress: Progress = SILENT) -> Mapping[str, Any]:
@@ -80,10 +74,3 @@ def stream_model(source: Source, output: Path, recipe: Recipe, *, progress: Prog
         overrides=layer_overrides(settings),
         progress=progress,
     )
-
-
-def validation_traffic(source: Source, settings: ValidateSettings) -> int:
-    """Bytes of the original that measuring an artifact against it downloads again."""
-    # The inventory, the predictions and the continuations each read every tensor once.
-    passes = 1 + (settings.perplexity is not None) + (settings.generation is not None)
-    return passes * source.checkpoint.nbytes
