@@ -33,6 +33,7 @@ METHODS: Mapping[str, str] = {
     "rtn": "llmconvert.quantize.rtn:Rtn",
     "gptq": "llmconvert.quantize.gptq:Gptq",
     "gptaq": "llmconvert.quantize.gptaq:Gptaq",
+    "signround": "llmconvert.quantize.signround:SignRound",
 }
 
 #: What a method wants to see of the running model: nothing, the second moments of its linears' inputs, whole blocks.

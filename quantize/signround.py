@@ -1,0 +1,257 @@
+"""SignRound (Cheng et al. 2023, arXiv 2309.05516): rounding and scales learned block by block, by signed gradients.
+
+Every weight gets an offset that is added before rounding, and every group a factor on its scale. Both are trained to
+bring the block's output on the quantized model's activations to the original block's output on the original's. The
+rounding passes gradients straight through; steps have the size of the learning rate whatever the gradient, and the
+learning rate falls linearly to zero.
+
+The paper starts from round-to-nearest. Here training starts from GPTQ's codes (``start: gptq``): a weight that GPTQ
+moved to another code starts at that code's edge towards its own value, so that it can be moved back. It takes far
+fewer steps to come further. What training did is judged on all batches before it is taken: a block never ends with a
+larger error than it started with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from llmconvert.engine.statistics import Hessian, accumulate_hessian
+from llmconvert.errors import CalibrationError
+from llmconvert.quantize.base import BlockData, Calibration, Solution, Target
+from llmconvert.quantize.gptq import Gptq
+from llmconvert.quantize.rtn import Rtn
+from llmconvert.quantize.scheme import Kind
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["SignRound"]
+
+# How far from the middle of a code a weight that was moved to it starts; half would be its neighbour's.
+_EDGE = 0.49
+# Bounds of the factor on a scale.
+_NARROWEST, _WIDEST = 0.5, 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class SignRound:
+    """The method and its settings.
+
+    Attributes:
+        steps: of training, for each block.
+        batch: calibration windows in a step.
+        learning_rate: first size of a step, in codes; ``1 / steps`` if None.
+        scale_rate: first size of a step of the scales' factors; half the learning rate if None.
+        start: where training starts: GPTQ's codes and scales, or the nearest codes on scales by least squares.
+        seed: decides which windows a step gets.
+    """
+
+    steps: int = 200
+    batch: int = 4
+    learning_rate: float | None = None
+    scale_rate: float | None = None
+    start: Literal["gptq", "rtn"] = "gptq"
+    seed: int = 0
+
+    calibration: ClassVar[Calibration] = "block"
+    original: ClassVar[bool] = True
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"int"})
+
+    def quantize(
+        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        """What training starts from."""
+        start = Gptq() if self.start == "gptq" else Rtn(search=True)
+        return start.quantize(targets, hessian, scale_dtype)
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return Gptq().nbytes(rows, columns)
+
+    def quantize_block(
+        self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        started = self._start(targets, data, scale_dtype)
+        learned = [_Learned(target, started[target.name].tensor, data.prefix) for target in targets]
+        before = _relative_error(learned, data)
+        kept = [weight.state() for weight in learned]
+        self._train(learned, data, scale_dtype)
+        after = _relative_error(learned, data)
+        if not after < before:
+            for weight, state in zip(learned, kept, strict=True):
+                weight.restore(state)
+        error = min(before, after) if after == after else before
+        return {
+            target.name: Solution(weight.quantized(scale_dtype), error)
+            for target, weight in zip(targets, learned, strict=True)
+        }
+
+    def block_nbytes(self, weights: int, batch: int) -> int:
+        """Hessians of all linears are counted with the weights (as many numbers at most, in the usual shapes); the
+        offsets, their gradients, the scaled weights and what rounding them keeps for its gradient; and the activations
+        of a step with gradients, each kept once more than in a plain pass."""
+        return weights * 4 * 7 + 3 * self.batch * batch
+
+    def _start(self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype) -> dict[str, Solution]:
+        if self.start == "rtn":
+            return self.quantize(targets, None, scale_dtype)
+        solutions: dict[str, Solution] = {}
+        for group in _by_input(targets, data):
+            inputs = _inputs_of(group[0], data)
+            columns = group[0].weight.shape[1]
+            hessian = accumulate_hessian(group[0].name, inputs, columns, group[0].weight.device)
+            solutions |= self.quantize(group, hessian, scale_dtype)
+        return solutions
+
+    def _train(self, learned: Sequence[_Learned], data: BlockData, scale_dtype: torch.dtype) -> None:
+        rate = self.learning_rate or 1 / self.steps
+        scale_rate = self.scale_rate if self.scale_rate is not None else rate / 2
+        generator = torch.Generator().manual_seed(self.seed)
+        count = len(data.tokens)
+        order: list[int] = []
+        for step in range(self.steps):
+            if len(order) < self.batch:
+                order += torch.randperm(count, generator=generator).tolist()
+            chosen, order = order[: self.batch], order[self.batch :]
+            tokens = sum(data.tokens[batch] for batch in chosen)
+            weights = {weight.parameter: weight.value(scale_dtype) for weight in learned}
+            leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
+            entries, outputs = data.entries(chosen), data.outputs(chosen)
+            for (hidden, call), output in zip(entries, outputs, strict=True):
+                loss = _loss(call.output(hidden, leaves), output) / tokens
+                loss.backward()
+            falling = 1 - step / self.steps
+            for weight in learned:
+                gradient = leaves[weight.parameter].grad
+                assert gradient is not None
+                weight.step(weights[weight.parameter], gradient, rate * falling, scale_rate * falling)
+
+
+class _Learned:
+    """A weight in training: codes before rounding, and the factors on its scales."""
+
+    def __init__(self, target: Target, start: QuantizedTensor, prefix: str) -> None:
+        self.parameter = target.name.removeprefix(prefix) + ".weight"
+        self.start = start
+        self._dtype = target.weight.dtype
+        rows, groups = start.scale.shape
+        scale = start.scale.float().unsqueeze(-1)
+        zero = torch.zeros_like(scale) if start.zero is None else start.zero.float().unsqueeze(-1)
+        codes = start.codes.float().view(rows, groups, -1)
+        own = target.weight.float().view(rows, groups, -1) / scale + zero
+        edge = codes + (own - codes).clamp_(-_EDGE, _EDGE)
+        #: ``weight / scale + zero + offset`` is what gets rounded; the first two terms follow the scale.
+        self.offset = (edge - own).requires_grad_()
+        self.factor = torch.ones_like(scale).requires_grad_()
+        self._scaled, self._zero = own - zero, zero
+
+    def state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.offset.detach().clone(), self.factor.detach().clone()
+
+    def restore(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
+        with torch.no_grad():
+            self.offset.copy_(state[0])
+            self.factor.copy_(state[1])
+
+    def value(self, scale_dtype: torch.dtype) -> torch.Tensor:
+        """The dequantized weight, with the graph of its rounding."""
+        scale = _stored(self.start.scale.float().unsqueeze(-1) * self.factor, scale_dtype)
+        codes = self._codes()
+        return ((codes - self._zero) * scale).flatten(1).to(self._dtype)
+
+    def step(self, value: torch.Tensor, gradient: torch.Tensor, rate: float, scale_rate: float) -> None:
+        """One signed step, from the gradient of the loss with respect to :meth:`value`."""
+        by_offset, by_factor = torch.autograd.grad(value, [self.offset, self.factor], gradient)
+        with torch.no_grad():
+            self.offset.sub_(by_offset.sign_(), alpha=rate)
+            self.factor.sub_(by_factor.sign_(), alpha=scale_rate).clamp_(_NARROWEST, _WIDEST)
+
+    def quantized(self, scale_dtype: torch.dtype) -> QuantizedTensor:
+        """The weight as it stands."""
+        with torch.no_grad():
+            scale = (self.start.scale.float() * self.factor.squeeze(-1)).to(scale_dtype)
+            codes = self._codes().flatten(1).to(torch.int8)
+        return QuantizedTensor(codes, scale, self.start.zero, self.start.scheme)
+
+    def _codes(self) -> torch.Tensor:
+        """Integer codes; rounding and what is rounded have the same gradient."""
+        raw = self._scaled / self.factor + self._zero + self.offset
+        scheme = self.start.scheme
+        return (raw + (raw.round() - raw).detach()).clamp(scheme.code_min, scheme.code_max)
+
+
+def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The scale as it will be stored, with the gradient of the unrounded one."""
+    return scale + (scale.to(dtype).float() - scale).detach()
+
+
+def _loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Squared error over squared target per token, summed: tokens count alike however large their states are."""
+    difference = (output.float() - target.float()).square().sum(-1)
+    return (difference / target.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).sum()
+
+
+def _relative_error(learned: Sequence[_Learned], data: BlockData) -> float:
+    """Mean over all tokens of the block's relative squared error with the weights as they stand."""
+    with torch.no_grad():
+        weights = {w.parameter: w.quantized(w.start.scale.dtype).dequantize(w._dtype) for w in learned}
+        every = range(len(data.tokens))
+        losses = (
+            float(_loss(call.output(hidden, weights), output))
+            for (hidden, call), output in zip(data.entries(every), data.outputs(every), strict=True)
+        )
+        return sum(losses) / sum(data.tokens)
+
+
+def _by_input(targets: Sequence[Target], data: BlockData) -> list[list[Target]]:
+    """Linears that receive the very same tensor, together: they share a Hessian."""
+    groups: list[tuple[torch.Tensor, list[Target]]] = []
+    for target, inputs in _watch(targets, data, [0]):
+        for tensor, group in groups:
+            if tensor is inputs:
+                group.append(target)
+                break
+        else:
+            groups.append((inputs, [target]))
+    return [group for _, group in groups]
+
+
+def _inputs_of(target: Target, data: BlockData) -> Iterator[torch.Tensor]:
+    """The inputs of a linear, batch after batch, ``[tokens, columns]``."""
+    for _, inputs in _watch([target], data, range(len(data.tokens))):
+        yield inputs.reshape(-1, inputs.shape[-1])
+
+
+def _watch(targets: Sequence[Target], data: BlockData, batches: Sequence[int]) -> Iterator[tuple[Target, torch.Tensor]]:
+    """Run batches through the block, and give every target's input when the batch has passed."""
+    for hidden, call in data.entries(batches):
+        seen: list[tuple[Target, torch.Tensor]] = []
+        with ExitStack() as stack:
+            for target in targets:
+                linear = call.block.get_submodule(target.name.removeprefix(data.prefix))
+                stack.enter_context(_Watched(linear, target, seen))
+            with torch.no_grad():
+                call.output(hidden)
+        if len(seen) < len(targets):
+            missing = next(t.name for t in targets if all(t is not found for found, _ in seen))
+            raise CalibrationError(f"{missing}: no calibration token reached this linear; leave it unquantized")
+        yield from seen
+
+
+class _Watched:
+    """A linear whose input is noted when it is called, while this context lasts."""
+
+    def __init__(self, linear: nn.Module, target: Target, seen: list[tuple[Target, torch.Tensor]]) -> None:
+        self._linear, self._target, self._seen = linear, target, seen
+
+    def __enter__(self) -> None:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._seen.append((self._target, args[0]))
+
+        self._hook = self._linear.register_forward_pre_hook(note)
+
+    def __exit__(self, *exc: object) -> None:
+        self._hook.remove()
