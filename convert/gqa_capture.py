@@ -1,4 +1,4 @@
-"""What the logit refit needs of a running model: attention inputs of some windows, and the rotary angles."""
+"""What the refits need of a running model: attention inputs, rotary angles, and how much a position's error counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["RotaryAngles", "keep_inputs"]
+__all__ = ["PositionWeights", "RotaryAngles", "keep_inputs"]
+
+
+# A state's mean square counts as this share of the median at least.
+_LEAST_SQUARE = 0.1
 
 
 class RotaryAngles:
@@ -43,6 +47,37 @@ class RotaryAngles:
         # Every angle is there twice: side by side in some models, in two halves in the others.
         columns = slice(0, None, 2) if torch.equal(sines[:, 0::2], sines[:, 1::2]) else slice(count)
         return cosines[:, columns], sines[:, columns]
+
+
+class PositionWeights:
+    """How much an error at each position counts, written down for every window that enters a block while it is open.
+
+    Every later layer divides the hidden state by its root mean square, so what an attention output does wrong counts
+    relative to that: by one over the mean square. Some positions have states a thousand times larger than others
+    (Sun et al. 2024, arXiv 2402.17762), and would outweigh all of them; states close to zero (the embedding of padding)
+    count no more than states of a tenth of the median's square.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._found: list[torch.Tensor] = []
+
+    def __enter__(self) -> PositionWeights:
+        self._hook = self._block.register_forward_pre_hook(self._record)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hook.remove()
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._found.append(args[0].float().square().mean(-1).reshape(-1))
+
+    def by_window(self) -> list[torch.Tensor]:
+        """``[tokens]`` per window, in the order in which they entered; one on the average."""
+        squares = torch.cat(self._found)
+        least = (_LEAST_SQUARE * squares.median()).clamp_min(torch.finfo(torch.float32).tiny)
+        weights = squares.clamp_min(least).reciprocal()
+        return list((weights / weights.mean()).split([len(found) for found in self._found]))
 
 
 def keep_inputs(

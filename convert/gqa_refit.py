@@ -41,6 +41,7 @@ class LogitSamples:
         scaling: factor of the logits.
         window: how many tokens back a query may look; None for all.
         softcap: bound of the logits, or None.
+        importance: how much an error of the output counts at each position, ``[tokens]`` per window; equally if empty.
     """
 
     original: tuple[torch.Tensor, ...]
@@ -51,6 +52,7 @@ class LogitSamples:
     scaling: float
     window: int | None = None
     softcap: float | None = None
+    importance: tuple[torch.Tensor, ...] = ()
 
 
 class LogitFit:
@@ -84,13 +86,14 @@ class LogitFit:
         self._weights: list[torch.Tensor] = []
         spreads: list[torch.Tensor] = []
         metric = original.output.mT @ original.output
-        for inputs, rows in zip(samples.original, samples.rows, strict=True):
+        for index, (inputs, rows) in enumerate(zip(samples.original, samples.rows, strict=True)):
             queries = self._turn(inputs[rows] @ query.mT, rows)
             keys = self._turn(inputs @ key.mT, None)[key_of]
             logits = queries @ keys.mT * samples.scaling
             self._targets.append(logits)
             self._weights.append(self._attend(logits, rows))
-            spreads.append(_spread(self._weights[-1], (inputs @ original.value.mT)[key_of], metric))
+            spread = _spread(self._weights[-1], (inputs @ original.value.mT)[key_of], metric)
+            spreads.append(spread * samples.importance[index][rows] if samples.importance else spread)
         mean = torch.stack([spread.mean() for spread in spreads]).mean().clamp_min(torch.finfo(torch.float32).tiny)
         self._spreads = [(spread / mean)[..., None] for spread in spreads]
 

@@ -19,7 +19,7 @@ from llmconvert.checkpoint import Checkpoint
 from llmconvert.convert.attention import AttentionGeometry
 from llmconvert.convert.attention_weights import LayerWeights, layer_tensors, read_layer
 from llmconvert.convert.gqa import MergedLayer, Method, merge_layer
-from llmconvert.convert.gqa_capture import RotaryAngles, keep_inputs
+from llmconvert.convert.gqa_capture import PositionWeights, RotaryAngles, keep_inputs
 from llmconvert.convert.gqa_refit import LogitFit, LogitSamples
 from llmconvert.convert.gqa_solve import ridge
 from llmconvert.convert.gqa_view import MergedAttention
@@ -69,7 +69,7 @@ class RefitLayer:
         tensors: by checkpoint name, in the checkpoint's dtypes.
         merged: the closed form it started from.
         output_loss: squared difference to the original's attention output over its square, on the calibration text,
-            before and after the output refit.
+            before and after the output refit; positions count by one over the mean square of their hidden state.
         divergence: of the attention, in nats, before and after the logit refit; None without one.
     """
 
@@ -183,7 +183,8 @@ class _Block:
         kept: list[torch.Tensor] = []
         angles = RotaryAngles(self._attention_module())
         inputs = keep_inputs(self._after.inputs(self._merged.linear(self._names.query)), picks, kept, wide=wide)
-        with angles:
+        positions = PositionWeights(self._merged.skeleton.blocks[self._layer])
+        with angles, positions:
             hessian = accumulate_hessian(self._names.query, inputs, weights.key.shape[-1], self._device)
         merged = merge_layer(
             weights,
@@ -195,15 +196,17 @@ class _Block:
             movable=self._geometry.movable,
         )
         result, divergence = merged.weights, None
+        importance = positions.by_window()
         if picks and (angles.found or not self._geometry.rotary[self._layer].dims):
-            fit = self._logit_fit(weights, merged, hessian.matrix, picks, kept, angles, wide=wide)
+            chosen = [importance[pick] for pick in picks]
+            fit = self._logit_fit(weights, merged, hessian.matrix, picks, kept, chosen, angles, wide=wide)
             start = _to(merged.weights, self._device)
             result = fit.fit(start, self._options.rounds, self._options.steps)
             divergence = fit.divergence(start), fit.divergence(result)
             del fit
             kept.clear()
         tensors = self._install(result)
-        tensors, loss = self._refit_output(tensors)
+        tensors, loss = self._refit_output(tensors, importance)
         return RefitLayer(tensors, merged, loss, divergence)
 
     def _logit_fit(
@@ -213,6 +216,7 @@ class _Block:
         moments: torch.Tensor,
         picks: Sequence[int],
         kept: Sequence[torch.Tensor],
+        importance: Sequence[torch.Tensor],
         angles: RotaryAngles,
         *,
         wide: bool,
@@ -236,6 +240,7 @@ class _Block:
             scaling=float(getattr(module, "scaling", self._geometry.head_dim**-0.5)),
             window=getattr(module, "sliding_window", None),
             softcap=getattr(config, "attn_logit_softcapping", None),
+            importance=tuple(importance),
         )
         ratio = weights.queries_per_kv
         heads = torch.tensor([head for group in merged.groups for head in group])
@@ -276,13 +281,18 @@ class _Block:
             getattr(self._submodule(self._merged.linear(stem)), leaf).data.copy_(tensor)
         return tensors
 
-    def _refit_output(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
-        """The output projection by ridge regression to the original's attention output."""
+    def _refit_output(
+        self, tensors: dict[str, torch.Tensor], importance: Sequence[torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
+        """The output projection by ridge regression to the original's attention output, positions by importance."""
         name = f"{self._names.output}.weight"
         after = self._after.inputs(self._merged.linear(self._names.output))
         before = self._before.inputs(self._original.linear(self._names.output))
         columns = self._geometry.query_heads * self._geometry.head_dim
-        pairs = (torch.cat(pair, dim=1) for pair in zip(after, before, strict=True))
+        pairs = (
+            torch.cat([ours, theirs], dim=1).float() * weights.sqrt()[:, None]
+            for ours, theirs, weights in zip(after, before, importance, strict=True)
+        )
         gram = accumulate_hessian(self._names.output, pairs, 2 * columns, self._device).matrix
         own, other = gram[:columns, :columns], gram[columns:, columns:]
         target = self._view.base[name].to(self._device, torch.float32)
