@@ -13,6 +13,7 @@ from llmconvert.convert.streaming import describe_remote
 from llmconvert.dense import require_dense
 from llmconvert.errors import UsageError
 from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import DTYPES, layer_overrides
 
@@ -53,6 +54,7 @@ def stream_model(source: Source, output: Path, recipe: Recipe, *, progress: Prog
         What was done, as JSON values.
 
     Raises:
+        UsageError: the scheme is one of GGUF's.
         LlmconvertError: see :func:`llmconvert.convert.stream_jobs.stream_quantize`.
     """
     dtype, overflow, settings = DTYPES[recipe.convert.dtype], recipe.convert.overflow, recipe.quantize
@@ -62,6 +64,8 @@ def stream_model(source: Source, output: Path, recipe: Recipe, *, progress: Prog
                 source.origin, output, revision=source.revision, dtype=dtype, overflow=overflow, progress=progress
             )
         )
+    if not isinstance(settings.scheme, Scheme):
+        raise UsageError(f"quantize.scheme {settings.scheme}: a GGUF file is not streamed; leave out --stream")
     return stream_quantize(
         source.origin,
         output,
