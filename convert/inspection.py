@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.checkpoint import Checkpoint, TensorInfo
+from llmconvert.convert.kv_cache import cache_layout, kv_head_count
 from llmconvert.convert.source import open_source, parse_hub_id
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.remote import RemoteCheckpoint
 
-__all__ = ["ModelSummary", "describe_model", "inspect_model"]
+__all__ = ["ModelSummary", "describe_model", "inspect_model", "text_config", "uses_alibi"]
 
 # Weights of these schemes are estimated besides the plain dtypes; scales are 16-bit.
 _SCHEMES = (Scheme(8), Scheme(4, 128))
@@ -89,11 +90,11 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
         CheckpointError: the config lacks sizes that every decoder has.
         UnsupportedError: transformers does not know its ``model_type``.
     """
-    config = _text_config(checkpoint.config)
+    config = text_config(checkpoint.config)
     try:
         heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
         head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
-        kv_heads = _kv_heads(config)
+        kv_heads = kv_head_count(config)
     except (AttributeError, TypeError) as error:
         raise CheckpointError(f"config.json of model type {config.model_type!r}: {error}") from error
     quantization = checkpoint.config.get("quantization_config")
@@ -113,14 +114,14 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
         context=getattr(config, "max_position_embeddings", None),
         tied=not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in checkpoint.infos),
         parameters=sum(math.prod(info.shape) for info in checkpoint.infos.values()),
-        kv_bytes_per_token=_kv_values(config, layers, kv_heads, head_dim) * 2,
+        kv_bytes_per_token=cache_layout(config).bytes_per_token(),
         stored_bytes=checkpoint.nbytes,
         weight_bytes={} if quantization else _weight_bytes(checkpoint),
         quantization=quantization.get("quant_method", "unknown") if quantization else None,
     )
 
 
-def _text_config(values: Mapping[str, Any]) -> Any:
+def text_config(values: Mapping[str, Any]) -> Any:
     """The language model's part of the config as transformers' own class, which gives all families the same names."""
     from transformers import AutoConfig
 
@@ -132,33 +133,14 @@ def _text_config(values: Mapping[str, Any]) -> Any:
         raise UnsupportedError(f"config.json: model type {model_type!r}: {error}") from error
 
 
-def _kv_heads(config: Any) -> int:
-    if config.model_type == "falcon" and not config.new_decoder_architecture:
-        return 1 if config.multi_query else int(config.num_attention_heads)
-    if config.model_type == "gpt_bigcode":
-        return 1 if config.multi_query else int(config.num_attention_heads)
-    found = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
-    return int(found or config.num_attention_heads)
-
-
 def _attention_kind(config: Any, heads: int, kv_heads: int) -> str:
     if getattr(config, "kv_lora_rank", None):
         return "MLA"
     return "MHA" if kv_heads == heads else "MQA" if kv_heads == 1 else "GQA"
 
 
-def _kv_values(config: Any, layers: int, kv_heads: int, head_dim: int) -> int:
-    """Numbers that all layers together cache per token."""
-    rank = getattr(config, "kv_lora_rank", None)
-    if rank:
-        return layers * int(rank + config.qk_rope_head_dim)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    caching = [kind for kind in kinds if kind.endswith("attention") and not kind.startswith("linear")]
-    return len(caching) * 2 * kv_heads * head_dim
-
-
 def _positions(config: Any, checkpoint: Checkpoint) -> str:
-    if config.model_type == "bloom" or getattr(config, "alibi", False) or _mpt_alibi(config):
+    if uses_alibi(config):
         return "ALiBi"
     for info in _matrices(checkpoint):
         if info.name.endswith(_LEARNED_POSITIONS):
@@ -177,7 +159,10 @@ def _positions(config: Any, checkpoint: Checkpoint) -> str:
     return f"RoPE, θ = {theta:,.0f}{'' if share == 1 else f', {share:.0%} of each head'}{scaling}"
 
 
-def _mpt_alibi(config: Any) -> bool:
+def uses_alibi(config: Any) -> bool:
+    """Whether positions enter as ALiBi biases (Press et al. 2021, arXiv 2108.12409)."""
+    if config.model_type == "bloom" or getattr(config, "alibi", False):
+        return True
     attention = getattr(config, "attn_config", None)
     if isinstance(attention, Mapping):
         return bool(attention.get("alibi"))

@@ -1,0 +1,106 @@
+"""Stretching rotary positions over longer inputs: linear interpolation (Chen et al. 2023, arXiv 2306.15595), YaRN (Peng
+et al. 2023, arXiv 2309.00071) and dynamic NTK scaling.
+
+Only ``config.json`` changes: which scaling, its factor, and how long inputs may be. No weight is touched, so what the
+model makes of it has to be measured (:mod:`llmconvert.validate.positions`).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from llmconvert.checkpoint import Checkpoint, CheckpointView
+from llmconvert.engine.skeleton import build_config
+from llmconvert.errors import UnsupportedError, UsageError
+
+__all__ = ["RopeScaling", "RopeScalingView", "scale_positions"]
+
+Kind = Literal["linear", "dynamic", "yarn"]
+_FORM = re.compile(r"(?P<kind>[a-z]+):(?P<factor>\d+(?:\.\d+)?)")
+_ORIGINAL = "original_max_position_embeddings"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """A kind of scaling and its factor: inputs up to ``factor`` times as long as the model was trained on."""
+
+    kind: Kind
+    factor: float
+
+    @classmethod
+    def parse(cls, text: str) -> RopeScaling:
+        """``yarn:2.0``, ``linear:4`` or ``dynamic:2``.
+
+        Raises:
+            UsageError: another form, an unknown kind, or a factor that is not above 1.
+        """
+        match = _FORM.fullmatch(text.strip())
+        if match is None or match["kind"] not in get_args(Kind):
+            raise UsageError(f"rope scaling {text!r}: expected {', '.join(get_args(Kind))} and a factor, as in yarn:2.0")
+        if float(match["factor"]) <= 1:
+            raise UsageError(f"rope scaling {text!r}: the factor must be above 1")
+        return cls(match["kind"], float(match["factor"]))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.factor:g}"
+
+
+class RopeScalingView(CheckpointView):
+    """A checkpoint whose config declares a scaling; its tensors are the base's."""
+
+    def __init__(self, base: Checkpoint, scaling: RopeScaling) -> None:
+        super().__init__(base)
+        self.config = scale_positions(base.config, scaling)
+
+
+def scale_positions(config: Mapping[str, Any], scaling: RopeScaling) -> dict[str, Any]:
+    """``config`` with ``scaling`` under ``rope_parameters``.
+
+    Models that keep one set of parameters per kind of layer get it in their full-attention layers: sliding windows
+    never look further back than they did in training. ``max_position_embeddings`` grows by the factor, but not under
+    dynamic scaling, which takes it for the trained length and starts from there.
+
+    Raises:
+        UnsupportedError: no rotary positions, positions that are scaled already, or a config without a trained length.
+    """
+    built = build_config(config).get_text_config()
+    parameters = copy.deepcopy(dict(getattr(built, "rope_parameters", None) or {}))
+    if not parameters:
+        raise UnsupportedError(
+            f"rope scaling {scaling}: {built.model_type!r} has no rotary positions that its config could scale"
+        )
+    trained = getattr(built, "max_position_embeddings", None)
+    if not isinstance(trained, int):
+        raise UnsupportedError(f"rope scaling {scaling}: config.json does not say how long inputs may be")
+    nested = parameters.get("full_attention")
+    target = nested if isinstance(nested, dict) else parameters
+    found = target.get("rope_type", "default")
+    if found != "default":
+        raise UnsupportedError(
+            f"rope scaling {scaling}: positions are scaled already ({found} ×{target.get('factor', 1):g}); start from "
+            "the model before that, factors don't add up"
+        )
+    target |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "yarn":
+        target[_ORIGINAL] = trained
+    changed = dict(copy.deepcopy(dict(config)))
+    # The language model's part, where the config has parts.
+    part = changed["text_config"] if isinstance(changed.get("text_config"), dict) else changed
+    part.pop("rope_scaling", None)
+    part["rope_parameters"] = parameters
+    if scaling.kind != "dynamic":
+        part["max_position_embeddings"] = int(trained * scaling.factor)
+    _check(changed, scaling)
+    return changed
+
+
+def _check(config: Mapping[str, Any], scaling: RopeScaling) -> None:
+    """transformers must read back what was written."""
+    read = build_config(copy.deepcopy(dict(config))).get_text_config().rope_parameters
+    read = read.get("full_attention", read)
+    if (read.get("rope_type"), read.get("factor")) != (scaling.kind, scaling.factor):
+        raise UnsupportedError(f"rope scaling {scaling}: the config's class reads {read} instead; it has its own scaling")
