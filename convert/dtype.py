@@ -13,6 +13,7 @@ import torch
 from llmconvert.checkpoint import Checkpoint, TensorSpec
 from llmconvert.convert.cast import CASTABLE, TARGETS, CastErrors, Overflow, check_overflow, with_dtype
 from llmconvert.convert.pipeline import stream_tensors
+from llmconvert.convert.rope_scaling import RopeScaling, scale_positions
 from llmconvert.dense import require_dense
 from llmconvert.errors import UnsupportedError
 from llmconvert.progress import SILENT, Progress
@@ -71,6 +72,7 @@ def convert_dtype(
     *,
     dtype: torch.dtype,
     overflow: Overflow = "error",
+    rope_scaling: RopeScaling | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> DtypeReport:
@@ -85,12 +87,13 @@ def convert_dtype(
         output: a directory that does not exist yet or is empty.
         dtype: ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
         overflow: ``"error"`` refuses finite values beyond the target's range, ``"clip"`` writes its largest value.
+        rope_scaling: how the config shall stretch rotary positions over longer inputs.
         max_shard_bytes: shards are filled up to this many bytes.
         progress: where to report, in bytes read.
 
     Raises:
-        UnsupportedError: another dtype, a source quantized in a format that is not known, or a value out of range, with
-            the tensor's name.
+        UnsupportedError: another dtype, a source quantized in a format that is not known, positions that can't be
+            scaled, or a value out of range, with the tensor's name.
         OutputError: ``output`` exists and is not empty, or can't be written.
         CheckpointError: the source is damaged.
         CapacityError: the disk can't hold the result.
@@ -101,6 +104,9 @@ def convert_dtype(
     source = open_dense(source, dtype)
     require_dense(source, origin)
     check_output_directory(output)
+    config = with_dtype(source.config, dtype)
+    if rope_scaling is not None:
+        config = scale_positions(config, rope_scaling)
     begin = time.perf_counter()
     layout = plan_layout(
         (TensorSpec(i.name, dtype if i.dtype in CASTABLE else i.dtype, i.shape) for i in source.infos.values()),
@@ -111,7 +117,7 @@ def convert_dtype(
         _clear(staging)
         per_tensor = _write_weights(source, staging, layout, dtype, overflow, progress)
         written = layout.nbytes + write_side_files(staging, source.files)
-        write_json(staging / "config.json", with_dtype(source.config, dtype))
+        write_json(staging / "config.json", config)
         written += (staging / "config.json").stat().st_size
         publish_directory(staging, output)
     except BaseException:

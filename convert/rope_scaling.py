@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from llmconvert.checkpoint import Checkpoint, CheckpointView
-from llmconvert.engine.skeleton import build_config
 from llmconvert.errors import UnsupportedError, UsageError
 
 __all__ = ["RopeScaling", "RopeScalingView", "scale_positions"]
@@ -40,7 +39,9 @@ class RopeScaling:
         """
         match = _FORM.fullmatch(text.strip())
         if match is None or match["kind"] not in get_args(Kind):
-            raise UsageError(f"rope scaling {text!r}: expected {', '.join(get_args(Kind))} and a factor, as in yarn:2.0")
+            raise UsageError(
+                f"rope scaling {text!r}: expected {', '.join(get_args(Kind))} and a factor, as in yarn:2.0"
+            )
         if float(match["factor"]) <= 1:
             raise UsageError(f"rope scaling {text!r}: the factor must be above 1")
         return cls(match["kind"], float(match["factor"]))  # type: ignore[arg-type]
@@ -67,6 +68,9 @@ def scale_positions(config: Mapping[str, Any], scaling: RopeScaling) -> dict[str
     Raises:
         UnsupportedError: no rotary positions, positions that are scaled already, or a config without a trained length.
     """
+    # Loads transformers, which reading a recipe should not.
+    from llmconvert.engine.skeleton import build_config
+
     built = build_config(config).get_text_config()
     parameters = copy.deepcopy(dict(getattr(built, "rope_parameters", None) or {}))
     if not parameters:
@@ -100,7 +104,11 @@ def scale_positions(config: Mapping[str, Any], scaling: RopeScaling) -> dict[str
 
 def _check(config: Mapping[str, Any], scaling: RopeScaling) -> None:
     """transformers must read back what was written."""
+    from llmconvert.engine.skeleton import build_config
+
     read = build_config(copy.deepcopy(dict(config))).get_text_config().rope_parameters
     read = read.get("full_attention", read)
     if (read.get("rope_type"), read.get("factor")) != (scaling.kind, scaling.factor):
-        raise UnsupportedError(f"rope scaling {scaling}: the config's class reads {read} instead; it has its own scaling")
+        raise UnsupportedError(
+            f"rope scaling {scaling}: the config's class reads {read} instead; it has its own scaling"
+        )

@@ -1,8 +1,4 @@
-"""The recipe's attention section: which rewrites can be done, and doing them.
-
-The comparison of attention backends can be written in a recipe, and is refused by name, before any work: this version
-cannot do it yet.
-"""
+"""The recipe's attention section: which rewrites can be done, and doing them."""
 
 from __future__ import annotations
 
@@ -19,8 +15,9 @@ from llmconvert.convert.attention import read_geometry, require_kv_heads
 from llmconvert.convert.cast import CastView
 from llmconvert.convert.gqa_job import AttentionReport, convert_attention
 from llmconvert.convert.heal import HealReport
+from llmconvert.convert.rope_scaling import RopeScalingView
 from llmconvert.convert.source import open_source, source_fingerprint
-from llmconvert.errors import UnsupportedError, UsageError
+from llmconvert.errors import UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.attention_sections import attention_sections
@@ -31,20 +28,7 @@ from llmconvert.recipes.windows import WindowRequest
 from llmconvert.stages import StageStore
 from llmconvert.writer import check_output_directory
 
-__all__ = ["require_attention_support", "require_mergeable", "rewrite_attention", "rewrite_model"]
-
-
-def require_attention_support(recipe: Recipe) -> None:
-    """Refuse a recipe that compares attention backends.
-
-    Raises:
-        UnsupportedError: naming the key and what to do.
-    """
-    if recipe.validation is not None and recipe.validation.attention:
-        raise UnsupportedError(
-            f"validate.attention: comparing the backends {', '.join(recipe.validation.attention)} is not part of this "
-            "version; remove the key, or run with --set validate.attention=[]"
-        )
+__all__ = ["require_mergeable", "rewrite_attention", "rewrite_model"]
 
 
 def require_mergeable(checkpoint: Checkpoint, settings: AttentionSettings) -> None:
@@ -96,14 +80,15 @@ def rewrite_model(
     settings = recipe.attention
     if settings is None:
         raise UsageError("nothing to rewrite: the recipe has no attention section")
-    require_attention_support(recipe)
     check_output_directory(output)
     request, healing = heal_request(recipe), heal_settings(recipe)
     advice = "nothing was written; run the same command again" if healing is None else "run the same command to go on"
     with interruptible(advice):
         source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
         with source.checkpoint:
-            checkpoint = CastView(source.checkpoint, DTYPES[recipe.convert.dtype], recipe.convert.overflow)
+            checkpoint: Checkpoint = CastView(source.checkpoint, DTYPES[recipe.convert.dtype], recipe.convert.overflow)
+            if recipe.convert.rope_scaling is not None:
+                checkpoint = RopeScalingView(checkpoint, recipe.convert.rope_scaling)
             require_mergeable(checkpoint, settings)
             windows: Sequence[torch.Tensor] = ()
             device = torch.device(recipe.device)

@@ -12,20 +12,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
-from llmconvert.errors import SchemeError
+from llmconvert.convert.rope_scaling import RopeScaling
+from llmconvert.errors import SchemeError, UsageError
 from llmconvert.quantize.ggml.mix import MIXES, GgmlMix
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = [
     "PLACEHOLDERS",
     "AttentionSettings",
+    "BackendSettings",
     "CalibrateSettings",
     "CardSettings",
     "ConvertSettings",
     "GenerationSettings",
     "HealSettings",
+    "MemorySettings",
     "OverrideSettings",
     "PerplexitySettings",
+    "PositionSettings",
     "PublishSettings",
     "QuantizeSettings",
     "Recipe",
@@ -101,6 +105,24 @@ def _parse_override(value: object) -> Scheme | Literal["none"]:
     return "none" if value == "none" else _parse_scheme(value)
 
 
+def _parse_scaling(value: object) -> RopeScaling:
+    if isinstance(value, RopeScaling):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("expected a scaling such as yarn:2.0")
+    try:
+        return RopeScaling.parse(value)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def _backends(value: object) -> object:
+    """A list of names stands for a section with its defaults, an empty one for none."""
+    if isinstance(value, (list, tuple)):
+        return {"backends": tuple(value)} if value else None
+    return value
+
+
 def _switch(value: object) -> object:
     """``true`` stands for a section with its defaults, ``false`` for none."""
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
@@ -112,9 +134,12 @@ def _to_tuple(value: object) -> object:
 
 SchemeOrMix = Annotated[Scheme | GgmlMix, PlainValidator(_parse_scheme_or_mix), PlainSerializer(str)]
 OptionalScheme = Annotated[Scheme | Literal["none"], PlainValidator(_parse_override), PlainSerializer(str)]
+ScalingField = Annotated[RopeScaling, PlainValidator(_parse_scaling), PlainSerializer(str)]
 Share = Annotated[float, PlainValidator(parse_share), PlainSerializer(lambda share: f"{100 * share:.10g}%")]
 Bytes = Annotated[int, PlainValidator(parse_bytes)]
 Count = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=2)]
+BackendName = Literal["eager", "math", "flash", "efficient", "cudnn", "sdpa", "flash_attention_2", "flash_attention_3"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -123,10 +148,14 @@ class _Section(BaseModel):
 
 
 class ConvertSettings(_Section):
-    """The dtype of everything that is not quantized. Values too large for it are an error, or clipped on request."""
+    """The dtype of everything that is not quantized. Values too large for it are an error, or clipped on request.
+
+    ``rope_scaling`` stretches rotary positions over longer inputs: ``yarn:2.0``, ``linear:4``, ``dynamic:2``.
+    """
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     overflow: Literal["error", "clip"] = "error"
+    rope_scaling: ScalingField | None = None
 
 
 class HealSettings(_Section):
@@ -207,6 +236,44 @@ class GenerationSettings(_Section):
     min_agreement: Share | None = None
 
 
+class BackendSettings(_Section):
+    """Attention backends to compare, prompt lengths in tokens to read with each, and the seconds one may take.
+
+    Without ``lengths`` they are 512 to 16,384, as far as memory and ``seconds`` allow.
+    """
+
+    backends: Annotated[tuple[BackendName, ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (
+        "eager",
+        "math",
+        "flash",
+    )
+    lengths: Annotated[tuple[Length, ...], BeforeValidator(_to_tuple), Field(min_length=1)] | None = None
+    seconds: Annotated[float, Field(gt=0)] = 120.0
+
+
+class PositionSettings(_Section):
+    """Perplexity by position: ``windows`` windows of ``window`` tokens, by default twice what the model was trained on.
+
+    The text is that of ``perplexity`` unless ``dataset`` names another.
+    """
+
+    dataset: Annotated[str, Field(min_length=1)] | None = None
+    window: Length | None = None
+    windows: Count = 4
+
+
+class MemorySettings(_Section):
+    """The KV cache and the memory ladder at these contexts; ``measured`` are dtypes to load and run for real."""
+
+    contexts: Annotated[tuple[Length, ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (2048, 8192, 32768)
+    batches: Annotated[tuple[Count, ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (1, 8)
+    measured: Annotated[tuple[Literal["float32", "bfloat16", "float16"], ...], BeforeValidator(_to_tuple)] = (
+        "float32",
+        "bfloat16",
+    )
+    measured_contexts: Annotated[tuple[Length, ...], BeforeValidator(_to_tuple)] = (2048, 8192)
+
+
 class ValidateSettings(_Section):
     """What is measured on the artifact and on the original, both reloaded from disk.
 
@@ -216,7 +283,9 @@ class ValidateSettings(_Section):
 
     perplexity: PerplexitySettings | None = None
     generation: Annotated[GenerationSettings | None, BeforeValidator(_switch)] = None
-    attention: Annotated[tuple[str, ...], BeforeValidator(_to_tuple)] = ()
+    attention: Annotated[BackendSettings | None, BeforeValidator(_backends)] = None
+    positions: Annotated[PositionSettings | None, BeforeValidator(_switch)] = None
+    memory: Annotated[MemorySettings | None, BeforeValidator(_switch)] = None
     max_kl: Annotated[float, Field(gt=0)] | None = None
     min_top1: Share | None = None
     max_bytes: Bytes | None = None

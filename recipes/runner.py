@@ -24,7 +24,7 @@ from llmconvert.interrupt import interruptible
 from llmconvert.memory import PeakMemory, release_freed_memory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.artifact import assemble_artifact, model_info, model_stem
-from llmconvert.recipes.attention import require_attention_support, require_mergeable, rewrite_attention
+from llmconvert.recipes.attention import require_mergeable, rewrite_attention
 from llmconvert.recipes.gguf import calibrates
 from llmconvert.recipes.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.original import Original
@@ -99,7 +99,6 @@ class _Run:
 
     def run(self) -> RunResult:
         recipe = self._recipe
-        require_attention_support(recipe)
         require_measurable(recipe.validation)
         if self._publish is not None:
             check_target(self._publish, recipe.name)
@@ -155,7 +154,7 @@ class _Run:
             return self._stage("convert", self._convert_inputs(source), build)
 
     def _convert_inputs(self, source: Source) -> Mapping[str, Any]:
-        return {"source": source_fingerprint(source), **self._recipe.convert.model_dump()}
+        return {"source": source_fingerprint(source), **self._recipe.convert.model_dump(mode="json")}
 
     def _stream(self, source: Source, original: Original) -> StageResult:
         """Convert and quantize while the model downloads."""

@@ -12,6 +12,7 @@ from llmconvert.checkpoint import Checkpoint
 from llmconvert.convert.cast import CastView
 from llmconvert.convert.dtype import DtypeReport
 from llmconvert.convert.inspection import describe_model
+from llmconvert.convert.rope_scaling import RopeScalingView
 from llmconvert.convert.source import open_source, source_fingerprint
 from llmconvert.errors import UsageError
 from llmconvert.interrupt import interruptible
@@ -107,7 +108,9 @@ def _to_quantize(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
         dense = open_dense(checkpoint)
         if dense is not checkpoint:
             return dense
-    return CastView(checkpoint, DTYPES[recipe.convert.dtype])
+    view = CastView(checkpoint, DTYPES[recipe.convert.dtype])
+    scaling = recipe.convert.rope_scaling
+    return view if scaling is None else RopeScalingView(view, scaling)
 
 
 def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Progress = SILENT) -> Report:

@@ -18,10 +18,22 @@ from llmconvert.quantize.plan import Override
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.artifact import public_name
 from llmconvert.recipes.gguf import GGUF, quantize_gguf
-from llmconvert.recipes.recipe import ConvertSettings, QuantizeSettings, ValidateSettings
+from llmconvert.recipes.recipe import (
+    BackendSettings,
+    ConvertSettings,
+    PerplexitySettings,
+    PositionSettings,
+    QuantizeSettings,
+    ValidateSettings,
+)
 from llmconvert.validate.artifact import Limits, validate_artifact
+from llmconvert.validate.attention import AttentionOptions
+from llmconvert.validate.attention_check import AttentionCheck
 from llmconvert.validate.behaviour import GenerationOptions
+from llmconvert.validate.cache_size import CacheCheck
+from llmconvert.validate.ladder import MemoryLadder
 from llmconvert.validate.measurement import Measurement
+from llmconvert.validate.positions import PositionsCheck
 from llmconvert.validate.report import Check
 
 __all__ = ["DTYPES", "convert", "layer_overrides", "measure", "measurements", "quantize", "require_measurable"]
@@ -36,7 +48,14 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 def convert(source: Checkpoint, output: Path, settings: ConvertSettings, *, progress: Progress = SILENT) -> DtypeReport:
     """Write ``source`` in the section's dtype; see :func:`llmconvert.convert.dtype.convert_dtype`."""
-    return convert_dtype(source, output, dtype=DTYPES[settings.dtype], overflow=settings.overflow, progress=progress)
+    return convert_dtype(
+        source,
+        output,
+        dtype=DTYPES[settings.dtype],
+        overflow=settings.overflow,
+        rope_scaling=settings.rope_scaling,
+        progress=progress,
+    )
 
 
 def quantize(
@@ -150,4 +169,23 @@ def measure(
 
 def measurements(settings: ValidateSettings) -> list[Measurement]:
     """What the section asks for besides; a measurement is a file under ``validate/`` and a line here."""
-    return []
+    found: list[Measurement] = []
+    if settings.attention is not None:
+        found.append(_attention(settings.attention))
+    if settings.positions is not None:
+        found.append(_positions(settings.positions, settings.perplexity))
+    if settings.memory is not None:
+        memory = settings.memory
+        found.append(CacheCheck(memory.contexts, memory.batches))
+        found.append(MemoryLadder(memory.contexts, memory.measured, memory.measured_contexts))
+    return found
+
+
+def _attention(settings: BackendSettings) -> AttentionCheck:
+    options = AttentionOptions(settings.backends, seconds=settings.seconds)
+    return AttentionCheck(replace(options, lengths=settings.lengths) if settings.lengths is not None else options)
+
+
+def _positions(settings: PositionSettings, perplexity: PerplexitySettings | None) -> PositionsCheck:
+    dataset = settings.dataset or (perplexity.dataset if perplexity is not None else "pydoc-topics:test")
+    return PositionsCheck(dataset, settings.window, settings.windows)

@@ -24,8 +24,10 @@ def hub_model(recipe: Recipe) -> tuple[str, str | None]:
     """The repository and revision to stream from.
 
     Raises:
-        UsageError: the model is no Hub id.
+        UsageError: the model is no Hub id, or its positions shall be scaled.
     """
+    if recipe.convert.rope_scaling is not None:
+        raise UsageError("--stream does not scale positions; leave it out, or scale the model that it wrote")
     found = parse_hub_id(recipe.model) if not Path(recipe.model).expanduser().exists() else None
     if found is None:
         raise UsageError(

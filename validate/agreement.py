@@ -77,7 +77,8 @@ def compare_backends(
 def _kernels(loaded: Runtime, name: str, window: torch.Tensor) -> list[str] | str:
     """The attention operators that run, or why the backend can't run."""
     try:
-        with torch.inference_mode(), activate(loaded.model, name), Kernels() as seen:
+        # In inference mode PyTorch would show the whole attention as one operator.
+        with torch.no_grad(), activate(loaded.model, name), Kernels() as seen:
             loaded.model(input_ids=window[:, :_SHORT], use_cache=False)
     except (RuntimeError, ValueError, ImportError) as error:
         return str(error).strip().splitlines()[0]
@@ -147,7 +148,7 @@ def _continuations(
 
 
 def _against(exact: Runtime, pairs: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> dict[str, Any]:
-    """Where greedy texts part from eager's, and by how little the float32 reference itself prefers one of the two tokens.
+    """Where greedy texts part from eager's, and by how little the float32 reference itself prefers one of two tokens.
 
     Returns:
         ``texts``, how many there are; ``equal``, how many are the same to the last token; ``tokens``, how many tokens

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -97,7 +97,7 @@ def validate_artifact(
             artifact, stored, dense, reference, original, windows, device, dtype, seed=seed, progress=progress
         )
         for measurement in measurements:
-            checks += measurement.measure(subject)
+            checks += measurement.measure(replace(subject, checks=tuple(checks)))
             release_freed_memory()
     return checks
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from llmconvert.convert.inspection import describe_model
 from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.convert.inspection import describe_model
 from llmconvert.engine.memory import available_nbytes
 from llmconvert.errors import UsageError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.validate.backends import BACKENDS, refusal
 from llmconvert.validate.generation import PROMPTS
-from llmconvert.validate.isolated import Unmeasured, run_isolated
+from llmconvert.validate.isolated import UnmeasuredError, run_isolated
 from llmconvert.validate.positions import position_limit
 
 __all__ = ["LENGTHS", "AttentionOptions", "AttentionResult", "BackendPoint", "exponent", "measure_attention"]
@@ -34,6 +34,8 @@ _FITTED = 3
 # A process that takes this much longer than expected is stuck.
 _PATIENCE = 10.0
 _START_SECONDS = 120.0
+# How the reasons begin that longer prompts share.
+_TOO_LARGE = ("needs", "out of memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ def measure_attention(
         texts = _text(windows, options, config, limits)
         try:
             comparison = _compare(artifact, backends, texts, options, parameters, device)
-        except Unmeasured as error:
+        except UnmeasuredError as error:
             note = str(error)
     for name, found in comparison.get("backends", {}).items():
         if "reason" in found:
@@ -193,7 +195,7 @@ def _compare(
     budget = _budget(options, device)
     needed = 6 * parameters
     if needed > budget:
-        raise Unmeasured(f"the float32 reference beside the model takes {needed:,} bytes, {budget:,} may be used")
+        raise UnmeasuredError(f"the float32 reference beside the model takes {needed:,} bytes, {budget:,} may be used")
     found: Mapping[str, Any] = run_isolated(
         "llmconvert.validate.agreement:compare_backends",
         {
@@ -245,7 +247,7 @@ class _Runner:
                 arguments,
                 timeout=_START_SECONDS + _PATIENCE * self._options.seconds,
             )
-        except Unmeasured as error:
+        except UnmeasuredError as error:
             self.points.append(BackendPoint(backend, length, reason=str(error)))
             return
         self.method = found["method"]
@@ -260,15 +262,15 @@ class _Runner:
         """From the last length's memory, or at least from the matrices of scores, before and after the softmax."""
         power = 2 if BACKENDS[backend].quadratic else 1
         before = [point for point in self.points if point.backend == backend]
-        if before and before[-1].reason.startswith(("needs about", "out of memory")):
-            return before[-1].reason if before[-1].extra_bytes else f"needs about {2**power} × what {before[-1].length:,} tokens need"
+        if before and before[-1].reason.startswith(_TOO_LARGE):
+            return f"{_TOO_LARGE[0]} more than {before[-1].length:,} tokens, which did not fit"
         needed = 0
         if before and before[-1].extra_bytes:
             needed = round(before[-1].extra_bytes * (length / before[-1].length) ** power)
         elif power == 2:
-            itemsize = 2 if self._config.dtype != torch.float32 else 4
+            itemsize = 4 if self._config.dtype == torch.float32 else 2
             needed = 2 * itemsize * int(self._config.num_attention_heads) * length**2
-        return f"needs about {needed:,} bytes, {budget:,} may be used" if needed > budget else ""
+        return f"{_TOO_LARGE[0]} about {needed:,} bytes, {budget:,} may be used" if needed > budget else ""
 
     def _too_slow(self, backend: str, length: int) -> str:
         before = [point for point in self.points if point.backend == backend and point.seconds is not None]

@@ -76,7 +76,7 @@ def refusal(name: str, config: PretrainedConfig, device: torch.device, dtype: to
     if cap and backend.attention == "sdpa":
         return f"the model caps its attention scores at ±{cap:g}, which no SDPA kernel does"
     if uses_alibi(text) and not backend.quadratic:
-        return "the model adds ALiBi biases to its scores, a matrix of length × length that this kernel is there to avoid"
+        return "the model adds ALiBi biases to its scores, a matrix of length × length that this kernel is to avoid"
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     flag = "_supports_sdpa" if backend.attention == "sdpa" else "_supports_flash_attn"
     if model is not None and not getattr(model, flag, True):
@@ -91,7 +91,7 @@ def best_backend(config: PretrainedConfig, device: torch.device, dtype: torch.dt
 
 @contextlib.contextmanager
 def activate(model: Any, name: str) -> Iterator[None]:
-    """Run ``model`` (of transformers) with the backend ``name``, and with no other kernel, while the context is open."""
+    """Run ``model`` (of transformers) with the backend ``name``, and no other kernel, while the context is open."""
     backend = BACKENDS[name]
     before = model.config._attn_implementation
     model.set_attn_implementation(backend.attention)

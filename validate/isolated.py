@@ -21,14 +21,14 @@ from typing import Any
 
 from llmconvert.errors import LlmconvertError
 
-__all__ = ["Unmeasured", "limit_memory", "reset_peak", "run_isolated"]
+__all__ = ["UnmeasuredError", "limit_memory", "reset_peak", "run_isolated"]
 
 _STATUS = Path("/proc/self/status")
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory")
 _TAIL = 300
 
 
-class Unmeasured(Exception):
+class UnmeasuredError(Exception):
     """A measurement that could not be made; its text is the reason, for the report."""
 
 
@@ -43,7 +43,7 @@ def run_isolated(function: str, arguments: Mapping[str, Any], *, timeout: float)
         What the function returned, as JSON values.
 
     Raises:
-        Unmeasured: it failed, ran out of memory, or took too long.
+        UnmeasuredError: it failed, ran out of memory, or took too long.
     """
     command = [sys.executable, "-m", "llmconvert.validate.isolated", function]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -53,7 +53,7 @@ def run_isolated(function: str, arguments: Mapping[str, Any], *, timeout: float)
         try:
             output, errors = process.communicate(json.dumps(arguments), timeout=timeout)
         except subprocess.TimeoutExpired as error:
-            raise Unmeasured(f"took longer than {timeout:,.0f} s") from error
+            raise UnmeasuredError(f"took longer than {timeout:,.0f} s") from error
         finally:
             process.kill()
     answer = _answer(output)
@@ -61,8 +61,8 @@ def run_isolated(function: str, arguments: Mapping[str, Any], *, timeout: float)
         return answer["result"]
     reason = answer["error"] if answer is not None else _tail(errors)
     if process.returncode == -signal.SIGKILL or any(sign in reason for sign in _OUT_OF_MEMORY):
-        raise Unmeasured(f"out of memory: {reason}" if reason else "out of memory")
-    raise Unmeasured(reason or f"its process ended with {process.returncode}")
+        raise UnmeasuredError(f"out of memory: {reason}" if reason else "out of memory")
+    raise UnmeasuredError(reason or f"its process ended with {process.returncode}")
 
 
 def limit_memory(nbytes: int | None) -> None:

@@ -37,6 +37,7 @@ class Subject:
         dtype: what to compute in; the checkpoints' own if None.
         seed: of whatever is drawn.
         progress: where long work is shown.
+        checks: what was measured before.
     """
 
     artifact: Path
@@ -49,6 +50,7 @@ class Subject:
     dtype: torch.dtype | None = None
     seed: int = 0
     progress: Progress = SILENT
+    checks: tuple[Check, ...] = ()
 
 
 class Measurement(Protocol):

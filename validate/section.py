@@ -32,10 +32,11 @@ class Column(Value):
 class Series(Value):
     """One line, set of points or set of bars: ``y`` over ``x``, with intervals from ``low`` to ``high`` if known.
 
-    ``x`` are numbers, or labels for bars. A ``y`` of None leaves a gap.
+    ``x`` are numbers, or labels for bars. A ``y`` of None leaves a gap. ``unit`` is for panels, which differ in it.
     """
 
     label: str
+    unit: str = Field(default="", exclude_if=lambda unit: not unit)
     x: tuple[float | str, ...]
     y: tuple[float | None, ...]
     low: tuple[float, ...] = ()
@@ -54,14 +55,15 @@ class Plot(Value):
 
     Attributes:
         caption: what it shows, one sentence.
-        kind: how; bars of several series stand beside each other.
+        kind: how; bars of several series stand beside each other, panels give each series a plot of its own, with
+            bars from the left that have their number beside them.
         x_label, y_label: of the axes, with their units.
         x_scale, y_scale: of the axes.
         limit: a value of y to draw as a line across, which has to be kept.
     """
 
     caption: str
-    kind: Literal["line", "points", "bars"] = "line"
+    kind: Literal["line", "points", "bars", "panels"] = "line"
     x_label: str
     y_label: str
     x_scale: Literal["linear", "log"] = "linear"

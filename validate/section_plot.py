@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmconvert.validate.display import format_value
 from llmconvert.validate.drawing import COLOURS, INK, MARKERS, Format, render, style
 from llmconvert.validate.section import Plot, Section, Series
 
@@ -23,6 +24,9 @@ def section_plot(section: Section, format: Format = "svg") -> bytes | None:
 
 
 def _draw(figure: Any, plot: Plot) -> None:
+    if plot.kind == "panels":
+        _panels(figure, plot)
+        return
     axes = figure.add_subplot()
     style(axes)
     if plot.kind == "bars":
@@ -77,6 +81,26 @@ def _bars(axes: Any, plot: Plot) -> None:
         )
     slanted = len(labels) > _LEVEL_LABELS
     axes.set_xticks(range(len(labels)), labels, rotation=30 if slanted else 0, ha="right" if slanted else "center")
+
+
+def _panels(figure: Any, plot: Plot) -> None:
+    """A panel per series, side by side; the labels of the bars stand at the first, from top to bottom."""
+    panels = figure.subplots(1, len(plot.series), sharey=True, squeeze=False)[0]
+    for index, (axes, series) in enumerate(zip(panels, plot.series, strict=True)):
+        style(axes)
+        places = list(range(len(series.x)))
+        axes.barh(places, _gaps(series), 0.65, color=COLOURS[index % len(COLOURS)])
+        known = [value for value in series.y if value is not None]
+        axes.set_xlim(0, 1.5 * max(known, default=1.0))
+        for place, value in zip(places, series.y, strict=True):
+            text = "not measured" if value is None else f" {format_value(value, series.unit)}"
+            axes.annotate(text, (value or 0, place), va="center", color=INK, fontsize=9)
+        axes.set_yticks(places, [str(x) for x in series.x])
+        axes.set_xticks([])
+        axes.grid(visible=False)
+        axes.spines["bottom"].set_visible(False)
+        axes.set_title(series.label, color=INK, fontsize=10, loc="left")
+    panels[0].invert_yaxis()
 
 
 def _gaps(series: Series) -> list[float]:

@@ -19,6 +19,7 @@ import click
     show_default=True,
     help="What to do with values too large for the dtype.",
 )
+@click.option("--rope-scaling", metavar="KIND:FACTOR", help="Stretch positions: yarn:2.0, linear:4, dynamic:2.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with weights_only=True.")
 @click.option("--kv-heads", type=int, help="Merge key-value heads to this number per layer; 1 is MQA.")
 @click.option("--gqa-method", type=click.Choice(["svd", "mean", "first"]), default="svd", show_default=True)
@@ -62,7 +63,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     """The recipe's sections that the options of a plain conversion stand for."""
     return {
         "allow_pickle": options["allow_pickle"],
-        "convert": {"dtype": options["dtype"], "overflow": options["overflow"]},
+        "convert": {key: options[key] for key in ("dtype", "overflow", "rope_scaling")},
     }
 
 

@@ -20,6 +20,11 @@ import click
 @click.option("--max-bytes", metavar="SIZE", help="Fail if the weight files are larger, 4GB for example.")
 @click.option("--html", "html_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the page here.")
 @click.option("--generation", is_flag=True, help="Generate greedily, and compare with the original's text.")
+@click.option("--attention", metavar="NAMES", help="Compare attention backends: eager,math,flash,flash_attention_2.")
+@click.option("--attention-lengths", metavar="TOKENS", help="Prompt lengths for that, 512,2048,8192 for example.")
+@click.option("--positions", is_flag=True, help="Perplexity by position, up to the trained length and beyond.")
+@click.option("--positions-window", type=int, help="Tokens per window for that; twice the trained length by default.")
+@click.option("--memory", is_flag=True, help="The KV cache and the memory ladder, computed and measured.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report here.")
 def validate(model: str, reference: str | None, json_file: Path | None, html_file: Path | None, **options: Any) -> None:
@@ -43,6 +48,7 @@ def validate(model: str, reference: str | None, json_file: Path | None, html_fil
     if options["text"] is not None:
         keys = ("window", "max_windows", "max_increase")
         settings["perplexity"] = {"dataset": options["text"], **{key: options[key] for key in keys}}
+    settings |= _long_inputs(options)
     recipe = make_recipe({"model": model, "validate": settings, "device": options["device"]}, "validate")
     report = validate_model(recipe, reference, progress=console_progress())
     if json_file is not None:
@@ -51,3 +57,24 @@ def validate(model: str, reference: str | None, json_file: Path | None, html_fil
         write_file(html_file, render_html(report).encode())
     print_report(report)
     require_passed(report.checks, blame(report))
+
+
+def _long_inputs(options: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's settings for attention backends, positions and memory."""
+    found: dict[str, Any] = {"memory": options["memory"]}
+    if options["attention"] is not None:
+        found["attention"] = {"backends": [name.strip() for name in options["attention"].split(",")]}
+        if options["attention_lengths"] is not None:
+            found["attention"]["lengths"] = _numbers(options["attention_lengths"])
+    elif options["attention_lengths"] is not None:
+        raise click.UsageError("--attention-lengths goes with --attention")
+    if options["positions"] or options["positions_window"] is not None:
+        found["positions"] = {"window": options["positions_window"]}
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part.replace("_", "")) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--attention-lengths {text}: expected numbers of tokens with commas between") from None

@@ -40,7 +40,8 @@ def test_the_documented_recipe_is_understood() -> None:
     assert recipe.quantize.overrides[0].scheme == Scheme(8, 128)
     assert recipe.validation is not None and recipe.validation.perplexity is not None
     assert recipe.validation.perplexity.max_increase == pytest.approx(0.05)
-    assert recipe.validation.generation is not None and recipe.validation.attention == ("eager", "flash")
+    assert recipe.validation.generation is not None and recipe.validation.attention is not None
+    assert recipe.validation.attention.backends == ("eager", "flash")
     assert recipe.publish is not None and recipe.publish.private
 
 

@@ -168,7 +168,6 @@ def test_converting_alone(write_recipe: Any) -> None:
     [
         (["quantize.scheme=w4a16-g48"], SchemeError, "48"),
         (["attention.kv_heads=3"], UnsupportedError, "cannot be merged to 3: .*possible: 1"),
-        (["validate.attention=[eager]"], UnsupportedError, "validate.attention"),
         (["calibrate.dataset=missing.txt"], DatasetError, "missing.txt"),
         (["validate.perplexity.dataset=missing.txt"], DatasetError, "missing.txt"),
         (["publish.to=file:."], OutputError, "not empty"),

@@ -1,0 +1,286 @@
+"""The memory ladder: what this model needs in float32, bfloat16, 8 and 4 bits, to load and to run, and what fits where.
+
+Computed figures are the weights, the cache of one sequence, the activations of reading it in one piece with flash
+attention, and what an interpreter with its libraries takes. Measured ones are the peak resident memory of a process
+that loads the model with transformers and reads a prompt; it keeps 32 and 16 bits as they are, and unpacks fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmconvert.checkpoint import Checkpoint
+from llmconvert.convert.inspection import describe_model, text_config
+from llmconvert.convert.kv_cache import CacheLayout, cache_layout, kv_head_count
+from llmconvert.engine.memory import BASE_NBYTES, available_nbytes
+from llmconvert.validate.backends import best_backend
+from llmconvert.validate.display import format_bytes
+from llmconvert.validate.isolated import UnmeasuredError, run_isolated
+from llmconvert.validate.measurement import Subject
+from llmconvert.validate.report import Check
+from llmconvert.validate.rungs import Rung, rungs_section
+from llmconvert.validate.section import Cell, Column, Section
+
+__all__ = ["CARDS", "MemoryLadder", "MemoryNeed", "memory_needs"]
+
+#: Memory sizes to fit into, in GB of 10⁹ bytes.
+CARDS = (8, 16, 24, 48, 80)
+# Numbers held per token while a block runs: residuals, norms in float32 and projections; gate, up and their product.
+_RESIDUAL_WIDTHS, _MLP_WIDTHS = 8, 6
+_TIMEOUT = 1800.0
+_USABLE = 0.8
+_SHOWN_CONTEXT = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """Computed needs of one model in one weight format.
+
+    Attributes:
+        weights: dtype or scheme.
+        kv_heads: per layer.
+        weight_bytes: of all weights.
+        itemsize: bytes of a number in the cache and in activations.
+        layout: of the cache.
+        token_bytes: of activations, per token that is read.
+    """
+
+    weights: str
+    kv_heads: int
+    weight_bytes: int
+    itemsize: int
+    layout: CacheLayout
+    token_bytes: int
+
+    def running(self, context: int, batch: int = 1) -> int:
+        """Bytes to read a prompt of ``context`` tokens and write on, interpreter included."""
+        cache = self.layout.nbytes(context, batch, self.itemsize)
+        return BASE_NBYTES + self.weight_bytes + cache + batch * context * self.token_bytes
+
+    def longest(self, nbytes: int, limit: int) -> int:
+        """The longest context that fits ``nbytes``, ``limit`` at most; 0 if the weights alone don't."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.running(middle) <= nbytes:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def memory_needs(checkpoint: Checkpoint, kv_heads: int | None = None) -> list[MemoryNeed]:
+    """One need per weight format, widest first.
+
+    Args:
+        checkpoint: dense.
+        kv_heads: another number of key-value heads than its own, for what would be; weights are taken as they are.
+    """
+    summary = describe_model(checkpoint)
+    config = text_config(checkpoint.config)
+    heads = kv_heads or kv_head_count(config)
+    widths = _RESIDUAL_WIDTHS * summary.hidden_size + _MLP_WIDTHS * _intermediate(config)
+    needs = []
+    for weights, nbytes in summary.weight_bytes.items():
+        itemsize = 4 if weights == "float32" else 2
+        layout = cache_layout(config, heads)
+        needs.append(MemoryNeed(weights, heads, nbytes, itemsize, layout, widths * itemsize))
+    return needs
+
+
+def _intermediate(config: Any) -> int:
+    for name in ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"):
+        width = getattr(config, name, None)
+        if isinstance(width, int):
+            active = getattr(config, "num_experts_per_tok", None) if name.startswith("moe") else None
+            return width * int(active or 1)
+    return 4 * int(config.hidden_size)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLadder:
+    """The measurement.
+
+    Attributes:
+        contexts: tokens to read and keep.
+        measured: dtypes to load and run for real, and
+        measured_contexts: how far.
+        memory: bytes that may be taken; 80 % of what is free by default.
+    """
+
+    contexts: tuple[int, ...] = (2048, 8192, 32768)
+    measured: tuple[str, ...] = ("float32", "bfloat16")
+    measured_contexts: tuple[int, ...] = (2048, 8192)
+    memory: int | None = None
+
+    def require(self) -> None:
+        """Nothing is needed."""
+
+    def measure(self, subject: Subject) -> list[Check]:
+        """One check, the artifact's need at the longest context, with the ladder, what fits, and what was measured."""
+        needs = self._needs(subject)
+        limit = describe_model(subject.dense).context or max(self.contexts)
+        measured, reasons = self._run(subject, [need for need in needs if need.weights in self.measured])
+        rungs = _rungs(subject)
+        sections = [
+            rungs_section("memory-ladder", rungs, _SHOWN_CONTEXT),
+            self._computed_section(needs),
+            _fits_section(needs, limit),
+        ]
+        if measured or reasons:
+            sections.append(_measured_section(measured, reasons))
+        return [
+            Check(
+                name="memory.cache_and_weights",
+                label=f"Weights and cache at {_SHOWN_CONTEXT:,} tokens",
+                value=rungs[-1].weight_bytes + rungs[-1].cache_bytes,
+                reference=rungs[1].weight_bytes + rungs[1].cache_bytes if len(rungs) > 2 else None,
+                unit="bytes",
+                detail={
+                    "text": "computed from tensors and the cache's formula",
+                    "rungs": [rung.to_mapping() for rung in rungs],
+                    "measured": measured,
+                    "not_measured": reasons,
+                },
+                sections=tuple(sections),
+            )
+        ]
+
+    def _needs(self, subject: Subject) -> list[MemoryNeed]:
+        """Of the original, then of the artifact if it has another cache."""
+        needs = memory_needs(subject.dense)
+        if subject.original is None:
+            return needs
+        before = memory_needs(subject.original)
+        return [*before, *needs] if before[0].layout != needs[0].layout else before
+
+    def _run(self, subject: Subject, needs: Sequence[MemoryNeed]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Load the artifact in each dtype and read prompts, each in its own process."""
+        heads = kv_head_count(text_config(subject.dense.config))
+        config = text_config(subject.dense.config)
+        measured: list[dict[str, Any]] = []
+        reasons: list[str] = []
+        wanted = [(need, context) for need in needs if need.kv_heads == heads for context in self.measured_contexts]
+        with subject.progress.task("memory ladder", max(1, len(wanted))) as task:
+            for need, context in wanted:
+                dtype = getattr(torch, need.weights)
+                try:
+                    found = self._point(subject, need, context, best_backend(config, subject.device, dtype))
+                    measured.append(
+                        {"weights": need.weights, "tokens": context, "computed": need.running(context), **found}
+                    )
+                except UnmeasuredError as error:
+                    reasons.append(f"{need.weights}, {context:,} tokens: {error}")
+                task.advance(1, f"{need.weights}, {context:,} tokens")
+        return measured, reasons
+
+    def _point(self, subject: Subject, need: MemoryNeed, context: int, backend: str) -> dict[str, Any]:
+        summary = describe_model(subject.dense)
+        if summary.positions.startswith("learned") and summary.context and context > summary.context:
+            raise UnmeasuredError(f"the model has learned {summary.context:,} positions")
+        cuda = subject.device.type == "cuda"
+        free = torch.cuda.mem_get_info(subject.device)[0] if cuda else available_nbytes()
+        budget = self.memory if self.memory is not None else int(_USABLE * free)
+        if need.running(context) > budget:
+            raise UnmeasuredError(f"needs about {need.running(context):,} bytes, {budget:,} may be used")
+        found: dict[str, Any] = run_isolated(
+            "llmconvert.validate.prefill:measure_prefill",
+            {
+                "directory": str(subject.artifact),
+                "backend": backend,
+                "length": context,
+                "device": str(subject.device),
+                "dtype": need.weights,
+                "cache": True,
+                "limit": None if cuda else budget,
+            },
+            timeout=_TIMEOUT,
+        )
+        return found
+
+    def _computed_section(self, needs: Sequence[MemoryNeed]) -> Section:
+        rows: list[tuple[Cell, ...]] = []
+        for need in needs:
+            running = (float(need.running(context)) for context in self.contexts)
+            rows.append((need.weights, float(need.kv_heads), float(BASE_NBYTES + need.weight_bytes), *running))
+        return Section(
+            name="memory-computed",
+            title="Memory to load and to run",
+            text="Computed, none of it measured: weights, cache and activations of one sequence read in one piece with "
+            f"flash attention, and {format_bytes(BASE_NBYTES)} for the interpreter.",
+            columns=(
+                Column(heading="weights"),
+                Column(heading="KV heads"),
+                Column(heading="load", unit="bytes"),
+                *(Column(heading=f"{context:,} tokens", unit="bytes") for context in self.contexts),
+            ),
+            rows=tuple(rows),
+        )
+
+
+def _fits_section(needs: Sequence[MemoryNeed], limit: int) -> Section:
+    return Section(
+        name="memory-fits",
+        title="The longest context that fits",
+        text=f"Computed, for one sequence; the config allows {limit:,} tokens. 0: the weights don't fit.",
+        columns=(
+            Column(heading="weights"),
+            Column(heading="KV heads"),
+            *(Column(heading=f"{size} GB", unit="tokens") for size in CARDS),
+        ),
+        rows=tuple(
+            (need.weights, float(need.kv_heads), *(float(need.longest(size * 10**9, limit)) for size in CARDS))
+            for need in needs
+        ),
+    )
+
+
+def _measured_section(measured: Sequence[Mapping[str, Any]], reasons: Sequence[str]) -> Section:
+    methods = sorted({str(found["method"]) for found in measured})
+    return Section(
+        name="memory-measured",
+        title="Memory, measured",
+        text=f"A process of its own per row: {', '.join(methods) or 'nothing could be run'}. "
+        "transformers unpacks weights of fewer bits, so only these formats show in its memory."
+        + "".join(f" Not run: {reason}." for reason in reasons),
+        columns=(
+            Column(heading="weights"),
+            Column(heading="tokens", unit="tokens"),
+            Column(heading="loaded", unit="bytes"),
+            Column(heading="cache", unit="bytes"),
+            Column(heading="peak", unit="bytes"),
+            Column(heading="computed", unit="bytes"),
+        ),
+        rows=tuple(
+            (
+                str(found["weights"]),
+                float(found["tokens"]),
+                float(found["loaded_bytes"]),
+                float(found["cache_bytes"]),
+                float(found["peak_bytes"]),
+                float(found["computed"]),
+            )
+            for found in measured
+        ),
+    )
+
+
+def _rungs(subject: Subject) -> list[Rung]:
+    """float32, the original as it is, and the artifact, with the perplexities that were measured before."""
+    perplexity = next((check for check in subject.checks if check.name == "perplexity"), None)
+    found = []
+    base = subject.original if subject.original is not None else subject.dense
+    wide = memory_needs(base)[0]
+    found.append(Rung("float32", wide.weight_bytes, wide.layout.nbytes(_SHOWN_CONTEXT, 1, 4), None))
+    if subject.reference is not None:
+        layout = cache_layout(text_config(subject.reference.config))
+        before = perplexity.reference if perplexity is not None else None
+        found.append(Rung("original", subject.reference.nbytes, layout.nbytes(_SHOWN_CONTEXT), before))
+    layout = cache_layout(text_config(subject.stored.config))
+    after = perplexity.value if perplexity is not None else None
+    found.append(Rung("artifact", subject.stored.nbytes, layout.nbytes(_SHOWN_CONTEXT), after))
+    return found
