@@ -19,6 +19,7 @@ from llmconvert.engine.skeleton import build_config, build_meta_model
 from llmconvert.errors import LlmconvertError
 from llmconvert.validate.isolated import UnmeasuredError
 from llmconvert.validate.measurement import Subject
+from llmconvert.validate.positions import position_limit
 from llmconvert.validate.prefill import cache_nbytes
 from llmconvert.validate.report import Check
 from llmconvert.validate.section import Column, Section
@@ -76,9 +77,11 @@ class CacheCheck:
         rows: list[tuple[float | str | None, ...]] = []
         wrong: list[str] = []
         reason = ""
+        limit = position_limit(subject.stored)
+        contexts = [context for context in self.contexts if limit is None or context <= limit]
         for dtype, itemsize in CACHE_DTYPES.items():
             for batch in self.batches:
-                for context in self.contexts:
+                for context in contexts:
                     computed = layout.nbytes(context, batch, itemsize)
                     try:
                         measured = measured_cache_nbytes(subject.dense.config, context, batch, dtype)
@@ -94,6 +97,8 @@ class CacheCheck:
         summary = describe_model(subject.stored)
         heads = f"{summary.attention}, {summary.query_heads} query heads over {summary.kv_heads} key-value heads"
         text = heads
+        if len(contexts) < len(self.contexts):
+            text += f"; contexts beyond the model's {limit:,} positions are left out"
         if wrong:
             text += f"; the cache of transformers is not what the formula says: {wrong[0]}"
         if reason:
@@ -104,6 +109,7 @@ class CacheCheck:
                 label="KV cache per token, 16 bits",
                 value=layout.bytes_per_token(),
                 reference=_reference(subject),
+                ok=not wrong,
                 unit="bytes",
                 detail={"text": text, "differences": wrong, "attention": summary.attention},
                 sections=(_section(heads, rows, layout),),
