@@ -67,10 +67,10 @@ def trained_length(checkpoint: Checkpoint) -> int | None:
     """Tokens per input in training, as far as the config says: what it allows, or allowed before it was scaled."""
     rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
     rope = rope.get("full_attention", rope) if isinstance(rope, dict) else {}
-    context = describe_model(checkpoint).context
-    original = rope.get("original_max_position_embeddings")
+    context: int | None = describe_model(checkpoint).context
+    original: Any = rope.get("original_max_position_embeddings")
     if isinstance(original, int):
-        return original
+        return int(original)
     if rope.get("rope_type") == "linear" and context:
         return round(context / rope["factor"])
     return context
