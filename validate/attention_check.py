@@ -30,6 +30,8 @@ class AttentionCheck:
 
     def measure(self, subject: Subject) -> list[Check]:
         """A check per backend, one for greedy tokens, one for memory, with tables and plots over the length."""
+        if not subject.loadable:
+            return [_not_run("the artifact is GGUF, whose runtime has attention of its own")]
         windows = subject.windows.windows if subject.windows is not None else ()
         result = measure_attention(
             subject.artifact, self.options, windows, device=subject.device, progress=subject.progress
@@ -108,6 +110,10 @@ def _generation_check(name: str, found: dict[str, Any]) -> Check:
         detail={"text": text, **found},
         sections=(section,) if rows else (),
     )
+
+
+def _not_run(reason: str) -> Check:
+    return Check(name="attention.flash.memory", quiet=True, detail={"text": f"attention backends: not run: {reason}"})
 
 
 def _memory_check(result: AttentionResult, options: AttentionOptions) -> Check:

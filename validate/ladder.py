@@ -180,6 +180,8 @@ class MemoryLadder:
 
     def _point(self, subject: Subject, need: MemoryNeed, context: int, backend: str) -> dict[str, Any]:
         summary = describe_model(subject.dense)
+        if not subject.loadable:
+            raise UnmeasuredError("the artifact is GGUF, which transformers does not run as it is")
         if summary.positions.startswith("learned") and summary.context and context > summary.context:
             raise UnmeasuredError(f"the model has learned {summary.context:,} positions")
         cuda = subject.device.type == "cuda"

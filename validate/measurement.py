@@ -52,6 +52,11 @@ class Subject:
     progress: Progress = SILENT
     checks: tuple[Check, ...] = ()
 
+    @property
+    def loadable(self) -> bool:
+        """Whether the artifact is a directory that transformers reads, and not a GGUF file."""
+        return (self.artifact / "config.json").exists()
+
 
 class Measurement(Protocol):
     """Something to measure on every artifact."""

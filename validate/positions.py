@@ -121,6 +121,9 @@ class PositionsCheck:
     def measure(self, subject: Subject) -> list[Check]:
         """One check with the curve, of the original too if it is a directory that reads the same tokens."""
         summary = describe_model(subject.stored)
+        if not subject.loadable:
+            text = "not measured: the artifact is GGUF, which transformers does not run as it is"
+            return [_check(None, None, {"text": text, "positions": summary.positions}, ())]
         trained = trained_length(subject.stored)
         notes: list[str] = []
         length = self._length(subject, summary, trained, notes)

@@ -13,6 +13,8 @@ from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.quantize.reader import open_dense
 from llmconvert.validate import ladder
+from llmconvert.validate.attention import AttentionOptions
+from llmconvert.validate.attention_check import AttentionCheck
 from llmconvert.validate.isolated import UnmeasuredError
 from llmconvert.validate.ladder import MemoryLadder, memory_needs
 from llmconvert.validate.measurement import Subject
@@ -107,3 +109,11 @@ def test_the_picture_says_what_was_not_measured() -> None:
     assert section.rows[1] == ("W4", 100.0, 4.0, "12.50")
     picture = section_plot(section, "svg")
     assert picture is not None and b"not measured" in picture and b"12.50" in picture and b"400 B" in picture
+
+
+def test_a_gguf_artifact_is_computed_and_not_run(mha: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Subject, "loadable", property(lambda self: False))
+    check = measure(mha, MemoryLadder(measured_contexts=(64,)))
+    assert check.ok and check.value and "GGUF" in check.detail["not_measured"][0]
+    (attention,) = AttentionCheck(AttentionOptions()).measure(Subject(mha, *[None] * 5, torch.device("cpu")))  # type: ignore[arg-type]
+    assert attention.ok and attention.value is None and "GGUF" in attention.text
