@@ -57,7 +57,7 @@ RUNTIMES: Sequence[Runtime] = (
         "transformers 5.23.0, bitsandbytes 0.50.2",
         "bitsandbytes",
         ("nf4", "nf4-dq", "w8a8"),
-        "needs `accelerate`; on CPU its kernels compute in bfloat16",
+        "needs `accelerate`",
     ),
     Runtime(
         "vLLM on CPU",

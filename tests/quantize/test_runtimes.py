@@ -37,6 +37,6 @@ def test_readme_shows_what_the_tests_run() -> None:
         script = (ROOT / "tests" / "readers" / "runtimes" / f"run_{name}.py").read_text()
         call = re.search(r"= (\w+(?:\.\w+)?)\((?:model=)?directory", script)
         assert call is not None
-        lines = re.search(rf"(from \S+ import {call[1].split('.')[0]})\n\w+ = {re.escape(call[1])}\(", readme)
+        lines = re.search(rf"(from \S+ import {call[1].split('.')[0]})\n+\w+ = {re.escape(call[1])}\(", readme)
         assert lines is not None, name
         assert re.search(rf"from {lines[1].split()[1]} import .*{call[1].split('.')[0]}", script), name
