@@ -17,7 +17,7 @@ from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.statistics import hessian_nbytes
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
 from llmconvert.quantize.base import BlockQuantizer, Quantizer, check_method
-from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.formats.base import Format, check_format
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = ["Override", "QuantizationPlan", "plan_quantization", "work_nbytes"]
@@ -69,7 +69,7 @@ def plan_quantization(
     """
     for used in {scheme, *(override.scheme for override in overrides if override.scheme)}:
         check_method(method, used)
-        layout.check(used)
+        check_format(layout, used)
     _check_architecture(skeleton)
     linears = {name: module for block in skeleton.linears for name, module in block.items()}
     assigned = {name: _assigned(name, scheme, overrides) for name in linears}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.base import METHODS, needs_calibration
-from llmconvert.quantize.formats.base import FORMATS, load_format
+from llmconvert.quantize.formats.base import FORMATS, check_format, load_format
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.gguf import GGUF, IMATRIX, calibrates, gguf_contradictions
 from llmconvert.recipes.recipe import Recipe
@@ -55,7 +55,7 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             schemes.append((("quantize", "overrides", index, "scheme"), override.scheme))
     for path, scheme in schemes:
         try:
-            format_.check(scheme)
+            check_format(format_, scheme)
         except UnsupportedError as error:
             yield path, f"{'.'.join(map(str, path))}: {error}"
 

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from quantized import random_tensor
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.formats.base import FORMATS, Format, load_format
+from llmconvert.quantize.formats.base import FORMATS, Format, check_format, load_format
 from llmconvert.quantize.scheme import Scheme
 
 WEIGHT_ONLY = [
@@ -85,7 +85,7 @@ def test_tensors_look_as_announced(name: str, scheme: Scheme, dtype: torch.dtype
 def test_packing_saves_what_the_bits_promise(name: str, scheme: Scheme) -> None:
     layout = load_format(name)
     packed = layout.pack("a.b", random_tensor(scheme, 64, 256, layout.scale_dtype(scheme, torch.bfloat16)))
-    beside = ("scale", "zero", "g_idx")
+    beside = ("scale", "zero", "g_idx", "SCB", "weight_format")
     weight = sum(tensor.nbytes for name, tensor in packed.items() if not any(part in name for part in beside))
     assert weight <= 64 * 256 * scheme.bits / 8 + 16
 
@@ -112,6 +112,20 @@ def test_kinds_that_compressed_tensors_has_no_layout_for() -> None:
     for name, message in (("nf4", "no nf4; format bitsandbytes has"), ("w8a8-g64-fp8", "one scale per channel only")):
         with pytest.raises(UnsupportedError, match=message):
             layout.check(Scheme.parse(name))
+
+
+@pytest.mark.parametrize(
+    ("layout", "scheme", "able"),
+    [
+        ("awq", "w3a16-g64", "compressed-tensors, gptq"),
+        ("gptq", "nf4", "bitsandbytes"),
+        ("gptq", "w8a8", "compressed-tensors, bitsandbytes"),
+        ("compressed-tensors", "w4a8-g32", "none"),
+    ],
+)
+def test_a_refusal_names_the_formats_that_hold_the_scheme(layout: str, scheme: str, able: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"formats that hold {Scheme.parse(scheme)}: {able}$"):
+        check_format(load_format(layout), Scheme.parse(scheme))
 
 
 def test_unknown_formats_are_refused_with_those_there_are() -> None:
