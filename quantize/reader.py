@@ -33,6 +33,27 @@ def open_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Chec
     return QuantizedView(checkpoint, declared, dtype) if declared else checkpoint
 
 
+class _LastRead(CheckpointView):
+    """Keeps the tensors of one linear that were read whole: dense rows come in slices, and may be stored as columns."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        super().__init__(base)
+        self._linear = ""
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def of(self, linear: str) -> Checkpoint:
+        """The checkpoint, about to be read for this linear; what was kept of another one is let go."""
+        if linear != self._linear:
+            self._linear, self._tensors = linear, {}
+        return self
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        kept = self._tensors
+        if name not in kept:
+            kept[name] = super().__getitem__(name)
+        return kept[name]
+
+
 class QuantizedView(CheckpointView):
     """A quantized checkpoint as dense weights.
 
@@ -44,6 +65,7 @@ class QuantizedView(CheckpointView):
 
     def __init__(self, base: Checkpoint, declared: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
         super().__init__(base)
+        self._last = _LastRead(base)
         self.config = {key: value for key, value in base.config.items() if key != "quantization_config"}
         self.files = {name: content for name, content in base.files.items() if name not in _QUANTIZER_FILES}
         #: Weight name → its quantized linear.
@@ -83,4 +105,4 @@ class QuantizedView(CheckpointView):
         dtype = self.infos[name].dtype
         if stop <= start:
             return torch.empty((0, found.shape[1]), dtype=dtype)
-        return found.read_rows(self.base, start, stop, dtype)
+        return found.read_rows(self._last.of(found.linear), start, stop, dtype)

@@ -188,7 +188,7 @@ def test_bitsandbytes_8_bits(tiny: Tiny, tmp_path: Path) -> None:
 
 
 FORMATS = [("w4a16-g32", "gptq"), ("w3a16-g32-asym", "gptq"), ("w8a16-channel", "gptq"), ("w4a16-g32-asym", "awq")]
-FORMATS += [("w4a16-g32", "compressed-tensors")]
+FORMATS += [("w4a16-g32", "compressed-tensors"), ("w8a8", "bitsandbytes")]
 
 
 @pytest.mark.parametrize(("scheme", "layout"), FORMATS)
