@@ -88,6 +88,19 @@ def logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def random_layer(kv_heads: int = 4, ratio: int = 2, dim: int = 4, inputs: int = 12, seed: int = 0) -> LayerWeights:
+    """A layer in float64 whose heads have nothing in common."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    heads = kv_heads * ratio
+    return LayerWeights(
+        normal(heads, dim, inputs), normal(kv_heads, dim, inputs), normal(kv_heads, dim, inputs), normal(heads, 10, dim)
+    )
+
+
 def _named(geometry: AttentionGeometry, copies: int) -> tuple[Projections, ...]:
     """Projections with a norm for every copy, where heads have modules of their own."""
     if geometry.norm is None or geometry.norm.weights != "modules":

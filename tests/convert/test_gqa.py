@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from disguised_heads import disguise, grouped_model, logits
+from disguised_heads import disguise, grouped_model, logits, random_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -173,18 +173,6 @@ def test_layouts_of_one_head_or_all_reach_multi_query(kind: str, tmp_path: Path)
     write_merged(wide, tmp_path / "merged", 1)
     torch.testing.assert_close(
         logits(tmp_path / "merged", window), expected, rtol=0, atol=5e-5 * float(expected.abs().max())
-    )
-
-
-def random_layer(kv_heads: int = 4, ratio: int = 2, dim: int = 4, inputs: int = 12, seed: int = 0) -> LayerWeights:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    heads = kv_heads * ratio
-    return LayerWeights(
-        normal(heads, dim, inputs), normal(kv_heads, dim, inputs), normal(kv_heads, dim, inputs), normal(heads, 10, dim)
     )
 
 
