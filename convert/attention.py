@@ -72,6 +72,7 @@ class AttentionGeometry:
         fusion: how query, key and value share tensors.
         multi_query_only: whether the layout holds either one key-value head or as many as there are query heads.
         norm: of queries and keys after the projection, or None.
+        plain: whether projections are torch's own linear layers.
         movable: whether heads may change places; not where a query head has a slope (ALiBi) or a sink of its own.
         projections: per layer.
     """
@@ -85,6 +86,7 @@ class AttentionGeometry:
     fusion: Fusion
     multi_query_only: bool
     norm: Norm | None
+    plain: bool
     movable: bool
     projections: tuple[Projections, ...]
 
@@ -125,6 +127,7 @@ def read_geometry(checkpoint: Checkpoint) -> AttentionGeometry:
         fusion=family.fusion,
         multi_query_only=_multi_query_only(config),
         norm=norm,
+        plain=family.plain,
         movable=not (getattr(config, "alibi", False) or family.sinks),
         projections=_projections(checkpoint, family, layers, norm, (heads, kv_heads)),
     )

@@ -52,6 +52,7 @@ class Family:
         norm: of queries and keys.
         switched_norm: ``norm`` applies only where this key of the config is true.
         sinks: whether query heads carry numbers of their own, so that they have to keep their places.
+        plain: whether projections are torch's own linear layers; through others no calibration text is run.
         forbidden: keys of the config that must be unset or false, see :data:`FORBIDDEN`.
     """
 
@@ -65,6 +66,7 @@ class Family:
     norm: Norm | None = None
     switched_norm: str | None = None
     sinks: bool = False
+    plain: bool = True
     forbidden: tuple[str, ...] = ()
 
 
@@ -87,6 +89,7 @@ FAMILIES: Mapping[str, Family] = {
         value="query_key_value",
         output="dense",
         fusion="grouped",
+        plain=False,
     ),
     "flex_olmo": _LAYER_NORM,
     "gemma": _LLAMA,

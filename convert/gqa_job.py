@@ -145,6 +145,7 @@ def convert_attention(
     check_output_directory(output)
     require_dense(source, "the source")
     view = MergedAttention(source, kv_heads, chosen)
+    calibrated = bool(windows) and view.geometry.plain
     settings = options or (RefitOptions() if refit else RefitOptions(outputs=False, logits=False))
     layout = plan_layout(
         (TensorSpec(info.name, info.dtype, info.shape) for info in view.infos.values()), max_shard_bytes
@@ -155,7 +156,7 @@ def convert_attention(
         work = staging_directory(output) / _WORK
         work.mkdir()
         with TensorWriter(staging, layout) as writer, progress.task("Merging attention", view.geometry.layers) as task:
-            if windows:
+            if calibrated:
                 solved = stream_merge(source, kv_heads, chosen, windows, settings, device or torch.device("cpu"), work)
                 with closing(solved):
                     layers = [_write_refitted(writer, layer, task) for layer in solved]
@@ -182,7 +183,7 @@ def convert_attention(
             geometry,
             method,
             [layer.symmetric for layer in layers],
-            calibrated=bool(windows),
+            calibrated=calibrated,
             refit=settings.logits,
         ),
         nbytes=layout.nbytes,
@@ -233,8 +234,10 @@ def _left_out(
     geometry: AttentionGeometry, method: str, symmetric: Sequence[bool], *, calibrated: bool, refit: bool
 ) -> tuple[str, ...]:
     notes = []
+    if not geometry.plain:
+        notes.append(f"{geometry.model_type}'s projections are no plain linear layers: no text can be run through them")
     if not calibrated:
-        notes.append("no calibration text: merged by the weights alone, nothing refitted")
+        notes.append("no calibration text used: merged by the weights alone, nothing refitted")
     if geometry.norm is not None:
         where = "over whole layers" if geometry.norm.scope == "layer" else "per head"
         notes.append(f"queries and keys are normalized {where}: {_norm_note(geometry, method, symmetric)}")

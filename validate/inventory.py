@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,10 @@ from typing import Literal
 import torch
 
 from llmconvert.checkpoint import DTYPE_NAMES, Checkpoint, is_weight_file
+from llmconvert.convert.attention import read_geometry
 from llmconvert.convert.gguf import GgufCheckpoint
+from llmconvert.convert.gqa_view import MergedAttention
+from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
 
 __all__ = ["Inventory", "Sizes", "Status", "TensorRecord", "bits_per_weight", "measure_sizes", "take_inventory"]
@@ -85,10 +88,10 @@ def take_inventory(
     """
     records: list[TensorRecord] = []
     problems: list[str] = []
-    heads_change = _kv_heads(source) != _kv_heads(dense)
+    merged = _merged_shapes(source, dense)
     with progress.task("inventory", len(source)) as task:
         for name in source:
-            record, problem = _account(name, source, stored, dense, heads_change)
+            record, problem = _account(name, source, stored, dense, merged)
             records.append(record)
             problems.extend(problem)
             task.advance(1, name)
@@ -99,7 +102,11 @@ def take_inventory(
 
 
 def _account(
-    name: str, source: Checkpoint, stored: Checkpoint, dense: Checkpoint, heads_change: bool
+    name: str,
+    source: Checkpoint,
+    stored: Checkpoint,
+    dense: Checkpoint,
+    merged: Mapping[str, tuple[int, ...]] | None,
 ) -> tuple[TensorRecord, list[str]]:
     """The record of one source tensor, and what is wrong with it in words."""
     info = source.infos[name]
@@ -108,12 +115,15 @@ def _account(
         twin = _tied_to(name, source, dense)
         if twin is not None:
             return TensorRecord(name, "tied", info.shape, dtype, 0.0), []
+        if merged is not None and name not in merged:  # went with its head
+            return TensorRecord(name, "merged", info.shape, dtype, None), []
         return TensorRecord(name, "dropped", info.shape, dtype, None), [f"{name} is missing from the artifact"]
     shape = dense.infos[name].shape
     if shape != info.shape:
-        status: Status = "merged" if heads_change else "reshaped"
-        expected = f"{name} has shape {list(shape)}, the source {list(info.shape)}"
-        return TensorRecord(name, status, shape, dtype, None), [] if heads_change else [expected]
+        if merged is not None and shape == merged[name]:
+            return TensorRecord(name, "merged", shape, dtype, None), []
+        problem = [f"{name} has shape {list(shape)}, the source {list(info.shape)}"]
+        return TensorRecord(name, "reshaped", shape, dtype, None), problem
     error = _relative_error(name, source, dense)
     if not math.isfinite(error):
         problem = [f"{name} holds values that are not finite, or is not zero where the source is"]
@@ -125,9 +135,15 @@ def _account(
     return TensorRecord(name, "changed" if error > _CAST_ERROR else "cast", shape, dtype, error), []
 
 
-def _kv_heads(checkpoint: Checkpoint) -> object:
-    config = checkpoint.config.get("text_config", checkpoint.config)
-    return config.get("num_key_value_heads", config.get("num_attention_heads"))
+def _merged_shapes(source: Checkpoint, dense: Checkpoint) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of the source's tensors with as many key-value heads as the artifact has; None if it has no fewer."""
+    try:
+        kv_heads = read_geometry(dense).kv_heads
+        if kv_heads >= read_geometry(source).kv_heads:
+            return None
+        return {name: info.shape for name, info in MergedAttention(source, kv_heads).infos.items()}
+    except (UnsupportedError, CheckpointError):
+        return None  # heads that can't be read weren't merged
 
 
 def _tied_to(name: str, source: Checkpoint, dense: Checkpoint) -> str | None:

@@ -54,7 +54,7 @@ def heads_of(directory: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "falcon"])  # which is not quantized yet
 def test_fewer_heads_then_four_bits_in_one_run(kind: str, write_recipe: Any, tmp_path: Path) -> None:
     model = family_model(tmp_path / "model", kind)
     recipe = write_recipe(
@@ -77,16 +77,18 @@ def test_fewer_heads_then_four_bits_in_one_run(kind: str, write_recipe: Any, tmp
     assert "perplexity" in checks and checks["inventory"].ok
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "olmo2", "phi3"])
+@pytest.mark.parametrize("kind", ["qwen3", "olmo2", "phi3", "falcon"])
 def test_the_command_writes_a_plain_checkpoint(kind: str, texts: tuple[Path, Path], tmp_path: Path) -> None:
     model, output = family_model(tmp_path / "model", kind), tmp_path / "out"
     text = ["--calibration", str(texts[0]), "--samples", "4", "--length", "64"]
     arguments = ["convert", str(model), str(output), "--dtype", "float32", "--kv-heads", "2", *text]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert ("note: queries and keys are normalized" in result.output) == (kind != "phi3")
+    assert ("note: queries and keys are normalized" in result.output) == (kind in ("qwen3", "olmo2"))
+    # Falcon's projections are of a class of their own.
+    assert ("no plain linear layers" in result.output) == (kind == "falcon")
     before, after = (json.loads((path / "config.json").read_text()) for path in (model, output))
-    assert after == {**before, "num_key_value_heads": 2}
+    assert after == {**before, "num_kv_heads" if kind == "falcon" else "num_key_value_heads": 2}
     loaded, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for name, tensor in load_file(output / "model.safetensors").items():

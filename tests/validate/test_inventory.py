@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from disguised_heads import grouped_model
 
 from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
+from llmconvert.convert.gqa_view import MergedAttention
 from llmconvert.quantize.reader import open_dense
 from llmconvert.validate import inventory as module
 from llmconvert.validate.inventory import bits_per_weight, measure_sizes, take_inventory
@@ -90,13 +92,27 @@ def test_a_missing_head_is_tied_only_if_equal_and_declared(equal: bool, tie: boo
     assert found["lm_head"] == status
 
 
-def test_another_shape_is_a_problem_unless_heads_were_merged() -> None:
+def test_another_shape_is_a_problem() -> None:
     source = tensors()
     artifact = {**source, "a": source["a"][:3]}
-    found = take_inventory(InMemory(source, num_key_value_heads=4), *[InMemory(artifact, num_key_value_heads=4)] * 2)
+    found = take_inventory(InMemory(source, num_key_value_heads=4), *[InMemory(artifact, num_key_value_heads=2)] * 2)
     assert found.problems == ("a has shape [3, 5], the source [7, 5]",)
-    merged = take_inventory(InMemory(source, num_key_value_heads=4), *[InMemory(artifact, num_key_value_heads=2)] * 2)
-    assert merged.problems == () and merged.counts["merged"] == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "stablelm"])
+def test_merged_heads_explain_just_their_own_shapes(kind: str, tmp_path: Path) -> None:
+    norms = {"qk_layernorm": True} if kind == "stablelm" else {}
+    source = SafetensorsCheckpoint(grouped_model(tmp_path / "model", kind, kv_heads=4, hidden_size=64, **norms))
+    artifact = MergedAttention(source, 2)
+    found = take_inventory(source, artifact, artifact)
+    assert found.problems == ()
+    keys_values, norms_of_two_heads = 4, 4 if norms else 0  # in two layers
+    assert found.counts["merged"] == keys_values + norms_of_two_heads
+    kept = {name: tensor for name, tensor in artifact.items() if "layers.0.mlp.up_proj" not in name}
+    kept["lm_head.weight"] = artifact["lm_head.weight"][:3]
+    damaged = InMemory(kept, **artifact.config)
+    problems = take_inventory(source, damaged, damaged).problems
+    assert len(problems) == 2 and "lm_head.weight has shape [3, 64]" in " ".join(problems)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
