@@ -14,11 +14,12 @@ from typing import ClassVar
 
 import torch
 
+from llmconvert.engine.precision import bfloat16_products
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import CalibrationError
 from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.factorize import invert_factor_, mirror_lower_, permute_, upper_factor_
-from llmconvert.quantize.kernels import over_rows, solve_columns
+from llmconvert.quantize.kernels import over_rows, solve_columns, transpose_in_order, weighted_squares
 from llmconvert.quantize.scales import GroupScales, search_scales
 from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -29,7 +30,7 @@ _MAX_DAMPING = 1.0
 # Rows are solved in slices of about this many weights: rows are independent, and the working copies stay small.
 _WEIGHTS_AT_ONCE = 1 << 23
 # Columns of the Hessian multiplied at a time where only a sum is wanted.
-_ENERGY_COLUMNS = 1024
+_ENERGY_COLUMNS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Gptq:
         block: columns solved before their errors are carried to the rest in one product.
         scale_steps: fractions of a group's range that are tried as its scale.
         narrowest: the smallest of these fractions.
+        scale_stride: every so many of them are tried first, and then those around each group's best.
         dtype: what is computed in.
     """
 
@@ -68,6 +70,7 @@ class Gptq:
     block: int = 128
     scale_steps: int = 26
     narrowest: float = 0.5
+    scale_stride: int = 3
     dtype: torch.dtype = torch.float32
 
     calibration: ClassVar[Calibration] = "inputs"
@@ -97,8 +100,8 @@ class Gptq:
         at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
         # Per group and step a scale and a zero of 4 bytes, for the smallest usual group.
         candidates = at_once // 32 * self.scale_steps * 8
-        panels = _ENERGY_COLUMNS * (2 * columns + 6 * rows)
-        return max(panels, rows * columns * 4, rows * columns * 3 + at_once * 12 + candidates)
+        energy = _ENERGY_COLUMNS * 4 * (columns + at_once // columns) + at_once * 4
+        return max(energy, rows * columns * 4, rows * columns * 3 + at_once * 12 + candidates)
 
     def prepare(self, name: str, hessian: Hessian) -> Prepared:
         """Order the columns and factorize the inverse Hessian, in the Hessian's own memory.
@@ -137,7 +140,7 @@ class Gptq:
     ) -> tuple[QuantizedTensor, torch.Tensor]:
         """Codes for given scales, and each row's squared output error per token."""
         # Transposed throughout: the solver works through columns, and a column's rows are independent of each other.
-        work = weight.T.contiguous().index_select(0, prepared.order)
+        work = _transpose_in_order(weight, prepared.order)
         columns, rows = work.shape
         codes = torch.empty((columns, rows), dtype=torch.int8, device=weight.device)
         loss = torch.zeros(rows, dtype=self.dtype, device=weight.device)
@@ -147,15 +150,13 @@ class Gptq:
             stop = min(start + self.block, columns)
             factor = prepared.factor[start:stop, start:stop].contiguous()
             errors = torch.empty((stop - start, rows), dtype=self.dtype, device=weight.device)
-            _solve_block(work, scale, zero, codes, errors, prepared.order, factor, start, scheme)
-            loss += errors.square().sum(0)
+            _solve_block(work, scale, zero, codes, errors, loss, prepared.order, factor, start, scheme)
             if stop < columns:
                 work[stop:].addmm_(prepared.factor[start:stop, stop:].T, errors, alpha=-1)
         del work
         tensor = QuantizedTensor(codes.T.contiguous(), scales.scale, scales.zero, scheme)
         # The sum so far is the error in the damped metric; what was added to the diagonal is taken out again.
-        difference = tensor.dequantize(self.dtype).sub_(weight)
-        return tensor, (loss - difference.square_() @ prepared.added).clamp_(min=0)
+        return tensor, (loss - _weighted_squares(weight, tensor, prepared.added)).clamp_(min=0)
 
     def _solve_stacked(
         self, targets: Sequence[Target], prepared: Prepared, scheme: Scheme, scale_dtype: torch.dtype
@@ -170,7 +171,14 @@ class Gptq:
         for start in range(0, rows, height):
             part = weight[start : start + height].to(self.dtype)
             scales = search_scales(
-                names, part, prepared.diagonal, scheme, scale_dtype, steps=self.scale_steps, narrowest=self.narrowest
+                names,
+                part,
+                prepared.diagonal,
+                scheme,
+                scale_dtype,
+                steps=self.scale_steps,
+                narrowest=self.narrowest,
+                stride=self.scale_stride,
             )
             tensor, loss = self.solve(part, prepared, scheme, scales)
             parts.append(tensor)
@@ -188,13 +196,40 @@ class Gptq:
 
 def _output_energy(weight: torch.Tensor, hessian: Hessian) -> float:
     """Mean squared norm of the linear's output per token, ``tr(W H Wᵀ)``; three digits are plenty."""
-    coarse = weight.to(torch.bfloat16)
+    rows, columns = weight.shape
+    height = max(1, _WEIGHTS_AT_ONCE // columns)
     energy = 0.0
-    for start in range(0, weight.shape[1], _ENERGY_COLUMNS):
-        part = slice(start, start + _ENERGY_COLUMNS)
-        product = coarse @ hessian.matrix[:, part].to(torch.bfloat16)
-        energy += float(product.mul_(coarse[:, part]).sum(dtype=torch.float32))
+    for start in range(0, columns, _ENERGY_COLUMNS):
+        stop = start + _ENERGY_COLUMNS
+        # The matrix is symmetric: what lies above this diagonal tile counts twice, what lies below not at all.
+        panel = hessian.matrix[:stop, start:stop].to(torch.float32, copy=True)
+        panel[:start] *= 2
+        for top in range(0, rows, height):
+            part = weight[top : top + height, :stop].float()
+            with bfloat16_products():
+                product = part @ panel
+            energy += float(product.mul_(part[:, start:]).sum())
     return energy
+
+
+def _transpose_in_order(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The columns of a weight as rows, in the given order."""
+    if weight.device.type != "cpu":
+        return weight.T.index_select(0, order).contiguous()
+    transposed = weight.new_empty(weight.shape[::-1])
+    over_rows(transpose_in_order, len(weight), weight, order, transposed)
+    return transposed
+
+
+def _weighted_squares(weight: torch.Tensor, tensor: QuantizedTensor, importance: torch.Tensor) -> torch.Tensor:
+    """``Σ importance (w - ŵ)²`` of every row."""
+    if weight.device.type != "cpu":
+        return (tensor.dequantize(weight.dtype) - weight).square() @ importance
+    scale = tensor.scale.to(weight.dtype)
+    zero = torch.zeros_like(scale) if tensor.zero is None else tensor.zero.to(weight.dtype)
+    sums = weight.new_empty(len(weight))
+    over_rows(weighted_squares, len(weight), weight, tensor.codes, scale, zero, importance.to(weight.dtype), sums)
+    return sums
 
 
 def _solve_block(
@@ -203,6 +238,7 @@ def _solve_block(
     zero: torch.Tensor,
     codes: torch.Tensor,
     errors: torch.Tensor,
+    loss: torch.Tensor,
     order: torch.Tensor,
     factor: torch.Tensor,
     start: int,
@@ -211,9 +247,9 @@ def _solve_block(
     """One block of columns; see :func:`~llmconvert.quantize.kernels.solve_columns`, which does it on the CPU."""
     low, high = float(scheme.code_min), float(scheme.code_max)
     if work.device.type == "cpu":
-        over_rows(solve_columns, work.shape[1], work, scale, zero, codes, errors, order, factor, start, low, high)
+        over_rows(solve_columns, work.shape[1], work, scale, zero, codes, errors, loss, order, factor, start, low, high)
     else:
-        _solve_block_plain(work, scale, zero, codes, errors, order, factor, start, low, high)
+        _solve_block_plain(work, scale, zero, codes, errors, loss, order, factor, start, low, high)
 
 
 def _solve_block_plain(
@@ -222,6 +258,7 @@ def _solve_block_plain(
     zero: torch.Tensor,
     codes: torch.Tensor,
     errors: torch.Tensor,
+    loss: torch.Tensor,
     order: torch.Tensor,
     factor: torch.Tensor,
     start: int,
@@ -238,3 +275,4 @@ def _solve_block_plain(
         codes[place] = code.to(torch.int8)
         errors[column] = (lines[column] - (code - origin) * step) / factor[column, column]
         lines[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+    loss += errors.square().sum(0)

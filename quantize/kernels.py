@@ -14,13 +14,13 @@ import numba
 import numpy as np
 import torch
 
-__all__ = ["best_candidates", "over_rows", "solve_columns"]
+__all__ = ["best_candidates", "over_rows", "solve_columns", "transpose_in_order", "weighted_squares"]
 
 _ROWS_PER_THREAD = 64
 # Rows computed side by side: two vectors of 16 floats in the search; in the solver as many as fit the first-level
 # cache with 128 columns.
 _LANES = 32
-_TILE_ROWS = 64
+_TILE_ROWS = 128
 # Columns whose errors are passed on together; the kernel spells them out.
 _PANEL = 4
 # Reordering sums lets the compiler vectorize them; nothing else is relaxed, NaN and infinity keep their meaning.
@@ -36,10 +36,13 @@ def best_candidates(
     zeros: np.ndarray[Any, Any],
     best: np.ndarray[Any, Any],
     importance: np.ndarray[Any, Any],
+    stride: int,
     code_min: float,
     code_max: float,
 ) -> None:
     """For each row and group, the candidate with the least ``Σ importance (w - (code - zero) scale)²``.
+
+    With a ``stride`` above one only every so many candidates are tried, and then those around the best of them.
 
     Args:
         begin, end: the rows to do.
@@ -47,6 +50,7 @@ def best_candidates(
         scales, zeros: candidates, ``[rows, groups, candidates]``.
         best: int64 ``[rows, groups]``, filled with candidate indices; the first wins a tie.
         importance: ``[groups, group size]``, non-negative.
+        stride: one to try every candidate.
         code_min, code_max: range of codes.
     """
     _, groups, size = weight.shape
@@ -59,6 +63,8 @@ def best_candidates(
     high = np.zeros(_LANES, weight.dtype)
     loss = np.empty(_LANES, weight.dtype)
     least = np.empty(_LANES, weight.dtype)
+    candidate = np.zeros(_LANES, np.int64)
+    centre = np.zeros(_LANES, np.int64)
     for top in range(begin, end, _LANES):
         height = min(_LANES, end - top)
         for group in range(groups):
@@ -66,12 +72,20 @@ def best_candidates(
                 for i in range(size):
                     values[i, lane] = weight[top + lane, group, i]
             least[:] = np.inf
-            for candidate in range(candidates):
+            coarse = (candidates + stride - 1) // stride
+            for attempt in range(coarse + 2 * (stride - 1)):
+                # After the coarse ones: stride - 1 below each row's best of them, and as many above.
+                offset = attempt - coarse - (stride - 1)
+                offset += offset >= 0
+                if attempt == coarse:
+                    centre[:height] = best[top : top + height, group]
                 for lane in range(height):
-                    step[lane] = scales[top + lane, group, candidate]
+                    tried = attempt * stride if attempt < coarse else centre[lane] + offset
+                    candidate[lane] = min(max(tried, 0), candidates - 1)
+                    step[lane] = scales[top + lane, group, candidate[lane]]
                     inverse[lane] = 1 / step[lane]
-                    low[lane] = code_min - zeros[top + lane, group, candidate]
-                    high[lane] = code_max - zeros[top + lane, group, candidate]
+                    low[lane] = code_min - zeros[top + lane, group, candidate[lane]]
+                    high[lane] = code_max - zeros[top + lane, group, candidate[lane]]
                 loss[:] = 0
                 for i in range(size):
                     weighting = importance[group, i]
@@ -83,7 +97,65 @@ def best_candidates(
                 for lane in range(height):
                     if loss[lane] < least[lane]:
                         least[lane] = loss[lane]
-                        best[top + lane, group] = candidate
+                        best[top + lane, group] = candidate[lane]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def weighted_squares(
+    begin: int,
+    end: int,
+    weight: np.ndarray[Any, Any],
+    codes: np.ndarray[Any, Any],
+    scales: np.ndarray[Any, Any],
+    zeros: np.ndarray[Any, Any],
+    importance: np.ndarray[Any, Any],
+    sums: np.ndarray[Any, Any],
+) -> None:
+    """For each row, ``Σ importance (w - (code - zero) scale)²``.
+
+    Args:
+        begin, end: the rows to do.
+        weight: ``[rows, columns]``.
+        codes: int8 ``[rows, columns]``.
+        scales, zeros: ``[rows, groups]``.
+        importance: ``[columns]``.
+        sums: ``[rows]``, filled.
+    """
+    groups = scales.shape[1]
+    size = weight.shape[1] // groups
+    for row in range(begin, end):
+        total = weight.dtype.type(0)
+        for group in range(groups):
+            step, origin = scales[row, group], zeros[row, group]
+            for i in range(group * size, (group + 1) * size):
+                error = weight[row, i] - (codes[row, i] - origin) * step
+                total += importance[i] * error * error
+        sums[row] = total
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def transpose_in_order(
+    begin: int,
+    end: int,
+    weight: np.ndarray[Any, Any],
+    order: np.ndarray[Any, Any],
+    transposed: np.ndarray[Any, Any],
+) -> None:
+    """Lay the columns of a weight down as rows, in a given order.
+
+    Args:
+        begin, end: the rows to do.
+        weight: ``[rows, columns]``.
+        order: int64 ``[columns]``, which column comes first, second, …
+        transposed: ``[columns, rows]``, filled.
+    """
+    for top in range(begin, end, _LANES):
+        bottom = min(top + _LANES, end)
+        part = weight[top:bottom]
+        for column in range(len(order)):
+            place, line = order[column], transposed[column, top:bottom]
+            for row in range(bottom - top):
+                line[row] = part[row, place]
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -95,6 +167,7 @@ def solve_columns(
     zeros: np.ndarray[Any, Any],
     codes: np.ndarray[Any, Any],
     errors: np.ndarray[Any, Any],
+    loss: np.ndarray[Any, Any],
     order: np.ndarray[Any, Any],
     factor: np.ndarray[Any, Any],
     start: int,
@@ -112,6 +185,7 @@ def solve_columns(
         scales, zeros: ``[groups, rows]``, groups in the columns' own order.
         codes: int8 ``[columns, rows]`` in the columns' own order; those of this block are filled.
         errors: ``[block, rows]``, filled with each column's error over its diagonal entry, for the columns beyond.
+        loss: ``[rows]``, to which the squares of these are added.
         order: int64 ``[columns]``, the own place of each column.
         factor: ``[block, block]``, the diagonal block of the upper factor of the inverse Hessian.
         start: first column of the block.
@@ -121,37 +195,51 @@ def solve_columns(
     size = weight.shape[0] // scales.shape[0]
     tile = np.zeros((block, _TILE_ROWS), weight.dtype)
     error = np.zeros((_PANEL, _TILE_ROWS), weight.dtype)
+    level = np.zeros(_TILE_ROWS, weight.dtype)
+    lowest, highest = weight.dtype.type(code_min), weight.dtype.type(code_max)
+    # Lines are taken out of their matrices first: in an index that is a sum the compiler must allow for a negative one,
+    # and gives up on vectors. For the same reason no loop touches more than four of them: any two could overlap.
     for top in range(begin, end, _TILE_ROWS):
-        height = min(_TILE_ROWS, end - top)
+        bottom = min(top + _TILE_ROWS, end)
+        height = bottom - top
         for column in range(block):
+            line, source = tile[column], weight[start + column, top:bottom]
             for row in range(height):
-                tile[column, row] = weight[start + column, top + row]
+                line[row] = source[row]
         for panel in range(0, block, _PANEL):
             after = min(panel + _PANEL, block)
             for column in range(panel, after):
                 place = order[start + column]
-                group = place // size
-                pivot = factor[column, column]
-                k = column - panel
+                line, wrong = tile[column], error[column - panel]
+                step, origin = scales[place // size, top:bottom], zeros[place // size, top:bottom]
+                inverse = 1 / factor[column, column]
                 for row in range(height):
-                    value, step, origin = tile[column, row], scales[group, top + row], zeros[group, top + row]
-                    code = min(max(np.rint(value / step) + origin, code_min), code_max)
-                    error[k, row] = (value - (code - origin) * step) / pivot
-                    codes[place, top + row] = np.int8(code)
-                    errors[column, top + row] = error[k, row]
+                    level[row] = min(max(np.rint(line[row] / step[row]) + origin[row], lowest), highest)
+                stored = codes[place, top:bottom]
+                for row in range(height):
+                    stored[row] = np.int8(level[row])
+                for row in range(height):
+                    level[row] = (level[row] - origin[row]) * step[row]
+                for row in range(height):
+                    wrong[row] = (line[row] - level[row]) * inverse
+                passed, total = errors[column, top:bottom], loss[top:bottom]
+                for row in range(height):
+                    passed[row] = wrong[row]
+                for row in range(height):
+                    total[row] += wrong[row] * wrong[row]
                 for later in range(column + 1, after):
-                    share = factor[column, later]
+                    line, share = tile[later], factor[column, later]
                     for row in range(height):
-                        tile[later, row] -= error[k, row] * share
+                        line[row] -= wrong[row] * share
             # A short last panel has nothing after it. The others pass their four errors on together, which loads and
             # stores every later value once instead of four times.
+            e0, e1, e2, e3 = error[0], error[1], error[2], error[3]
             for later in range(after, block):
+                line = tile[later]
                 s0, s1 = factor[panel, later], factor[panel + 1, later]
                 s2, s3 = factor[panel + 2, later], factor[panel + 3, later]
                 for row in range(height):
-                    tile[later, row] -= (
-                        error[0, row] * s0 + error[1, row] * s1 + error[2, row] * s2 + error[3, row] * s3
-                    )
+                    line[row] -= e0[row] * s0 + e1[row] * s1 + e2[row] * s2 + e3[row] * s3
 
 
 def over_rows(

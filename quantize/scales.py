@@ -65,6 +65,7 @@ def search_scales(
     *,
     steps: int = 26,
     narrowest: float = 0.5,
+    stride: int = 1,
 ) -> GroupScales:
     """Scales with the least weighted error among ``steps`` fractions of the full range, from 1 down to ``narrowest``.
 
@@ -76,6 +77,7 @@ def search_scales(
         scale_dtype: what scales are stored as.
         steps: how many fractions to try.
         narrowest: the smallest of them.
+        stride: above one, only every so many fractions are tried, and then those around the best of them.
 
     Raises:
         CheckpointError: the weight has values that are not finite.
@@ -90,7 +92,7 @@ def search_scales(
     for start in range(0, rows, _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
         scales, zeros = _candidates(low[part], high[part], ratios, scheme, scale_dtype)
-        best = _best(grouped[part], scales, zeros, weights, scheme).unsqueeze(-1)
+        best = _best(grouped[part], scales, zeros, weights, scheme, stride).unsqueeze(-1)
         scale[part] = scales.gather(-1, best).squeeze(-1).to(scale_dtype)
         if zero is not None:
             zero[part] = zeros.gather(-1, best).squeeze(-1).to(torch.int8)
@@ -124,28 +126,47 @@ def _candidates(
 
 
 def _best(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, importance: torch.Tensor, scheme: Scheme
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    importance: torch.Tensor,
+    scheme: Scheme,
+    stride: int = 1,
 ) -> torch.Tensor:
     """Index of the best candidate of each group, int64 ``[rows, groups]``."""
     if weight.device.type == "cpu":
         rows, groups, _ = weight.shape
         best = torch.zeros((rows, groups), dtype=torch.int64)
         limits = (float(scheme.code_min), float(scheme.code_max))
-        over_rows(best_candidates, rows, weight.contiguous(), scales, zeros, best, importance, *limits)
+        over_rows(best_candidates, rows, weight.contiguous(), scales, zeros, best, importance, stride, *limits)
         return best
-    return _best_plain(weight, scales, zeros, importance, scheme)
+    return _best_plain(weight, scales, zeros, importance, scheme, stride)
 
 
 def _best_plain(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, importance: torch.Tensor, scheme: Scheme
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    importance: torch.Tensor,
+    scheme: Scheme,
+    stride: int = 1,
 ) -> torch.Tensor:
     """What the kernel does, in torch, for any device."""
     best = torch.zeros(weight.shape[:2], dtype=torch.int64, device=weight.device)
     least = torch.full(weight.shape[:2], torch.inf, dtype=weight.dtype, device=weight.device)
-    for index in range(scales.shape[-1]):
-        scale, zero = scales[..., index, None], zeros[..., index, None]
+    last = scales.shape[-1] - 1
+
+    def attempt(index: torch.Tensor) -> None:
+        nonlocal best, least
+        scale, zero = (values.gather(-1, index.unsqueeze(-1)) for values in (scales, zeros))
         level = torch.clamp(torch.round(weight / scale), scheme.code_min - zero, scheme.code_max - zero)
         loss = (importance * (weight - level * scale).square()).sum(-1)
         best = torch.where(loss < least, index, best)
         least = torch.minimum(loss, least)
+
+    for coarse in range(0, last + 1, stride):
+        attempt(torch.full_like(best, coarse))
+    centre = best
+    for offset in (*range(1 - stride, 0), *range(1, stride)):
+        attempt((centre + offset).clamp_(0, last))
     return best

@@ -7,11 +7,11 @@ row; dividing by the number of tokens instead changes neither codes nor relative
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from llmconvert.engine.precision import bfloat16_products
 from llmconvert.errors import CalibrationError
 
 __all__ = ["Hessian", "accumulate_hessian", "hessian_nbytes"]
@@ -91,7 +91,7 @@ def hessian_nbytes(columns: int, dtype: torch.dtype, *, original: bool = False) 
 
 def _add_products(total: torch.Tensor, rows: torch.Tensor, exact: bool) -> None:
     """Add ``rowsᵀ rows`` to the upper triangle of ``total``, whole tiles of it."""
-    with _bfloat16_products(enabled=exact):
+    with bfloat16_products(enabled=exact):
         for start in range(0, len(total), _TILE):
             total[start : start + _TILE, start:].addmm_(rows[:, start : start + _TILE].T, rows[:, start:])
 
@@ -114,16 +114,3 @@ def _chunks(inputs: Iterable[torch.Tensor], columns: int, device: torch.device) 
             count += part.shape[0]
     if count:
         yield buffer[:count], exact
-
-
-@contextmanager
-def _bfloat16_products(*, enabled: bool) -> Iterator[None]:
-    """Let oneDNN read float32 operands as bfloat16. Exact for values that are bfloat16; sums stay float32."""
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    if enabled:
-        settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

@@ -240,16 +240,16 @@ def test_threads_change_nothing() -> None:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             codes, errors = torch.empty((columns, 333), dtype=torch.int8), torch.empty((columns, 333))
+            loss = torch.zeros(333)
             scale = scales.scale.T.contiguous()
             zero = torch.zeros_like(scale)
             factor = prepared.factor.contiguous()
-            over_rows(solve_columns, 333, work, scale, zero, codes, errors, prepared.order, factor, 0, -8.0, 7.0)
-            results.append((codes, errors))
+            over_rows(solve_columns, 333, work, scale, zero, codes, errors, loss, prepared.order, factor, 0, -8.0, 7.0)
+            results.append((codes, errors, loss))
     finally:
         torch.set_num_threads(before)
-    for codes, errors in results[1:]:
-        assert torch.equal(codes, results[0][0])
-        assert torch.equal(errors, results[0][1])
+    for result in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
 
 
 def test_weights_are_left_as_they_were() -> None:
