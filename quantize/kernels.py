@@ -14,7 +14,14 @@ import numba
 import numpy as np
 import torch
 
-__all__ = ["best_candidates", "over_rows", "solve_columns", "transpose_in_order", "weighted_squares"]
+__all__ = [
+    "best_candidates",
+    "load_kernels",
+    "over_rows",
+    "solve_columns",
+    "transpose_in_order",
+    "weighted_squares",
+]
 
 _ROWS_PER_THREAD = 64
 # Rows computed side by side: two vectors of 16 floats in the search; in the solver as many as fit the first-level
@@ -240,6 +247,16 @@ def solve_columns(
                 s2, s3 = factor[panel + 2, later], factor[panel + 3, later]
                 for row in range(height):
                     line[row] -= e0[row] * s0 + e1[row] * s1 + e2[row] * s2 + e3[row] * s3
+
+
+def load_kernels() -> None:
+    """Load the kernels for float32, or compile them where no earlier process has, so that no linear waits for it."""
+    one, line = np.ones((1, 1), np.float32), np.ones(1, np.float32)
+    codes, index = np.zeros((1, 1), np.int8), np.zeros(1, np.int64)
+    best_candidates(0, 0, one[None], one[None], one[None], index[None], one, 1, 0.0, 0.0)
+    transpose_in_order(0, 0, one, index, one)
+    solve_columns(0, 0, one, one, one, codes, one, line, index, one, 0, 0.0, 0.0)
+    weighted_squares(0, 0, one, codes, one, one, line, line)
 
 
 def over_rows(

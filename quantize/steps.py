@@ -25,6 +25,7 @@ from llmconvert.engine.stream import BlockRun, Mode, Stream
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import Phases
 from llmconvert.quantize.base import BlockData, BlockQuantizer, Quantizer, Solution, Target
+from llmconvert.quantize.kernels import load_kernels
 from llmconvert.quantize.plan import QuantizationPlan
 
 __all__ = ["CalibratedSteps", "DataFreeSteps", "Step", "Steps"]
@@ -114,6 +115,9 @@ class CalibratedSteps:
     def run(self, work: Path, done: int) -> Iterator[Step]:
         if done == self.skeleton.block_count:
             return
+        if self.skeleton.device.type == "cpu":
+            with self.phases.measure("loading kernels"):
+                load_kernels()
         with ExitStack() as stack:
             states, stream = self._stream(stack, self.skeleton, work, _STREAMS[0], done)
             kept, original = [states], None

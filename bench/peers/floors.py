@@ -9,14 +9,16 @@ on this machine with these kernels, unless it does less.
 
 Counted, with ``T`` tokens, windows of ``L``, linears of ``r × n`` and ``n`` columns per stop: forward ``2 T r n`` per
 linear and ``2 T L heads · head_dim`` for causal attention; Hessians ``T n²`` (one triangle); solving ``2/3 n³`` per
-stop (factor and its inverse), ``r n²`` per linear to carry errors on, ``2 r n²`` for the output's energy, and eight
-operations per weight and scale candidate.
+stop (factor and its inverse), ``r n²`` per linear to carry errors on, ``r n²`` for the output's energy (one triangle),
+and eight operations per weight and scale candidate. Where bfloat16 operands would do but are not asked for (Hessians,
+energy), the faster of the two rates counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -35,6 +37,7 @@ from llmconvert.quantize.gptq import Gptq
 _HESSIAN_ROWS = 4096
 _CANDIDATE_OPERATIONS = 8
 _IO_BYTES = 1 << 28
+_EITHER = "bfloat16 or float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +89,11 @@ def main() -> None:
         if own:
             floor = sum(p.operations / rates[p.m, p.k, p.n, p.dtype] for p in own)
             work = f"{sum(p.operations for p in own) / 1e9:,.0f} GFLOP"
-        else:
+        elif name in sizes:
             rate = {"reading": read_rate, "packing": copy_rate, "writing": write_rate, "copying": write_rate}[name]
             floor, work = sizes[name] / rate, f"{sizes[name] / 1e6:,.0f} MB"
+        else:
+            floor, work = None, ""
         phases.append(Phase(name, seconds, floor, work))
     rest = run["seconds"] - sum(run["phases"].values())
     phases.append(Phase("opening, tracing, planning", rest, None, ""))
@@ -117,12 +122,13 @@ def count_products(skeleton: Skeleton, plans: tuple[BlockPlan, ...], windows: in
         for stop in plan.stops:
             n = stop.columns
             rows = sum(linears[name].out_features for name in stop.linears)
-            products.append(Product("Hessians", n, _HESSIAN_ROWS, n, inputs, tokens * n * n))
+            products.append(Product("Hessians", n, _HESSIAN_ROWS, n, _EITHER, tokens * n * n))
             factor = 2 / 3 * n**3
             products.append(Product("solving", n, 256, n, "float32", factor))
-            carry = rows * n * n + _CANDIDATE_OPERATIONS * gptq.scale_steps * rows * n
+            candidates = math.ceil(gptq.scale_steps / gptq.scale_stride) + 2 * (gptq.scale_stride - 1)
+            carry = rows * n * n + _CANDIDATE_OPERATIONS * candidates * rows * n
             products.append(Product("solving", rows, gptq.block, n, "float32", carry))
-            products.append(Product("solving", rows, n, n, "bfloat16", 2 * rows * n * n))
+            products.append(Product("solving", rows, n, n, _EITHER, rows * n * n))
             # Batches stop at the last block's last linear; what comes after is not needed.
             if plan is not plans[-1] or stop is not plan.stops[-1]:
                 for name in stop.linears:
@@ -149,6 +155,8 @@ def count_bytes(skeleton: Skeleton, plans: tuple[BlockPlan, ...], tokens: int, a
 
 def measure_product(m: int, k: int, n: int, dtype: str) -> float:
     """Operations per second of ``[m, k] @ [k, n]``, the best of several runs of a tenth of a second."""
+    if dtype == _EITHER:
+        return max(measure_product(m, k, n, name) for name in _EITHER.split(" or "))
     left, right = (torch.randn(shape).to(getattr(torch, dtype)) for shape in ((m, k), (k, n)))
     out = torch.empty((m, n), dtype=left.dtype)
     seconds = fastest(lambda: torch.mm(left, right, out=out))

@@ -58,11 +58,11 @@ def accumulate_hessian(
     if originals is not None:
         inputs = (torch.cat(pair, 1) for pair in zip(inputs, originals, strict=True))
     tokens = 0
-    for rows, exact in _chunks(inputs, columns if originals is None else 2 * columns, device):
+    for rows, exact in _chunks(_finite(name, inputs), columns if originals is None else 2 * columns, device):
         tokens += rows.shape[0]
         _add_products(total, rows[:, :columns], exact)
         if cross is not None:
-            with _bfloat16_products(enabled=exact):
+            with bfloat16_products(enabled=exact):
                 cross.addmm_(rows[:, columns:].T, rows[:, :columns])
     if tokens == 0:
         raise CalibrationError(
@@ -70,7 +70,10 @@ def accumulate_hessian(
             "or leave the linear unquantized with an override"
         )
     if not torch.isfinite(total.diagonal()).all():
-        raise CalibrationError(f"{name}: its calibration inputs are not finite; the weights before it may be damaged")
+        raise CalibrationError(
+            f"{name}: the squares of its calibration inputs are too large for float32; "
+            "the weights before it may be damaged, or leave the linear unquantized with an override"
+        )
     upper = total.triu_()
     # In place, tile by tile: a transposed copy would need the same memory again.
     for start in range(0, columns, _TILE):
@@ -87,6 +90,17 @@ def hessian_nbytes(columns: int, dtype: torch.dtype, *, original: bool = False) 
     With the inputs of the ``original`` model, all of that twice.
     """
     return (4 * columns * columns + _CHUNK_TOKENS * columns * (dtype.itemsize + 4)) * (2 if original else 1)
+
+
+def _finite(name: str, inputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Pass batches on; one with a value that is not finite shows in its sum, and is refused with its number."""
+    for number, batch in enumerate(inputs):
+        if not torch.isfinite(batch.sum(dtype=torch.float32)) and not torch.isfinite(batch).all():
+            raise CalibrationError(
+                f"{name}: batch {number} comes to this linear with values that are not finite; the weights before it "
+                "may be damaged, or need a wider dtype (bfloat16 or float32)"
+            )
+        yield batch
 
 
 def _add_products(total: torch.Tensor, rows: torch.Tensor, exact: bool) -> None:

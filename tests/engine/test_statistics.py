@@ -101,7 +101,14 @@ def test_a_linear_that_no_token_reached_is_named(inputs: list[torch.Tensor]) -> 
 def test_inputs_that_are_not_finite_are_named(value: float, dtype: torch.dtype) -> None:
     inputs = batches([20, 20], 600, dtype)
     inputs[1][3, 550] = value
-    with pytest.raises(CalibrationError, match=r"layers\.7\.up_proj: its calibration inputs are not finite"):
+    with pytest.raises(CalibrationError, match=r"layers\.7\.up_proj: batch 1 comes .* not finite"):
+        accumulate_hessian("layers.7.up_proj", inputs, 600, CPU)
+
+
+def test_inputs_whose_squares_overflow_are_named() -> None:
+    inputs = batches([20, 20], 600, torch.float32)
+    inputs[1][3, 550] = 1e30
+    with pytest.raises(CalibrationError, match=r"layers\.7\.up_proj: the squares of its calibration inputs"):
         accumulate_hessian("layers.7.up_proj", inputs, 600, CPU)
 
 

@@ -14,7 +14,14 @@ from llmconvert.errors import CalibrationError, CheckpointError
 from llmconvert.quantize import gptq as gptq_module
 from llmconvert.quantize.base import Solution, Target
 from llmconvert.quantize.gptq import Gptq
-from llmconvert.quantize.kernels import over_rows, solve_columns
+from llmconvert.quantize.kernels import (
+    best_candidates,
+    load_kernels,
+    over_rows,
+    solve_columns,
+    transpose_in_order,
+    weighted_squares,
+)
 from llmconvert.quantize.scales import search_scales
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -264,3 +271,13 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     weight[3, 3] = torch.inf
     with pytest.raises(CheckpointError, match="'layer' has values that are not finite"):
         quantized(Gptq(), weight, hessian_of(random_inputs(100, 64)), "w4a16-g32")
+
+
+def test_kernels_are_loaded_beforehand() -> None:
+    """What :func:`load_kernels` loads is what solving in float32 calls: no linear waits for a compiler."""
+    kernels = (best_candidates, solve_columns, transpose_in_order, weighted_squares)
+    load_kernels()
+    before = [len(kernel.signatures) for kernel in kernels]
+    for name in ("w4a16-g32", "w4a16-channel-asym"):
+        quantized(Gptq(), random_weight(80, 64), hessian_of(random_inputs(100, 64)), name, torch.bfloat16)
+    assert [len(kernel.signatures) for kernel in kernels] == before

@@ -63,9 +63,10 @@ def test_the_search_finds_what_brute_force_finds(name: str) -> None:
             assert (0 if found.zero is None else int(found.zero[row, group])) == zero
 
 
+@pytest.mark.parametrize("stride", [1, 3, 4])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_kernel_and_plain_torch_agree(name: str, dtype: torch.dtype) -> None:
+def test_kernel_and_plain_torch_agree(name: str, dtype: torch.dtype, stride: int) -> None:
     scheme = Scheme.parse(name)
     weight, importance = random_weight(131, 64).to(dtype), importance_of(64).to(dtype)
     groups = scheme.groups(64)
@@ -73,8 +74,8 @@ def test_kernel_and_plain_torch_agree(name: str, dtype: torch.dtype) -> None:
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     ratios = torch.linspace(1, 0.5, 26, dtype=dtype)
     candidates, zeros = scales_module._candidates(low, high, ratios, scheme, torch.bfloat16)
-    kernel = scales_module._best(grouped, candidates, zeros, shared, scheme)
-    plain = scales_module._best_plain(grouped, candidates, zeros, shared, scheme)
+    kernel = scales_module._best(grouped, candidates, zeros, shared, scheme, stride)
+    plain = scales_module._best_plain(grouped, candidates, zeros, shared, scheme, stride)
     # Sums in another order may settle a tie the other way; bfloat16 scales make exact ties common.
     losses = [losses_of(grouped, candidates, zeros, shared, scheme, best) for best in (kernel, plain)]
     torch.testing.assert_close(*losses, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=0)
@@ -126,6 +127,19 @@ def test_full_range_scales_are_those_of_compressed_tensors(bits: int, symmetric:
         # A zero point exactly between two integers may round either way.
         assert (ours.zero.int() - zero.reshape(50, 4).int()).abs().max() <= 1
         assert (ours.zero.int() == zero.reshape(50, 4).int()).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_coarse_search_costs_next_to_nothing(name: str) -> None:
+    scheme = Scheme.parse(name)
+    weight, importance = random_weight(400, 64), importance_of(64).float()
+    losses = []
+    for stride in (1, 3):
+        found = search_scales("w", weight, importance, scheme, torch.bfloat16, stride=stride)
+        scale, zero = found.per_column(64, torch.float32)
+        codes = (torch.round(weight / scale) + zero).clamp(scheme.code_min, scheme.code_max)
+        losses.append(float((importance * (weight - (codes - zero) * scale).square()).sum()))
+    assert losses[0] <= losses[1] * (1 + 1e-6) and losses[1] <= 1.01 * losses[0]
 
 
 @settings(max_examples=60, deadline=None)
