@@ -202,13 +202,13 @@ def _output_energy(weight: torch.Tensor, hessian: Hessian) -> float:
     for start in range(0, columns, _ENERGY_COLUMNS):
         stop = start + _ENERGY_COLUMNS
         # The matrix is symmetric: what lies above this diagonal tile counts twice, what lies below not at all.
-        panel = hessian.matrix[:stop, start:stop].to(torch.float32, copy=True)
+        panel = hessian.matrix[:stop, start:stop].clone()
         panel[:start] *= 2
         for top in range(0, rows, height):
-            part = weight[top : top + height, :stop].float()
+            part = weight[top : top + height, :stop].to(panel.dtype)
             with bfloat16_products():
                 product = part @ panel
-            energy += float(product.mul_(part[:, start:]).sum())
+            energy += float(product.mul_(part[:, start:]).sum(dtype=torch.float64))
     return energy
 
 
