@@ -70,7 +70,7 @@ class Gptq:
     block: int = 128
     scale_steps: int = 26
     narrowest: float = 0.5
-    scale_stride: int = 3
+    scale_stride: int = 2
     dtype: torch.dtype = torch.float32
 
     calibration: ClassVar[Calibration] = "inputs"
