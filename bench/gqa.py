@@ -6,8 +6,11 @@ Example::
         --dir /tmp/scratch
 
 First the model's key-value heads are expanded to one per query head (MHA) and merged back; then they are merged to
-``--kv-heads``, by every method, without and with a refit. Perplexity is measured on the first ``--windows`` windows of
-512 tokens of the evaluation text, in bfloat16, by transformers.
+``--kv-heads``, by every method, without and with a refit, and at last healed in ``--heal-steps`` steps on other windows
+of the calibration text. ``aligned`` is head alignment after Jin et al. 2024 (arXiv 2412.20677), as far as their text
+tells: orthogonal Procrustes of the values, rotations of the keys' frequency pairs, both on the weights, then the mean;
+without the training of masks that follows there. Perplexity is that of the first ``--windows`` windows of 512 tokens
+of the evaluation text, in bfloat16, by transformers.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,16 +32,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmconvert.checkpoint import SINGLE_NAME, SafetensorsCheckpoint
 from llmconvert.convert.attention import read_geometry
-from llmconvert.convert.attention_weights import config_with_kv_heads, layer_tensors, read_layer
+from llmconvert.convert.attention_weights import LayerWeights, config_with_kv_heads, layer_tensors, read_layer
 from llmconvert.convert.gqa_job import convert_attention
+from llmconvert.convert.heal import HealOptions, heal_attention
 from llmconvert.writer import write_json, write_side_files
 
 LENGTH = 512
+# Turns of every head towards the mean of the others.
+ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table; seconds and peak memory are those of the merge."""
+    """One line of the table; seconds and peak memory are those of the merge, with healing."""
 
     name: str
     perplexity: float
@@ -55,6 +62,8 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens (default 64)")
     parser.add_argument("--windows", type=int, default=32, help="evaluation windows (default 32)")
+    parser.add_argument("--heal-steps", type=int, default=0, help="steps of healing (default 0)")
+    parser.add_argument("--only", help="run only jobs whose name contains this")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -70,11 +79,26 @@ def main() -> None:
         back = f"expanded to MHA, merged back to {heads}: svd"
         jobs: list[dict[str, object]] = [{"name": back, "source": str(wide), "kv_heads": heads}]
         to = f"{heads} → {options.kv_heads}"
+        aligned = align(options.model, Path(scratch) / "aligned", options.kv_heads)
         jobs += [
-            {"name": f"{to}: {method}{', refit' if refit else ''}", "method": method, "refit": refit}
-            for method in ("mean", "first", "svd")
+            {
+                "name": f"{to}: {name}{', refit' if refit else ''}",
+                "source": str(source),
+                "method": method,
+                "refit": refit,
+            }
+            for name, method, source in (
+                ("mean", "mean", options.model),
+                ("first", "first", options.model),
+                ("aligned, then mean", "mean", aligned),
+                ("svd", "svd", options.model),
+            )
             for refit in (False, True)
         ]
+        if options.heal_steps:
+            healed = {"refit": True, "heal": options.heal_steps}
+            jobs.append({"name": f"{to}: svd, refit, healed in {options.heal_steps} steps", "method": "svd", **healed})
+        jobs = [job for job in jobs if not options.only or options.only in str(job["name"])]
         for job in jobs:
             rows.append(run(options, job))
             print(f"{rows[-1].name}: {rows[-1].perplexity:,.2f}", file=sys.stderr, flush=True)
@@ -101,6 +125,50 @@ def expand(model: Path, directory: Path) -> Path:
     return directory
 
 
+def align(model: Path, directory: Path, kv_heads: int) -> Path:
+    """The same model, with key-value heads of neighbouring groups turned towards their mean; it computes the same."""
+    directory.mkdir()
+    with SafetensorsCheckpoint(model) as checkpoint:
+        geometry = read_geometry(checkpoint)
+        tensors = dict(checkpoint)
+        for layer in range(geometry.layers):
+            weights = read_layer(checkpoint, geometry, layer)
+            ratio, half = weights.queries_per_kv, geometry.head_dim // 2
+            key, value = torch.complex(weights.key[:, :half], weights.key[:, half:]), weights.value.clone()
+            query = torch.complex(weights.query[:, :half], weights.query[:, half:]).unflatten(0, (-1, ratio))
+            output = weights.output.unflatten(0, (-1, ratio)).clone()
+            for group in torch.arange(geometry.kv_heads).view(kv_heads, -1):
+                for _ in range(ROUNDS):
+                    for head in group:
+                        others = group[group != head]
+                        phase = torch.sgn((key[others].mean(0) * key[head].conj()).sum(-1, keepdim=True))
+                        key[head], query[head] = phase * key[head], phase * query[head]
+                        left, _, right = torch.linalg.svd(value[others].mean(0) @ value[head].mT)
+                        turn = left @ right
+                        value[head], output[head] = turn @ value[head], output[head] @ turn.mT
+            query = query.flatten(0, 1)
+            turned = LayerWeights(
+                torch.cat([query.real, query.imag], dim=1),
+                torch.cat([key.real, key.imag], dim=1),
+                value,
+                output.flatten(0, 1),
+            )
+            tensors.update(layer_tensors(checkpoint, geometry, layer, turned))
+        save_file(tensors, directory / SINGLE_NAME, metadata={"format": "pt"})
+        write_side_files(directory, checkpoint.files)
+        write_json(directory / "config.json", dict(checkpoint.config))
+    return directory
+
+
+def heal(options: argparse.Namespace, merged: Path, output: Path, steps: int) -> None:
+    """Heal on windows from the end of the calibration text, which the merge has not seen."""
+    settings = HealOptions(steps=steps)
+    count = steps * settings.batch + settings.held_out
+    windows = read_windows(options.model, options.calibration, 10**9)[options.samples :][-count:]
+    with SafetensorsCheckpoint(options.model) as original, SafetensorsCheckpoint(merged) as student:
+        heal_attention(original, student, output, windows=windows, options=settings)
+
+
 def run(options: argparse.Namespace, job: dict[str, object]) -> Row:
     """Run one job in a fresh process, so that its peak memory is its own."""
     command = [sys.executable, __file__, "--one", json.dumps(job)]
@@ -117,6 +185,7 @@ def run_one(options: argparse.Namespace, job: dict[str, object]) -> Row:
         output = Path(scratch) / "merged"
         with SafetensorsCheckpoint(str(job.get("source", options.model))) as checkpoint:
             windows = read_windows(options.model, options.calibration, options.samples)
+            begin = time.perf_counter()
             report = convert_attention(
                 checkpoint,
                 output,
@@ -125,10 +194,14 @@ def run_one(options: argparse.Namespace, job: dict[str, object]) -> Row:
                 windows=windows,
                 refit=bool(job.get("refit", False)),
             )
+        if job.get("heal"):
+            heal(options, output, Path(scratch) / "healed", int(str(job["heal"])))
+            output = Path(scratch) / "healed"
+        seconds = time.perf_counter() - begin
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         losses = [layer.output_loss or 0.0 for layer in report.layers]
         mean = sum(losses) / len(losses)
-        return Row(str(job["name"]), perplexity(output, options), report.seconds, peak, mean)
+        return Row(str(job["name"]), perplexity(output, options), seconds, peak, mean)
 
 
 def read_windows(model: Path, text: Path, count: int) -> list[torch.Tensor]:
