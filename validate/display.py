@@ -50,6 +50,7 @@ _QUIET = (
     "runtime",
     "fidelity.max_abs_diff",
     "kl_p99",
+    "perplexity.steps",
     "generation.looping",
     "generation.ended",
 )
