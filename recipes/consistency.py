@@ -24,6 +24,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _streaming(recipe)
     yield from _same_text(recipe)
     yield from _limits_without_text(recipe)
+    yield from _repair_of_nothing(recipe)
 
 
 def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -112,3 +113,34 @@ def _limits_without_text(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     for key, value in (("max_kl", settings.max_kl), ("min_top1", settings.min_top1)):
         if value is not None:
             yield ("validate", key), f"validate.{key} is measured on the text of validate.perplexity, which is missing"
+
+
+def _repair_of_nothing(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    settings = recipe.validation
+    if settings is None or settings.repair is None:
+        return
+    perplexity, generation = settings.perplexity, settings.generation
+    limits = (
+        perplexity.max_increase if perplexity is not None else None,
+        generation.min_agreement if generation is not None else None,
+        settings.max_kl,
+        settings.min_top1,
+    )
+    if recipe.quantize is None:
+        yield ("validate", "repair"), "validate.repair: nothing is quantized, so there are no bits to add"
+    elif recipe.quantize.format not in FORMATS:
+        yield (
+            ("validate", "repair"),
+            f"validate.repair: can't mend {recipe.quantize.format}; known are {', '.join(FORMATS)}",
+        )
+    elif recipe.stream:
+        yield (
+            ("validate", "repair"),
+            "validate.repair: needs the original's weights again, which stream does not keep; leave one of them out",
+        )
+    elif all(limit is None for limit in limits):
+        yield (
+            ("validate", "repair"),
+            "validate.repair: there is no limit on quality that could be missed; add one, for example "
+            "validate.perplexity.max_increase: 5%",
+        )

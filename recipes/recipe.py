@@ -6,7 +6,6 @@ Unknown keys are errors. Shares such as ``max_increase`` are written ``5%`` or `
 
 from __future__ import annotations
 
-import re
 import string
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from llmconvert.convert.rope_scaling import RopeScaling
 from llmconvert.errors import SchemeError, UsageError
 from llmconvert.quantize.ggml.mix import MIXES, GgmlMix
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.recipes.quantities import Bytes, Share
 
 __all__ = [
     "PLACEHOLDERS",
@@ -33,47 +33,10 @@ __all__ = [
     "PublishSettings",
     "QuantizeSettings",
     "Recipe",
+    "RepairSettings",
+    "TaskSettings",
     "ValidateSettings",
-    "parse_bytes",
-    "parse_share",
 ]
-
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
-_UNITS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
-
-
-def parse_share(value: object) -> float:
-    """``"5%"`` or ``0.05`` as 0.05.
-
-    Raises:
-        ValueError: neither form, negative, or a bare number above 1 (surely meant as a percentage).
-    """
-    if isinstance(value, str) and value.strip().endswith("%"):
-        share = float(value.strip()[:-1]) / 100
-    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        share = float(value)
-        if share > 1:
-            raise ValueError(f"found {value}, which would mean {100 * share:g}%; write {share:g}% or {share / 100:g}")
-    else:
-        raise ValueError("expected a share such as 5% or 0.05")
-    if not 0 <= share < float("inf"):
-        raise ValueError("expected a share of 0% or more")
-    return share
-
-
-def parse_bytes(value: object) -> int:
-    """``"4GB"``, ``"512 MiB"`` or a plain number of bytes.
-
-    Raises:
-        ValueError: another form, or zero.
-    """
-    match = _SIZE.fullmatch(str(value).strip()) if isinstance(value, (int, str)) else None
-    if match is None or isinstance(value, bool):
-        raise ValueError("expected a size such as 4GB, 512MiB or a number of bytes")
-    size = int(float(match["number"]) * (1024 if match["binary"] else 1000) ** _UNITS[match["unit"]])
-    if size < 1:
-        raise ValueError("expected a size above zero")
-    return size
 
 
 def _parse_scheme(value: object) -> Scheme:
@@ -128,6 +91,11 @@ def _switch(value: object) -> object:
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
+def _task_names(value: object) -> object:
+    """A list of names stands for a section with nothing else."""
+    return {"names": value} if isinstance(value, list) else value
+
+
 def _to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -135,8 +103,6 @@ def _to_tuple(value: object) -> object:
 SchemeOrMix = Annotated[Scheme | GgmlMix, PlainValidator(_parse_scheme_or_mix), PlainSerializer(str)]
 OptionalScheme = Annotated[Scheme | Literal["none"], PlainValidator(_parse_override), PlainSerializer(str)]
 ScalingField = Annotated[RopeScaling, PlainValidator(_parse_scaling), PlainSerializer(str)]
-Share = Annotated[float, PlainValidator(parse_share), PlainSerializer(lambda share: f"{100 * share:.10g}%")]
-Bytes = Annotated[int, PlainValidator(parse_bytes)]
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=2)]
 BackendName = Literal["eager", "math", "flash", "efficient", "cudnn", "sdpa", "flash_attention_2", "flash_attention_3"]
@@ -230,9 +196,13 @@ class PerplexitySettings(_Section):
 
 
 class GenerationSettings(_Section):
-    """Greedy generation of original and artifact; ``min_agreement`` is the gate on the share of equal tokens."""
+    """Greedy generation of original and artifact; ``min_agreement`` is the gate on the share of equal tokens.
+
+    ``prompts`` replaces the shipped set of everyday requests.
+    """
 
     max_new_tokens: Count = 64
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_to_tuple)] = ()
     min_agreement: Share | None = None
 
 
@@ -274,11 +244,36 @@ class MemorySettings(_Section):
     measured_contexts: Annotated[tuple[Length, ...], BeforeValidator(_to_tuple)] = (2048, 8192)
 
 
+class TaskSettings(_Section):
+    """Benchmarks of lm-eval by name, on original and artifact.
+
+    ``samples`` of each task are used, all by default; ``fewshot`` examples are shown before, as many as the task says
+    by default. ``include`` is a directory of task files of your own. ``max_drop`` is the gate: no task may lose more.
+    """
+
+    names: Annotated[tuple[str, ...], BeforeValidator(_to_tuple), Field(min_length=1)]
+    samples: Count | None = None
+    fewshot: Annotated[int, Field(ge=0)] | None = None
+    include: str | None = None
+    max_drop: Share | None = None
+
+
+class RepairSettings(_Section):
+    """Give layers better schemes when the gate fails, in ``rounds`` at most, each measured whole.
+
+    The weight files may grow to ``max_bytes``, to ``validate.max_bytes`` or the original's size without it.
+    """
+
+    max_bytes: Bytes | None = None
+    rounds: Count = 4
+
+
 class ValidateSettings(_Section):
     """What is measured on the artifact and on the original, both reloaded from disk.
 
     ``max_kl`` (mean divergence per token, nats), ``min_top1`` (share of equal predictions) and ``max_bytes`` (of the
     weight files) are further gates; the first two need ``perplexity``, on whose text they are measured.
+    ``repair`` gives an artifact that misses one of them more bits where they tell most.
     """
 
     perplexity: PerplexitySettings | None = None
@@ -289,6 +284,8 @@ class ValidateSettings(_Section):
     max_kl: Annotated[float, Field(gt=0)] | None = None
     min_top1: Share | None = None
     max_bytes: Bytes | None = None
+    tasks: Annotated[TaskSettings | None, BeforeValidator(_task_names)] = None
+    repair: Annotated[RepairSettings | None, BeforeValidator(_switch)] = None
 
 
 def _check_placeholders(value: str | None) -> str | None:

@@ -7,9 +7,10 @@ changed repeats only what it must. Text, formats and the publishing target are c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from llmconvert.recipes.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.original import Original
 from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
 from llmconvert.recipes.recipe import Recipe
+from llmconvert.recipes.repair import RepairTools, repair
 from llmconvert.recipes.steps import convert, measure, quantize, require_measurable
 from llmconvert.recipes.streaming import open_remote, stream_model
 from llmconvert.recipes.windows import WindowRequest, load_windows, save_windows
@@ -41,6 +43,8 @@ from llmconvert.validate.step_losses import step_losses
 __all__ = ["RunResult", "run_recipe"]
 
 _MODEL = "model"
+# Steps whose details the report holds.
+_DETAILED = ("convert", "attention", "heal", "quantize", "repair")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +123,19 @@ class _Run:
             calibration, evaluation = self._draw(original)
             lessons = self._draw_lessons(original, evaluation)
             rewritten = self._rewrite(converted, calibration)
-            model = self._quantize(self._heal(converted, rewritten, lessons), calibration)
+            healed = self._heal(converted, rewritten, lessons)
+            model = self._quantize(healed, calibration)
         measured = self._measure(original, model, calibration, evaluation)
-        artifact = self._assemble(source, original, model, calibration, measured)
+        more: Sequence[Check] = ()
+        if measured is not None and not recipe.stream:
+            tools = RepairTools(
+                calibration.windows if calibration is not None else (),
+                partial(self._stage, resumable=True),
+                lambda name, last: self._measure(original, last, calibration, evaluation, name),
+                self._progress,
+            )
+            model, measured, more = repair(recipe, healed.path / _MODEL, model, measured, tools)
+        artifact = self._assemble(source, original, model, calibration, measured, more)
         report = Report.read(artifact / "llmconvert" / "report.json")
         try:
             require_passed(report.checks, blame(report))
@@ -281,6 +295,7 @@ class _Run:
         model: StageResult,
         calibration: TokenWindows | None,
         evaluation: TokenWindows | None,
+        name: str = "validate",
     ) -> StageResult | None:
         settings = self._recipe.validation
         if settings is None:
@@ -315,9 +330,9 @@ class _Run:
             "text": evaluation.digest if evaluation is not None else None,
             "calibration": calibration.digest if calibration is not None else None,
             "device": self._device.type,
-            **settings.model_dump(mode="json"),
+            **settings.model_dump(mode="json", exclude={"repair"}),
         }
-        return self._stage("validate", inputs, build)
+        return self._stage(name, inputs, build)
 
     def _assemble(
         self,
@@ -326,6 +341,7 @@ class _Run:
         model: StageResult,
         calibration: TokenWindows | None,
         measured: StageResult | None,
+        more: Sequence[Check],
     ) -> Path:
         checks = measured.details["checks"] if measured is not None else ()
 
@@ -336,7 +352,7 @@ class _Run:
                 model=info,
                 environment=environment(),
                 steps=tuple(self._steps),
-                checks=tuple(Check.model_validate(check) for check in checks),
+                checks=(*map(Check.model_validate, checks), *more),
             )
             assemble_artifact(model.path / _MODEL, path / _MODEL, self._recipe, source, report)
             return {}
@@ -344,6 +360,7 @@ class _Run:
         inputs = {
             "model": model.key,
             "measured": measured.key if measured is not None else None,
+            "more": [check.model_dump(mode="json") for check in more],
             "recipe": self._recipe.to_mapping(),
             "source": f"{source.origin}@{source.revision}",
         }
@@ -370,7 +387,7 @@ class _Run:
                     "reused": result.reused,
                     "resumed": result.resumed,
                     "sections": result.details.get("sections", ()),
-                    "details": details if name in ("convert", "attention", "heal", "quantize") else {},
+                    "details": details if name.startswith(_DETAILED) else {},
                 }
             )
         )

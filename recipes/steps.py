@@ -15,6 +15,7 @@ from llmconvert.engine.tokens import TokenWindows
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.plan import Override
+from llmconvert.quantize.requantize import Assignment, requantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.artifact import public_name
 from llmconvert.recipes.gguf import GGUF, quantize_gguf
@@ -31,12 +32,23 @@ from llmconvert.validate.attention import AttentionOptions
 from llmconvert.validate.attention_check import AttentionCheck
 from llmconvert.validate.behaviour import GenerationOptions
 from llmconvert.validate.cache_size import CacheCheck
+from llmconvert.validate.generation import PROMPTS
 from llmconvert.validate.ladder import MemoryLadder
 from llmconvert.validate.measurement import Measurement
 from llmconvert.validate.positions import PositionsCheck
 from llmconvert.validate.report import Check
+from llmconvert.validate.tasks import Tasks
 
-__all__ = ["DTYPES", "convert", "layer_overrides", "measure", "measurements", "quantize", "require_measurable"]
+__all__ = [
+    "DTYPES",
+    "change_schemes",
+    "convert",
+    "layer_overrides",
+    "measure",
+    "measurements",
+    "quantize",
+    "require_measurable",
+]
 
 #: The dtypes a recipe can name.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -119,6 +131,50 @@ def quantize(
     }
 
 
+def change_schemes(
+    artifact: Path,
+    source: Checkpoint,
+    output: Path,
+    settings: QuantizeSettings,
+    *,
+    before: Assignment,
+    changes: Assignment,
+    windows: Sequence[torch.Tensor] = (),
+    identity: str = "",
+    device: torch.device,
+    memory: int | None,
+    progress: Progress = SILENT,
+) -> Mapping[str, Any]:
+    """Write an artifact anew with other schemes for some linears; see
+    :func:`llmconvert.quantize.requantize.requantize_checkpoint`.
+
+    Returns:
+        what came of the linears that were quantized anew, as JSON values.
+    """
+    layers = requantize_checkpoint(
+        artifact,
+        source,
+        output,
+        method=settings.method,
+        format=settings.format,
+        before=before,
+        changes=changes,
+        windows=windows,
+        device=device,
+        memory_budget=memory,
+        identity=identity,
+        progress=progress,
+    )
+    return {"linears": [{"name": layer.name, "scheme": layer.scheme, "error": layer.error} for layer in layers]}
+
+
+def _generation_options(settings: ValidateSettings) -> GenerationOptions | None:
+    generation = settings.generation
+    if generation is None:
+        return None
+    return GenerationOptions(generation.max_new_tokens, generation.min_agreement, generation.prompts or PROMPTS)
+
+
 def require_measurable(settings: ValidateSettings | None) -> None:
     """Refuse, before any work, a measurement that can't be made in this environment.
 
@@ -148,12 +204,12 @@ def measure(
     progress: Progress = SILENT,
 ) -> list[Check]:
     """Measure an artifact as the section asks; see :func:`llmconvert.validate.artifact.validate_artifact`."""
-    perplexity, generation = settings.perplexity, settings.generation
+    perplexity = settings.perplexity
     return validate_artifact(
         artifact,
         reference=reference,
         windows=replace(windows, dataset=public_name(windows.dataset)) if windows is not None else None,
-        generation=GenerationOptions(generation.max_new_tokens, generation.min_agreement) if generation else None,
+        generation=_generation_options(settings),
         limits=Limits(
             max_increase=perplexity.max_increase if perplexity is not None else None,
             max_kl=settings.max_kl,
@@ -178,6 +234,10 @@ def measurements(settings: ValidateSettings) -> list[Measurement]:
         memory = settings.memory
         found.append(CacheCheck(memory.contexts, memory.batches))
         found.append(MemoryLadder(memory.contexts, memory.measured, memory.measured_contexts))
+    if settings.tasks is not None:
+        tasks = settings.tasks
+        include = Path(tasks.include).expanduser() if tasks.include is not None else None
+        found.append(Tasks(tasks.names, tasks.samples, tasks.fewshot, include, tasks.max_drop))
     return found
 
 

@@ -25,6 +25,7 @@ from llmconvert.validate.inventory import bits_per_weight, measure_sizes, take_i
 from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.quality import Limits, Scorer, how_measured
 from llmconvert.validate.report import Check
+from llmconvert.validate.vllm_fidelity import vllm_checks
 from llmconvert.validate.vocabulary import check_vocabularies
 from llmconvert.writer import write_side_files
 
@@ -93,6 +94,8 @@ def validate_artifact(
                 dtype=dtype,
                 progress=progress,
             )
+        if probe is not None:
+            checks += vllm_checks(artifact, probe.window, probe.logits, progress=progress)
         subject = Subject(
             artifact, stored, dense, reference, original, windows, device, dtype, seed=seed, progress=progress
         )

@@ -15,13 +15,10 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.validate.fidelity import Fidelity, fidelity
 from llmconvert.validate.generation import PROMPTS, Continuation, Generations, compare, generate
 from llmconvert.validate.report import Check
-from llmconvert.validate.runtime import Runtime, available_memory, runtime
+from llmconvert.validate.runtime import Runtime, runtime, too_large
 from llmconvert.validate.streamed_generation import Scored, score_continuations, stream_continuations
 
 __all__ = ["GenerationOptions", "Probe", "runtime_checks"]
-
-# What transformers takes while loading, relative to the dense weights it ends up with.
-_LOADING_FACTOR = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +62,10 @@ def runtime_checks(
         original: it as dense weights. One that cannot write reads the artifact's continuations instead.
         dtype: what the runtime computes in; that of the probe, or of the config, by default.
     """
-    too_large = _too_large(dense, device)
+    oversized = too_large(dense, device)
     dtype = probe.logits.dtype if dtype is None and probe is not None else dtype
-    if too_large:
-        runtime_check = Check(name="runtime", detail={"text": f"not measured: {too_large}"})
+    if oversized:
+        runtime_check = Check(name="runtime", detail={"text": f"not measured: {oversized}"})
         if generation is None:
             return [runtime_check]
         return [runtime_check, *_streamed_checks(artifact, dense, original, generation, device, dtype, progress)]
@@ -87,7 +84,7 @@ def runtime_checks(
     if original is None:
         return [*checks, *_alone(ours.continuations, {"runtime": ours.runtime}, generation), *_pace(ours, None)]
     try:
-        note = _too_large(original, device)
+        note = too_large(original, device)
         if isinstance(reference, SafetensorsCheckpoint) and not note:
             with runtime(reference.directory, device=device, dtype=dtype) as loaded:
                 theirs = _generate(loaded, generation, progress)
@@ -98,13 +95,6 @@ def runtime_checks(
     scored = score_continuations(original, tokenizer, ours.continuations, device=device, dtype=dtype, progress=progress)
     about = {"runtime": ours.runtime}
     return [*checks, *_scored_checks(ours.continuations, scored, generation, about, note), *_pace(ours, None)]
-
-
-def _too_large(dense: Checkpoint, device: torch.device) -> str:
-    """Why a model can't be loaded whole; empty if it can."""
-    free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    needed = round(_LOADING_FACTOR * dense.nbytes)
-    return f"loading it whole takes about {needed:,} bytes, {free:,} are free" if free and needed > free else ""
 
 
 def _streamed_checks(
@@ -230,6 +220,8 @@ def _generation_checks(ours: Generations, theirs: Generations, options: Generati
     count = len(ours.continuations)
     # A few loops come and go with any change; half of all texts more than before is a broken model.
     stuck = result.looping[1] - result.looping[0] >= count / 2
+    endless = result.ended[0] - result.ended[1] >= count / 2
+    endless_text = f"{result.ended[1]} of {count} texts end by themselves, {result.ended[0]} before"
     stuck_text = f"{result.looping[1]} of {count} texts repeat one phrase without end, {result.looping[0]} before"
     return [
         Check(
@@ -241,7 +233,7 @@ def _generation_checks(ours: Generations, theirs: Generations, options: Generati
             detail=detail,
         ),
         _count("generation.looping", result.looping, not stuck, {"of": count, "text": stuck_text if stuck else ""}),
-        _count("generation.ended", result.ended, True, {"of": count}),
+        _count("generation.ended", result.ended, not endless, {"of": count, "text": endless_text if endless else ""}),
         *_pace(ours, theirs),
     ]
 

@@ -25,12 +25,14 @@ def blame(report: Report) -> str:
     blocks = report.check("block_divergence")
     drift = _largest(blocks.detail.get("blocks", ()) if blocks else (), "added", "name")
     sentences = [f"the hidden state drifts most in {drift}"] if drift else []
-    outputs = [
-        {"name": linear["name"], "error": math.sqrt(linear["error"])}
+    # What a repair quantized anew counts as it is now.
+    errors = {
+        linear["name"]: linear["error"]
         for step in report.steps
         for linear in (step.model_extra or {}).get("details", {}).get("linears", ())
         if linear["error"] is not None
-    ]
+    }
+    outputs = [{"name": name, "error": math.sqrt(error)} for name, error in errors.items()]
     inventory = report.check("inventory")
     weights = inventory.detail.get("tensors", ()) if inventory else ()
     if outputs:

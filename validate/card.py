@@ -65,6 +65,7 @@ def render_card(
         ],
         about=_detail(report, "perplexity"),
         fidelity=report.check("fidelity.max_abs_diff"),
+        vllm_fidelity=report.check("fidelity.vllm_mean_abs_diff"),
         failed=report.failed,
         recipe=recipe.strip(),
         chat=chat,

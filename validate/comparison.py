@@ -93,7 +93,9 @@ def compare_reports(reports: Mapping[str, Report]) -> ReportComparison:
         ComparedRow("Peak memory of that", tuple(_quantizing(report, "memory") for report in values)),
         ComparedRow("Checks", tuple(_verdict(report) for report in values)),
     ]
-    measured = [_measured(name, values) for name in _SHOWN]
+    # Benchmarks, and whatever else a check of its own measures.
+    others = [check.name for report in values for check in report.checks if check.label and not check.quiet]
+    measured = [_measured(name, values) for name in dict.fromkeys((*_SHOWN, *others))]
     table = [row for row in made + measured if any(row.cells)]
     return ReportComparison(reports, tuple(table), tuple(_caveats(values)))
 
@@ -110,7 +112,8 @@ def _measured(name: str, reports: list[Report]) -> ComparedRow:
         unit = next(check.unit for check in checks if check is not None)
         winner = (max if unit in _HIGHER_IS_BETTER else min)(values.values())
         best = frozenset(index for index, value in values.items() if value == winner)
-    return ComparedRow(label_of(name), tuple(cells), best)
+    label = next((check.label for check in checks if check is not None and check.label), label_of(name))
+    return ComparedRow(label, tuple(cells), best)
 
 
 def _quantizing(report: Report, what: str) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "format_count",
     "format_seconds",
     "format_value",
+    "known_names",
     "label_of",
     "rows",
     "section_table",
@@ -54,6 +55,7 @@ _QUIET = (
     "generation.looping",
     "generation.ended",
 )
+_COUNTS = ("tensors", "texts", "tokens", "rounds")
 _PREFIXES = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -110,6 +112,11 @@ def label_of(name: str) -> str:
     return _LABELS.get(name, name)
 
 
+def known_names() -> frozenset[str]:
+    """The names of checks that every report may hold."""
+    return frozenset(_LABELS)
+
+
 def split_interval(cell: str) -> tuple[str, str]:
     """A cell's number, and its interval without parentheses (empty if it has none)."""
     number, _, interval = cell.partition(" (")
@@ -126,7 +133,7 @@ def format_value(value: float | None, unit: str) -> str:
         return f"{100 * value:.1f} %"
     if unit == "seconds":
         return format_seconds(value)
-    if unit in ("tensors", "texts", "tokens"):
+    if unit in _COUNTS:
         return f"{value:,.0f}"
     if unit in ("tokens/s", "nats"):
         return f"{_significant(value, 3)} {unit}"
@@ -198,7 +205,7 @@ def _change(check: Check) -> str:
         text = _signed(check.detail["increase"])
         low, high = check.detail.get("increase_low"), check.detail.get("increase_high")
         return text if low is None or high is None else f"{text} ({_signed(low)} to {_signed(high)})"
-    if not check.value or not check.reference or check.unit in ("texts", "tensors", "tokens"):
+    if not check.value or not check.reference or check.unit in _COUNTS:
         return ""
     return _signed(check.value / check.reference - 1)
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
-__all__ = ["COLOURS", "INK", "MARKERS", "Format", "render", "style"]
+__all__ = ["COLOURS", "INK", "MARKERS", "Format", "legend", "render", "style"]
 
 Format = Literal["svg", "png"]
 
@@ -21,7 +21,9 @@ INK = "#1e2328"
 COLOURS = ("#3b82c4", "#d07a1f", "#2e9567", "#c75a9b", "#8a6fd1", "#a08025", "#d1495b", "#2a9d9d", "#7f7f7f")
 #: One per colour.
 MARKERS = "osD^vP*Xh"
-_INCHES = (6.4, 3.6)
+# About as wide as a phone, and half as a page, so that their text has the size of text in both.
+_INCHES = (4.8, 3.2)
+_FONT = {"font.size": 9.5, "font.family": "sans-serif"}
 
 
 def render(draw: Callable[[Any], None], format: Format, name: str) -> bytes:
@@ -33,12 +35,12 @@ def render(draw: Callable[[Any], None], format: Format, name: str) -> bytes:
 
     buffer = io.BytesIO()
     # Restored on leaving: text as text, and ids that are the same every time.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "font.family": "sans-serif"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, **_FONT}):
         figure = Figure(figsize=_INCHES, layout="constrained")
         (FigureCanvasSVG if format == "svg" else FigureCanvasAgg)(figure)
         draw(figure)
         if format == "png":
-            figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+            figure.savefig(buffer, format="png", dpi=220, facecolor="white")
             return buffer.getvalue()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue().decode(), name).encode()
@@ -66,3 +68,17 @@ def style(axes: Any) -> None:
     axes.yaxis.label.set_color(INK)
     axes.grid(color="#888888", alpha=0.25, linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def legend(figure: Any, columns: int) -> None:
+    """A legend above the axes, without a frame."""
+    figure.legend(
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=8.5,
+        columnspacing=1.2,
+        handlelength=1.4,
+        handletextpad=0.5,
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmconvert.validate.display import format_bytes
-from llmconvert.validate.drawing import COLOURS, INK, MARKERS, Format, render, style
+from llmconvert.validate.drawing import COLOURS, INK, MARKERS, Format, legend, render, style
 from llmconvert.validate.report import Check, Report
 
 __all__ = ["Format", "comparison_plot", "divergence_plot", "drift_plot", "layer_error_plot", "quality_plot"]
@@ -114,6 +114,7 @@ def _draw_quality(figure: Any, points: tuple[_Point, _Point]) -> None:
             color=INK,
         )
     axes.set_xlim(0, 1.4 * max(point.size for point in points))
+    axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".0 ", " "))
     axes.set_xlabel("weights on disk")
     axes.set_ylabel("perplexity, lower is better")
@@ -137,10 +138,11 @@ def _draw_comparison(figure: Any, points: Sequence[_Point]) -> None:
             label=point.label,
         )
     axes.set_xlim(0, 1.1 * max(point.size for point in points))
+    axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".0 ", " "))
     axes.set_xlabel("weights on disk")
     axes.set_ylabel("perplexity, lower is better")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+    legend(figure, 2)
 
 
 def _draw_drifts(figure: Any, lines: Mapping[str, tuple[int, Sequence[Mapping[str, Any]]]]) -> None:
@@ -160,7 +162,7 @@ def _draw_drifts(figure: Any, lines: Mapping[str, tuple[int, Sequence[Mapping[st
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel("drift of the hidden state, %")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+    legend(figure, 2)
 
 
 def _draw_divergence(figure: Any, blocks: Sequence[Mapping[str, Any]]) -> None:
@@ -183,7 +185,7 @@ def _draw_divergence(figure: Any, blocks: Sequence[Mapping[str, Any]]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel("drift of the hidden state, %")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+    legend(figure, 2)
 
 
 def _errors_by_kind(tensors: Any) -> Mapping[str, list[tuple[int, float]]]:
@@ -214,4 +216,4 @@ def _draw_errors(figure: Any, series: Mapping[str, list[tuple[int, float]]]) -> 
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative weight error, %")
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=9)
+    legend(figure, 4)

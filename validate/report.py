@@ -10,10 +10,10 @@ It is written to ``llmconvert/report.json`` of an artifact in the stable schema 
 
 ``value`` is the artifact's, ``reference`` the original's, and ``limit`` what the recipe allows; any of them may be
 null. ``unit`` names what they count: ``bytes``, ``bits``, ``nats``, ``share`` (0 to 1), ``relative`` (an error's size
-relative to what it is an error of), ``tokens``, ``tokens/s``, ``seconds``, ``tensors``, ``texts``, or nothing.
-``detail`` holds a sentence under ``text`` where one helps, intervals under ``low`` and ``high``, and whatever else
-belongs to that check; tables and plots are ``sections`` (:mod:`llmconvert.validate.section`). A check without a limit
-passes unless something is broken. ``docs/report.md`` has it all.
+relative to what it is an error of), ``tokens``, ``tokens/s``, ``seconds``, ``tensors``, ``texts``, ``rounds``, or
+nothing. ``detail`` holds a sentence under ``text`` where one helps, intervals under ``low`` and ``high``, and whatever
+else belongs to that check; tables and plots are ``sections`` (:mod:`llmconvert.validate.section`). A check without a
+limit passes unless something is broken. ``docs/report.md`` has it all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llmconvert.errors import GateError, SourceError
 from llmconvert.validate.section import Section, Value
 from llmconvert.writer import write_file
 
-__all__ = ["Check", "ModelInfo", "Report", "Step", "environment", "require_passed"]
+__all__ = ["Check", "ModelInfo", "Report", "Step", "environment", "json_schema", "require_passed"]
 
 _PACKAGES = ("llmconvert", "torch", "transformers", "safetensors", "compressed-tensors", "numpy", "numba")
 
@@ -128,7 +128,8 @@ class Report(Value):
     @property
     def sections(self) -> tuple[Section, ...]:
         """The sections of all steps, then those of all checks."""
-        return tuple(section for owner in (*self.steps, *self.checks) for section in owner.sections)
+        owners: tuple[Step | Check, ...] = (*self.steps, *self.checks)
+        return tuple(section for owner in owners for section in owner.sections)
 
     def check(self, name: str) -> Check | None:
         """The check of that name, or None."""
@@ -169,6 +170,13 @@ class Report(Value):
             return cls.from_json(path.read_bytes(), origin=str(path))
         except OSError as error:
             raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def json_schema() -> str:
+    """The JSON Schema (2020-12) of ``report.json``, indented."""
+    values = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    values |= Report.model_json_schema(by_alias=True, mode="serialization")
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def environment() -> dict[str, str]:

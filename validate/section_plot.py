@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmconvert.validate.display import format_value
-from llmconvert.validate.drawing import COLOURS, INK, MARKERS, Format, render, style
+from llmconvert.validate.drawing import COLOURS, INK, MARKERS, Format, legend, render, style
 from llmconvert.validate.section import Plot, Section, Series
 
 __all__ = ["section_plot"]
@@ -13,6 +13,8 @@ __all__ = ["section_plot"]
 _BARS_WIDTH = 0.8
 # Above this many, the labels of bars would run into each other.
 _LEVEL_LABELS = 5
+# An axis starts at zero if the lowest value is below this share of the highest.
+_NEAR_ZERO = 0.4
 
 
 def section_plot(section: Section, format: Format = "svg") -> bytes | None:
@@ -40,13 +42,17 @@ def _draw(figure: Any, plot: Plot) -> None:
     axes.set_yscale(plot.y_scale)
     if plot.limit is not None:
         axes.axhline(plot.limit, color=INK, linestyle="--", linewidth=1, alpha=0.7, label="limit")
-    lowest = min(value for series in plot.series for value in (*series.y, *series.low) if value is not None)
-    if plot.y_scale == "linear" and lowest >= 0:
+    values = [value for series in plot.series for value in (*series.y, *series.low, *series.high) if value is not None]
+    if (
+        plot.y_scale == "linear"
+        and (plot.kind == "bars" or min(values) < _NEAR_ZERO * max(values))
+        and min(values) >= 0
+    ):
         axes.set_ylim(bottom=0)
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
     if len(plot.series) > 1 or plot.limit is not None:
-        figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=9)
+        legend(figure, 3)
 
 
 def _points(axes: Any, series: Series, index: int, *, joined: bool) -> None:

@@ -13,6 +13,7 @@ import click
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Where finished stages are kept. [default: work]")
 @click.option("--fresh", is_flag=True, help="Forget what earlier runs of the recipe did.")
 @click.option("--stream", is_flag=True, help="Work on Hub models while they download, by methods without calibration.")
+@click.option("--repair", is_flag=True, help="Give layers more bits if the gate fails, and measure again.")
 @click.option("--no-publish", is_flag=True, help="Leave the artifact in the work directory.")
 def run(
     recipes: tuple[str, ...],
@@ -20,6 +21,7 @@ def run(
     work_dir: Path | None,
     fresh: bool,
     stream: bool,
+    repair: bool,
     no_publish: bool,
 ) -> None:
     """Run recipes one after the other: files, or names of shipped recipes.
@@ -43,7 +45,7 @@ def run(
 
     outcomes = run_batch(
         recipes,
-        overrides=(*overrides, "stream=true") if stream else overrides,
+        overrides=(*overrides, *(["stream=true"] if stream else []), *(["validate.repair=true"] if repair else [])),
         work_dir=work_dir,
         fresh=fresh,
         publish=not no_publish,

@@ -19,7 +19,6 @@ from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine.datasets import load_dataset_text
 from llmconvert.engine.tokens import TokenWindows, draw_windows
 from llmconvert.errors import CalibrationError, UsageError
-from llmconvert.validate import behaviour
 from llmconvert.validate.artifact import GenerationOptions, Limits, validate_artifact
 from llmconvert.validate.report import Check
 
@@ -150,7 +149,7 @@ def test_an_artifact_that_lost_a_tensor_fails(original: Path, tmp_path: Path) ->
 def test_a_model_too_large_for_the_memory_is_not_loaded(
     quantized: Path, windows: TokenWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(behaviour, "available_memory", lambda: 1000)
+    monkeypatch.setattr("llmconvert.validate.runtime.available_memory", lambda: 1000)
     found = measure(quantized, None, windows=windows)
     assert found["runtime"].ok and found["runtime"].value is None
     assert "1,000 are free" in found["runtime"].text and "fidelity.max_abs_diff" not in found
@@ -170,7 +169,7 @@ def test_models_too_large_for_the_memory_are_continued_and_judged_by_streaming(
 ) -> None:
     options = GenerationOptions(max_new_tokens=4)
     loaded = measure(quantized, original, generation=options)
-    monkeypatch.setattr(behaviour, "available_memory", lambda: 1000)
+    monkeypatch.setattr("llmconvert.validate.runtime.available_memory", lambda: 1000)
     found = measure(quantized, original, generation=options)
     agreement = found["generation.agreement"]
     assert "in one streamed pass" in agreement.text and agreement.detail["runtime"] == "llmconvert, streamed"
@@ -187,7 +186,7 @@ def test_an_original_that_is_too_large_reads_what_the_artifact_wrote(
     original: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([10**12, 1000])
-    monkeypatch.setattr(behaviour, "available_memory", lambda: next(answers))
+    monkeypatch.setattr("llmconvert.validate.runtime.available_memory", lambda: next(answers))
     found = measure(quantized, original, generation=GenerationOptions(max_new_tokens=4))
     assert "1,000 are free" in found["generation.agreement"].text
     assert found["speed.decode"].value and found["speed.decode"].reference is None

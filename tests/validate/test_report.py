@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +16,12 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from llmconvert.errors import GateError, SourceError
-from llmconvert.validate.display import format_bytes, format_count, format_seconds, format_value, rows
-from llmconvert.validate.report import Check, ModelInfo, Report, Step, environment, require_passed
+from llmconvert.validate.display import format_bytes, format_count, format_seconds, format_value, known_names, rows
+from llmconvert.validate.report import Check, ModelInfo, Report, Step, environment, json_schema, require_passed
+from llmconvert.validate.section import Column, Plot, Section, Series
 from llmconvert.validate.terminal import render_terminal
 
+DOCS = Path(__file__).parent.parent.parent / "docs"
 numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)
 checks = st.builds(
     Check,
@@ -71,6 +75,31 @@ def test_what_a_later_version_added_is_kept(report: Report) -> None:
     found = json.loads(report.to_json())
     found["steps"][0]["written_bytes"] = 7
     assert json.loads(Report.from_json(json.dumps(found)).to_json()) == found
+
+
+def test_the_published_schema_is_that_of_the_code_and_reports_follow_it(report: Report) -> None:
+    """``jsonschema`` is the judge. ``docs/report.schema.json`` is what this prints::
+
+    python -c "from llmconvert.validate.report import json_schema; print(json_schema(), end='')"
+    """
+    published = (DOCS / "report.schema.json").read_text()
+    assert published == json_schema()
+    validator = jsonschema.Draft202012Validator(json.loads(published))
+    validator.check_schema(json.loads(published))
+    section = Section(name="s", title="t", columns=(Column(heading="a"),), rows=((1,), ("b",), (None,)))
+    checks = (*report.checks, Check(name="more", value=math.nan, label="l", quiet=True, sections=(section,)))
+    validator.validate(json.loads(report.model_copy(update={"checks": checks}).to_json()))
+    for wrong in ('{"schema": "llmconvert.report/1"}', '{"schema": "x", "model": {"name": "a", "source": "b"}}'):
+        assert not validator.is_valid(json.loads(wrong))
+
+
+def test_the_documentation_names_every_key_and_every_check() -> None:
+    text = (DOCS / "report.md").read_text()
+    for model in (Report, ModelInfo, Step, Check, Section, Column, Plot, Series):
+        for name, field in model.model_fields.items():
+            assert re.search(rf"\b{field.alias or name}\b", text), f"{model.__name__}.{name}"
+    for name in known_names():
+        assert f"`{name}`" in text
 
 
 @pytest.mark.parametrize(

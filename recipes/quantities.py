@@ -1,0 +1,51 @@
+"""Shares and sizes as people write them: ``5%``, ``4GB``."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import PlainSerializer, PlainValidator
+
+__all__ = ["Bytes", "Share", "parse_bytes", "parse_share"]
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
+_UNITS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_share(value: object) -> float:
+    """``"5%"`` or ``0.05`` as 0.05.
+
+    Raises:
+        ValueError: neither form, negative, or a bare number above 1 (surely meant as a percentage).
+    """
+    if isinstance(value, str) and value.strip().endswith("%"):
+        share = float(value.strip()[:-1]) / 100
+    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        share = float(value)
+        if share > 1:
+            raise ValueError(f"found {value}, which would mean {100 * share:g}%; write {share:g}% or {share / 100:g}")
+    else:
+        raise ValueError("expected a share such as 5% or 0.05")
+    if not 0 <= share < float("inf"):
+        raise ValueError("expected a share of 0% or more")
+    return share
+
+
+def parse_bytes(value: object) -> int:
+    """``"4GB"``, ``"512 MiB"`` or a plain number of bytes.
+
+    Raises:
+        ValueError: another form, or zero.
+    """
+    match = _SIZE.fullmatch(str(value).strip()) if isinstance(value, (int, str)) else None
+    if match is None or isinstance(value, bool):
+        raise ValueError("expected a size such as 4GB, 512MiB or a number of bytes")
+    size = int(float(match["number"]) * (1024 if match["binary"] else 1000) ** _UNITS[match["unit"]])
+    if size < 1:
+        raise ValueError("expected a size above zero")
+    return size
+
+
+Share = Annotated[float, PlainValidator(parse_share), PlainSerializer(lambda share: f"{100 * share:.10g}%")]
+Bytes = Annotated[int, PlainValidator(parse_bytes)]

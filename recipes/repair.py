@@ -1,0 +1,286 @@
+"""Repairing an artifact that missed the gate: more bits where they tell most, measured again, within a size limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.errors import UsageError
+from llmconvert.progress import Progress
+from llmconvert.quantize.base import Quantizer, check_method, load_method
+from llmconvert.quantize.formats.base import Format, load_format
+from llmconvert.quantize.plan import plan_quantization
+from llmconvert.quantize.requantize import Assignment, trace
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.recipes.recipe import QuantizeSettings, Recipe
+from llmconvert.recipes.steps import change_schemes, layer_overrides
+from llmconvert.stages import StageResult
+from llmconvert.validate.display import format_bytes
+from llmconvert.validate.repair import Unit, Upgrade, choose_upgrades, divergences, needed_share
+from llmconvert.validate.report import Check, ModelInfo, Report
+from llmconvert.validate.section import Cell, Column, Plot, Section, Series
+
+__all__ = ["RepairTools", "repair"]
+
+# A tensor's entry in a file's header may grow by as much.
+_HEADER_NBYTES = 32
+_MODEL = "model"
+_NO_MODEL = ModelInfo(name="", source="")
+
+
+@dataclass(frozen=True, slots=True)
+class RepairTools:
+    """What a run lends to its repair.
+
+    Attributes:
+        windows: calibration token ids.
+        stage: runs a stage, or takes it over: its name, its inputs, what builds it.
+        measure: measures a stage's model in a stage of the name.
+        progress: where long work is shown.
+    """
+
+    windows: Sequence[torch.Tensor]
+    stage: Callable[[str, Mapping[str, Any], Callable[[Path], Mapping[str, Any]]], StageResult]
+    measure: Callable[[str, StageResult], StageResult | None]
+    progress: Progress
+
+
+def repair(
+    recipe: Recipe, original: Path, model: StageResult, measured: StageResult, tools: RepairTools
+) -> tuple[StageResult, StageResult, Sequence[Check]]:
+    """Give layers more bits or smaller groups until the artifact passes, or nothing more can be done.
+
+    Args:
+        recipe: its limits, and whether it wants a repair at all.
+        original: directory of the dense model that was quantized.
+        model, measured: the artifact, and its checks.
+
+    Returns:
+        The last artifact, its checks, and a check on the repair itself; none if there was nothing to repair.
+    """
+    settings, validation = recipe.quantize, recipe.validation
+    if settings is None or validation is None or validation.repair is None or _checks(measured).verdict:
+        return model, measured, ()
+    with SafetensorsCheckpoint(original) as source:
+        state = _State.begin(source, settings, torch.device(recipe.device))
+        limit = validation.repair.max_bytes or validation.max_bytes or source.nbytes
+    limit = min(limit, validation.max_bytes or limit)
+    state.learn(model)
+    rounds: list[Sequence[Upgrade]] = []
+    trail = [_checks(measured)]
+    reason = ""
+    while not reason and not trail[-1].verdict:
+        upgrades, reason = _next_round(state, trail[-1], limit, validation.repair.rounds - len(rounds))
+        if reason:
+            break
+        changes = {name: upgrade.after for upgrade in upgrades for name in upgrade.linears}
+        number = len(rounds) + 1
+        model = _requantize(recipe, original, model, state.assignment, changes, f"repair-{number}", tools)
+        again = tools.measure(f"validate-{number}", model)
+        assert again is not None
+        measured = again
+        state = replace(state, assignment={**state.assignment, **changes})
+        state.learn(model)
+        rounds.append(upgrades)
+        trail.append(_checks(measured))
+    return model, measured, (_check(rounds, trail, reason, limit),)
+
+
+def _next_round(state: _State, report: Report, limit: int, left: int) -> tuple[list[Upgrade], str]:
+    """What to change next, or why nothing is."""
+    failed = report.failed
+    share = needed_share(failed)
+    if share is None:
+        return [], f"more bits don't mend {', '.join(check.name for check in failed)}"
+    if left == 0:
+        return [], "the rounds allowed did not suffice"
+    size = report.check("size_bytes")
+    assert size is not None and size.value is not None
+    budget = limit - int(size.value) - _HEADER_NBYTES * state.tensors
+    upgrades = choose_upgrades(state.units(report), share, budget, nbytes=state.nbytes, accepts=state.accepts)
+    if not upgrades:
+        taken = format_bytes(size.value)
+        return [], f"no better scheme fits into {format_bytes(limit)}, of which {taken} are taken"
+    changes = {name: upgrade.after for upgrade in upgrades for name in upgrade.linears}
+    if not any({**state.assignment, **changes}.values()):
+        return [], "only the original would pass"
+    return upgrades, ""
+
+
+def _requantize(
+    recipe: Recipe,
+    original: Path,
+    last: StageResult,
+    before: Assignment,
+    changes: Assignment,
+    name: str,
+    tools: RepairTools,
+) -> StageResult:
+    settings = recipe.quantize
+    assert settings is not None
+
+    def build(path: Path) -> Mapping[str, Any]:
+        if (path / _MODEL).exists():  # complete, and killed just then
+            return {}
+        with SafetensorsCheckpoint(original) as source:
+            return change_schemes(
+                last.path / _MODEL,
+                source,
+                path / _MODEL,
+                settings,
+                before=before,
+                changes=changes,
+                windows=tools.windows,
+                identity=last.key,
+                device=torch.device(recipe.device),
+                memory=recipe.memory,
+                progress=tools.progress,
+            )
+
+    wanted = {linear: str(scheme) for linear, scheme in changes.items()}
+    return tools.stage(name, {"model": last.key, "changes": wanted}, build)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the artifact is stored in now, and what is known about its linears."""
+
+    quantizer: Quantizer
+    format: Format
+    dtype: torch.dtype
+    assignment: Mapping[str, Scheme | None]
+    stored: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, int]]
+    fused: tuple[tuple[str, ...], ...]
+    tensors: int
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, source: SafetensorsCheckpoint, settings: QuantizeSettings, device: torch.device) -> _State:
+        skeleton, blocks = trace(source, device)
+        layout = load_format(settings.format)
+        quantizer, overrides = load_method(settings.method, {}), layer_overrides(settings)
+        plan = plan_quantization(skeleton, blocks, settings.scheme, overrides, quantizer, layout)
+        shapes = {name: source.infos[f"{stored}.weight"].shape for name, stored in plan.stored.items()}
+        return cls(
+            quantizer,
+            layout,
+            skeleton.dtype,
+            {name: plan.schemes.get(name) for name in plan.stored},
+            plan.stored,
+            {name: (shape[0], shape[1]) for name, shape in shapes.items()},
+            tuple(stop.linears for block in blocks for stop in block.stops),
+            len(plan.specs),
+        )
+
+    def learn(self, model: StageResult) -> None:
+        """Take note of the output errors that a stage reports."""
+        names = {stored: name for name, stored in self.stored.items()}
+        for linear in model.details.get("linears", ()):
+            if linear["error"] is not None and linear["name"] in names:
+                self.errors[names[linear["name"]]] = linear["error"]
+
+    def units(self, report: Report) -> list[Unit]:
+        inventory = report.check("inventory")
+        tensors = inventory.detail.get("tensors", ()) if inventory is not None else ()
+        by_weight = {record["name"]: (record["error"] or 0.0) ** 2 for record in tensors}
+        weights = {name: by_weight.get(f"{stored}.weight", 0.0) for name, stored in self.stored.items()}
+        errors = self.errors or weights
+        return [
+            Unit(unit, tuple(self.shapes[name] for name in unit), self.assignment[unit[0]], divergence)
+            for unit, divergence in zip(self.fused, divergences(report, self.fused, errors), strict=True)
+        ]
+
+    def nbytes(self, shape: tuple[int, int], scheme: Scheme | None) -> int:
+        if scheme is None:
+            return math.prod(shape) * self.dtype.itemsize
+        scales = self.format.scale_dtype(self.dtype)
+        return sum(spec.nbytes for spec in self.format.specs("linear", shape, scheme, scales))
+
+    def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
+        try:
+            check_method(self.quantizer, scheme)
+            self.format.check(scheme)
+            scheme.check_fits("linear", shape[1])
+            self.nbytes(shape, scheme)
+            # Some formats hold one scheme per model.
+            others = {str(other): other for other in self.assignment.values() if other is not None}
+            self.format.quantization_config({**others, "linear": scheme}, ())
+        except UsageError:
+            return False
+        return True
+
+
+def _checks(measured: StageResult) -> Report:
+    return Report(model=_NO_MODEL, checks=tuple(Check.model_validate(check) for check in measured.details["checks"]))
+
+
+def _check(rounds: Sequence[Sequence[Upgrade]], trail: Sequence[Report], reason: str, limit: int) -> Check:
+    """The repair itself as a check: whether it sufficed, and what was done."""
+    done = sum(len(upgrades) for upgrades in rounds)
+    added = sum(upgrade.nbytes for upgrades in rounds for upgrade in upgrades)
+    words = f"{done} groups of layers got better schemes, {format_bytes(added)} more in all" if done else ""
+    if reason:
+        words = f"the artifact can't be repaired: {reason}" + (f"; {words}" if words else "")
+    return Check(
+        name="repair",
+        label="Rounds of repair",
+        value=len(rounds),
+        ok=not reason,
+        unit="rounds",
+        detail={"text": words, "max_bytes": limit},
+        sections=(_section(rounds, trail, limit),) if rounds else (),
+    )
+
+
+def _section(rounds: Sequence[Sequence[Upgrade]], trail: Sequence[Report], limit: int) -> Section:
+    rows: list[tuple[Cell, ...]] = [
+        (
+            number,
+            ", ".join(upgrade.linears),
+            str(upgrade.before),
+            str(upgrade.after or "as in the original"),
+            upgrade.nbytes,
+        )
+        for number, upgrades in enumerate(rounds, start=1)
+        for upgrade in upgrades
+    ]
+    return Section(
+        name="repair",
+        title="Repair",
+        text="Layers with the most estimated divergence per byte got more bits or smaller groups, and everything was "
+        f"measured again after each round. The weights may take {format_bytes(limit)}.",
+        columns=(
+            Column(heading="round"),
+            Column(heading="layers"),
+            Column(heading="before"),
+            Column(heading="after"),
+            Column(heading="more", unit="bytes"),
+        ),
+        rows=tuple(rows),
+        plot=_plot(trail),
+        shown=("card",),
+    )
+
+
+def _plot(trail: Sequence[Report]) -> Plot | None:
+    """The number that failed first, over the size, round by round."""
+    first = next(check for check in trail[0].checks if not check.ok)
+    points = [(report.check("size_bytes"), report.check(first.name)) for report in trail]
+    sizes = [size.value / 1e6 for size, _ in points if size is not None and size.value is not None]
+    values = [check.value if check is not None else None for _, check in points]
+    if len(sizes) != len(values):
+        return None
+    return Plot(
+        caption="The number that missed its limit, over the size of the weights, round by round.",
+        x_label="weights on disk, MB",
+        y_label=f"{first.name}{f', {first.unit}' if first.unit else ''}",
+        series=(Series(label=first.name, x=tuple(sizes), y=tuple(values)),),
+        limit=first.limit,
+    )

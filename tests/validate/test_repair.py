@@ -1,0 +1,120 @@
+"""Which layers a repair chooses: by divergence removed per byte, fused ones together, within the budget."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.validate.repair import Unit, Upgrade, choose_upgrades, divergences, needed_share
+from llmconvert.validate.report import Check, ModelInfo, Report
+
+W2, W3, W4 = (Scheme(bits, 32) for bits in (2, 3, 4))
+W4G128, W4G64 = Scheme(4, 128), Scheme(4, 64)
+
+
+def nbytes(shape: tuple[int, int], scheme: Scheme | None) -> int:
+    """Codes and two bytes per scale."""
+    rows, columns = shape
+    if scheme is None:
+        return 2 * rows * columns
+    return rows * columns * scheme.bits // 8 + 2 * rows * scheme.groups(columns)
+
+
+def accepts(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    return scheme.group_size is None or shape[1] % scheme.group_size == 0
+
+
+def choose(units: list[Unit], share: float = 0.5, budget: int = 10**9) -> list[Upgrade]:
+    return choose_upgrades(units, share, budget, nbytes=nbytes, accepts=accepts)
+
+
+def unit(name: str, divergence: float, scheme: Scheme | None = W2, rows: int = 64, columns: int = 128) -> Unit:
+    return Unit((name,), ((rows, columns),), scheme, divergence)
+
+
+def test_the_largest_divergence_per_byte_comes_first() -> None:
+    (chosen,) = choose([unit("small", 1.0), unit("large", 8.0), unit("long", 8.0, rows=640)], share=0.7)
+    assert chosen.linears == ("large",) and chosen.before == W2 and chosen.after == W3
+    assert chosen.nbytes == 64 * 128 // 8
+
+
+def test_steps_go_on_until_enough_is_removed() -> None:
+    (chosen,) = choose([unit("only", 1.0)], share=0.1)
+    assert chosen.after == W4  # two bits leave a sixteenth
+    (chosen,) = choose([unit("only", 1.0)], share=0.0)
+    assert chosen.after is None and chosen.nbytes == nbytes((64, 128), None) - nbytes((64, 128), W2)
+
+
+def test_groups_shrink_where_that_is_cheaper_than_bits() -> None:
+    # The next width after 4 bits is 8, so halving the groups removes more per byte.
+    (chosen,) = choose([unit("only", 1.0, W4G128)], share=0.9)
+    assert chosen.after == W4G64
+
+
+def test_fused_linears_are_one_unit_and_dense_ones_none() -> None:
+    fused = Unit(("q", "k", "v"), ((64, 128), (16, 128), (16, 128)), W2, 1.0)
+    (chosen,) = choose([fused, unit("dense", 100.0, None)])
+    assert chosen.linears == ("q", "k", "v") and chosen.nbytes == 96 * 128 // 8
+
+
+def test_nothing_that_the_format_refuses_and_nothing_over_the_budget() -> None:
+    assert choose([unit("only", 1.0)], budget=1023) == []
+    assert [chosen.after for chosen in choose([unit("only", 1.0)], budget=1024)] == [W3]
+    refused = choose_upgrades([unit("only", 1.0)], 0.5, 10**9, nbytes=nbytes, accepts=lambda scheme, shape: False)
+    assert [chosen.after for chosen in refused] == [None]
+    eight = Scheme(8, None, activation_bits=8)
+    assert [chosen.after for chosen in choose([unit("only", 1.0, eight)])] == [None]
+
+
+@given(
+    divergence=st.lists(st.floats(0, 100), min_size=1, max_size=8),
+    share=st.floats(0, 1),
+    budget=st.integers(0, 100_000),
+)
+def test_the_budget_is_kept_and_bytes_are_counted(divergence: list[float], share: float, budget: int) -> None:
+    chosen = choose([unit(str(index), value) for index, value in enumerate(divergence)], share, budget)
+    assert sum(upgrade.nbytes for upgrade in chosen) <= budget
+    for upgrade in chosen:
+        assert upgrade.nbytes == nbytes((64, 128), upgrade.after) - nbytes((64, 128), upgrade.before)
+
+
+def failed(name: str, value: float | None, limit: float | None, reference: float | None = None) -> Check:
+    return Check(name=name, value=value, limit=limit, reference=reference, ok=False)
+
+
+def test_what_may_be_left() -> None:
+    assert needed_share([failed("kl_mean", 0.2, 0.1)]) == pytest.approx(0.4)
+    perplexity = failed("perplexity", 20 * math.e**0.2, 20 * math.e**0.05, 20)
+    assert needed_share([perplexity]) == pytest.approx(0.2)
+    assert needed_share([perplexity, failed("kl_mean", 0.2, 0.1)]) == pytest.approx(0.2)
+    assert needed_share([failed("top1_agreement", 0.8, 0.9)]) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        failed("size_bytes", 10, 5),
+        failed("inventory", 1, 0),
+        failed("perplexity", None, None),
+        failed("perplexity", 21, 19, 20),
+        failed("generation.agreement", 0.5, 1.1),
+    ],
+)
+def test_what_more_bits_cannot_mend(check: Check) -> None:
+    assert needed_share([check]) is None
+
+
+def test_a_blocks_drift_is_shared_by_the_errors_in_it() -> None:
+    blocks = [{"name": "layers.0", "added": 0.1}, {"name": "layers.1", "added": 0.3}]
+    report = Report(
+        model=ModelInfo(name="", source=""), checks=(Check(name="block_divergence", detail={"blocks": blocks}),)
+    )
+    units = [("layers.0.up",), ("layers.1.q", "layers.1.k"), ("layers.1.up",), ("layers.10.up",)]
+    errors = {"layers.0.up": 0.5, "layers.1.q": 0.3, "layers.1.k": 0.1, "layers.1.up": 0.6, "layers.10.up": 0.25}
+    assert divergences(report, units, errors) == pytest.approx([0.01, 0.09 * 0.25, 0.09 * 0.75, 0.25])
+    alone = Report(model=ModelInfo(name="", source=""))
+    assert divergences(alone, units, errors) == pytest.approx([0.5, 0.2, 0.6, 0.25])

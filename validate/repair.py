@@ -1,0 +1,182 @@
+"""Which layers to give more bits when an artifact missed the gate: those with the most divergence per byte.
+
+Linears that runtimes fuse (they share an input) are one unit. What a unit is to blame for is estimated from what was
+measured: the drift its block adds, in squares, shared among the block's units by their own squared errors (of the
+output on the calibration text where the method knows it, of the weights otherwise). What an upgrade would leave of it
+follows from the step of the rounding: a bit halves it, and so quarters the squared error. Upgrades are taken greedily
+by divergence removed per byte, until what is left should pass or the size limit is reached. It is an estimate: the
+artifact is measured again afterwards, and that decides.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.validate.report import Check, Report
+
+__all__ = ["REPAIRABLE", "Unit", "Upgrade", "choose_upgrades", "divergences", "needed_share"]
+
+#: Checks that more bits can make pass.
+REPAIRABLE = ("perplexity", "kl_mean", "top1_agreement", "generation.agreement")
+_BITS = (2, 3, 4, 8)
+_SMALLEST_GROUP = 32
+_FIRST_GROUP = 128
+# Left of the predicted divergence, because predictions flatter.
+_MARGIN = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Linears that must change together.
+
+    Attributes:
+        linears: module names.
+        shapes: ``(rows, columns)`` of each.
+        scheme: what they are stored in; None for dense ones.
+        divergence: estimated share in the squared drift of the model.
+    """
+
+    linears: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    scheme: Scheme | None
+    divergence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Upgrade:
+    """A unit's new scheme (None: as in the original), and the bytes it takes in addition."""
+
+    linears: tuple[str, ...]
+    before: Scheme
+    after: Scheme | None
+    nbytes: int
+
+
+def needed_share(failed: Iterable[Check]) -> float | None:
+    """What share of the divergence may be left for all failed checks to pass; None if more bits can't help.
+
+    KL grows with the divergence, so does the logarithm of perplexity over the original's; the share of predictions that
+    differ grows with its root.
+    """
+    shares: list[float] = []
+    for check in failed:
+        if check.name not in REPAIRABLE or check.value is None or check.limit is None:
+            return None
+        if check.name == "perplexity":
+            if not check.reference or check.limit <= check.reference:
+                return None
+            shares.append(math.log(check.limit / check.reference) / math.log(check.value / check.reference))
+        elif check.name == "kl_mean":
+            shares.append(check.limit / check.value)
+        elif check.limit > 1:
+            return None
+        else:
+            shares.append(((1 - check.limit) / (1 - check.value)) ** 2)
+    return _MARGIN * min(shares) if shares else None
+
+
+def divergences(report: Report, units: Sequence[tuple[str, ...]], errors: Mapping[str, float]) -> list[float]:
+    """The estimated share of each unit in the squared drift.
+
+    Args:
+        report: with ``block_divergence``, if it was measured.
+        units: module names of their linears.
+        errors: linear → squared relative error.
+    """
+    measured = report.check("block_divergence")
+    blocks = measured.detail.get("blocks", ()) if measured is not None else ()
+    added = {block["name"]: block["added"] ** 2 for block in blocks}
+    # A block that hides what came before it added something nevertheless.
+    floor = 0.1 * sum(added.values()) / len(added) if added else 0.0
+    own = [sum(errors.get(name, 0.0) for name in unit) / len(unit) for unit in units]
+    homes = [next((block for block in added if unit[0].startswith(f"{block}.")), "") for unit in units]
+    totals: dict[str, float] = {}
+    for home, error in zip(homes, own, strict=True):
+        totals[home] = totals.get(home, 0.0) + error
+    return [
+        max(added[home], floor) * error / totals[home] if home and totals[home] else error
+        for home, error in zip(homes, own, strict=True)
+    ]
+
+
+def choose_upgrades(
+    units: Iterable[Unit],
+    share: float,
+    budget: int,
+    *,
+    nbytes: Callable[[tuple[int, int], Scheme | None], int],
+    accepts: Callable[[Scheme, tuple[int, int]], bool],
+) -> list[Upgrade]:
+    """The upgrades to make now, by what they remove per byte; empty if none fits.
+
+    Args:
+        share: of the divergence that may be left.
+        budget: bytes that may be added.
+        nbytes: size of a linear of that shape in that scheme.
+        accepts: whether the format holds linears of that shape in that scheme.
+    """
+    state = {unit.linears: unit for unit in units if unit.scheme is not None}
+    left = sum(unit.divergence for unit in state.values())
+    target = share * left
+    first = {key: unit.scheme for key, unit in state.items()}
+    spent = dict.fromkeys(state, 0)
+    queue: list[tuple[float, int, tuple[str, ...], Scheme | None, float, int]] = []
+
+    order = itertools.count()
+
+    def offer(unit: Unit) -> None:
+        """Put the unit's next steps into the queue."""
+        for after, factor in _steps(unit, accepts):
+            cost = sum(nbytes(shape, after) - nbytes(shape, unit.scheme) for shape in unit.shapes)
+            gain = (1 - factor) * unit.divergence
+            if gain > 0:
+                heapq.heappush(queue, (-gain / max(1, cost), next(order), unit.linears, after, factor, max(0, cost)))
+
+    for unit in state.values():
+        offer(unit)
+    while queue and left > target:
+        _, _, key, after, factor, cost = heapq.heappop(queue)
+        unit = state[key]
+        if sum(spent.values()) + cost > budget:
+            continue
+        spent[key] += cost
+        left -= (1 - factor) * unit.divergence
+        state[key] = replace(unit, scheme=after, divergence=factor * unit.divergence)
+        queue = [entry for entry in queue if entry[2] != key]
+        heapq.heapify(queue)
+        if after is not None:
+            offer(state[key])
+    chosen = []
+    for key, unit in state.items():
+        before = first[key]
+        if unit.scheme != before and before is not None:
+            chosen.append(Upgrade(key, before, unit.scheme, spent[key]))
+    return chosen
+
+
+def _steps(unit: Unit, accepts: Callable[[Scheme, tuple[int, int]], bool]) -> list[tuple[Scheme | None, float]]:
+    """Better schemes one step away, and the share of the squared error that each leaves."""
+    scheme = unit.scheme
+    if scheme is None:
+        return []
+    found: list[tuple[Scheme | None, float]] = [(None, 0.0)]
+    columns = unit.shapes[0][1]
+    if scheme.kind == "int" and scheme.activation_bits == 16:
+        more = next((bits for bits in _BITS if bits > scheme.bits), None)
+        if more is not None:
+            found.append((replace(scheme, bits=more), 4.0 ** (scheme.bits - more)))
+        size = scheme.columns_per_group(columns)
+        smaller = size // 2 if scheme.group_size else min(_FIRST_GROUP, columns // 2)
+        if smaller >= _SMALLEST_GROUP:
+            # The largest of n normal values grows as the root of 2 ln n, and the rounding step with it.
+            found.append((replace(scheme, group_size=smaller), math.log(smaller) / math.log(size)))
+    return [
+        (after, factor)
+        for after, factor in found
+        if after is None or all(accepts(after, shape) for shape in unit.shapes)
+    ]
