@@ -165,6 +165,7 @@ class _State:
     def begin(cls, source: SafetensorsCheckpoint, settings: QuantizeSettings, device: torch.device) -> _State:
         skeleton, blocks = trace(source, device)
         layout = load_format(settings.format)
+        assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
         quantizer, overrides = load_method(settings.method, {}), layer_overrides(settings)
         plan = plan_quantization(skeleton, blocks, settings.scheme, overrides, quantizer, layout)
         shapes = {name: source.infos[f"{stored}.weight"].shape for name, stored in plan.stored.items()}
@@ -200,7 +201,7 @@ class _State:
     def nbytes(self, shape: tuple[int, int], scheme: Scheme | None) -> int:
         if scheme is None:
             return math.prod(shape) * self.dtype.itemsize
-        scales = self.format.scale_dtype(self.dtype)
+        scales = self.format.scale_dtype(scheme, self.dtype)
         return sum(spec.nbytes for spec in self.format.specs("linear", shape, scheme, scales))
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmconvert.errors import RecipeError
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.recipes.loading import load_recipe, parse_recipe, read_override, shipped_recipes
+from llmconvert.recipes.loading import load_recipe, make_recipe, parse_recipe, read_override, shipped_recipes
 from llmconvert.recipes.quantities import parse_bytes, parse_share
 from llmconvert.recipes.recipe import Recipe
 
@@ -73,7 +73,7 @@ def test_unknown_keys_are_named_with_line_and_nearest_key() -> None:
     )
     assert "line 2: unknown key quantise; did you mean quantize?" in refusal("model: a\nquantise: {}")
     assert "did you mean quantize.scheme" in refusal("model: a\nscheme: w4a16")
-    assert "valid here are max_new_tokens, min_agreement" in refusal("model: a\nvalidate: {generation: {zzz: 1}}")
+    assert "valid here are max_new_tokens, prompts, min_agreement" in refusal("model: a\nvalidate: {generation: {zzz: 1}}")
     nested = "model: a\nquantize: {method: gptq, scheme: w4a16, overrides: [{mach: '*', scheme: w8a16}]}"
     assert "quantize.overrides.0.mach; did you mean quantize.overrides.0.match?" in refusal(nested)
 
@@ -205,3 +205,21 @@ def test_layers_can_be_left_alone() -> None:
     recipe = parse_recipe(text, "x.yaml")
     assert recipe.quantize is not None and recipe.quantize.overrides[0].scheme == "none"
     assert parse_recipe(yaml.safe_dump(recipe.to_mapping()), "y.yaml") == recipe
+
+
+def test_prompts_tasks_and_repair_have_short_and_long_forms() -> None:
+    values = {
+        "perplexity": {"dataset": "pydoc-topics:test", "max_increase": "5%"},
+        "generation": {"prompts": ["Say hello."]},
+        "tasks": ["arc_easy", "piqa"],
+        "repair": True,
+    }
+    quantized = {"method": "rtn", "scheme": "w4a16"}
+    found = make_recipe({"model": "org/name", "quantize": quantized, "validate": values}, "r").validation
+    assert found is not None and found.generation is not None and found.tasks is not None and found.repair is not None
+    assert found.generation.prompts == ("Say hello.",) and found.tasks.names == ("arc_easy", "piqa")
+    assert found.repair.rounds == 4 and found.repair.max_bytes is None
+    values |= {"tasks": {"names": ["arc_easy"], "samples": 10, "max_drop": "2%"}, "repair": {"max_bytes": "1GB"}}
+    found = make_recipe({"model": "org/name", "quantize": quantized, "validate": values}, "r").validation
+    assert found is not None and found.tasks is not None and found.repair is not None
+    assert found.tasks.max_drop == 0.02 and found.repair.max_bytes == 10**9

@@ -230,3 +230,19 @@ def test_numbers_that_mean_little_carry_a_warning(original: Path, quantized: Pat
     # A random model predicts this text worse than guessing.
     assert (found.reference or 0) > 320 and "worse than guessing" in found.text
     assert found.ok
+
+
+def test_endings_that_are_lost_fail(original: Path, tmp_path: Path) -> None:
+    """Without its last norm a model finds all tokens equally likely, and token 0, the first, ends a text."""
+    ending = tmp_path / "ending"
+    shutil.copytree(original, ending)
+    weights = load_file(ending / "model.safetensors")
+    weights["model.norm.weight"].zero_()
+    save_file(weights, ending / "model.safetensors", {"format": "pt"})
+    options = GenerationOptions(max_new_tokens=3, prompts=("One.", "Two."))
+    lost = measure(original, ending, generation=options)["generation.ended"]
+    assert not lost.ok and (lost.value, lost.reference) == (0, 2)
+    assert lost.text == "0 of 2 texts end by themselves, 2 before"
+    kept = measure(ending, ending, generation=options)
+    assert kept["generation.ended"].ok and kept["generation.ended"].value == 2
+    assert [text["prompt"] for text in kept["generation.agreement"].detail["texts"]] == ["One.", "Two."]
