@@ -62,7 +62,7 @@ def export_rope_tensors(config: Mapping[str, Any], arch: str) -> dict[str, np.nd
     rope = _rope(config)
     head_dim = _head_dim(config)
     if rope["rope_type"] == "llama3":
-        return {"rope_freqs.weight": llama3_divisors(rope, head_dim).astype(np.float32)}
+        return {"rope_freqs.weight": llama3_divisors(dict(rope), head_dim).astype(np.float32)}
     if rope["rope_type"] == "longrope":
         return {
             f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)

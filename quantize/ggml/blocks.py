@@ -100,4 +100,5 @@ def block_importance(importance: Array | None, columns: int) -> Array:
         return np.ones(columns, np.float32)
     # Columns no calibration token reached still hold weights: a floor keeps their error finite.
     scaled = importance.astype(np.float64) / importance.mean(dtype=np.float64)
-    return np.maximum(scaled, 1e-6).astype(np.float32)
+    floored: Array = np.maximum(scaled, 1e-6).astype(np.float32)
+    return floored

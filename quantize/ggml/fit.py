@@ -22,10 +22,12 @@ _ROUNDS = 3
 _TINY = np.float32(1e-30)
 
 Vector = np.ndarray[Any, Any]
+# float32 throughout: one float64 among them would halve the vector units.
+Float = Any
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def _refit_step(x: Vector, w: Vector, step: float, low: float, high: float) -> tuple[float, float]:
+def _refit_step(x: Vector, w: Vector, step: Float, low: Float, high: Float) -> tuple[Float, Float]:
     """Codes for ``step``, then the step that suits them: ``(step, loss)``."""
     inverse = np.float32(1) / np.float32(step)
     squares = products = loss = np.float32(0)
@@ -42,7 +44,7 @@ def _refit_step(x: Vector, w: Vector, step: float, low: float, high: float) -> t
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def best_step(x: Vector, w: Vector, low: float, high: float, candidates: int) -> float:
+def best_step(x: Vector, w: Vector, low: Float, high: Float, candidates: int) -> Float:
     """The step, of either sign, with the least ``Σ w (x - step · code)²`` for codes in ``[low, high]``.
 
     ``candidates`` steps are tried for each sign, at least two.
@@ -71,8 +73,8 @@ def best_step(x: Vector, w: Vector, low: float, high: float, candidates: int) ->
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _refit_affine(
-    x: Vector, w: Vector, step: float, minimum: float, high: float, ceiling: float
-) -> tuple[float, float, float]:
+    x: Vector, w: Vector, step: Float, minimum: Float, high: Float, ceiling: Float
+) -> tuple[Float, Float, Float]:
     """Codes for ``step`` and ``minimum``, then what suits them: ``(step, minimum, loss)``."""
     inverse = np.float32(1) / np.float32(step)
     weight = ones = errors = squares = products = loss = np.float32(0)
@@ -107,7 +109,7 @@ def _refit_affine(
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def best_affine(x: Vector, w: Vector, high: float, ceiling: float) -> tuple[float, float]:
+def best_affine(x: Vector, w: Vector, high: Float, ceiling: Float) -> tuple[Float, Float]:
     """Step and minimum with the least ``Σ w (x - step · code - minimum)²`` for codes in ``[0, high]``.
 
     The minimum is at most ``ceiling``.

