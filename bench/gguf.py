@@ -3,9 +3,9 @@
     python bench/dither.py MODEL build/dithered
     python bench/gguf.py build/dithered --calibration wikitext2-valid.txt --text wikitext2-test.txt
 
-Both sides quantize the same tensors into the same types with the same importance matrix; llama.cpp's side is
-``ggml_quantize_chunk`` out of xllamacpp's library, which is what ``llama-quantize`` calls. Each side's bytes are decoded
-and run through one evaluator. Speed is measured on random normal weights, in one thread, in alternating rounds.
+Both sides quantize the same tensors into the same types with the same importance matrix. llama.cpp's side is
+``ggml_quantize_chunk`` out of xllamacpp's library, which is what ``llama-quantize`` calls. One evaluator runs both
+sides' decoded weights. Speed is measured on random normal weights, in one thread, in alternating rounds.
 """
 
 from __future__ import annotations

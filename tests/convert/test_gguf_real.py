@@ -48,11 +48,10 @@ def test_llama_cpp_continues_as_we_do(written: Path) -> None:
     with open_gguf(written) as checkpoint, open_gguf(REAL) as source:
         tokenizer = Tokenizer.from_str(source.read_file("tokenizer.json").decode())
         assert checkpoint.read_file("chat_template.jinja") == source.read_file("chat_template.jinja")
-        model = built(checkpoint)
+        model, rounding = built(checkpoint), built(checkpoint)
+        round_inputs(rounding, checkpoint)
     for text in (PROMPT, "x = 12345  # naïve\n\n\tdef f():", "<|im_start|>user\nHi<|im_end|>\n", "日本語 😀 ½"):
         assert theirs.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids
-        rounding = built(checkpoint)
-        round_inputs(rounding, checkpoint)
     ids = tokenizer.encode(PROMPT).ids
     same, off, expected = 0, 0.0, 0.0
     for _ in range(8):
