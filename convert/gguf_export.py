@@ -95,7 +95,7 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         UnsupportedError: an architecture, setting, tensor or tokenizer that llama.cpp's class cannot express.
         CheckpointError: tensors are missing.
     """
-    model_type = source.config.get("model_type")
+    model_type: str = source.config.get("model_type", "")
     if model_type not in GGUF_ARCHITECTURES:
         raise UnsupportedError(
             f"architecture {model_type!r} cannot be written as GGUF; supported are {', '.join(GGUF_ARCHITECTURES)}"

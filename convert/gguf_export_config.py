@@ -83,7 +83,13 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _scaling(config: Mapping[str, Any], arch: str) -> dict[str, Any]:
     rope = _rope(config)
     kind = rope["rope_type"]
-    if kind in ("default", "llama3") and (kind == "default" or arch == "llama"):
+    if kind == "default":
+        return (
+            {"rope.scaling.original_context_length": config["original_max_position_embeddings"]}
+            if arch == "phi3"
+            else {}
+        )
+    if kind == "llama3" and arch == "llama":
         return {}
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
@@ -120,15 +126,13 @@ def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 def _window(config: Mapping[str, Any], arch: str) -> dict[str, Any]:
     window = config.get("sliding_window")
-    if not window or (arch in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
-        return (
-            {"rope.scaling.original_context_length": config["original_max_position_embeddings"]}
-            if (arch == "phi3" and _rope(config)["rope_type"] == "default")
-            else {}
+    if arch not in ("qwen2", "qwen3"):
+        return {"attention.sliding_window": window} if window else {}
+    if window and config.get("use_sliding_window"):
+        raise UnsupportedError(
+            f"config.json: use_sliding_window is set; llama.cpp's {arch} attends to everything and would differ"
         )
-    if arch in ("qwen2", "qwen3"):
-        raise UnsupportedError(f"config.json: use_sliding_window is set; llama.cpp's {arch} attends to everything")
-    return {"attention.sliding_window": window}
+    return {}
 
 
 def _gemma2(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:

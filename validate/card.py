@@ -90,7 +90,7 @@ def _metadata(report: Report, license_fields: Mapping[str, str]) -> ModelCardDat
         tags += [tag for tag in (model.method, model.format, bits and f"{bits[1]}-bit", bits and bits[0]) if tag]
     fields: dict[str, Any] = {
         **{key: license_fields[key] for key in ("license", "license_name", "license_link") if key in license_fields},
-        "library_name": "transformers",
+        "library_name": "gguf" if model.format == "gguf" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(tags)),
     }

@@ -75,7 +75,8 @@ def nearest_codes(values: Array, scale: Array, minimum: Array | None, zero: int,
     if minimum is not None:
         blocks = blocks - minimum.astype(np.float32)[:, None]
     scaled = blocks * np.divide(np.float32(1), step, out=np.zeros_like(step), where=step != 0)
-    return np.clip(np.rint(scaled) + np.float32(zero), 0, top).astype(np.uint8)
+    codes: Array = np.clip(np.rint(scaled) + np.float32(zero), 0, top).astype(np.uint8)
+    return codes
 
 
 def join_nibbles(codes: Array) -> Array:
@@ -93,7 +94,8 @@ def split_nibbles(raw: Array) -> Array:
 def _half(values: Array) -> Array:
     # A scale beyond float16 becomes infinite; the writer refuses such tensors by name before it comes to that.
     with np.errstate(over="ignore"):
-        return values.astype(np.float16)
+        half: Array = values.astype(np.float16)
+    return half
 
 
 def _rounded(blocks: Array, scale: Array, offset: np.float32, top: int) -> Array:
