@@ -34,6 +34,7 @@ METHODS: Mapping[str, str] = {
     "gptq": "llmconvert.quantize.gptq:Gptq",
     "gptaq": "llmconvert.quantize.gptaq:Gptaq",
     "signround": "llmconvert.quantize.signround:SignRound",
+    "hqq": "llmconvert.quantize.hqq:Hqq",
 }
 
 #: What a method wants to see of the running model: nothing, the second moments of its linears' inputs, whole blocks.
