@@ -5,8 +5,8 @@ half-quadratic split adds a variable ``e`` for the errors and alternates: ``e`` 
 generalized soft threshold, which only large errors survive), and scale and zero point are fitted to ``w − e``.
 
 Errors are shrunk in units of the scale: the threshold has one, and in those of the weights (a hundredth, say) nothing
-would ever survive it. HQQ's own zero points are floats. The formats here hold integers or none, so the scale is fitted as
-well, in closed form for the codes at hand, and zero points are rounded. The search begins at the scales of least
+would ever survive it. HQQ's own zero points are floats. The formats here hold integers or none, so the scale is fitted
+as well, in closed form for the codes at hand, and zero points are rounded. The search begins at the scales of least
 squares, and each group keeps the best pair that it came by.
 """
 
