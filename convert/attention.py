@@ -209,10 +209,16 @@ def _projections(
             "layers, and the weights do not go with it"
         )
     stems = [f"{found[layer]}{layer}.{family.parent}." for layer in range(layers)]
-    parts = (family.query, family.key, family.value, family.output)
-    norms = [_norm_names(norm, name, count) for name, count in zip(_norm_modules(norm), heads, strict=True)]
+    queries, keys = (_norm_names(norm, name, count) for name, count in zip(_norm_modules(norm), heads, strict=True))
     return tuple(
-        Projections(*(stem + part for part in parts), *(tuple(stem + name for name in names) for names in norms))
+        Projections(
+            stem + family.query,
+            stem + family.key,
+            stem + family.value,
+            stem + family.output,
+            tuple(stem + name for name in queries),
+            tuple(stem + name for name in keys),
+        )
         for stem in stems
     )
 

@@ -176,7 +176,8 @@ def _samples(moments: torch.Tensor) -> torch.Tensor:
         jitter *= 100
         factor, failed = torch.linalg.cholesky_ex(moments + jitter * identity)
     generator = torch.Generator().manual_seed(0)
-    return factor @ torch.randn(len(moments), _SAMPLES, generator=generator, dtype=moments.dtype)
+    drawn = torch.randn(len(moments), _SAMPLES, generator=generator, dtype=moments.dtype)
+    return torch.mm(factor, drawn)
 
 
 def _unit(

@@ -116,7 +116,7 @@ def _pairs(values: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Numbers by dimension ``[…, head_dim]`` as ``[…, frequencies, 2]``."""
     if rotary.pairing == "half":
         return torch.stack(values.chunk(2, dim=-1), dim=-1)
-    return values.unflatten(-1, (-1, 2))
+    return values.reshape(*values.shape[:-1], -1, 2)
 
 
 def _flat(values: torch.Tensor, rotary: Rotary) -> torch.Tensor:
