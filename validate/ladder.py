@@ -61,7 +61,7 @@ class MemoryNeed:
         cache = self.layout.nbytes(context, batch, self.itemsize)
         return BASE_NBYTES + self.weight_bytes + cache + batch * context * self.token_bytes
 
-    def longest(self, nbytes: int, limit: int) -> int:
+    def longest(self, nbytes: int, limit: int = 1 << 24) -> int:
         """The longest context that fits ``nbytes``, ``limit`` at most; 0 if the weights alone don't."""
         low, high = 0, limit
         while low < high:
@@ -123,13 +123,12 @@ class MemoryLadder:
     def measure(self, subject: Subject) -> list[Check]:
         """One check, the artifact's need at the longest context, with the ladder, what fits, and what was measured."""
         needs = self._needs(subject)
-        limit = describe_model(subject.dense).context or max(self.contexts)
         measured, reasons = self._run(subject, [need for need in needs if need.weights in self.measured])
         rungs = _rungs(subject)
         sections = [
             rungs_section("memory-ladder", rungs, _SHOWN_CONTEXT),
             self._computed_section(needs),
-            _fits_section(needs, limit),
+            _fits_section(needs, describe_model(subject.dense).context),
         ]
         if measured or reasons:
             sections.append(_measured_section(measured, reasons))
@@ -151,12 +150,14 @@ class MemoryLadder:
         ]
 
     def _needs(self, subject: Subject) -> list[MemoryNeed]:
-        """Of the original, then of the artifact if it has another cache."""
+        """Of the original, then of the artifact if it has another cache; else of what it would be with one head."""
         needs = memory_needs(subject.dense)
-        if subject.original is None:
-            return needs
-        before = memory_needs(subject.original)
-        return [*before, *needs] if before[0].layout != needs[0].layout else before
+        before = memory_needs(subject.original) if subject.original is not None else needs
+        if not needs or not before:
+            return [*before, *needs]
+        if before[0].layout != needs[0].layout:
+            return [*before, *needs]
+        return needs if needs[0].kv_heads == 1 else [*needs, *memory_needs(subject.dense, 1)]
 
     def _run(self, subject: Subject, needs: Sequence[MemoryNeed]) -> tuple[list[dict[str, Any]], list[str]]:
         """Load the artifact in each dtype and read prompts, each in its own process."""
@@ -212,8 +213,8 @@ class MemoryLadder:
         return Section(
             name="memory-computed",
             title="Memory to load and to run",
-            text="Computed, none of it measured: weights, cache and activations of one sequence read in one piece with "
-            f"flash attention, and {format_bytes(BASE_NBYTES)} for the interpreter.",
+            text="Computed, none of it measured, before and after fewer key-value heads: weights, cache and activations "
+            f"of one sequence read in one piece with flash attention, and {format_bytes(BASE_NBYTES)} for the interpreter.",
             columns=(
                 Column(heading="weights"),
                 Column(heading="KV heads"),
@@ -224,18 +225,19 @@ class MemoryLadder:
         )
 
 
-def _fits_section(needs: Sequence[MemoryNeed], limit: int) -> Section:
+def _fits_section(needs: Sequence[MemoryNeed], context: int | None) -> Section:
+    allowed = f" The config allows {context:,}; more is what memory would hold." if context else ""
     return Section(
         name="memory-fits",
         title="The longest context that fits",
-        text=f"Computed, for one sequence; the config allows {limit:,} tokens. 0: the weights don't fit.",
+        text=f"Computed, tokens of one sequence; 0: the weights don't fit.{allowed}",
         columns=(
             Column(heading="weights"),
             Column(heading="KV heads"),
             *(Column(heading=f"{size} GB", unit="tokens") for size in CARDS),
         ),
         rows=tuple(
-            (need.weights, float(need.kv_heads), *(float(need.longest(size * 10**9, limit)) for size in CARDS))
+            (need.weights, float(need.kv_heads), *(float(need.longest(size * 10**9)) for size in CARDS))
             for need in needs
         ),
     )
