@@ -213,8 +213,9 @@ class MemoryLadder:
         return Section(
             name="memory-computed",
             title="Memory to load and to run",
-            text="Computed, none of it measured, before and after fewer key-value heads: weights, cache and activations "
-            f"of one sequence read in one piece with flash attention, and {format_bytes(BASE_NBYTES)} for the interpreter.",
+            text="Computed, none of it measured, before and after fewer key-value heads: weights, cache and "
+            "activations of one sequence read in one piece with flash attention, and "
+            f"{format_bytes(BASE_NBYTES)} for the interpreter.",
             columns=(
                 Column(heading="weights"),
                 Column(heading="KV heads"),
