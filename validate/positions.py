@@ -72,7 +72,7 @@ def trained_length(checkpoint: Checkpoint) -> int | None:
     if isinstance(original, int):
         return int(original)
     if rope.get("rope_type") == "linear" and context:
-        return round(context / rope["factor"])
+        return int(context / float(rope["factor"]) + 0.5)
     return context
 
 

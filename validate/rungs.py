@@ -53,13 +53,13 @@ def rungs_section(name: str, rungs: Sequence[Rung], context: int) -> Section:
             for rung in rungs
         ),
         plot=Plot(
-            caption="Weights, cache and perplexity, step by step.",
+            caption=f"Weights, KV cache of {context:,} tokens and perplexity, step by step.",
             kind="panels",
             x_label="",
             y_label="",
             series=(
                 series("weights", "bytes", [float(rung.weight_bytes) for rung in rungs]),
-                series(f"cache at {context:,} tokens", "bytes", [float(rung.cache_bytes) for rung in rungs]),
+                series("KV cache", "bytes", [float(rung.cache_bytes) for rung in rungs]),
                 series("perplexity", "", [rung.perplexity for rung in rungs]),
             ),
         ),
