@@ -75,7 +75,7 @@ def test_vllm_computes_what_our_reader_computes(artifact: Path, tmp_path: Path) 
 @with_vllm
 def test_the_cards_snippet_runs(artifact: Path, report: Report, tmp_path: Path) -> None:
     card = render_card(report, repository=str(artifact), recipe="model: x", chat=True)
-    (snippet,) = [text for text in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "vllm" in text]
+    (snippet,) = [text for text in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "from vllm" in text]
     (tmp_path / "snippet.py").write_text(snippet)
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run([PYTHON, "snippet.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
