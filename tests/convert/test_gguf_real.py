@@ -53,19 +53,18 @@ def test_llama_cpp_continues_as_we_do(written: Path) -> None:
     for text in (PROMPT, "x = 12345  # naïve\n\n\tdef f():", "<|im_start|>user\nHi<|im_end|>\n", "日本語 😀 ½"):
         assert theirs.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids
     ids = tokenizer.encode(PROMPT).ids
-    same, off, expected = 0, 0.0, 0.0
+    off, expected = 0.0, 0.0
     for _ in range(8):
         ours = next_token(model, torch.tensor([ids]))
         found = theirs.log_probabilities(ids, VOCABULARY)
         off += float((found.exp() - ours.exp()).abs().sum()) / 8
         expected += float((next_token(rounding, torch.tensor([ids])).exp() - ours.exp()).abs().sum()) / 8
         best = int(found.argmax())
-        same += best == int(ours.argmax())
         assert ours.max() - ours[best] < 0.4  # another token only where ours are as good as tied
         ids.append(best)
     # Further off than by rounding inputs to 8 bits, which both sides do by their own ties, would be another model.
-    assert off < 2 * expected + 0.05, (off, expected)
-    assert off < 0.3 and same >= 5, (off, expected, same)
+    assert off < 1.5 * expected + 0.02, (off, expected)
+    assert off < 0.2
 
 
 def test_the_readmes_snippet_runs(written: Path) -> None:
