@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmconvert.checkpoint import Checkpoint, CheckpointView
-from llmconvert.engine.skeleton import BlockSlot, Skeleton
+from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
 
 __all__ = ["ResidentModel", "compute_dtype", "share_tensors"]
 
@@ -115,7 +115,7 @@ class ResidentModel:
             setattr(self.skeleton.blocks[index].get_submodule(path), leaf, found[stored])
         return {name: found[name] for name in names}
 
-    def _record(self, slot: BlockSlot, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> Any:
-        output = forward(hidden)
+    def _record(self, slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
+        output = call(hidden)
         self._states.append(output[0] if isinstance(output, tuple) else output)
         return output
