@@ -11,6 +11,7 @@ import glob
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,6 +68,7 @@ def requantize_checkpoint(
     device: torch.device,
     memory_budget: int | None = None,
     identity: str = "",
+    options: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> tuple[LayerResult, ...]:
     """Write ``artifact`` anew to ``output``, with ``changes``.
@@ -78,7 +80,7 @@ def requantize_checkpoint(
         source: the original, dense.
         before: what the artifact is stored in.
         changes: linears to change. Those that share an input must change together.
-        windows, memory_budget, identity: as for :func:`llmconvert.quantize.job.quantize_checkpoint`, which continues
+        windows, memory_budget, identity, options: as for :func:`llmconvert.quantize.job.quantize_checkpoint`, which continues
             an interrupted run.
 
     Returns:
@@ -96,7 +98,9 @@ def requantize_checkpoint(
     some = next((scheme for scheme in after.values() if scheme is not None), None)
     if some is None:
         raise SchemeError("the changes leave no linear quantized")
-    plan = plan_quantization(skeleton, blocks, some, _overrides(after), load_method(method, {}), layout_format)
+    plan = plan_quantization(
+        skeleton, blocks, some, _overrides(after), load_method(method, options or {}), layout_format
+    )
     part = output.absolute().with_name(f".{output.name}.changed")
     results: tuple[LayerResult, ...] = ()
     with SafetensorsCheckpoint(artifact) as stored:
@@ -114,6 +118,7 @@ def requantize_checkpoint(
                 device=device,
                 memory_budget=memory_budget,
                 identity=identity,
+                options=options,
                 progress=progress,
             ).layers
         changed = [f"{plan.stored[name]}." for name in changes]

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.base import METHODS, needs_calibration
+from llmconvert.quantize.base import METHODS, load_method, needs_calibration
 from llmconvert.quantize.formats.base import FORMATS, check_format, load_format
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.gguf import GGUF, IMATRIX, calibrates, gguf_contradictions
@@ -39,6 +39,11 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             f"quantize.method: {settings.method} needs calibration text; add a calibrate section, for example "
             "calibrate: {dataset: pydoc-topics:train}",
         )
+    elif settings.method in METHODS:
+        try:
+            load_method(settings.method, settings.options)
+        except UnsupportedError as error:
+            yield ("quantize", "options"), f"quantize.options: {error}"
     for key, text in gguf_contradictions(settings):
         yield ("quantize", key), f"quantize.{key}: {text}"
     if settings.format == GGUF:

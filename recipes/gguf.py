@@ -100,6 +100,7 @@ def quantize_gguf(
             source,
             codes,
             method=settings.method,
+            options=settings.options,
             scheme=settings.scheme,
             windows=windows,
             device=device,

@@ -7,6 +7,7 @@ Unknown keys are errors. Shares such as ``max_increase`` are written ``5%`` or `
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
@@ -177,10 +178,12 @@ class OverrideSettings(_Section):
 class QuantizeSettings(_Section):
     """The method, the scheme and the format on disk; ``overrides`` give some layers another scheme.
 
+    ``options`` are the method's own settings, by the names that its class documents: ``{steps: 100}`` for signround.
     With ``format: gguf`` the scheme is one of llama.cpp's types, ``q4_k_m`` for example.
     """
 
     method: str
+    options: Mapping[str, bool | int | float | str] = {}
     scheme: SchemeOrMix
     format: str = "compressed-tensors"
     overrides: Annotated[tuple[OverrideSettings, ...], BeforeValidator(_to_tuple)] = ()

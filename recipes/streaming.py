@@ -75,6 +75,7 @@ def stream_model(source: Source, output: Path, recipe: Recipe, *, progress: Prog
         dtype=dtype,
         overflow=overflow,
         method=settings.method,
+        options=settings.options,
         scheme=settings.scheme,
         format=settings.format,
         overrides=layer_overrides(settings),

@@ -224,3 +224,11 @@ def test_prompts_tasks_and_repair_have_short_and_long_forms() -> None:
     found = make_recipe({"model": "org/name", "quantize": quantized, "validate": values}, "r").validation
     assert found is not None and found.tasks is not None and found.repair is not None
     assert found.tasks.max_drop == 0.02 and found.repair.max_bytes == 10**9
+
+
+def test_options_are_those_of_the_method() -> None:
+    text = "model: m\nquantize: {method: rtn, scheme: w4a16-g64, options: {search: true}}\n"
+    settings = parse_recipe(text, "x.yaml").quantize
+    assert settings is not None and settings.options == {"search": True}
+    assert "quantize.options: method 'rtn': " in (message := refusal(text.replace("search", "serach")))
+    assert "serach" in message
