@@ -80,8 +80,8 @@ def requantize_checkpoint(
         source: the original, dense.
         before: what the artifact is stored in.
         changes: linears to change. Those that share an input must change together.
-        windows, memory_budget, identity, options: as for :func:`llmconvert.quantize.job.quantize_checkpoint`, which continues
-            an interrupted run.
+        windows, memory_budget, identity, options: as for :func:`llmconvert.quantize.job.quantize_checkpoint`, which
+            continues an interrupted run.
 
     Returns:
         what came of each linear that was changed; one that became dense has no error.
