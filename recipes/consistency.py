@@ -23,6 +23,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _quantization(recipe)
     yield from _streaming(recipe)
     yield from _same_text(recipe)
+    yield from _gaps(recipe)
     yield from _limits_without_text(recipe)
     yield from _repair_of_nothing(recipe)
 
@@ -109,6 +110,16 @@ def _same_text(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         f"validate.perplexity.dataset: found {perplexity.dataset!r}, which calibrate.dataset uses as well; a score on "
         f"the calibration text flatters the result; {other}",
     )
+
+
+def _gaps(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    perplexity = recipe.validation.perplexity if recipe.validation is not None else None
+    if perplexity is not None and perplexity.stride is not None and perplexity.stride > perplexity.window:
+        yield (
+            ("validate", "perplexity", "stride"),
+            f"validate.perplexity.stride: found {perplexity.stride:,}, which leaves text out between windows of "
+            f"{perplexity.window:,} tokens; give at most as many",
+        )
 
 
 def _limits_without_text(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

@@ -190,10 +190,15 @@ class QuantizeSettings(_Section):
 
 
 class PerplexitySettings(_Section):
-    """Perplexity over windows of ``window`` tokens. ``max_increase`` is the gate: 5% over the original's at most."""
+    """Perplexity over windows of ``window`` tokens. ``max_increase`` is the gate: 5% over the original's at most.
+
+    Windows begin ``stride`` tokens apart, by default their length. With less they overlap: all predictions but those of
+    the first window have at least ``window - stride`` tokens of context, and each is scored once.
+    """
 
     dataset: Annotated[str, Field(min_length=1)]
     window: Annotated[int, Field(ge=2)] = 2048
+    stride: Count | None = None
     max_windows: Count | None = None
     max_increase: Share | None = None
 

@@ -38,6 +38,7 @@ class WindowRequest:
     length: int
     order: Literal["shuffled", "sequential"]
     seed: int
+    stride: int | None = None
 
     @classmethod
     def calibration(cls, settings: CalibrateSettings) -> WindowRequest:
@@ -48,7 +49,7 @@ class WindowRequest:
     def evaluation(cls, settings: PerplexitySettings) -> WindowRequest:
         """What ``validate.perplexity`` asks for: the first windows of the text."""
         samples = settings.max_windows or _ALL
-        return cls("validate.perplexity", settings.dataset, samples, settings.window, "sequential", 0)
+        return cls("validate.perplexity", settings.dataset, samples, settings.window, "sequential", 0, settings.stride)
 
     def corpus(self) -> Corpus:
         """The text.
@@ -76,6 +77,7 @@ class WindowRequest:
             corpus,
             samples=self.samples,
             length=self.length,
+            stride=self.stride,
             order=self.order,
             seed=self.seed,
             vocab_size=checkpoint.config.get("vocab_size"),
@@ -114,6 +116,7 @@ def save_windows(windows: TokenWindows, directory: Path) -> Mapping[str, Any]:
         "corpus_digest": windows.corpus_digest,
         "digest": windows.digest,
         "bos": windows.bos,
+        "stride": windows.stride,
     }
 
 
@@ -128,4 +131,5 @@ def load_windows(directory: Path, details: Mapping[str, Any]) -> TokenWindows:
         details["corpus_digest"],
         details["digest"],
         details["bos"],
+        details["stride"],
     )

@@ -105,6 +105,13 @@ def test_quantize_and_validate(tiny_llama: Path, here: Path, text: Path) -> None
     assert report["schema"] == "llmconvert.report/1" and str(here) not in json.dumps(report)
     assert {"perplexity", "kl_mean", "size_bytes"} <= {check["name"] for check in report["checks"]}
 
+    result = call(*measured, "--stride", 24, "--json", "overlapping.json", "--html", "overlapping.html")
+    assert result.exit_code == 0, result.output
+    checks = {check["name"]: check for check in json.loads((here / "overlapping.json").read_text())["checks"]}
+    assert (checks["perplexity"]["detail"]["stride"], checks["perplexity"]["detail"]["tokens"]) == (24, 63 + 24)
+    assert "2 windows of 64 tokens, 24 apart, each prediction scored once" in (here / "overlapping.html").read_text()
+    assert "validate.perplexity.stride: found 65" in fails(2, *measured, "--stride", 65)
+
 
 def test_a_missed_limit_ends_with_three(tiny_llama: Path, here: Path, text: Path) -> None:
     assert call("quantize", tiny_llama, "w2", "--method", "rtn", "--scheme", "w2a16-g32").exit_code == 0

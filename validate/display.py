@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llmconvert.validate.report import Check, Report
 from llmconvert.validate.section import Cell, Section
@@ -19,6 +20,7 @@ __all__ = [
     "format_bytes",
     "format_count",
     "format_seconds",
+    "format_spacing",
     "format_value",
     "known_names",
     "label_of",
@@ -183,6 +185,12 @@ def format_seconds(value: float) -> str:
     if minutes < 60:
         return f"{minutes} min {seconds:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_spacing(about: Mapping[str, Any]) -> str:
+    """How a text's windows lie to each other, to follow "windows of 512 tokens"; ``about`` is perplexity's detail."""
+    stride = about.get("stride", about["window"])
+    return " without overlap" if stride >= about["window"] else f", {stride:,} apart, each prediction scored once"
 
 
 def _significant(value: float, digits: int) -> str:

@@ -8,7 +8,15 @@ from typing import Any
 import jinja2
 
 from llmconvert.validate.blame import blame
-from llmconvert.validate.display import format_bytes, format_count, format_seconds, rows, section_table, split_interval
+from llmconvert.validate.display import (
+    format_bytes,
+    format_count,
+    format_seconds,
+    format_spacing,
+    rows,
+    section_table,
+    split_interval,
+)
 from llmconvert.validate.plots import divergence_plot, layer_error_plot, quality_plot
 from llmconvert.validate.report import Report
 from llmconvert.validate.section import Section
@@ -30,7 +38,9 @@ def template_environment(*, escape: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(bytes=format_bytes, count=format_count, seconds=format_seconds, split=split_interval)
+    environment.filters.update(
+        bytes=format_bytes, count=format_count, seconds=format_seconds, spacing=format_spacing, split=split_interval
+    )
     return environment
 
 

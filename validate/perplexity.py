@@ -1,8 +1,9 @@
 """Perplexity, and how far the predictions of one model are from another's on the same text.
 
-Windows are scored one by one without overlap: a window of ``L`` tokens gives ``L - 1`` predictions. Perplexity is the
-exponential of the mean negative log-likelihood; its interval is a bootstrap over windows (Efron 1979), because tokens
-of one window are not independent. The divergence is KL(reference ‖ artifact) in nats over the whole vocabulary.
+A window of ``L`` tokens gives ``L - 1`` predictions. Where windows overlap, those at its end are scored that no window
+before it has made, with the longest context there is. Perplexity is the exponential of the mean negative
+log-likelihood; its interval is a bootstrap over windows (Efron 1979), because tokens of one window are not independent.
+The divergence is KL(reference ‖ artifact) in nats over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -81,26 +82,42 @@ class Comparison:
     worst: tuple[WorstToken, ...]
 
 
-def perplexity(logits: Iterable[torch.Tensor], windows: Sequence[torch.Tensor], *, seed: int = 0) -> PerplexityResult:
+def perplexity(
+    logits: Iterable[torch.Tensor],
+    windows: Sequence[torch.Tensor],
+    *,
+    scored: Sequence[int] | None = None,
+    seed: int = 0,
+) -> PerplexityResult:
     """Score ``windows`` (int64 ``[1, L]``) by a model's ``logits`` for them (``[1, L, V]``, any float dtype, in order).
+
+    Args:
+        scored: of each window, how many predictions at its end count; all by default.
 
     Raises:
         GateError: logits that are not finite, with window and position.
         ValueError: logits and windows don't belong together.
     """
     nlls = [
-        torch.cat([_nll(scores, targets) for scores, targets in _scored(window_logits, window, index, "artifact")])
-        for index, (window_logits, window) in enumerate(zip(logits, windows, strict=True))
+        torch.cat([_nll(scores, targets) for scores, targets in _scored(part, window, index, "artifact", count)])
+        for index, (part, window, count) in enumerate(zip(logits, windows, _counts(windows, scored), strict=True))
     ]
     return _result([part.double().cpu().numpy() for part in nlls], seed)
 
 
 def compare_logits(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], windows: Sequence[torch.Tensor], *, seed: int = 0
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    windows: Sequence[torch.Tensor],
+    *,
+    scored: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> Comparison:
     """Walk the logits of two models, (reference, artifact), over the same windows side by side.
 
     Only one window's logits of each model are held, and a few 4 MB pieces of them in float32.
+
+    Args:
+        scored: of each window, how many predictions at its end count, for every number; all by default.
 
     Raises:
         GateError: the artifact's logits are not finite.
@@ -108,15 +125,16 @@ def compare_logits(
         UsageError: the vocabularies differ.
         ValueError: logits and windows don't belong together.
     """
-    scored = [
-        _compare_window(ours, theirs, window, index)
-        for index, ((ours, theirs), window) in enumerate(zip(pairs, windows, strict=True))
+    counts = _counts(windows, scored)
+    parts = [
+        _compare_window(ours, theirs, window, index, count)
+        for index, ((ours, theirs), window, count) in enumerate(zip(pairs, windows, counts, strict=True))
     ]
-    reference_result = _result([part[:, 0] for part in scored], seed)
-    artifact_result = _result([part[:, 1] for part in scored], seed)
+    reference_result = _result([part[:, 0] for part in parts], seed)
+    artifact_result = _result([part[:, 1] for part in parts], seed)
     differences = np.array(artifact_result.window_nlls) - np.array(reference_result.window_nlls)
-    low, high = _interval(differences, np.array([len(part) for part in scored]), seed)
-    divergence = np.concatenate([part[:, 2] for part in scored])
+    low, high = _interval(differences, np.array(counts), seed)
+    divergence = np.concatenate([part[:, 2] for part in parts])
     return Comparison(
         reference=reference_result,
         artifact=artifact_result,
@@ -125,13 +143,27 @@ def compare_logits(
         increase_high=None if high is None else math.expm1(high),
         kl_mean=float(divergence.mean()),
         kl_p99=float(np.quantile(divergence, 0.99)),
-        top1_agreement=float(np.concatenate([part[:, 3] for part in scored]).mean()),
-        worst=_worst(scored),
+        top1_agreement=float(np.concatenate([part[:, 3] for part in parts]).mean()),
+        worst=_worst(parts, windows),
     )
 
 
-def _compare_window(reference: torch.Tensor, artifact: torch.Tensor, window: torch.Tensor, index: int) -> np.ndarray:
-    """Float64 ``[L - 1, 4]``: loss of the reference, of the artifact, divergence, same most likely token (0 or 1)."""
+def _counts(windows: Sequence[torch.Tensor], scored: Sequence[int] | None) -> list[int]:
+    """How many predictions of each window count."""
+    everything = [window.shape[1] - 1 for window in windows]
+    if any(count < 1 for count in everything):
+        raise ValueError("a window of one token holds no prediction")
+    if scored is None:
+        return everything
+    if any(not 1 <= count <= most for count, most in zip(scored, everything, strict=True)):
+        raise ValueError(f"windows of {everything} predictions can't be scored on {list(scored)}")
+    return list(scored)
+
+
+def _compare_window(
+    reference: torch.Tensor, artifact: torch.Tensor, window: torch.Tensor, index: int, count: int
+) -> np.ndarray:
+    """Float64 ``[count, 4]``: loss of the reference, of the artifact, divergence, same most likely token (0 or 1)."""
     if reference.shape[-1] != artifact.shape[-1]:
         raise UsageError(
             f"the reference predicts {reference.shape[-1]:,} tokens, the artifact {artifact.shape[-1]:,}; "
@@ -139,7 +171,9 @@ def _compare_window(reference: torch.Tensor, artifact: torch.Tensor, window: tor
         )
     columns: list[torch.Tensor] = []
     pairs = zip(
-        _scored(reference, window, index, "reference"), _scored(artifact, window, index, "artifact"), strict=True
+        _scored(reference, window, index, "reference", count),
+        _scored(artifact, window, index, "artifact", count),
+        strict=True,
     )
     for (ours, targets), (theirs, _) in pairs:
         theirs = theirs.to(ours.device)
@@ -155,16 +189,15 @@ def _compare_window(reference: torch.Tensor, artifact: torch.Tensor, window: tor
 
 
 def _scored(
-    logits: torch.Tensor, window: torch.Tensor, index: int, who: str
+    logits: torch.Tensor, window: torch.Tensor, index: int, who: str, count: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Log-probabilities (float32 ``[rows, V]``, fresh memory) and true next tokens ``[rows]``, some rows at a time."""
+    """Log-probabilities (float32 ``[rows, V]``, fresh memory) and true next tokens ``[rows]`` of the last ``count``
+    predictions, some rows at a time."""
     if logits.ndim != 3 or tuple(logits.shape[:2]) != tuple(window.shape) or window.shape[0] != 1:
         raise ValueError(f"logits {tuple(logits.shape)} don't belong to a window of shape {tuple(window.shape)}")
     length, vocabulary = logits.shape[1:]
-    if length < 2:
-        raise ValueError("a window of one token holds no prediction")
     rows = max(1, _CHUNK_ELEMENTS // vocabulary)
-    for start in range(0, length - 1, rows):
+    for start in range(length - 1 - count, length - 1, rows):
         stop = min(start + rows, length - 1)
         scores = torch.log_softmax(logits[0, start:stop].float(), dim=-1)
         # Any logit that is not finite shows in the sum of its row.
@@ -211,10 +244,11 @@ def _interval(means: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float |
     return float(low), float(high)
 
 
-def _worst(scored: Sequence[np.ndarray]) -> tuple[WorstToken, ...]:
+def _worst(parts: Sequence[np.ndarray], windows: Sequence[torch.Tensor]) -> tuple[WorstToken, ...]:
+    firsts = [windows[index].shape[1] - 1 - len(part) for index, part in enumerate(parts)]
     candidates = [
-        WorstToken(window, int(row), float(part[row, 2]), float(part[row, 0]), float(part[row, 1]))
-        for window, part in enumerate(scored)
+        WorstToken(window, firsts[window] + int(row), float(part[row, 2]), float(part[row, 0]), float(part[row, 1]))
+        for window, part in enumerate(parts)
         for row in np.argsort(-part[:, 2])[:_WORST]
     ]
     return tuple(sorted(candidates, key=lambda token: -token.kl)[:_WORST])

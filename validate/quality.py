@@ -57,7 +57,7 @@ def how_measured(windows: TokenWindows, overlap: float | None) -> dict[str, Any]
         "windows": windows.drawn,
         "windows_requested": windows.requested,
         "window": windows.length,
-        "stride": windows.length,
+        "stride": windows.stride,
         "digest": windows.digest,
     }
     return about if overlap is None else {**about, "overlap": overlap}
@@ -103,7 +103,8 @@ class Scorer:
         windows = self.windows.windows
         try:
             if original is None:
-                result = perplexity(self.artifact_logits(dense), windows, seed=self.seed)
+                logits = self.artifact_logits(dense)
+                result = perplexity(logits, windows, scored=self.windows.scored, seed=self.seed)
                 about = {**about, **_warning(result.ppl, dense, about.get("overlap"))}
                 return [_perplexity_check(result, about)], True
             comparison, blocks = self._compare(original, dense)
@@ -118,7 +119,7 @@ class Scorer:
         with SideBySide(
             original, dense, windows, device=self.device, dtype=self.dtype, progress=self.progress
         ) as models:
-            comparison = compare_logits(models.logits(), windows, seed=self.seed)
+            comparison = compare_logits(models.logits(), windows, scored=self.windows.scored, seed=self.seed)
             return comparison, models.divergences
 
 

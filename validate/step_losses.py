@@ -50,7 +50,7 @@ def step_losses(
     for step, directory in models.items():
         with SafetensorsCheckpoint(directory) as checkpoint:
             logits = stream_logits(checkpoint, windows.windows, device=device, progress=progress)
-            scores[step] = perplexity(logits, windows.windows).ppl
+            scores[step] = perplexity(logits, windows.windows, scored=windows.scored).ppl
     scores[last] = found.value
     rows: list[tuple[float | str | None, ...]] = []
     before = found.reference

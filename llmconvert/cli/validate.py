@@ -13,6 +13,7 @@ import click
 @click.option("--reference", metavar="MODEL", help="The original, to compare with.")
 @click.option("--text", metavar="FILE|NAME", help="Text to measure perplexity on, pydoc-topics:test for example.")
 @click.option("--window", type=int, default=2048, show_default=True, help="Tokens per window.")
+@click.option("--stride", type=int, help="Tokens between windows' beginnings; fewer than --window make them overlap.")
 @click.option("--max-windows", type=int, help="Use only the first windows of the text.")
 @click.option("--max-increase", metavar="SHARE", help="Fail if perplexity rises by more than this, 5% for example.")
 @click.option("--max-kl", type=float, help="Fail if the predictions diverge by more nats per token on average.")
@@ -46,7 +47,7 @@ def validate(model: str, reference: str | None, json_file: Path | None, html_fil
     limits = {key: options[key] for key in ("max_kl", "min_top1", "max_bytes")}
     settings: dict[str, Any] = {"generation": options["generation"], **limits}
     if options["text"] is not None:
-        keys = ("window", "max_windows", "max_increase")
+        keys = ("window", "stride", "max_windows", "max_increase")
         settings["perplexity"] = {"dataset": options["text"], **{key: options[key] for key in keys}}
     settings |= _long_inputs(options)
     recipe = make_recipe({"model": model, "validate": settings, "device": options["device"]}, "validate")

@@ -1,7 +1,9 @@
 """Windows of token ids for calibration and evaluation.
 
 A text is tokenized whole and cut into consecutive windows of equal length; a collection of documents is rendered,
-tokenized and packed one after the other (an end-of-text token between them), and cut the same way. If the tokenizer
+tokenized and packed one after the other (an end-of-text token between them), and cut the same way. Windows that are
+less than their length apart overlap, which gives predictions more context than the first ones of a window have; each
+prediction is then to be scored once (:attr:`TokenWindows.scored`). If the tokenizer
 puts a beginning-of-text token before every text, each window starts with it and holds one token of text less: such
 models rely on that first token to dump attention on, and compute nonsense without it.
 """
@@ -44,6 +46,7 @@ class TokenWindows:
         corpus_digest: content digest of the whole dataset (:class:`Corpus`).
         digest: hex SHA-256 of the ids as little-endian int64, window after window.
         bos: whether every window starts with the tokenizer's beginning-of-text token.
+        stride: tokens from the beginning of a window to that of the next; its length if they don't overlap.
     """
 
     windows: tuple[torch.Tensor, ...] = field(repr=False)
@@ -53,6 +56,7 @@ class TokenWindows:
     corpus_digest: str
     digest: str
     bos: bool
+    stride: int
 
     @property
     def drawn(self) -> int:
@@ -63,6 +67,12 @@ class TokenWindows:
     def length(self) -> int:
         """Tokens per window."""
         return int(self.windows[0].shape[1])
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """How many predictions at the end of each window no earlier window has made: all in the first one."""
+        everything = self.length - 1
+        return (everything, *[min(self.stride, everything)] * (self.drawn - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,7 @@ def draw_windows(
     *,
     samples: int | None,
     length: int,
+    stride: int | None = None,
     order: Order = "shuffled",
     seed: int = 0,
     vocab_size: int | None = None,
@@ -96,24 +107,30 @@ def draw_windows(
     Args:
         samples: how many windows; None for all there are.
         length: tokens per window.
+        stride: tokens from the beginning of a window to that of the next; ``length`` by default. Windows that overlap
+            are consecutive, so their order is sequential.
         vocab_size: the model's vocabulary size, to catch a tokenizer that belongs to another model.
 
     Raises:
         DatasetError: the text does not fill a single window, an id lies outside the vocabulary, or conversations
             meet a tokenizer without chat template.
-        ValueError: ``samples`` or ``length`` is too small to mean anything.
+        ValueError: ``samples``, ``length`` or ``stride`` makes no sense.
     """
     if (samples is not None and samples < 1) or length < 2:
         raise ValueError(f"at least 1 window of 2 tokens is needed, asked for {samples} of {length}")
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length or (stride < length and order != "sequential"):
+        raise ValueError(f"a stride of {stride} does not go with {order} windows of {length} tokens")
     generator = np.random.default_rng(seed)
     bos = _added_bos(tokenizer)
     body = length - (bos is not None)
+    step = min(stride, body)
     whole = len(corpus.documents) == 1
-    wanted = None if samples is None or (whole and order == "shuffled") else samples * body
+    wanted = None if samples is None or (whole and order == "shuffled") else body + (samples - 1) * step
     documents = _in_order(corpus.documents, generator if order == "shuffled" else None)
     ids = _tokenize(tokenizer, documents, corpus.dataset, wanted)
-    count = len(ids) // body
-    if count == 0:
+    count = (len(ids) - body) // step + 1
+    if count < 1:
         raise DatasetError(
             f"dataset {corpus.dataset}: {len(ids):,} tokens of text don't fill one window of {length:,}; "
             "give more text or a smaller length"
@@ -124,12 +141,14 @@ def draw_windows(
             f"{vocab_size:,} entries; the tokenizer belongs to another model"
         )
     chosen = generator.permutation(count)[:samples] if whole and order == "shuffled" else np.arange(count)[:samples]
-    windows = [ids[i * body : (i + 1) * body] for i in chosen]
+    windows = [ids[i * step : i * step + body] for i in chosen]
     if bos is not None:
         windows = [np.concatenate(([bos], window)) for window in windows]
     digest = hashlib.sha256(b"".join(window.astype("<i8").tobytes() for window in windows)).hexdigest()
     tensors = tuple(torch.from_numpy(window.astype(np.int64)).unsqueeze(0) for window in windows)
-    return TokenWindows(tensors, samples or count, len(ids), corpus.dataset, corpus.digest, digest, bos is not None)
+    return TokenWindows(
+        tensors, samples or count, len(ids), corpus.dataset, corpus.digest, digest, bos is not None, stride
+    )
 
 
 def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -45,7 +45,7 @@ def corpus(*documents: Any, name: str = "made:up", digest: str | None = None) ->
 
 def windows_of(ids: np.ndarray, length: int, name: str) -> TokenWindows:
     cut = tuple(torch.from_numpy(ids[i : i + length]).unsqueeze(0) for i in range(0, len(ids) - length + 1, length))
-    return TokenWindows(cut, len(cut), len(ids), name, f"digest of {name}", f"ids of {name}", False)
+    return TokenWindows(cut, len(cut), len(ids), name, f"digest of {name}", f"ids of {name}", False, length)
 
 
 def paragraphs(text: str) -> set[str]:
@@ -154,6 +154,26 @@ def test_sequential_windows_are_the_text() -> None:
     assert (drawn.drawn, drawn.length, drawn.tokens_total, drawn.bos) == (3, 5, 26, False)
     everything = draw_windows(tokenizer, corpus(text), samples=None, length=5, order="sequential")
     assert (everything.drawn, everything.requested) == (5, 5)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_overlapping_windows_give_every_prediction_once(bos: bool) -> None:
+    tokenizer = byte_tokenizer(bos=bos)
+    text = "abcdefghijklmnopqrstuvwxyz"
+    drawn = draw_windows(tokenizer, corpus(text), samples=None, length=6, stride=2, order="sequential")
+    start = "<s>" if bos else ""
+    shown = [tokenizer.decode(window[0]) for window in drawn.windows]
+    assert shown[:3] == ([f"{start}abcde", f"{start}cdefg", f"{start}efghi"] if bos else ["abcdef", "cdefgh", "efghij"])
+    assert drawn.scored == (5, *[2] * (drawn.drawn - 1)) and drawn.stride == 2
+    scored = "".join(text[-count:] for text, count in zip(shown, drawn.scored, strict=True))
+    assert scored == text[0 if bos else 1 :][: len(scored)] and len(scored) >= len(text) - 2
+    few = draw_windows(tokenizer, corpus(text), samples=3, length=6, stride=2, order="sequential")
+    assert few.drawn == 3 and all(map(torch.equal, few.windows, drawn.windows[:3]))
+    apart = draw_windows(tokenizer, corpus(text), samples=None, length=6, order="sequential")
+    assert apart.stride == 6 and set(apart.scored) == {5}
+    for stride, order in ((0, "sequential"), (7, "sequential"), (2, "shuffled")):
+        with pytest.raises(ValueError, match="stride"):
+            draw_windows(tokenizer, corpus(text), samples=None, length=6, stride=stride, order=order)  # type: ignore[arg-type]
 
 
 @settings(deadline=None, max_examples=25)

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,35 @@ def test_a_reference_with_another_vocabulary_is_refused_before_the_work(original
     (renamed / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UsageError, match="the reference's tokenizer gives token 'a' the id"):
         measure(original, renamed)
+
+
+@pytest.mark.parametrize("stride", [12, 39])
+def test_overlapping_windows_are_scored_once_in_every_number(
+    original: Path, quantized: Path, windows: TokenWindows, stride: int
+) -> None:
+    """Against both models resident, a window at a time."""
+    text = torch.cat(windows.windows, dim=1)[0]
+    cut = tuple(text[i : i + 40].unsqueeze(0) for i in range(0, len(text) - 39, stride))
+    overlapping = replace(windows, windows=cut, requested=len(cut), stride=stride)
+    found = measure(quantized, original, windows=overlapping)
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval() for path in (original, quantized)]
+    losses: list[list[float]] = [[], []]
+    divergences: list[float] = []
+    for index, window in enumerate(cut):
+        first = 0 if index == 0 else 39 - stride
+        with torch.no_grad():
+            p, q = (model(window).logits[0, first:39].double().log_softmax(-1) for model in models)
+        for kept, scores in zip(losses, (p, q), strict=True):
+            kept += (-scores.gather(1, window[0, first + 1 :].unsqueeze(1))).flatten().tolist()
+        divergences += (p.exp() * (p - q)).sum(-1).tolist()
+    check = found["perplexity"]
+    assert check.reference == pytest.approx(math.exp(np.mean(losses[0])), rel=1e-3)
+    assert check.value == pytest.approx(math.exp(np.mean(losses[1])), rel=1e-3)
+    assert found["kl_mean"].value == pytest.approx(np.mean(divergences), rel=0.02)
+    told = {key: check.detail[key] for key in ("window", "stride", "windows", "tokens")}
+    assert told == {"window": 40, "stride": stride, "windows": len(cut), "tokens": len(divergences)}
+    alone = measure(quantized, None, windows=overlapping)["perplexity"]
+    assert (alone.value, alone.detail["tokens"]) == (pytest.approx(check.value), len(divergences))
 
 
 def test_numbers_that_mean_little_carry_a_warning(original: Path, quantized: Path, windows: TokenWindows) -> None:

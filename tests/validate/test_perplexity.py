@@ -107,6 +107,67 @@ def test_the_interval_is_reproducible_and_absent_for_one_window() -> None:
     assert perplexity(logits[:1], ids[:1]).low is None
 
 
+def naive_strided(model: torch.nn.Module, text: torch.Tensor, length: int, stride: int) -> list[float]:
+    """The losses of transformers' perplexity guide: windows ``stride`` apart, labels of what came before masked."""
+    losses: list[float] = []
+    done = 0
+    for begin in range(0, len(text) - length + 1, stride):
+        ids = text[begin : begin + length].unsqueeze(0)
+        labels = ids.clone()
+        labels[:, : done - begin] = -100
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].double()
+        loss = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="none", ignore_index=-100)
+        losses += loss[labels[0, 1:] != -100].tolist()
+        done = begin + length
+    return losses
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16, 31, 32])
+def test_overlapping_windows_score_each_prediction_once(tiny_llama_model: torch.nn.Module, stride: int) -> None:
+    text = torch.randint(0, 320, (150,), generator=torch.Generator().manual_seed(11))
+    windows = [text[begin : begin + 32].unsqueeze(0) for begin in range(0, 150 - 32 + 1, stride)]
+    scored = [31] + [min(stride, 31)] * (len(windows) - 1)
+    with torch.no_grad():
+        logits = [tiny_llama_model(window).logits for window in windows]
+    expected = naive_strided(tiny_llama_model, text, 32, stride)
+    result = perplexity(logits, windows, scored=scored)
+    assert result.tokens == len(expected)
+    assert result.nll == pytest.approx(np.mean(expected), rel=1e-5)
+    # The interval is one over windows, each weighing as many tokens as were scored in it.
+    ends = np.cumsum(scored)
+    parts = [expected[end - count : end] for end, count in zip(ends, scored, strict=True)]
+    assert result.window_nlls == pytest.approx([np.mean(part) for part in parts], rel=1e-4)
+    assert (result.low, result.high) == pytest.approx(bootstrap(parts, seed=0), rel=1e-6)
+
+
+def bootstrap(parts: list[list[float]], seed: int) -> tuple[float, float]:
+    """Percentiles of the perplexity over resampled windows, one resample at a time."""
+    drawn = np.random.default_rng(seed).integers(0, len(parts), (10_000, len(parts)))
+    found = [math.exp(sum(sum(parts[i]) for i in row) / sum(len(parts[i]) for i in row)) for row in drawn.tolist()]
+    return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
+
+
+def test_divergence_too_counts_only_what_is_scored() -> None:
+    ids, first, second = make(3, 32, 257, seed=12)
+    scored = [31, 7, 7]
+    result = compare_logits(zip(first, second, strict=True), ids, scored=scored)
+    pairs = list(zip(first, scored, strict=True)), list(zip(second, scored, strict=True))
+    p, q = (torch.cat([x[0, -1 - count : -1] for x, count in side]).double().log_softmax(-1) for side in pairs)
+    divergence = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    assert result.kl_mean == pytest.approx(divergence.mean().item(), rel=1e-4)
+    assert result.kl_p99 == pytest.approx(divergence.quantile(0.99).item(), rel=1e-4)
+    assert result.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert (result.reference.tokens, result.artifact.tokens) == (45, 45)
+    worst = int(divergence.argmax())
+    place = (0, worst) if worst < 31 else (1 + (worst - 31) // 7, 24 + (worst - 31) % 7)
+    assert (result.worst[0].window, result.worst[0].position) == place
+    last = compare_logits(zip(first, second, strict=True), ids, scored=[1, 1, 1])
+    assert {token.position for token in last.worst} == {30}
+    with pytest.raises(ValueError, match="can't be scored"):
+        perplexity(first, ids, scored=[31, 0, 7])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_infinite_logits_are_no_number(value: float) -> None:
     ids, first, second = make(2, 16, 50, seed=8)
