@@ -1,7 +1,9 @@
 """Two models side by side over the same text, block by block in one pass: how far each block takes them apart.
 
 Both run in replay mode, one block ahead of the other at most, so that memory holds two blocks, both models' outer
-weights and their hidden states, whatever the models' sizes.
+weights and their hidden states, whatever the models' sizes. What a block adds to the drift is partly what it makes of
+the drift that it inherits. So the artifact's block is run once more on a little text, entered with the original's
+state: what is off behind it then is its own.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Any, Self, TypeVar
 
 import torch
@@ -25,6 +27,8 @@ from llmconvert.progress import SILENT, Progress
 __all__ = ["BlockDivergence", "SideBySide"]
 
 T = TypeVar("T")
+# Tokens on which blocks are run alone; a window at least.
+_ALONE_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class BlockDivergence:
         error: ‖ĥ − h‖ / ‖h‖ per token, root mean square over all tokens.
         added: what of it this block added: the root of the increase of its square, 0 if it shrank.
         cosine: mean over all tokens of the cosine between the two states.
+        own: the error behind this block when it is entered with the original's state, over the first tokens.
     """
 
     index: int
@@ -44,6 +49,7 @@ class BlockDivergence:
     error: float
     added: float
     cosine: float
+    own: float
 
 
 class SideBySide:
@@ -77,7 +83,13 @@ class SideBySide:
         self._artifact = _Side(artifact, self._windows, device, dtype)
         #: Whether blocks and hidden states of the two models correspond at all.
         self.comparable = self._reference.shape == self._artifact.shape
-        self._sums = [_Sums() for _ in range(self._reference.skeleton.block_count if self.comparable else 0)]
+        count = self._reference.skeleton.block_count if self.comparable else 0
+        self._sums = [_Sums() for _ in range(count)]
+        self._own = [_Sums() for _ in range(count)]
+        ends = accumulate(window.shape[1] for window in self._windows)
+        #: The artifact's current block on the original's entries: its outputs, for the first windows.
+        self._alone: list[torch.Tensor] = []
+        self._alone_windows = max(1, sum(end <= _ALONE_TOKENS for end in ends))
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +109,8 @@ class SideBySide:
             square = sums.square / sums.tokens
             name = self._reference.skeleton.prefix(index).rstrip(".")
             added = math.sqrt(max(0.0, square - before))
-            found.append(BlockDivergence(index, name, math.sqrt(square), added, sums.cosine / sums.tokens))
+            own = math.sqrt(self._own[index].square / self._own[index].tokens)
+            found.append(BlockDivergence(index, name, math.sqrt(square), added, sums.cosine / sums.tokens, own))
             before = square
         return tuple(found)
 
@@ -112,21 +125,38 @@ class SideBySide:
         with self._progress.task("Comparing", count) as task:
             passed = zip_longest(self._reference.stream.blocks(), _blaming(self._artifact.stream.blocks()))
             for index, _ in enumerate(passed):
-                if index and self.comparable:
-                    self._compare_entries(index)
+                if self.comparable:
+                    if index:
+                        self._compare_entries(index)
+                    self._run_alone(index)
                 task.advance()
         pairs = zip(self._reference.stream.logits(), _blaming(self._artifact.stream.logits()), strict=True)
         for ours, theirs in pairs:
             if self.comparable:
-                self._sums[-1].add(self._reference.leaving(), self._artifact.leaving())
+                state = self._reference.leaving()
+                self._sums[-1].add(state, self._artifact.leaving())
+                if self._alone:
+                    self._own[-1].add(state, self._alone.pop(0))
             yield ours, theirs
 
     def _compare_entries(self, index: int) -> None:
         """Both models stand at the entry of block ``index``: compare what the block before it gave."""
         for window in range(len(self._windows)):
-            self._sums[index - 1].add(
-                self._reference.states.get(index, window), self._artifact.states.get(index, window)
-            )
+            state = self._reference.states.get(index, window)
+            self._sums[index - 1].add(state, self._artifact.states.get(index, window))
+            if self._alone:
+                self._own[index - 1].add(state, self._alone.pop(0))
+
+    def _run_alone(self, index: int) -> None:
+        """Both models stand at the entry of block ``index``: run the artifact's on the original's state."""
+        numbers = range(self._alone_windows)
+        entries = (self._reference.states.get(index, window) for window in numbers)
+        likes = (self._artifact.states.get(index, window) for window in numbers)
+        tried = (
+            self._artifact.stream.try_block(index, window, entry.to(like))
+            for window, entry, like in zip(numbers, entries, likes, strict=True)
+        )
+        self._alone = list(_blaming(tried))
 
 
 class _Side:

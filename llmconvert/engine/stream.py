@@ -260,6 +260,18 @@ class Stream:
         assert self._states is not None
         return self._pass(batch, index, self._states.get(index, batch))
 
+    def try_block(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What block ``index``, the current one, makes of ``hidden`` in place of what ``batch`` brings to it.
+
+        Raises:
+            CalibrationError: that is not finite.
+        """
+        coroutine = self._pass(batch, index, hidden)
+        left = coroutine.run_to_next_block(index)
+        coroutine.kill()
+        self._check_finite(left, index, batch)
+        return left
+
     def leave(self, coroutine: _Pass) -> None:
         """Done with a coroutine from :meth:`enter` for now."""
         if self._mode == "replay":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from tiny_models import tiny_llama_dir
 from transformers import AutoModelForCausalLM
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.engine import divergence
 from llmconvert.engine.divergence import BlockDivergence, SideBySide
 from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError, GateError
 
 CPU = torch.device("cpu")
@@ -77,9 +80,41 @@ def test_the_drift_is_that_of_the_resident_models(original: Path, tmp_path: Path
     assert len(found) == LAYERS
 
 
+def test_a_blocks_own_error_is_what_it_does_to_the_originals_state(original: Path, tmp_path: Path) -> None:
+    """Against a resident original in which that block alone is the artifact's."""
+    other = changed(original, tmp_path / "first", "model.layers.1.mlp.down_proj.weight", 1.3)
+    other = changed(other, tmp_path / "second", f"model.layers.{LAYERS - 1}.self_attn.v_proj.weight", 0.8)
+    _, found = compare(original, other)
+    ours, _ = hidden_states(original)
+    theirs = load_file(other / "model.safetensors")
+    for index, block in enumerate(found):
+        mixed = changed(original, tmp_path / f"mixed{index}", "model.norm.weight", 1.0)
+        weights = load_file(mixed / "model.safetensors")
+        weights |= {name: value for name, value in theirs.items() if f".layers.{index}." in name}
+        save_file(weights, mixed / "model.safetensors", {"format": "pt"})
+        state = hidden_states(mixed)[0][index]
+        square = ((state - ours[index]).square().sum(-1) / ours[index].square().sum(-1)).mean().item()
+        assert block.own == pytest.approx(math.sqrt(square), rel=1e-5, abs=1e-9)
+    # Block 2 passes on what it was given, and has no part in it.
+    assert found[2].error > 0 and found[2].own == 0 and found[1].own > 0 and found[LAYERS - 1].own > 0
+
+
+def test_blocks_are_run_alone_on_the_first_windows(original: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(divergence, "_ALONE_TOKENS", 24)
+    other = changed(original, tmp_path / "other", "model.layers.1.mlp.down_proj.weight", 1.3)
+    tried: list[int] = []
+    try_block = Stream.try_block
+    monkeypatch.setattr(
+        Stream,
+        "try_block",
+        lambda self, index, batch, hidden: tried.append(batch) or try_block(self, index, batch, hidden),
+    )
+    assert compare(original, other)[1][1].own > 0 and tried == [0] * LAYERS
+
+
 def test_a_model_does_not_drift_from_itself(original: Path) -> None:
     _, found = compare(original, original)
-    assert [block.error for block in found] == [0.0] * LAYERS
+    assert [(block.error, block.own) for block in found] == [(0.0, 0.0)] * LAYERS
     assert all(block.cosine == pytest.approx(1) for block in found)
 
 
