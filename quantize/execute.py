@@ -52,7 +52,9 @@ class Execution:
         #: ``(linear, error, damping)`` of every quantized linear so far.
         self.results: list[tuple[str, float | None, float | None]] = []
 
-    def run(self, output: Path, layout: Layout, key: str, progress: Progress) -> int:
+    def run(
+        self, output: Path, layout: Layout, key: str, progress: Progress, note: Callable[[], None] | None = None
+    ) -> int:
         """Build the artifact and put it in place.
 
         Args:
@@ -60,6 +62,7 @@ class Execution:
             layout: of its weight files.
             key: what identifies the job; an interrupted run is continued only under the same key.
             progress: one unit per block.
+            note: called when all is done, before the artifact appears.
 
         Returns:
             the number of blocks taken over from an interrupted run.
@@ -73,6 +76,7 @@ class Execution:
             try:
                 with TensorWriter(staging, layout) as writer:
                     self._write_all(writer, journal, work, done, progress)
+                (note or _nothing)()
                 self._finish(staging, output)
             except LlmconvertError as error:
                 # What an earlier run achieved is not thrown away because this one was refused.
@@ -194,4 +198,4 @@ class Execution:
 
 
 def _nothing() -> None:
-    """There are no activations to make last."""
+    """There is nothing to do."""

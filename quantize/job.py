@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization, work_nbytes
 from llmconvert.quantize.scheme import Scheme, input_kind
 from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Steps
-from llmconvert.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
+from llmconvert.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout, write_json
 
-__all__ = ["LayerResult", "QuantizeResult", "quantize_checkpoint"]
+__all__ = ["LayerResult", "QuantizeResult", "quantize_checkpoint", "read_layers", "write_layers"]
 
 # A data-free method needs no forward; the model's shapes are still looked at, for what shares an input.
 _PROBE_LENGTH = 16
@@ -93,6 +93,8 @@ def quantize_checkpoint(
     mode: Mode | None = None,
     identity: str = "",
     options: Mapping[str, Any] | None = None,
+    original: Checkpoint | None = None,
+    record: Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
@@ -110,8 +112,12 @@ def quantize_checkpoint(
         memory_budget: bytes the process may use; what is free by default.
         mode: lockstep or replay; chosen by the budget when None. The result is the same.
         identity: tells sources apart that look alike (a fingerprint of their files); an interrupted run is continued
-            only if it, and everything else that matters, is unchanged.
+            only if it, and everything else that matters, is unchanged. It stands for ``original`` too.
         options: of the method.
+        original: dense weights whose outputs the methods with a second stream aim at, where the source has lost some
+            already; the source by default.
+        record: file for :attr:`QuantizeResult.layers`, written before the artifact appears, so that who finds the one
+            can read the other (:func:`read_layers`).
         max_shard_bytes: size at which a new shard is begun.
         progress: one unit per block.
 
@@ -142,15 +148,31 @@ def quantize_checkpoint(
     steps: Steps = DataFreeSteps(skeleton, quantizer, plan, scale_dtype, phases)
     if calibrated:
         _quantize_inputs(skeleton, plan)
-        steps = CalibratedSteps(skeleton, quantizer, plan, scale_dtype, phases, blocks, tuple(windows), memory.mode)
+        steps = CalibratedSteps(
+            skeleton, quantizer, plan, scale_dtype, phases, blocks, tuple(windows), memory.mode, original
+        )
     execution = Execution(skeleton, layout_format, plan, steps, phases)
-    resumed = execution.run(output, layout, key, progress)
-    layers = tuple(
-        LayerResult(plan.stored[name], str(plan.schemes[name]), _shape(skeleton, name), error, damping)
-        for name, error, damping in execution.results
-    )
+
+    def layers() -> tuple[LayerResult, ...]:
+        return tuple(
+            LayerResult(plan.stored[name], str(plan.schemes[name]), _shape(skeleton, name), error, damping)
+            for name, error, damping in execution.results
+        )
+
+    note = None if record is None else lambda: write_layers(record, layers())
+    resumed = execution.run(output, layout, key, progress, note)
     seconds = time.perf_counter() - begin
-    return QuantizeResult(output, layers, memory, layout.nbytes, seconds, execution.phases.seconds, resumed)
+    return QuantizeResult(output, layers(), memory, layout.nbytes, seconds, execution.phases.seconds, resumed)
+
+
+def write_layers(record: Path, layers: Sequence[LayerResult]) -> None:
+    """Keep what came of each linear in a file."""
+    write_json(record, [asdict(layer) for layer in layers])
+
+
+def read_layers(record: Path) -> tuple[LayerResult, ...]:
+    """What :func:`write_layers` kept."""
+    return tuple(LayerResult(**{**entry, "shape": tuple(entry["shape"])}) for entry in json.loads(record.read_bytes()))
 
 
 def _quantize_inputs(skeleton: Skeleton, plan: QuantizationPlan) -> None:

@@ -1,8 +1,10 @@
 """Giving some linears of a finished artifact another scheme, while every other tensor keeps its bytes.
 
 The linears in question get back their original weights, everything else stays as the artifact has it, and this mixture
-is quantized as far as it changed: a linear is calibrated on what the artifact's linears before it give. Those behind it
-keep codes that were fitted to its earlier values; what that comes to is for the next measurement to say.
+is quantized as far as it changed: a linear is calibrated on what the artifact's linears before it give. Methods that
+aim at what the original gives see the original itself beside it, not the mixture, which has lost something already.
+Linears behind a changed one keep codes that were fitted to its earlier values; what that comes to is for the next
+measurement to say.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from llmconvert.errors import CheckpointError, SchemeError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.base import load_method
 from llmconvert.quantize.formats.base import Format, load_format
-from llmconvert.quantize.job import LayerResult, quantize_checkpoint
+from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers, write_layers
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization
 from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.scheme import Scheme
@@ -42,6 +44,7 @@ __all__ = ["Assignment", "requantize_checkpoint", "trace"]
 Assignment = Mapping[str, Scheme | None]
 
 _PROBE_LENGTH = 16
+_DENSE = "none"
 _COPY_NBYTES = 1 << 26
 
 
@@ -64,6 +67,7 @@ def requantize_checkpoint(
     format: str,
     before: Assignment,
     changes: Assignment,
+    record: Path,
     windows: Sequence[torch.Tensor] = (),
     device: torch.device,
     memory_budget: int | None = None,
@@ -80,6 +84,8 @@ def requantize_checkpoint(
         source: the original, dense.
         before: what the artifact is stored in.
         changes: linears to change. Those that share an input must change together.
+        record: file for what is returned, written before ``output`` appears; see
+            :func:`~llmconvert.quantize.job.read_layers`.
         windows, memory_budget, identity, options: as for :func:`llmconvert.quantize.job.quantize_checkpoint`, which
             continues an interrupted run.
 
@@ -119,13 +125,19 @@ def requantize_checkpoint(
                 memory_budget=memory_budget,
                 identity=identity,
                 options=options,
+                original=source,
+                record=record,
                 progress=progress,
             ).layers
+        elif anew:  # killed before the parts were merged
+            results = tuple(layer for layer in read_layers(record) if layer.scheme != _DENSE)
+        dense = (plan.stored[name] for name, scheme in changes.items() if scheme is None)
+        shapes = {linear: source.infos[f"{linear}.weight"].shape for linear in dense}
+        results += tuple(LayerResult(name, _DENSE, (rows, cols), 0.0, None) for name, (rows, cols) in shapes.items())
+        write_layers(record, results)
         changed = [f"{plan.stored[name]}." for name in changes]
         _merge(stored, source, part, output, plan, layout_format, changed)
-    dense = (plan.stored[name] for name, scheme in changes.items() if scheme is None)
-    shapes = {linear: source.infos[f"{linear}.weight"].shape for linear in dense}
-    return (*results, *(LayerResult(name, "none", (rows, cols), 0.0, None) for name, (rows, cols) in shapes.items()))
+    return results
 
 
 def _overrides(assignment: Assignment) -> list[Override]:

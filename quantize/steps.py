@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.discovery import BlockPlan, Stop
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, states_present
@@ -96,6 +97,7 @@ class CalibratedSteps:
         blocks: what a forward pass does.
         windows: calibration batches.
         mode: lockstep or replay.
+        original: the weights that the second stream runs; those that are quantized, if None.
     """
 
     skeleton: Skeleton
@@ -106,6 +108,7 @@ class CalibratedSteps:
     blocks: Sequence[BlockPlan]
     windows: tuple[torch.Tensor, ...]
     mode: Mode
+    original: Checkpoint | None = None
 
     def lost(self, work: Path, done: int) -> bool:
         needed = _STREAMS if self.quantizer.original else _STREAMS[:1]
@@ -123,7 +126,8 @@ class CalibratedSteps:
             kept, original = [states], None
             other_runs: Iterator[BlockRun | None] = repeat(None)
             if self.quantizer.original:
-                skeleton = Skeleton(self.skeleton.checkpoint, self.skeleton.device, self.skeleton.dtype)
+                weights = self.skeleton.checkpoint if self.original is None else self.original
+                skeleton = Skeleton(weights, self.skeleton.device, self.skeleton.dtype)
                 other_states, original = self._stream(stack, skeleton, work, _STREAMS[1], done)
                 kept.append(other_states)
                 other_runs = original.blocks()
@@ -180,9 +184,11 @@ class CalibratedSteps:
         """Quantize all linears of a block together, against what the original block gives for its own input."""
         quantizer, index = self.quantizer, run.plan.index
         assert isinstance(quantizer, BlockQuantizer)
+        names = [name for stop in run.plan.stops for name in stop.linears if name in self.plan.schemes]
+        if not names:
+            return
         with self.phases.measure("forward"):
             original.cross(index)
-        names = [name for stop in run.plan.stops for name in stop.linears if name in self.plan.schemes]
         data = BlockData(
             prefix=self.skeleton.prefix(index),
             tokens=tuple(window.shape[1] for window in self.windows),

@@ -19,7 +19,7 @@ from llmconvert.quantize.plan import plan_quantization
 from llmconvert.quantize.requantize import Assignment, trace
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.recipe import QuantizeSettings, Recipe
-from llmconvert.recipes.steps import change_schemes, layer_overrides
+from llmconvert.recipes.steps import LAYERS_FILE, change_schemes, layer_overrides, recorded_layers
 from llmconvert.stages import StageResult
 from llmconvert.validate.display import format_bytes
 from llmconvert.validate.repair import Unit, Upgrade, choose_upgrades, divergences, needed_share
@@ -127,7 +127,7 @@ def _requantize(
 
     def build(path: Path) -> Mapping[str, Any]:
         if (path / _MODEL).exists():  # complete, and killed just then
-            return {}
+            return recorded_layers(path / LAYERS_FILE)
         with SafetensorsCheckpoint(original) as source:
             return change_schemes(
                 last.path / _MODEL,
@@ -136,6 +136,7 @@ def _requantize(
                 settings,
                 before=before,
                 changes=changes,
+                record=path / LAYERS_FILE,
                 windows=tools.windows,
                 identity=last.key,
                 device=torch.device(recipe.device),
@@ -166,7 +167,7 @@ class _State:
         skeleton, blocks = trace(source, device)
         layout = load_format(settings.format)
         assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
-        quantizer, overrides = load_method(settings.method, {}), layer_overrides(settings)
+        quantizer, overrides = load_method(settings.method, settings.options), layer_overrides(settings)
         plan = plan_quantization(skeleton, blocks, settings.scheme, overrides, quantizer, layout)
         shapes = {name: source.infos[f"{stored}.weight"].shape for name, stored in plan.stored.items()}
         return cls(

@@ -32,7 +32,7 @@ from llmconvert.recipes.original import Original
 from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.repair import RepairTools, repair
-from llmconvert.recipes.steps import convert, measure, quantize, require_measurable
+from llmconvert.recipes.steps import LAYERS_FILE, convert, measure, quantize, recorded_layers, require_measurable
 from llmconvert.recipes.streaming import open_remote, stream_model
 from llmconvert.recipes.windows import WindowRequest, load_windows, save_windows
 from llmconvert.stages import StageResult, StageRun, StageStore, stage_key
@@ -267,7 +267,7 @@ class _Run:
 
         def build(path: Path) -> Mapping[str, Any]:
             if (path / _MODEL).exists():  # complete, and killed just then
-                return {}
+                return recorded_layers(path / LAYERS_FILE)
             with SafetensorsCheckpoint(converted.path / _MODEL) as checkpoint:
                 return quantize(
                     checkpoint,
@@ -278,6 +278,7 @@ class _Run:
                     identity=converted.key,
                     device=self._device,
                     memory=self._recipe.memory,
+                    record=path / LAYERS_FILE,
                     progress=self._progress,
                 )
 

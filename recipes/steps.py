@@ -13,7 +13,7 @@ from llmconvert.checkpoint import Checkpoint
 from llmconvert.convert.dtype import DtypeReport, convert_dtype
 from llmconvert.engine.tokens import TokenWindows
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers
 from llmconvert.quantize.plan import Override
 from llmconvert.quantize.requantize import Assignment, requantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
@@ -41,15 +41,19 @@ from llmconvert.validate.tasks import Tasks
 
 __all__ = [
     "DTYPES",
+    "LAYERS_FILE",
     "change_schemes",
     "convert",
     "layer_overrides",
     "measure",
     "measurements",
     "quantize",
+    "recorded_layers",
     "require_measurable",
 ]
 
+#: Of a stage: what came of each linear, kept for one that is killed between its artifact and its own record.
+LAYERS_FILE = "layers.json"
 #: The dtypes a recipe can name.
 DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -80,6 +84,7 @@ def quantize(
     identity: str = "",
     device: torch.device,
     memory: int | None,
+    record: Path | None = None,
     progress: Progress = SILENT,
 ) -> Mapping[str, Any]:
     """Quantize ``source``, or go on where an earlier call was stopped; see
@@ -90,6 +95,7 @@ def quantize(
         windows: calibration token ids, ``[1, length]`` each.
         identity: what tells this source from others that look alike; a stopped call continues only if it is the same.
         memory: bytes that may be used; what is free if None.
+        record: a file for :func:`recorded_layers`.
 
     Returns:
         What it reports, as JSON values.
@@ -119,16 +125,28 @@ def quantize(
         device=device,
         memory_budget=memory,
         identity=identity,
+        record=record,
         progress=progress,
     )
     return {
-        "layers": len(result.layers),
-        "linears": [{"name": layer.name, "scheme": layer.scheme, "error": layer.error} for layer in result.layers],
+        **_linears(result.layers),
         "bytes": result.nbytes,
         "seconds": round(result.seconds, 3),
         "phases": {name: round(seconds, 3) for name, seconds in result.phases.items()},
         "mode": result.memory.mode,
         "resumed_blocks": result.resumed_blocks,
+    }
+
+
+def recorded_layers(record: Path) -> Mapping[str, Any]:
+    """What :func:`quantize` or :func:`change_schemes` had to report about the linears, if it got that far."""
+    return _linears(read_layers(record)) if record.exists() else {}
+
+
+def _linears(layers: Sequence[LayerResult]) -> Mapping[str, Any]:
+    return {
+        "layers": len(layers),
+        "linears": [{"name": layer.name, "scheme": layer.scheme, "error": layer.error} for layer in layers],
     }
 
 
@@ -140,6 +158,7 @@ def change_schemes(
     *,
     before: Assignment,
     changes: Assignment,
+    record: Path,
     windows: Sequence[torch.Tensor] = (),
     identity: str = "",
     device: torch.device,
@@ -161,13 +180,14 @@ def change_schemes(
         format=settings.format,
         before=before,
         changes=changes,
+        record=record,
         windows=windows,
         device=device,
         memory_budget=memory,
         identity=identity,
         progress=progress,
     )
-    return {"linears": [{"name": layer.name, "scheme": layer.scheme, "error": layer.error} for layer in layers]}
+    return _linears(layers)
 
 
 def _generation_options(settings: ValidateSettings) -> GenerationOptions | None:
