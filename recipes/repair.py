@@ -22,7 +22,14 @@ from llmconvert.recipes.recipe import QuantizeSettings, Recipe
 from llmconvert.recipes.steps import LAYERS_FILE, change_schemes, layer_overrides, recorded_layers
 from llmconvert.stages import StageResult
 from llmconvert.validate.display import format_bytes
-from llmconvert.validate.repair import Unit, Upgrade, choose_upgrades, divergences, needed_share
+from llmconvert.validate.repair import (
+    Unit,
+    Upgrade,
+    choose_upgrades,
+    needed_share,
+    sensitivities,
+    unit_error,
+)
 from llmconvert.validate.report import Check, ModelInfo, Report
 from llmconvert.validate.section import Cell, Column, Plot, Section, Series
 
@@ -72,6 +79,7 @@ def repair(
         limit = validation.repair.max_bytes or validation.max_bytes or source.nbytes
     limit = min(limit, validation.max_bytes or limit)
     state.learn(model)
+    state.weigh(_checks(measured))
     rounds: list[Sequence[Upgrade]] = []
     trail = [_checks(measured)]
     reason = ""
@@ -150,7 +158,7 @@ def _requantize(
 
 @dataclass(frozen=True)
 class _State:
-    """What the artifact is stored in now, and what is known about its linears."""
+    """What the artifact is stored in now, and what is known about its linears: their errors, and what these cost."""
 
     quantizer: Quantizer
     format: Format
@@ -161,6 +169,7 @@ class _State:
     fused: tuple[tuple[str, ...], ...]
     tensors: int
     errors: dict[str, float] = field(default_factory=dict)
+    costs: list[float] = field(default_factory=list)
 
     @classmethod
     def begin(cls, source: SafetensorsCheckpoint, settings: QuantizeSettings, device: torch.device) -> _State:
@@ -188,16 +197,31 @@ class _State:
             if linear["error"] is not None and linear["name"] in names:
                 self.errors[names[linear["name"]]] = linear["error"]
 
+    def weigh(self, report: Report) -> None:
+        """Take note of what errors cost, from the report on the artifact before any repair."""
+        self.costs.extend(sensitivities(report, self.fused, self._known_errors(report)))
+
     def units(self, report: Report) -> list[Unit]:
+        """The units as they are stored now, ``report`` being the last."""
+        errors = self._known_errors(report)
+        return [
+            Unit(
+                unit,
+                tuple(self.shapes[name] for name in unit),
+                self.assignment[unit[0]],
+                cost * unit_error(unit, errors),
+            )
+            for unit, cost in zip(self.fused, self.costs, strict=True)
+        ]
+
+    def _known_errors(self, report: Report) -> Mapping[str, float]:
+        """Squared relative errors of the linears: of their outputs, or else of their weights."""
+        if self.errors:
+            return self.errors
         inventory = report.check("inventory")
         tensors = inventory.detail.get("tensors", ()) if inventory is not None else ()
         by_weight = {record["name"]: (record["error"] or 0.0) ** 2 for record in tensors}
-        weights = {name: by_weight.get(f"{stored}.weight", 0.0) for name, stored in self.stored.items()}
-        errors = self.errors or weights
-        return [
-            Unit(unit, tuple(self.shapes[name] for name in unit), self.assignment[unit[0]], divergence)
-            for unit, divergence in zip(self.fused, divergences(report, self.fused, errors), strict=True)
-        ]
+        return {name: by_weight.get(f"{stored}.weight", 0.0) for name, stored in self.stored.items()}
 
     def nbytes(self, shape: tuple[int, int], scheme: Scheme | None) -> int:
         if scheme is None:

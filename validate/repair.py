@@ -1,11 +1,13 @@
 """Which layers to give more bits when an artifact missed the gate: those with the most divergence per byte.
 
 Linears that runtimes fuse (they share an input) are one unit. What a unit is to blame for is estimated from what was
-measured: the drift its block adds, in squares, shared among the block's units by their own squared errors (of the
-output on the calibration text where the method knows it, of the weights otherwise). What an upgrade would leave of it
-follows from the step of the rounding: a bit halves it, and so quarters the squared error. Upgrades are taken greedily
-by divergence removed per byte, until what is left should pass or the size limit is reached. It is an estimate: the
-artifact is measured again afterwards, and that decides.
+measured before anything was repaired: the error of its block when it is entered with the original's state, so without
+what it inherits, in squares, shared among the block's units by their squared errors (of the output on the calibration
+text where the method knows it, of the weights otherwise). Later a unit's share goes with its own error alone, for the
+drift around it changes with every other unit. What an upgrade would leave of it follows from the step of the rounding:
+a bit halves it, and so quarters the squared error. Upgrades are taken greedily by divergence removed per byte, until
+what is left should pass or the size limit is reached. It is an estimate: the artifact is measured again afterwards, and
+that decides.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass, replace
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.validate.report import Check, Report
 
-__all__ = ["REPAIRABLE", "Unit", "Upgrade", "choose_upgrades", "divergences", "needed_share"]
+__all__ = ["REPAIRABLE", "Unit", "Upgrade", "choose_upgrades", "needed_share", "sensitivities", "unit_error"]
 
 #: Checks that more bits can make pass.
 REPAIRABLE = ("perplexity", "kl_mean", "top1_agreement", "generation.agreement")
@@ -80,28 +82,30 @@ def needed_share(failed: Iterable[Check]) -> float | None:
     return _MARGIN * min(shares) if shares else None
 
 
-def divergences(report: Report, units: Sequence[tuple[str, ...]], errors: Mapping[str, float]) -> list[float]:
-    """The estimated share of each unit in the squared drift.
+def sensitivities(report: Report, units: Sequence[tuple[str, ...]], errors: Mapping[str, float]) -> list[float]:
+    """What a unit's squared error costs: its estimated share in the squared divergence, over that error.
 
     Args:
-        report: with ``block_divergence``, if it was measured.
+        report: of the artifact before any repair, with ``block_divergence`` if it was measured.
         units: module names of their linears.
         errors: linear → squared relative error.
+
+    Returns:
+        of each unit a factor for :func:`unit_error`; 1 where its block was not measured.
     """
     measured = report.check("block_divergence")
     blocks = measured.detail.get("blocks", ()) if measured is not None else ()
-    added = {block["name"]: block["added"] ** 2 for block in blocks}
-    # A block that hides what came before it added something nevertheless.
-    floor = 0.1 * sum(added.values()) / len(added) if added else 0.0
-    own = [sum(errors.get(name, 0.0) for name in unit) / len(unit) for unit in units]
-    homes = [next((block for block in added if unit[0].startswith(f"{block}.")), "") for unit in units]
+    own = {block["name"]: block["own"] ** 2 for block in blocks}
+    homes = [next((block for block in own if unit[0].startswith(f"{block}.")), "") for unit in units]
     totals: dict[str, float] = {}
-    for home, error in zip(homes, own, strict=True):
-        totals[home] = totals.get(home, 0.0) + error
-    return [
-        max(added[home], floor) * error / totals[home] if home and totals[home] else error
-        for home, error in zip(homes, own, strict=True)
-    ]
+    for home, unit in zip(homes, units, strict=True):
+        totals[home] = totals.get(home, 0.0) + unit_error(unit, errors)
+    return [own[home] / totals[home] if home and totals[home] else 1.0 for home in homes]
+
+
+def unit_error(unit: Sequence[str], errors: Mapping[str, float]) -> float:
+    """The mean squared relative error of a unit's linears."""
+    return sum(errors.get(name, 0.0) for name in unit) / len(unit)
 
 
 def choose_upgrades(

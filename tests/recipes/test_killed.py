@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny_models import tiny_llama_dir
 
 from llmconvert.stages import STAGE_FILE
@@ -54,6 +56,13 @@ def stages(work: Path) -> dict[str, int]:
     return {path.parent.name.rpartition("-")[0]: path.stat().st_mtime_ns for path in found}
 
 
+def kl_and_repair(work: Path) -> tuple[float, list[Any]]:
+    """The artifact's divergence, and what its repair changed."""
+    (report,) = work.glob("artifact-*/model/llmconvert/report.json")
+    checks = {check["name"]: check for check in json.loads(report.read_text())["checks"]}
+    return checks["kl_mean"]["value"], checks["repair"]["sections"][0]["rows"] if "repair" in checks else []
+
+
 def artifact(work: Path) -> dict[str, bytes]:
     (directory,) = work.glob("artifact-*/model")
     return {name: (directory / name).read_bytes() for name in ("model.safetensors", "config.json", "tokenizer.json")}
@@ -77,6 +86,32 @@ def test_killed_in_the_midst_of_quantization(write_recipe: Any, model: Path, tmp
     assert "continuing an interrupted run: " in log
     assert {name: after[name] for name in before} == before
     assert artifact(work) == artifact(tmp_path / "whole")
+
+
+def test_killed_in_the_midst_of_repair(write_recipe: Any, model: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"model": str(model), "quantize": {"method": "gptq", "scheme": "w2a16-g32"}}
+    finish(write_recipe(**settings), tmp_path / "broken")
+    broken, _ = kl_and_repair(tmp_path / "broken")
+    text = yaml.safe_load(write_recipe().read_text())["validate"]["perplexity"]
+    # Two rounds or more: the choice of the second rests on what the first reported.
+    recipe = write_recipe(**settings, validate={"perplexity": text, "max_kl": broken / 3, "repair": True})
+    finish(recipe, tmp_path / "whole")
+    _, expected = kl_and_repair(tmp_path / "whole")
+    work = tmp_path / "work"
+
+    def some_blocks_done() -> bool:
+        journals = list(work.glob(".repair-1-*.partial/..model.changed.partial/.work/journal.jsonl"))
+        return bool(journals) and journals[0].read_text().count('"block"') >= 3
+
+    assert kill_when(recipe, work, some_blocks_done)
+    assert set(stages(work)) == {"convert", "calibrate", "evaluation-text", "quantize", "validate"}
+    # Again, when the parts are about to be put together, if that is slow enough to be met.
+    kill_when(recipe, work, lambda: bool(list(work.glob(".repair-1-*.partial/.model.changed"))))
+    log = finish(recipe, work)
+    assert "repair-1: was interrupted, continuing" in log or "repair-1: unchanged, reusing" in log
+    assert artifact(work) == artifact(tmp_path / "whole") != artifact(tmp_path / "broken")
+    assert kl_and_repair(work)[1] == expected
+    assert not list(work.glob(".*.partial"))
 
 
 def test_killed_anywhere_any_number_of_times(write_recipe: Any, model: Path, tmp_path: Path) -> None:

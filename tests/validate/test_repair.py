@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.validate.repair import Unit, Upgrade, choose_upgrades, divergences, needed_share
+from llmconvert.validate.repair import Unit, Upgrade, choose_upgrades, needed_share, sensitivities, unit_error
 from llmconvert.validate.report import Check, ModelInfo, Report
 
 W2, W3, W4 = (Scheme(bits, 32) for bits in (2, 3, 4))
@@ -108,13 +108,43 @@ def test_what_more_bits_cannot_mend(check: Check) -> None:
     assert needed_share([check]) is None
 
 
-def test_a_blocks_drift_is_shared_by_the_errors_in_it() -> None:
-    blocks = [{"name": "layers.0", "added": 0.1}, {"name": "layers.1", "added": 0.3}]
-    report = Report(
-        model=ModelInfo(name="", source=""), checks=(Check(name="block_divergence", detail={"blocks": blocks}),)
-    )
+def report_on(*own: float) -> Report:
+    """A report with the own errors of as many blocks; what they add to the drift is made to mislead."""
+    blocks = [
+        {"name": f"layers.{index}", "own": error, "added": 0.9 - error, "error": 0.9} for index, error in enumerate(own)
+    ]
+    check = Check(name="block_divergence", detail={"blocks": blocks})
+    return Report(model=ModelInfo(name="", source=""), checks=(check,))
+
+
+def test_a_blocks_own_error_is_shared_by_the_errors_in_it() -> None:
     units = [("layers.0.up",), ("layers.1.q", "layers.1.k"), ("layers.1.up",), ("layers.10.up",)]
     errors = {"layers.0.up": 0.5, "layers.1.q": 0.3, "layers.1.k": 0.1, "layers.1.up": 0.6, "layers.10.up": 0.25}
-    assert divergences(report, units, errors) == pytest.approx([0.01, 0.09 * 0.25, 0.09 * 0.75, 0.25])
-    alone = Report(model=ModelInfo(name="", source=""))
-    assert divergences(alone, units, errors) == pytest.approx([0.5, 0.2, 0.6, 0.25])
+    costs = sensitivities(report_on(0.1, 0.3), units, errors)
+    shares = [cost * unit_error(unit, errors) for cost, unit in zip(costs, units, strict=True)]
+    assert shares == pytest.approx([0.01, 0.09 * 0.25, 0.09 * 0.75, 0.25])
+    assert sensitivities(Report(model=ModelInfo(name="", source="")), units, errors) == [1.0] * 4
+
+
+def test_what_a_block_inherits_does_not_lead_to_eight_bits_before_others_have_four() -> None:
+    """Round after round, with errors that quarter by the bit: alike units are raised alike."""
+    names = [(f"layers.{index}.up",) for index in range(8)]
+    own = [0.10, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17]
+    schemes = dict.fromkeys(names, W3)
+    errors = {name[0]: 0.02 for name in names}
+    costs = sensitivities(report_on(*own), names, errors)
+    budget = len(names) * 64 * 128 // 8 - 1  # one byte less than four bits for all
+    for share in (0.7, 0.7, 0.7, 0.7):
+        units = [
+            Unit(name, ((64, 128),), schemes[name], cost * unit_error(name, errors))
+            for name, cost in zip(names, costs, strict=True)
+        ]
+        for upgrade in choose(units, share, budget):
+            assert upgrade.after is not None
+            schemes[upgrade.linears] = upgrade.after
+            errors[upgrade.linears[0]] *= 4.0 ** (upgrade.before.bits - upgrade.after.bits)
+            budget -= upgrade.nbytes
+        if any(scheme.bits == 3 for scheme in schemes.values()):
+            assert all(scheme.bits < 8 for scheme in schemes.values())
+    assert sorted(scheme.bits for scheme in schemes.values()) == [3, *[4] * 7]
+    assert schemes[names[0]].bits == 3, "the block that errs least is the one left behind"
