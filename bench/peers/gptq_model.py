@@ -1,4 +1,4 @@
-"""One timed run of GPTQModel's GPTQ; started by ``bench/peers.py`` in GPTQModel's own environment.
+"""One timed run of GPTQModel's GPTQ; started by the benches in GPTQModel's own environment.
 
     GPTQMODEL_CPU_WORKERS=2 PYTHON bench/peers/gptq_model.py --model DIR --ids FILE.npy --output DIR --report FILE.json
 
@@ -29,13 +29,14 @@ def main() -> None:
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ids = np.load(options.ids)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     windows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
-    config = QuantizeConfig(bits=options.bits, group_size=options.group_size, sym=True, mse=2.4)
+    config = QuantizeConfig(bits=options.bits, group_size=options.group_size, sym=not options.asymmetric, mse=2.4)
     begin = time.perf_counter()
     model = GPTQModel.load(options.model, config, device="cpu")
     loaded = time.perf_counter()

@@ -1,9 +1,11 @@
-"""One timed run of llm-compressor's GPTQ; started by ``bench/peers.py`` in llm-compressor's own environment.
+"""One timed run of llm-compressor; started by ``bench/peers.py`` and ``bench/quality.py`` in its own environment.
 
     PYTHON bench/peers/llm_compressor.py --model DIR --ids FILE.npy --output DIR --report FILE.json
+        [--method gptq|awq|rtn] [--bits 4] [--group-size 64] [--asymmetric]
 
-Its defaults (static act-order, true-sequential per decoder layer, damping 0.01), with the ``mse`` observer for scales.
-The clock starts with everything imported, tokenizer and token ids loaded, and stops with the artifact saved.
+Its defaults (for GPTQ static act-order, true-sequential per decoder layer, damping 0.01; for AWQ 20 points of its
+grid), with the ``mse`` observer for scales. The clock starts with everything imported, tokenizer and token
+ids loaded, and stops with the artifact saved.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import torch
 from datasets import Dataset
 from llmcompressor import __version__, oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,8 +33,10 @@ def main() -> None:
     parser.add_argument("--ids", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--method", choices=["gptq", "awq", "rtn"], default="gptq")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -39,12 +45,16 @@ def main() -> None:
     weights = {
         "num_bits": options.bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": not options.asymmetric,
         "strategy": "group",
         "group_size": options.group_size,
         "observer": "mse",
     }
-    recipe = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    modifier = GPTQModifier if options.method == "gptq" else QuantizationModifier
+    recipe: list[Any] = [modifier(config_groups=groups, ignore=["lm_head"])]
+    if options.method == "awq":
+        recipe.insert(0, AWQModifier())
     begin = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     loaded = time.perf_counter()

@@ -1,6 +1,7 @@
-"""One timed run of llmconvert's GPTQ; started by ``bench/peers.py``.
+"""One timed run of llmconvert; started by ``bench/peers.py`` and ``bench/quality.py``.
 
     python bench/peers/ours.py --model DIR --ids FILE.npy --output DIR --report FILE.json
+        [--method gptq] [--scheme w4a16-g64] [--format compressed-tensors] [--options JSON]
 
 The clock starts with everything imported and token ids loaded, and stops with the artifact in place: opening the
 checkpoint, tracing, packing, journal and fsync included.
@@ -28,16 +29,28 @@ def main() -> None:
     parser.add_argument("--ids", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--scheme", help="instead of --bits and --group-size")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--format", default="compressed-tensors")
+    parser.add_argument("--options", type=json.loads, default={}, help="the method's own settings, as JSON")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     windows = [torch.from_numpy(row).unsqueeze(0) for row in np.load(options.ids)]
-    scheme = Scheme.parse(f"w{options.bits}a16-g{options.group_size}-sym")
+    scheme = Scheme.parse(options.scheme or f"w{options.bits}a16-g{options.group_size}-sym")
     begin = time.perf_counter()
     with SafetensorsCheckpoint(options.model) as source:
-        result = quantize_checkpoint(source, options.output, method="gptq", scheme=scheme, windows=windows)
+        result = quantize_checkpoint(
+            source,
+            options.output,
+            method=options.method,
+            options=options.options,
+            scheme=scheme,
+            format=options.format,
+            windows=windows,
+        )
     seconds = time.perf_counter() - begin
     report = {
         "version": llmconvert.__version__,

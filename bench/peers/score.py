@@ -1,16 +1,20 @@
-"""The perplexity of a model directory, whoever wrote it; started by ``bench/peers.py``.
+"""How a model directory predicts a text, whoever wrote it; started by ``bench/peers.py`` and ``bench/quality.py``.
 
-    python bench/peers/score.py --model DIR --ids FILE.npy --report FILE.json
+    python bench/peers/score.py --model DIR --ids FILE.npy --report FILE.json [--keep FILE | --reference FILE]
 
 Weights are dequantized to bfloat16 and run through one and the same evaluator, so that nothing but the weights differs
-between artifacts. Losses are computed and summed in float32 and float64.
+between artifacts. Losses are computed and summed in float32 and float64. ``--keep`` writes the logits as well
+(bfloat16, two bytes for every token of the text and of the vocabulary); with such a file of the original as
+``--reference``, the divergence from it and the share of equal predictions are reported too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +23,7 @@ from gptq_v1 import GptqView
 from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.engine.stream import stream_logits
 from llmconvert.quantize.reader import open_dense
-from llmconvert.validate.perplexity import perplexity
+from llmconvert.validate.perplexity import PerplexityResult, compare_logits, perplexity
 
 
 def main() -> None:
@@ -27,19 +31,55 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--ids", type=Path, required=True)
     parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--reference", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     windows = [torch.from_numpy(row).unsqueeze(0) for row in np.load(options.ids)]
     checkpoint = open_any(SafetensorsCheckpoint(options.model))
     logits = stream_logits(checkpoint, windows, device=torch.device("cpu"), dtype=torch.bfloat16)
-    result = perplexity(logits, windows)
-    report = {"perplexity": result.ppl, "low": result.low, "high": result.high, "tokens": result.tokens}
+    if options.reference is not None:
+        found = compare_logits(zip(kept(options.reference, windows), logits, strict=True), windows)
+        more = {
+            "kl_mean": found.kl_mean,
+            "kl_p99": found.kl_p99,
+            "top1_agreement": found.top1_agreement,
+            "increase": found.increase,
+        }
+        report = scores(found.artifact) | more
+    elif options.keep is not None:
+        report = scores(perplexity(keep(logits, options.keep), windows))
+    else:
+        report = scores(perplexity(logits, windows))
     options.report.write_text(json.dumps(report))
 
 
+def scores(result: PerplexityResult) -> dict[str, Any]:
+    return {"perplexity": result.ppl, "low": result.low, "high": result.high, "tokens": result.tokens}
+
+
+def keep(logits: Iterable[torch.Tensor], path: Path) -> Iterator[torch.Tensor]:
+    """Pass logits on and write them; the file gets its name when all of them are there."""
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        for window in logits:
+            file.write(window.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+            yield window
+    part.rename(path)
+
+
+def kept(path: Path, windows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What :func:`keep` wrote, window after window."""
+    size = path.stat().st_size // sum(window.shape[1] for window in windows)
+    with path.open("rb") as file:
+        for window in windows:
+            data = bytearray(file.read(size * window.shape[1]))
+            yield torch.frombuffer(data, dtype=torch.bfloat16).view(1, window.shape[1], -1)
+
+
 def open_any(stored: Checkpoint) -> Checkpoint:
-    """A dense view of a checkpoint: unquantized, compressed-tensors, or GPTQ v1."""
+    """A dense view of a checkpoint: unquantized, or in a format that we read; GPTQ's by a reader of the bench's own."""
     declared = stored.config.get("quantization_config") or {}
     return GptqView(stored, torch.bfloat16) if declared.get("quant_method") == "gptq" else open_dense(stored)
 
