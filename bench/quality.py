@@ -63,11 +63,15 @@ _LISTS: Mapping[str, tuple[str, ...]] = {
         "hqq:w4a16-g64-asym",
         "rtn:nf4",
         "rtn:nf4-dq",
-        "gptq:w4a16-g128",
+        "gptq:w4a16-g32",
         "gptq:w4a16-g64",
         "gptq:w4a16-g64-asym",
         "gptaq:w4a16-g64",
         "signround:w4a16-g64",
+        "gptq:4.25bpw",
+        "signround:4.25bpw",
+        "gptq:3.5bpw",
+        "gptq:3.25bpw",
         "gptq:w3a16-g64",
         "signround:w3a16-g64",
         "gptq:w2a16-g32-asym",
@@ -76,7 +80,6 @@ _LISTS: Mapping[str, tuple[str, ...]] = {
         "llm-compressor-gptq:w4a16-g64",
         "llm-compressor-gptq:w3a16-g64",
         "llm-compressor-awq:w4a16-g64-asym",
-        "llm-compressor-awq:w4a16-g128-asym",
         "gptqmodel:w4a16-g64",
         "hqq-package:w4a16-g64-asym",
         "bitsandbytes:nf4",
@@ -239,7 +242,7 @@ class Bench:
     def _quantize(self, command: Sequence[str], output: Path) -> dict[str, Any]:
         shutil.rmtree(output, ignore_errors=True)
         output.parent.mkdir(exist_ok=True)
-        report = output.with_suffix(".report.json")
+        report = output.with_name(f"{output.name}.report.json")
         self._start([*command, "--model", self._model, "--output", output], self._calibration, report)
         found: dict[str, Any] = json.loads(report.read_text())
         return found

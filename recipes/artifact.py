@@ -58,7 +58,7 @@ def artifact_name(recipe: Recipe, source: Source) -> str:
     """What the artifact calls itself: its repository's name on the Hub, else the model's with the scheme."""
     if recipe.publish is not None and not recipe.publish.to.startswith("file:"):
         return recipe.publish.to.split("/")[1]
-    suffix = recipe.quantize.scheme if recipe.quantize is not None else recipe.convert.dtype
+    suffix = recipe.quantize.label if recipe.quantize is not None else recipe.convert.dtype
     return f"{model_stem(source.origin)}-{suffix}"
 
 
@@ -80,7 +80,7 @@ def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration
         base_model=recipe.card.base_model or origin.base_model,
         parents=origin.parents,
         method=settings.method if settings is not None else None,
-        scheme=str(settings.scheme) if settings is not None else None,
+        scheme=settings.label if settings is not None else None,
         format=settings.format if settings is not None else None,
         calibration=words,
     )

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.base import METHODS, load_method, needs_calibration
 from llmconvert.quantize.formats.base import FORMATS, check_format, load_format
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Scheme, input_kind
 from llmconvert.recipes.gguf import GGUF, IMATRIX, calibrates, gguf_contradictions
-from llmconvert.recipes.recipe import Recipe
+from llmconvert.recipes.recipe import QuantizeSettings, Recipe
 
 __all__ = ["KeyPath", "contradictions"]
 
@@ -37,7 +37,7 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     elif calibrates(settings) and recipe.calibrate is None:
         yield (
             ("quantize", "method"),
-            f"quantize.method: {settings.method} needs calibration text; add a calibrate section, for example "
+            f"quantize.method: {_who(settings)} needs calibration text; add a calibrate section, for example "
             "calibrate: {dataset: pydoc-topics:train}",
         )
     elif settings.method in METHODS:
@@ -53,9 +53,15 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if settings.format not in FORMATS:
         yield ("quantize", "format"), f"quantize.format: {_unknown(settings.format, (*FORMATS, GGUF))}"
         return
+    if settings.budget is not None and not _chooses(settings.scheme):
+        yield (
+            ("quantize", "scheme"),
+            f"quantize.scheme: found {settings.scheme}; a budget chooses among integer weights with 16-bit "
+            "activations: leave it out, or say w4a16-asym for zero points",
+        )
     format_ = load_format(settings.format)
     schemes: list[tuple[KeyPath, Scheme]] = []
-    if isinstance(settings.scheme, Scheme):
+    if isinstance(settings.scheme, Scheme) and settings.budget is None:
         schemes.append((("quantize", "scheme"), settings.scheme))
     for index, override in enumerate(settings.overrides):
         if override.scheme != "none":
@@ -65,6 +71,15 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             check_format(format_, scheme)
         except UnsupportedError as error:
             yield path, f"{'.'.join(map(str, path))}: {error}"
+
+
+def _who(settings: QuantizeSettings) -> str:
+    return settings.method if settings.budget is None else "a budget"
+
+
+def _chooses(scheme: object) -> bool:
+    """Whether a budget can give layers other bits and groups in the place of this scheme's."""
+    return isinstance(scheme, Scheme) and scheme.kind == "int" and input_kind(scheme) is None
 
 
 def _gguf(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -87,6 +102,8 @@ def _streaming(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             f"stream: {settings.method} needs the activations of the whole model; leave out stream (--stream), or "
             f"take a method without calibration: {', '.join(name for name in METHODS if not needs_calibration(name))}",
         )
+    elif settings is not None and settings.budget is not None:
+        yield ("stream",), "stream: a budget measures the whole model; leave out stream (--stream), or the budget"
     if recipe.attention is not None:
         yield ("stream",), "stream: heads are merged in the whole model; leave out stream (--stream), or attention"
 

@@ -33,8 +33,12 @@ _METHODS: Final = ("rtn", IMATRIX)
 
 
 def calibrates(settings: QuantizeSettings) -> bool:
-    """Whether the section's method reads calibration text."""
-    return settings.method == IMATRIX or (settings.method in METHODS and needs_calibration(settings.method))
+    """Whether the section's method or budget reads calibration text."""
+    return (
+        settings.budget is not None
+        or settings.method == IMATRIX
+        or (settings.method in METHODS and needs_calibration(settings.method))
+    )
 
 
 def gguf_contradictions(settings: QuantizeSettings) -> Iterator[tuple[str, str]]:
@@ -52,6 +56,8 @@ def gguf_contradictions(settings: QuantizeSettings) -> Iterator[tuple[str, str]]
             f"found {settings.scheme}, whose codes no GGUF type holds; GGUF takes {', '.join(MIXES)}, or the codes of "
             f"{' and '.join(CARRIED)}",
         )
+    if settings.budget is not None:
+        yield "budget", "a GGUF type says itself which tensors get more bits; leave out the budget"
     if settings.overrides:
         yield "overrides", "a GGUF type says itself which tensors get more bits; leave out the overrides"
 

@@ -44,7 +44,7 @@ def fill_target(recipe: Recipe) -> Recipe:
         "name": recipe.name,
         "model": Path(recipe.model.partition("@")[0].rstrip("/")).name.removesuffix(".gguf"),
         "method": quantize.method if quantize is not None else "convert",
-        "scheme": str(quantize.scheme) if quantize is not None else recipe.convert.dtype,
+        "scheme": quantize.label if quantize is not None else recipe.convert.dtype,
     }
     assert values.keys() == set(PLACEHOLDERS)
     filled = {

@@ -10,18 +10,23 @@ import string
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
-from llmconvert.convert.rope_scaling import RopeScaling
-from llmconvert.errors import SchemeError, UsageError
-from llmconvert.quantize.ggml.mix import MIXES, GgmlMix
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.recipes.named import OptionalScheme, ScalingField, SchemeOrMix
 from llmconvert.recipes.quantities import Bytes, Share
 
 __all__ = [
     "PLACEHOLDERS",
     "AttentionSettings",
     "BackendSettings",
+    "BudgetSettings",
     "CalibrateSettings",
     "CardSettings",
     "ConvertSettings",
@@ -38,46 +43,6 @@ __all__ = [
     "TaskSettings",
     "ValidateSettings",
 ]
-
-
-def _parse_scheme(value: object) -> Scheme:
-    if isinstance(value, Scheme):
-        return value
-    if not isinstance(value, str):
-        raise ValueError("expected a scheme such as w4a16-g128")
-    try:
-        return Scheme.parse(value)
-    except SchemeError as error:
-        raise ValueError(str(error)) from error
-
-
-def _parse_scheme_or_mix(value: object) -> Scheme | GgmlMix:
-    if isinstance(value, GgmlMix):
-        return value
-    if isinstance(value, str):
-        try:
-            return GgmlMix.parse(value)
-        except SchemeError:
-            pass
-    try:
-        return _parse_scheme(value)
-    except ValueError as error:
-        raise ValueError(f"{error}; or a GGUF type: {', '.join(MIXES)}") from error
-
-
-def _parse_override(value: object) -> Scheme | Literal["none"]:
-    return "none" if value == "none" else _parse_scheme(value)
-
-
-def _parse_scaling(value: object) -> RopeScaling:
-    if isinstance(value, RopeScaling):
-        return value
-    if not isinstance(value, str):
-        raise ValueError("expected a scaling such as yarn:2.0")
-    try:
-        return RopeScaling.parse(value)
-    except UsageError as error:
-        raise ValueError(str(error)) from error
 
 
 def _backends(value: object) -> object:
@@ -101,9 +66,6 @@ def _to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-SchemeOrMix = Annotated[Scheme | GgmlMix, PlainValidator(_parse_scheme_or_mix), PlainSerializer(str)]
-OptionalScheme = Annotated[Scheme | Literal["none"], PlainValidator(_parse_override), PlainSerializer(str)]
-ScalingField = Annotated[RopeScaling, PlainValidator(_parse_scaling), PlainSerializer(str)]
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=2)]
 BackendName = Literal["eager", "math", "flash", "efficient", "cudnn", "sdpa", "flash_attention_2", "flash_attention_3"]
@@ -175,18 +137,48 @@ class OverrideSettings(_Section):
     scheme: OptionalScheme
 
 
+class BudgetSettings(_Section):
+    """A mean number of bits per weight, scales included; layers get what brings the least divergence for it.
+
+    ``bits`` and ``group_sizes`` are what there is to choose from.
+    """
+
+    bits_per_weight: Annotated[float, Field(gt=0, le=16)]
+    bits: Annotated[tuple[Annotated[int, Field(ge=2, le=8)], ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (
+        2,
+        3,
+        4,
+        8,
+    )
+    group_sizes: Annotated[tuple[Count, ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (32, 64, 128)
+
+
 class QuantizeSettings(_Section):
     """The method, the scheme and the format on disk; ``overrides`` give some layers another scheme.
 
     ``options`` are the method's own settings, by the names that its class documents: ``{steps: 100}`` for signround.
-    With ``format: gguf`` the scheme is one of llama.cpp's types, ``q4_k_m`` for example.
+    With ``format: gguf`` the scheme is one of llama.cpp's types, ``q4_k_m`` for example. With a ``budget`` bits and
+    group sizes are chosen by layer, and the scheme says no more than whether there are zero points: ``w4a16-asym``.
     """
 
     method: str
     options: Mapping[str, bool | int | float | str] = {}
     scheme: SchemeOrMix
+    budget: BudgetSettings | None = None
     format: str = "compressed-tensors"
     overrides: Annotated[tuple[OverrideSettings, ...], BeforeValidator(_to_tuple)] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_scheme(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("budget") is not None and values.get("scheme") is None:
+            return {**values, "scheme": "w4a16"}
+        return values
+
+    @property
+    def label(self) -> str:
+        """What names the result: the scheme, or the budget."""
+        return str(self.scheme) if self.budget is None else f"{self.budget.bits_per_weight:g}bpw"
 
 
 class PerplexitySettings(_Section):

@@ -18,6 +18,7 @@ from llmconvert.quantize.plan import Override
 from llmconvert.quantize.requantize import Assignment, requantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.artifact import public_name
+from llmconvert.recipes.budget import allocation_details, choose_within, forget_sensitivity
 from llmconvert.recipes.gguf import GGUF, quantize_gguf
 from llmconvert.recipes.recipe import (
     BackendSettings,
@@ -113,22 +114,27 @@ def quantize(
             progress=progress,
         )
     assert isinstance(settings.scheme, Scheme)
-    result = quantize_checkpoint(
-        source,
-        output,
-        method=settings.method,
-        options=settings.options,
-        scheme=settings.scheme,
-        format=settings.format,
-        overrides=layer_overrides(settings),
-        windows=windows,
-        device=device,
-        memory_budget=memory,
-        identity=identity,
-        record=record,
-        progress=progress,
-    )
+    about: dict[str, Any] = {
+        "method": settings.method,
+        "options": settings.options,
+        "scheme": settings.scheme,
+        "format": settings.format,
+        "overrides": layer_overrides(settings),
+        "windows": windows,
+        "device": device,
+        "memory_budget": memory,
+        "identity": identity,
+        "progress": progress,
+    }
+    chosen: Mapping[str, Any] = {}
+    if settings.budget is not None:
+        allocation = choose_within(settings.budget, source, output, about)
+        about |= {"scheme": allocation.scheme, "overrides": allocation.overrides}
+        chosen = allocation_details(settings.budget, allocation)
+    result = quantize_checkpoint(source, output, record=record, **about)
+    forget_sensitivity(output)
     return {
+        **chosen,
         **_linears(result.layers),
         "bytes": result.nbytes,
         "seconds": round(result.seconds, 3),

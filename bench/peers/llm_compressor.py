@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from llmcompressor import __version__, oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,15 +61,17 @@ def main() -> None:
     begin = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     loaded = time.perf_counter()
-    oneshot(
-        model=model,
-        tokenizer=tokenizer,
-        dataset=loader(ids),
-        recipe=recipe,
-        max_seq_length=ids.shape[1],
-        num_calibration_samples=len(ids),
-        shuffle_calibration_samples=False,
-    )
+    # Its AWQ pins memory for copies to an accelerator, and fails where there is none to copy to.
+    with nullcontext() if torch.accelerator.is_available() else patch.object(IntermediatesCache, "pin_memory"):
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            dataset=loader(ids),
+            recipe=recipe,
+            max_seq_length=ids.shape[1],
+            num_calibration_samples=len(ids),
+            shuffle_calibration_samples=False,
+        )
     quantized = time.perf_counter()
     model.save_pretrained(options.output, save_compressed=True)
     tokenizer.save_pretrained(options.output)

@@ -2,6 +2,7 @@
 
     python bench/peers/ours.py --model DIR --ids FILE.npy --output DIR --report FILE.json
         [--method gptq] [--scheme w4a16-g64] [--format compressed-tensors] [--options JSON]
+        [--bits-per-weight 4.25]
 
 The clock starts with everything imported and token ids loaded, and stops with the artifact in place: opening the
 checkpoint, tracing, packing, journal and fsync included.
@@ -11,15 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import llmconvert
 from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.quantize.budget import Budget
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.mixed_precision import choose_schemes
 from llmconvert.quantize.scheme import Scheme
 
 
@@ -35,22 +40,22 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("--options", type=json.loads, default={}, help="the method's own settings, as JSON")
+    parser.add_argument("--bits-per-weight", type=float, help="a budget instead of a scheme")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     windows = [torch.from_numpy(row).unsqueeze(0) for row in np.load(options.ids)]
     scheme = Scheme.parse(options.scheme or f"w{options.bits}a16-g{options.group_size}-sym")
+    about: dict[str, Any] = {"method": options.method, "options": options.options, "format": options.format}
+    about |= {"scheme": scheme, "windows": windows}
     begin = time.perf_counter()
     with SafetensorsCheckpoint(options.model) as source:
-        result = quantize_checkpoint(
-            source,
-            options.output,
-            method=options.method,
-            options=options.options,
-            scheme=scheme,
-            format=options.format,
-            windows=windows,
-        )
+        if options.bits_per_weight is not None:
+            work = options.output.with_name(f"{options.output.name}.sensitivity")
+            allocation = choose_schemes(source, work, Budget(options.bits_per_weight), **about)
+            about |= {"scheme": allocation.scheme, "overrides": allocation.overrides}
+            shutil.rmtree(work)
+        result = quantize_checkpoint(source, options.output, **about)
     seconds = time.perf_counter() - begin
     report = {
         "version": llmconvert.__version__,

@@ -12,7 +12,8 @@ import click
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--method", help="gptq by default; of a GGUF type rtn, or imatrix with calibration text.")
-@click.option("--scheme", required=True, help="For example w4a16-g128, w8a8; of GGUF q4_k_m, q8_0.")
+@click.option("--scheme", help="For example w4a16-g128, w8a8; of GGUF q4_k_m, q8_0.")
+@click.option("--bits-per-weight", type=float, help="Choose bits and groups by layer, for this mean.")
 @click.option("--format", "format_", default="compressed-tensors", show_default=True, help="gguf for llama.cpp.")
 @click.option(
     "--override",
@@ -38,6 +39,7 @@ def quantize(model: str, output: Path, stream: bool, **options: Any) -> None:
     Example:
       llmconvert quantize org/name out/w4 --scheme w4a16-g128 \\
           --calibration pydoc-topics:train --samples 32 --length 512
+      llmconvert quantize org/name out/mixed --bits-per-weight 4.25 --calibration FILE
       llmconvert quantize org/name model-q4_k_m.gguf --format gguf --scheme q4_k_m
     """
     from llmconvert.progress import console_progress
@@ -52,7 +54,7 @@ def quantize(model: str, output: Path, stream: bool, **options: Any) -> None:
 
 def _usual_method(options: dict[str, Any]) -> str:
     """Nothing in GPTQ chooses the scales of a GGUF type; what llama.cpp offers for them is an importance matrix."""
-    if options["format_"] == "gguf" and not options["scheme"].lower().startswith("w"):
+    if options["format_"] == "gguf" and not (options["scheme"] or "w").lower().startswith("w"):
         return "rtn" if options["calibration"] is None else "imatrix"
     return "gptq"
 
@@ -65,6 +67,8 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         if not separator:
             raise click.BadParameter(f"{text!r} is not PATTERN=SCHEME", param_hint="--override")
         overrides.append({"match": pattern, "scheme": scheme})
+    if options["scheme"] is None and options["bits_per_weight"] is None:
+        raise click.UsageError("give --scheme, or --bits-per-weight to have schemes chosen by layer")
     settings: dict[str, Any] = {
         "allow_pickle": options["allow_pickle"],
         "convert": {"dtype": options["dtype"]},
@@ -77,6 +81,8 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         "device": options["device"],
         "memory": options["memory"],
     }
+    if options["bits_per_weight"] is not None:
+        settings["quantize"]["budget"] = {"bits_per_weight": options["bits_per_weight"]}
     if options["calibration"] is not None:
         settings["calibrate"] = {
             "dataset": options["calibration"],

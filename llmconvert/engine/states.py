@@ -11,7 +11,7 @@ import torch
 
 from llmconvert.errors import CapacityError
 
-__all__ = ["DiskStates", "MemoryStates", "States", "states_present"]
+__all__ = ["DiskStates", "MemoryStates", "States", "TapeStates", "states_present"]
 
 _PARITIES = ("even", "odd")
 
@@ -40,6 +40,51 @@ class MemoryStates:
         return self._kept[block, batch]
 
 
+class _File:
+    """The hidden states of all batches at one block; their space is reserved at once."""
+
+    def __init__(self, path: Path, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> None:
+        self._shapes = [(1, length, hidden_size) for length in lengths]
+        self._dtype = dtype
+        row = hidden_size * dtype.itemsize
+        self._offsets = [0]
+        for length in lengths:
+            self._offsets.append(self._offsets[-1] + length * row)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            os.posix_fallocate(self._fd, 0, self._offsets[-1])
+        except OSError as error:
+            os.close(self._fd)
+            raise CapacityError(
+                f"{path}: no space for {self._offsets[-1]:,} bytes of activations: {error.strerror}"
+            ) from error
+
+    def put(self, batch: int, hidden: torch.Tensor) -> None:
+        data = hidden.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        position = self._offsets[batch]
+        while data:
+            count = os.pwrite(self._fd, data, position)
+            position += count
+            data = data[count:]
+
+    def get(self, batch: int) -> torch.Tensor:
+        hidden = torch.empty(self._shapes[batch], dtype=self._dtype)
+        view = hidden.reshape(-1).view(torch.uint8).numpy().data
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._fd, [view[done:]], self._offsets[batch] + done)
+            if count == 0:
+                raise EOFError(f"state of batch {batch} ended early")
+            done += count
+        return hidden
+
+    def sync(self) -> None:
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 class DiskStates:
     """Block inputs in two files that take turns, so that those of a block stay until those of the next are synced.
 
@@ -57,52 +102,71 @@ class DiskStates:
     def __init__(
         self, directory: Path, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype, name: str = "states"
     ) -> None:
-        self._shapes = [(1, length, hidden_size) for length in lengths]
-        self._dtype = dtype
-        row = hidden_size * dtype.itemsize
-        self._offsets = [0]
-        for length in lengths:
-            self._offsets.append(self._offsets[-1] + length * row)
-        self._files: list[int] = []
-        for parity in _PARITIES:
-            path = directory / f"{name}-{parity}.bin"
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self._files.append(fd)
-            try:
-                os.posix_fallocate(fd, 0, self._offsets[-1])
-            except OSError as error:
-                self.close()
-                raise CapacityError(
-                    f"{path}: no space for {self._offsets[-1]:,} bytes of activations: {error.strerror}"
-                ) from error
+        self._files: list[_File] = []
+        try:
+            for parity in _PARITIES:
+                self._files.append(_File(directory / f"{name}-{parity}.bin", lengths, hidden_size, dtype))
+        except CapacityError:
+            self.close()
+            raise
 
     def put(self, block: int, batch: int, hidden: torch.Tensor) -> None:
-        data = hidden.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        position = self._offsets[batch]
-        while data:
-            count = os.pwrite(self._files[block % 2], data, position)
-            position += count
-            data = data[count:]
+        self._files[block % 2].put(batch, hidden)
 
     def get(self, block: int, batch: int) -> torch.Tensor:
-        hidden = torch.empty(self._shapes[batch], dtype=self._dtype)
-        view = hidden.reshape(-1).view(torch.uint8).numpy().data
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._files[block % 2], [view[done:]], self._offsets[batch] + done)
-            if count == 0:
-                raise EOFError(f"state of batch {batch} at block {block} ended early")
-            done += count
-        return hidden
+        return self._files[block % 2].get(batch)
 
     def sync(self, block: int) -> None:
         """Force the inputs of ``block`` to disk."""
-        os.fdatasync(self._files[block % 2])
+        self._files[block % 2].sync()
 
     def close(self) -> None:
         """Close the files."""
         while self._files:
-            os.close(self._files.pop())
+            self._files.pop().close()
+
+
+class TapeStates:
+    """Block inputs of all blocks, in a file each: for going back through the model.
+
+    Args:
+        directory: where the files go; a file's space is reserved when its first state comes.
+        lengths, hidden_size, dtype: as for :class:`DiskStates`.
+    """
+
+    def __init__(self, directory: Path, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> None:
+        self._directory = directory
+        self._about = (lengths, hidden_size, dtype)
+        self._files: dict[int, _File] = {}
+
+    def put(self, block: int, batch: int, hidden: torch.Tensor) -> None:
+        self._file(block).put(batch, hidden)
+
+    def get(self, block: int, batch: int) -> torch.Tensor:
+        return self._file(block).get(batch)
+
+    def sync(self, block: int) -> None:
+        """Force the inputs of ``block`` to disk."""
+        self._file(block).sync()
+
+    def present(self, block: int) -> bool:
+        """Whether the file of ``block`` is there, whole."""
+        lengths, hidden_size, dtype = self._about
+        path = self._path(block)
+        return path.is_file() and path.stat().st_size == sum(lengths) * hidden_size * dtype.itemsize
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _file(self, block: int) -> _File:
+        if block not in self._files:
+            self._files[block] = _File(self._path(block), *self._about)
+        return self._files[block]
+
+    def _path(self, block: int) -> Path:
+        return self._directory / f"tape-{block}.bin"
 
 
 def states_present(

@@ -1,0 +1,158 @@
+"""How the predictions answer to what each linear gives, found by going back through the model, block by block.
+
+A small error ``e`` of the logits moves the distribution over the next token by ``KL ≈ ½ eᵀ F e``, where
+``F = diag(p) − p pᵀ`` is the Fisher information of its probabilities ``p``. ``v = √p ∘ ε − p (√p · ε)`` with normal
+``ε`` has the covariance ``F``. So with ``g``, the gradient of ``v`` · logits by a linear's output, an error
+``d`` of this output comes to ``KL ≈ ½ E[(g · d)²]``: the diagonal of ``E[g gᵀ]`` says what each of its components
+costs.
+
+Only one block is in memory, as on the way forward: its inputs come from a tape, it is run again with gradients, and
+what reaches its input is what the block before it receives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.states import States
+from llmconvert.engine.stream import BlockRun, Stream
+from llmconvert.errors import CalibrationError
+from llmconvert.memory import release_freed_memory
+
+__all__ = ["output_costs", "sampled_gradient"]
+
+# Positions whose probabilities are held in float32 at a time.
+_ROWS_AT_ONCE = 256
+
+
+def output_costs(
+    skeleton: Skeleton,
+    windows: Sequence[torch.Tensor],
+    plans: Sequence[BlockPlan],
+    tape: States,
+    gradients: States,
+    *,
+    begin: int | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
+    """Walk from the last block to the first.
+
+    Args:
+        skeleton: the model, none of whose blocks is loaded.
+        windows: token ids, each ``[1, length]``.
+        plans: of the longest window.
+        tape: holds the input of every block for every window.
+        gradients: with respect to the inputs of blocks, filled from the last to the first; to begin below the last
+            block, it must hold those of the block above.
+        begin: the first block to take, the last one by default.
+        seed: of the samples.
+
+    Yields:
+        a block's index, and for each of its linears float32 ``[rows]``: the mean over all tokens of the squared
+        gradient with respect to each component of its output. Linears that no window reaches are left out.
+
+    Raises:
+        CalibrationError: gradients are not finite.
+    """
+    last = skeleton.block_count - 1
+    leaves = _Leaves(tape)
+    stream = Stream(skeleton, windows, plans, mode="replay", states=leaves, start=last, head=True)
+    tokens = sum(window.shape[1] for window in windows)
+    try:
+        for index in range(last if begin is None else begin, -1, -1):
+            skeleton.load_block(index)
+            sums: dict[str, torch.Tensor] = {}
+            hooks = [
+                linear.register_forward_hook(partial(_watch, sums, name))
+                for name, linear in skeleton.linears[index].items()
+            ]
+            outputs = _last_outputs(stream, seed) if index == last else _outputs(stream, index, gradients)
+            for batch, (output, gradient) in enumerate(outputs):
+                output.backward(gradient)
+                leaf = leaves.take()
+                assert leaf.grad is not None
+                if not torch.isfinite(leaf.grad).all():
+                    raise CalibrationError(
+                        f"block {index} ({skeleton.prefix(index).rstrip('.')}): the gradients of batch {batch} are not "
+                        "finite; a budget needs bfloat16 or float32"
+                    )
+                gradients.put(index, batch, leaf.grad)
+            for hook in hooks:
+                hook.remove()
+            skeleton.drop_block(index)
+            release_freed_memory()
+            yield index, {name: total / tokens for name, total in sums.items()}
+    finally:
+        stream.close()
+
+
+def sampled_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A vector for every position whose covariance is the Fisher information of the prediction there.
+
+    Args:
+        logits: ``[1, length, vocabulary]``.
+        generator: on the CPU.
+
+    Returns:
+        the same shape and dtype.
+    """
+    found = torch.empty_like(logits, requires_grad=False)
+    for start in range(0, logits.shape[1], _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        probabilities = logits.detach()[:, part].float().softmax(-1)
+        root = probabilities.sqrt()
+        noise = torch.randn(root.shape, generator=generator).to(root.device).mul_(root)
+        share = (noise * root).sum(-1, keepdim=True)
+        found[:, part] = noise.sub_(probabilities.mul_(share))
+    return found
+
+
+class _Leaves:
+    """A tape whose states can be differentiated by; knows the one that was taken last."""
+
+    def __init__(self, tape: States) -> None:
+        self._tape = tape
+        self._last: torch.Tensor | None = None
+
+    def put(self, block: int, batch: int, hidden: torch.Tensor) -> None:
+        self._tape.put(block, batch, hidden)
+
+    def get(self, block: int, batch: int) -> torch.Tensor:
+        self._last = self._tape.get(block, batch).requires_grad_()
+        return self._last
+
+    def take(self) -> torch.Tensor:
+        assert self._last is not None
+        leaf, self._last = self._last, None
+        return leaf
+
+
+def _last_outputs(stream: Stream, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The logits of every window, behind the last block, and what they are to be differentiated in the direction of."""
+    for batch, logits in enumerate(stream.logits()):
+        yield logits, sampled_gradient(logits, torch.Generator().manual_seed(seed + batch))
+
+
+def _outputs(stream: Stream, index: int, gradients: States) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What block ``index`` gives for every window, and the gradient with respect to it."""
+    run = BlockRun(stream, stream.plans[index])
+    for batch, (hidden, call) in enumerate(run.entries(range(len(stream.windows)))):
+        output = call.output(hidden)
+        yield output, gradients.get(index + 1, batch).to(output.device)
+
+
+def _watch(sums: dict[str, torch.Tensor], name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    """A hook of a linear's forward: adds up the squares of the gradient that will come to its output."""
+
+    def add(gradient: torch.Tensor) -> None:
+        squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    output.register_hook(add)
