@@ -144,8 +144,8 @@ def _split(
     given: dict[FusedUnit, Scheme] = {}
     for unit in units:
         named = [next((o for o in overrides if fnmatchcase(name, o.match)), None) for name in unit.linears]
-        if not any(named):
-            free.append(unit)
+        if not all(named):
+            free.append(unit)  # where only some are named, the plan refuses it
         elif named[0] is not None and named[0].scheme is not None:
             given[unit] = named[0].scheme
     return free, given
