@@ -113,14 +113,14 @@ def measure_sensitivity(
         CapacityError: memory or disk does not suffice.
         OutputError: another process works there.
     """
+    lengths, _, _ = subject.shape
+    memory = choose_mode(subject.skeleton, subject.blocks, lengths, _work_nbytes(subject), memory_budget)
     lock = DirectoryLock(work)
     try:
         journal = _open(work, key)
         count = subject.skeleton.block_count
         forward, backward = _done(journal, "errors"), _done(journal, "costs")
         if backward < count:
-            lengths, _, _ = subject.shape
-            memory = choose_mode(subject.skeleton, subject.blocks, lengths, _work_nbytes(subject), memory_budget)
             with ExitStack() as stack, progress.task("Measuring sensitivity", 2 * count) as task:
                 tape = stack.enter_context(closing(TapeStates(work, *subject.shape)))
                 if not _intact(subject, work, tape, forward, backward):
