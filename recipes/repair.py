@@ -19,6 +19,7 @@ from llmconvert.quantize.plan import plan_quantization
 from llmconvert.quantize.requantize import Assignment, trace
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.recipe import QuantizeSettings, Recipe
+from llmconvert.recipes.repair_report import repair_check
 from llmconvert.recipes.steps import LAYERS_FILE, change_schemes, layer_overrides, recorded_layers
 from llmconvert.stages import StageResult
 from llmconvert.validate.display import format_bytes
@@ -31,7 +32,6 @@ from llmconvert.validate.repair import (
     unit_error,
 )
 from llmconvert.validate.report import Check, ModelInfo, Report
-from llmconvert.validate.section import Cell, Column, Plot, Section, Series
 
 __all__ = ["RepairTools", "repair"]
 
@@ -97,7 +97,7 @@ def repair(
         state.learn(model)
         rounds.append(upgrades)
         trail.append(_checks(measured))
-    return model, measured, (_check(rounds, trail, reason, limit),)
+    return model, measured, (repair_check(rounds, trail, reason, limit),)
 
 
 def _next_round(state: _State, report: Report, limit: int, left: int) -> tuple[list[Upgrade], str]:
@@ -245,68 +245,3 @@ class _State:
 
 def _checks(measured: StageResult) -> Report:
     return Report(model=_NO_MODEL, checks=tuple(Check.model_validate(check) for check in measured.details["checks"]))
-
-
-def _check(rounds: Sequence[Sequence[Upgrade]], trail: Sequence[Report], reason: str, limit: int) -> Check:
-    """The repair itself as a check: whether it sufficed, and what was done."""
-    done = sum(len(upgrades) for upgrades in rounds)
-    added = sum(upgrade.nbytes for upgrades in rounds for upgrade in upgrades)
-    words = f"{done} groups of layers got better schemes, {format_bytes(added)} more in all" if done else ""
-    if reason:
-        words = f"the artifact can't be repaired: {reason}" + (f"; {words}" if words else "")
-    return Check(
-        name="repair",
-        label="Rounds of repair",
-        value=len(rounds),
-        ok=not reason,
-        unit="rounds",
-        detail={"text": words, "max_bytes": limit},
-        sections=(_section(rounds, trail, limit),) if rounds else (),
-    )
-
-
-def _section(rounds: Sequence[Sequence[Upgrade]], trail: Sequence[Report], limit: int) -> Section:
-    rows: list[tuple[Cell, ...]] = [
-        (
-            number,
-            ", ".join(upgrade.linears),
-            str(upgrade.before),
-            str(upgrade.after or "as in the original"),
-            upgrade.nbytes,
-        )
-        for number, upgrades in enumerate(rounds, start=1)
-        for upgrade in upgrades
-    ]
-    return Section(
-        name="repair",
-        title="Repair",
-        text="Layers with the most estimated divergence per byte got more bits or smaller groups, and everything was "
-        f"measured again after each round. The weights may take {format_bytes(limit)}.",
-        columns=(
-            Column(heading="round"),
-            Column(heading="layers"),
-            Column(heading="before"),
-            Column(heading="after"),
-            Column(heading="more", unit="bytes"),
-        ),
-        rows=tuple(rows),
-        plot=_plot(trail),
-        shown=("card",),
-    )
-
-
-def _plot(trail: Sequence[Report]) -> Plot | None:
-    """The number that failed first, over the size, round by round."""
-    first = next(check for check in trail[0].checks if not check.ok)
-    points = [(report.check("size_bytes"), report.check(first.name)) for report in trail]
-    sizes = [size.value / 1e6 for size, _ in points if size is not None and size.value is not None]
-    values = [check.value if check is not None else None for _, check in points]
-    if len(sizes) != len(values):
-        return None
-    return Plot(
-        caption="The number that missed its limit, over the size of the weights, round by round.",
-        x_label="weights on disk, MB",
-        y_label=f"{first.name}{f', {first.unit}' if first.unit else ''}",
-        series=(Series(label=first.name, x=tuple(sizes), y=tuple(values)),),
-        limit=first.limit,
-    )

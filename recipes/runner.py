@@ -24,7 +24,7 @@ from llmconvert.errors import GateError
 from llmconvert.interrupt import interruptible
 from llmconvert.memory import PeakMemory, release_freed_memory
 from llmconvert.progress import SILENT, Progress
-from llmconvert.recipes.artifact import assemble_artifact, model_info, model_stem
+from llmconvert.recipes.artifact import REPORT_FILE, assemble_artifact, model_info, model_stem
 from llmconvert.recipes.attention import require_mergeable, rewrite_attention
 from llmconvert.recipes.gguf import calibrates
 from llmconvert.recipes.healing import heal_request, heal_settings, heal_stage
@@ -136,7 +136,7 @@ class _Run:
             )
             model, measured, more = repair(recipe, healed.path / _MODEL, model, measured, tools)
         artifact = self._assemble(source, original, model, calibration, measured, more)
-        report = Report.read(artifact / "llmconvert" / "report.json")
+        report = Report.read(artifact / REPORT_FILE)
         try:
             require_passed(report.checks, blame(report))
         except GateError as error:

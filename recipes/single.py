@@ -14,11 +14,12 @@ from llmconvert.convert.dtype import DtypeReport
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.rope_scaling import RopeScalingView
 from llmconvert.convert.source import open_source, source_fingerprint
-from llmconvert.errors import UsageError
+from llmconvert.engine.tokens import TokenWindows
+from llmconvert.errors import DatasetError, UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.reader import open_dense
-from llmconvert.recipes.artifact import model_stem, public_name
+from llmconvert.recipes.artifact import REPORT_FILE, model_stem, public_name
 from llmconvert.recipes.gguf import GGUF, calibrates
 from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.steps import DTYPES, convert, measure, quantize, require_measurable
@@ -118,6 +119,7 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
 
     Raises:
         UsageError: the recipe has no validate section, or the model is no directory.
+        DatasetError: the text is what the model was calibrated on, as its own report says.
         LlmconvertError: see :func:`llmconvert.validate.artifact.validate_artifact`.
     """
     settings = recipe.validation
@@ -135,6 +137,7 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
             if settings.perplexity is not None:
                 request = WindowRequest.evaluation(settings.perplexity)
                 windows = request.draw(checkpoint, request.corpus())
+                _require_other_text(source.path, windows)
         checks = measure(
             source.path,
             original.checkpoint if original is not None else None,
@@ -154,3 +157,12 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
         environment=environment(),
         checks=tuple(checks),
     )
+
+
+def _require_other_text(artifact: Path, windows: TokenWindows) -> None:
+    report = artifact / REPORT_FILE
+    if report.is_file() and Report.read(report).model.calibration_digest == windows.corpus_digest:
+        raise DatasetError(
+            f"dataset {public_name(windows.dataset)}: {artifact.name} was calibrated on this very text, which would "
+            "flatter it; name another split or another dataset"
+        )

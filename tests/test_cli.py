@@ -138,6 +138,23 @@ def test_run_prints_what_was_gained_and_where_it_lies(tiny_llama: Path, here: Pa
     assert "quantize: unchanged, reusing" in again.stderr and "publishing" not in again.stderr
 
 
+def test_an_artifact_is_not_scored_on_the_text_it_was_calibrated_on(tiny_llama: Path, here: Path, text: Path) -> None:
+    recipe = {
+        "model": str(tiny_llama),
+        "calibrate": {"dataset": str(text), "samples": 2, "length": 64},
+        "quantize": {"method": "gptq", "scheme": "w4a16-g32"},
+    }
+    (here / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    assert call("run", "tiny.yaml").exit_code == 0
+    (artifact,) = (here / "work").glob("artifact-*/model")
+    (here / "renamed.txt").write_bytes(text.read_bytes())
+    options = ["--window", 64, "--max-windows", 1]
+    message = fails(2, "validate", artifact, "--text", "renamed.txt", *options)
+    assert "dataset renamed.txt: model was calibrated on this very text" in message
+    (here / "other.txt").write_text("Another text. " * 100)
+    assert call("validate", artifact, "--text", "other.txt", *options).exit_code == 0
+
+
 def test_a_batch_ends_with_its_first_failure(tiny_llama: Path, here: Path) -> None:
     (here / "good.yaml").write_text(yaml.safe_dump({"model": str(tiny_llama)}))
     (here / "bad.yaml").write_text("model: a\nquantise: {}\n")

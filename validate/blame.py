@@ -1,4 +1,4 @@
-"""Which layers an artifact that lost too much should blame: where the hidden state drifts, and which linears err."""
+"""Which layers an artifact that lost too much should blame: which blocks and which linears err."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NAMED = 3
 def blame(report: Report) -> str:
     """A sentence on the worst layers if a quality check failed; empty otherwise, or where nothing is known.
 
-    Blocks are those that add most to the drift of the hidden state. Linears are those with the largest error of their
-    output on the calibration text; without that, those whose weights changed most.
+    Blocks are those that err most when they are entered with the original's hidden state. Linears are those with the
+    largest error of their output on the calibration text; without that, those whose weights changed most.
     """
     if not any(check.name.startswith(_QUALITY) for check in report.failed):
         return ""
     blocks = report.check("block_divergence")
-    drift = _largest(blocks.detail.get("blocks", ()) if blocks else (), "added", "name")
-    sentences = [f"the hidden state drifts most in {drift}"] if drift else []
+    own = _largest(blocks.detail.get("blocks", ()) if blocks else (), "own", "name")
+    sentences = [f"the blocks that err most by themselves are {own}"] if own else []
     # What a repair quantized anew counts as it is now.
     errors = {
         linear["name"]: linear["error"]

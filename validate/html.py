@@ -83,7 +83,8 @@ def _plots(report: Report) -> list[tuple[str, str]]:
     drawn = (
         ("Size and quality; bars are 95 % intervals over windows of text.", quality_plot(report)),
         (
-            "Drift ‖ĥ − h‖ / ‖h‖ of the hidden state after each block, and what each block adds to it (in squares).",
+            "Drift ‖ĥ − h‖ / ‖h‖ of the hidden state after each block, and after the block alone, entered with the "
+            "original's state.",
             divergence_plot(report),
         ),
         ("Relative error ‖w − ŵ‖ / ‖w‖ of each quantized weight.", layer_error_plot(report)),

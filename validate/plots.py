@@ -78,7 +78,7 @@ def drift_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes |
 
 
 def divergence_plot(report: Report, format: Format = "svg") -> bytes | None:
-    """Drift of the hidden state after each block, and what each block adds. None if it was not measured."""
+    """Drift of the hidden state after each block, and what each block errs alone. None if it was not measured."""
     check = report.check("block_divergence")
     blocks = check.detail.get("blocks", ()) if check else ()
     if not blocks:
@@ -169,9 +169,7 @@ def _draw_divergence(figure: Any, blocks: Sequence[Mapping[str, Any]]) -> None:
     axes = figure.add_subplot()
     style(axes)
     indices = [block["index"] for block in blocks]
-    axes.bar(
-        indices, [100 * block["added"] for block in blocks], color=COLOURS[1], width=0.6, label="added by the block"
-    )
+    axes.bar(indices, [100 * block["own"] for block in blocks], color=COLOURS[1], width=0.6, label="by the block alone")
     axes.plot(
         indices,
         [100 * block["error"] for block in blocks],
@@ -181,7 +179,7 @@ def _draw_divergence(figure: Any, blocks: Sequence[Mapping[str, Any]]) -> None:
         color=COLOURS[0],
         label="after the block",
     )
-    axes.set_ylim(0, 110 * max(max(block["error"], block["added"]) for block in blocks) or 1)
+    axes.set_ylim(0, 110 * max(max(block["error"], block["own"]) for block in blocks) or 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel("drift of the hidden state, %")

@@ -217,7 +217,7 @@ def _block_check(blocks: tuple[BlockDivergence, ...]) -> list[Check]:
     """How far the hidden state drifts from block to block; nothing for models whose blocks don't correspond."""
     if not blocks:
         return []
-    worst = max(blocks, key=lambda block: block.added)
-    text = f"after the last block; {worst.name} adds most, {100 * worst.added:.1f} %" if worst.added else ""
+    worst = max(blocks, key=lambda block: block.own)
+    text = f"after the last block; by itself {worst.name} errs most, {100 * worst.own:.1f} %" if worst.own else ""
     detail = {"text": text, "blocks": [asdict(block) for block in blocks]}
     return [Check(name="block_divergence", value=blocks[-1].error, unit="relative", detail=detail)]

@@ -55,6 +55,7 @@ class ModelInfo(Value):
         parents: Hub ids of the models that the original was made from, where only these are known.
         method, scheme, format: of the quantization, ``gptq``, ``w4a16-g64-sym``, ``compressed-tensors``.
         calibration: dataset and amount in words.
+        calibration_digest: of the dataset's content, to tell the same text under another name.
     """
 
     name: str
@@ -69,6 +70,7 @@ class ModelInfo(Value):
     scheme: str | None = None
     format: str | None = None
     calibration: str | None = None
+    calibration_digest: str | None = None
 
 
 class Step(Value):

@@ -60,7 +60,7 @@ def kl_and_repair(work: Path) -> tuple[float, list[Any]]:
     """The artifact's divergence, and what its repair changed."""
     (report,) = work.glob("artifact-*/model/llmconvert/report.json")
     checks = {check["name"]: check for check in json.loads(report.read_text())["checks"]}
-    return checks["kl_mean"]["value"], checks["repair"]["sections"][0]["rows"] if "repair" in checks else []
+    return checks["kl_mean"]["value"], checks["repair"]["detail"]["changes"] if "repair" in checks else []
 
 
 def artifact(work: Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,19 @@ def test_a_failed_gate_passes_after_repair_within_the_size_limit(write_recipe: A
     found = report_of(tmp_path / "out")
     (check,) = [check for check in found["checks"] if check["name"] == "repair"]
     assert check["ok"] and "groups of layers got better schemes" in check["detail"]["text"]
+    changes = check["detail"]["changes"]
+    changed = {name for change in changes for name in change["linears"]}
+    assert sum(change["bytes"] for change in changes) == pytest.approx(larger - size, abs=2000)
+    # The table says the same in few words.
     (section,) = check["sections"]
-    changed = {name for row in section["rows"] for name in row[1].split(", ")}
-    assert sum(row[4] for row in section["rows"]) == pytest.approx(larger - size, abs=2000)
+    assert sum(row[4] for row in section["rows"]) == sum(change["bytes"] for change in changes)
+    assert {(row[0], row[1], row[2]) for row in section["rows"]} == {
+        (change["round"], change["before"], change["after"]) for change in changes
+    }
+    assert all(
+        re.fullmatch(r"(([qkv]_proj(, )?|(gate|up)_proj(, )?|[a-z]+_proj)+ of [01](–1)?(; )?)+", row[3])
+        for row in section["rows"]
+    )
     # Runtimes fuse q, k, v and gate, up: they changed together or not at all.
     for name in changed:
         for unit in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):

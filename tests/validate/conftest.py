@@ -87,8 +87,8 @@ def report() -> Report:
     increase = {"increase": 0.108175, "increase_low": 0.0971, "increase_high": 0.1212}
     texts = [{"prompt": "Go & say", "reference": "<b>1 < 2</b>", "artifact": "</div>", "same": False, "looping": True}]
     blocks = [
-        {"index": index, "name": f"model.layers.{index}", "error": error, "added": added, "cosine": 0.99}
-        for index, (error, added) in enumerate([(0.03, 0.03), (0.05, 0.04), (0.05, 0.0)])
+        {"index": index, "name": f"model.layers.{index}", "error": error, "added": added, "cosine": 0.99} | {"own": own}
+        for index, (error, added, own) in enumerate([(0.03, 0.03, 0.03), (0.05, 0.04, 0.035), (0.05, 0.0, 0.01)])
     ]
     worst = {"window": 1, "position": 7, "kl": 3.217, "reference_nll": 0.41, "artifact_nll": 5.12}
     return Report(

@@ -200,7 +200,7 @@ def test_the_block_that_was_damaged_is_named(original: Path, windows: TokenWindo
     weights["model.layers.1.mlp.down_proj.weight"].neg_()
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     found = measure(broken, original, windows=windows)["block_divergence"]
-    assert found.text.startswith("after the last block; model.layers.1 adds most")
+    assert found.text.startswith("after the last block; by itself model.layers.1 errs most")
     assert [block["error"] > 0 for block in found.detail["blocks"]] == [False, True]
 
 

@@ -18,7 +18,7 @@ def test_nobody_is_to_blame_for_a_pass_or_for_the_size(report: Report) -> None:
     assert blame(report) == "" and blame(failing(report, "size_bytes")) == ""
 
 
-def test_blocks_by_what_they_add_and_linears_by_their_output(report: Report) -> None:
+def test_blocks_by_what_they_err_alone_and_linears_by_their_output(report: Report) -> None:
     linears = [
         {"name": f"model.layers.{index}.mlp.up_proj", "scheme": "w4a16-g64-sym", "error": error}
         for index, error in enumerate((0.0004, 0.01, None))
@@ -26,8 +26,9 @@ def test_blocks_by_what_they_add_and_linears_by_their_output(report: Report) -> 
     step = Step.model_validate({"name": "quantize", "seconds": 1, "details": {"linears": linears}})
     found = blame(failing(report, "perplexity").model_copy(update={"steps": (step,)}))
     assert found == (
-        "the hidden state drifts most in model.layers.1 (4.0 %), model.layers.0 (3.0 %); the largest errors of a "
-        "linear's output are those of model.layers.1.mlp.up_proj (10.0 %), model.layers.0.mlp.up_proj (2.0 %)"
+        "the blocks that err most by themselves are model.layers.1 (3.5 %), model.layers.0 (3.0 %), model.layers.2 "
+        "(1.0 %); the largest errors of a linear's output are those of model.layers.1.mlp.up_proj (10.0 %), "
+        "model.layers.0.mlp.up_proj (2.0 %)"
     )
 
 

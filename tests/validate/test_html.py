@@ -44,7 +44,7 @@ def test_failures_and_missing_parts_show(report: Report) -> None:
     assert "1 of 1 checks failed" in text and "all NaN" in text
     checks = tuple(check.model_copy(update={"ok": check.name != "kl_mean"}) for check in report.checks)
     blamed = " ".join(parse(render_html(report.model_copy(update={"checks": checks}))).text)
-    assert "To blame: the hidden state drifts most in model.layers.1 (4.0 %)" in blamed
+    assert "To blame: the blocks that err most by themselves are model.layers.1 (3.5 %)" in blamed
     empty = parse(render_html(Report(model=ModelInfo(name="a", source="b"))))
     assert "passed 0 checks" in " ".join(empty.text)
 
@@ -77,7 +77,7 @@ def test_plots_show_what_was_measured(report: Report) -> None:
     drift = divergence_plot(report)
     assert drift is not None
     words = {"".join(node.itertext()).strip() for node in ElementTree.fromstring(drift).iter()}
-    assert {"block", "after the block", "added by the block"} <= words
+    assert {"block", "after the block", "by the block alone"} <= words
     assert b"currentColor" in quality and b"#1e2328" not in quality
 
 

@@ -1,12 +1,14 @@
 """vLLM: log-probabilities against our reader's, and the model card's snippet.
 
-vLLM needs a torch of its own, so it lies in an environment of its own: ``LLMCONVERT_VLLM_PYTHON`` names its
-interpreter. Without that, what needs it is skipped.
+vLLM needs a torch of its own, so it lies in an environment of its own, which ``make readers`` builds and names in
+``LLMCONVERT_READERS``. Without that, what needs it is skipped. This package is installed there too, so that a whole
+``llmconvert validate`` finds vLLM beside itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import re
@@ -30,8 +32,9 @@ from llmconvert.validate.card import render_card
 from llmconvert.validate.report import Report
 from llmconvert.validate.vllm_fidelity import compare_logprobs, vllm_checks, vllm_is_installed, vllm_logprobs
 
-PYTHON = os.environ.get("LLMCONVERT_VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else "")
-with_vllm = pytest.mark.skipif(not PYTHON, reason="LLMCONVERT_VLLM_PYTHON names no environment with vLLM")
+BUILT = Path(os.environ.get("LLMCONVERT_READERS") or "nowhere") / "vllm" / "bin" / "python"
+PYTHON = str(BUILT) if BUILT.exists() else sys.executable if importlib.util.find_spec("vllm") else ""
+with_vllm = pytest.mark.skipif(not PYTHON, reason="vLLM is not here; `make readers` builds its environment")
 WINDOW = torch.tensor([[(7 * place * place + place) % 320 for place in range(96)]])
 
 
@@ -80,6 +83,22 @@ def test_the_cards_snippet_runs(artifact: Path, report: Report, tmp_path: Path) 
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run([PYTHON, "snippet.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@with_vllm
+def test_validate_beside_vllm_reports_its_fidelity(artifact: Path, tmp_path: Path) -> None:
+    """The whole command, in vLLM's own environment, with that environment's transformers."""
+    original = artifact.parent / "source"
+    command = [PYTHON, "-m", "llmconvert.cli", "validate", str(artifact), "--reference", str(original)]
+    command += ["--text", "pydoc-topics:test", "--window", "96", "--max-windows", "2", "--json", "report.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    checks = {check["name"]: check for check in json.loads((tmp_path / "report.json").read_text())["checks"]}
+    found = checks["fidelity.vllm_mean_abs_diff"]
+    assert found["ok"] and 0 < found["value"] < 0.1 and found["detail"]["tokens"] == 95
+    assert re.match(r"vLLM \d+\.\d+\S* on CPU, bfloat16 gives the same", found["detail"]["text"])
+    assert checks["fidelity.max_abs_diff"]["ok"] and checks["inventory"]["value"] == 0
 
 
 @pytest.mark.slow
