@@ -149,7 +149,7 @@ def test_an_artifact_is_not_scored_on_the_text_it_was_calibrated_on(tiny_llama: 
     (artifact,) = (here / "work").glob("artifact-*/model")
     (here / "renamed.txt").write_bytes(text.read_bytes())
     options = ["--window", 64, "--max-windows", 1]
-    message = fails(2, "validate", artifact, "--text", "renamed.txt", *options)
+    message = fails(4, "validate", artifact, "--text", "renamed.txt", *options)
     assert "dataset renamed.txt: model was calibrated on this very text" in message
     (here / "other.txt").write_text("Another text. " * 100)
     assert call("validate", artifact, "--text", "other.txt", *options).exit_code == 0
