@@ -1,14 +1,16 @@
 """What every scheme of every unit costs in divergence of the predictions, measured on calibration text.
 
-Quantizing a linear moves its weight by ``Δ`` and its output by ``Δ x``. With ``H = E[x xᵀ]`` of its inputs and ``s``
-the cost of an error in each component of its output (:mod:`llmconvert.engine.backward`), the divergence that this
-brings is
+Quantizing a linear moves its weight by ``Δ`` and its outputs by ``Δ x_t``. With ``g_t`` from the way back through the
+model (:mod:`llmconvert.engine.backward`), which say what errors of its outputs cost, that brings per token
 
-    KL ≈ ½ Σ_r s_r (Δ H Δᵀ)_rr
+    KL ≈ 1/2T Σ_windows (Σ_t g_tᵀ Δ x_t)² ≈ 1/2T Σ_windows Σ_r (Δ_r · G_r)²,   G = Σ_t g_t x_tᵀ
 
-per token. ``Δ`` is what the method itself does to the weight in that scheme, on some of its rows: rows are rounded
-independently, so that their mean speaks for all. One way forward through the original model, with Hessians, gives the
-errors; one back gives the costs. Both go on at the block where they were stopped.
+since the errors of different rows ``r`` are independent of each other, while those of different tokens are not: what
+``Δ`` makes of the inputs' mean is the same for all of them, and later tokens gather it. ``Δ`` is what the method itself
+does to the weight in that scheme, on some of its rows, which speak for the others by what errors of each would cost.
+
+One way forward through the original model puts its states on a tape, one back does the rest; both go on at the block
+where they were stopped.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from typing import Any
 
 import torch
 
-from llmconvert.engine.backward import output_costs
+from llmconvert.engine.backward import Passage, walk_back
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.memory import choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, TapeStates, states_present
-from llmconvert.engine.statistics import Hessian, accumulate_hessian, hessian_nbytes
-from llmconvert.engine.stream import BlockRun, Stream
+from llmconvert.engine.statistics import accumulate_hessian, hessian_nbytes
+from llmconvert.engine.stream import Mode, Stream
 from llmconvert.journal import Journal
 from llmconvert.lock import LOCK_NAME, DirectoryLock
 from llmconvert.progress import SILENT, Progress
@@ -114,27 +116,27 @@ def measure_sensitivity(
         OutputError: another process works there.
     """
     lengths, _, _ = subject.shape
-    memory = choose_mode(subject.skeleton, subject.blocks, lengths, _work_nbytes(subject), memory_budget)
+    memory = choose_mode(subject.skeleton, subject.blocks, lengths, _work_nbytes(subject), memory_budget, "replay")
     lock = DirectoryLock(work)
     try:
         journal = _open(work, key)
         count = subject.skeleton.block_count
-        forward, backward = _done(journal, "errors"), _done(journal, "costs")
-        if backward < count:
+        forward, back = _done(journal, "taped"), _done(journal, "divergences")
+        if back < count:
             with ExitStack() as stack, progress.task("Measuring sensitivity", 2 * count) as task:
                 tape = stack.enter_context(closing(TapeStates(work, *subject.shape)))
-                if not _intact(subject, work, tape, forward, backward):
-                    journal, forward, backward = _open(work, key, anew=True), 0, 0
-                task.advance(forward + backward)
-                for entry in _forward(stack, subject, tape, forward, memory.mode):
+                if not _intact(subject, work, tape, forward, back):
+                    journal, forward, back = _open(work, key, anew=True), 0, 0
+                task.advance(forward + back)
+                for entry in _forward(subject, tape, forward, memory.mode):
                     journal.append(entry)
                     task.advance()
-                for entry in _backward(stack, subject, tape, work, count - 1 - backward):
+                for entry in _back(stack, subject, tape, work, count - 1 - back):
                     journal.append(entry)
                     task.advance()
             for path in work.glob("*.bin"):
                 path.unlink()
-        return _divergences(subject, journal)
+        return _collect(subject, journal)
     finally:
         lock.release()
 
@@ -152,95 +154,88 @@ def _open(work: Path, key: str, *, anew: bool = False) -> Journal:
     return journal
 
 
-def _intact(subject: Subject, work: Path, tape: TapeStates, forward: int, backward: int) -> bool:
+def _intact(subject: Subject, work: Path, tape: TapeStates, forward: int, back: int) -> bool:
     """Whether what continuing takes is there: the tape so far, and the gradients that come to the next block."""
     count = subject.skeleton.block_count
-    if forward and not all(tape.present(block) for block in range(min(forward + 1, count))):
+    if forward and not all(tape.present(block) for block in range(min(forward + 1, count - back))):
         return False
-    return not backward or states_present(work, count - backward, *subject.shape, name=_GRADIENTS)
+    return not back or states_present(work, count - back, *subject.shape, name=_GRADIENTS)
 
 
 def _done(journal: Journal, kind: str) -> int:
     return sum(kind in entry for entry in journal.entries)
 
 
-def _forward(stack: ExitStack, subject: Subject, tape: TapeStates, done: int, mode: Any) -> Iterator[dict[str, Any]]:
-    """An entry for each block from ``done`` on, when its errors are known and what leaves it is on the tape."""
+def _forward(subject: Subject, tape: TapeStates, done: int, mode: Mode) -> Iterator[dict[str, Any]]:
+    """An entry for each block from ``done`` on, when what leaves it is on the tape."""
     skeleton = subject.skeleton
     if done == skeleton.block_count:
         return
-    units: dict[int, list[FusedUnit]] = {}
-    for unit in subject.schemes:
-        units.setdefault(unit.block, []).append(unit)
     stream = Stream(skeleton, subject.windows, subject.blocks, mode=mode, states=tape, start=done)
     try:
-        entry: dict[str, Any] = {}
         for run in stream.blocks():
-            if entry:
-                tape.sync(run.plan.index)
-                yield entry
-            elif not done:
-                tape.sync(0)
-            found: dict[str, Any] = {}
-            for unit in units.get(run.plan.index, ()):
-                found |= _errors(subject, unit, run)
-            entry = {"errors": run.plan.index, "linears": found}
-        yield entry
+            tape.sync(run.plan.index)
+            if run.plan.index > done:
+                yield {"taped": run.plan.index - 1}
+        yield {"taped": skeleton.block_count - 1}
     finally:
         stream.close()
 
 
-def _errors(subject: Subject, unit: FusedUnit, run: BlockRun) -> dict[str, Any]:
-    """Linear → scheme → squared output error per token of some rows."""
-    device = subject.skeleton.device
-    hessian = accumulate_hessian(unit.linears[0], run.inputs(unit.linears[0]), unit.columns, device)
-    parts = {name: run.module(name).weight.data[_rows(run.module(name).out_features)] for name in unit.linears}
+def _back(stack: ExitStack, subject: Subject, tape: TapeStates, work: Path, begin: int) -> Iterator[dict[str, Any]]:
+    """An entry for each block from ``begin`` down, with the divergences of its units' schemes."""
+    if begin < 0:
+        return
+    gradients = stack.enter_context(closing(DiskStates(work, *subject.shape, name=_GRADIENTS)))
+    units: dict[int, list[FusedUnit]] = {}
+    for unit in subject.schemes:
+        units.setdefault(unit.block, []).append(unit)
+    walk = walk_back(subject.skeleton, subject.windows, subject.blocks, tape, gradients, pick=_rows, begin=begin)
+    for index, seen in stack.enter_context(closing(walk)):
+        gradients.sync(index)
+        yield {"divergences": index, "units": [_of_unit(subject, unit, seen) for unit in units.get(index, ())]}
+
+
+def _of_unit(subject: Subject, unit: FusedUnit, seen: Mapping[str, Passage]) -> list[float]:
+    """The divergence of each of a unit's schemes."""
+    quantizer, skeleton = subject.quantizer, subject.skeleton
+    first, linears = unit.linears[0], skeleton.linears[unit.block]
+    hessian = None
+    if quantizer.calibration == "inputs":
+        hessian = accumulate_hessian(first, seen[first].inputs, unit.columns, skeleton.device)
+    parts = {name: linears[name].weight.data[_rows(linears[name].out_features)] for name in unit.linears}
     targets = {
         (name, scheme): Target(f"{name} in {scheme}", part, scheme)
         for scheme in subject.schemes[unit]
         for name, part in parts.items()
     }
-    quantizer = subject.quantizer
-    given = Hessian(hessian.matrix.clone(), hessian.tokens) if quantizer.calibration == "inputs" else None
-    solutions = quantizer.quantize(list(targets.values()), given, subject.scale_dtype)
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in unit.linears}
-    for (name, scheme), target in targets.items():
-        delta = solutions[target.name].tensor.dequantize(torch.float32) - target.weight.float()
-        losses = (delta @ hessian.matrix).mul_(delta).sum(1).clamp_(min=0)
-        found[name][str(scheme)] = _short(losses)
-    return found
+    solutions = quantizer.quantize(list(targets.values()), hessian, subject.scale_dtype)
+    found = dict.fromkeys(subject.schemes[unit], 0.0)
+    for name, part in parts.items():
+        passage = seen[name]
+        assert passage.squares is not None
+        picked = float(passage.squares[_rows(len(passage.squares))].sum(dtype=torch.float64))
+        share = float(passage.squares.sum(dtype=torch.float64)) / picked if picked > 0 else 0.0
+        slopes = [
+            gradient.float().T @ inputs.float()
+            for gradient, inputs in zip(passage.gradients, passage.inputs, strict=True)
+        ]
+        for scheme in found:
+            delta = solutions[targets[name, scheme].name].tensor.dequantize(torch.float32) - part.float()
+            squares = sum(float((delta * slope).sum(1).square().sum(dtype=torch.float64)) for slope in slopes)
+            found[scheme] += 0.5 * share * squares / sum(len(inputs) for inputs in passage.inputs)
+    return list(found.values())
 
 
-def _backward(stack: ExitStack, subject: Subject, tape: TapeStates, work: Path, begin: int) -> Iterator[dict[str, Any]]:
-    """An entry for each block from ``begin`` down, when the costs of its outputs are known."""
-    if begin < 0:
-        return
-    gradients = stack.enter_context(closing(DiskStates(work, *subject.shape, name=_GRADIENTS)))
-    costs = output_costs(subject.skeleton, subject.windows, subject.blocks, tape, gradients, begin=begin)
-    for index, by_linear in stack.enter_context(closing(costs)):
-        gradients.sync(index)
-        found = {
-            name: {"total": float(cost.sum(dtype=torch.float64)), "rows": _short(cost[_rows(len(cost))])}
-            for name, cost in by_linear.items()
-        }
-        yield {"costs": index, "linears": found}
-
-
-def _divergences(subject: Subject, journal: Journal) -> Divergences:
-    """Errors weighed by costs; of each linear's rows those that were measured speak for the rest, by cost."""
-    errors: dict[str, Any] = {}
-    costs: dict[str, Any] = {}
-    for entry in journal.entries:
-        (errors if "errors" in entry else costs).update(entry.get("linears", {}))
+def _collect(subject: Subject, journal: Journal) -> Divergences:
+    """What the journal says, by unit and scheme."""
+    by_block: dict[int, list[FusedUnit]] = {}
+    for unit in subject.schemes:
+        by_block.setdefault(unit.block, []).append(unit)
     found: dict[FusedUnit, dict[Scheme, float]] = {}
-    for unit, schemes in subject.schemes.items():
-        found[unit] = dict.fromkeys(schemes, 0.0)
-        for name in unit.linears:
-            rows = torch.tensor(costs[name]["rows"], dtype=torch.float64)
-            share = costs[name]["total"] / float(rows.sum()) if float(rows.sum()) > 0 else 0.0
-            for scheme in schemes:
-                losses = torch.tensor(errors[name][str(scheme)], dtype=torch.float64)
-                found[unit][scheme] += 0.5 * share * float(rows @ losses)
+    for entry in journal.entries:
+        for unit, values in zip(by_block.get(entry.get("divergences", -1), ()), entry.get("units", ()), strict=True):
+            found[unit] = dict(zip(subject.schemes[unit], values, strict=True))
     return found
 
 
@@ -249,23 +244,23 @@ def _rows(count: int) -> slice:
     return slice(None, None, max(1, count // _ROWS))
 
 
-def _short(values: torch.Tensor) -> list[float]:
-    """As JSON, five digits each."""
-    return [float(f"{value:.5g}") for value in values.tolist()]
-
-
 def _work_nbytes(subject: Subject) -> int:
-    """What the more demanding of the two ways needs beside model and activations: a unit's statistics and solutions,
-    or a window's graph and its logits, their gradients and a piece of them in float32."""
+    """Bytes beside the model and the activations of a window: the head; a window's graph, its logits, their gradients
+    and a piece of them in float32, or a unit's statistics and solutions; and what went through a block."""
     skeleton = subject.skeleton
-    forward = [0]
+    tokens = sum(window.shape[1] for window in subject.windows)
+    solving, kept = [0], [0]
     for unit, schemes in subject.schemes.items():
         rows = sum(min(2 * _ROWS, height) for height, _ in unit.shapes)
-        solving = 8 * unit.columns**2 + subject.quantizer.nbytes(rows * len(schemes), unit.columns)
-        forward.append(max(hessian_nbytes(unit.columns, skeleton.dtype), solving))
+        slopes = 4 * rows * unit.columns * len(subject.windows)
+        matrix = 4 * unit.columns**2 + subject.quantizer.nbytes(rows * len(schemes), unit.columns)
+        solving.append(slopes + max(hessian_nbytes(unit.columns, skeleton.dtype), matrix))
+    for block in subject.blocks:
+        stops = (stop.columns + 2 * _ROWS * len(stop.linears) for stop in block.stops)
+        kept.append(tokens * skeleton.dtype.itemsize * sum(stops))
     longest = max(window.shape[1] for window in subject.windows)
     vocabulary = skeleton.model.config.get_text_config().vocab_size
     head = skeleton.outer_nbytes(head=True) - skeleton.outer_nbytes(head=False)
     graph = _GRAPH * max(plan.peak_nbytes for plan in subject.blocks)
-    backward = head + graph + longest * vocabulary * (2 * skeleton.dtype.itemsize + 4)
-    return max(*forward, backward)
+    logits = longest * vocabulary * (2 * skeleton.dtype.itemsize + 4)
+    return head + max(kept) + max(*solving, graph + logits)

@@ -2,9 +2,9 @@
 
 A small error ``e`` of the logits moves the distribution over the next token by ``KL ≈ ½ eᵀ F e``, where
 ``F = diag(p) − p pᵀ`` is the Fisher information of its probabilities ``p``. ``v = √p ∘ ε − p (√p · ε)`` with normal
-``ε`` has the covariance ``F``. So with ``g``, the gradient of ``v`` · logits by a linear's output, an error
-``d`` of this output comes to ``KL ≈ ½ E[(g · d)²]``: the diagonal of ``E[g gᵀ]`` says what each of its components
-costs.
+``ε`` has the covariance ``F``. So with ``g_t``, the gradient of ``v`` · logits, summed over a window, by a linear's
+output at token ``t``, errors ``d_t`` of this output come to ``½ E[(Σ_t g_t · d_t)²]`` in all, whatever later tokens
+make of them.
 
 Only one block is in memory, as on the way forward: its inputs come from a tape, it is run again with gradients, and
 what reaches its input is what the block before it receives.
@@ -12,9 +12,9 @@ what reaches its input is what the block before it receives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,22 +26,38 @@ from llmconvert.engine.stream import BlockRun, Stream
 from llmconvert.errors import CalibrationError
 from llmconvert.memory import release_freed_memory
 
-__all__ = ["output_costs", "sampled_gradient"]
+__all__ = ["Passage", "sampled_gradient", "walk_back"]
 
 # Positions whose probabilities are held in float32 at a time.
 _ROWS_AT_ONCE = 256
 
 
-def output_costs(
+@dataclass(slots=True)
+class Passage:
+    """What went through a linear, window after window.
+
+    Attributes:
+        inputs: ``[tokens, columns]`` each; linears that share an input share the tensors.
+        gradients: by the picked components of its output, ``[tokens, picked]`` each.
+        squares: float32 ``[rows]``, the squared gradients by all components, summed over all tokens.
+    """
+
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    gradients: list[torch.Tensor] = field(default_factory=list)
+    squares: torch.Tensor | None = None
+
+
+def walk_back(
     skeleton: Skeleton,
     windows: Sequence[torch.Tensor],
     plans: Sequence[BlockPlan],
     tape: States,
     gradients: States,
     *,
+    pick: Callable[[int], slice],
     begin: int | None = None,
     seed: int = 0,
-) -> Iterator[tuple[int, Mapping[str, torch.Tensor]]]:
+) -> Iterator[tuple[int, Mapping[str, Passage]]]:
     """Walk from the last block to the first.
 
     Args:
@@ -49,14 +65,15 @@ def output_costs(
         windows: token ids, each ``[1, length]``.
         plans: of the longest window.
         tape: holds the input of every block for every window.
-        gradients: with respect to the inputs of blocks, filled from the last to the first; to begin below the last
-            block, it must hold those of the block above.
+        gradients: by the inputs of blocks, filled from the last to the first; to begin below the last block, it must
+            hold those of the block above.
+        pick: which components of an output to keep gradients of, by their number.
         begin: the first block to take, the last one by default.
         seed: of the samples.
 
     Yields:
-        a block's index, and for each of its linears float32 ``[rows]``: the mean over all tokens of the squared
-        gradient with respect to each component of its output. Linears that no window reaches are left out.
+        the index of a block, which is loaded until the next one is asked for, and what went through those of its
+        linears that some window reached.
 
     Raises:
         CalibrationError: gradients are not finite.
@@ -64,13 +81,12 @@ def output_costs(
     last = skeleton.block_count - 1
     leaves = _Leaves(tape)
     stream = Stream(skeleton, windows, plans, mode="replay", states=leaves, start=last, head=True)
-    tokens = sum(window.shape[1] for window in windows)
     try:
         for index in range(last if begin is None else begin, -1, -1):
             skeleton.load_block(index)
-            sums: dict[str, torch.Tensor] = {}
+            seen: dict[str, Passage] = {}
             hooks = [
-                linear.register_forward_hook(partial(_watch, sums, name))
+                linear.register_forward_hook(partial(_watch, seen, name, pick))
                 for name, linear in skeleton.linears[index].items()
             ]
             outputs = _last_outputs(stream, seed) if index == last else _outputs(stream, index, gradients)
@@ -86,9 +102,10 @@ def output_costs(
                 gradients.put(index, batch, leaf.grad)
             for hook in hooks:
                 hook.remove()
+            yield index, seen
+            seen.clear()
             skeleton.drop_block(index)
             release_freed_memory()
-            yield index, {name: total / tokens for name, total in sums.items()}
     finally:
         stream.close()
 
@@ -148,11 +165,22 @@ def _outputs(stream: Stream, index: int, gradients: States) -> Iterator[tuple[to
         yield output, gradients.get(index + 1, batch).to(output.device)
 
 
-def _watch(sums: dict[str, torch.Tensor], name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-    """A hook of a linear's forward: adds up the squares of the gradient that will come to its output."""
+def _watch(
+    seen: dict[str, Passage],
+    name: str,
+    pick: Callable[[int], slice],
+    module: nn.Module,
+    args: tuple[torch.Tensor, ...],
+    output: torch.Tensor,
+) -> None:
+    """A hook of a linear's forward: notes its input now, and the gradient that will come to its output."""
+    passage = seen.setdefault(name, Passage())
+    passage.inputs.append(args[0].detach().flatten(0, -2))
 
     def add(gradient: torch.Tensor) -> None:
-        squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
+        rows = gradient.flatten(0, -2)
+        passage.gradients.append(rows[:, pick(rows.shape[1])].clone())
+        squares = rows.float().square().sum(0)
+        passage.squares = squares if passage.squares is None else passage.squares + squares
 
     output.register_hook(add)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.engine.backward import output_costs, sampled_gradient
+from llmconvert.engine.backward import Passage, sampled_gradient, walk_back
 from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, TapeStates
@@ -37,57 +37,80 @@ def record(directory: Path, work: Path) -> tuple[Skeleton, tuple[BlockPlan, ...]
     return skeleton, plans, tape, DiskStates(work, *shape, name="gradients")
 
 
-def resident_costs(directory: Path) -> Mapping[str, torch.Tensor]:
+def pick(rows: int) -> slice:
+    return slice(None, None, 3)
+
+
+def resident(directory: Path) -> Mapping[str, Passage]:
     """The same from the whole model in memory, by autograd alone."""
     attention = "eager" if "gemma2" in directory.name else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", attn_implementation=attention).eval()
     model.requires_grad_(False)
-    outputs: dict[str, torch.Tensor] = {}
+    calls: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            module.register_forward_hook(lambda module, args, output, name=name: outputs.__setitem__(name, output))
-    sums: dict[str, torch.Tensor] = {}
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            module.register_forward_hook(lambda _, args, out, name=name: calls.__setitem__(name, (args[0], out)))
+    found: dict[str, Passage] = {}
     for batch, window in enumerate(WINDOWS):
         embedded = model.get_input_embeddings()(window).requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits
         direction = sampled_gradient(logits, torch.Generator().manual_seed(batch))
-        found = torch.autograd.grad(logits, list(outputs.values()), direction)
-        for name, gradient in zip(outputs, found, strict=True):
-            squares = gradient.reshape(-1, gradient.shape[-1]).square().sum(0)
-            sums[name] = sums.get(name, torch.zeros_like(squares)) + squares
-    return {name: total / sum(LENGTHS) for name, total in sums.items()}
+        gradients = torch.autograd.grad(logits, [output for _, output in calls.values()], direction)
+        for (name, (inputs, _)), gradient in zip(calls.items(), gradients, strict=True):
+            passage = found.setdefault(name, Passage(squares=torch.zeros(gradient.shape[-1])))
+            passage.inputs.append(inputs[0].detach())
+            passage.gradients.append(gradient[0])
+            passage.squares = passage.squares + gradient[0].square().sum(0)
+    return found
+
+
+def walk(directory: Path, work: Path) -> Iterator[tuple[int, Mapping[str, Passage]]]:
+    skeleton, plans, tape, gradients = record(directory, work)
+    return walk_back(skeleton, WINDOWS, plans, tape, gradients, pick=pick)
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2", "qwen3", "phi3", "gemma2", "gpt_neox"])
-def test_costs_are_those_of_the_resident_model(tiny: Tiny, name: str, tmp_path: Path) -> None:
+def test_inputs_and_gradients_are_those_of_the_resident_model(tiny: Tiny, name: str, tmp_path: Path) -> None:
     directory = tiny(name)
-    skeleton, plans, tape, gradients = record(directory, tmp_path)
-    expected = resident_costs(directory)
-    blocks = []
-    for index, costs in output_costs(skeleton, WINDOWS, plans, tape, gradients):
+    expected = resident(directory)
+    blocks, linears = [], set()
+    for index, seen in walk(directory, tmp_path):
         blocks.append(index)
-        assert set(costs) == set(skeleton.linears[index])
-        for linear, cost in costs.items():
-            torch.testing.assert_close(cost, expected[linear], rtol=1e-4, atol=1e-7 * float(expected[linear].max()))
-    assert blocks == list(reversed(range(skeleton.block_count)))
+        linears |= set(seen)
+        for linear, passage in seen.items():
+            other = expected[linear]
+            for ours, theirs in zip(passage.inputs, other.inputs, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            for ours, theirs in zip(passage.gradients, other.gradients, strict=True):
+                torch.testing.assert_close(ours, theirs[:, ::3], rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+            assert passage.squares is not None
+            torch.testing.assert_close(passage.squares, other.squares, rtol=1e-3, atol=1e-6)
+    assert blocks == list(reversed(range(len(blocks))))
+    assert linears == set(expected)
 
 
 def test_it_goes_on_from_a_block_with_the_gradients_that_reached_it(tiny: Tiny, tmp_path: Path) -> None:
     skeleton, plans, tape, gradients = record(tiny("llama-tied"), tmp_path)
-    whole = dict(output_costs(skeleton, WINDOWS, plans, tape, gradients))
-    first = output_costs(skeleton, WINDOWS, plans, tape, gradients)
+    whole = {
+        index: {name: passage.squares for name, passage in seen.items()}
+        for index, seen in walk_back(skeleton, WINDOWS, plans, tape, gradients, pick=pick)
+    }
+    first = walk_back(skeleton, WINDOWS, plans, tape, gradients, pick=pick)
     assert next(first)[0] == skeleton.block_count - 1
     first.close()
-    rest = dict(output_costs(skeleton, WINDOWS, plans, tape, gradients, begin=skeleton.block_count - 2))
-    assert list(rest) == list(reversed(range(skeleton.block_count - 1)))
-    for index, costs in rest.items():
-        for name, cost in costs.items():
-            assert torch.equal(cost, whole[index][name])
+    begin = skeleton.block_count - 2
+    for index, seen in walk_back(skeleton, WINDOWS, plans, tape, gradients, pick=pick, begin=begin):
+        assert index == begin
+        begin -= 1
+        for name, passage in seen.items():
+            assert passage.squares is not None
+            assert torch.equal(passage.squares, whole[index][name])
+    assert begin == -1
 
 
 def test_gradients_that_are_not_finite_are_refused_with_their_block(tiny: Tiny, tmp_path: Path) -> None:
     skeleton, plans, tape, gradients = record(tiny("llama-tied"), tmp_path)
-    walk = output_costs(skeleton, WINDOWS, plans, tape, gradients)
+    walk = walk_back(skeleton, WINDOWS, plans, tape, gradients, pick=pick)
     last, _ = next(walk)
     spoilt = gradients.get(last, 1)
     spoilt[0, 3, 0] = torch.inf
