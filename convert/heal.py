@@ -15,11 +15,12 @@ from llmconvert.checkpoint import Checkpoint, TensorSpec
 from llmconvert.convert.attention import read_geometry
 from llmconvert.convert.attention_weights import attention_tensors
 from llmconvert.convert.gqa_job import copy_tensors
-from llmconvert.convert.heal_model import ResidentModel, compute_dtype, share_tensors
+from llmconvert.convert.heal_model import ResidentModel, share_tensors
 from llmconvert.convert.heal_state import HealState, load_state, save_state
 from llmconvert.convert.heal_training import Healing, HealOptions
 from llmconvert.dense import require_dense
 from llmconvert.engine.memory import BASE_NBYTES, available_nbytes
+from llmconvert.engine.precision import compute_dtype
 from llmconvert.errors import CapacityError, DatasetError, UsageError
 from llmconvert.memory import release_freed_memory
 from llmconvert.progress import SILENT, Progress

@@ -5,7 +5,7 @@ Teacher and student differ in attention alone, so every other tensor is in memor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llmconvert.checkpoint import Checkpoint, CheckpointView
 from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
 
-__all__ = ["ResidentModel", "compute_dtype", "share_tensors"]
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """What to multiply in: bfloat16 where the device is faster in it than in float32 (GPUs, processors with AMX)."""
-    if device.type != "cpu":
-        return torch.bfloat16
-    # Present since torch 2.12; without AMX, processors convert bfloat16 on the way and gain nothing.
-    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    return torch.bfloat16 if capabilities().get("amx_bf16") else torch.float32
+__all__ = ["ResidentModel", "share_tensors"]
 
 
 class _Shared(CheckpointView):

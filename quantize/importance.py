@@ -48,7 +48,7 @@ def collect_importance(
     """
     if not windows:
         raise CalibrationError("an importance matrix needs calibration text and was given none")
-    skeleton = Skeleton(source, device or torch.device("cpu"))
+    skeleton = Skeleton(source, device or torch.device("cpu"), fast_products=True)
     lengths = [window.shape[1] for window in windows]
     blocks = discover(skeleton, max(lengths))
     memory = choose_mode(skeleton, blocks, lengths, 0, memory_budget, None)

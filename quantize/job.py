@@ -133,7 +133,7 @@ def quantize_checkpoint(
     calibrated = quantizer.calibration != "none"
     if calibrated and not windows:
         raise CalibrationError(f"method {method!r} needs calibration text and was given none")
-    skeleton = Skeleton(source, device or torch.device("cpu"))
+    skeleton = Skeleton(source, device or torch.device("cpu"), fast_products=True)
     lengths = [window.shape[1] for window in windows]
     blocks = discover(skeleton, max(lengths) if calibrated else _PROBE_LENGTH)
     plan = plan_quantization(skeleton, blocks, scheme, overrides, quantizer, layout_format)

@@ -91,9 +91,10 @@ class SignRound:
 
     def block_nbytes(self, weights: int, batch: int) -> int:
         """Hessians of all linears are counted with the weights (as many numbers at most, in the usual shapes); the
-        offsets, their gradients, the scaled weights and what rounding them keeps for its gradient; and the activations
-        of a step with gradients, each kept once more than in a plain pass."""
-        return weights * 4 * 7 + 3 * self.batch * batch
+        offsets, their gradients, the scaled weights, what rounding them keeps for its gradient, and a float32 copy to
+        multiply with; and the activations of a step with gradients, each kept once more than in a plain pass, and in
+        float32 as it is multiplied."""
+        return weights * 4 * 8 + 4 * self.batch * batch
 
     def _start(self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype) -> dict[str, Solution]:
         if self.start == "rtn":

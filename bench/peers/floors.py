@@ -11,7 +11,7 @@ Counted, with ``T`` tokens, windows of ``L``, linears of ``r × n`` and ``n`` co
 linear and ``2 T L heads · head_dim`` for causal attention; Hessians ``T n²`` (one triangle); solving ``2/3 n³`` per
 stop (factor and its inverse), ``r n²`` per linear to carry errors on, ``r n²`` for the output's energy (one triangle),
 and eight operations per weight and scale candidate. Where bfloat16 operands would do but are not asked for (Hessians,
-energy), the faster of the two rates counts.
+energy), or float32 where it is faster (forward), the faster of the two rates counts.
 """
 
 from __future__ import annotations
@@ -111,14 +111,13 @@ def main() -> None:
 def count_products(skeleton: Skeleton, plans: tuple[BlockPlan, ...], windows: int, length: int) -> list[Product]:
     """Every matrix product that the job cannot do without."""
     tokens = windows * length
-    inputs = str(skeleton.dtype).removeprefix("torch.")
     config = skeleton.model.config.get_text_config()
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or _head_dim(config))
     gptq = Gptq()
     products: list[Product] = []
     for plan in plans:
         linears = skeleton.linears[plan.index]
-        products.append(Product("forward", length, width, length, inputs, 2 * tokens * length * width))
+        products.append(Product("forward", length, width, length, _EITHER, 2 * tokens * length * width))
         for stop in plan.stops:
             n = stop.columns
             rows = sum(linears[name].out_features for name in stop.linears)
@@ -133,7 +132,7 @@ def count_products(skeleton: Skeleton, plans: tuple[BlockPlan, ...], windows: in
             if plan is not plans[-1] or stop is not plan.stops[-1]:
                 for name in stop.linears:
                     r = linears[name].out_features
-                    products.append(Product("forward", length, n, r, inputs, 2 * tokens * r * n))
+                    products.append(Product("forward", length, n, r, _EITHER, 2 * tokens * r * n))
     return products
 
 

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.activations import quantize_inputs_of
 from llmconvert.engine.names import map_names
+from llmconvert.engine.precision import Scratch, WideLinear, compute_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
 
 __all__ = ["BlockCall", "BlockSlot", "Gate", "Skeleton", "build_config"]
@@ -93,6 +94,8 @@ class Skeleton:
         checkpoint: where weights come from; dense (dequantize first).
         device: where blocks are put when loaded.
         dtype: of weights and activations; the checkpoint's own by default.
+        fast_products: let linears multiply in float32 where the processor is slower in 16 bits; the last bit of a few
+            of their outputs is then not that of the resident model.
 
     Raises:
         UnsupportedError: the architecture is unknown to transformers, needs remote code, or has no list of decoder
@@ -100,7 +103,14 @@ class Skeleton:
         CheckpointError: tensors are missing or have shapes that the config contradicts.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        fast_products: bool = False,
+    ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         config = build_config(checkpoint.config)
@@ -116,6 +126,8 @@ class Skeleton:
             {self.prefix(index) + name: part for name, part in block.named_modules() if type(part) is nn.Linear}
             for index, block in enumerate(self.blocks)
         ]
+        if fast_products and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:
+            self._widen_products()
         for index, slot in enumerate(self.slots):
             blocks[index] = slot
         for linears in self.linears:
@@ -132,6 +144,13 @@ class Skeleton:
     def prefix(self, index: int) -> str:
         """What the module names of a block's parameters begin with, e.g. ``model.layers.0.``."""
         return f"{self.list_name}.{index}."
+
+    def _widen_products(self) -> None:
+        scratch = Scratch()
+        for index, linears in enumerate(self.linears):
+            for name, linear in linears.items():
+                linears[name] = WideLinear.like(linear, scratch)
+                self.blocks[index].set_submodule(name.removeprefix(self.prefix(index)), linears[name])
 
     def restore_buffers(self) -> None:
         """Compute the non-persistent buffers (rotary frequencies, embedding scales), which no checkpoint holds."""

@@ -19,7 +19,7 @@ __all__ = ["Hessian", "accumulate_hessian", "hessian_nbytes"]
 # Enough rows per product to amortize reading and writing the accumulator; few enough to stay in cache.
 _CHUNK_TOKENS = 2048
 # Only tiles on and above the diagonal are multiplied; smaller tiles save more work but multiply more slowly.
-_TILE = 512
+_TILE = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from tiny_architectures import ARCHITECTURES, ids, tiny_model, unreached_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.engine import skeleton as skeleton_module
 from llmconvert.engine.states import DiskStates
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import (
@@ -50,11 +51,17 @@ def runtime(directory: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", attn_implementation=attention).eval()
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["16-bit products", "float32 products"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_artifact_computes_what_the_engine_saw(
-    tiny: Tiny, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, name: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What entered the last block during calibration enters it again when the artifact runs in transformers."""
+    """What entered the last block during calibration enters it again when the artifact runs in transformers.
+
+    To the bit with transformers' products; with those of a processor that is faster in float32, up to sums that fall on
+    the other side of a tie, and what becomes of them.
+    """
+    monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: torch.float32 if fast else torch.bfloat16)
     seen: dict[int, torch.Tensor] = {}
     put = DiskStates.put
 
@@ -79,7 +86,12 @@ def test_the_artifact_computes_what_the_engine_saw(
             model(input_ids=window, use_cache=False)
     assert len(again) == len(seen) == 3
     for batch, hidden in enumerate(again):
-        assert torch.equal(hidden, seen[batch])
+        if fast:
+            difference = (hidden.float() - seen[batch].float()).abs()
+            assert (difference > 0).float().mean() < 0.05
+            assert difference.norm() < 1e-3 * hidden.float().norm()
+        else:
+            assert torch.equal(hidden, seen[batch])
 
 
 def test_layer_errors_are_those_of_the_outputs(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Linears that multiply in float32 what is stored in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.engine import skeleton as skeleton_module
+from llmconvert.engine.precision import Scratch, WideLinear
+from llmconvert.engine.skeleton import Skeleton
+
+CPU = torch.device("cpu")
+Tiny = Callable[..., Path]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_is_the_exact_one_rounded(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40, bias).to(dtype).requires_grad_(False)
+    value = torch.randn(2, 7, 96).to(dtype)
+    result = WideLinear.like(linear, Scratch())(value)
+    exact = value.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+    assert result.dtype == dtype and result.shape == (2, 7, 40)
+    # Half a unit in the last place, and what summing in float32 adds to it.
+    assert ((result.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all()
+
+
+def test_one_scratch_serves_linears_of_all_shapes_in_turn() -> None:
+    torch.manual_seed(0)
+    scratch, value = Scratch(), torch.randn(5, 64).bfloat16()
+    linears = [nn.Linear(64, width, False).bfloat16().requires_grad_(False) for width in (16, 128, 32)]
+    wide = [WideLinear.like(linear, scratch) for linear in linears]
+    first = [linear(value) for linear in wide]
+    again = [linear(value) for linear in wide]
+    expected = [(value.float() @ linear.weight.float().T).bfloat16() for linear in linears]
+    assert all(map(torch.equal, first, expected)) and all(map(torch.equal, again, expected))
+
+
+def test_gradients_are_those_of_float32() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 24).bfloat16()
+    wide, scratch = WideLinear.like(linear, Scratch()), torch.randn(3, 32).bfloat16()
+    wide(wide(scratch)[:, :1].expand(3, 32)).float().square().sum().backward()
+    found = linear.weight.grad
+    linear.weight.grad = None
+    weight = linear.weight.detach().float().requires_grad_()
+    bias = linear.bias.detach().float()
+    middle = (scratch.float() @ weight.T + bias).bfloat16()[:, :1].expand(3, 32)
+    ((middle.float() @ weight.T + bias).bfloat16()).float().square().sum().backward()
+    assert found is not None and weight.grad is not None
+    assert torch.allclose(found.float(), weight.grad, rtol=0.02, atol=0.02 * float(weight.grad.abs().max()))
+
+
+@pytest.mark.parametrize(("compute", "wide"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_products_are_widened_where_the_processor_gains_by_it(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, compute: torch.dtype, wide: bool
+) -> None:
+    monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: compute)
+    checkpoint = SafetensorsCheckpoint(tiny("llama", torch.bfloat16))
+    for asked in (True, False):
+        linears = Skeleton(checkpoint, CPU, fast_products=asked).linears
+        assert all(isinstance(linear, WideLinear) is (wide and asked) for block in linears for linear in block.values())
+    narrow = Skeleton(SafetensorsCheckpoint(tiny("llama", torch.float32)), CPU, fast_products=True)
+    assert not any(isinstance(linear, WideLinear) for block in narrow.linears for linear in block.values())
