@@ -88,8 +88,7 @@ def test_the_artifact_computes_what_the_engine_saw(
     for batch, hidden in enumerate(again):
         if fast:
             difference = (hidden.float() - seen[batch].float()).abs()
-            assert (difference > 0).float().mean() < 0.05
-            assert difference.norm() < 1e-3 * hidden.float().norm()
+            assert difference.norm() < torch.finfo(torch.bfloat16).eps / 4 * hidden.float().norm()
         else:
             assert torch.equal(hidden, seen[batch])
 
