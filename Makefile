@@ -26,7 +26,8 @@ test: $(VENV)/.ready
 test-fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -m 'not slow'
 
-# The runtimes that serve artifacts, each in an environment of its own: they need other versions of torch.
+# The runtimes that serve artifacts and the tools that make them, each in an environment of its own: they need other
+# versions of torch or transformers. READERS=DIR keeps them elsewhere; those that are there (DIR/NAME/.ready) are used.
 READERS := .venv-readers
 READERS_PIP = $(@D)/bin/python -m pip --disable-pip-version-check install --quiet
 
@@ -45,15 +46,21 @@ $(READERS)/gptqmodel/.ready:
 	$(READERS_PIP) --no-deps optimum==2.3.0
 	@touch $@
 
-# AutoGPTQ is archived; its QuantLinear is an oracle, with the transformers of its time.
+$(READERS)/llmcompressor/.ready:
+	$(PYTHON) -m venv --clear $(@D)
+	$(READERS_PIP) llmcompressor==0.14.0 torch==2.13.0
+	@touch $@
+
+# AutoGPTQ and AutoAWQ are archived: what they write and compute, with the transformers of their time.
 $(READERS)/autogptq/.ready:
 	$(PYTHON) -m venv --clear $(@D)
 	$(READERS_PIP) torch==2.13.0 transformers==4.38.2 accelerate==0.27.2 peft==0.10.0 rouge gekko datasets==2.18.0 \
 		'pyarrow<18' 'numpy<2' 'setuptools<81'
 	BUILD_CUDA_EXT=0 $(READERS_PIP) --no-deps --no-build-isolation auto-gptq==0.7.1
+	$(READERS_PIP) --no-deps autoawq==0.2.6 zstandard==0.25.0
 	@touch $@
 
-readers: $(VENV)/.ready $(READERS)/vllm/.ready $(READERS)/gptqmodel/.ready $(READERS)/autogptq/.ready
+readers: $(VENV)/.ready $(foreach name,vllm gptqmodel llmcompressor autogptq,$(READERS)/$(name)/.ready)
 	LLMCONVERT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest tests/readers tests/validate/test_vllm.py
 
 # mypy sees the package as users get it: installed, not editable. build/lib would bring back files that are gone.

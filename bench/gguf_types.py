@@ -1,7 +1,7 @@
 """GGUF types against llama.cpp's own quantization of the same weights: size, perplexity, speed.
 
     python bench/dither.py MODEL build/dithered
-    python bench/gguf.py build/dithered --calibration wikitext2-valid.txt --text wikitext2-test.txt
+    python bench/gguf_types.py build/dithered --calibration wikitext2-valid.txt --text wikitext2-test.txt
 
 Both sides quantize the same tensors into the same types with the same importance matrix. llama.cpp's side is
 ``ggml_quantize_chunk`` out of xllamacpp's library, which is what ``llama-quantize`` calls. One evaluator runs both
