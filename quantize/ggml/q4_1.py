@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmconvert.quantize.ggml.blocks import Array, Blocks
-from llmconvert.quantize.ggml.simple import BLOCK, fit_minimum_blocks, join_nibbles, split_nibbles
+from llmconvert.quantize.ggml.simple import BLOCK, affine_weights, fit_minimum_blocks, join_nibbles, split_nibbles
 
 __all__ = ["CODEC", "Q4_1"]
 
@@ -19,10 +19,7 @@ class Q4_1:
         return self.pack(fit_minimum_blocks(values, importance, 4)).reshape(len(values), -1)
 
     def decode(self, raw: Array) -> Array:
-        blocks = self.unpack(raw.reshape(-1, self.nbytes))
-        assert blocks.minimum is not None
-        weights = blocks.codes * blocks.scale.astype(np.float32)[:, None] + blocks.minimum.astype(np.float32)[:, None]
-        return weights.reshape(len(raw), -1)
+        return affine_weights(self.unpack(raw.reshape(-1, self.nbytes))).reshape(len(raw), -1)
 
     def pack(self, blocks: Blocks) -> Array:
         """``[n, nbytes]``."""

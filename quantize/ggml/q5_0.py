@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmconvert.quantize.ggml.blocks import Array, Blocks
-from llmconvert.quantize.ggml.simple import BLOCK, fit_scale_blocks, join_nibbles, split_nibbles
+from llmconvert.quantize.ggml.simple import BLOCK, fit_scale_blocks, join_nibbles, split_nibbles, step_weights
 
 __all__ = ["CODEC", "Q5_0"]
 
@@ -19,9 +19,7 @@ class Q5_0:
         return self.pack(fit_scale_blocks(values, importance, 5)).reshape(len(values), -1)
 
     def decode(self, raw: Array) -> Array:
-        blocks = self.unpack(raw.reshape(-1, self.nbytes))
-        codes = blocks.codes.astype(np.float32) - 16
-        return (codes * blocks.scale.astype(np.float32)[:, None]).reshape(len(raw), -1)
+        return step_weights(self.unpack(raw.reshape(-1, self.nbytes)), 16).reshape(len(raw), -1)
 
     def pack(self, blocks: Blocks) -> Array:
         """``[n, nbytes]``."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numba
 import numpy as np
 
 from llmconvert.quantize.ggml.blocks import Array, Blocks
-from llmconvert.quantize.ggml.simple import BLOCK
+from llmconvert.quantize.ggml.simple import BLOCK, half, step_weights
+from llmconvert.quantize.kernels import over_rows
 
 __all__ = ["CODEC", "Q8_0"]
 
@@ -16,11 +20,15 @@ class Q8_0:
     name, size, nbytes = "Q8_0", BLOCK, 34
 
     def encode(self, values: Array, importance: Array | None = None) -> Array:
-        return self.pack(self._fit(values.reshape(-1, BLOCK))).reshape(len(values), -1)
+        raw = np.empty((values.size // BLOCK, self.nbytes), np.uint8)
+        scales = np.empty(len(raw), np.float32)
+        # Codes go straight to their place: copying them once more would take as long as finding them.
+        over_rows(_take_codes, len(values), values, raw[:, 2:].view(np.int8), scales)
+        raw[:, :2] = half(scales)[:, None].view(np.uint8)
+        return raw.reshape(len(values), -1)
 
     def decode(self, raw: Array) -> Array:
-        blocks = self.unpack(raw.reshape(-1, self.nbytes))
-        return (blocks.codes * blocks.scale.astype(np.float32)[:, None]).reshape(len(raw), -1)
+        return step_weights(self.unpack(raw.reshape(-1, self.nbytes)), 0).reshape(len(raw), -1)
 
     def pack(self, blocks: Blocks) -> Array:
         """``[n, nbytes]``."""
@@ -30,16 +38,30 @@ class Q8_0:
         """The inverse of :meth:`pack`."""
         return Blocks(raw[:, 2:].view(np.int8), raw[:, :2].copy().view(np.float16)[:, 0])
 
-    @staticmethod
-    def _fit(blocks: Array) -> Blocks:
-        scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-        scaled = blocks * inverse
-        # Halves away from zero, as C's roundf; adding 0.5 and truncating would round 0.49999997 up.
-        whole = np.trunc(scaled)
-        codes = whole + np.sign(scaled) * (np.abs(scaled - whole) >= 0.5)
-        with np.errstate(over="ignore"):
-            return Blocks(codes.astype(np.int8), scale[:, 0].astype(np.float16))
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _take_codes(
+    begin: int, end: int, values: np.ndarray[Any, Any], codes: np.ndarray[Any, Any], scales: np.ndarray[Any, Any]
+) -> None:
+    """The largest magnitude of a block becomes 127; scales are float32 here, which decides ties."""
+    per_row = values.shape[1] // BLOCK
+    for row in range(begin, end):
+        for block in range(per_row):
+            n, start = row * per_row + block, block * BLOCK
+            largest = np.float32(0)
+            for i in range(BLOCK):
+                largest = max(largest, abs(values[row, start + i]))
+            scale = largest / np.float32(127)
+            inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
+            scales[n] = scale
+            for i in range(BLOCK):
+                scaled = values[row, start + i] * inverse
+                # Halves away from zero, as C's roundf; adding 0.5 and truncating would round 0.49999997 up.
+                whole = np.trunc(scaled)
+                rest = scaled - whole
+                codes[n, i] = np.int8(
+                    whole + np.float32(rest >= np.float32(0.5)) - np.float32(rest <= np.float32(-0.5))
+                )
 
 
 CODEC = Q8_0()

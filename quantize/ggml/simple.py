@@ -15,20 +15,28 @@ from llmconvert.quantize.ggml.blocks import Array, Blocks, block_importance
 from llmconvert.quantize.ggml.fit import CANDIDATES, best_affine, best_step
 from llmconvert.quantize.kernels import over_rows
 
-__all__ = ["BLOCK", "fit_minimum_blocks", "fit_scale_blocks", "join_nibbles", "nearest_codes", "split_nibbles"]
+__all__ = [
+    "BLOCK",
+    "affine_weights",
+    "fit_minimum_blocks",
+    "fit_scale_blocks",
+    "half",
+    "join_nibbles",
+    "nearest_codes",
+    "split_nibbles",
+    "step_weights",
+]
 
 BLOCK = 32
 
 
 def fit_scale_blocks(values: Array, importance: Array | None, bits: int) -> Blocks:
     """Blocks of ``scale · (code - 2^(bits-1))``, the scale of either sign."""
-    half = 1 << (bits - 1)
+    zero = 1 << (bits - 1)
     if importance is None:
-        blocks = values.reshape(-1, BLOCK)
-        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
-        scale = extreme / np.float32(-half)
-        codes = _rounded(blocks, scale, np.float32(half + 0.5), 2 * half - 1)
-        return Blocks(codes, _half(scale[:, 0]))
+        steps, codes = _empty(values)
+        over_rows(_take_extreme, len(values), values, steps, codes, np.float32(zero))
+        return Blocks(codes, half(steps))
     steps = np.empty(values.size // BLOCK, np.float32)
     over_rows(
         _fit_steps,
@@ -36,22 +44,21 @@ def fit_scale_blocks(values: Array, importance: Array | None, bits: int) -> Bloc
         values,
         block_importance(importance, values.shape[1]),
         steps,
-        np.float32(-half),
-        np.float32(half - 1),
+        np.float32(-zero),
+        np.float32(zero - 1),
     )
-    scale = _half(steps)
-    return Blocks(nearest_codes(values, scale, None, half, 2 * half - 1), scale)
+    scale = half(steps)
+    return Blocks(nearest_codes(values, scale, None, zero, 2 * zero - 1), scale)
 
 
 def fit_minimum_blocks(values: Array, importance: Array | None, bits: int) -> Blocks:
     """Blocks of ``scale · code + minimum``."""
     top = (1 << bits) - 1
     if importance is None:
-        blocks = values.reshape(-1, BLOCK)
-        minimum = blocks.min(axis=1, keepdims=True)
-        scale = (blocks.max(axis=1, keepdims=True) - minimum) / np.float32(top)
-        codes = _rounded(blocks - minimum, scale, np.float32(0.5), top)
-        return Blocks(codes, _half(scale[:, 0]), _half(minimum[:, 0]))
+        steps, codes = _empty(values)
+        minima = np.empty_like(steps)
+        over_rows(_take_range, len(values), values, steps, minima, codes, np.float32(top))
+        return Blocks(codes, half(steps), half(minima))
     steps = np.empty(values.size // BLOCK, np.float32)
     minima = np.empty_like(steps)
     over_rows(
@@ -64,7 +71,7 @@ def fit_minimum_blocks(values: Array, importance: Array | None, bits: int) -> Bl
         np.float32(top),
         np.float32(np.inf),
     )
-    scale, minimum = _half(steps), _half(minima)
+    scale, minimum = half(steps), half(minima)
     return Blocks(nearest_codes(values, scale, minimum, 0, top), scale, minimum)
 
 
@@ -79,6 +86,20 @@ def nearest_codes(values: Array, scale: Array, minimum: Array | None, zero: int,
     return codes
 
 
+def step_weights(blocks: Blocks, zero: int) -> Array:
+    """``scale · (code - zero)``, float32 ``[n, 32]``."""
+    weights: Array = (blocks.codes.astype(np.float32) - np.float32(zero)) * blocks.scale.astype(np.float32)[:, None]
+    return weights
+
+
+def affine_weights(blocks: Blocks) -> Array:
+    """``scale · code + minimum``, float32 ``[n, 32]``."""
+    assert blocks.minimum is not None
+    weights: Array = blocks.codes * blocks.scale.astype(np.float32)[:, None]
+    weights += blocks.minimum.astype(np.float32)[:, None]
+    return weights
+
+
 def join_nibbles(codes: Array) -> Array:
     """``[n, 2k]`` codes below 16 → ``[n, k]`` bytes: the first half in the low nibbles, the second in the high ones."""
     middle = codes.shape[1] // 2
@@ -91,17 +112,70 @@ def split_nibbles(raw: Array) -> Array:
     return np.concatenate([raw & 15, raw >> 4], axis=1)
 
 
-def _half(values: Array) -> Array:
+def half(values: Array) -> Array:
+    """float16 of float32 scales and minima."""
     # A scale beyond float16 becomes infinite; the writer refuses such tensors by name before it comes to that.
     with np.errstate(over="ignore"):
-        half: Array = values.astype(np.float16)
-    return half
+        rounded: Array = values.astype(np.float16)
+    return rounded
 
 
-def _rounded(blocks: Array, scale: Array, offset: np.float32, top: int) -> Array:
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-    # Truncating after an addition is how llama.cpp rounds; in float32, which decides ties.
-    return np.clip((blocks * inverse + offset).astype(np.uint8), 0, top)
+def _empty(values: Array) -> tuple[Array, Array]:
+    """Steps and codes of the blocks, to be filled."""
+    count = values.size // BLOCK
+    return np.empty(count, np.float32), np.empty((count, BLOCK), np.uint8)
+
+
+# Truncating after an addition is how llama.cpp rounds; in float32, which decides ties.
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _take_extreme(
+    begin: int,
+    end: int,
+    values: np.ndarray[Any, Any],
+    steps: np.ndarray[Any, Any],
+    codes: np.ndarray[Any, Any],
+    zero: float,
+) -> None:
+    """The weight of largest magnitude becomes code 0."""
+    per_row = values.shape[1] // BLOCK
+    offset, top = zero + np.float32(0.5), zero + zero - np.float32(1)
+    for row in range(begin, end):
+        for block in range(per_row):
+            n, start = row * per_row + block, block * BLOCK
+            extreme = np.float32(0)
+            for i in range(BLOCK):
+                if abs(values[row, start + i]) > abs(extreme):
+                    extreme = values[row, start + i]
+            step = extreme / -zero
+            inverse = np.float32(1) / step if step != 0 else np.float32(0)
+            steps[n] = step
+            for i in range(BLOCK):
+                codes[n, i] = np.uint8(min(values[row, start + i] * inverse + offset, top))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _take_range(
+    begin: int,
+    end: int,
+    values: np.ndarray[Any, Any],
+    steps: np.ndarray[Any, Any],
+    minima: np.ndarray[Any, Any],
+    codes: np.ndarray[Any, Any],
+    top: float,
+) -> None:
+    """The lowest weight becomes code 0, the highest the last one."""
+    per_row = values.shape[1] // BLOCK
+    for row in range(begin, end):
+        for block in range(per_row):
+            n, start = row * per_row + block, block * BLOCK
+            lowest = highest = values[row, start]
+            for i in range(1, BLOCK):
+                lowest, highest = min(lowest, values[row, start + i]), max(highest, values[row, start + i])
+            step = (highest - lowest) / top
+            inverse = np.float32(1) / step if step != 0 else np.float32(0)
+            steps[n], minima[n] = step, lowest
+            for i in range(BLOCK):
+                codes[n, i] = np.uint8(min((values[row, start + i] - lowest) * inverse + np.float32(0.5), top))
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
