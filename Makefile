@@ -57,7 +57,7 @@ $(READERS)/autogptq/.ready:
 	$(READERS_PIP) torch==2.13.0 transformers==4.38.2 accelerate==0.27.2 peft==0.10.0 rouge gekko datasets==2.18.0 \
 		'pyarrow<18' 'numpy<2' 'setuptools<81'
 	BUILD_CUDA_EXT=0 $(READERS_PIP) --no-deps --no-build-isolation auto-gptq==0.7.1
-	$(READERS_PIP) --no-deps autoawq==0.2.6 zstandard==0.25.0
+	$(READERS_PIP) --no-deps autoawq==0.2.4 zstandard==0.25.0
 	@touch $@
 
 readers: $(VENV)/.ready $(foreach name,vllm gptqmodel llmcompressor autogptq,$(READERS)/$(name)/.ready)

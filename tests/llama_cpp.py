@@ -41,6 +41,16 @@ class LlamaCpp:
             out[index] = value
         return out
 
+    def continuation(self, ids: Sequence[int], count: int, vocabulary: int) -> list[int]:
+        """The greedy continuation of ``ids`` by ``count`` tokens.
+
+        Token by token: a reply of several would end where half a character does.
+        """
+        tokens = list(ids)
+        for _ in range(count):
+            tokens.append(int(self.log_probabilities(tokens, vocabulary).argmax()))
+        return tokens[len(ids) :]
+
 
 @functools.cache
 def _worker() -> subprocess.Popen[str]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tiny_models import tiny_llama_dir
+from tiny_models import VOCABULARY, tiny_llama_dir
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.convert.gguf_job import write_gguf
+from llmconvert.quantize.ggml.mix import GgmlMix
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 
-__all__ = ["PROMPTS", "artifact", "sample_model"]
+__all__ = ["PROMPTS", "VOCABULARY", "artifact", "sample_model"]
 
 #: Token ids of the prompts that every reader continues.
-PROMPTS = [[(7 * index + 3 * place * place) % 320 for place in range(24)] for index in range(4)]
+PROMPTS = [[(7 * index + 3 * place * place) % VOCABULARY for place in range(24)] for index in range(4)]
 
 
 def sample_model(directory: Path, dtype: torch.dtype) -> Path:
@@ -32,7 +34,10 @@ def sample_model(directory: Path, dtype: torch.dtype) -> Path:
 
 
 def artifact(source: Path, output: Path, layout: str, scheme: str) -> Path:
-    """``source`` rounded to a scheme and stored in a format."""
-    checkpoint = SafetensorsCheckpoint(source)
-    quantize_checkpoint(checkpoint, output, method="rtn", scheme=Scheme.parse(scheme), format=layout)
+    """``source`` rounded to a scheme and stored in a format: a directory, or a GGUF file."""
+    with SafetensorsCheckpoint(source) as checkpoint:
+        if layout == "gguf":
+            path = output.parent / f"{output.name}.gguf"
+            return write_gguf(checkpoint, path, mix=GgmlMix.parse(scheme)).path
+        quantize_checkpoint(checkpoint, output, method="rtn", scheme=Scheme.parse(scheme), format=layout)
     return output

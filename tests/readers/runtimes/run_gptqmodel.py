@@ -1,9 +1,7 @@
-"""GPTQModel on CPU, with its torch kernels."""
+"""GPTQModel on CPU."""
 
-from gptqmodel import GPTQModel
-from job import read_job, run_transformers_model
+from job import opened, read_job, run_transformers_model
 
 job = read_job()
-for directory, path in job["models"].items():
-    model = GPTQModel.load(directory, device="cpu")
-    run_transformers_model(model.model, job, path)
+for asked in job["models"].values():
+    run_transformers_model(opened(asked["code"], "model").model, job, asked["report"])

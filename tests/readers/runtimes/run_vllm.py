@@ -1,22 +1,27 @@
 """vLLM on CPU."""
 
-from job import read_job, write_report
-from vllm import LLM, SamplingParams
+import functools
+
+import vllm
+from job import opened, read_job, write_report
+
+# To say the probabilities of all tokens, and without compiling for minutes; the rest is as README opens it.
+vllm.LLM = functools.partial(vllm.LLM, max_logprobs=-1, enforce_eager=True, max_model_len=128, max_num_seqs=4)
 
 
 def main():
     job = read_job()
     options = {"temperature": 0, "max_tokens": job["new"], "ignore_eos": True, "prompt_logprobs": -1}
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
-    for directory, path in job["models"].items():
-        llm = LLM(model=directory, enforce_eager=True, max_model_len=128, max_num_seqs=4, max_logprobs=-1)
-        results = llm.generate(prompts, SamplingParams(**options))
+    for asked in job["models"].values():
+        llm = opened(asked["code"], "llm")
+        results = llm.generate(prompts, vllm.SamplingParams(**options))
         # One mapping token → log-probability for each place but the first, which nothing predicts.
         logprobs = [
             [[place[token].logprob for token in range(len(place))] for place in result.prompt_logprobs[1:]]
             for result in results
         ]
-        write_report(path, logprobs, [list(result.outputs[0].token_ids) for result in results])
+        write_report(asked["report"], logprobs, [list(result.outputs[0].token_ids) for result in results])
         del llm
 
 
