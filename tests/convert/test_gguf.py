@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ggml_reference import ggml_dequantize, ggml_quantize
 from gguf import GGMLQuantizationType as QType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
@@ -18,6 +19,7 @@ from gguf_models import IDS, built, next_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_cpp import LlamaCpp
+from safetensors.torch import load_file
 from tiny_gguf import (
     FAMILIES,
     byte_level_metadata,
@@ -37,6 +39,7 @@ from transformers import (
 )
 
 from llmconvert.checkpoint import Checkpoint
+from llmconvert.convert.dtype import convert_dtype
 from llmconvert.convert.gguf import can_dequantize, open_gguf
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.writer import TensorWriter, plan_layout, write_file, write_json
@@ -175,6 +178,37 @@ def test_every_type_reads_as_the_gguf_package_dequantizes(qtype: QType, tmp_path
         rows = checkpoint["model.layers.0.self_attn.q_proj.weight"].float()
         undone = expected.reshape(4, 32, 2, 256).transpose(1, 2).reshape(256, 256)
         assert torch.equal(rows.nan_to_num(), undone.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    "name", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+)
+def test_what_llama_cpp_quantized_converts_to_what_it_dequantizes(name: str, tmp_path: Path) -> None:
+    """A file whose matrices llama.cpp's own code encoded, as ``llmconvert convert`` writes it out."""
+    model = tiny_model("llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    stored, expected = dict[str, Any](stored_tensors(model)), {}
+    for key, values in stored.items():
+        if key.startswith("blk") and values.ndim == 2:
+            raw = ggml_quantize(values, name)
+            stored[key] = (raw, QType[name])
+            expected[key] = ggml_dequantize(raw, name)
+    path = write_gguf(tmp_path / "theirs.gguf", model_metadata(model) | byte_level_metadata(), stored)
+    with open_gguf(path) as checkpoint:
+        convert_dtype(checkpoint, tmp_path / "dense", dtype=torch.float32)
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    names = {"ffn_down": "mlp.down_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj"}
+    for theirs, ours in names.items():
+        found = dense[f"model.layers.0.{ours}.weight"]
+        values = torch.from_numpy(expected[f"blk.0.{theirs}.weight"])
+        # Its compiler may fuse a product with the sum after it.
+        torch.testing.assert_close(found, values, rtol=1e-5, atol=1e-7)
+    queries = torch.from_numpy(expected["blk.0.attn_q.weight"])
+    torch.testing.assert_close(
+        dense["model.layers.0.self_attn.q_proj.weight"],
+        queries.reshape(4, 32, 2, 256).transpose(1, 2).reshape(256, 256),
+        rtol=1e-5,
+        atol=1e-7,
+    )
 
 
 @pytest.mark.parametrize(
