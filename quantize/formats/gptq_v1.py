@@ -117,8 +117,10 @@ class GptqV1:
         dynamic |= {f"+:^{_pattern(name)}$": _settings(scheme) for name, scheme in schemes.items() if scheme != common}
         producers = [f"llmconvert:{__version__}"]
         if not common.symmetric:
-            # GPTQModel reads asymmetric version 1 from writers that store zero points its way only, and tells them by
-            # this entry: the first of its own versions that did.
+            # Not who made the file but how its zero points are stored: as GPTQModel does since 0.9.0, one less in every
+            # word, and not as AutoGPTQ did, which destroyed words with a 0. GPTQModel (7.7, models/loader.py) looks for
+            # its own name with that version or a later one anywhere in this list, refuses asymmetric version 1 without
+            # it, and asks nothing else of it; transformers, optimum and vLLM don't look.
             producers.append("gptqmodel:0.9.0")
         return {
             "quant_method": "gptq",

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized import random_tensor
 
+from llmconvert import __version__
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.scheme import Scheme
@@ -104,6 +105,15 @@ def test_the_config_says_what_differs_by_linear() -> None:
     assert rule(f"{layer}.self_attn.o_proj") == ("", None)
     assert rule("model.layers.11.mlp.down_proj") == ("", None)
     assert rule("lm_head") == ("", None)
+
+
+def test_the_producer_is_named_first_and_zero_points_as_gptqmodel_stores_them_where_there_are_any() -> None:
+    producers = {
+        symmetric: GPTQ.quantization_config({"a": Scheme(4, 32, symmetric)}, [])["meta"]["quantizer"]
+        for symmetric in (True, False)
+    }
+    assert producers[True] == [f"llmconvert:{__version__}"]
+    assert producers[False] == [f"llmconvert:{__version__}", "gptqmodel:0.9.0"]
 
 
 def test_linears_that_a_runtime_fuses_are_found_under_its_name() -> None:

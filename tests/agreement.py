@@ -60,24 +60,32 @@ class Agreement:
 
 
 def compare(
-    logprobs: torch.Tensor, tokens: torch.Tensor, ours: Forward, *, prompt: int, factor: float, floor: float = 0.0
+    logprobs: torch.Tensor,
+    tokens: torch.Tensor,
+    ours: Forward,
+    *,
+    prompt: int,
+    factor: float,
+    floor: float = 0.0,
+    start: int = 0,
 ) -> Agreement:
     """Compare a runtime with our forward.
 
     Args:
-        logprobs: its own ``[prompts, places, vocabulary]``, from the first place on.
+        logprobs: its own ``[prompts, places, vocabulary]``.
         tokens: its greedy continuations ``[prompts, steps]``.
         ours: over at least ``prompt + steps - 1`` places.
         prompt: tokens of a prompt.
         factor: see the module.
         floor: root mean square of what the runtime rounds besides.
+        start: the place that its log-probabilities begin at.
     """
     moved = _lead(ours.rounded, ours.exact) - _lead(ours.exact, ours.exact)
     tie = factor * float(moved.abs().max()) + 8 * floor
     steps = ours.rounded[:, prompt - 1 : prompt - 1 + tokens.shape[1]]
     lost = steps.amax(-1) - steps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return Agreement(
-        distance=rms(logprobs - ours.rounded[:, : logprobs.shape[1]]),
+        distance=rms(logprobs - ours.rounded[:, start : start + logprobs.shape[1]]),
         allowed=factor * rms(ours.rounded - ours.exact) + floor,
         equal=_share(lost == 0),
         lost=float(lost.max()),
