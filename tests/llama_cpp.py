@@ -41,15 +41,17 @@ class LlamaCpp:
             out[index] = value
         return out
 
-    def continuation(self, ids: Sequence[int], count: int, vocabulary: int) -> list[int]:
-        """The greedy continuation of ``ids`` by ``count`` tokens.
+    def continuation(self, ids: Sequence[int], count: int, vocabulary: int) -> tuple[list[int], torch.Tensor]:
+        """The greedy continuation of ``ids``: ``count`` tokens, and log probabilities ``[count, vocabulary]`` before each.
 
         Token by token: a reply of several would end where half a character does.
         """
-        tokens = list(ids)
+        tokens: list[int] = []
+        steps = []
         for _ in range(count):
-            tokens.append(int(self.log_probabilities(tokens, vocabulary).argmax()))
-        return tokens[len(ids) :]
+            steps.append(self.log_probabilities([*ids, *tokens], vocabulary))
+            tokens.append(int(steps[-1].argmax()))
+        return tokens, torch.stack(steps)
 
 
 @functools.cache

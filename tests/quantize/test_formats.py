@@ -14,6 +14,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from quantized import random_tensor
 
 from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.base import check_method, load_method
 from llmconvert.quantize.formats.base import FORMATS, Format, check_format, load_format
 from llmconvert.quantize.scheme import Scheme
 
@@ -126,6 +127,18 @@ def test_kinds_that_compressed_tensors_has_no_layout_for() -> None:
 def test_a_refusal_names_the_formats_that_hold_the_scheme(layout: str, scheme: str, able: str) -> None:
     with pytest.raises(UnsupportedError, match=f"formats that hold {Scheme.parse(scheme)}: {able}$"):
         check_format(load_format(layout), Scheme.parse(scheme))
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "message"),
+    [
+        ("gptq", "nf4", r"gptq chooses int codes only; methods for nf4 are rtn$"),
+        ("hqq", "fp8", r"hqq chooses int codes only; methods for fp8 are rtn$"),
+    ],
+)
+def test_a_refusal_names_the_methods_that_choose_such_codes(method: str, scheme: str, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        check_method(load_method(method, {}), Scheme.parse(scheme))
 
 
 def test_unknown_formats_are_refused_with_those_there_are() -> None:

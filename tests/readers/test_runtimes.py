@@ -2,8 +2,7 @@
 
 Runtimes of the package's own environment always run, the others where ``make readers`` has built theirs. Each opens the
 artifacts with README's own lines. ``agreement`` says what counts as the same; quantization itself changes several times
-what is allowed, in all but the 8-bit schemes. Runtimes that quantize activations to one scale per token round them each
-in its own way, and get four times what bfloat16 changes instead of twice.
+what is allowed, in all but the 8-bit schemes.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from llmconvert.quantize.runtimes import Pair, Runtime, pairs
 from llmconvert.quantize.scheme import Scheme
 
 NEW_TOKENS = 16
-#: Root mean square that llama.cpp's attention, in less than float32, adds to log-probabilities.
-ATTENTION = 0.01
+#: Root mean square that llama.cpp's attention, in less than float32, adds to log-probabilities here.
+ATTENTION = 0.002
 PAIRS = [pytest.param(pair, id=f"{pair.runtime.name}-{pair.runtime.format}-{pair.scheme}") for pair in pairs()]
 
 Reports = Callable[[Pair], tuple[Path, dict[str, Any]]]
@@ -127,17 +126,9 @@ def test_a_runtime_computes_what_we_read(pair: Pair, reports: Reports, seen: See
     tokens = torch.tensor(report["tokens"])
     assert tokens.shape == (len(PROMPTS), NEW_TOKENS)
     ours = our_forward(path, joined(PROMPTS, tokens))
-    eight = isinstance(pair.scheme, Scheme) and pair.scheme.activation_bits == 8
-    found = compare(
-        torch.tensor(report["logprobs"]),
-        tokens,
-        ours,
-        prompt=len(PROMPTS[0]),
-        factor=4 if eight else 2,
-        floor=ATTENTION if pair.runtime.format == "gguf" else 0.0,
-    )
-    print(pair.runtime.key, pair.scheme, found)
+    floor = ATTENTION if pair.runtime.format == "gguf" else 0.0
+    found = compare(torch.tensor(report["logprobs"]), tokens, ours, prompt=len(PROMPTS[0]), floor=floor)
     assert found.holds, (found, report["versions"], report["linears"])
     # Or else the rule would let any token pass.
-    assert found.decided > 0.5, found
+    assert found.decided > 0.25, found
     seen[pair.runtime][str(pair.scheme)] = {name: report["versions"][name] for name in pair.runtime.packages}

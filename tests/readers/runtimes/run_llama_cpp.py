@@ -15,5 +15,5 @@ for path, asked in job["models"].items():
         [model.log_probabilities(prompt[: place + 1], vocabulary).tolist() for place in range(len(prompt))]
         for prompt in job["prompts"]
     ]
-    tokens = [model.continuation(prompt, job["new"], vocabulary) for prompt in job["prompts"]]
+    tokens = [model.continuation(prompt, job["new"], vocabulary)[0] for prompt in job["prompts"]]
     write_report(asked["report"], logprobs, tokens)
