@@ -42,7 +42,7 @@ class LlamaCpp:
         return out
 
     def continuation(self, ids: Sequence[int], count: int, vocabulary: int) -> tuple[list[int], torch.Tensor]:
-        """The greedy continuation of ``ids``: ``count`` tokens, and log probabilities ``[count, vocabulary]`` before each.
+        """The greedy continuation of ``ids``: ``count`` tokens and, before each, log probabilities.
 
         Token by token: a reply of several would end where half a character does.
         """
