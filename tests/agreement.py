@@ -6,8 +6,8 @@ with the roundings of such kernels: in bfloat16, or, for llama.cpp, with the inp
 - Log-probabilities agree when they differ, as root mean square, by no more than twice what those roundings change in
   our own: the runtime makes its own, and they need not fall as ours do.
 - Greedy tokens agree when each of them is our best after the same tokens, or one that we hold for as good: that loses
-  no more than the most that the roundings moved, at any place, our best token against our second. A token that loses
-  more is a wrong one, wherever it stands: we follow the runtime's own continuation to its end.
+  no more than four times what the roundings move our best token against our second, as root mean square over all
+  places. A token that loses more is a wrong one, wherever it stands: we follow the runtime's own continuation to its end.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def compare(
         start: the place that its log-probabilities begin at.
     """
     moved = _lead(ours.rounded, ours.exact) - _lead(ours.exact, ours.exact)
-    tie = float(moved.abs().max()) + 8 * floor
+    tie = 4 * (rms(moved) + floor)
     steps = ours.rounded[:, prompt - 1 : prompt - 1 + tokens.shape[1]]
     lost = steps.amax(-1) - steps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return Agreement(
