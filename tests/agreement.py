@@ -7,7 +7,7 @@ with the roundings of such kernels: in bfloat16, or, for llama.cpp, with the inp
   our own: the runtime makes its own, and they need not fall as ours do.
 - Greedy tokens agree when each of them is our best after the same tokens, or one that we hold for as good: that loses
   no more than four times what the roundings move our best token against our second, as root mean square over all
-  places. A token that loses more is a wrong one, wherever it stands: we follow the runtime's own continuation to its end.
+  places. A token that loses more is a wrong one, wherever it stands: the runtime's continuation is followed to its end.
 """
 
 from __future__ import annotations
