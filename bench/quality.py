@@ -61,6 +61,7 @@ _LISTS: Mapping[str, tuple[str, ...]] = {
         "rtn:fp8",
         "rtn:w4a16-g64",
         "hqq:w4a16-g64-asym",
+        "rtn:llm.int8",
         "rtn:nf4",
         "rtn:nf4-dq",
         "gptq:w4a16-g32",
@@ -287,7 +288,7 @@ class Bench:
             command += ["--options", json.dumps(dict(entry.options))]
         if entry.scheme.endswith("bpw"):
             return [*command, "--bits-per-weight", entry.scheme.removesuffix("bpw")]
-        if entry.scheme.startswith("nf4"):
+        if entry.scheme.startswith(("nf4", "llm.int8")):
             command += ["--format", "bitsandbytes"]
         return [*command, "--scheme", entry.scheme]
 

@@ -15,14 +15,12 @@ from typing import ClassVar
 import torch
 
 from llmconvert.engine.statistics import Hessian
-from llmconvert.errors import CalibrationError
 from llmconvert.quantize.base import Calibration, Solution, Target
+from llmconvert.quantize.damping import with_damping
 from llmconvert.quantize.gptq import Gptq
 from llmconvert.quantize.scheme import Kind
 
 __all__ = ["Gptaq"]
-
-_MAX_DAMPING = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +68,14 @@ class Gptaq:
         assert hessian.cross is not None
         moved = weight @ hessian.cross.sub_(hessian.matrix)
         diagonal = hessian.matrix.diagonal()
-        damping = self.shift_damping
-        while damping <= _MAX_DAMPING:
+
+        def solve(damping: float) -> torch.Tensor | None:
             damped = hessian.matrix.clone()
             damped.diagonal().add_(damping * diagonal.mean() + (diagonal == 0))
             factor, info = torch.linalg.cholesky_ex(damped)
-            if int(info) == 0:
-                return torch.cholesky_solve(moved.T, factor).T
-            damping *= 10
-        raise CalibrationError(
-            f"{name}: the Hessian of its inputs ({hessian.tokens} tokens, {len(diagonal)} columns) cannot be inverted "
-            f"even with damping {_MAX_DAMPING}; use more calibration text, or quantize this linear with rtn"
-        )
+            return torch.cholesky_solve(moved.T, factor).T if int(info) == 0 else None
+
+        return with_damping(name, hessian, self.shift_damping, solve)
 
     @property
     def _gptq(self) -> Gptq:

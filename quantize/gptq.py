@@ -16,8 +16,8 @@ import torch
 
 from llmconvert.engine.precision import bfloat16_products
 from llmconvert.engine.statistics import Hessian
-from llmconvert.errors import CalibrationError
 from llmconvert.quantize.base import Calibration, Solution, Target
+from llmconvert.quantize.damping import with_damping
 from llmconvert.quantize.factorize import invert_factor_, mirror_lower_, permute_, upper_factor_
 from llmconvert.quantize.kernels import over_rows, solve_columns, transpose_in_order, weighted_squares
 from llmconvert.quantize.scales import GroupScales, search_scales
@@ -26,7 +26,6 @@ from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["Gptq", "Prepared"]
 
-_MAX_DAMPING = 1.0
 # Rows are solved in slices of about this many weights: rows are independent, and the working copies stay small.
 _WEIGHTS_AT_ONCE = 1 << 23
 # Columns of the Hessian multiplied at a time where only a sum is wanted.
@@ -120,8 +119,8 @@ class Gptq:
         permute_(matrix, order)
         diagonal = original[order]
         diagonal[diagonal == 0] = 1
-        damping = self.damping
-        while damping <= _MAX_DAMPING:
+
+        def factorize(damping: float) -> Prepared | None:
             matrix.diagonal().copy_(diagonal + damping * diagonal.mean())
             if upper_factor_(matrix):
                 invert_factor_(matrix)
@@ -129,11 +128,9 @@ class Gptq:
                 return Prepared(order, matrix, original, added, damping)
             # Factorizing changed only the upper triangle; the lower one still holds the matrix.
             mirror_lower_(matrix)
-            damping *= 10
-        raise CalibrationError(
-            f"{name}: the Hessian of its inputs ({hessian.tokens} tokens, {len(order)} columns) cannot be factorized "
-            f"even with damping {_MAX_DAMPING}; use more calibration text, or quantize this linear with rtn"
-        )
+            return None
+
+        return with_damping(name, hessian, self.damping, factorize)
 
     def solve(
         self, weight: torch.Tensor, prepared: Prepared, scheme: Scheme, scales: GroupScales

@@ -21,7 +21,7 @@ import torch
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.codes import nearest_codes
-from llmconvert.quantize.rtn import round_to_codes
+from llmconvert.quantize.rtn import round_rows
 from llmconvert.quantize.scales import GroupScales, search_scales
 from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -98,14 +98,10 @@ class Hqq:
         return size.sub_(threshold).clamp_(min=0).mul_(error.sign())
 
     def _solve(self, target: Target, scale_dtype: torch.dtype) -> QuantizedTensor:
-        rows, columns = target.weight.shape
-        height = max(1, _WEIGHTS_AT_ONCE // columns)
-        parts: list[QuantizedTensor] = []
-        for start in range(0, rows, height):
-            work = target.weight[start : start + height].float()
-            scales = self.search(target.name, work, target.scheme, scale_dtype)
-            parts.append(round_to_codes(work, scales, target.scheme))
-        return QuantizedTensor.concatenate(parts)
+        def choose(weight: torch.Tensor) -> GroupScales:
+            return self.search(target.name, weight, target.scheme, scale_dtype)
+
+        return round_rows(target, choose, _WEIGHTS_AT_ONCE)
 
 
 def _fit(

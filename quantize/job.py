@@ -15,7 +15,6 @@ import torch
 from llmconvert import __version__
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.dense import require_dense
-from llmconvert.engine.activations import quantize_inputs_of
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
@@ -147,7 +146,8 @@ def quantize_checkpoint(
     phases, scale_dtype = Phases(), layout_format.scale_dtype(next(iter(plan.schemes.values())), skeleton.dtype)
     steps: Steps = DataFreeSteps(skeleton, quantizer, plan, scale_dtype, phases)
     if calibrated:
-        _quantize_inputs(skeleton, plan)
+        kinds = {name: input_kind(chosen) for name, chosen in plan.schemes.items()}
+        skeleton.quantize_inputs({name: kind for name, kind in kinds.items() if kind is not None})
         steps = CalibratedSteps(
             skeleton, quantizer, plan, scale_dtype, phases, blocks, tuple(windows), memory.mode, original
         )
@@ -173,15 +173,6 @@ def write_layers(record: Path, layers: Sequence[LayerResult]) -> None:
 def read_layers(record: Path) -> tuple[LayerResult, ...]:
     """What :func:`write_layers` kept."""
     return tuple(LayerResult(**{**entry, "shape": tuple(entry["shape"])}) for entry in json.loads(record.read_bytes()))
-
-
-def _quantize_inputs(skeleton: Skeleton, plan: QuantizationPlan) -> None:
-    """Let linears whose inputs will be quantized at run time see them so during calibration."""
-    for linears in skeleton.linears:
-        for name, linear in linears.items():
-            kind = input_kind(plan.schemes[name]) if name in plan.schemes else None
-            if kind is not None:
-                quantize_inputs_of(linear, kind)
 
 
 def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:

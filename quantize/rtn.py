@@ -5,7 +5,7 @@ Scales cover each group's full range, or minimize its squared error when ``searc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,12 +14,13 @@ import torch
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.codes import nearest_codes
+from llmconvert.quantize.int8 import round_to_int8
 from llmconvert.quantize.nf4 import round_to_nf4
 from llmconvert.quantize.scales import GroupScales, full_range_scales, search_scales
 from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
-__all__ = ["Rtn", "round_to_codes"]
+__all__ = ["Rtn", "round_rows", "round_to_codes"]
 
 # Rows are rounded in slices of about this many weights, for the sake of the float32 copies.
 _WEIGHTS_AT_ONCE = 1 << 23
@@ -37,7 +38,7 @@ class Rtn:
 
     calibration: ClassVar[Calibration] = "none"
     original: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[Kind]] = frozenset(("int", "fp8", "nf4"))
+    kinds: ClassVar[frozenset[Kind]] = frozenset(("int", "fp8", "nf4", "absmax"))
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
@@ -52,18 +53,33 @@ class Rtn:
     def _round(self, target: Target, scale_dtype: torch.dtype) -> QuantizedTensor:
         if target.scheme.kind == "nf4":
             return round_to_nf4(target.name, target.weight.float(), target.scheme)
-        rows, columns = target.weight.shape
-        height = max(1, _WEIGHTS_AT_ONCE // columns)
-        parts: list[QuantizedTensor] = []
-        for start in range(0, rows, height):
-            work = target.weight[start : start + height].float()
-            if self.search:
-                importance = torch.ones(columns, device=work.device)
-                scales = search_scales(target.name, work, importance, target.scheme, scale_dtype)
-            else:
-                scales = full_range_scales(target.name, work, target.scheme, scale_dtype)
-            parts.append(round_to_codes(work, scales, target.scheme))
-        return QuantizedTensor.concatenate(parts)
+        if target.scheme.kind == "absmax":
+            return round_to_int8(target.name, target.weight, target.scheme)
+
+        def choose(weight: torch.Tensor) -> GroupScales:
+            if not self.search:
+                return full_range_scales(target.name, weight, target.scheme, scale_dtype)
+            importance = torch.ones(weight.shape[1], device=weight.device)
+            return search_scales(target.name, weight, importance, target.scheme, scale_dtype)
+
+        return round_rows(target, choose, _WEIGHTS_AT_ONCE)
+
+
+def round_rows(target: Target, choose: Callable[[torch.Tensor], GroupScales], weights_at_once: int) -> QuantizedTensor:
+    """The nearest codes of a weight, for scales chosen a slice of rows at a time.
+
+    Args:
+        target: the weight.
+        choose: scales of some rows, float32 ``[rows, columns]``.
+        weights_at_once: about how many weights a slice has.
+    """
+    rows, columns = target.weight.shape
+    height = max(1, weights_at_once // columns)
+    parts: list[QuantizedTensor] = []
+    for start in range(0, rows, height):
+        work = target.weight[start : start + height].float()
+        parts.append(round_to_codes(work, choose(work), target.scheme))
+    return QuantizedTensor.concatenate(parts)
 
 
 def round_to_codes(weight: torch.Tensor, scales: GroupScales, scheme: Scheme) -> QuantizedTensor:

@@ -1,10 +1,11 @@
 """Quantization schemes and their names, ``w4a16-g128-sym`` and its kin.
 
-Grammar: ``w<bits>a<bits>[-g<size>|-channel][-sym|-asym|-fp8|-nf4|-nf4-dq]``, e.g. ``w4a16-g64``, ``w8a8``,
+Grammar: ``w<bits>a<bits>[-g<size>|-channel][-sym|-asym|-fp8|-nf4|-nf4-dq|-absmax]``, e.g. ``w4a16-g64``, ``w8a8``,
 ``w3a16-g128-asym``. Weights default to symmetric integers, one scale per output channel when no group size is given.
 ``fp8`` weights are E4M3 floats, ``nf4`` weights one of 16 fixed levels, with ``dq`` their scales are quantized too.
 ``a16`` leaves activations alone; ``a8`` quantizes them per token while the model runs (dynamically), to the kind that
-the weights have. ``fp8``, ``nf4`` and ``nf4-dq`` alone stand for their usual schemes.
+the weights have. ``absmax`` weights are integers whose largest magnitude in a row is 127, as LLM.int8 has them.
+``fp8``, ``nf4``, ``nf4-dq`` and ``llm.int8`` alone stand for their usual schemes.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from llmconvert.errors import SchemeError
 
 __all__ = ["Kind", "Scheme", "input_kind"]
 
-Kind = Literal["int", "fp8", "nf4"]
+Kind = Literal["int", "fp8", "nf4", "absmax"]
 
 _PATTERN = re.compile(
     r"w(?P<bits>\d+)a(?P<act>\d+)(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?"
-    r"(?:-(?:(?P<sym>a?sym)|(?P<fp8>fp8)|(?P<nf4>nf4)(?P<nested>-dq)?))?"
+    r"(?:-(?:(?P<sym>a?sym)|(?P<other>fp8|nf4|absmax)(?P<nested>-dq)?))?"
 )
-_SHORT = {"fp8": "w8a8-channel-fp8", "nf4": "w4a16-g64-nf4", "nf4-dq": "w4a16-g64-nf4-dq"}
+_SHORT = {
+    "fp8": "w8a8-channel-fp8",
+    "nf4": "w4a16-g64-nf4",
+    "nf4-dq": "w4a16-g64-nf4-dq",
+    "llm.int8": "w8a8-channel-absmax",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class Scheme:
         group_size: columns that share one scale; None for one scale per output channel.
         symmetric: no zero point when true.
         activation_bits: 16 (untouched) or 8 (dynamic, per token).
-        kind: what a code is: an integer, an E4M3 float, or an index into the levels of NF4.
+        kind: what a code is: an integer, an E4M3 float, an index into the levels of NF4, or an integer of −127 … 127.
         nested: whether the scales are quantized themselves (the double quantization of QLoRA).
     """
 
@@ -59,6 +65,9 @@ class Scheme:
             raise SchemeError(f"scheme {self}: nf4 weights have 4 bits, a group size and no zero point")
         if self.kind == "nf4" and self.activation_bits != 16:
             raise SchemeError(f"scheme {self}: nf4 weights leave activations at 16 bits")
+        rows_of_bytes = (self.bits, self.activation_bits, self.group_size, self.symmetric) == (8, 8, None, True)
+        if self.kind == "absmax" and not rows_of_bytes:
+            raise SchemeError(f"scheme {self}: absmax weights have 8 bits, 8-bit activations and a scale per channel")
         if self.nested and self.kind != "nf4":
             raise SchemeError(f"scheme {self}: only nf4 weights have quantized scales")
 
@@ -77,7 +86,7 @@ class Scheme:
                 "for example w4a16-g128, w8a8 or fp8"
             )
         group = match["group"]
-        kind: Kind = "fp8" if match["fp8"] else "nf4" if match["nf4"] else "int"
+        kind: Kind = match["other"] or "int"
         return cls(
             int(match["bits"]),
             int(group) if group else None,
@@ -95,12 +104,14 @@ class Scheme:
     @property
     def code_min(self) -> int:
         """Smallest integer code: signed whatever the symmetry, as in compressed-tensors; an index for nf4."""
+        if self.kind == "absmax":
+            return -127
         return 0 if self.kind == "nf4" else -(1 << (self.bits - 1))
 
     @property
     def code_max(self) -> int:
         """Largest integer code."""
-        return self.code_min + (1 << self.bits) - 1
+        return 127 if self.kind == "absmax" else self.code_min + (1 << self.bits) - 1
 
     def groups(self, columns: int) -> int:
         """Scales per row of a weight with ``columns`` input columns."""

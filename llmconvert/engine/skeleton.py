@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmconvert.checkpoint import Checkpoint
-from llmconvert.engine.activations import quantize_inputs_of
+from llmconvert.engine.activations import InputKind, quantize_inputs_of
 from llmconvert.engine.names import map_names
 from llmconvert.engine.precision import Scratch, WideLinear, compute_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
@@ -130,11 +130,9 @@ class Skeleton:
             self._widen_products()
         for index, slot in enumerate(self.slots):
             blocks[index] = slot
-        for linears in self.linears:
-            for name, linear in linears.items():
-                kind = checkpoint.quantized_inputs.get(self.names[f"{name}.weight"])
-                if kind is not None:
-                    quantize_inputs_of(linear, kind)
+        stored = checkpoint.quantized_inputs
+        names = {name: self.names[f"{name}.weight"] for linears in self.linears for name in linears}
+        self.quantize_inputs({name: stored[weight] for name, weight in names.items() if weight in stored})
 
     @property
     def block_count(self) -> int:
@@ -144,6 +142,12 @@ class Skeleton:
     def prefix(self, index: int) -> str:
         """What the module names of a block's parameters begin with, e.g. ``model.layers.0.``."""
         return f"{self.list_name}.{index}."
+
+    def quantize_inputs(self, kinds: Mapping[str, InputKind]) -> None:
+        """Let linears of the blocks see their inputs quantized from here on, each to the kind given by its name."""
+        for linears in self.linears:
+            for name in linears.keys() & kinds.keys():
+                quantize_inputs_of(linears[name], kinds[name])
 
     def _widen_products(self) -> None:
         scratch = Scratch()

@@ -23,7 +23,9 @@ __all__ = ["BitsAndBytes"]
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _BLOCKS = (64, 128, 256, 512, 1024)
-_INT8 = Scheme(8, activation_bits=8)
+# The encoding of bitsandbytes itself, and codes down to −128, which methods other than rounding choose.
+_LLM_INT8 = Scheme(8, activation_bits=8, kind="absmax")
+_INT8 = (_LLM_INT8, Scheme(8, activation_bits=8))
 # What dequantized weights are rounded to; activations of another dtype are computed in that all the same.
 _DTYPE = "bfloat16"
 # The JSON of a linear is as long whatever its offset: spaces follow, which no parser minds.
@@ -34,18 +36,18 @@ class BitsAndBytes:
     """4-bit and 8-bit tensors and their configuration."""
 
     def check(self, scheme: Scheme) -> None:
-        if scheme == _INT8 or (scheme.kind == "nf4" and scheme.group_size in _BLOCKS):
+        if scheme in _INT8 or (scheme.kind == "nf4" and scheme.group_size in _BLOCKS):
             return
         sizes = ", ".join(f"g{size}" for size in _BLOCKS)
-        raise UnsupportedError(f"scheme {scheme}: bitsandbytes stores nf4 and nf4-dq (with {sizes}) and w8a8")
+        raise UnsupportedError(f"scheme {scheme}: bitsandbytes stores nf4 and nf4-dq (with {sizes}), llm.int8 and w8a8")
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
-        # 127 such scales are exact in float32, so the row's largest magnitude gives the scale back.
-        return torch.bfloat16 if scheme == _INT8 else torch.float32
+        # 127 scales in bfloat16 are exact in float32, so the row's largest magnitude gives the scale back.
+        return torch.bfloat16 if scheme.kind == "int" else torch.float32
 
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:
         rows, columns = shape
-        if scheme == _INT8:
+        if scheme in _INT8:
             return [
                 TensorSpec(f"{linear}.weight", torch.int8, shape),
                 TensorSpec(f"{linear}.SCB", torch.float32, (rows,)),
@@ -66,10 +68,10 @@ class BitsAndBytes:
         return specs
 
     def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
-        if tensor.scheme == _INT8:
+        if tensor.scheme in _INT8:
             return {
                 f"{linear}.weight": tensor.codes,
-                f"{linear}.SCB": _largest(tensor.scale.view(-1)),
+                f"{linear}.SCB": _largest(tensor.scale.view(-1), half=tensor.scheme == _LLM_INT8),
                 f"{linear}.weight_format": torch.tensor(0, dtype=torch.uint8),
             }
         nested = tensor.nested
@@ -87,7 +89,7 @@ class BitsAndBytes:
         return stored
 
     def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
-        if scheme == _INT8:
+        if scheme in _INT8:
             scale = (stored[f"{linear}.SCB"] / 127).unsqueeze(1)
             return QuantizedTensor(stored[f"{linear}.weight"], scale, None, scheme)
         state = json.loads(bytes(stored[f"{linear}.{_STATE}"].tolist()))
@@ -141,9 +143,14 @@ def _state(shape: tuple[int, int], scheme: Scheme, nested: NestedScales | None) 
     return json.dumps(state).ljust(length).encode()
 
 
-def _largest(scale: torch.Tensor) -> torch.Tensor:
-    """The float32 nearest to 127 scales that, over 127, gives the scale again; where none does, the nearest."""
+def _largest(scale: torch.Tensor, *, half: bool) -> torch.Tensor:
+    """The float32 nearest to 127 scales that, over 127, gives the scale again; where none does, the nearest.
+
+    With ``half`` it is known to have been a float16.
+    """
     nearest = (scale.double() * 127).float()
+    if half:
+        return nearest.half().float()
     for towards in (torch.inf, -torch.inf):
         beside = torch.nextafter((scale.double() * 127).float(), torch.full_like(scale, towards))
         exact = (nearest / 127 != scale) & (beside / 127 == scale)

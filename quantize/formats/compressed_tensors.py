@@ -27,8 +27,8 @@ class CompressedTensors:
     """``pack-quantized``, ``int-quantized`` and ``float-quantized`` tensors and their configuration."""
 
     def check(self, scheme: Scheme) -> None:
-        if scheme.kind == "nf4":
-            raise UnsupportedError(f"scheme {scheme}: compressed-tensors has no nf4; format bitsandbytes has")
+        if scheme.kind in ("nf4", "absmax"):
+            raise UnsupportedError(f"scheme {scheme}: compressed-tensors has no {scheme.kind}; format bitsandbytes has")
         if scheme.kind == "fp8":
             if scheme.group_size is not None:
                 raise UnsupportedError(

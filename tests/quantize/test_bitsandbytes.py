@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, create_dynamic_map, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.nn import Int8Params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized import random_weight
@@ -59,6 +60,33 @@ def test_nf4_is_bitsandbytes_own(
     assert QuantState.from_dict(parts, torch.device("cpu")).nested == nested
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_8_bits_are_bitsandbytes_own(dtype: torch.dtype) -> None:
+    """Codes and row maxima of LLM.int8, bit for bit, with ties, rows of zeros and values float16 barely holds."""
+    weight = random_weight(512, 192)
+    weight[0] = 0
+    weight[1] = torch.arange(-96, 96) * 0.5  # ties under any scale that is a power of two
+    weight[2] *= 1e-6
+    weight[3, :2] = torch.tensor([60000.0, 0.5])
+    weight = weight.to(dtype)
+    theirs = Int8Params(weight.clone(), requires_grad=False).to("cpu")
+    found = Rtn().quantize([Target("l", weight, Scheme.parse("llm.int8"))], None, torch.float32)["l"].tensor
+    packed = BNB.pack("l", found)
+    specs = {spec.name: spec for spec in BNB.specs("l", (512, 192), found.scheme, torch.float32)}
+    assert {name: (part.dtype, tuple(part.shape)) for name, part in packed.items()} == {
+        name: (spec.dtype, spec.shape) for name, spec in specs.items()
+    }
+    assert torch.equal(packed["l.weight"], theirs.CB)
+    assert torch.equal(packed["l.SCB"], theirs.SCB)
+    again = BNB.unpack("l", packed, found.scheme)
+    assert torch.equal(again.codes, found.codes) and torch.equal(again.scale, found.scale)
+
+
+def test_8_bits_beyond_float16_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"'a\.b' has values that are not finite in float16"):
+        Rtn().quantize([Target("a.b", torch.full((1, 64), 1e6), Scheme.parse("llm.int8"))], None, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_8_bits_are_stored_as_bitsandbytes_does(dtype: torch.dtype) -> None:
     """Codes and row maxima of its own quantization come through the canonical tensor unchanged."""
@@ -79,7 +107,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 
 @pytest.mark.parametrize("name", ["w4a16-g64", "w8a16-channel", "w4a16-g32-nf4", "fp8"])
 def test_other_schemes_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"bitsandbytes stores nf4 and nf4-dq .* and w8a8"):
+    with pytest.raises(UnsupportedError, match=r"bitsandbytes stores nf4 and nf4-dq .* llm\.int8 and w8a8"):
         BNB.check(Scheme.parse(name))
 
 
