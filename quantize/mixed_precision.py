@@ -100,7 +100,7 @@ def choose_schemes(
     if not windows:
         raise CalibrationError("a budget measures sensitivity on calibration text and was given none")
     quantizer, layout = load_method(method, options or {}), load_format(format)
-    skeleton = Skeleton(source, device or torch.device("cpu"))
+    skeleton = Skeleton(source, device or torch.device("cpu"), fast_products=True)
     blocks = discover(skeleton, max(window.shape[1] for window in windows))
     storage = Storage(quantizer, layout, skeleton.dtype)
     units, given = _split(fused_units(skeleton, blocks), overrides)
