@@ -105,6 +105,11 @@ def test_quantize_and_validate(tiny_llama: Path, here: Path, text: Path) -> None
     assert report["schema"] == "llmconvert.report/1" and str(here) not in json.dumps(report)
     assert {"perplexity", "kl_mean", "size_bytes"} <= {check["name"] for check in report["checks"]}
 
+    call(*measured, "--min-agreement", "0%", "--json", "agreement.json")  # fails: a random model in 4 bits loops
+    checks = {check["name"]: check for check in json.loads((here / "agreement.json").read_text())["checks"]}
+    assert checks["generation.agreement"]["limit"] == 0
+    assert "--task-samples goes with --tasks" in call(*measured, "--task-samples", 3).output
+
     result = call(*measured, "--stride", 24, "--json", "overlapping.json", "--html", "overlapping.html")
     assert result.exit_code == 0, result.output
     checks = {check["name"]: check for check in json.loads((here / "overlapping.json").read_text())["checks"]}

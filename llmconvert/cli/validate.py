@@ -21,6 +21,9 @@ import click
 @click.option("--max-bytes", metavar="SIZE", help="Fail if the weight files are larger, 4GB for example.")
 @click.option("--html", "html_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the page here.")
 @click.option("--generation", is_flag=True, help="Generate greedily, and compare with the original's text.")
+@click.option("--min-agreement", metavar="SHARE", help="The same, and fail if fewer of its tokens agree.")
+@click.option("--tasks", metavar="NAMES", help="Benchmarks of lm-eval: arc_easy,hellaswag.")
+@click.option("--task-samples", type=int, help="Use only so many samples of each benchmark.")
 @click.option("--attention", metavar="NAMES", help="Compare attention backends: eager,math,flash,flash_attention_2.")
 @click.option("--attention-lengths", metavar="TOKENS", help="Prompt lengths for that, 512,2048,8192 for example.")
 @click.option("--positions", is_flag=True, help="Perplexity by position, up to the trained length and beyond.")
@@ -46,6 +49,12 @@ def validate(model: str, reference: str | None, json_file: Path | None, html_fil
 
     limits = {key: options[key] for key in ("max_kl", "min_top1", "max_bytes")}
     settings: dict[str, Any] = {"generation": options["generation"], **limits}
+    if options["min_agreement"] is not None:
+        settings["generation"] = {"min_agreement": options["min_agreement"]}
+    if options["tasks"] is not None:
+        settings["tasks"] = {"names": _names(options["tasks"]), "samples": options["task_samples"]}
+    elif options["task_samples"] is not None:
+        raise click.UsageError("--task-samples goes with --tasks")
     if options["text"] is not None:
         keys = ("window", "stride", "max_windows", "max_increase")
         settings["perplexity"] = {"dataset": options["text"], **{key: options[key] for key in keys}}
@@ -64,7 +73,7 @@ def _long_inputs(options: dict[str, Any]) -> dict[str, Any]:
     """The recipe's settings for attention backends, positions and memory."""
     found: dict[str, Any] = {"memory": options["memory"]}
     if options["attention"] is not None:
-        found["attention"] = {"backends": [name.strip() for name in options["attention"].split(",")]}
+        found["attention"] = {"backends": _names(options["attention"])}
         if options["attention_lengths"] is not None:
             found["attention"]["lengths"] = _numbers(options["attention_lengths"])
     elif options["attention_lengths"] is not None:
@@ -72,6 +81,10 @@ def _long_inputs(options: dict[str, Any]) -> dict[str, Any]:
     if options["positions"] or options["positions_window"] is not None:
         found["positions"] = {"window": options["positions_window"]}
     return found
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _numbers(text: str) -> list[int]:

@@ -81,6 +81,22 @@ def test_both_models_are_scored_as_lm_eval_would(original: Path, quantized: Path
 
 
 @with_lm_eval
+def test_a_recipe_puts_them_into_the_report(original: Path, quantized: Path, include: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "tasks.yaml"
+    settings = f"{{names: [choices], samples: 4, include: {include}, max_drop: 100%}}"
+    recipe.write_text(f"model: {original}\nvalidate: {{tasks: {settings}}}\nwork_dir: {tmp_path / 'work'}\n")
+    done = CliRunner().invoke(main, ["run", str(recipe)])
+    assert done.exit_code == 0, done.output
+    (path,) = (tmp_path / "work").glob("artifact-*/model/llmconvert/report.json")
+    checks = {check["name"]: check for check in json.loads(path.read_text())["checks"]}
+    assert checks["task.choices"]["detail"]["samples"] == 4
+    assert checks["task.choices"]["value"] == checks["task.choices"]["reference"]
+    assert "choices" in (path.parent.parent / "README.md").read_text()
+    unknown = CliRunner().invoke(main, ["validate", str(quantized), "--tasks", "nonesuch", "--task-samples", "2"])
+    assert unknown.exit_code == 2 and "has no task 'nonesuch'" in " ".join(unknown.output.split())
+
+
+@with_lm_eval
 def test_an_unknown_task_is_refused_before_the_work(include: Path) -> None:
     with pytest.raises(UsageError, match="has no task 'nonesuch'"):
         Tasks(("nonesuch",), include=include).require()
