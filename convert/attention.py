@@ -95,6 +95,11 @@ class AttentionGeometry:
         """Number of attention layers."""
         return len(self.projections)
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """What the names of each block's tensors begin with, with a dot at the end."""
+        return tuple(names.query.rsplit(".", 2)[0] + "." for names in self.projections)
+
     def kv_bytes_per_token(self, kv_heads: int, itemsize: int = 2) -> int:
         """Bytes of keys and values that a token leaves in the cache, over all layers."""
         return 2 * self.layers * kv_heads * self.head_dim * itemsize

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,11 +81,14 @@ class PositionWeights:
 
 
 def keep_inputs(
-    inputs: Iterator[torch.Tensor], picks: Sequence[int], kept: list[torch.Tensor], *, wide: bool
+    inputs: Iterator[torch.Tensor], picks: Mapping[int, torch.Tensor], kept: list[torch.Tensor], *, wide: bool
 ) -> Iterator[torch.Tensor]:
-    """Pass inputs on, with a column of ones for biases if ``wide``, and keep those of the picked windows."""
+    """Pass inputs on, with a column of ones for biases if ``wide``, and keep those of picked windows.
+
+    ``picks`` tells of each which positions are of interest; it is kept up to the last of them.
+    """
     for batch, values in enumerate(inputs):
         complete = torch.cat([values, values.new_ones(len(values), 1)], dim=1) if wide else values
         if batch in picks:
-            kept.append(complete.float())
+            kept.append(complete[: int(picks[batch][-1]) + 1].to(torch.float32, copy=True))
         yield complete

@@ -264,7 +264,7 @@ def _norm_note(geometry: AttentionGeometry, method: str, symmetric: Sequence[boo
 
 def _contexts(source: Checkpoint, view: MergedAttention) -> dict[str, tuple[int, int]]:
     geometry = view.geometry
-    inside = tuple(names.query.rsplit(".", 2)[0] for names in geometry.projections)
+    inside = geometry.blocks
 
     def tokens(checkpoint: Checkpoint, kv_heads: int, memory: float, bits: float) -> int:
         weights = 0.0

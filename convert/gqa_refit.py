@@ -78,6 +78,7 @@ class LogitFit:
         self._half = rotary.dims // 2
         self._order = half_order(rotary, original.query.shape[1]).to(moments.device)
         self._count = sum(len(rows) for rows in samples.rows)
+        self._rows = [inputs[rows] for inputs, rows in zip(samples.merged, samples.rows, strict=True)]
         self._power = float(moments.diagonal().mean())
         identity = torch.eye(len(moments), device=moments.device)
         self._inverse: torch.Tensor = torch.linalg.inv(moments + _MOMENT_DAMPING * self._power * identity)
@@ -87,9 +88,9 @@ class LogitFit:
         spreads: list[torch.Tensor] = []
         metric = original.output.mT @ original.output
         for index, (inputs, rows) in enumerate(zip(samples.original, samples.rows, strict=True)):
-            queries = self._turn(inputs[rows] @ query.mT, rows)
+            queries = self._turn(inputs[rows] @ query.mT * samples.scaling, rows)
             keys = self._turn(inputs @ key.mT, None)[key_of]
-            logits = queries @ keys.mT * samples.scaling
+            logits = queries @ keys.mT
             self._targets.append(logits)
             self._weights.append(self._attend(logits, rows))
             spread = _spread(self._weights[-1], (inputs @ original.value.mT)[key_of], metric)
@@ -120,29 +121,31 @@ class LogitFit:
         keys = [self._per_query(self._turn(inputs @ key.mT, None), query) for inputs in self._samples.merged]
 
         def logits(batch: int, change: torch.Tensor) -> torch.Tensor:
-            return self._queries(batch, change) @ keys[batch].mT * self._samples.scaling
+            return self._queries(batch, change) @ keys[batch].mT
 
         def adjoint(batch: int, change: torch.Tensor) -> torch.Tensor:
             rows = self._samples.rows[batch]
-            turned = self._turn(change @ keys[batch] * self._samples.scaling, rows, back=True)
-            return turned.mT @ self._samples.merged[batch][rows]
+            by_row = change @ keys[batch] * (self._samples.scaling * self._spreads[batch])
+            turned = self._turn(by_row, rows, back=True)
+            return turned.mT @ self._rows[batch]
 
         scale = self._row_scale(keys)
         return self._solve(lambda batch: self._logits(batch, query, key), logits, adjoint, scale, steps)
 
     def _fit_key(self, query: torch.Tensor, key: torch.Tensor, steps: int) -> torch.Tensor:
         queries = [self._queries(batch, query) for batch in range(len(self._samples.rows))]
+        spread = [queries * spreads for queries, spreads in zip(queries, self._spreads, strict=True)]
 
         def logits(batch: int, change: torch.Tensor) -> torch.Tensor:
             keys = self._turn(self._samples.merged[batch] @ change.mT, None)
-            return queries[batch] @ self._per_query(keys, query).mT * self._samples.scaling
+            return queries[batch] @ self._per_query(keys, query).mT
 
         def adjoint(batch: int, change: torch.Tensor) -> torch.Tensor:
-            by_head = change.mT @ queries[batch] * self._samples.scaling
+            by_head = change.mT @ spread[batch]
             summed = by_head.view(len(key), -1, *by_head.shape[1:]).sum(1)
             return self._turn(summed, None, back=True).mT @ self._samples.merged[batch]
 
-        scale = self._row_scale(queries).view(len(key), -1, query.shape[1]).sum(1)
+        scale = self._row_scale(queries).view(len(key), -1, query.shape[1]).sum(1) / self._samples.scaling**2
         return self._solve(lambda batch: self._logits(batch, query, key), logits, adjoint, scale, steps)
 
     def _solve(
@@ -158,7 +161,7 @@ class LogitFit:
         Args:
             current: a window's logits as they are.
             logits: how a window's logits change with the weights.
-            adjoint: the transposed map.
+            adjoint: the transposed map, its rows weighted by how much their outputs depend on where they look.
             scale: mean square of what each weight row meets, ``[heads, head_dim]``.
             steps: of conjugate gradients.
         """
@@ -166,7 +169,7 @@ class LogitFit:
         damping = _RIDGE * scale.mean() * self._power
 
         def normal(change: torch.Tensor) -> torch.Tensor:
-            mapped = (adjoint(batch, self._weighted(batch, logits(batch, change))) for batch in batches)
+            mapped = (adjoint(batch, self._centred(batch, logits(batch, change))) for batch in batches)
             return sum(mapped, start=damping * change)
 
         def precondition(residual: torch.Tensor) -> torch.Tensor:
@@ -174,27 +177,25 @@ class LogitFit:
             result: torch.Tensor = scaled @ self._inverse
             return result
 
-        errors = (adjoint(b, self._weighted(b, self._targets[b] - current(b))) for b in batches)
+        errors = (adjoint(b, self._centred(b, self._targets[b] - current(b))) for b in batches)
         first = next(errors)
         return conjugate_gradients(normal, sum(errors, start=first), precondition, steps)
 
     def _queries(self, batch: int, query: torch.Tensor) -> torch.Tensor:
-        rows = self._samples.rows[batch]
-        return self._turn(self._samples.merged[batch][rows] @ query.mT, rows)
+        """Queries of the rows, times the factor of the logits."""
+        return self._turn(self._rows[batch] @ query.mT * self._samples.scaling, self._samples.rows[batch])
 
     def _logits(self, batch: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         keys = self._turn(self._samples.merged[batch] @ key.mT, None)
-        return self._queries(batch, query) @ self._per_query(keys, query).mT * self._samples.scaling
+        return self._queries(batch, query) @ self._per_query(keys, query).mT
 
     def _centred(self, batch: int, logits: torch.Tensor) -> torch.Tensor:
-        """Logits ``[heads, rows, tokens]`` without their mean, weighted by the original's attention."""
-        weights = self._weights[batch]
-        mean = (weights * logits).sum(-1, keepdim=True)
-        return weights * (logits - mean)
+        """Logits ``[heads, rows, tokens]`` without their mean, weighted by the original's attention.
 
-    def _weighted(self, batch: int, logits: torch.Tensor) -> torch.Tensor:
-        """The same, by how much a row's output depends on where it looks."""
-        return self._spreads[batch] * self._centred(batch, logits)
+        ``w (x - Σ w x)`` is what a softmax makes of a gradient, and there is a kernel for that.
+        """
+        centred: torch.Tensor = torch._softmax_backward_data(logits, self._weights[batch], -1, torch.float32)
+        return centred
 
     def _attend(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The original's attention, ``[heads, rows, tokens]``."""

@@ -8,7 +8,8 @@ So every layer makes up for part of what those before it lost.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from llmconvert.convert.gqa_capture import PositionWeights, RotaryAngles, keep_i
 from llmconvert.convert.gqa_refit import LogitFit, LogitSamples
 from llmconvert.convert.gqa_solve import ridge
 from llmconvert.convert.gqa_view import MergedAttention
+from llmconvert.convert.heal_model import share_tensors
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.memory import available_nbytes, choose_mode
 from llmconvert.engine.precision import compute_dtype
@@ -57,7 +59,7 @@ class RefitOptions:
     rounds: int = 1
     steps: int = 6
     ridge: float = 1e-3
-    sample_nbytes: int = 200_000_000
+    sample_nbytes: int = 180_000_000
     windows: int = 64
 
 
@@ -108,9 +110,11 @@ def stream_merge(
         CapacityError: the disk cannot hold the activations.
     """
     view = MergedAttention(source, kv_heads, "first")
+    apart = frozenset(name for name in source.infos if name.startswith(view.geometry.blocks))
+    wide, narrow = share_tensors((source, view), apart, device, _refit_dtype(device))
     with (
-        _Side(source, windows, device, work / "original") as original,
-        _Side(view, windows, device, work / "merged") as merged,
+        _Side(wide, windows, device, work / "original", replayed=True) as original,
+        _Side(narrow, windows, device, work / "merged") as merged,
     ):
         for before, after in zip(original.stream.blocks(), merged.stream.blocks(), strict=True):
             block = _Block(view, original, merged, before, after, options)
@@ -123,10 +127,19 @@ def _refit_dtype(device: torch.device) -> torch.dtype | None:
 
 
 class _Side:
-    """One of the two models on its way through the windows."""
+    """One of the two models on its way through the windows.
+
+    With ``replayed``, a window is run anew whenever it is asked for, and holds nothing but its state in between.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, windows: Sequence[torch.Tensor], device: torch.device, work: Path
+        self,
+        checkpoint: Checkpoint,
+        windows: Sequence[torch.Tensor],
+        device: torch.device,
+        work: Path,
+        *,
+        replayed: bool = False,
     ) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.skeleton = Skeleton(checkpoint, device, _refit_dtype(device))
@@ -137,9 +150,13 @@ class _Side:
         plans = discover(self.skeleton, max(lengths))
         # Two models share what is free.
         mode = choose_mode(self.skeleton, plans, lengths, _WORK_NBYTES, available_nbytes() // 3).mode
-        replayed = mode == "replay"
-        self._states = DiskStates(work, lengths, width, self.skeleton.dtype) if replayed else None
-        self.stream = Stream(self.skeleton, windows, plans, mode=mode, states=self._states)
+        self._states = DiskStates(work, lengths, width, self.skeleton.dtype) if mode == "replay" else None
+        self.stream = Stream(self.skeleton, windows, plans, mode="replay" if replayed else mode, states=self._states)
+
+    @property
+    def filed(self) -> bool:
+        """Whether hidden states are in files, because memory does not hold them."""
+        return self._states is not None
 
     def linear(self, stem: str) -> str:
         """Module name of the linear that the checkpoint calls ``stem``."""
@@ -171,6 +188,7 @@ class _Block:
         self._original, self._merged = original, merged
         self._before, self._after = before, after
         self._options = options
+        self._outputs: list[torch.Tensor] = []
         self._layer = after.plan.index
         self._names = self._geometry.projections[self._layer]
         self._device = merged.skeleton.device
@@ -179,7 +197,7 @@ class _Block:
         """Merge, refit and install the block's attention."""
         weights = read_layer(self._view.base, self._geometry, self._layer)
         wide = weights.key.shape[-1] > self._geometry.hidden_size
-        picks = self._picked_windows() if self._options.logits and self._geometry.norm is None else []
+        picks = self._picked_rows() if self._options.logits and self._geometry.norm is None else {}
         kept: list[torch.Tensor] = []
         angles = RotaryAngles(self._attention_module())
         inputs = keep_inputs(self._after.inputs(self._merged.linear(self._names.query)), picks, kept, wide=wide)
@@ -214,7 +232,7 @@ class _Block:
         weights: LayerWeights,
         merged: MergedLayer,
         moments: torch.Tensor,
-        picks: Sequence[int],
+        picks: Mapping[int, torch.Tensor],
         kept: Sequence[torch.Tensor],
         importance: Sequence[torch.Tensor],
         angles: RotaryAngles,
@@ -223,18 +241,14 @@ class _Block:
     ) -> LogitFit:
         """The layer's queries and keys against the original's on the picked windows."""
         rotary = self._geometry.rotary[self._layer]
-        originals: list[torch.Tensor] = []
-        for _ in keep_inputs(
-            self._before.inputs(self._original.linear(self._names.query)), picks, originals, wide=wide
-        ):
-            pass
+        originals = self._original_inputs(picks, wide=wide)
         module = self._attention_module()
         config = self._merged.skeleton.model.config
         cosines, sines = angles.by_pair(rotary.dims // 2, self._device)
         samples = LogitSamples(
             tuple(originals),
             tuple(kept),
-            tuple(self._rows(len(inputs), len(picks)) for inputs in kept),
+            tuple(picks.values()),
             cosines,
             sines,
             scaling=float(getattr(module, "scaling", self._geometry.head_dim**-0.5)),
@@ -249,20 +263,46 @@ class _Block:
         key_of = heads.repeat_interleave(ratio).to(self._device)
         return LogitFit(samples, ordered, key_of, moments, rotary)
 
-    def _picked_windows(self) -> list[int]:
-        """The windows that the logit refit sees: as many as their inputs fit into half of its memory."""
-        windows = self._merged.windows
-        length = max(window.shape[1] for window in windows)
-        nbytes = 2 * 4 * length * (self._geometry.hidden_size + 1)
-        count = max(1, min(len(windows), self._options.windows, self._options.sample_nbytes // 2 // nbytes))
-        return list(range(count))
+    def _picked_rows(self) -> dict[int, torch.Tensor]:
+        """The windows that the logit refit sees, as many as fit its memory, and the positions of their queries.
 
-    def _rows(self, length: int, windows: int) -> torch.Tensor:
-        """Positions whose queries the logit refit sees: as many as their attention fits into half of its memory."""
-        nbytes = 2 * 4 * windows * self._geometry.query_heads * length
-        count = max(1, min(length, self._options.sample_nbytes // 2 // nbytes))
+        They are drawn from the first half of one window, which saves looking at what follows, and from the second
+        half of the next.
+        """
+        lengths = [window.shape[1] for window in self._merged.windows]
+        mean, half = max(lengths) * 3 / 4, self._options.sample_nbytes / 2
+        windows = int(half / (2 * 4 * mean * (self._geometry.hidden_size + 1)))
+        windows = max(1, min(len(lengths), self._options.windows, windows))
+        rows = max(1, int(half / (2 * 4 * mean * windows * self._geometry.query_heads)))
         generator = torch.Generator().manual_seed(self._layer)
-        return torch.randperm(length, generator=generator)[:count].sort().values.to(self._device)
+        picked = {}
+        for number, length in enumerate(lengths[:windows]):
+            middle = (length + 1) // 2
+            first, last = ((0, middle), (middle, length))[number % 2] if length > 1 else (0, 1)
+            chosen = torch.randperm(last - first, generator=generator)[:rows] + first
+            picked[number] = chosen.sort().values.to(self._device)
+        return picked
+
+    def _original_inputs(self, picks: Mapping[int, torch.Tensor], *, wide: bool) -> list[torch.Tensor]:
+        """What goes into the original's queries in the picked windows.
+
+        If there is memory for it, what goes into its output projection is kept from the same pass.
+        """
+        names = [self._original.linear(stem) for stem in (self._names.query, self._names.output)]
+        kept: list[torch.Tensor] = []
+        if self._original.filed:
+            deque(keep_inputs(self._before.inputs(names[0]), picks, kept, wide=wide), maxlen=0)
+            return kept
+        self._outputs = []
+
+        def entering() -> Iterator[torch.Tensor]:
+            for query, output in self._before.joint_inputs(names):
+                assert query is not None and output is not None
+                self._outputs.append(output)
+                yield query
+
+        deque(keep_inputs(entering(), picks, kept, wide=wide), maxlen=0)
+        return kept
 
     def _attention_module(self) -> nn.Module:
         return self._submodule(self._merged.linear(self._names.query).rpartition(".")[0])
@@ -287,7 +327,7 @@ class _Block:
         """The output projection by ridge regression to the original's attention output, positions by importance."""
         name = f"{self._names.output}.weight"
         after = self._after.inputs(self._merged.linear(self._names.output))
-        before = self._before.inputs(self._original.linear(self._names.output))
+        before = self._outputs or self._before.inputs(self._original.linear(self._names.output))
         columns = self._geometry.query_heads * self._geometry.head_dim
         pairs = (
             torch.cat([ours, theirs], dim=1).float() * weights.sqrt()[:, None]

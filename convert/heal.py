@@ -53,8 +53,8 @@ class HealReport:
         tokens: learned from, repetitions included.
         trained: numbers in the trained tensors.
         before, after: divergence of the predictions from the original's on the held-out text, in nats; None without.
-        history: ``step``, ``kl``, ``hidden`` (relative squared error of hidden states), ``rate`` of every step.
-        held_out: ``step``, ``kl``, ``hidden`` of every look at the held-out text.
+        history: ``step``, ``kl``, ``hidden`` (share of error in hidden states), ``rate`` of every step.
+        held_out: ``step``, ``kl`` of every look at the held-out text.
         seconds: wall-clock time, that of earlier calls included when it was resumed.
         resumed_at: the step that this call began with.
     """
@@ -198,8 +198,8 @@ def _check_memory(
     hidden = int(config.get("hidden_size", 0))
     widths = _HIDDEN_COPIES * hidden + _INNER_COPIES * int(config.get("intermediate_size") or 4 * hidden)
     activations = length * int(config.get("num_hidden_layers", 0)) * widths * dtype.itemsize
-    # Teacher's attention; the student's with its gradient, two means, and the best so far.
-    needed = BASE_NBYTES + (rest + 2 * trained) * dtype.itemsize + 5 * 4 * trained + activations
+    # Teacher's attention; the student's with its gradient, its running mean, and the best so far.
+    needed = BASE_NBYTES + (rest + 2 * trained) * dtype.itemsize + 4 * 4 * trained + activations
     free = available_nbytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if needed > _USABLE * free:
         raise CapacityError(

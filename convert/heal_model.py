@@ -40,9 +40,12 @@ class _Shared(CheckpointView):
 
 
 def share_tensors(
-    checkpoints: Sequence[Checkpoint], apart: frozenset[str], device: torch.device, dtype: torch.dtype
+    checkpoints: Sequence[Checkpoint], apart: frozenset[str], device: torch.device, dtype: torch.dtype | None
 ) -> list[Checkpoint]:
-    """Views of checkpoints that are equal but for the tensors ``apart``; what is equal is held once."""
+    """Views of checkpoints that are equal but for the tensors ``apart``; what is equal is held once.
+
+    It is held on ``device`` in ``dtype``, its own if None.
+    """
     kept: dict[str, torch.Tensor] = {}
     return [_Shared(checkpoint, kept, apart, (device, dtype)) for checkpoint in checkpoints]
 

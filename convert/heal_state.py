@@ -16,8 +16,8 @@ from llmconvert.writer import write_file
 
 __all__ = ["HealState", "load_state", "save_state"]
 
-_SCHEMA = "llmconvert.heal/1"
-_GROUPS = ("weights", "first", "second", "best")
+_SCHEMA = "llmconvert.heal/2"
+_GROUPS = ("weights", "momentum", "best")
 
 
 @dataclass
@@ -28,18 +28,17 @@ class HealState:
         identity: of the job; another one's state is not taken up.
         step: optimizer steps done.
         weights: trained tensors by checkpoint name, float32.
-        first, second: AdamW's running means of their gradients and of the squares.
+        momentum: the optimizer's running means of their gradients.
         best: the weights that did best on the held-out text.
         history: one entry per step done: ``step``, ``kl``, ``hidden``, ``rate``.
-        held_out: one entry per evaluation: ``step``, ``kl``, ``hidden``.
+        held_out: one entry per evaluation: ``step``, ``kl``.
         seconds: spent so far.
     """
 
     identity: str
     step: int
     weights: dict[str, torch.Tensor]
-    first: dict[str, torch.Tensor]
-    second: dict[str, torch.Tensor]
+    momentum: dict[str, torch.Tensor]
     best: dict[str, torch.Tensor]
     history: list[dict[str, float]] = field(default_factory=list)
     held_out: list[dict[str, float]] = field(default_factory=list)

@@ -1,8 +1,9 @@
 """Healing: the merged model learns from the original, attention weights alone, by gradient steps.
 
-The loop is short because its parts are libraries': AdamW, clipping and autocast are torch's, the schedule is
-transformers'. transformers' ``Trainer`` does not fit: its checkpoints are whole models, its losses come from labels or
-from teachers called inside the student's forward, and two models that share all tensors but attention's, with a loss
+The loop is short because its parts are libraries': clipping and autocast are torch's, the schedule is transformers',
+and the optimizer is Muon for heads (:mod:`llmconvert.convert.heal_muon`), which learned more than AdamW from a given
+text. transformers' ``Trainer`` does not fit: its checkpoints are whole models, its losses come from labels or from
+teachers called inside the student's forward, and two models that share all tensors but attention's, with a loss
 computed a few positions at a time, are outside what it drives.
 """
 
@@ -17,8 +18,10 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from llmconvert.convert.attention import read_geometry
 from llmconvert.convert.heal_loss import Losses, hidden_divergence, prediction_divergence
 from llmconvert.convert.heal_model import ResidentModel
+from llmconvert.convert.heal_muon import Muon
 from llmconvert.convert.heal_state import HealState
 from llmconvert.errors import CalibrationError
 from llmconvert.progress import Task
@@ -35,8 +38,9 @@ class HealOptions:
         batch: windows per step.
         learning_rate: at its highest, after the warm-up; falls to zero along half a cosine.
         warmup: share of the steps in which the rate rises from zero.
-        weight_decay: AdamW's; towards zero, so not towards where the weights came from.
         clip: largest norm of a step's gradient.
+        stride: one of so many positions has its predictions compared, the others have their turn later; output heads
+            are a third of a step's work in small models.
         hidden: weight of the hidden states' error beside the divergence of predictions.
         held_out: windows that are not learned from and tell when to stop.
         evaluate_every: steps between looks at them.
@@ -47,10 +51,10 @@ class HealOptions:
 
     steps: int = 200
     batch: int = 2
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     warmup: float = 0.05
-    weight_decay: float = 0.0
     clip: float = 1.0
+    stride: int = 2
     hidden: float = 0.5
     held_out: int = 8
     evaluate_every: int = 25
@@ -82,6 +86,7 @@ class Healing:
         self._options = options
         split = len(windows) - options.held_out
         self._windows, self._held_out = tuple(windows[:split]), tuple(windows[split:])
+        self._expected: list[torch.Tensor] = []
         self._device = student.skeleton.device
         self._parameters: dict[str, nn.Parameter] = student.train(names)
 
@@ -92,9 +97,7 @@ class Healing:
             CalibrationError: the losses are not finite.
         """
         options = self._options
-        optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.98)
-        )
+        optimizer = self._optimizer()
         state = self._restore(optimizer, state) if state is not None else self._begin(identity)
         for group in optimizer.param_groups:
             group["initial_lr"] = options.learning_rate
@@ -122,8 +125,15 @@ class Healing:
         state.seconds = spent + time.perf_counter() - begin
         return state
 
+    def _optimizer(self) -> Muon:
+        geometry = read_geometry(self._student.skeleton.checkpoint)
+        outputs = {f"{names.output}.weight" for names in geometry.projections}
+        rows = [parameter for name, parameter in self._parameters.items() if name not in outputs]
+        columns = [parameter for name, parameter in self._parameters.items() if name in outputs]
+        return Muon(rows, columns, head_dim=geometry.head_dim, lr=self._options.learning_rate)
+
     def _begin(self, identity: str) -> HealState:
-        state = HealState(identity, 0, {}, {}, {}, {})
+        state = HealState(identity, 0, {}, {}, {})
         if self._held_out:
             self._evaluate(state)
         return state
@@ -137,6 +147,9 @@ class Healing:
                 target_final, targets = self._teacher.decode(window)
             with self._autocast():
                 final, states = self._student.decode(window)
+                target_final, final = (
+                    part[:, step % options.stride :: options.stride] for part in (target_final, final)
+                )
                 divergence, slope = prediction_divergence(
                     self._teacher, self._student, target_final, final, gradient=True
                 )
@@ -168,15 +181,14 @@ class Healing:
     @torch.no_grad()
     def _evaluate(self, state: HealState) -> None:
         """Look at the held-out text, and keep the weights if they are the best so far."""
-        kl = hidden = 0.0
-        for window in self._held_out:
-            with self._autocast():
-                target_final, targets = self._teacher.decode(window)
-                final, states = self._student.decode(window)
-                kl += prediction_divergence(self._teacher, self._student, target_final, final, gradient=False)[0]
-                hidden += float(hidden_divergence(targets, states))
-        count = len(self._held_out)
-        state.held_out.append({"step": state.step, "kl": kl / count, "hidden": hidden / count})
+        kl = 0.0
+        with self._autocast():
+            if not self._expected:
+                self._expected = [self._teacher.decode(window)[0] for window in self._held_out]
+            for window, target in zip(self._held_out, self._expected, strict=True):
+                final, _ = self._student.decode(window)
+                kl += prediction_divergence(self._teacher, self._student, target, final, gradient=False)[0]
+        state.held_out.append({"step": state.step, "kl": kl / len(self._held_out)})
         if state.held_out[-1]["kl"] <= min(entry["kl"] for entry in state.held_out):
             state.best = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
@@ -191,16 +203,12 @@ class Healing:
 
     def _collect(self, optimizer: torch.optim.Optimizer, state: HealState) -> None:
         state.weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
-        moments = {name: optimizer.state[parameter] for name, parameter in self._parameters.items()}
-        state.first = {name: entry["exp_avg"] for name, entry in moments.items()}
-        state.second = {name: entry["exp_avg_sq"] for name, entry in moments.items()}
+        state.momentum = {
+            name: optimizer.state[parameter]["momentum_buffer"] for name, parameter in self._parameters.items()
+        }
 
     def _restore(self, optimizer: torch.optim.Optimizer, state: HealState) -> HealState:
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state.weights[name])
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step)),
-                "exp_avg": state.first[name].to(self._device),
-                "exp_avg_sq": state.second[name].to(self._device),
-            }
+            optimizer.state[parameter] = {"momentum_buffer": state.momentum[name].to(self._device)}
         return state

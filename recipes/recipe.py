@@ -30,6 +30,7 @@ __all__ = [
     "CalibrateSettings",
     "CardSettings",
     "ConvertSettings",
+    "DecodingSettings",
     "GenerationSettings",
     "HealSettings",
     "MemorySettings",
@@ -99,7 +100,7 @@ class HealSettings(_Section):
     batch: Count = 2
     length: Annotated[int, Field(ge=2)] = 512
     dataset: Annotated[str, Field(min_length=1)] | None = None
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     hidden: Annotated[float, Field(ge=0)] = 0.5
     held_out: Annotated[int, Field(ge=0)] = 8
     seed: Seed = 0
@@ -244,6 +245,14 @@ class MemorySettings(_Section):
     measured_contexts: Annotated[tuple[Length, ...], BeforeValidator(_to_tuple)] = (2048, 8192)
 
 
+class DecodingSettings(_Section):
+    """Speed of writing, original and artifact in ``rounds`` turns: ``tokens`` tokens after ``context`` others."""
+
+    context: Count = 4096
+    tokens: Count = 32
+    rounds: Count = 2
+
+
 class TaskSettings(_Section):
     """Benchmarks of lm-eval by name, on original and artifact.
 
@@ -273,6 +282,7 @@ class ValidateSettings(_Section):
 
     ``max_kl`` (mean divergence per token, nats), ``min_top1`` (share of equal predictions) and ``max_bytes`` (of the
     weight files) are further gates; the first two need ``perplexity``, on whose text they are measured.
+    ``decoding`` is measured where the recipe rewrites attention, unless it says ``false``.
     ``repair`` gives an artifact that misses one of them more bits where they tell most.
     """
 
@@ -281,6 +291,7 @@ class ValidateSettings(_Section):
     attention: Annotated[BackendSettings | None, BeforeValidator(_backends)] = None
     positions: Annotated[PositionSettings | None, BeforeValidator(_switch)] = None
     memory: Annotated[MemorySettings | None, BeforeValidator(_switch)] = None
+    decoding: Annotated[DecodingSettings | None, BeforeValidator(_switch)] = None
     max_kl: Annotated[float, Field(gt=0)] | None = None
     min_top1: Share | None = None
     max_bytes: Bytes | None = None
@@ -354,6 +365,14 @@ class Recipe(_Section):
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     memory: Bytes | None = None
     work_dir: Annotated[str, Field(min_length=1)] = "work"
+
+    @property
+    def measured(self) -> ValidateSettings | None:
+        """The validate section; where attention is rewritten, decoding is part of it unless it says no."""
+        settings = self.validation
+        if settings is None or self.attention is None or "decoding" in settings.model_fields_set:
+            return settings
+        return settings.model_copy(update={"decoding": DecodingSettings()})
 
     def to_mapping(self) -> dict[str, Any]:
         """The recipe as plain values with every default written out; what was not asked for is left out."""

@@ -103,7 +103,7 @@ class _Run:
 
     def run(self) -> RunResult:
         recipe = self._recipe
-        require_measurable(recipe.validation)
+        require_measurable(recipe.measured)
         if self._publish is not None:
             check_target(self._publish, recipe.name)
         source = self._fetch()
@@ -298,7 +298,7 @@ class _Run:
         evaluation: TokenWindows | None,
         name: str = "validate",
     ) -> StageResult | None:
-        settings = self._recipe.validation
+        settings = self._recipe.measured
         if settings is None:
             return None
         overlap = None

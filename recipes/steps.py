@@ -33,6 +33,7 @@ from llmconvert.validate.attention import AttentionOptions
 from llmconvert.validate.attention_check import AttentionCheck
 from llmconvert.validate.behaviour import GenerationOptions
 from llmconvert.validate.cache_size import CacheCheck
+from llmconvert.validate.decoding import DecodingCheck
 from llmconvert.validate.generation import PROMPTS
 from llmconvert.validate.ladder import MemoryLadder
 from llmconvert.validate.measurement import Measurement
@@ -262,6 +263,9 @@ def measurements(settings: ValidateSettings) -> list[Measurement]:
         memory = settings.memory
         found.append(CacheCheck(memory.contexts, memory.batches))
         found.append(MemoryLadder(memory.contexts, memory.measured, memory.measured_contexts))
+    if settings.decoding is not None:
+        decoding = settings.decoding
+        found.append(DecodingCheck(decoding.context, decoding.tokens, decoding.rounds))
     if settings.tasks is not None:
         tasks = settings.tasks
         include = Path(tasks.include).expanduser() if tasks.include is not None else None

@@ -43,6 +43,7 @@ _LABELS: Mapping[str, str] = {
     "generation.ended": "Continuations that end by themselves",
     "speed.prefill": "Speed of reading a prompt",
     "speed.decode": "Speed of writing",
+    "decoding.tokens_per_second": "Speed of writing with a long context",
     "inventory": "Tensors dropped or misshapen",
     "runtime": "Tensors the runtime could not load",
     "fidelity.max_abs_diff": "Largest difference of a logit, runtime to reader",

@@ -140,12 +140,26 @@ class BlockRun:
         Batches that don't call the linear are left out.
         """
         module = self.module(linear)
-        index = self.plan.index
         for batch in range(len(self._stream.windows)):
-            coroutine = self._stream.enter(index, batch)
-            value = coroutine.run_to_linear(index, module)
+            coroutine = self._stream.enter(self.plan.index, batch)
+            value = coroutine.run_to_linear(self.plan.index, module)
             if value is not None:
                 yield value.reshape(-1, value.shape[-1])
+            self._stream.leave(coroutine)
+
+    def joint_inputs(self, linears: Sequence[str]) -> Iterator[list[torch.Tensor | None]]:
+        """The inputs of several linears, in the order of the plan's stops, batch after batch; None: not called.
+
+        Every batch then leaves the block at once, neither waiting with all that it holds nor being run anew; so
+        nothing else can be asked for or installed.
+        """
+        modules = [self.module(linear) for linear in linears]
+        for batch in range(len(self._stream.windows)):
+            coroutine = self._stream.enter(self.plan.index, batch)
+            values = [coroutine.run_to_linear(self.plan.index, module) for module in modules]
+            yield [value.flatten(0, -2) if value is not None else None for value in values]
+            del values
+            self._stream.pass_on(coroutine, self.plan.index, batch)
             self._stream.leave(coroutine)
 
     def entries(self, batches: Iterable[int]) -> Iterator[tuple[torch.Tensor, BlockCall]]:
@@ -154,9 +168,8 @@ class BlockRun:
         To be asked for before any of the block's :meth:`inputs`. Calls and hidden states stay usable until the next
         block; whether they are kept, which takes memory for every batch, is up to the caller.
         """
-        index = self.plan.index
         for batch in batches:
-            coroutine = self._stream.enter(index, batch)
+            coroutine = self._stream.enter(self.plan.index, batch)
             assert coroutine.tensor is not None and coroutine.call is not None
             entry = coroutine.tensor, coroutine.call
             self._stream.leave(coroutine)
@@ -201,6 +214,7 @@ class Stream:
         self._start = start
         self._passes: list[_Pass] = []
         self._crossed = start - 1
+        self._ahead: set[int] = set()  # batches that have left the current block
         self._phases = phases or Phases()
         skeleton.restore_buffers()
         with self._phases.measure("reading"):
@@ -272,6 +286,12 @@ class Stream:
         self._check_finite(left, index, batch)
         return left
 
+    def pass_on(self, coroutine: _Pass, index: int, batch: int) -> None:
+        """Let ``batch`` leave block ``index`` before others do; the last one is not left."""
+        if index + 1 < self.skeleton.block_count and batch not in self._ahead:
+            self._leave_block(coroutine, index, batch)
+            self._ahead.add(batch)
+
     def leave(self, coroutine: _Pass) -> None:
         """Done with a coroutine from :meth:`enter` for now."""
         if self._mode == "replay":
@@ -307,12 +327,16 @@ class Stream:
             return
         self._crossed = index
         for batch in range(len(self.windows)):
-            coroutine = self.enter(index, batch)
-            hidden = coroutine.run_to_next_block(index)
-            self._check_finite(hidden, index, batch)
-            if self._states is not None:
-                self._states.put(index + 1, batch, hidden)
-            self.leave(coroutine)
+            if batch not in self._ahead:
+                self._leave_block(coroutine := self.enter(index, batch), index, batch)
+                self.leave(coroutine)
+        self._ahead.clear()
+
+    def _leave_block(self, coroutine: _Pass, index: int, batch: int) -> None:
+        hidden = coroutine.run_to_next_block(index)
+        self._check_finite(hidden, index, batch)
+        if self._states is not None:
+            self._states.put(index + 1, batch, hidden)
 
     def _check_finite(self, value: torch.Tensor, index: int, batch: int) -> None:
         """Refuse what ``batch`` brings from block ``index`` if it is not finite."""

@@ -92,8 +92,12 @@ def test_gradients_are_those_of_the_plain_loss(kind: str, config: dict[str, Any]
         expected = models[0](window).logits[0].log_softmax(-1)
     found = models[1](window).logits[0].log_softmax(-1)
     plain = kl_div(found, expected, log_target=True, reduction="sum") / window.shape[1]
+
+    def share(error: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return error / (error + size)
+
     apart = torch.stack(
-        [((b - a).square().sum(-1) / a.square().sum(-1)).mean() for a, b in zip(*blocks, strict=True)]
+        [share((b - a).square().sum(-1), a.square().sum(-1)).mean() for a, b in zip(*blocks, strict=True)]
     ).mean()
     (plain + 0.7 * apart).backward()
     assert kl == pytest.approx(float(plain.detach()), rel=1e-4) and kl > 1e-3
@@ -109,7 +113,7 @@ def test_gradients_are_those_of_the_plain_loss(kind: str, config: dict[str, Any]
 def test_healing_brings_the_model_closer_to_the_original(tmp_path: Path) -> None:
     original, merged = pair(tmp_path, head_dim=8)
     windows = ids((64,) * 244, seed=4)
-    options = HealOptions(steps=60, batch=4, learning_rate=5e-3, held_out=4, evaluate_every=20)
+    options = HealOptions(steps=60, batch=4, learning_rate=3e-2, held_out=4, evaluate_every=20)
     report = heal(original, merged, tmp_path / "healed", windows=windows, options=options)
     assert report.before is not None and report.after is not None
     assert report.after < 0.8 * report.before

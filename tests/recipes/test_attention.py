@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,25 @@ from llmconvert.convert.gqa_job import convert_attention
 from llmconvert.errors import RecipeError
 from llmconvert.recipes.healing import heal_stage
 from llmconvert.recipes.loading import load_recipe
-from llmconvert.recipes.recipe import HealSettings
+from llmconvert.recipes.recipe import DecodingSettings, HealSettings
 from llmconvert.recipes.runner import run_recipe
 
 
-def test_merging_and_quantizing_in_one_run(write_recipe: Any) -> None:
-    recipe = load_recipe(write_recipe(attention={"kv_heads": 1}))
+@pytest.fixture
+def write_quick(write_recipe: Any, texts: tuple[Path, Path]) -> Any:
+    """Recipes that leave out the speed of decoding, whose processes take seconds to start."""
+    perplexity = {"dataset": str(texts[1]), "window": 64, "max_windows": 4}
+    return partial(write_recipe, validate={"perplexity": perplexity, "decoding": False})
+
+
+def test_decoding_is_measured_where_attention_is_rewritten(write_recipe: Any, write_quick: Any) -> None:
+    assert load_recipe(write_recipe(attention={"kv_heads": 1})).measured.decoding == DecodingSettings()
+    assert load_recipe(write_quick(attention={"kv_heads": 1})).measured.decoding is None
+    assert load_recipe(write_recipe()).measured.decoding is None
+
+
+def test_merging_and_quantizing_in_one_run(write_quick: Any) -> None:
+    recipe = load_recipe(write_quick(attention={"kv_heads": 1}))
     result = run_recipe(recipe)
     with SafetensorsCheckpoint(result.artifact) as checkpoint:
         assert checkpoint.config["num_key_value_heads"] == 1
@@ -36,17 +50,17 @@ def test_merging_and_quantizing_in_one_run(write_recipe: Any) -> None:
     assert run_recipe(recipe).report == result.report  # nothing was done again
 
 
-def test_merging_alone(write_recipe: Any) -> None:
-    result = run_recipe(load_recipe(write_recipe(attention={"kv_heads": 1}, quantize=None)))
+def test_merging_alone(write_quick: Any) -> None:
+    result = run_recipe(load_recipe(write_quick(attention={"kv_heads": 1}, quantize=None)))
     with SafetensorsCheckpoint(result.artifact) as checkpoint:
         assert checkpoint.config["num_key_value_heads"] == 1
         assert checkpoint.infos["model.layers.1.self_attn.v_proj.weight"].shape == (16, 64)
     assert any(check.name == "perplexity" for check in result.report.checks)
 
 
-def test_healing_between_merge_and_quantization(write_recipe: Any) -> None:
+def test_healing_between_merge_and_quantization(write_quick: Any) -> None:
     heal = {"steps": 6, "length": 32, "held_out": 4}
-    recipe = load_recipe(write_recipe(attention={"kv_heads": 1, "heal": heal}))
+    recipe = load_recipe(write_quick(attention={"kv_heads": 1, "heal": heal}))
     result = run_recipe(recipe)
     steps = {step.name: step.model_dump() for step in result.report.steps}
     assert list(steps).index("attention") < list(steps).index("heal") < list(steps).index("quantize")
