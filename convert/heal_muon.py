@@ -79,7 +79,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """``[count, rows, columns]`` with every singular value moved to about one; zero stays zero."""
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     norms = torch.linalg.matrix_norm(wide, keepdim=True)
-    found = wide / norms.clamp_min(torch.finfo(wide.dtype).tiny)
+    found: torch.Tensor = wide / norms.clamp_min(torch.finfo(wide.dtype).tiny)
     first, third, fifth = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = found @ found.mT
