@@ -21,6 +21,8 @@ __all__ = [
     "BlockQuantizer",
     "Calibration",
     "Quantizer",
+    "ScaledEdge",
+    "ScalingQuantizer",
     "Solution",
     "Target",
     "check_method",
@@ -34,6 +36,8 @@ METHODS: Mapping[str, str] = {
     "gptq": "llmconvert.quantize.gptq:Gptq",
     "gptaq": "llmconvert.quantize.gptaq:Gptaq",
     "signround": "llmconvert.quantize.signround:SignRound",
+    "awq": "llmconvert.quantize.awq:Awq",
+    "smoothquant": "llmconvert.quantize.smoothquant:SmoothQuant",
     "hqq": "llmconvert.quantize.hqq:Hqq",
 }
 
@@ -84,6 +88,25 @@ class BlockData:
     outputs: Callable[[Iterable[int]], Iterator[torch.Tensor]]
 
 
+@dataclass(frozen=True, slots=True)
+class ScaledEdge:
+    """Linears whose input columns may be scaled, because what produces them can be divided by the same.
+
+    Attributes:
+        targets: the linears, which share their input; weights must not be changed.
+        channels: int64 ``[columns]``, the producer's channel behind each column; columns of one channel need one scale.
+        hessian: of the inputs, if the method asks for moments.
+        mean: float32 ``[columns]``, mean magnitude of the inputs over the tokens.
+        largest: float32 ``[columns]``, their largest magnitude.
+    """
+
+    targets: Sequence[Target]
+    channels: torch.Tensor
+    hessian: Hessian | None
+    mean: torch.Tensor
+    largest: torch.Tensor
+
+
 class Quantizer(Protocol):
     """A method: statistics and weights in, codes out."""
 
@@ -128,6 +151,24 @@ class BlockQuantizer(Quantizer, Protocol):
             weights: how many numbers the block's targets have in all.
             batch: most bytes that one batch has alive inside the block in a forward pass without gradients.
         """
+
+
+@runtime_checkable
+class ScalingQuantizer(Quantizer, Protocol):
+    """A method that moves scales from activations to weights before it quantizes; its ``calibration`` is ``inputs``."""
+
+    #: Whether :meth:`scales` wants second moments.
+    moments: ClassVar[bool]
+
+    def scales(self, edge: ScaledEdge, scale_dtype: torch.dtype) -> torch.Tensor:
+        """What the columns of an edge's linears are to be multiplied by: ``[columns]``, positive, alike for a channel.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+        """
+
+    def scales_nbytes(self, rows: int, columns: int) -> int:
+        """Peak bytes of :meth:`scales` beside weights and statistics, for ``rows`` in all."""
 
 
 def load_method(name: str, options: Mapping[str, Any]) -> Quantizer:

@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import LlmconvertError, RunInterruptedError
 from llmconvert.journal import Journal
@@ -130,10 +132,14 @@ class Execution:
                 if step.index > done:
                     self._journal_block(writer, journal, step.sync, step.index - 1)
                 first = len(self.results)
+                changed: set[str] = set()
                 for name, solution in step.solve():
-                    self._store(writer, name, solution)
+                    if isinstance(solution, torch.Tensor):
+                        changed.add(self._store_dense(writer, name, solution))
+                    else:
+                        self._store(writer, name, solution)
                     del solution  # it would stand beside the next linear's statistics
-                self._copy(writer, self._block_names(step.index))
+                self._copy(writer, [name for name in self._block_names(step.index) if name not in changed])
                 errors = [error for _, error, _ in self.results[first:] if error is not None]
                 task.advance(1, f"output error {max(errors):.2%} at most" if errors else "")
         if done < self.skeleton.block_count:
@@ -154,6 +160,13 @@ class Execution:
             for stored, tensor in packed.items():
                 writer.write(stored, tensor)
         self.results.append((name, solution.error, solution.damping))
+
+    def _store_dense(self, writer: TensorWriter, name: str, tensor: torch.Tensor) -> str:
+        """Write a parameter that got new values, in its dtype in the source; gives its name there."""
+        stored = self.skeleton.names[name]
+        with self.phases.measure("writing"):
+            writer.write(stored, tensor.to(self.skeleton.checkpoint.infos[stored].dtype))
+        return stored
 
     def _copy(self, writer: TensorWriter, names: Sequence[str]) -> None:
         """Copy tensors that stay as they are, in slices of rows."""

@@ -16,16 +16,18 @@ from llmconvert import __version__
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.dense import require_dense
 from llmconvert.engine.discovery import discover
+from llmconvert.engine.edges import Edge, find_edges
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError
 from llmconvert.phases import Phases
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.base import load_method
+from llmconvert.quantize.base import ScalingQuantizer, load_method
 from llmconvert.quantize.execute import Execution
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization, work_nbytes
+from llmconvert.quantize.rescale import describe_edges
 from llmconvert.quantize.scheme import Scheme, input_kind
 from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Steps
 from llmconvert.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout, write_json
@@ -148,8 +150,13 @@ def quantize_checkpoint(
     if calibrated:
         kinds = {name: input_kind(chosen) for name, chosen in plan.schemes.items()}
         skeleton.quantize_inputs({name: kind for name, kind in kinds.items() if kind is not None})
+        edges: tuple[tuple[Edge, ...], ...] = ()
+        if isinstance(quantizer, ScalingQuantizer):
+            edges = find_edges(skeleton, blocks)
+            kind = str(skeleton.model.config.model_type)
+            progress.log(f"{method}: {describe_edges(edges, blocks, kind, skeleton.prefix(0))}")
         steps = CalibratedSteps(
-            skeleton, quantizer, plan, scale_dtype, phases, blocks, tuple(windows), memory.mode, original
+            skeleton, quantizer, plan, scale_dtype, phases, blocks, tuple(windows), memory.mode, original, edges
         )
     execution = Execution(skeleton, layout_format, plan, steps, phases)
 

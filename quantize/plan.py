@@ -16,7 +16,7 @@ from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.statistics import hessian_nbytes
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
-from llmconvert.quantize.base import BlockQuantizer, Quantizer, check_method
+from llmconvert.quantize.base import BlockQuantizer, Quantizer, ScalingQuantizer, check_method
 from llmconvert.quantize.formats.base import Format, check_format
 from llmconvert.quantize.scheme import Scheme
 
@@ -119,7 +119,7 @@ def work_nbytes(
     inverted in place, and beside it what :func:`~llmconvert.engine.statistics.hessian_nbytes` states for a chunk of
     tokens or :meth:`~llmconvert.quantize.gptq.Gptq.nbytes` in ``r · n``; with the original's inputs too, another
     ``4 n²`` and a chunk of those. A data-free method takes one linear at a time, whose weight is read for it, and a
-    block-wise one all linears of a block.
+    block-wise one all linears of a block. A method that moves scales gathers the Hessians of all stops at once.
     """
     linears = {name: module for block in skeleton.linears for name, module in block.items()}
     needs = [0]
@@ -128,6 +128,8 @@ def work_nbytes(
             chosen = [linears[name].weight.numel() for stop in block.stops for name in stop.linears]
             needs.append(method.block_nbytes(sum(chosen), block.peak_nbytes))
             continue
+        if isinstance(method, ScalingQuantizer):
+            needs.append(_scaling_nbytes(block, linears, method, dtype))
         for stop in block.stops:
             heights = [linears[name].out_features for name in stop.linears if name in plan.schemes]
             columns = stop.columns
@@ -136,9 +138,22 @@ def work_nbytes(
             elif heights:
                 matrices = 4 * columns * columns * (2 if method.original else 1)
                 solution = matrices + method.nbytes(sum(heights), columns)
+                if isinstance(method, ScalingQuantizer):  # rescaled weights in float32, and one more as it is made
+                    solution += 8 * sum(heights) * columns
                 statistics = hessian_nbytes(columns, dtype, original=method.original)
                 needs.append(max(statistics, solution))
     return max(needs)
+
+
+def _scaling_nbytes(
+    block: BlockPlan, linears: Mapping[str, nn.Linear], method: ScalingQuantizer, dtype: torch.dtype
+) -> int:
+    if method.moments:
+        held = sum(hessian_nbytes(stop.columns, dtype) for stop in block.stops)
+    else:
+        held = sum(12 * stop.columns for stop in block.stops)
+    heights = {stop: sum(linears[name].out_features for name in stop.linears) for stop in block.stops}
+    return held + max((method.scales_nbytes(rows, stop.columns) for stop, rows in heights.items()), default=0)
 
 
 def _check_architecture(skeleton: Skeleton) -> None:

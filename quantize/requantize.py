@@ -20,9 +20,9 @@ import torch
 from llmconvert.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
 from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.errors import CheckpointError, SchemeError
+from llmconvert.errors import CheckpointError, SchemeError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.base import load_method
+from llmconvert.quantize.base import ScalingQuantizer, load_method
 from llmconvert.quantize.formats.base import Format, load_format
 from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers, write_layers
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization
@@ -95,6 +95,7 @@ def requantize_checkpoint(
     Raises:
         CheckpointError: the artifact is not stored as ``before`` says.
         SchemeError: nothing would be quantized any more.
+        UnsupportedError: the method changes more than linears.
         LlmconvertError: see :func:`llmconvert.quantize.job.quantize_checkpoint`.
     """
     check_output_directory(output)
@@ -104,9 +105,13 @@ def requantize_checkpoint(
     some = next((scheme for scheme in after.values() if scheme is not None), None)
     if some is None:
         raise SchemeError("the changes leave no linear quantized")
-    plan = plan_quantization(
-        skeleton, blocks, some, _overrides(after), load_method(method, options or {}), layout_format
-    )
+    quantizer = load_method(method, options or {})
+    if isinstance(quantizer, ScalingQuantizer):
+        raise UnsupportedError(
+            f"method {method!r} changes norms along with the linears, so single linears of a finished artifact can't "
+            "be given another scheme; quantize the model anew, with overrides"
+        )
+    plan = plan_quantization(skeleton, blocks, some, _overrides(after), quantizer, layout_format)
     part = output.absolute().with_name(f".{output.name}.changed")
     results: tuple[LayerResult, ...] = ()
     with SafetensorsCheckpoint(artifact) as stored:

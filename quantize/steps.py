@@ -19,19 +19,22 @@ import torch
 
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.discovery import BlockPlan, Stop
+from llmconvert.engine.edges import Edge
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, states_present
 from llmconvert.engine.statistics import Hessian, accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Mode, Stream
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import Phases
-from llmconvert.quantize.base import BlockData, BlockQuantizer, Quantizer, Solution, Target
+from llmconvert.quantize.base import BlockData, BlockQuantizer, Quantizer, ScalingQuantizer, Solution, Target
 from llmconvert.quantize.kernels import load_kernels
 from llmconvert.quantize.plan import QuantizationPlan
+from llmconvert.quantize.rescale import Rescaling, rescale_block
 
 __all__ = ["CalibratedSteps", "DataFreeSteps", "Step", "Steps"]
 
 _STREAMS = ("states", "originals")
+_AS_THEY_ARE = Rescaling({}, {}, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,13 @@ class Step:
 
     Attributes:
         index: of the block.
-        solve: quantizes its linears, one after the other; each is put into the running model before the next.
+        solve: quantizes its linears, one after the other; each is put into the running model before the next. Other
+            parameters of the block that get new values come as tensors, under their names in the model.
         sync: forces the activations that enter the block to disk.
     """
 
     index: int
-    solve: Callable[[], Iterator[tuple[str, Solution]]]
+    solve: Callable[[], Iterator[tuple[str, Solution | torch.Tensor]]]
     sync: Callable[[], None]
 
 
@@ -98,6 +102,7 @@ class CalibratedSteps:
         windows: calibration batches.
         mode: lockstep or replay.
         original: the weights that the second stream runs; those that are quantized, if None.
+        edges: of each block, for methods that move scales along them.
     """
 
     skeleton: Skeleton
@@ -109,6 +114,7 @@ class CalibratedSteps:
     windows: tuple[torch.Tensor, ...]
     mode: Mode
     original: Checkpoint | None = None
+    edges: Sequence[Sequence[Edge]] = ()
 
     def lost(self, work: Path, done: int) -> bool:
         needed = _STREAMS if self.quantizer.original else _STREAMS[:1]
@@ -135,7 +141,10 @@ class CalibratedSteps:
                 with self.phases.measure("forward"):
                     other = next(other_runs)
                 index = run.plan.index
-                solve = partial(self._solve_stops, run, other)
+                solve: Callable[[], Iterator[tuple[str, Solution | torch.Tensor]]]
+                solve = partial(self._solve_stops, run, other, _AS_THEY_ARE)
+                if isinstance(self.quantizer, ScalingQuantizer):
+                    solve = partial(self._rescale, run, self.quantizer)
                 if original is not None and self.quantizer.calibration == "block":
                     solve = partial(self._solve_block, run, original, kept[1])
                 yield Step(index, solve, partial(_sync_all, kept, index))
@@ -155,15 +164,32 @@ class CalibratedSteps:
         )
         return states, stack.enter_context(closing(stream))
 
-    def _solve_stops(self, run: BlockRun, original: BlockRun | None) -> Iterator[tuple[str, Solution]]:
+    def _rescale(self, run: BlockRun, method: ScalingQuantizer) -> Iterator[tuple[str, Solution | torch.Tensor]]:
+        """Move scales along the edges of a block, and quantize its linears then."""
+        index, batches = run.plan.index, len(self.windows)
+        block, prefix = self.skeleton.blocks[index], self.skeleton.prefix(index)
+        with self.phases.measure("scaling"):
+            scaling = rescale_block(
+                run, block, batches, self.edges[index], prefix, self.plan.schemes, method, self.scale_dtype
+            )
+        yield from scaling.changed.items()
+        yield from self._solve_stops(run, None, scaling)
+
+    def _solve_stops(
+        self, run: BlockRun, original: BlockRun | None, scaling: Rescaling
+    ) -> Iterator[tuple[str, Solution | torch.Tensor]]:
         """Quantize the linears of a block in the order the batches reach them, each on what the ones before give."""
         dtype = self.skeleton.dtype
         for stop in run.plan.stops:
+            for name in stop.linears:
+                if name in scaling and name not in self.plan.schemes:
+                    run.install(name, scaling.apply(name, run.module(name).weight.data).to(dtype))
+                    yield f"{name}.weight", run.module(name).weight.data
             names = [name for name in stop.linears if name in self.plan.schemes]
             if not names:
                 continue
             hessian = self._hessian(stop, names[0], run, original)
-            targets = self._targets(run, names)
+            targets = self._targets(run, names, scaling)
             with self.phases.measure("releasing"):
                 release_freed_memory()
             with self.phases.measure("solving"):
@@ -196,13 +222,14 @@ class CalibratedSteps:
             outputs=partial(map, partial(targets.get, index + 1)),
         )
         with self.phases.measure("solving"):
-            solutions = quantizer.quantize_block(self._targets(run, names), data, self.scale_dtype)
+            solutions = quantizer.quantize_block(self._targets(run, names, _AS_THEY_ARE), data, self.scale_dtype)
         for name, solution in solutions.items():
             yield name, solution
             run.install(name, solution.tensor.dequantize(self.skeleton.dtype))
 
-    def _targets(self, run: BlockRun, names: Sequence[str]) -> list[Target]:
-        return [Target(name, run.module(name).weight.data, self.plan.schemes[name]) for name in names]
+    def _targets(self, run: BlockRun, names: Sequence[str], scaling: Rescaling) -> list[Target]:
+        weights = {name: scaling.apply(name, run.module(name).weight.data) for name in names}
+        return [Target(name, weight, self.plan.schemes[name]) for name, weight in weights.items()]
 
 
 def _sync_all(kept: Sequence[DiskStates], index: int) -> None:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.base import METHODS, load_method, needs_calibration
+from llmconvert.quantize.base import METHODS, ScalingQuantizer, load_method, needs_calibration
 from llmconvert.quantize.formats.base import FORMATS, check_format, load_format
 from llmconvert.quantize.scheme import Scheme, input_kind
 from llmconvert.recipes.gguf import GGUF, IMATRIX, calibrates, gguf_contradictions
@@ -83,6 +83,11 @@ def _chooses(scheme: object) -> bool:
 
 
 def _gguf(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    if recipe.quantize is not None and recipe.quantize.rotate is not None:
+        yield (
+            ("quantize", "rotate"),
+            "quantize.rotate: llama.cpp was never seen to run a rotated model; leave it out",
+        )
     if recipe.stream:
         yield ("stream",), "stream: a GGUF file is written from the whole model; leave out stream (--stream)"
     if recipe.validation is not None and recipe.validation.generation is not None:
@@ -102,6 +107,8 @@ def _streaming(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             f"stream: {settings.method} needs the activations of the whole model; leave out stream (--stream), or "
             f"take a method without calibration: {', '.join(name for name in METHODS if not needs_calibration(name))}",
         )
+    elif settings is not None and settings.rotate is not None:
+        yield ("stream",), "stream: rotations need the whole model; leave out stream (--stream), or quantize.rotate"
     elif settings is not None and settings.budget is not None:
         yield ("stream",), "stream: a budget measures the whole model; leave out stream (--stream), or the budget"
     if recipe.attention is not None:
@@ -166,6 +173,13 @@ def _repair_of_nothing(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             ("validate", "repair"),
             f"validate.repair: can't mend {recipe.quantize.format}; known are {', '.join(FORMATS)}",
         )
+    elif _moves_scales(recipe.quantize.method) or recipe.quantize.rotate is not None:
+        what = "a rotation" if recipe.quantize.rotate is not None else recipe.quantize.method
+        yield (
+            ("validate", "repair"),
+            f"validate.repair: {what} changes norms along with the linears, so no linear can be "
+            "quantized anew by itself; leave one of them out",
+        )
     elif recipe.stream:
         yield (
             ("validate", "repair"),
@@ -177,3 +191,7 @@ def _repair_of_nothing(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             "validate.repair: there is no limit on quality that could be missed; add one, for example "
             "validate.perplexity.max_increase: 5%",
         )
+
+
+def _moves_scales(method: str) -> bool:
+    return method in METHODS and isinstance(load_method(method, {}), ScalingQuantizer)

@@ -41,6 +41,7 @@ __all__ = [
     "QuantizeSettings",
     "Recipe",
     "RepairSettings",
+    "RotateSettings",
     "TaskSettings",
     "ValidateSettings",
 ]
@@ -154,6 +155,14 @@ class BudgetSettings(_Section):
     group_sizes: Annotated[tuple[Count, ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (32, 64, 128)
 
 
+class RotateSettings(_Section):
+    """Rotations folded into the weights before they are quantized: of the residual stream, of each head's values."""
+
+    residual: bool = True
+    values: bool = True
+    seed: Seed = 0
+
+
 class QuantizeSettings(_Section):
     """The method, the scheme and the format on disk; ``overrides`` give some layers another scheme.
 
@@ -166,6 +175,7 @@ class QuantizeSettings(_Section):
     options: Mapping[str, bool | int | float | str] = {}
     scheme: SchemeOrMix
     budget: BudgetSettings | None = None
+    rotate: Annotated[RotateSettings | None, BeforeValidator(_switch)] = None
     format: str = "compressed-tensors"
     overrides: Annotated[tuple[OverrideSettings, ...], BeforeValidator(_to_tuple)] = ()
 

@@ -16,6 +16,7 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers
 from llmconvert.quantize.plan import Override
 from llmconvert.quantize.requantize import Assignment, requantize_checkpoint
+from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.artifact import public_name
 from llmconvert.recipes.budget import allocation_details, choose_within, forget_sensitivity
@@ -102,6 +103,9 @@ def quantize(
     Returns:
         What it reports, as JSON values.
     """
+    if settings.rotate is not None:
+        source = rotate_checkpoint(source, **settings.rotate.model_dump())
+        identity = f"{identity} rotated {settings.rotate.model_dump_json()}"
     if settings.format == GGUF:
         return quantize_gguf(
             source,

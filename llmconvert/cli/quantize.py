@@ -22,6 +22,7 @@ import click
     metavar="PATTERN=SCHEME",
     help="Another scheme for layers whose name matches.",
 )
+@click.option("--rotate", is_flag=True, help="Rotate hidden states and values first, folded into the weights.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--calibration", metavar="FILE|NAME", help="Text to calibrate on, pydoc-topics:train for example.")
 @click.option("--samples", type=int, default=128, show_default=True, help="Windows of calibration text.")
@@ -77,6 +78,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
             "scheme": options["scheme"],
             "format": options["format_"],
             "overrides": overrides,
+            "rotate": options["rotate"],
         },
         "device": options["device"],
         "memory": options["memory"],

@@ -51,10 +51,14 @@ def runtime(directory: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", attn_implementation=attention).eval()
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["16-bit products", "float32 products"])
+@pytest.mark.parametrize(
+    ("method", "fast"),
+    [("gptq", False), ("gptq", True), ("awq", False), ("awq", True)],
+    ids=["gptq, 16-bit products", "gptq, float32 products", "awq, 16-bit products", "awq, float32 products"],
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_artifact_computes_what_the_engine_saw(
-    tiny: Tiny, name: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, name: str, method: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What entered the last block during calibration enters it again when the artifact runs in transformers.
 
@@ -71,11 +75,12 @@ def test_the_artifact_computes_what_the_engine_saw(
         put(self, block, batch, hidden)
 
     monkeypatch.setattr(DiskStates, "put", record)
-    result = quantize(tiny(name, torch.bfloat16), tmp_path / name)
+    result = quantize(tiny(name, torch.bfloat16), tmp_path / name, method=method)
     assert [layer.name.rpartition(".layers.")[2] for layer in result.layers] == [
         f"{block}.{linear}" for block in range(3) for stop in ARCHITECTURES[name].shared for linear in stop
     ]
-    assert all(layer.scheme == "w4a16-g32-sym" and layer.damping == 0.01 for layer in result.layers)
+    damping = 0.01 if method == "gptq" else None
+    assert all(layer.scheme == "w4a16-g32-sym" and layer.damping == damping for layer in result.layers)
     assert all(layer.error is not None and 0 < layer.error < 0.2 for layer in result.layers)
     model = runtime(tmp_path / name)
     again: list[torch.Tensor] = []
@@ -112,7 +117,7 @@ def test_layer_errors_are_those_of_the_outputs(tiny: Tiny, tmp_path: Path) -> No
         assert layer.error == pytest.approx(actual, rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+@pytest.mark.parametrize("method", ["gptq", "gptaq", "awq"])
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2", "phi3", "gpt_neox", "opt-untied"])
 def test_lockstep_and_replay_write_the_same_bytes(tiny: Tiny, name: str, method: str, tmp_path: Path) -> None:
     modes: tuple[Mode, ...] = ("lockstep", "replay")
@@ -299,7 +304,7 @@ def test_a_budget_too_small_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     refused(tmp_path, CapacityError, message, tiny("llama"), memory_budget=10_000_000)
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", ["gptq", "rtn", "awq"])
 def test_damaged_weights_are_named(tmp_path: Path, method: str) -> None:
     source = tiny_model(tmp_path / "source")
     path = source / "model.safetensors"

@@ -105,12 +105,12 @@ def test_killed_at_random_steps(run: Run, expected: dict[str, bytes], tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["lockstep", "replay"])
-def test_two_streams_are_continued_both(run: Run, tmp_path: Path, mode: str) -> None:
-    assert run("whole", method="gptaq", mode=mode) == 0
+@pytest.mark.parametrize(("method", "mode"), [("gptaq", "lockstep"), ("gptaq", "replay"), ("awq", "lockstep")])
+def test_two_streams_and_moved_scales_are_continued(run: Run, tmp_path: Path, method: str, mode: str) -> None:
+    assert run("whole", method=method, mode=mode) == 0
     kills = 0
     while not (tmp_path / "out").exists():
-        kills += run(method="gptaq", mode=mode, kill_at=20 + 9 * kills) == -signal.SIGKILL
+        kills += run(method=method, mode=mode, kill_at=20 + 9 * kills) == -signal.SIGKILL
     assert kills > 2
     assert any("continuing an interrupted run" in line for line in lines(tmp_path))
     assert artifact(tmp_path / "out") == artifact(tmp_path / "whole")

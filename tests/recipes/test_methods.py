@@ -1,0 +1,55 @@
+"""Recipes whose methods change more than linears: scales moved to norms, rotations of the whole model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.cli import main
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "awq", "options": {"then": "gptq", "grid": 5}, "scheme": "w8a16-g32"},
+        {"method": "smoothquant", "scheme": "w8a8"},
+        {"method": "gptq", "scheme": "w8a16-g32", "rotate": True},
+        {"method": "rtn", "scheme": "w8a16-g32", "rotate": {"residual": False, "seed": 3}},
+    ],
+    ids=["awq", "smoothquant", "rotated", "rotated values"],
+)
+def test_the_artifact_predicts_what_the_original_does(
+    write_recipe: Any, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """At 8 bits, whatever was folded wrong would show."""
+    recipe = write_recipe(quantize=settings, publish={"to": f"file:{tmp_path}/out"})
+    done = CliRunner().invoke(main, ["run", str(recipe)])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "llmconvert" / "report.json").read_text())
+    checks = {check["name"]: check for check in report["checks"]}
+    assert checks["kl_mean"]["value"] < 2e-3 and checks["inventory"]["ok"]
+    with SafetensorsCheckpoint(tmp_path / "out") as artifact:
+        rotated = settings.get("rotate") is True
+        assert ("lm_head.weight" in artifact) == rotated
+        assert artifact.config["tie_word_embeddings"] is not rotated
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"quantize": {"method": "rtn", "scheme": "w4a16", "rotate": True}, "calibrate": None, "stream": True},
+            "whole",
+        ),
+        ({"quantize": {"method": "rtn", "scheme": "q8_0", "format": "gguf", "rotate": True}}, "never seen to run"),
+        ({"quantize": {"method": "awq", "scheme": "w4a16", "options": {"then": "rtn"}}}, "then is nearest or gptq"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(write_recipe: Any, sections: dict[str, Any], message: str) -> None:
+    done = CliRunner().invoke(main, ["run", str(write_recipe(**sections))])
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
