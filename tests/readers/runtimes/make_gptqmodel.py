@@ -9,7 +9,16 @@ is the model.
 import torch
 from dense import sample_ids, write_dense
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 from job import read_job
+
+
+def dense(linear):
+    """Its weight ``[rows, columns]``, as its kernel in torch makes it."""
+    if hasattr(linear, "dequantize_weight"):
+        return linear.dequantize_weight().T
+    return dequantize_gemm(linear.qweight, linear.qzeros, linear.scales, linear.bits, linear.group_size).T
+
 
 job = read_job()
 ids = sample_ids(job["vocabulary"], 64, 16)
@@ -22,4 +31,4 @@ for directory, asked in job["models"].items():
     # In float16, as the scales are stored: in bfloat16 it would round them.
     loaded = GPTQModel.load(directory, device="cpu", backend=backend, dtype=torch.float16).model
     linears = {name: module for name, module in loaded.named_modules() if name.endswith("_proj")}
-    write_dense(asked["dense"], {f"{name}.weight": linears[name].dequantize_weight().T for name in linears})
+    write_dense(asked["dense"], {f"{name}.weight": dense(linear) for name, linear in linears.items()})
