@@ -28,4 +28,5 @@ for directory, asked in job["models"].items():
     model.save_pretrained(directory, save_compressed=True)
     config = CompressedTensorsConfig(dequantize=True)
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", quantization_config=config)
-    write_dense(asked["dense"], {name: value for name, value in loaded.state_dict().items() if "_proj" in name})
+    weights = {name: value for name, value in loaded.state_dict().items() if name.endswith("_proj.weight")}
+    write_dense(asked["dense"], weights)
