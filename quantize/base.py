@@ -25,7 +25,6 @@ __all__ = [
     "ScalingQuantizer",
     "Solution",
     "Target",
-    "check_method",
     "load_method",
     "needs_calibration",
 ]
@@ -185,21 +184,6 @@ def load_method(name: str, options: Mapping[str, Any]) -> Quantizer:
     except TypeError as error:
         raise UnsupportedError(f"method {name!r}: {error}") from error
     return instance
-
-
-def check_method(method: Quantizer, scheme: Scheme) -> None:
-    """Refuse a scheme whose codes a method cannot choose.
-
-    Raises:
-        UnsupportedError: with the methods that can.
-    """
-    if scheme.kind in method.kinds:
-        return
-    able = [name for name in METHODS if scheme.kind in load_method(name, {}).kinds]
-    raise UnsupportedError(
-        f"scheme {scheme}: {type(method).__name__.lower()} chooses {' and '.join(sorted(method.kinds))} codes only; "
-        f"methods for {scheme.kind} are {', '.join(able)}"
-    )
 
 
 def needs_calibration(name: str) -> bool:

@@ -16,8 +16,9 @@ from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.statistics import hessian_nbytes
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
-from llmconvert.quantize.base import BlockQuantizer, Quantizer, ScalingQuantizer, check_method
-from llmconvert.quantize.formats.base import Format, check_format
+from llmconvert.quantize.base import BlockQuantizer, Quantizer, ScalingQuantizer
+from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = ["Override", "QuantizationPlan", "plan_quantization", "work_nbytes"]
@@ -68,8 +69,7 @@ def plan_quantization(
         CalibrationError: the method is calibrated, and the forward never calls a linear that is to be quantized.
     """
     for used in {scheme, *(override.scheme for override in overrides if override.scheme)}:
-        check_method(method, used)
-        check_format(layout, used)
+        check_combination(method, used, layout)
     _check_architecture(skeleton)
     linears = {name: module for block in skeleton.linears for name, module in block.items()}
     assigned = {name: _assigned(name, scheme, overrides) for name in linears}

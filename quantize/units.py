@@ -10,8 +10,9 @@ import torch
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UsageError
-from llmconvert.quantize.base import Quantizer, check_method
-from llmconvert.quantize.formats.base import Format, check_format
+from llmconvert.quantize.base import Quantizer
+from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = ["FusedUnit", "Storage", "fused_units"]
@@ -72,8 +73,7 @@ class Storage:
     def accepts(self, scheme: Scheme, shape: tuple[int, int], beside: Sequence[Scheme] = ()) -> bool:
         """Whether a linear of that shape can have the scheme, in one model with those ``beside`` it."""
         try:
-            check_method(self.method, scheme)
-            check_format(self.format, scheme)
+            check_combination(self.method, scheme, self.format)
             scheme.check_fits("linear", shape[1])
             self.nbytes(shape, scheme)
             # Some formats hold one scheme per model.

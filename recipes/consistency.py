@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Iterable, Iterator
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.base import METHODS, ScalingQuantizer, load_method, needs_calibration
-from llmconvert.quantize.formats.base import FORMATS, check_format, load_format
+from llmconvert.quantize.base import METHODS, Quantizer, ScalingQuantizer, load_method, needs_calibration
+from llmconvert.quantize.formats.base import FORMATS, load_format
+from llmconvert.quantize.matrix import check_format, check_method
 from llmconvert.quantize.scheme import Scheme, input_kind
 from llmconvert.recipes.gguf import GGUF, IMATRIX, calibrates, gguf_contradictions
 from llmconvert.recipes.recipe import QuantizeSettings, Recipe
@@ -59,7 +60,7 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             f"quantize.scheme: found {settings.scheme}; a budget chooses among integer weights with 16-bit "
             "activations: leave it out, or say w4a16-asym for zero points",
         )
-    format_ = load_format(settings.format)
+    format_, method = load_format(settings.format), _method(settings)
     schemes: list[tuple[KeyPath, Scheme]] = []
     if isinstance(settings.scheme, Scheme) and settings.budget is None:
         schemes.append((("quantize", "scheme"), settings.scheme))
@@ -68,9 +69,19 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             schemes.append((("quantize", "overrides", index, "scheme"), override.scheme))
     for path, scheme in schemes:
         try:
+            if method is not None:
+                check_method(method, scheme)
             check_format(format_, scheme)
         except UnsupportedError as error:
             yield path, f"{'.'.join(map(str, path))}: {error}"
+
+
+def _method(settings: QuantizeSettings) -> Quantizer | None:
+    """The method; None if there is none of that name and those options, which is told elsewhere."""
+    try:
+        return load_method(settings.method, settings.options)
+    except UnsupportedError:
+        return None
 
 
 def _who(settings: QuantizeSettings) -> str:

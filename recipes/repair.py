@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.errors import UsageError
+from llmconvert.engine.skeleton import Skeleton
 from llmconvert.progress import Progress
-from llmconvert.quantize.base import Quantizer, check_method, load_method
-from llmconvert.quantize.formats.base import Format, load_format
-from llmconvert.quantize.plan import plan_quantization
+from llmconvert.quantize.base import load_method
+from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.plan import Override, plan_quantization
 from llmconvert.quantize.requantize import Assignment, trace
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.units import Storage, fused_units
 from llmconvert.recipes.recipe import QuantizeSettings, Recipe
 from llmconvert.recipes.repair_report import repair_check
 from llmconvert.recipes.steps import LAYERS_FILE, change_schemes, layer_overrides, recorded_layers
@@ -75,7 +76,7 @@ def repair(
     if settings is None or validation is None or validation.repair is None or _checks(measured).verdict:
         return model, measured, ()
     with SafetensorsCheckpoint(original) as source:
-        state = _State.begin(source, settings, torch.device(recipe.device))
+        state = _State.begin(source, settings, model, torch.device(recipe.device))
         limit = validation.repair.max_bytes or validation.max_bytes or source.nbytes
     limit = min(limit, validation.max_bytes or limit)
     state.learn(model)
@@ -111,7 +112,7 @@ def _next_round(state: _State, report: Report, limit: int, left: int) -> tuple[l
     size = report.check("size_bytes")
     assert size is not None and size.value is not None
     budget = limit - int(size.value) - _HEADER_NBYTES * state.tensors
-    upgrades = choose_upgrades(state.units(report), share, budget, nbytes=state.nbytes, accepts=state.accepts)
+    upgrades = choose_upgrades(state.units(report), share, budget, nbytes=state.storage.nbytes, accepts=state.accepts)
     if not upgrades:
         taken = format_bytes(size.value)
         return [], f"no better scheme fits into {format_bytes(limit)}, of which {taken} are taken"
@@ -160,9 +161,7 @@ def _requantize(
 class _State:
     """What the artifact is stored in now, and what is known about its linears: their errors, and what these cost."""
 
-    quantizer: Quantizer
-    format: Format
-    dtype: torch.dtype
+    storage: Storage
     assignment: Mapping[str, Scheme | None]
     stored: Mapping[str, str]
     shapes: Mapping[str, tuple[int, int]]
@@ -172,21 +171,23 @@ class _State:
     costs: list[float] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, source: SafetensorsCheckpoint, settings: QuantizeSettings, device: torch.device) -> _State:
+    def begin(
+        cls, source: SafetensorsCheckpoint, settings: QuantizeSettings, model: StageResult, device: torch.device
+    ) -> _State:
         skeleton, blocks = trace(source, device)
         layout = load_format(settings.format)
         assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
         quantizer, overrides = load_method(settings.method, settings.options), layer_overrides(settings)
+        if settings.budget is not None:
+            overrides = _as_made(skeleton, model)
         plan = plan_quantization(skeleton, blocks, settings.scheme, overrides, quantizer, layout)
         shapes = {name: source.infos[f"{stored}.weight"].shape for name, stored in plan.stored.items()}
         return cls(
-            quantizer,
-            layout,
-            skeleton.dtype,
+            Storage(quantizer, layout, skeleton.dtype),
             {name: plan.schemes.get(name) for name in plan.stored},
             plan.stored,
             {name: (shape[0], shape[1]) for name, shape in shapes.items()},
-            tuple(stop.linears for block in blocks for stop in block.stops),
+            tuple(unit.linears for unit in fused_units(skeleton, blocks)),
             len(plan.specs),
         )
 
@@ -223,24 +224,17 @@ class _State:
         by_weight = {record["name"]: (record["error"] or 0.0) ** 2 for record in tensors}
         return {name: by_weight.get(f"{stored}.weight", 0.0) for name, stored in self.stored.items()}
 
-    def nbytes(self, shape: tuple[int, int], scheme: Scheme | None) -> int:
-        if scheme is None:
-            return math.prod(shape) * self.dtype.itemsize
-        scales = self.format.scale_dtype(scheme, self.dtype)
-        return sum(spec.nbytes for spec in self.format.specs("linear", shape, scheme, scales))
-
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
-        try:
-            check_method(self.quantizer, scheme)
-            self.format.check(scheme)
-            scheme.check_fits("linear", shape[1])
-            self.nbytes(shape, scheme)
-            # Some formats hold one scheme per model.
-            others = {str(other): other for other in self.assignment.values() if other is not None}
-            self.format.quantization_config({**others, "linear": scheme}, ())
-        except UsageError:
-            return False
-        return True
+        """Whether a linear of that shape can have the scheme beside what the others have."""
+        others = {str(other): other for other in self.assignment.values() if other is not None}
+        return self.storage.accepts(scheme, shape, tuple(others.values()))
+
+
+def _as_made(skeleton: Skeleton, model: StageResult) -> list[Override]:
+    """What a budget has chosen, from what the artifact's stage reports of its linears."""
+    made = {f"{linear['name']}.weight": Scheme.parse(linear["scheme"]) for linear in model.details["linears"]}
+    names = (name for linears in skeleton.linears for name in linears)
+    return [Override(glob.escape(name), made.get(skeleton.names[f"{name}.weight"])) for name in names]
 
 
 def _checks(measured: StageResult) -> Report:

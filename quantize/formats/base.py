@@ -13,7 +13,7 @@ from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
-__all__ = ["FORMATS", "Format", "check_format", "half_scale_dtype", "load_format"]
+__all__ = ["FORMATS", "Format", "half_scale_dtype", "load_format"]
 
 #: Format name → where its class lies; loaded on use.
 FORMATS: Mapping[str, str] = {
@@ -81,24 +81,3 @@ def load_format(name: str) -> Format:
     module, _, attribute = FORMATS[name].partition(":")
     instance: Format = getattr(importlib.import_module(module), attribute)()
     return instance
-
-
-def check_format(layout: Format, scheme: Scheme) -> None:
-    """Refuse a scheme that a format cannot hold, and name those that can.
-
-    Raises:
-        UnsupportedError: with the formats that hold this scheme.
-    """
-    try:
-        layout.check(scheme)
-    except UnsupportedError as error:
-        able = [name for name in FORMATS if _holds(load_format(name), scheme)]
-        raise UnsupportedError(f"{error}; formats that hold {scheme}: {', '.join(able) or 'none'}") from None
-
-
-def _holds(layout: Format, scheme: Scheme) -> bool:
-    try:
-        layout.check(scheme)
-    except UnsupportedError:
-        return False
-    return True

@@ -14,8 +14,9 @@ from compressed_tensors.quantization import QuantizationConfig
 from quantized import random_tensor
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.base import check_method, load_method
-from llmconvert.quantize.formats.base import FORMATS, Format, check_format, load_format
+from llmconvert.quantize.base import load_method
+from llmconvert.quantize.formats.base import FORMATS, Format, load_format
+from llmconvert.quantize.matrix import check_format, check_method
 from llmconvert.quantize.scheme import Scheme
 
 WEIGHT_ONLY = [

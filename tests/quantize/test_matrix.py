@@ -1,0 +1,76 @@
+"""The table of what goes together agrees with methods, formats, runtimes and README; refusals name what does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from quantized import random_weight
+
+from llmconvert.engine.statistics import Hessian
+from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.base import METHODS, Target, load_method
+from llmconvert.quantize.formats.base import FORMATS, load_format
+from llmconvert.quantize.matrix import (
+    USUAL,
+    Combination,
+    check_combination,
+    combinations,
+    markdown_matrix,
+    methods_for,
+    readers_of,
+)
+from llmconvert.quantize.runtimes import RUNTIMES
+from llmconvert.quantize.scheme import Scheme
+
+README = Path(__file__).parents[2] / "README.md"
+EVERY = list(combinations())
+
+
+@pytest.mark.parametrize("one", EVERY, ids=lambda one: f"{one.method}-{one.scheme}-{one.format}")
+def test_what_is_listed_can_be_made(one: Combination) -> None:
+    """The method chooses codes that the format packs, as it said it would, and unpacks to the bit."""
+    method, layout = load_method(one.method, {}), load_format(one.format)
+    check_combination(method, one.scheme, layout)
+    weight = random_weight(64, 128)
+    hessian = Hessian(torch.eye(128), 128, torch.eye(128)) if method.calibration != "none" else None
+    scale_dtype = layout.scale_dtype(one.scheme, torch.bfloat16)
+    found = method.quantize([Target("l", weight, one.scheme)], hessian, scale_dtype)["l"].tensor
+    stored = layout.pack("l", found)
+    specs = {spec.name: (spec.dtype, spec.shape) for spec in layout.specs("l", (64, 128), one.scheme, scale_dtype)}
+    assert {name: (part.dtype, tuple(part.shape)) for name, part in stored.items()} == specs
+    again = layout.unpack("l", stored, one.scheme)
+    assert torch.equal(again.codes.view(torch.uint8), found.codes.view(torch.uint8))
+    assert torch.equal(again.scale, found.scale)
+
+
+def test_what_is_not_listed_is_refused() -> None:
+    listed = {(one.method, one.scheme, one.format) for one in EVERY}
+    for text in USUAL:
+        scheme = Scheme.parse(text)
+        for method in METHODS:
+            for format in FORMATS:
+                if (method, scheme, format) not in listed:
+                    with pytest.raises(UnsupportedError, match=r"methods for .* are |formats that hold .*: "):
+                        check_combination(load_method(method, {}), scheme, load_format(format))
+    assert len(listed) < len(USUAL) * len(METHODS) * len(FORMATS)
+
+
+def test_every_method_and_format_is_in_the_table() -> None:
+    assert {one.method for one in EVERY} == set(METHODS)
+    assert {one.format for one in EVERY} == set(FORMATS)
+
+
+def test_runtimes_are_those_that_were_run_with_such_a_scheme() -> None:
+    for runtime in RUNTIMES:
+        for text in runtime.schemes if runtime.format in FORMATS else ():
+            assert runtime in readers_of(runtime.format, Scheme.parse(text))
+    names = {runtime.name for runtime in readers_of("gptq", Scheme.parse("w4a16-g32"))}
+    assert "GPTQModel" in names
+    assert not readers_of("compressed-tensors", Scheme.parse("w5a16-g64"))
+    assert methods_for(Scheme.parse("nf4")) == ("rtn",)
+
+
+def test_readme_has_this_table() -> None:
+    assert markdown_matrix() in README.read_text()
