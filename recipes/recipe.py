@@ -94,7 +94,8 @@ class HealSettings(_Section):
 
     ``steps`` of ``batch`` windows of ``length`` tokens, drawn from ``dataset`` (that of ``calibrate`` by default).
     ``held_out`` more windows tell which step was best, and when to stop. ``hidden`` weighs the error of the hidden
-    states beside the divergence of the predictions.
+    states beside the divergence of the predictions. ``seed`` is not that of ``calibrate``, which would draw first the
+    windows that the merge has seen already.
     """
 
     steps: Annotated[int, Field(ge=0)] = 200
@@ -104,7 +105,7 @@ class HealSettings(_Section):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     hidden: Annotated[float, Field(ge=0)] = 0.5
     held_out: Annotated[int, Field(ge=0)] = 8
-    seed: Seed = 0
+    seed: Seed = 1
 
 
 class AttentionSettings(_Section):
