@@ -186,8 +186,8 @@ class DecodingCheck:
             name="decoding",
             title=f"Speed of writing after {self.context:,} tokens",
             text=f"{self.tokens} tokens of one sequence, greedy, by transformers on {subject.device}, a process for "
-            "every turn, after a cache of that many tokens. transformers unpacks weights of fewer bits; what shows is "
-            "the cache.",
+            "every turn, after a cache of that many tokens. transformers unpacks weights of fewer bits, maybe slower "
+            "with them; what a smaller cache gains shows where the weights are the same.",
             columns=(
                 Column(heading="model"),
                 Column(heading="turn"),
