@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from llmconvert.errors import SchemeError
 
@@ -86,7 +86,7 @@ class Scheme:
                 "for example w4a16-g128, w8a8 or fp8"
             )
         group = match["group"]
-        kind: Kind = match["other"] or "int"
+        kind = cast(Kind, match["other"] or "int")
         return cls(
             int(match["bits"]),
             int(group) if group else None,

@@ -12,7 +12,7 @@ what reaches its input is what the block before it receives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -57,7 +57,7 @@ def walk_back(
     pick: Callable[[int], slice],
     begin: int | None = None,
     seed: int = 0,
-) -> Iterator[tuple[int, Mapping[str, Passage]]]:
+) -> Generator[tuple[int, Mapping[str, Passage]], None, None]:
     """Walk from the last block to the first.
 
     Args:
