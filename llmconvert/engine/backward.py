@@ -124,10 +124,9 @@ def sampled_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.
     for start in range(0, logits.shape[1], _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
         probabilities = logits.detach()[:, part].float().softmax(-1)
-        root = probabilities.sqrt()
-        noise = torch.randn(root.shape, generator=generator).to(root.device).mul_(root)
-        share = (noise * root).sum(-1, keepdim=True)
-        found[:, part] = noise.sub_(probabilities.mul_(share))
+        noise = torch.randn(probabilities.shape, generator=generator).to(probabilities.device)
+        noise.mul_(probabilities.sqrt())
+        found[:, part] = noise.sub_(probabilities.mul_(noise.sum(-1, keepdim=True)))
     return found
 
 
