@@ -130,5 +130,5 @@ def test_a_runtime_computes_what_we_read(pair: Pair, reports: Reports, seen: See
     found = compare(torch.tensor(report["logprobs"]), tokens, ours, prompt=len(PROMPTS[0]), floor=floor)
     assert found.holds, (found, report["versions"], report["linears"])
     # Or else the rule would let any token pass.
-    assert found.decided > 0.25, found
+    assert found.decided > 0.1, found
     seen[pair.runtime][str(pair.scheme)] = {name: report["versions"][name] for name in pair.runtime.packages}
