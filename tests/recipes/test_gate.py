@@ -31,7 +31,9 @@ def test_every_limit_can_close_it(write_recipe: Any, tmp_path: Path, limit: str,
     report = json.loads((artifact / "llmconvert" / "report.json").read_text())
     assert [check["ok"] for check in report["checks"]].count(False) == 1
     assert (artifact / "README.md").is_file() and (artifact / "model.safetensors").is_file()
-    assert ("To blame: the hidden state drifts most in model.layers." in result.output) == ("max_bytes" not in limit)
+    assert ("To blame: the blocks that err most by themselves are model.layers." in result.output) == (
+        "max_bytes" not in limit
+    )
 
 
 def test_calibrated_methods_are_blamed_by_their_output_errors(write_recipe: Any) -> None:
