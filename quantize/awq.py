@@ -18,11 +18,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.base import Calibration, ScaledEdge, Solution, Target
-from llmconvert.quantize.gptq import Gptq
-from llmconvert.quantize.nearest import NearestCodes, quadratic_error
+from llmconvert.quantize.base import Calibration, ScaledEdge, Target
+from llmconvert.quantize.finish import Finish, Finishing
+from llmconvert.quantize.quadratic import quadratic_form
 from llmconvert.quantize.rescale import share_by_channel
 from llmconvert.quantize.rtn import round_to_codes
 from llmconvert.quantize.scales import full_range_scales
@@ -36,7 +35,7 @@ _WEIGHTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Awq:
+class Awq(Finishing):
     """The method and its settings.
 
     Attributes:
@@ -47,7 +46,7 @@ class Awq:
 
     grid: int = 20
     weights: bool | Literal["both"] = True
-    then: Literal["nearest", "gptq"] = "nearest"
+    then: Finish = "nearest"
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = False
@@ -87,18 +86,6 @@ class Awq:
                 scale = scale.clamp(min=_SMALLEST)
                 yield scale / (scale.max() * scale.min()).sqrt()
 
-    def quantize(
-        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
-    ) -> dict[str, Solution]:
-        return self._then.quantize(targets, hessian, scale_dtype)
-
-    def nbytes(self, rows: int, columns: int) -> int:
-        return self._then.nbytes(rows, columns)
-
-    @property
-    def _then(self) -> NearestCodes | Gptq:
-        return Gptq() if self.then == "gptq" else NearestCodes()
-
 
 def _loss(target: Target, scale: torch.Tensor, hessian: torch.Tensor, scale_dtype: torch.dtype) -> float:
     """Squared output error per token of a weight rounded under a scale, over its groups' full range."""
@@ -110,7 +97,7 @@ def _loss(target: Target, scale: torch.Tensor, hessian: torch.Tensor, scale_dtyp
         scaled = weight * scale
         levels = full_range_scales(target.name, scaled, target.scheme, scale_dtype)
         rounded = round_to_codes(scaled, levels, target.scheme).dequantize(torch.float32)
-        loss += quadratic_error(rounded.div_(scale).sub_(weight), hessian)
+        loss += quadratic_form(rounded.div_(scale).sub_(weight), hessian)
     return loss
 
 

@@ -14,12 +14,12 @@ from typing import ClassVar
 
 import torch
 
-from llmconvert.engine.precision import bfloat16_products
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.damping import with_damping
 from llmconvert.quantize.factorize import invert_factor_, mirror_lower_, permute_, upper_factor_
 from llmconvert.quantize.kernels import over_rows, solve_columns, transpose_in_order, weighted_squares
+from llmconvert.quantize.quadratic import quadratic_form, quadratic_nbytes
 from llmconvert.quantize.scales import GroupScales, search_scales
 from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -28,8 +28,6 @@ __all__ = ["Gptq", "Prepared"]
 
 # Rows are solved in slices of about this many weights: rows are independent, and the working copies stay small.
 _WEIGHTS_AT_ONCE = 1 << 23
-# Columns of the Hessian multiplied at a time where only a sum is wanted.
-_ENERGY_COLUMNS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ class Gptq:
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
     ) -> dict[str, Solution]:
         assert hessian is not None
-        energies = {target.name: _output_energy(target.weight, hessian) for target in targets}
+        energies = {target.name: quadratic_form(target.weight, hessian.matrix) for target in targets}
         prepared = self.prepare(targets[0].name, hessian)
         solutions: dict[str, Solution] = {}
         for scheme in dict.fromkeys(target.scheme for target in targets):
@@ -99,8 +97,7 @@ class Gptq:
         at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
         # Per group and step a scale and a zero of 4 bytes, for the smallest usual group.
         candidates = at_once // 32 * self.scale_steps * 8
-        energy = _ENERGY_COLUMNS * 4 * (columns + at_once // columns) + at_once * 4
-        return max(energy, rows * columns * 4, rows * columns * 3 + at_once * 12 + candidates)
+        return max(quadratic_nbytes(rows, columns), rows * columns * 4, rows * columns * 3 + at_once * 12 + candidates)
 
     def prepare(self, name: str, hessian: Hessian) -> Prepared:
         """Order the columns and factorize the inverse Hessian, in the Hessian's own memory.
@@ -189,24 +186,6 @@ class Gptq:
             solved[target.name] = (whole.rows(start, stop), float(loss[start:stop].sum()))
             start = stop
         return solved
-
-
-def _output_energy(weight: torch.Tensor, hessian: Hessian) -> float:
-    """Mean squared norm of the linear's output per token, ``tr(W H Wᵀ)``; three digits are plenty."""
-    rows, columns = weight.shape
-    height = max(1, _WEIGHTS_AT_ONCE // columns)
-    energy = 0.0
-    for start in range(0, columns, _ENERGY_COLUMNS):
-        stop = start + _ENERGY_COLUMNS
-        # The matrix is symmetric: what lies above this diagonal tile counts twice, what lies below not at all.
-        panel = hessian.matrix[:stop, start:stop].clone()
-        panel[:start] *= 2
-        for top in range(0, rows, height):
-            part = weight[top : top + height, :stop].to(panel.dtype)
-            with bfloat16_products():
-                product = part @ panel
-            energy += float(product.mul_(part[:, start:]).sum(dtype=torch.float64))
-    return energy
 
 
 def _transpose_in_order(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -6,17 +6,14 @@ then have the same largest magnitude, and a token's scale is no longer that of i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
-from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.base import Calibration, ScaledEdge, Solution, Target
-from llmconvert.quantize.gptq import Gptq
-from llmconvert.quantize.nearest import NearestCodes
+from llmconvert.quantize.base import Calibration, ScaledEdge
+from llmconvert.quantize.finish import Finish, Finishing
 from llmconvert.quantize.rescale import share_by_channel
 from llmconvert.quantize.scheme import Kind
 
@@ -26,7 +23,7 @@ _SMALLEST = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class SmoothQuant:
+class SmoothQuant(Finishing):
     """The method and its settings.
 
     Attributes:
@@ -35,7 +32,7 @@ class SmoothQuant:
     """
 
     strength: float = 0.5
-    then: Literal["nearest", "gptq"] = "nearest"
+    then: Finish = "nearest"
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = False
@@ -57,15 +54,3 @@ class SmoothQuant:
     def scales_nbytes(self, rows: int, columns: int) -> int:
         """The magnitudes of one weight."""
         return rows * columns * 4
-
-    def quantize(
-        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
-    ) -> dict[str, Solution]:
-        return self._then.quantize(targets, hessian, scale_dtype)
-
-    def nbytes(self, rows: int, columns: int) -> int:
-        return self._then.nbytes(rows, columns)
-
-    @property
-    def _then(self) -> NearestCodes | Gptq:
-        return Gptq() if self.then == "gptq" else NearestCodes()
