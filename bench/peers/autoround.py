@@ -9,7 +9,6 @@ starts with everything imported, tokenizer and token ids loaded, and stops with 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import time
@@ -17,22 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from arguments import run_parser
 from auto_round import AutoRound
 from auto_round.version import __version__
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--ids", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--report", type=Path, required=True)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
+    parser = run_parser()
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--iters", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ids = np.load(options.ids)

@@ -8,24 +8,18 @@ The clock starts with everything imported, and stops with the artifact saved.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from pathlib import Path
 
 import torch
+from arguments import run_parser
 from bitsandbytes import __version__
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--ids", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--report", type=Path, required=True)
+    parser = run_parser(text=False, integers=False)
     parser.add_argument("--kind", choices=["nf4", "nf4-dq", "int8"], default="nf4")
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.kind == "int8":

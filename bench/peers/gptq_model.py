@@ -9,28 +9,20 @@ tokenizer and token ids loaded, and stops with the artifact saved.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from arguments import run_parser
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.version import __version__
 from transformers import AutoTokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--ids", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--report", type=Path, required=True)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
+    parser = run_parser()
     parser.add_argument("--asymmetric", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ids = np.load(options.ids)

@@ -11,28 +11,20 @@ clock starts with everything imported, and stops with all layers quantized.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from arguments import run_parser
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--ids", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--report", type=Path, required=True)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
+    parser = run_parser(text=False)
     parser.add_argument("--asymmetric", action="store_true", help="which it always is")
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     begin = time.perf_counter()

@@ -10,16 +10,15 @@ ids loaded, and stops with the artifact saved.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from arguments import run_parser
 from datasets import Dataset
 from llmcompressor import __version__, oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -31,16 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--ids", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--report", type=Path, required=True)
+    parser = run_parser()
     parser.add_argument("--method", choices=["gptq", "awq", "rtn"], default="gptq")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--asymmetric", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ids = np.load(options.ids)

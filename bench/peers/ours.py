@@ -10,15 +10,14 @@ checkpoint, tracing, packing, journal and fsync included.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from arguments import run_parser
 
 import llmconvert
 from llmconvert.checkpoint import SafetensorsCheckpoint
@@ -29,19 +28,12 @@ from llmconvert.quantize.scheme import Scheme
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--ids", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--report", type=Path, required=True)
+    parser = run_parser()
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--scheme", help="instead of --bits and --group-size")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("--options", type=json.loads, default={}, help="the method's own settings, as JSON")
     parser.add_argument("--bits-per-weight", type=float, help="a budget instead of a scheme")
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     windows = [torch.from_numpy(row).unsqueeze(0) for row in np.load(options.ids)]
