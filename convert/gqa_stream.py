@@ -146,11 +146,11 @@ class _Side:
         self.windows = windows
         self.modules = {stored: name for name, stored in self.skeleton.names.items()}
         lengths = [window.shape[1] for window in windows]
-        width = self.skeleton.model.config.get_text_config().hidden_size
         plans = discover(self.skeleton, max(lengths))
         # Two models share what is free.
         mode = choose_mode(self.skeleton, plans, lengths, _WORK_NBYTES, available_nbytes() // 3).mode
-        self._states = DiskStates(work, lengths, width, self.skeleton.dtype) if mode == "replay" else None
+        shape = lengths, self.skeleton.hidden_size, self.skeleton.dtype
+        self._states = DiskStates(work, *shape) if mode == "replay" else None
         self.stream = Stream(self.skeleton, windows, plans, mode="replay" if replayed else mode, states=self._states)
 
     @property

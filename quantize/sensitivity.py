@@ -83,8 +83,7 @@ class Subject:
     @property
     def shape(self) -> tuple[list[int], int, torch.dtype]:
         """Tokens of each window, width and dtype of the hidden states."""
-        width = self.skeleton.model.config.get_text_config().hidden_size
-        return [window.shape[1] for window in self.windows], width, self.skeleton.dtype
+        return [window.shape[1] for window in self.windows], self.skeleton.hidden_size, self.skeleton.dtype
 
 
 def enough_windows(windows: Sequence[torch.Tensor], units: Sequence[FusedUnit]) -> tuple[torch.Tensor, ...]:

@@ -152,8 +152,7 @@ class CalibratedSteps:
     @property
     def _shape(self) -> tuple[list[int], int, torch.dtype]:
         """Tokens of each batch, width and dtype of the hidden states."""
-        width = self.skeleton.model.config.get_text_config().hidden_size
-        return [window.shape[1] for window in self.windows], width, self.skeleton.dtype
+        return [window.shape[1] for window in self.windows], self.skeleton.hidden_size, self.skeleton.dtype
 
     def _stream(
         self, stack: ExitStack, skeleton: Skeleton, work: Path, name: str, start: int

@@ -1,9 +1,9 @@
 """Two models side by side over the same text, block by block in one pass: how far each block takes them apart.
 
 Both run in replay mode, one block ahead of the other at most, so that memory holds two blocks, both models' outer
-weights and their hidden states, whatever the models' sizes. What a block adds to the drift is partly what it makes of
-the drift that it inherits. So the artifact's block is run once more on a little text, entered with the original's
-state: what is off behind it then is its own.
+weights and a bounded part of their hidden states, whatever the models' sizes. What a block adds to the drift is partly
+what it makes of the drift that it inherits. So the artifact's block is run once more on a little text, entered with the
+original's state: what is off behind it then is its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.states import MemoryStates
+from llmconvert.engine.states import passing_states
 from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError, GateError
 from llmconvert.progress import SILENT, Progress
@@ -95,8 +95,9 @@ class SideBySide:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._reference.stream.close()
-        self._artifact.stream.close()
+        for side in (self._reference, self._artifact):
+            side.stream.close()
+            side.states.close()
 
     @property
     def divergences(self) -> tuple[BlockDivergence, ...]:
@@ -166,8 +167,9 @@ class _Side:
         self, checkpoint: Checkpoint, windows: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype | None
     ) -> None:
         self.skeleton = Skeleton(checkpoint, device, dtype)
-        self.states = MemoryStates()
-        plans = discover(self.skeleton, max(window.shape[1] for window in windows))
+        lengths = [window.shape[1] for window in windows]
+        self.states = passing_states(lengths, self.skeleton.hidden_size, self.skeleton.dtype)
+        plans = discover(self.skeleton, max(lengths))
         self.stream = Stream(self.skeleton, windows, plans, mode="replay", states=self.states, head=True)
         self._left: torch.Tensor | None = None
         # The last block has no successor at whose entry its output could be looked at.
@@ -176,8 +178,7 @@ class _Side:
     @property
     def shape(self) -> tuple[int, int]:
         """Number of blocks and width of the hidden state."""
-        config = self.skeleton.model.config.get_text_config()
-        return self.skeleton.block_count, config.hidden_size
+        return self.skeleton.block_count, self.skeleton.hidden_size
 
     def leaving(self) -> torch.Tensor:
         """What the last block gave for the window whose logits were computed last."""

@@ -139,6 +139,12 @@ class Skeleton:
         """How many decoder blocks the model has."""
         return len(self.blocks)
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden state between blocks."""
+        width: int = self.model.config.get_text_config().hidden_size
+        return width
+
     def prefix(self, index: int) -> str:
         """What the module names of a block's parameters begin with, e.g. ``model.layers.0.``."""
         return f"{self.list_name}.{index}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -11,9 +12,11 @@ import torch
 
 from llmconvert.errors import CapacityError
 
-__all__ = ["DiskStates", "MemoryStates", "States", "TapeStates", "states_present"]
+__all__ = ["DiskStates", "MemoryStates", "ScratchStates", "States", "TapeStates", "passing_states", "states_present"]
 
 _PARITIES = ("even", "odd")
+# Beside an evaluation's weights; hidden states beyond that go to a temporary file.
+_IN_MEMORY_NBYTES = 256 << 20
 
 
 class States(Protocol):
@@ -39,24 +42,29 @@ class MemoryStates:
     def get(self, block: int, batch: int) -> torch.Tensor:
         return self._kept[block, batch]
 
+    def close(self) -> None:
+        """Forget them."""
+        self._kept.clear()
+
 
 class _File:
-    """The hidden states of all batches at one block; their space is reserved at once."""
+    """The hidden states of all batches at one block; their space is reserved at once. Without a path: unnamed."""
 
-    def __init__(self, path: Path, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path | None, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> None:
         self._shapes = [(1, length, hidden_size) for length in lengths]
         self._dtype = dtype
         row = hidden_size * dtype.itemsize
         self._offsets = [0]
         for length in lengths:
             self._offsets.append(self._offsets[-1] + length * row)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fd = _unnamed() if path is None else os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             os.posix_fallocate(self._fd, 0, self._offsets[-1])
         except OSError as error:
             os.close(self._fd)
+            where = path or f"{tempfile.gettempdir()} (set TMPDIR to a directory on a larger disk)"
             raise CapacityError(
-                f"{path}: no space for {self._offsets[-1]:,} bytes of activations: {error.strerror}"
+                f"{where}: no space for {self._offsets[-1]:,} bytes of activations: {error.strerror}"
             ) from error
 
     def put(self, batch: int, hidden: torch.Tensor) -> None:
@@ -126,6 +134,36 @@ class DiskStates:
             self._files.pop().close()
 
 
+class ScratchStates:
+    """Block inputs in a temporary file without a name, in which a batch's next state takes the place of its last.
+
+    It lies where ``TMPDIR`` says, and nothing of it outlasts the process.
+
+    Args:
+        lengths, hidden_size, dtype: as for :class:`DiskStates`; space for all is reserved when the first one comes,
+            which raises ``CapacityError`` if there is none.
+    """
+
+    def __init__(self, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> None:
+        self._about = (lengths, hidden_size, dtype)
+        self._file: _File | None = None
+
+    def put(self, block: int, batch: int, hidden: torch.Tensor) -> None:
+        if self._file is None:
+            self._file = _File(None, *self._about)
+        self._file.put(batch, hidden)
+
+    def get(self, block: int, batch: int) -> torch.Tensor:
+        assert self._file is not None
+        return self._file.get(batch)
+
+    def close(self) -> None:
+        """Give the space back."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
 class TapeStates:
     """Block inputs of all blocks, in a file each: for going back through the model.
 
@@ -169,9 +207,26 @@ class TapeStates:
         return self._directory / f"tape-{block}.bin"
 
 
+def passing_states(lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> MemoryStates | ScratchStates:
+    """For a pass that nobody resumes: in memory, or in a temporary file where they would take more than 256 MiB.
+
+    Args:
+        lengths, hidden_size, dtype: as for :class:`DiskStates`.
+    """
+    if sum(lengths) * hidden_size * dtype.itemsize <= _IN_MEMORY_NBYTES:
+        return MemoryStates()
+    return ScratchStates(lengths, hidden_size, dtype)
+
+
 def states_present(
     directory: Path, block: int, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype, name: str = "states"
 ) -> bool:
     """Whether a :class:`DiskStates` of the same arguments has left its file of the inputs of ``block``, whole."""
     path = directory / f"{name}-{_PARITIES[block % 2]}.bin"
     return path.is_file() and path.stat().st_size == sum(lengths) * hidden_size * dtype.itemsize
+
+
+def _unnamed() -> int:
+    """A descriptor of an empty temporary file that nothing else refers to."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

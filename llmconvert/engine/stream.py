@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
-from llmconvert.engine.states import MemoryStates, States
+from llmconvert.engine.states import States, passing_states
 from llmconvert.errors import CalibrationError
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import Phases
@@ -188,7 +188,7 @@ class Stream:
         windows: token ids, each ``[1, length]``; one batch each.
         plans: of the longest window, from :func:`~llmconvert.engine.discovery.discover`.
         mode: lockstep or replay.
-        states: keeps the block inputs; needed for replay, optional (for resuming) in lockstep.
+        states: keeps the block inputs; optional (for resuming) in lockstep. Replay keeps them for itself by default.
         start: first block to run; above 0, its inputs are taken from ``states``.
         head: whether :meth:`logits` will be asked for; loads the output head.
         phases: where the time spent reading weights is counted.
@@ -210,7 +210,11 @@ class Stream:
         self.windows = tuple(windows)
         self.plans = tuple(plans)
         self._mode = mode
-        self._states: States | None = MemoryStates() if states is None and mode == "replay" else states
+        self._own_states = None
+        if states is None and mode == "replay":
+            lengths = [window.shape[1] for window in windows]
+            self._own_states = passing_states(lengths, skeleton.hidden_size, skeleton.dtype)
+        self._states: States | None = self._own_states if states is None else states
         self._start = start
         self._passes: list[_Pass] = []
         self._crossed = start - 1
@@ -266,6 +270,8 @@ class Stream:
         for slot in self.skeleton.slots:
             slot.gate = slot.run_block
         self.skeleton.drop_block(self.skeleton.block_count - 1)
+        if self._own_states is not None:
+            self._own_states.close()
 
     def enter(self, index: int, batch: int) -> _Pass:
         """The coroutine of ``batch``, at the entry of block ``index`` or wherever in it lockstep has left it."""

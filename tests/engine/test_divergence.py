@@ -112,6 +112,23 @@ def test_blocks_are_run_alone_on_the_first_windows(original: Path, tmp_path: Pat
     assert compare(original, other)[1][1].own > 0 and tried == [0] * LAYERS
 
 
+def unnamed_files() -> int:
+    links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return sum("(deleted)" in str(path.readlink()) for path in links if path.is_symlink())
+
+
+def test_states_in_a_file_give_the_same(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = changed(original, tmp_path / "other", "model.layers.1.mlp.down_proj.weight", 1.3)
+    in_memory = compare(original, other)
+    monkeypatch.setattr("llmconvert.engine.states._IN_MEMORY_NBYTES", 0)
+    before = unnamed_files()
+    in_a_file = compare(original, other)
+    assert in_a_file[1] == in_memory[1]
+    for found, expected in zip(in_a_file[0], in_memory[0], strict=True):
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert unnamed_files() == before
+
+
 def test_a_model_does_not_drift_from_itself(original: Path) -> None:
     _, found = compare(original, original)
     assert [(block.error, block.own) for block in found] == [(0.0, 0.0)] * LAYERS

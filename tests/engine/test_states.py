@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmconvert.engine.states import DiskStates, MemoryStates, States
+from llmconvert.engine.states import DiskStates, MemoryStates, ScratchStates, States, passing_states
 from llmconvert.errors import CapacityError
 
 LENGTHS = (5, 3, 8)
@@ -34,6 +34,9 @@ def walk(states: States, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_put_is_got(tmp_path: Path, dtype: torch.dtype) -> None:
     walk(MemoryStates(), dtype)
+    scratch = ScratchStates(LENGTHS, WIDTH, dtype)
+    walk(scratch, dtype)
+    scratch.close()
     states = DiskStates(tmp_path, LENGTHS, WIDTH, dtype)
     walk(states, dtype)
     states.close()
@@ -53,6 +56,33 @@ def test_memory_states_forget_what_is_behind() -> None:
         for batch in range(3):
             states.put(block, batch, hidden(block, batch))
     assert len(states._kept) == 3
+
+
+def test_scratch_states_have_no_name_and_give_their_space_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = len(os.listdir("/proc/self/fd"))
+    states = ScratchStates(LENGTHS, WIDTH, torch.float32)
+    assert len(os.listdir("/proc/self/fd")) == before, "nothing is reserved for states that never come"
+    states.put(0, 0, hidden(0, 0))
+    assert not list(tmp_path.iterdir())
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    states.close()
+    states.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_many_states_go_to_a_file_and_few_stay_in_memory() -> None:
+    width = 1 << 15
+    assert isinstance(passing_states([2048], width, torch.float32), MemoryStates)
+    assert isinstance(passing_states([2048, 1], width, torch.float32), ScratchStates)
+    assert isinstance(passing_states([2048, 2048], width, torch.bfloat16), MemoryStates)
+
+
+def test_a_temporary_directory_without_space_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    states = ScratchStates([1 << 40], 1 << 12, torch.float32)
+    with pytest.raises(CapacityError, match=f"{tmp_path} .set TMPDIR to a directory on a larger disk.: no space for"):
+        states.put(0, 0, hidden(0, 0))
 
 
 def test_inputs_of_a_block_outlast_those_of_the_next(tmp_path: Path) -> None:
