@@ -17,16 +17,16 @@ No parameter requires gradients, so no grad mode has to be set: it is thread-loc
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from llmconvert.checkpoint import Checkpoint
+from llmconvert.engine.coroutine import Pass, gate, stand_at_linear
 from llmconvert.engine.discovery import BlockPlan, discover
-from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
+from llmconvert.engine.skeleton import BlockCall, Skeleton
 from llmconvert.engine.states import States, passing_states
 from llmconvert.errors import CalibrationError
 from llmconvert.memory import release_freed_memory
@@ -36,90 +36,6 @@ from llmconvert.progress import SILENT, Progress
 __all__ = ["BlockRun", "Mode", "Stream", "stream_logits"]
 
 Mode = Literal["lockstep", "replay"]
-
-
-class _Pass(greenlet):
-    """One batch inside the model's forward.
-
-    ``at`` is where it stands: the index of the block it is about to enter (their number, if it stands behind the last
-    one), a linear it is about to call, or None once the forward has ended; ``tensor`` is what it brought there, and
-    ``call`` the block it entered last with all else it is called with.
-    """
-
-    def __init__(self, stream: Stream, ids: torch.Tensor, start: int, hidden: torch.Tensor | None) -> None:
-        super().__init__(self._forward)
-        self._stream = stream
-        self._ids = ids
-        self._start = start
-        self._replacement = hidden
-        self._target: nn.Module | None = None
-        self._leaves_last = False
-        self.at: int | nn.Module | None = -1
-        self.tensor: torch.Tensor | None = None
-        self.call: BlockCall | None = None
-        self.switch()
-
-    def run_to_linear(self, block: int, linear: nn.Module) -> torch.Tensor | None:
-        """Go on to ``linear`` inside ``block`` and give its input; None if this batch does not call it."""
-        if self.at == block or (isinstance(self.at, nn.Module) and self.at is not linear):
-            self._target = linear
-            self.switch()
-        return self.tensor if self.at is linear else None
-
-    def run_to_next_block(self, block: int) -> torch.Tensor:
-        """Go on to the exit of ``block``, which is the entry of the one after it; gives the hidden state."""
-        if self.at == block or isinstance(self.at, nn.Module):
-            self._target, self._leaves_last = None, True
-            self.switch()
-        assert self.tensor is not None
-        return self.tensor
-
-    def run_to_end(self) -> torch.Tensor:
-        """Go on to the end of the forward; gives the logits."""
-        self._target, self._leaves_last = None, False
-        while self.at is not None:
-            self.switch()
-        assert self.tensor is not None
-        return self.tensor
-
-    def kill(self) -> None:
-        """Unwind the frames and free what they hold."""
-        self.tensor = self.call = None
-        if not self.dead:
-            self.throw(GreenletExit)
-
-    # What follows runs inside the coroutine.
-
-    def _forward(self) -> None:
-        output = self._stream.skeleton.model(input_ids=self._ids, use_cache=False)
-        self.at, self.tensor = None, output.logits
-
-    def pass_block(self, slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
-        last = self._stream.skeleton.block_count - 1
-        if slot.index < self._start:
-            if slot.index == last and self._replacement is not None:
-                hidden, self._replacement = self._replacement.to(hidden.device), None
-            # What else a block returns (attention weights, a cache) is for callers who asked for it; nobody did.
-            returned = self._stream.plans[slot.index].returned
-            return (hidden, *[None] * (returned - 1)) if returned else hidden
-        if slot.index == self._start and self._replacement is not None:
-            hidden = self._replacement.to(hidden.device)
-            self._replacement = None
-        self.call = call
-        self._stand(slot.index, hidden)
-        result = call(hidden)
-        if self._leaves_last and slot.index == last:
-            self._stand(slot.index + 1, result[0] if isinstance(result, tuple) else result)
-        return result
-
-    def pass_linear(self, module: nn.Module, value: torch.Tensor) -> None:
-        if module is self._target:
-            self._stand(module, value)
-
-    def _stand(self, at: int | nn.Module, value: torch.Tensor) -> None:
-        self.at, self.tensor = at, value
-        self.parent.switch()
-        self.tensor = None
 
 
 class BlockRun:
@@ -216,7 +132,7 @@ class Stream:
             self._own_states = passing_states(lengths, skeleton.hidden_size, skeleton.dtype)
         self._states: States | None = self._own_states if states is None else states
         self._start = start
-        self._passes: list[_Pass] = []
+        self._passes: list[Pass] = []
         self._crossed = start - 1
         self._ahead: set[int] = set()  # batches that have left the current block
         self._phases = phases or Phases()
@@ -224,7 +140,7 @@ class Stream:
         with self._phases.measure("reading"):
             skeleton.load_outer(head=head)
         for slot in skeleton.slots:
-            slot.gate = _gate
+            slot.gate = gate
 
     def blocks(self) -> Iterator[BlockRun]:
         """Block after block, each loaded while it is the current one.
@@ -239,7 +155,7 @@ class Stream:
             with self._phases.measure("reading"):
                 self.skeleton.load_block(index)
             linears = self.skeleton.linears[index].values()
-            hooks = [linear.register_forward_pre_hook(_stand_at_linear) for linear in linears]
+            hooks = [linear.register_forward_pre_hook(stand_at_linear) for linear in linears]
             yield BlockRun(self, self.plans[index])
             if index + 1 < self.skeleton.block_count:
                 self.cross(index)
@@ -273,7 +189,7 @@ class Stream:
         if self._own_states is not None:
             self._own_states.close()
 
-    def enter(self, index: int, batch: int) -> _Pass:
+    def enter(self, index: int, batch: int) -> Pass:
         """The coroutine of ``batch``, at the entry of block ``index`` or wherever in it lockstep has left it."""
         if self._mode == "lockstep":
             return self._passes[batch]
@@ -292,19 +208,19 @@ class Stream:
         self._check_finite(left, index, batch)
         return left
 
-    def pass_on(self, coroutine: _Pass, index: int, batch: int) -> None:
+    def pass_on(self, coroutine: Pass, index: int, batch: int) -> None:
         """Let ``batch`` leave block ``index`` before others do; the last one is not left."""
         if index + 1 < self.skeleton.block_count and batch not in self._ahead:
             self._leave_block(coroutine, index, batch)
             self._ahead.add(batch)
 
-    def leave(self, coroutine: _Pass) -> None:
+    def leave(self, coroutine: Pass) -> None:
         """Done with a coroutine from :meth:`enter` for now."""
         if self._mode == "replay":
             coroutine.kill()
 
-    def _pass(self, batch: int, start: int, hidden: torch.Tensor | None) -> _Pass:
-        return _Pass(self, self.windows[batch].to(self.skeleton.device), start, hidden)
+    def _pass(self, batch: int, start: int, hidden: torch.Tensor | None) -> Pass:
+        return Pass(self.skeleton, self.plans, self.windows[batch].to(self.skeleton.device), start, hidden)
 
     def _depart(self) -> None:
         """Bring every batch to the entry of the first block."""
@@ -338,7 +254,7 @@ class Stream:
                 self.leave(coroutine)
         self._ahead.clear()
 
-    def _leave_block(self, coroutine: _Pass, index: int, batch: int) -> None:
+    def _leave_block(self, coroutine: Pass, index: int, batch: int) -> None:
         hidden = coroutine.run_to_next_block(index)
         self._check_finite(hidden, index, batch)
         if self._states is not None:
@@ -352,17 +268,6 @@ class Stream:
             f"block {index} ({self.skeleton.prefix(index).rstrip('.')}): batch {batch} leaves it with values "
             "that are not finite; the weights may be damaged, or need a wider dtype (bfloat16 or float32)"
         )
-
-
-def _gate(slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
-    coroutine = getcurrent()
-    return coroutine.pass_block(slot, hidden, call) if isinstance(coroutine, _Pass) else call(hidden)
-
-
-def _stand_at_linear(module: nn.Module, args: tuple[Any, ...]) -> None:
-    coroutine = getcurrent()
-    if isinstance(coroutine, _Pass):
-        coroutine.pass_linear(module, args[0])
 
 
 def _remove(hooks: Sequence[RemovableHandle]) -> None:

@@ -1,0 +1,132 @@
+"""One batch inside the model's own ``forward``, standing still where the engine has business with it.
+
+A greenlet, because the forward is not ours to write as a generator. It stops at the entry of decoder blocks and before
+linears, and whoever runs it decides there what it meets next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+
+from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
+
+__all__ = ["Pass", "gate", "stand_at_linear"]
+
+
+class Pass(greenlet):
+    """One batch inside the model's forward.
+
+    ``at`` is where it stands: the index of the block it is about to enter (their number, if it stands behind the last
+    one), a linear it is about to call, or None once the forward has ended; ``tensor`` is what it brought there, and
+    ``call`` the block it entered last with all else it is called with.
+
+    Args:
+        skeleton: the model; its slots' gates are :func:`gate`, and linears to stop at have :func:`stand_at_linear`
+            as a hook.
+        plans: of its blocks.
+        ids: token ids, ``[1, length]``, on the model's device.
+        start: the block to enter first; those before it are passed by.
+        hidden: what it enters that block with; None: what the blocks before it gave.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        plans: Sequence[BlockPlan],
+        ids: torch.Tensor,
+        start: int,
+        hidden: torch.Tensor | None,
+    ) -> None:
+        super().__init__(self._forward)
+        self._skeleton = skeleton
+        self._plans = plans
+        self._ids = ids
+        self._start = start
+        self._replacement = hidden
+        self._target: nn.Module | None = None
+        self._leaves_last = False
+        self.at: int | nn.Module | None = -1
+        self.tensor: torch.Tensor | None = None
+        self.call: BlockCall | None = None
+        self.switch()
+
+    def run_to_linear(self, block: int, linear: nn.Module) -> torch.Tensor | None:
+        """Go on to ``linear`` inside ``block`` and give its input; None if this batch does not call it."""
+        if self.at == block or (isinstance(self.at, nn.Module) and self.at is not linear):
+            self._target = linear
+            self.switch()
+        return self.tensor if self.at is linear else None
+
+    def run_to_next_block(self, block: int) -> torch.Tensor:
+        """Go on to the exit of ``block``, which is the entry of the one after it; gives the hidden state."""
+        if self.at == block or isinstance(self.at, nn.Module):
+            self._target, self._leaves_last = None, True
+            self.switch()
+        assert self.tensor is not None
+        return self.tensor
+
+    def run_to_end(self) -> torch.Tensor:
+        """Go on to the end of the forward; gives the logits."""
+        self._target, self._leaves_last = None, False
+        while self.at is not None:
+            self.switch()
+        assert self.tensor is not None
+        return self.tensor
+
+    def kill(self) -> None:
+        """Unwind the frames and free what they hold."""
+        self.tensor = self.call = None
+        if not self.dead:
+            self.throw(GreenletExit)
+
+    # What follows runs inside the coroutine.
+
+    def _forward(self) -> None:
+        output = self._skeleton.model(input_ids=self._ids, use_cache=False)
+        self.at, self.tensor = None, output.logits
+
+    def pass_block(self, slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
+        last = self._skeleton.block_count - 1
+        if slot.index < self._start:
+            if slot.index == last and self._replacement is not None:
+                hidden, self._replacement = self._replacement.to(hidden.device), None
+            # What else a block returns (attention weights, a cache) is for callers who asked for it; nobody did.
+            returned = self._plans[slot.index].returned
+            return (hidden, *[None] * (returned - 1)) if returned else hidden
+        if slot.index == self._start and self._replacement is not None:
+            hidden = self._replacement.to(hidden.device)
+            self._replacement = None
+        self.call = call
+        self._stand(slot.index, hidden)
+        result = call(hidden)
+        if self._leaves_last and slot.index == last:
+            self._stand(slot.index + 1, result[0] if isinstance(result, tuple) else result)
+        return result
+
+    def pass_linear(self, module: nn.Module, value: torch.Tensor) -> None:
+        if module is self._target:
+            self._stand(module, value)
+
+    def _stand(self, at: int | nn.Module, value: torch.Tensor) -> None:
+        self.at, self.tensor = at, value
+        self.parent.switch()
+        self.tensor = None
+
+
+def gate(slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
+    """What a slot does in place of its block: the coroutine's part, if one is under way; else it runs the block."""
+    coroutine = getcurrent()
+    return coroutine.pass_block(slot, hidden, call) if isinstance(coroutine, Pass) else call(hidden)
+
+
+def stand_at_linear(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A linear's hook before its call: a coroutine that looks for this one stands still."""
+    coroutine = getcurrent()
+    if isinstance(coroutine, Pass):
+        coroutine.pass_linear(module, args[0])
