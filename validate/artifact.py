@@ -150,7 +150,8 @@ def _inventory_check(source: Checkpoint, stored: Checkpoint, dense: Checkpoint, 
     inventory = take_inventory(source, stored, dense, progress=progress)
     counts = ", ".join(f"{count} {status}" for status, count in sorted(inventory.counts.items()))
     problems = inventory.problems
-    text = f"{len(problems)} tensors are wrong, first: {problems[0]}" if problems else counts
+    moved = "; norms are changed, so weights are in other coordinates, and no errors of theirs are given"
+    text = f"{len(problems)} tensors are wrong, first: {problems[0]}" if problems else counts + moved * inventory.moved
     return Check(
         name="inventory",
         value=len(problems),

@@ -2,7 +2,9 @@
 
 An artifact can load and compute nonsense because a tensor was dropped, reshaped or written from the wrong buffer, and
 loaders fill what is missing with random numbers. So every tensor of the source must be found again, and the relative
-error ‖source − artifact‖ / ‖source‖ (Frobenius norm) of its dequantized values is measured.
+error ‖source − artifact‖ / ‖source‖ (Frobenius norm) of its dequantized values is measured. Where norms hold other
+values, scales or a rotation went into the weights around them (AWQ, SmoothQuant, QuaRot): these compute the same in
+other coordinates, and have no error of this kind.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +44,8 @@ class TensorRecord:
             (attention heads), ``tied`` to an equal tensor, ``added``; ``dropped`` and ``reshaped`` are problems.
         shape: in the artifact, dequantized; in the source if it is dropped.
         dtype: the source's safetensors dtype name.
-        error: relative error of the (dequantized) values; None where there is nothing to compare.
+        error: relative error of the (dequantized) values; None where there is nothing to compare, or only values in
+            other coordinates.
     """
 
     name: str
@@ -54,10 +57,16 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """The records of all tensors, in the source's order, then those only the artifact has."""
+    """The records of all tensors, in the source's order, then those only the artifact has.
+
+    Attributes:
+        problems: what is wrong, in words.
+        moved: norms hold other values, so weights are in other coordinates and have no errors.
+    """
 
     tensors: tuple[TensorRecord, ...]
     problems: tuple[str, ...]
+    moved: bool
 
     @property
     def counts(self) -> dict[str, int]:
@@ -98,7 +107,20 @@ def take_inventory(
     for name, info in dense.infos.items():
         if name not in source:
             records.append(TensorRecord(name, "added", info.shape, DTYPE_NAMES[info.dtype], None))
-    return Inventory(tuple(records), tuple(problems))
+    moved = any(_moves_others(record) for record in records)
+    if moved:
+        records = [replace(record, error=None) if _may_be_moved(record) else record for record in records]
+    return Inventory(tuple(records), tuple(problems), moved)
+
+
+def _moves_others(record: TensorRecord) -> bool:
+    """Whether this is the weight of a norm, with values that quantization alone does not give it."""
+    norm = len(record.shape) == 1 and record.name.endswith(".weight")
+    return norm and record.status == "changed" and record.error is not None
+
+
+def _may_be_moved(record: TensorRecord) -> bool:
+    return record.status == "quantized" or (record.status == "changed" and len(record.shape) > 1)
 
 
 def _account(
@@ -128,7 +150,8 @@ def _account(
     if not math.isfinite(error):
         problem = [f"{name} holds values that are not finite, or is not zero where the source is"]
         return TensorRecord(name, "changed", shape, dtype, None), problem
-    if name not in stored:
+    # Codes of a byte each (int8, FP8) keep their weight's name.
+    if name not in stored or stored.infos[name].dtype != dense.infos[name].dtype:
         return TensorRecord(name, "quantized", shape, dtype, error), []
     if stored.infos[name].dtype == info.dtype:
         return TensorRecord(name, "changed" if error else "kept", shape, dtype, error), []

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from disguised_heads import grouped_model
+from tiny_architectures import ids
 
 from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.convert.gqa_view import MergedAttention
+from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.validate import inventory as module
 from llmconvert.validate.inventory import bits_per_weight, measure_sizes, take_inventory
 
@@ -71,6 +74,27 @@ def test_kept_cast_and_changed(monkeypatch: pytest.MonkeyPatch) -> None:
         record.name: record.error for record in take_inventory(InMemory(source), *[InMemory(artifact)] * 2).tensors
     }
     assert errors["b"] == pytest.approx(0.5) and errors["embed"] == 0
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant", "gptq"])
+def test_weights_in_other_coordinates_have_no_error(method: str, original: Path, tmp_path: Path) -> None:
+    source = SafetensorsCheckpoint(original)
+    scheme = Scheme.parse("w8a8" if method == "smoothquant" else "w4a16-g32-asym")
+    quantize_checkpoint(source, tmp_path / "artifact", method=method, scheme=scheme, windows=ids((64, 64)))
+    with SafetensorsCheckpoint(tmp_path / "artifact") as stored:
+        found = take_inventory(source, stored, open_dense(stored))
+    quantized = [record.error for record in found.tensors if record.status == "quantized"]
+    assert found.problems == () and len(quantized) == 14
+    assert found.moved == (method != "gptq")
+    assert [error is None for error in quantized] == [found.moved] * 14
+    assert all(record.error == 0 for record in found.tensors if record.status == "kept")
+
+
+def test_a_bias_that_changed_moves_nothing() -> None:
+    source = {**tensors(), "a.bias": torch.ones(7)}
+    artifact = InMemory({**source, "a.bias": torch.zeros(7), "b": source["b"] * 1.5})
+    found = take_inventory(InMemory(source), artifact, artifact)
+    assert not found.moved and {record.name: record.error for record in found.tensors}["b"] == pytest.approx(0.5)
 
 
 def test_a_dropped_tensor_is_a_problem() -> None:
