@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["attention", "positions", "memory"], required=True)
     parser.add_argument("--text", default="pydoc-topics:test")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--seconds", type=float, default=120, help="attention: leave out longer ones (default 120)")
     parser.add_argument("--window", type=int, help="positions: tokens per window")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="positions: where the scaled models are written")
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def _attention(options: argparse.Namespace) -> None:
-    settings = AttentionOptions(lengths=tuple(options.lengths))
+    settings = AttentionOptions(lengths=tuple(options.lengths), seconds=options.seconds)
     windows = _windows(options, settings.windows, settings.window)
     result = measure_attention(
         options.model, settings, windows.windows, device=torch.device("cpu"), progress=console_progress()

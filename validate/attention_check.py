@@ -171,7 +171,7 @@ def _sections(result: AttentionResult, options: AttentionOptions) -> list[Sectio
         options,
         name="attention-time",
         title="Time of reading a prompt",
-        what="Seconds",
+        what="Time to the first token",
         unit="seconds",
         value=lambda point: point.seconds,
         exponent=lambda name: result.exponents(name)[1],
@@ -208,6 +208,7 @@ def _curve_section(
     series = [
         Series(
             label=f"{backend}, exponent {slopes[backend]:.2f}" if slopes[backend] is not None else backend,
+            unit=unit,
             x=tuple(float(point.length) for point in result.measured(backend)),
             y=tuple(value(point) for point in result.measured(backend)),
         )
@@ -217,7 +218,7 @@ def _curve_section(
     plot = Plot(
         caption=f"{what} over the length of the prompt.",
         x_label="tokens",
-        y_label=unit,
+        y_label=what.lower(),
         x_scale="log",
         y_scale="log",
         series=tuple(series),

@@ -32,7 +32,8 @@ class Column(Value):
 class Series(Value):
     """One line, set of points or set of bars: ``y`` over ``x``, with intervals from ``low`` to ``high`` if known.
 
-    ``x`` are numbers, or labels for bars. A ``y`` of None leaves a gap. ``unit`` is for panels, which differ in it.
+    ``x`` are numbers, or labels for bars. A ``y`` of None leaves a gap. ``unit`` says how
+    numbers are written beside bars of panels, and along a logarithmic axis.
     """
 
     label: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llmconvert.validate.display import format_value
@@ -13,6 +14,7 @@ __all__ = ["section_plot"]
 _BARS_WIDTH = 0.8
 # Above this many, the labels of bars would run into each other.
 _LEVEL_LABELS = 5
+_LOG_TICKS = 7
 # An axis starts at zero if the lowest value is below this share of the highest.
 _NEAR_ZERO = 0.4
 
@@ -39,7 +41,14 @@ def _draw(figure: Any, plot: Plot) -> None:
         axes.set_xscale(plot.x_scale)
         if plot.x_scale == "linear" and all(float(x).is_integer() for series in plot.series for x in series.x):
             axes.xaxis.get_major_locator().set_params(integer=True)
+        if plot.x_scale == "log":
+            _name_places(axes, plot.series)
     axes.set_yscale(plot.y_scale)
+    if plot.y_scale == "log":
+        unit = plot.series[0].unit
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        axes.yaxis.set_major_formatter(lambda value, _: format_value(value, unit) if unit else f"{value:,g}")
+        axes.yaxis.set_minor_formatter("")
     if plot.limit is not None:
         axes.axhline(plot.limit, color=INK, linestyle="--", linewidth=1, alpha=0.7, label="limit")
     values = [value for series in plot.series for value in (*series.y, *series.low, *series.high) if value is not None]
@@ -68,6 +77,15 @@ def _points(axes: Any, series: Series, index: int, *, joined: bool) -> None:
         capsize=3,
         label=series.label,
     )
+
+
+def _name_places(axes: Any, series: Sequence[Series]) -> None:
+    """Ticks of a logarithmic axis where something was measured, as far as their labels have room."""
+    places = sorted({float(x) for line in series for x in line.x})
+    step = -(-len(places) // _LOG_TICKS)
+    shown = places[:: max(1, step)]
+    axes.set_xticks(shown, [f"{place:,.0f}" if place >= 10 else f"{place:g}" for place in shown])
+    axes.set_xticks([], minor=True)
 
 
 def _bars(axes: Any, plot: Plot) -> None:

@@ -116,6 +116,17 @@ def test_every_kind_of_plot_is_drawn(kind: str) -> None:
     assert picture is not None and picture.startswith(b"\x89PNG")
 
 
+def test_logarithmic_axes_name_what_was_measured_in_its_unit() -> None:
+    lengths = tuple(512.0 * 2**step for step in range(6))
+    series = Series(label="flash", unit="bytes", x=lengths, y=tuple(3e4 * length for length in lengths))
+    plot = Plot(caption="Memory.", x_label="tokens", y_label="memory", x_scale="log", y_scale="log", series=(series,))
+    svg = section_plot(ladder(plot=plot))
+    assert svg is not None
+    texts = ["".join(text.itertext()) for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[:6] == ["512", "1,024", "2,048", "4,096", "8,192", "16,384"]
+    assert {"20.0 MB", "50.0 MB", "100.0 MB"} <= set(texts) and not [text for text in texts if "×" in text]
+
+
 def test_no_plot_without_numbers() -> None:
     assert section_plot(ladder(plot=None)) is None
     empty = Plot(caption="", x_label="", y_label="", series=(Series(label="a", x=(1,), y=(None,)),))
