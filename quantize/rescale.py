@@ -20,6 +20,7 @@ from torch import nn
 
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.edges import Edge, edge_holds, record_inputs
+from llmconvert.engine.precision import all_finite
 from llmconvert.engine.statistics import Hessian, accumulate_hessian
 from llmconvert.engine.stream import BlockRun
 from llmconvert.errors import CalibrationError, CheckpointError, UnsupportedError
@@ -112,7 +113,7 @@ def rescale_block(
     """
     for name in (name for stop in run.plan.stops for name in stop.linears):
         # Named here, before what they give comes to the linears behind them.
-        if not torch.isfinite(run.module(name).weight.data.sum(dtype=torch.float32)):
+        if not all_finite(run.module(name).weight.data):
             raise CheckpointError(f"tensor {name!r} has values that are not finite; the checkpoint is damaged")
     edges = [edge for edge in edges if all(prefix + name in schemes for name in edge.linears)]
     statistics = _gather(run, block, batches, edges, prefix, moments=method.moments)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.precision import all_finite
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import States
 from llmconvert.engine.stream import BlockRun, Stream
@@ -94,7 +95,7 @@ def walk_back(
                 output.backward(gradient)
                 leaf = leaves.take()
                 assert leaf.grad is not None
-                if not torch.isfinite(leaf.grad).all():
+                if not all_finite(leaf.grad):
                     raise CalibrationError(
                         f"block {index} ({skeleton.prefix(index).rstrip('.')}): the gradients of batch {batch} are not "
                         "finite; a budget needs bfloat16 or float32"

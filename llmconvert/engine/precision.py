@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["Scratch", "WideLinear", "bfloat16_products", "compute_dtype"]
+__all__ = ["Scratch", "WideLinear", "all_finite", "bfloat16_products", "compute_dtype"]
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -71,6 +71,14 @@ class WideLinear(nn.Linear):
 
     def _widen(self, part: str, values: torch.Tensor) -> torch.Tensor:
         return self.scratch.take(part, values.shape, values.device).copy_(values)
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is infinite or NaN.
+
+    Such a value shows in the sum, which is found many times faster; but a sum can also overflow by itself.
+    """
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmconvert.engine.precision import bfloat16_products
+from llmconvert.engine.precision import all_finite, bfloat16_products
 from llmconvert.errors import CalibrationError
 
 __all__ = ["Hessian", "accumulate_hessian", "hessian_nbytes"]
@@ -93,9 +93,9 @@ def hessian_nbytes(columns: int, dtype: torch.dtype, *, original: bool = False) 
 
 
 def _finite(name: str, inputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Pass batches on; one with a value that is not finite shows in its sum, and is refused with its number."""
+    """Pass batches on; one with a value that is not finite is refused with its number."""
     for number, batch in enumerate(inputs):
-        if not torch.isfinite(batch.sum(dtype=torch.float32)) and not torch.isfinite(batch).all():
+        if not all_finite(batch):
             raise CalibrationError(
                 f"{name}: batch {number} comes to this linear with values that are not finite; the weights before it "
                 "may be damaged, or need a wider dtype (bfloat16 or float32)"

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.coroutine import Pass, gate, stand_at_linear
 from llmconvert.engine.discovery import BlockPlan, discover
+from llmconvert.engine.precision import all_finite
 from llmconvert.engine.skeleton import BlockCall, Skeleton
 from llmconvert.engine.states import States, passing_states
 from llmconvert.errors import CalibrationError
@@ -262,7 +263,7 @@ class Stream:
 
     def _check_finite(self, value: torch.Tensor, index: int, batch: int) -> None:
         """Refuse what ``batch`` brings from block ``index`` if it is not finite."""
-        if torch.isfinite(value).all():
+        if all_finite(value):
             return
         raise CalibrationError(
             f"block {index} ({self.skeleton.prefix(index).rstrip('.')}): batch {batch} leaves it with values "

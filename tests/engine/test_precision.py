@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine import skeleton as skeleton_module
-from llmconvert.engine.precision import Scratch, WideLinear
+from llmconvert.engine.precision import Scratch, WideLinear, all_finite
 from llmconvert.engine.skeleton import Skeleton
 
 CPU = torch.device("cpu")
@@ -68,3 +69,21 @@ def test_products_are_widened_where_the_processor_gains_by_it(
         assert all(isinstance(linear, WideLinear) is (wide and asked) for block in linears for linear in block.values())
     narrow = Skeleton(SafetensorsCheckpoint(tiny("llama", torch.float32)), CPU, fast_products=True)
     assert not any(isinstance(linear, WideLinear) for block in narrow.linears for linear in block.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_single_value_that_is_not_finite_is_found(dtype: torch.dtype, bad: float) -> None:
+    values = torch.randn(300, 257, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert all_finite(values)
+    for place in ((0, 0), (299, 256), (123, 45)):
+        damaged = values.clone()
+        damaged[place] = bad
+        assert not all_finite(damaged)
+    damaged[0, 0] = -bad  # infinities of both signs
+    assert not all_finite(damaged)
+
+
+def test_a_sum_that_overflows_is_no_proof() -> None:
+    assert all_finite(torch.full((1000,), 6e4, dtype=torch.float16))
+    assert all_finite(torch.full((1000,), 3e38, dtype=torch.bfloat16))

@@ -95,8 +95,11 @@ def seen() -> Iterator[Seen]:
     found: Seen = defaultdict(dict)
     yield found
     if place := os.environ.get("LLMCONVERT_SEEN"):
+        wanted: dict[Runtime, set[str]] = defaultdict(set)
+        for pair in pairs():
+            wanted[pair.runtime].add(str(pair.scheme))
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        whole = {runtime: by for runtime, by in found.items() if set(by) == set(runtime.schemes)}
+        whole = {runtime: by for runtime, by in found.items() if set(by) == wanted[runtime]}
         rows = {runtime.key: {"date": today, "versions": next(iter(by.values()))} for runtime, by in whole.items()}
         Path(place).write_text(json.dumps(rows, indent=2))
 
@@ -131,4 +134,6 @@ def test_a_runtime_computes_what_we_read(pair: Pair, reports: Reports, seen: See
     assert found.holds, (found, report["versions"], report["linears"])
     # Or else the rule would let any token pass.
     assert found.decided > 0.1, found
-    seen[pair.runtime][str(pair.scheme)] = {name: report["versions"][name] for name in pair.runtime.packages}
+    seen[pair.runtime][str(pair.scheme)] = {
+        name: report["versions"][name].partition("+")[0] for name in pair.runtime.packages
+    }
