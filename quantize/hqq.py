@@ -28,8 +28,8 @@ from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["Hqq"]
 
-# Rows are solved in slices of about this many weights, for the sake of the float32 copies.
-_WEIGHTS_AT_ONCE = 1 << 22
+# Rows are solved in slices of about this many weights, whose float32 copies stay in the cache.
+_WEIGHTS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import Forward, compare, joined
+from agreement import compare, joined
 from environments import interpreter, run_script
-from gguf_models import built, round_inputs
+from forward import our_forward
 from samples import PROMPTS, VOCABULARY, artifact, sample_model
 from snippets import ARTIFACT, loading_snippets
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.convert.gguf import open_gguf
-from llmconvert.engine.stream import stream_logits
-from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.runtimes import Pair, Runtime, pairs
 from llmconvert.quantize.scheme import Scheme
 
@@ -102,22 +98,6 @@ def seen() -> Iterator[Seen]:
         whole = {runtime: by for runtime, by in found.items() if set(by) == wanted[runtime]}
         rows = {runtime.key: {"date": today, "versions": next(iter(by.values()))} for runtime, by in whole.items()}
         Path(place).write_text(json.dumps(rows, indent=2))
-
-
-def our_forward(path: Path, windows: list[torch.Tensor]) -> Forward:
-    """Of the dequantized model: in float32, and as the runtimes round."""
-    if path.suffix == ".gguf":
-        with open_gguf(path) as checkpoint, torch.no_grad():
-            exact, rounding = built(checkpoint), built(checkpoint)
-            round_inputs(rounding, checkpoint)
-            ids = torch.cat(windows)
-            return Forward(*(model(ids).logits.float().log_softmax(-1) for model in (exact, rounding)))
-    view = open_dense(SafetensorsCheckpoint(path))
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = stream_logits(view, windows, device=torch.device("cpu"), dtype=dtype)
-        results.append(torch.cat(list(logits)).float().log_softmax(-1))
-    return Forward(*results)
 
 
 @pytest.mark.slow

@@ -58,7 +58,8 @@ def run_transformers_model(model, job, path):
     import torch
 
     ids = torch.tensor(job["prompts"])
-    options = {"max_new_tokens": job["new"], "min_new_tokens": job["new"], "do_sample": False}
+    # No token ends a text, and none is kept from being written.
+    options = {"max_new_tokens": job["new"], "eos_token_id": -1, "do_sample": False}
     with torch.no_grad():
         logprobs = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)

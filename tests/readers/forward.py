@@ -1,0 +1,32 @@
+"""What an artifact computes by our own reading of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from agreement import Forward
+from gguf_models import built, round_inputs
+
+from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.convert.gguf import open_gguf
+from llmconvert.engine.stream import stream_logits
+from llmconvert.quantize.reader import open_dense
+
+__all__ = ["our_forward"]
+
+
+def our_forward(path: Path, windows: list[torch.Tensor]) -> Forward:
+    """Of the dequantized model: in float32, and as the runtimes round."""
+    if path.suffix == ".gguf":
+        with open_gguf(path) as checkpoint, torch.no_grad():
+            exact, rounding = built(checkpoint), built(checkpoint)
+            round_inputs(rounding, checkpoint)
+            ids = torch.cat(windows)
+            return Forward(*(model(ids).logits.float().log_softmax(-1) for model in (exact, rounding)))
+    view = open_dense(SafetensorsCheckpoint(path))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = stream_logits(view, windows, device=torch.device("cpu"), dtype=dtype)
+        results.append(torch.cat(list(logits)).float().log_softmax(-1))
+    return Forward(*results)
