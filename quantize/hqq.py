@@ -4,10 +4,10 @@ Scales and zero points minimize ``Σ |w − ŵ|ᵖ`` with ``p < 1``, which lets 
 half-quadratic split adds a variable ``e`` for the errors and alternates: ``e`` is the error shrunk towards zero (a
 generalized soft threshold, which only large errors survive), and scale and zero point are fitted to ``w − e``.
 
-Errors are shrunk in units of the scale: the threshold has one, and in those of the weights (a hundredth, say) nothing
-would ever survive it. HQQ's own zero points are floats. The formats here hold integers or none, so the scale is fitted
-as well, in closed form for the codes at hand, and zero points are rounded. The search begins at the scales of least
-squares, and each group keeps the best pair that it came by.
+As there, the search begins at scales that cover the whole range, and the threshold is in units of the weights, which
+few errors survive; in units of the scale more do, and models get worse. HQQ's own zero points are floats. The formats
+here hold integers or none, so the scale is fitted as well, in closed form for the codes at hand, and zero points are
+rounded. Each group keeps the best pair that it came by.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.codes import nearest_codes
 from llmconvert.quantize.rtn import round_rows
-from llmconvert.quantize.scales import GroupScales, search_scales
+from llmconvert.quantize.scales import GroupScales, full_range_scales
 from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
@@ -68,7 +68,7 @@ class Hqq:
         Raises:
             CheckpointError: the weight has values that are not finite.
         """
-        start = search_scales(name, weight, torch.ones(weight.shape[1]), scheme, scale_dtype)
+        start = full_range_scales(name, weight, scheme, scale_dtype)
         grouped = weight.reshape(*start.scale.shape, -1)
         scale = start.scale.float().unsqueeze(-1)
         zero = torch.zeros_like(scale) if start.zero is None else start.zero.float().unsqueeze(-1)
@@ -83,7 +83,7 @@ class Hqq:
             least = torch.where(better, loss, least)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
-            fitted = grouped - self._shrink(error / scale, beta).mul_(scale)
+            fitted = grouped - self._shrink(error, beta)
             scale, zero = _fit(fitted, level, scale, zero, scheme)
             scale = scale.to(scale_dtype).float()
             beta *= self.growth

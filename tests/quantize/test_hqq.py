@@ -30,11 +30,11 @@ def test_the_error_it_minimizes_is_smaller_than_that_of_rounding(name: str, dtyp
 
 
 def test_outliers_do_not_spoil_a_lattice() -> None:
-    """Weights on a lattice with a few outliers: most others come back, as a range that covers all would not have it."""
+    """Weights on a lattice with a few outliers, of a size that the threshold sees: most others come back."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-7, 8, (32, 64), generator=generator).float()
-    weight = codes * 0.01
-    weight[:, ::32] = torch.where(codes[:, ::32] > 0, 0.085, -0.085)
+    weight = codes.clone()
+    weight[:, ::32] = torch.where(codes[:, ::32] > 0, 8.5, -8.5)
     target = Target("layer", weight, Scheme.parse("w4a16-g32-asym"))
     found = Hqq().quantize([target], None, torch.float32)["layer"].tensor.dequantize(torch.float32)
     plain = Rtn().quantize([target], None, torch.float32)["layer"].tensor.dequantize(torch.float32)
