@@ -32,7 +32,7 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 ``[rows, packed_length(count, bits)]``; bits after the last code are zero.
     """
     rows, count = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -count % _WORD))
+    padded = torch.nn.functional.pad(codes.contiguous(), (0, -count % _WORD))
     if 8 % bits == 0:
         # Whole codes per byte: join them within bytes, and read four bytes as one little-endian word.
         lanes = padded.view(rows, -1, 8 // bits)

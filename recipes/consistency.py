@@ -27,6 +27,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _gaps(recipe)
     yield from _limits_without_text(recipe)
     yield from _repair_of_nothing(recipe)
+    yield from _asymmetric_mixture(recipe)
 
 
 def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -164,6 +165,22 @@ def _limits_without_text(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     for key, value in (("max_kl", settings.max_kl), ("min_top1", settings.min_top1)):
         if value is not None:
             yield ("validate", key), f"validate.{key} is measured on the text of validate.perplexity, which is missing"
+
+
+def _asymmetric_mixture(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """What transformers (seen: 5.23) dequantizes all by one scheme: linears with zero points, in this format."""
+    settings, checks = recipe.quantize, recipe.validation
+    if settings is None or checks is None or settings.format != "compressed-tensors":
+        return
+    schemes = {settings.scheme, *(override.scheme for override in settings.overrides)} - {"none"}
+    mixed = len(schemes) > 1 or settings.budget is not None or checks.repair is not None
+    if mixed and any(isinstance(scheme, Scheme) and not scheme.symmetric for scheme in schemes):
+        yield (
+            ("quantize", "scheme"),
+            "quantize.scheme: transformers can't load asymmetric weights of several schemes (a budget, overrides and "
+            "repair make such), so the artifact could not pass; take a symmetric scheme, or one for all linears, or "
+            "leave out validate for another runtime",
+        )
 
 
 def _repair_of_nothing(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

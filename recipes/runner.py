@@ -26,6 +26,7 @@ from llmconvert.memory import PeakMemory, release_freed_memory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.artifact import REPORT_FILE, assemble_artifact, model_info, model_stem
 from llmconvert.recipes.attention import require_mergeable, rewrite_attention
+from llmconvert.recipes.budget import forget_sensitivity
 from llmconvert.recipes.gguf import calibrates
 from llmconvert.recipes.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.original import Original
@@ -267,6 +268,7 @@ class _Run:
 
         def build(path: Path) -> Mapping[str, Any]:
             if (path / _MODEL).exists():  # complete, and killed just then
+                forget_sensitivity(path / _MODEL)
                 return recorded_layers(path / LAYERS_FILE)
             with SafetensorsCheckpoint(converted.path / _MODEL) as checkpoint:
                 return quantize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from llmconvert.validate.measurement import Measurement
 from llmconvert.validate.positions import PositionsCheck
 from llmconvert.validate.report import Check
 from llmconvert.validate.tasks import Tasks
+from llmconvert.writer import write_json
 
 __all__ = [
     "DTYPES",
@@ -57,6 +59,8 @@ __all__ = [
 
 #: Of a stage: what came of each linear, kept for one that is killed between its artifact and its own record.
 LAYERS_FILE = "layers.json"
+# Beside it: what a budget chose.
+_BUDGET_FILE = "budget.json"
 #: The dtypes a recipe can name.
 DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -136,6 +140,8 @@ def quantize(
         allocation = choose_within(settings.budget, source, output, about)
         about |= {"scheme": allocation.scheme, "overrides": allocation.overrides}
         chosen = allocation_details(settings.budget, allocation)
+        if record is not None:
+            write_json(record.with_name(_BUDGET_FILE), chosen)
     result = quantize_checkpoint(source, output, record=record, **about)
     forget_sensitivity(output)
     return {
@@ -151,7 +157,11 @@ def quantize(
 
 def recorded_layers(record: Path) -> Mapping[str, Any]:
     """What :func:`quantize` or :func:`change_schemes` had to report about the linears, if it got that far."""
-    return _linears(read_layers(record)) if record.exists() else {}
+    if not record.exists():
+        return {}
+    budget = record.with_name(_BUDGET_FILE)
+    chosen: Mapping[str, Any] = json.loads(budget.read_bytes()) if budget.exists() else {}
+    return {**chosen, **_linears(read_layers(record))}
 
 
 def _linears(layers: Sequence[LayerResult]) -> Mapping[str, Any]:

@@ -53,8 +53,10 @@ def test_extreme_codes_survive(bits: int) -> None:
         assert torch.equal(unpack_words(pack_words(codes, bits), bits, 65), codes)
 
 
-def test_views_are_packed_as_what_they_show() -> None:
-    codes = random_codes(4, 40, 24)
-    assert torch.equal(pack_words(codes.T, 4), pack_words(codes.T.contiguous(), 4))
-    words = pack_words(codes, 4)
-    assert torch.equal(unpack_words(words.T.contiguous().T, 4, 24), codes)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("count", [40, 64])
+def test_views_are_packed_as_what_they_show(bits: int, count: int) -> None:
+    codes = random_codes(bits, count, 24)
+    assert torch.equal(pack_words(codes.T, bits), pack_words(codes.T.contiguous(), bits))
+    words = pack_words(codes, bits)
+    assert torch.equal(unpack_words(words.T.contiguous().T, bits, 24), codes)
