@@ -54,12 +54,14 @@ _PEERS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
 }
 _LISTS: Mapping[str, tuple[str, ...]] = {
     "ours": (
-        "rtn:w8a16-g128",
-        "gptq:w8a16-g128",
+        "rtn:w8a16-g64",
+        "gptq:w8a16-g64",
         "rtn:w8a8",
         "gptq:w8a8",
+        "smoothquant:w8a8",
         "rtn:fp8",
         "rtn:w4a16-g64",
+        "awq:w4a16-g64-asym",
         "hqq:w4a16-g64-asym",
         "rtn:llm.int8",
         "rtn:nf4",
@@ -68,13 +70,13 @@ _LISTS: Mapping[str, tuple[str, ...]] = {
         "gptq:w4a16-g64",
         "gptq:w4a16-g64-asym",
         "gptaq:w4a16-g64",
-        "signround:w4a16-g64",
+        "signround(steps=20):w4a16-g64",
         "gptq:4.25bpw",
-        "signround:4.25bpw",
+        "signround(steps=20):4.25bpw",
         "gptq:3.5bpw",
         "gptq:3.25bpw",
         "gptq:w3a16-g64",
-        "signround:w3a16-g64",
+        "signround(steps=20):w3a16-g64",
         "gptq:w2a16-g32-asym",
     ),
     "peers": (
