@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from llmconvert.engine.statistics import Hessian, accumulate_hessian
+from llmconvert.engine.statistics import Hessian, HessianSum
 from llmconvert.errors import CalibrationError
 from llmconvert.quantize.base import BlockData, Calibration, Solution, Target
 from llmconvert.quantize.gptq import Gptq
@@ -99,12 +99,14 @@ class SignRound:
     def _start(self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype) -> dict[str, Solution]:
         if self.start == "rtn":
             return self.quantize(targets, None, scale_dtype)
+        groups = {group[0].name: group for group in _by_input(targets, data)}
+        first = [group[0] for group in groups.values()]
+        sums = {target.name: HessianSum(target.name, target.weight.shape[1], target.weight.device) for target in first}
+        for target, inputs in _watch(first, data, range(len(data.tokens))):
+            sums[target.name].add(inputs.flatten(0, -2))
         solutions: dict[str, Solution] = {}
-        for group in _by_input(targets, data):
-            inputs = _inputs_of(group[0], data)
-            columns = group[0].weight.shape[1]
-            hessian = accumulate_hessian(group[0].name, inputs, columns, group[0].weight.device)
-            solutions |= self.quantize(group, hessian, scale_dtype)
+        for name, group in groups.items():
+            solutions |= self.quantize(group, sums.pop(name).hessian(), scale_dtype)
         return solutions
 
     def _train(self, learned: Sequence[_Learned], data: BlockData, scale_dtype: torch.dtype) -> None:
@@ -218,12 +220,6 @@ def _by_input(targets: Sequence[Target], data: BlockData) -> list[list[Target]]:
         else:
             groups.append((inputs, [target]))
     return [group for _, group in groups]
-
-
-def _inputs_of(target: Target, data: BlockData) -> Iterator[torch.Tensor]:
-    """The inputs of a linear, batch after batch, ``[tokens, columns]``."""
-    for _, inputs in _watch([target], data, range(len(data.tokens))):
-        yield inputs.reshape(-1, inputs.shape[-1])
 
 
 def _watch(targets: Sequence[Target], data: BlockData, batches: Sequence[int]) -> Iterator[tuple[Target, torch.Tensor]]:
