@@ -75,16 +75,25 @@ def _label(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
     placed: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda point: point["perplexity"]):
         x, y = point["nbytes"] / 1e6, point["perplexity"]
+        # Names of points that stand close to each other begin at the same place, right of them all.
+        edge = max(other["nbytes"] / 1e6 for other in points if abs(other["nbytes"] / 1e6 - x) < 0.05 * width)
         height = y
-        while any(abs(x - other) < 0.3 * width and height - taken < line for other, taken in placed if taken <= height):
+        while any(abs(x - other) < 0.3 * width and abs(height - taken) < line for other, taken in placed):
             height += line / 8
         placed.append((x, height))
         axes.annotate(
             point["name"],
             (x, y),
-            xytext=(x + 0.02 * width, height),
+            xytext=(edge + 0.03 * width, height),
             va="center",
             fontsize=6.5,
             color=_PEER if point["peer"] else _OURS,
-            arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "#888888",
+                "linewidth": 0.4,
+                "shrinkA": 0,
+                "shrinkB": 2,
+                "relpos": (0, 0.5),
+            },
         )
