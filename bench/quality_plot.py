@@ -59,7 +59,7 @@ def _panel(axes: Any, results: Sequence[Mapping[str, Any]], *, labelled: bool) -
     left, right = axes.get_xlim()
     # Room for the labels to the right of the points.
     axes.set_xlim(left, right + 0.3 * (right - left))
-    _label(axes, shown)
+    _label(axes, shown, original["perplexity"])
     left_out = len(points) - len(shown)
     if left_out:
         axes.text(
@@ -67,8 +67,8 @@ def _panel(axes: Any, results: Sequence[Mapping[str, Any]], *, labelled: bool) -
         )
 
 
-def _label(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
-    """Names beside the points; where points stand above each other, their names keep apart and a line leads there."""
+def _label(axes: Any, points: Sequence[Mapping[str, Any]], level: float) -> None:
+    """Names beside the points, off the line at ``level``; where points stand above each other, their names keep apart."""
     bottom, top = axes.get_ylim()
     left, right = axes.get_xlim()
     line, width = _LINE * (top - bottom), right - left
@@ -78,7 +78,9 @@ def _label(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
         # Names of points that stand close to each other begin at the same place, right of them all.
         edge = max(other["nbytes"] / 1e6 for other in points if abs(other["nbytes"] / 1e6 - x) < 0.05 * width)
         height = y
-        while any(abs(x - other) < 0.3 * width and abs(height - taken) < line for other, taken in placed):
+        while abs(height - level) < line / 2 or any(
+            abs(x - other) < 0.3 * width and abs(height - taken) < line for other, taken in placed
+        ):
             height += line / 8
         placed.append((x, height))
         axes.annotate(
