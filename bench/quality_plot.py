@@ -68,7 +68,7 @@ def _panel(axes: Any, results: Sequence[Mapping[str, Any]], *, labelled: bool) -
 
 
 def _label(axes: Any, points: Sequence[Mapping[str, Any]], level: float) -> None:
-    """Names beside the points, off the line at ``level``; where points stand above each other, their names keep apart."""
+    """Names beside the points, off the line at ``level``; those of points above each other keep apart."""
     bottom, top = axes.get_ylim()
     left, right = axes.get_xlim()
     line, width = _LINE * (top - bottom), right - left
