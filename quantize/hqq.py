@@ -5,9 +5,9 @@ half-quadratic split adds a variable ``e`` for the errors and alternates: ``e`` 
 generalized soft threshold, which only large errors survive), and scale and zero point are fitted to ``w − e``.
 
 As there, the search begins at scales that cover the whole range, and the threshold is in units of the weights, which
-few errors survive; in units of the scale more do, and models get worse. HQQ's own zero points are floats. The formats
-here hold integers or none, so the scale is fitted as well, in closed form for the codes at hand, and zero points are
-rounded. Each group keeps the best pair that it came by.
+few errors survive. (In units of the scale more do: of two models tried so, one got worse, one slightly better.) HQQ's
+own zero points are floats. The formats here hold integers or none, so the scale is fitted as well, in closed form for
+the codes at hand, and zero points are rounded. Each group keeps the best pair that it came by.
 """
 
 from __future__ import annotations
