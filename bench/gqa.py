@@ -163,9 +163,9 @@ def align(model: Path, directory: Path, kv_heads: int) -> Path:
 def heal(options: argparse.Namespace, merged: Path, output: Path, steps: int) -> None:
     """Heal on windows from the end of the calibration text, which the merge has not seen, two at a time.
 
-    None are held out, and predictions are compared at all positions: the time that is given goes into steps.
+    None are held out: the time that is given goes into steps.
     """
-    settings = HealOptions(steps=steps, batch=2, stride=1, held_out=0, save_every=steps)
+    settings = HealOptions(steps=steps, batch=2, held_out=0, save_every=steps)
     count = steps * settings.batch + settings.held_out
     windows = read_windows(options.model, options.calibration, 10**9)[options.samples :][-count:]
     with SafetensorsCheckpoint(options.model) as original, SafetensorsCheckpoint(merged) as student:

@@ -17,8 +17,9 @@ from llmconvert.convert.heal_model import ResidentModel
 
 __all__ = ["Losses", "hidden_divergence", "prediction_divergence"]
 
-# Logits of one piece, in elements: large enough for the head's matrix product, small enough for the cache.
-_CHUNK_ELEMENTS = 1 << 23
+# Logits of one piece, in elements: large enough for the head's matrix product; in float32 just below the 32 MiB up to
+# which the C library gives the same memory again, where larger pieces would have it cleared anew every time.
+_CHUNK_ELEMENTS = 7 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def prediction_divergence(
             logits = student.logits(piece)
         found = logits.detach().float().log_softmax(-1)
         probabilities = expected.exp()
-        total += float((expected.sub_(found)).mul_(probabilities).sum(dtype=torch.float64))
+        total += float(expected.sub_(found).mul_(probabilities).sum(-1).sum(dtype=torch.float64))
         if gradient:
             slope = found.exp_().sub_(probabilities).div_(length)
             gradients.append(torch.autograd.grad(logits, piece, slope.to(logits.dtype))[0])

@@ -39,8 +39,8 @@ class HealOptions:
         learning_rate: at its highest, after the warm-up; falls to zero along half a cosine.
         warmup: share of the steps in which the rate rises from zero.
         clip: largest norm of a step's gradient.
-        stride: one of so many positions has its predictions compared, the others have their turn later; output heads
-            are a third of a step's work in small models.
+        stride: one of so many positions has its predictions compared, the others have their turn later. Output heads
+            are a third of a step's work in small models, but what the skipped positions would teach is worth more.
         hidden: weight of the hidden states' error beside the divergence of predictions.
         held_out: windows that are not learned from and tell when to stop.
         evaluate_every: steps between looks at them.
@@ -54,7 +54,7 @@ class HealOptions:
     learning_rate: float = 3e-3
     warmup: float = 0.05
     clip: float = 1.0
-    stride: int = 2
+    stride: int = 1
     hidden: float = 0.5
     held_out: int = 8
     evaluate_every: int = 25

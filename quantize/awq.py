@@ -52,6 +52,7 @@ class Awq(Finishing):
     original: ClassVar[bool] = False
     kinds: ClassVar[frozenset[Kind]] = frozenset({"int"})
     moments: ClassVar[bool] = True
+    sample_tokens: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if self.weights not in (True, False, "both") or self.then not in ("nearest", "gptq") or self.grid < 1:

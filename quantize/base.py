@@ -97,6 +97,7 @@ class ScaledEdge:
         hessian: of the inputs, if the method asks for moments.
         mean: float32 ``[columns]``, mean magnitude of the inputs over the tokens.
         largest: float32 ``[columns]``, their largest magnitude.
+        sample: the inputs at some tokens, ``[tokens, columns]``, if the method asks for any.
     """
 
     targets: Sequence[Target]
@@ -104,6 +105,7 @@ class ScaledEdge:
     hessian: Hessian | None
     mean: torch.Tensor
     largest: torch.Tensor
+    sample: torch.Tensor | None = None
 
 
 class Quantizer(Protocol):
@@ -158,6 +160,8 @@ class ScalingQuantizer(Quantizer, Protocol):
 
     #: Whether :meth:`scales` wants second moments.
     moments: ClassVar[bool]
+    #: At how many tokens, about, it wants the inputs themselves.
+    sample_tokens: ClassVar[int]
 
     def scales(self, edge: ScaledEdge, scale_dtype: torch.dtype) -> torch.Tensor:
         """What the columns of an edge's linears are to be multiplied by: ``[columns]``, positive, alike for a channel.

@@ -152,6 +152,8 @@ def _scaling_nbytes(
         held = sum(hessian_nbytes(stop.columns, dtype) for stop in block.stops)
     else:
         held = sum(12 * stop.columns for stop in block.stops)
+    # A batch gives whole tokens, which makes twice as many of them at most.
+    held += 2 * method.sample_tokens * dtype.itemsize * sum(stop.columns for stop in block.stops)
     heights = {stop: sum(linears[name].out_features for name in stop.linears) for stop in block.stops}
     return held + max((method.scales_nbytes(rows, stop.columns) for stop, rows in heights.items()), default=0)
 

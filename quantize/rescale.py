@@ -11,6 +11,7 @@ in between.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -116,14 +117,14 @@ def rescale_block(
         if not all_finite(run.module(name).weight.data):
             raise CheckpointError(f"tensor {name!r} has values that are not finite; the checkpoint is damaged")
     edges = [edge for edge in edges if all(prefix + name in schemes for name in edge.linears)]
-    statistics = _gather(run, block, batches, edges, prefix, moments=method.moments)
+    statistics = _gather(run, block, batches, edges, prefix, method)
     columns: dict[str, torch.Tensor] = {}
     rows: dict[str, torch.Tensor] = {}
     changed: dict[str, torch.Tensor] = {}
-    for edge, (hessian, mean, largest) in zip(edges, statistics, strict=True):
+    for edge, (hessian, mean, largest, sample) in zip(edges, statistics, strict=True):
         names = [prefix + name for name in edge.linears]
         targets = [Target(name, run.module(name).weight.data, schemes[name]) for name in names]
-        found = method.scales(ScaledEdge(targets, edge.channels, hessian, mean, largest), scale_dtype)
+        found = method.scales(ScaledEdge(targets, edge.channels, hessian, mean, largest, sample), scale_dtype)
         producer = block.get_submodule(edge.producer)
         assert isinstance(producer.weight, nn.Parameter)
         scale = torch.ones(len(producer.weight), dtype=torch.float32, device=found.device)
@@ -190,39 +191,48 @@ class _Sum(greenlet):
             yield batch
 
 
-class _Extremes:
-    """Mean and largest magnitude of each column of a linear's inputs."""
+class _Inputs:
+    """Mean and largest magnitude of each column of a linear's inputs, and a sample: a few tokens of every batch."""
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns: int, device: torch.device, per_batch: int) -> None:
         self.total = torch.zeros(columns, dtype=torch.float64, device=device)
         self.largest = torch.zeros(columns, dtype=torch.float32, device=device)
         self.tokens = 0
+        self.sample: list[torch.Tensor] = []
+        self._per_batch = per_batch
+        self._generator = torch.Generator().manual_seed(0)
 
     def add(self, batch: torch.Tensor) -> None:
         sizes = batch.abs()
         self.total += sizes.sum(0, dtype=torch.float32)
         self.largest = torch.maximum(self.largest, sizes.amax(0).float())
         self.tokens += len(batch)
+        if self._per_batch:
+            # At random: the first tokens of a text are unlike all others, and come as seldom here as there.
+            chosen = torch.randperm(len(batch), generator=self._generator)[: self._per_batch]
+            self.sample.append(batch[chosen.to(batch.device)])
 
 
 def _gather(
-    run: BlockRun, block: nn.Module, batches: int, edges: Sequence[Edge], prefix: str, *, moments: bool
-) -> list[tuple[Hessian | None, torch.Tensor, torch.Tensor]]:
-    """Run all batches through the block as it is; for each edge second moments, mean and largest magnitude."""
+    run: BlockRun, block: nn.Module, batches: int, edges: Sequence[Edge], prefix: str, method: ScalingQuantizer
+) -> list[tuple[Hessian | None, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Run all batches through the block as it is; for each edge what :class:`ScaledEdge` has of its inputs."""
     names = [edge.linears[0] for edge in edges]
     linears = [run.module(prefix + name) for name in names]
-    extremes = {
-        name: _Extremes(linear.in_features, linear.weight.device) for name, linear in zip(names, linears, strict=True)
+    per_batch = math.ceil(method.sample_tokens / batches)
+    inputs = {
+        name: _Inputs(linear.in_features, linear.weight.device, per_batch)
+        for name, linear in zip(names, linears, strict=True)
     }
     sums: dict[str, _Sum] = {}
-    if moments:
+    if method.moments:
         for name, linear in zip(names, linears, strict=True):
             sums[name] = _Sum(prefix + name, linear.in_features, linear.weight.device)
 
     def record(name: str, value: torch.Tensor) -> None:
         batch = value.reshape(-1, value.shape[-1])
-        extremes[name].add(batch)
-        if moments:
+        inputs[name].add(batch)
+        if sums:
             sums[name].add(batch)
 
     for number, (hidden, call) in enumerate(run.entries(range(batches))):
@@ -237,9 +247,10 @@ def _gather(
                     )
     gathered = []
     for name in names:
-        found = extremes[name]
+        found = inputs[name]
         if found.tokens == 0:
             raise CalibrationError(f"{prefix}{name}: no calibration token reached this linear; use more text")
-        hessian = sums[name].result() if moments else None
-        gathered.append((hessian, (found.total / found.tokens).float(), found.largest))
+        hessian = sums[name].result() if sums else None
+        sample = torch.cat(found.sample) if found.sample else None
+        gathered.append((hessian, (found.total / found.tokens).float(), found.largest, sample))
     return gathered

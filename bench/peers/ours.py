@@ -4,6 +4,8 @@
         [--method gptq] [--scheme w4a16-g64] [--format compressed-tensors] [--options JSON]
         [--bits-per-weight 4.25]
 
+Among the options, ``rotate`` is whether rotations are folded into the weights first.
+
 The clock starts with everything imported and token ids loaded, and stops with the artifact in place: opening the
 checkpoint, tracing, packing, journal and fsync included.
 """
@@ -24,6 +26,7 @@ from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.quantize.budget import Budget
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.mixed_precision import choose_schemes
+from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
 
 
@@ -35,13 +38,15 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="the method's own settings, as JSON")
     parser.add_argument("--bits-per-weight", type=float, help="a budget instead of a scheme")
     options = parser.parse_args()
+    rotate = options.options.pop("rotate", False)
     torch.set_num_threads(options.threads)
     windows = [torch.from_numpy(row).unsqueeze(0) for row in np.load(options.ids)]
     scheme = Scheme.parse(options.scheme or f"w{options.bits}a16-g{options.group_size}-sym")
     about: dict[str, Any] = {"method": options.method, "options": options.options, "format": options.format}
     about |= {"scheme": scheme, "windows": windows}
     begin = time.perf_counter()
-    with SafetensorsCheckpoint(options.model) as source:
+    with SafetensorsCheckpoint(options.model) as original:
+        source = rotate_checkpoint(original) if rotate else original
         if options.bits_per_weight is not None:
             work = options.output.with_name(f"{options.output.name}.sensitivity")
             allocation = choose_schemes(source, work, Budget(options.bits_per_weight), **about)

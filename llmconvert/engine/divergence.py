@@ -19,7 +19,6 @@ import torch
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.states import passing_states
 from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError, GateError
 from llmconvert.progress import SILENT, Progress
@@ -97,7 +96,6 @@ class SideBySide:
     def __exit__(self, *exc: object) -> None:
         for side in (self._reference, self._artifact):
             side.stream.close()
-            side.states.close()
 
     @property
     def divergences(self) -> tuple[BlockDivergence, ...]:
@@ -143,16 +141,16 @@ class SideBySide:
     def _compare_entries(self, index: int) -> None:
         """Both models stand at the entry of block ``index``: compare what the block before it gave."""
         for window in range(len(self._windows)):
-            state = self._reference.states.get(index, window)
-            self._sums[index - 1].add(state, self._artifact.states.get(index, window))
+            state = self._reference.stream.state(index, window)
+            self._sums[index - 1].add(state, self._artifact.stream.state(index, window))
             if self._alone:
                 self._own[index - 1].add(state, self._alone.pop(0))
 
     def _run_alone(self, index: int) -> None:
         """Both models stand at the entry of block ``index``: run the artifact's on the original's state."""
         numbers = range(self._alone_windows)
-        entries = (self._reference.states.get(index, window) for window in numbers)
-        likes = (self._artifact.states.get(index, window) for window in numbers)
+        entries = (self._reference.stream.state(index, window) for window in numbers)
+        likes = (self._artifact.stream.state(index, window) for window in numbers)
         tried = (
             self._artifact.stream.try_block(index, window, entry.to(like))
             for window, entry, like in zip(numbers, entries, likes, strict=True)
@@ -167,10 +165,8 @@ class _Side:
         self, checkpoint: Checkpoint, windows: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype | None
     ) -> None:
         self.skeleton = Skeleton(checkpoint, device, dtype)
-        lengths = [window.shape[1] for window in windows]
-        self.states = passing_states(lengths, self.skeleton.hidden_size, self.skeleton.dtype)
-        plans = discover(self.skeleton, max(lengths))
-        self.stream = Stream(self.skeleton, windows, plans, mode="replay", states=self.states, head=True)
+        plans = discover(self.skeleton, max(window.shape[1] for window in windows))
+        self.stream = Stream(self.skeleton, windows, plans, mode="replay", head=True)
         self._left: torch.Tensor | None = None
         # The last block has no successor at whose entry its output could be looked at.
         self.skeleton.slots[-1].register_forward_hook(self._keep)

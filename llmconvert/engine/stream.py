@@ -194,8 +194,12 @@ class Stream:
         """The coroutine of ``batch``, at the entry of block ``index`` or wherever in it lockstep has left it."""
         if self._mode == "lockstep":
             return self._passes[batch]
+        return self._pass(batch, index, self.state(index, batch))
+
+    def state(self, index: int, batch: int) -> torch.Tensor:
+        """The hidden state, ``[1, length, hidden size]``, with which ``batch`` enters the current block, in replay."""
         assert self._states is not None
-        return self._pass(batch, index, self._states.get(index, batch))
+        return self._states.get(index, batch)
 
     def try_block(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """What block ``index``, the current one, makes of ``hidden`` in place of what ``batch`` brings to it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -29,6 +29,8 @@ Tiny = Callable[..., Path]
 
 class RandomScales(Awq):
     """Scales between a quarter and four, and a note of what was seen."""
+
+    sample_tokens: ClassVar[int] = 20
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,6 +95,12 @@ def test_statistics_are_those_of_the_inputs(tiny: Tiny) -> None:
     torch.testing.assert_close(edge.hessian.matrix, rows.T @ rows / len(rows), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(edge.mean, rows.abs().mean(0))
     torch.testing.assert_close(edge.largest, rows.abs().amax(0))
+    # Seven different tokens of each of the three windows.
+    assert edge.sample is not None
+    nearest = torch.cdist(edge.sample, rows).min(1)
+    torch.testing.assert_close(edge.sample, rows[nearest.indices])
+    windows = torch.bucketize(nearest.indices, torch.tensor([24, 40]), right=True)
+    assert nearest.indices.unique().numel() == 21 and windows.bincount().tolist() == [7, 7, 7]
 
 
 def test_linears_take_the_scale_that_a_rounded_norm_really_has(tiny: Tiny) -> None:

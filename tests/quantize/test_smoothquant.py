@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ Tiny = Callable[..., Path]
 def edge_of(channels: torch.Tensor) -> ScaledEdge:
     inputs = random_inputs(128, COLUMNS).float()
     targets = [Target(str(rows), random_weight(rows, COLUMNS, seed=rows), W8A8) for rows in (40, 24)]
-    return ScaledEdge(targets, channels, None, inputs.abs().mean(0), inputs.abs().amax(0))
+    return ScaledEdge(targets, channels, None, inputs.abs().mean(0), inputs.abs().amax(0), inputs)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 0.8, 1.0])
@@ -46,7 +47,7 @@ def test_scales_are_those_of_the_paper(strength: float) -> None:
 
 def test_columns_of_one_channel_share_the_largest() -> None:
     edge = edge_of(torch.arange(COLUMNS) // 4)
-    found = SmoothQuant().scales(edge, torch.float32).view(-1, 4)
+    found = SmoothQuant(0.5).scales(edge, torch.float32).view(-1, 4)
     assert torch.equal(found, found[:, :1].expand_as(found))
     weights = torch.cat([target.weight for target in edge.targets]).abs().amax(0).view(-1, 4).amax(1)
     torch.testing.assert_close(found[:, 0], (edge.largest.view(-1, 4).amax(1) / weights).sqrt())
@@ -55,7 +56,40 @@ def test_columns_of_one_channel_share_the_largest() -> None:
 def test_a_channel_without_inputs_is_left_alone() -> None:
     edge = edge_of(torch.arange(COLUMNS))
     edge.largest[5] = 0
-    assert float(SmoothQuant().scales(edge, torch.float32)[5]) == 1
+    assert float(SmoothQuant(0.5).scales(edge, torch.float32)[5]) == 1
+
+
+def integer_products(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What an int8 kernel gives: codes of both, multiplied as integers, and the scales afterwards."""
+    inputs, weight = inputs.double(), weight.double()
+    token, row = inputs.abs().amax(1, keepdim=True) / 127.5, weight.abs().amax(1, keepdim=True) / 127.5
+    left, right = ((part / scale).round().clamp(-128, 127).long() for part, scale in ((inputs, token), (weight, row)))
+    return (left @ right.T) * token * row.T
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_the_search_takes_the_strength_whose_integer_products_are_nearest(spread: float) -> None:
+    edge = edge_of(torch.arange(COLUMNS))
+    assert edge.sample is not None
+    # Channels from alike to thousands of times each other.
+    factors = torch.exp(spread * torch.randn(COLUMNS, generator=torch.Generator().manual_seed(1)))
+    sample = edge.sample * factors
+    edge = replace(edge, sample=sample, largest=sample.abs().amax(0), mean=sample.abs().mean(0))
+
+    def loss(scale: torch.Tensor) -> float:
+        total = 0.0
+        for target in edge.targets:
+            expected = sample.double() @ target.weight.double().T
+            error = (integer_products(sample / scale, target.weight.float() * scale) - expected).square().sum(1)
+            energy = expected.square().sum(1)
+            total += float((error / energy.clamp(min=float(energy.median()))).mean())
+        return total
+
+    strengths = [SmoothQuant(step / 20).scales(edge, torch.float32) for step in range(21)]
+    losses = [loss(scale) for scale in (torch.ones(COLUMNS), *strengths)]
+    found = SmoothQuant().scales(edge, torch.float32)
+    assert loss(found) == pytest.approx(min(losses), rel=1e-3)
+    assert min(losses) < 0.9 * max(losses)
 
 
 @pytest.fixture
@@ -103,6 +137,6 @@ def test_artifacts_are_near_the_original(tiny: Tiny, tmp_path: Path, name: str) 
 
 
 def test_wrong_options_are_refused() -> None:
-    for options in ({"strength": 1.5}, {"then": "hqq"}):
-        with pytest.raises(UnsupportedError, match="strength is 0 to 1, then is nearest or gptq"):
+    for options in ({"strength": 1.5}, {"strength": "most"}, {"then": "hqq"}):
+        with pytest.raises(UnsupportedError, match="strength is 0 to 1 or search, then is nearest or gptq"):
             load_method("smoothquant", options)
