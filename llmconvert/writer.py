@@ -31,6 +31,7 @@ __all__ = [
     "Shard",
     "TensorWriter",
     "check_output_directory",
+    "check_output_file",
     "plan_layout",
     "publish_directory",
     "staging_directory",
@@ -307,6 +308,17 @@ def check_output_directory(path: Path) -> None:
         raise OutputError(f"{path}: cannot be used as output: {error.strerror}") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: cannot be created, {parent} is not a writable directory")
+
+
+def check_output_file(path: Path) -> None:
+    """Refuse, before any work, a file whose directory does not exist or cannot be written.
+
+    Raises:
+        OutputError: with what to do.
+    """
+    parent = path.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: {parent} is not a writable directory; make it first or name another file")
 
 
 def staging_directory(path: Path) -> Path:

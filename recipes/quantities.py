@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import PlainSerializer, PlainValidator
+from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
-__all__ = ["Bytes", "Share", "parse_bytes", "parse_share"]
+__all__ = ["Bytes", "LeastShare", "Share", "parse_bytes", "parse_share"]
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
 _UNITS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -47,5 +47,13 @@ def parse_bytes(value: object) -> int:
     return size
 
 
+def _reachable(share: float) -> float:
+    if share > 1:
+        raise ValueError(f"{100 * share:.10g}% can't be reached; expected 100% at most")
+    return share
+
+
 Share = Annotated[float, PlainValidator(parse_share), PlainSerializer(lambda share: f"{100 * share:.10g}%")]
+#: A share that has to be reached.
+LeastShare = Annotated[Share, AfterValidator(_reachable)]
 Bytes = Annotated[int, PlainValidator(parse_bytes)]

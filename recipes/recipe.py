@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from llmconvert.recipes.named import OptionalScheme, ScalingField, SchemeOrMix
-from llmconvert.recipes.quantities import Bytes, Share
+from llmconvert.recipes.quantities import Bytes, LeastShare, Share
 
 __all__ = [
     "PLACEHOLDERS",
@@ -215,7 +215,7 @@ class GenerationSettings(_Section):
 
     max_new_tokens: Count = 64
     prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_to_tuple)] = ()
-    min_agreement: Share | None = None
+    min_agreement: LeastShare | None = None
 
 
 class BackendSettings(_Section):
@@ -304,7 +304,7 @@ class ValidateSettings(_Section):
     memory: Annotated[MemorySettings | None, BeforeValidator(_switch)] = None
     decoding: Annotated[DecodingSettings | None, BeforeValidator(_switch)] = None
     max_kl: Annotated[float, Field(gt=0)] | None = None
-    min_top1: Share | None = None
+    min_top1: LeastShare | None = None
     max_bytes: Bytes | None = None
     tasks: Annotated[TaskSettings | None, BeforeValidator(_task_names)] = None
     repair: Annotated[RepairSettings | None, BeforeValidator(_switch)] = None

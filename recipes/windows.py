@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["WindowRequest", "load_tokenizer", "load_windows", "save_windows"]
 
+# What the names of tokenizers' files begin with, of every kind that transformers knows.
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+_LONGEST_REASON = 300
 _FILE = "windows.safetensors"
 #: More windows than any text has.
 _ALL = 1 << 40
@@ -70,7 +73,8 @@ class WindowRequest:
         positions = checkpoint.config.get("max_position_embeddings")
         if isinstance(positions, int) and self.length > positions:
             raise UsageError(
-                f"{self.setting}: windows of {self.length:,} tokens don't fit the model's {positions:,} positions"
+                f"{self.setting}: windows of {self.length:,} tokens don't fit the model's {positions:,} positions; "
+                f"take {positions:,} tokens at most"
             )
         return draw_windows(
             load_tokenizer(checkpoint),
@@ -92,6 +96,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    if not any(Path(name).name.startswith(_TOKENIZER_FILES) for name in checkpoint.files):
+        raise SourceError(
+            "the model has no tokenizer beside its weights (tokenizer.json, for example); copy its original's there"
+        )
     with tempfile.TemporaryDirectory(prefix="llmconvert-") as directory:
         write_side_files(Path(directory), checkpoint.files)
         write_json(Path(directory) / "config.json", dict(checkpoint.config))
@@ -100,7 +108,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
                 directory, trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # tokenizer classes fail in ways of their own
-            reason = str(error).replace(directory, "the model").splitlines()[0]
+            reason = " ".join(str(error).replace(directory, "the model").split())[:_LONGEST_REASON]
             raise SourceError(f"the model's tokenizer cannot be loaded: {type(error).__name__}: {reason}") from error
     return tokenizer
 

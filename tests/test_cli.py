@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -87,6 +88,19 @@ def test_convert(tiny_llama: Path, here: Path) -> None:
     assert json.loads((here / "out" / "config.json").read_text())["dtype"] == "float16"
     assert "not empty" in fails(2, "convert", tiny_llama, "out")
     assert os.listdir(here) == ["out"]
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(here: Path) -> None:
+    for option in ("--html", "--json"):
+        message = fails(2, "validate", "no-such-model", option, "missing/page")
+        assert "missing/page: " in message and "make it first" in message
+    assert "make it first" in fails(2, "report", "no-such-artifact", "--html", "missing/page.html")
+
+
+def test_a_model_without_a_tokenizer_is_told_what_it_lacks(tiny_llama: Path, here: Path, text: Path) -> None:
+    shutil.copytree(tiny_llama, "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    message = fails(4, "validate", "bare", "--text", text, "--window", 64)
+    assert "no tokenizer beside its weights (tokenizer.json, for example)" in message
 
 
 def test_quantize_and_validate(tiny_llama: Path, here: Path, text: Path) -> None:

@@ -151,7 +151,9 @@ def _inventory_check(source: Checkpoint, stored: Checkpoint, dense: Checkpoint, 
     counts = ", ".join(f"{count} {status}" for status, count in sorted(inventory.counts.items()))
     problems = inventory.problems
     moved = "; norms are changed, so weights are in other coordinates, and no errors of theirs are given"
-    text = f"{len(problems)} tensors are wrong, first: {problems[0]}" if problems else counts + moved * inventory.moved
+    text = counts + moved * inventory.moved
+    if problems:
+        text = f"{len(problems)} tensors are wrong, first: {problems[0]}" if len(problems) > 1 else problems[0]
     return Check(
         name="inventory",
         value=len(problems),

@@ -231,7 +231,7 @@ def _curve_section(
         columns=columns,
         rows=tuple(rows),
         plot=plot if series else None,
-        shown=("card",) if series else (),
+        shown=("terminal", "card") if series else ("terminal",),
     )
 
 
@@ -267,4 +267,5 @@ def _agreement_section(result: AttentionResult, options: AttentionOptions) -> Se
         text=f"{text}.",
         columns=tuple(Column(heading=heading) for heading in headings),
         rows=tuple(tuple(row) for row in rows),
+        shown=("terminal",),
     )

@@ -241,6 +241,7 @@ def _fits_section(needs: Sequence[MemoryNeed], context: int | None) -> Section:
             (need.weights, float(need.kv_heads), *(float(need.longest(size * 10**9)) for size in CARDS))
             for need in needs
         ),
+        shown=("terminal",),
     )
 
 
@@ -271,6 +272,7 @@ def _measured_section(measured: Sequence[Mapping[str, Any]], reasons: Sequence[s
             )
             for found in measured
         ),
+        shown=("terminal",),
     )
 
 

@@ -242,6 +242,7 @@ def _report(
                 for name, curve in curves.items()
             ),
         ),
+        shown=("terminal",),
     )
     original = curves.get("original")
     reference = None

@@ -17,7 +17,7 @@ from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.divergence import BlockDivergence, SideBySide
 from llmconvert.engine.stream import stream_logits
 from llmconvert.engine.tokens import TokenWindows
-from llmconvert.errors import CalibrationError, GateError
+from llmconvert.errors import CalibrationError, CheckpointError, GateError
 from llmconvert.progress import Progress
 from llmconvert.validate.behaviour import Probe
 from llmconvert.validate.perplexity import Comparison, PerplexityResult, WorstToken, compare_logits, perplexity
@@ -79,9 +79,11 @@ class Scorer:
         )
 
     def artifact_logits(self, dense: Checkpoint) -> Iterator[torch.Tensor]:
-        """As :meth:`logits`; a state that is not finite is the artifact's failure, not the input's."""
+        """As :meth:`logits`; states that are not finite and tensors that are missing are the artifact's failure."""
         try:
             yield from self.logits(dense)
+        except CheckpointError as error:
+            raise GateError(f"the artifact can't be run: {error}") from error
         except CalibrationError as error:
             raise GateError(f"the artifact computes no usable numbers: {error}") from error
 

@@ -63,5 +63,5 @@ def rungs_section(name: str, rungs: Sequence[Rung], context: int) -> Section:
                 series("perplexity", "", [rung.perplexity for rung in rungs]),
             ),
         ),
-        shown=("card",),
+        shown=("terminal", "card"),
     )

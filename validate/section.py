@@ -82,7 +82,7 @@ class Section(Value):
         text: a sentence or more on what it shows and how it was measured.
         columns, rows: a table; every row has a cell per column.
         plot: a picture.
-        shown: where it appears besides the page. A terminal shows title and table alone.
+        shown: where it appears besides the page. A terminal draws no plots.
     """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")

@@ -39,11 +39,13 @@ def render_terminal(report: Report, console: Console, *, locations: Mapping[str,
     for section in report.sections:
         if "terminal" in section.shown and section.rows:
             console.print(_section_table(section))
+            if section.text:
+                console.print(Text(section.text, style="dim"))
     for check in report.failed:
         console.print(Text(f"✗ {check.name}: {check.text or 'over its limit'}", style="bold red"))
     if report.verdict:
         count = len(report.checks)
-        console.print(Text(f"✓ passed all {count} checks", style="green"))
+        console.print(Text("✓ passed" if count == 1 else f"✓ passed all {count} checks", style="green"))
     for what, where in (locations or {}).items():
         console.print(Text.assemble((f"{what:<12}", "dim"), where), soft_wrap=True)
 

@@ -19,8 +19,10 @@ def report(artifacts: tuple[str, ...], html_file: Path | None) -> None:
     """
     from llmconvert.recipes.summary import print_comparison
     from llmconvert.validate.comparison import compare_reports, read_reports, render_comparison
-    from llmconvert.writer import write_file
+    from llmconvert.writer import check_output_file, write_file
 
+    if html_file is not None:
+        check_output_file(html_file)
     comparison = compare_reports(read_reports(artifacts))
     if html_file is not None:
         write_file(html_file, render_comparison(comparison).encode())

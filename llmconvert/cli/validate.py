@@ -45,8 +45,11 @@ def validate(model: str, reference: str | None, json_file: Path | None, html_fil
     from llmconvert.validate.blame import blame
     from llmconvert.validate.html import render_html
     from llmconvert.validate.report import require_passed
-    from llmconvert.writer import write_file
+    from llmconvert.writer import check_output_file, write_file
 
+    for file in (json_file, html_file):
+        if file is not None:
+            check_output_file(file)
     limits = {key: options[key] for key in ("max_kl", "min_top1", "max_bytes")}
     settings: dict[str, Any] = {"generation": options["generation"], **limits}
     if options["min_agreement"] is not None:

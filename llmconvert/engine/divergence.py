@@ -20,7 +20,7 @@ from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Stream
-from llmconvert.errors import CalibrationError, GateError
+from llmconvert.errors import CalibrationError, CheckpointError, GateError
 from llmconvert.progress import SILENT, Progress
 
 __all__ = ["BlockDivergence", "SideBySide"]
@@ -64,6 +64,7 @@ class SideBySide:
 
     Raises:
         UnsupportedError: the engine cannot run one of the architectures.
+        GateError: tensors of the artifact are missing or have other shapes than its config says.
     """
 
     def __init__(
@@ -79,7 +80,10 @@ class SideBySide:
         self._windows = tuple(windows)
         self._progress = progress
         self._reference = _Side(reference, self._windows, device, dtype)
-        self._artifact = _Side(artifact, self._windows, device, dtype)
+        try:
+            self._artifact = _Side(artifact, self._windows, device, dtype)
+        except CheckpointError as error:
+            raise GateError(f"the artifact can't be run: {error}") from error
         #: Whether blocks and hidden states of the two models correspond at all.
         self.comparable = self._reference.shape == self._artifact.shape
         count = self._reference.skeleton.block_count if self.comparable else 0
@@ -122,14 +126,14 @@ class SideBySide:
         """
         count = max(side.skeleton.block_count for side in (self._reference, self._artifact))
         with self._progress.task("Comparing", count) as task:
-            passed = zip_longest(self._reference.stream.blocks(), _blaming(self._artifact.stream.blocks()))
+            passed = zip_longest(_naming(self._reference.stream.blocks()), _blaming(self._artifact.stream.blocks()))
             for index, _ in enumerate(passed):
                 if self.comparable:
                     if index:
                         self._compare_entries(index)
                     self._run_alone(index)
                 task.advance()
-        pairs = zip(self._reference.stream.logits(), _blaming(self._artifact.stream.logits()), strict=True)
+        pairs = zip(_naming(self._reference.stream.logits()), _blaming(self._artifact.stream.logits()), strict=True)
         for ours, theirs in pairs:
             if self.comparable:
                 state = self._reference.leaving()
@@ -201,6 +205,14 @@ class _Sums:
         self.cosine += float(torch.cosine_similarity(ours, theirs, dim=-1).sum(dtype=torch.float64))
         self.tokens += len(ours)
         self.windows += 1
+
+
+def _naming(steps: Iterator[T]) -> Iterator[T]:
+    """As ``steps``; says that a state that is not finite is the original's."""
+    try:
+        yield from steps
+    except CalibrationError as error:
+        raise CalibrationError(f"the original computes no usable numbers: {error}") from error
 
 
 def _blaming(steps: Iterator[T]) -> Iterator[T]:

@@ -18,7 +18,7 @@ from llmconvert.engine import divergence
 from llmconvert.engine.divergence import BlockDivergence, SideBySide
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Stream
-from llmconvert.errors import CalibrationError, GateError
+from llmconvert.errors import CalibrationError, CheckpointError, GateError
 
 CPU = torch.device("cpu")
 WINDOWS = ids((24, 16))
@@ -30,10 +30,12 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama_dir(tmp_path_factory.mktemp("divergence") / "original", num_hidden_layers=LAYERS)
 
 
-def changed(original: Path, directory: Path, name: str, factor: float) -> Path:
-    """A copy with one tensor multiplied."""
+def changed(original: Path, directory: Path, name: str, factor: float | None) -> Path:
+    """A copy with one tensor multiplied, or lost."""
     weights = load_file(original / "model.safetensors")
-    weights[name] = weights[name] * factor
+    lost = weights.pop(name)
+    if factor is not None:
+        weights[name] = lost * factor
     directory.mkdir()
     (directory / "config.json").write_bytes((original / "config.json").read_bytes())
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
@@ -161,8 +163,16 @@ def test_whoever_computes_nan_is_named_with_the_block(original: Path, tmp_path: 
     broken = changed(original, tmp_path / "broken", f"model.layers.{layer}.mlp.up_proj.weight", math.nan)
     with pytest.raises(GateError, match=rf"the artifact computes .* block {layer} \(model\.layers\.{layer}\)"):
         compare(original, broken)
-    with pytest.raises(CalibrationError, match=rf"block {layer} "):
+    with pytest.raises(CalibrationError, match=rf"the original computes .* block {layer} "):
         compare(broken, original)
+
+
+def test_an_artifact_without_a_tensor_is_to_blame_for_it(original: Path, tmp_path: Path) -> None:
+    lost = changed(original, tmp_path / "lost", "model.layers.1.mlp.up_proj.weight", None)
+    with pytest.raises(GateError, match=r"the artifact can't be run: .*'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        compare(original, lost)
+    with pytest.raises(CheckpointError):
+        compare(lost, original)
 
 
 def test_models_of_different_depth_are_compared_by_their_logits_alone(original: Path, tmp_path: Path) -> None:

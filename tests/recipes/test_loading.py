@@ -102,6 +102,8 @@ def test_every_problem_is_reported_at_once() -> None:
         ("model: a\nmemory: lots", "expected a size such as 4GB"),
         ("model: a\nvalidate: {perplexity: {dataset: d, max_increase: 5}}", "would mean 500%; write 5% or 0.05"),
         ("model: a\nvalidate: {perplexity: {dataset: d, max_increase: -1%}}", "0% or more"),
+        ("model: a\nvalidate: {min_top1: 200%}", "200% can't be reached; expected 100% at most"),
+        ("model: a\nvalidate: {generation: {min_agreement: 101%}}", "101% can't be reached"),
         (
             "model: a\nvalidate: {perplexity: {dataset: d, window: 8, stride: 9}}",
             "leaves text out between windows of 8",

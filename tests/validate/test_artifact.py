@@ -147,6 +147,17 @@ def test_an_artifact_that_lost_a_tensor_fails(original: Path, tmp_path: Path) ->
     assert "missing: model.layers.0.mlp.down_proj.weight" in found["runtime"].text
 
 
+@pytest.mark.parametrize("compared", [True, False])
+def test_text_is_not_scored_by_an_artifact_that_lost_a_tensor(
+    original: Path, windows: TokenWindows, tmp_path: Path, compared: bool
+) -> None:
+    broken = damaged(original, tmp_path / "lost", "model.layers.0.mlp.down_proj.weight", None)
+    found = measure(broken, original if compared else None, windows=windows)
+    assert not found["perplexity"].ok and found["perplexity"].value is None
+    assert "the artifact can't be run" in found["perplexity"].text
+    assert "model.layers.0.mlp.down_proj.weight" in found["perplexity"].text
+
+
 def test_a_model_too_large_for_the_memory_is_not_loaded(
     quantized: Path, windows: TokenWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

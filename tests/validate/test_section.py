@@ -70,7 +70,8 @@ def test_a_check_carries_a_section_into_every_rendering(report: Report) -> None:
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids)) and "memory-ladder" in ids
     shown = terminal(found)
-    assert "Memory by <length>" in shown and "23.1 MB" in shown and "Fits the memory" not in shown
+    assert "Memory by <length>" in shown and "23.1 MB" in shown and "Counted, not guessed." in shown
+    assert "Fits the memory" not in shown
     card = render_card(found, repository="x/y", recipe="model: x", section_plots={"memory-ladder": "llmconvert/m.png"})
     assert "## Memory by <length>\n\nCounted, not guessed.\n\n| tokens | cache | mode | why |" not in card
     assert re.search(
