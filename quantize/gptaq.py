@@ -27,17 +27,21 @@ __all__ = ["Gptaq"]
 class Gptaq:
     """The method and its settings, beside those of :class:`~llmconvert.quantize.gptq.Gptq` with the same names.
 
+    Moments of few tokens say little about directions in which inputs hardly vary, and there ``W*`` would go astray: on
+    16,384 tokens, held-out text wants both dampings far above GPTQ's.
+
     Attributes:
         strength: how far weights move towards ``W*``, 0 to 1.
         shift_damping: share of the mean diagonal added to ``X Xᵀ`` before it is inverted for ``W*``.
     """
 
     strength: float = 1.0
-    shift_damping: float = 0.01
-    damping: float = 0.01
+    shift_damping: float = 0.3
+    damping: float = 0.1
     block: int = 128
     scale_steps: int = 26
     narrowest: float = 0.5
+    sweeps: int = 2
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = True
@@ -79,4 +83,4 @@ class Gptaq:
 
     @property
     def _gptq(self) -> Gptq:
-        return Gptq(self.damping, self.block, self.scale_steps, self.narrowest)
+        return Gptq(self.damping, self.block, self.scale_steps, self.narrowest, sweeps=self.sweeps)

@@ -8,7 +8,8 @@ the result needs no column index and every kernel can read it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,8 +19,10 @@ from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.damping import with_damping
 from llmconvert.quantize.factorize import invert_factor_, mirror_lower_, permute_, upper_factor_
-from llmconvert.quantize.kernels import over_rows, solve_columns, transpose_in_order, weighted_squares
+from llmconvert.quantize.kernels import solve_columns, transpose_in_order, weighted_squares
 from llmconvert.quantize.quadratic import quadratic_form, quadratic_nbytes
+from llmconvert.quantize.refine import refine, refine_nbytes
+from llmconvert.quantize.rows import over_rows
 from llmconvert.quantize.scales import GroupScales, search_scales
 from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -49,6 +52,18 @@ class Prepared:
     added: torch.Tensor
     damping: float
 
+    def restore(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The damped Hessian in the columns' own order, and what of its diagonal is damping.
+
+        It takes the place of the factor. A column without any input has only the damping.
+        """
+        matrix, ridge = self.factor, self.added - (self.diagonal == 0).to(self.added)
+        # Only the upper triangle was overwritten.
+        mirror_lower_(matrix)
+        matrix.diagonal().copy_((self.diagonal + ridge)[self.order])
+        permute_(matrix, torch.argsort(self.order))
+        return matrix, ridge
+
 
 @dataclass(frozen=True, slots=True)
 class Gptq:
@@ -60,6 +75,7 @@ class Gptq:
         scale_steps: fractions of a group's range that are tried as its scale.
         narrowest: the smallest of these fractions.
         scale_stride: every so many of them are tried first, and then those around each group's best.
+        sweeps: how often codes and scales are then refined in turn (:mod:`~llmconvert.quantize.refine`).
         dtype: what is computed in.
     """
 
@@ -68,6 +84,7 @@ class Gptq:
     scale_steps: int = 26
     narrowest: float = 0.5
     scale_stride: int = 2
+    sweeps: int = 0
     dtype: torch.dtype = torch.float32
 
     calibration: ClassVar[Calibration] = "inputs"
@@ -80,24 +97,34 @@ class Gptq:
         assert hessian is not None
         energies = {target.name: quadratic_form(target.weight, hessian.matrix) for target in targets}
         prepared = self.prepare(targets[0].name, hessian)
+        schemes = dict.fromkeys(target.scheme for target in targets)
+        stacks = {scheme: [target for target in targets if target.scheme == scheme] for scheme in schemes}
+        solved = {scheme: self._solve_rows(stack, prepared, scheme, scale_dtype) for scheme, stack in stacks.items()}
+        if self.sweeps:
+            matrix, ridge = prepared.restore()
+            for scheme, stack in stacks.items():
+                solved[scheme] = self._refine_rows(stack, solved[scheme][0], matrix, ridge)
         solutions: dict[str, Solution] = {}
-        for scheme in dict.fromkeys(target.scheme for target in targets):
-            stacked = [target for target in targets if target.scheme == scheme]
-            for name, (tensor, loss) in self._solve_stacked(stacked, prepared, scheme, scale_dtype).items():
-                error = loss / energies[name] if energies[name] > 0 else 0.0
-                solutions[name] = Solution(tensor, error, prepared.damping)
+        for scheme, stack in stacks.items():
+            whole, losses = solved[scheme]
+            for target, rows in zip(stack, _rows_of(stack), strict=True):
+                energy, loss = energies[target.name], float(losses[rows].sum())
+                error = loss / energy if energy > 0 else 0.0
+                solutions[target.name] = Solution(whole.rows(rows.start, rows.stop), error, prepared.damping)
         return solutions
 
     def nbytes(self, rows: int, columns: int) -> int:
         """The stacked weights, all codes, and a slice of rows being solved; or the codes twice, to join the slices.
 
-        A slice holds its float32 weights three times (own order, transposed, solving order) and its scale candidates.
+        A slice being solved holds its float32 weights three times (own order, transposed, solving order) and its scale
+        candidates; one being refined its weights, gradients and errors, and a group's, if that is all columns.
         The Hessian is permuted, factorized and inverted in place, a panel of columns at a time.
         """
         at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
         # Per group and step a scale and a zero of 4 bytes, for the smallest usual group.
         candidates = at_once // 32 * self.scale_steps * 8
-        return max(quadratic_nbytes(rows, columns), rows * columns * 4, rows * columns * 3 + at_once * 12 + candidates)
+        work = max(at_once * 12 + candidates, at_once * 4 + refine_nbytes(at_once // columns, columns))
+        return max(quadratic_nbytes(rows, columns), rows * columns * 4, rows * columns * 3 + work)
 
     def prepare(self, name: str, hessian: Hessian) -> Prepared:
         """Order the columns and factorize the inverse Hessian, in the Hessian's own memory.
@@ -152,18 +179,13 @@ class Gptq:
         # The sum so far is the error in the damped metric; what was added to the diagonal is taken out again.
         return tensor, (loss - _weighted_squares(weight, tensor, prepared.added)).clamp_(min=0)
 
-    def _solve_stacked(
+    def _solve_rows(
         self, targets: Sequence[Target], prepared: Prepared, scheme: Scheme, scale_dtype: torch.dtype
-    ) -> dict[str, tuple[QuantizedTensor, float]]:
-        """Solve several weights as one matrix of all their rows, a slice of rows at a time; with the loss of each."""
+    ) -> tuple[QuantizedTensor, torch.Tensor]:
+        """Solve several weights as one matrix of all their rows, a slice of rows at a time; with each row's loss."""
         names = "+".join(target.name for target in targets)
-        weight = torch.cat([target.weight for target in targets])
-        rows, columns = weight.shape
-        parts: list[QuantizedTensor] = []
-        losses: list[torch.Tensor] = []
-        height = max(1, _WEIGHTS_AT_ONCE // columns)
-        for start in range(0, rows, height):
-            part = weight[start : start + height].to(self.dtype)
+
+        def solve(part: torch.Tensor, _: slice) -> tuple[QuantizedTensor, torch.Tensor]:
             scales = search_scales(
                 names,
                 part,
@@ -174,18 +196,38 @@ class Gptq:
                 narrowest=self.narrowest,
                 stride=self.scale_stride,
             )
-            tensor, loss = self.solve(part, prepared, scheme, scales)
-            parts.append(tensor)
-            losses.append(loss)
-        whole = QuantizedTensor.concatenate(parts)
-        loss = torch.cat(losses)
-        solved: dict[str, tuple[QuantizedTensor, float]] = {}
-        start = 0
-        for target in targets:
-            stop = start + target.weight.shape[0]
-            solved[target.name] = (whole.rows(start, stop), float(loss[start:stop].sum()))
-            start = stop
-        return solved
+            return self.solve(part, prepared, scheme, scales)
+
+        return self._in_slices(targets, solve)
+
+    def _refine_rows(
+        self, targets: Sequence[Target], whole: QuantizedTensor, matrix: torch.Tensor, ridge: torch.Tensor
+    ) -> tuple[QuantizedTensor, torch.Tensor]:
+        """The same rows with better codes and scales."""
+
+        def improve(part: torch.Tensor, rows: slice) -> tuple[QuantizedTensor, torch.Tensor]:
+            tensor, loss = refine(part, whole.rows(rows.start, rows.stop), matrix, self.sweeps)
+            return tensor, (loss - _weighted_squares(part, tensor, ridge)).clamp_(min=0)
+
+        return self._in_slices(targets, improve)
+
+    def _in_slices(
+        self,
+        targets: Sequence[Target],
+        solve: Callable[[torch.Tensor, slice], tuple[QuantizedTensor, torch.Tensor]],
+    ) -> tuple[QuantizedTensor, torch.Tensor]:
+        weight = torch.cat([target.weight for target in targets])
+        rows, columns = weight.shape
+        height = max(1, _WEIGHTS_AT_ONCE // columns)
+        slices = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+        parts = [solve(weight[part].to(self.dtype), part) for part in slices]
+        return QuantizedTensor.concatenate([part for part, _ in parts]), torch.cat([loss for _, loss in parts])
+
+
+def _rows_of(targets: Sequence[Target]) -> list[slice]:
+    """Where each weight lies in the matrix of all rows."""
+    ends = list(itertools.accumulate(len(target.weight) for target in targets))
+    return [slice(end - len(target.weight), end) for target, end in zip(targets, ends, strict=True)]
 
 
 def _transpose_in_order(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

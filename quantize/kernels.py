@@ -6,24 +6,20 @@ counterpart in the module that calls it, used on other devices and as an oracle 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 
 __all__ = [
     "best_candidates",
+    "descend_columns",
     "load_kernels",
-    "over_rows",
     "solve_columns",
     "transpose_in_order",
     "weighted_squares",
 ]
 
-_ROWS_PER_THREAD = 64
 # Rows computed side by side: two vectors of 16 floats in the search; in the solver as many as fit the first-level
 # cache with 128 columns.
 _LANES = 32
@@ -249,6 +245,66 @@ def solve_columns(
                     line[row] -= e0[row] * s0 + e1[row] * s1 + e2[row] * s2 + e3[row] * s3
 
 
+@numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def descend_columns(
+    begin: int,
+    end: int,
+    gradient: np.ndarray[Any, Any],
+    hessian: np.ndarray[Any, Any],
+    codes: np.ndarray[Any, Any],
+    scale: np.ndarray[Any, Any],
+    moved: np.ndarray[Any, Any],
+    code_min: float,
+    code_max: float,
+) -> None:
+    """Give every column the code that is best for the others, one after the other.
+
+    Args:
+        begin, end: the rows to do.
+        gradient: ``[columns, rows]``, kept up to date.
+        hessian: ``[columns, columns]``.
+        codes: int8 ``[columns, rows]``, changed.
+        scale: ``[rows]``.
+        moved: ``[columns, rows]``, filled with the changes of the weights.
+        code_min, code_max: range of codes.
+    """
+    count = len(hessian)
+    tile = np.zeros((count, _TILE_ROWS), gradient.dtype)
+    level = np.zeros(_TILE_ROWS, gradient.dtype)
+    best = np.zeros(_TILE_ROWS, gradient.dtype)
+    lowest, highest = gradient.dtype.type(code_min), gradient.dtype.type(code_max)
+    # Lines in matrices of their own, and few to a loop, for the sake of the vector units; see above.
+    for top in range(begin, end, _TILE_ROWS):
+        bottom = min(top + _TILE_ROWS, end)
+        height = bottom - top
+        step = scale[top:bottom]
+        for column in range(count):
+            line, source = tile[column], gradient[column, top:bottom]
+            for row in range(height):
+                line[row] = source[row]
+        for column in range(count):
+            line, stored, change = tile[column], codes[column, top:bottom], moved[column, top:bottom]
+            inverse = 1 / hessian[column, column]
+            for row in range(height):
+                level[row] = stored[row]
+            for row in range(height):
+                best[row] = min(max(np.rint(level[row] - line[row] * inverse / step[row]), lowest), highest)
+            for row in range(height):
+                stored[row] = np.int8(best[row])
+            for row in range(height):
+                level[row] = (best[row] - level[row]) * step[row]
+            for row in range(height):
+                change[row] = level[row]
+            for other in range(count):
+                line, share = tile[other], hessian[other, column]
+                for row in range(height):
+                    line[row] += level[row] * share
+        for column in range(count):
+            line, target = tile[column], gradient[column, top:bottom]
+            for row in range(height):
+                target[row] = line[row]
+
+
 def load_kernels() -> None:
     """Load the kernels for float32, or compile them where no earlier process has, so that no linear waits for it."""
     one, line = np.ones((1, 1), np.float32), np.ones(1, np.float32)
@@ -257,21 +313,4 @@ def load_kernels() -> None:
     transpose_in_order(0, 0, one, index, one)
     solve_columns(0, 0, one, one, one, codes, one, line, index, one, 0, 0.0, 0.0)
     weighted_squares(0, 0, one, codes, one, one, line, line)
-
-
-def over_rows(
-    kernel: Callable[..., None], rows: int, *arguments: torch.Tensor | np.ndarray[Any, Any] | np.generic | int | float
-) -> None:
-    """Run ``kernel(begin, end, *arguments)`` over all rows, in as many threads as torch uses; tensors go as arrays."""
-    threads = max(1, min(torch.get_num_threads(), rows // _ROWS_PER_THREAD))
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    arrays = [value.numpy() if isinstance(value, torch.Tensor) else value for value in arguments]
-
-    if threads == 1:
-        kernel(0, rows, *arrays)
-        return
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(kernel, bounds[i], bounds[i + 1], *arrays) for i in range(1, threads)]
-        kernel(bounds[0], bounds[1], *arrays)
-        for other in others:
-            other.result()
+    descend_columns(0, 0, one, one, codes, line, one, 0.0, 0.0)

@@ -35,6 +35,8 @@ __all__ = ["SignRound"]
 _EDGE = 0.49
 # Bounds of the factor on a scale.
 _NARROWEST, _WIDEST = 0.5, 1.2
+# A step takes slices of about this many weights, whose float32 copies stay in the cache.
+_WEIGHTS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class SignRound:
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
     ) -> dict[str, Solution]:
         """What training starts from."""
-        start = Gptq() if self.start == "gptq" else Rtn(search=True)
+        start = Gptq(sweeps=2) if self.start == "gptq" else Rtn(search=True)
         return start.quantize(targets, hessian, scale_dtype)
 
     def nbytes(self, rows: int, columns: int) -> int:
@@ -78,22 +80,20 @@ class SignRound:
         learned = [_Learned(target, started[target.name].tensor, data.prefix) for target in targets]
         before = _relative_error(learned, data)
         kept = [weight.state() for weight in learned]
-        self._train(learned, data, scale_dtype)
+        self._train(learned, data)
         after = _relative_error(learned, data)
         if not after < before:
             for weight, state in zip(learned, kept, strict=True):
                 weight.restore(state)
         error = min(before, after) if after == after else before
         return {
-            target.name: Solution(weight.quantized(scale_dtype), error)
-            for target, weight in zip(targets, learned, strict=True)
+            target.name: Solution(weight.quantized(), error) for target, weight in zip(targets, learned, strict=True)
         }
 
     def block_nbytes(self, weights: int, batch: int) -> int:
         """Hessians of all linears are counted with the weights (as many numbers at most, in the usual shapes); the
-        offsets, their gradients, the scaled weights, what rounding them keeps for its gradient, and a float32 copy to
-        multiply with; and the activations of a step with gradients, each kept once more than in a plain pass, and in
-        float32 as it is multiplied."""
+        offsets twice, the values, their gradients and a float32 copy of both to multiply with; and the activations of a
+        step with gradients, each kept once more than in a plain pass, and in float32 as it is multiplied."""
         return weights * 4 * 8 + 4 * self.batch * batch
 
     def _start(self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype) -> dict[str, Solution]:
@@ -109,86 +109,109 @@ class SignRound:
             solutions |= self.quantize(group, sums.pop(name).hessian(), scale_dtype)
         return solutions
 
-    def _train(self, learned: Sequence[_Learned], data: BlockData, scale_dtype: torch.dtype) -> None:
+    def _train(self, learned: Sequence[_Learned], data: BlockData) -> None:
         rate = self.learning_rate or 1 / self.steps
         scale_rate = self.scale_rate if self.scale_rate is not None else rate / 2
         generator = torch.Generator().manual_seed(self.seed)
         count = len(data.tokens)
         order: list[int] = []
+        weights = {weight.parameter: weight.value for weight in learned}
         for step in range(self.steps):
             if len(order) < self.batch:
                 order += torch.randperm(count, generator=generator).tolist()
             chosen, order = order[: self.batch], order[self.batch :]
             tokens = sum(data.tokens[batch] for batch in chosen)
-            weights = {weight.parameter: weight.value(scale_dtype) for weight in learned}
-            leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
             entries, outputs = data.entries(chosen), data.outputs(chosen)
             for (hidden, call), output in zip(entries, outputs, strict=True):
-                loss = _loss(call.output(hidden, leaves), output) / tokens
+                loss = _loss(call.output(hidden, weights), output) / tokens
                 loss.backward()
             falling = 1 - step / self.steps
             for weight in learned:
-                gradient = leaves[weight.parameter].grad
-                assert gradient is not None
-                weight.step(weights[weight.parameter], gradient, rate * falling, scale_rate * falling)
+                weight.step(rate * falling, scale_rate * falling)
 
 
 class _Learned:
-    """A weight in training: codes before rounding, and the factors on its scales."""
+    """A weight in training: offsets before rounding, factors on its scales, and the values they come to.
+
+    ``weight / (scale · factor) + zero + offset`` is what gets rounded. Gradients through rounding and clamping are
+    worked out by hand, a slice of rows at a time that stays in the cache; autograd kept a dozen copies of the weights.
+    """
 
     def __init__(self, target: Target, start: QuantizedTensor, prefix: str) -> None:
         self.parameter = target.name.removeprefix(prefix) + ".weight"
         self.start = start
-        self._dtype = target.weight.dtype
         rows, groups = start.scale.shape
-        scale = start.scale.float().unsqueeze(-1)
-        zero = torch.zeros_like(scale) if start.zero is None else start.zero.float().unsqueeze(-1)
-        codes = start.codes.float().view(rows, groups, -1)
-        own = target.weight.float().view(rows, groups, -1) / scale + zero
-        edge = codes + (own - codes).clamp_(-_EDGE, _EDGE)
-        #: ``weight / scale + zero + offset`` is what gets rounded; the first two terms follow the scale.
-        self.offset = (edge - own).requires_grad_()
-        self.factor = torch.ones_like(scale).requires_grad_()
-        self._scaled, self._zero = own - zero, zero
+        self._weight = target.weight.view(rows, groups, -1)
+        self._scale = start.scale.float().unsqueeze(-1)
+        self._zero = torch.zeros_like(self._scale) if start.zero is None else start.zero.float().unsqueeze(-1)
+        codes = start.codes.view(rows, groups, -1)
+        self.factor = torch.ones_like(self._scale)
+        self.offset = torch.empty(codes.shape, device=codes.device)
+        #: The dequantized weight in its own dtype, ``[rows, columns]``; its gradient is what a step takes.
+        self.value = torch.empty_like(target.weight)
+        for part in self._slices():
+            own = self._weight[part] / self._scale[part] + self._zero[part]
+            code = codes[part].float()
+            self.offset[part] = code + (own - code).clamp_(-_EDGE, _EDGE) - own
+            self._write(part)
+        self.value.requires_grad_()
 
     def state(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.offset.detach().clone(), self.factor.detach().clone()
+        return self.offset.clone(), self.factor.clone()
 
     def restore(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
-        with torch.no_grad():
-            self.offset.copy_(state[0])
-            self.factor.copy_(state[1])
+        self.offset, self.factor = state
 
-    def value(self, scale_dtype: torch.dtype) -> torch.Tensor:
-        """The dequantized weight, with the graph of its rounding."""
-        scale = _stored(self.start.scale.float().unsqueeze(-1) * self.factor, scale_dtype)
-        codes = self._codes()
-        return ((codes - self._zero) * scale).flatten(1).to(self._dtype)
-
-    def step(self, value: torch.Tensor, gradient: torch.Tensor, rate: float, scale_rate: float) -> None:
-        """One signed step, from the gradient of the loss with respect to :meth:`value`."""
-        by_offset, by_factor = torch.autograd.grad(value, [self.offset, self.factor], gradient)
-        with torch.no_grad():
-            self.offset.sub_(by_offset.sign_(), alpha=rate)
-            self.factor.sub_(by_factor.sign_(), alpha=scale_rate).clamp_(_NARROWEST, _WIDEST)
-
-    def quantized(self, scale_dtype: torch.dtype) -> QuantizedTensor:
-        """The weight as it stands."""
-        with torch.no_grad():
-            scale = (self.start.scale.float() * self.factor.squeeze(-1)).to(scale_dtype)
-            codes = self._codes().flatten(1).to(torch.int8)
-        return QuantizedTensor(codes, scale, self.start.zero, self.start.scheme)
-
-    def _codes(self) -> torch.Tensor:
-        """Integer codes; rounding and what is rounded have the same gradient."""
-        raw = self._scaled / self.factor + self._zero + self.offset
+    def step(self, rate: float, scale_rate: float) -> None:
+        """One signed step, from the gradient of the loss with respect to :attr:`value`, which is taken away."""
+        assert self.value.grad is not None
+        gradient = self.value.grad.view_as(self.offset)
+        self.value.grad = None
         scheme = self.start.scheme
-        return (raw + (raw.round() - raw).detach()).clamp(scheme.code_min, scheme.code_max)
+        with torch.no_grad():
+            for part in self._slices():
+                towards = gradient[part].float()
+                factor, scale = self.factor[part], self._scale[part]
+                raw = self._raw(part).round_()
+                inside = (raw >= scheme.code_min) & (raw <= scheme.code_max)
+                level = raw.clamp_(scheme.code_min, scheme.code_max).sub_(self._zero[part])
+                # Rounding passes gradients straight through, clamping those of codes inside their range.
+                passed = towards * inside
+                by_factor = (towards * level).sum(-1, keepdim=True).mul_(scale)
+                by_factor -= (passed * self._weight[part]).sum(-1, keepdim=True).div_(factor)
+                self.offset[part] -= passed.sign_() * scale.sign() * rate
+                self.factor[part] = (factor - by_factor.sign_() * scale_rate).clamp_(_NARROWEST, _WIDEST)
+                self._write(part)
 
+    def quantized(self) -> QuantizedTensor:
+        """The weight as it stands."""
+        scheme = self.start.scheme
+        codes = torch.empty(self.offset.shape, dtype=torch.int8, device=self.offset.device)
+        for part in self._slices():
+            codes[part] = self._raw(part).round_().clamp_(scheme.code_min, scheme.code_max)
+        return QuantizedTensor(codes.flatten(1), self._stored(slice(None)), self.start.zero, scheme)
 
-def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The scale as it will be stored, with the gradient of the unrounded one."""
-    return scale + (scale.to(dtype).float() - scale).detach()
+    def _slices(self) -> Iterator[slice]:
+        rows, groups, size = self._weight.shape
+        height = max(1, _WEIGHTS_AT_ONCE // (groups * size))
+        return (slice(start, start + height) for start in range(0, rows, height))
+
+    def _raw(self, part: slice) -> torch.Tensor:
+        """What gets rounded, float32 ``[rows, groups, group size]``."""
+        scaled = self._weight[part] / (self._scale[part] * self.factor[part])
+        return scaled.add_(self._zero[part]).add_(self.offset[part])
+
+    def _stored(self, part: slice) -> torch.Tensor:
+        """Scales ``[rows, groups]`` as they will be stored."""
+        return (self._scale[part] * self.factor[part]).squeeze(-1).to(self.start.scale.dtype)
+
+    def _write(self, part: slice) -> None:
+        """Bring :attr:`value` up to date."""
+        scheme = self.start.scheme
+        codes = self._raw(part).round_().clamp_(scheme.code_min, scheme.code_max)
+        level = codes.sub_(self._zero[part])
+        with torch.no_grad():
+            self.value[part] = level.mul_(self._stored(part).unsqueeze(-1)).flatten(1)
 
 
 def _loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -200,7 +223,7 @@ def _loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def _relative_error(learned: Sequence[_Learned], data: BlockData) -> float:
     """Mean over all tokens of the block's relative squared error with the weights as they stand."""
     with torch.no_grad():
-        weights = {w.parameter: w.quantized(w.start.scale.dtype).dequantize(w._dtype) for w in learned}
+        weights = {weight.parameter: weight.value for weight in learned}
         every = range(len(data.tokens))
         losses = (
             float(_loss(call.output(hidden, weights), output))

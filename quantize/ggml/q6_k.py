@@ -14,7 +14,7 @@ import numpy as np
 from llmconvert.quantize.ggml.blocks import Array, Blocks, block_importance
 from llmconvert.quantize.ggml.fit import FAST, best_step
 from llmconvert.quantize.ggml.super_blocks import SUPER_BLOCK
-from llmconvert.quantize.kernels import over_rows
+from llmconvert.quantize.rows import over_rows
 
 __all__ = ["CODEC", "Q6_K"]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmconvert.quantize.ggml.blocks import Array, Blocks
 from llmconvert.quantize.ggml.simple import BLOCK, half, step_weights
-from llmconvert.quantize.kernels import over_rows
+from llmconvert.quantize.rows import over_rows
 
 __all__ = ["CODEC", "Q8_0"]
 

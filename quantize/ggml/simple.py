@@ -13,7 +13,7 @@ import numpy as np
 
 from llmconvert.quantize.ggml.blocks import Array, Blocks, block_importance
 from llmconvert.quantize.ggml.fit import CANDIDATES, best_affine, best_step
-from llmconvert.quantize.kernels import over_rows
+from llmconvert.quantize.rows import over_rows
 
 __all__ = [
     "BLOCK",

@@ -15,7 +15,7 @@ import numpy as np
 
 from llmconvert.quantize.ggml.blocks import Array, Blocks, block_importance
 from llmconvert.quantize.ggml.fit import FAST, best_affine
-from llmconvert.quantize.kernels import over_rows
+from llmconvert.quantize.rows import over_rows
 
 __all__ = [
     "SUB_BLOCKS",

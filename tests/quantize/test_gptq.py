@@ -16,18 +16,19 @@ from llmconvert.quantize.base import Solution, Target
 from llmconvert.quantize.gptq import Gptq
 from llmconvert.quantize.kernels import (
     best_candidates,
+    descend_columns,
     load_kernels,
-    over_rows,
     solve_columns,
     transpose_in_order,
     weighted_squares,
 )
+from llmconvert.quantize.rows import over_rows
 from llmconvert.quantize.scales import search_scales
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
 NAMES = ["w4a16-g32", "w4a16-g32-asym", "w4a16-channel", "w3a16-g64-asym", "w2a16-g32", "w8a16-channel-asym"]
-EXACT = Gptq(dtype=torch.float64)
+EXACT = Gptq(dtype=torch.float64, sweeps=0)
 COLUMNS = 320  # more than a block of the solver and more than a panel of the factorization, a multiple of neither
 
 
@@ -82,7 +83,7 @@ def test_codes_are_those_of_the_textbook(name: str) -> None:
 def test_float32_gives_nearly_the_same_codes(name: str, seed: int) -> None:
     weight = random_weight(96, COLUMNS, seed)
     hessian = hessian_of(random_inputs(800, COLUMNS, seed))
-    ours = quantized(Gptq(), weight, hessian, name).tensor
+    ours = quantized(Gptq(sweeps=0), weight, hessian, name).tensor
     expected = textbook(weight.double().numpy(), hessian.matrix.double().numpy(), ours)
     assert agreement(ours, expected) >= 0.999
 
@@ -92,7 +93,7 @@ def test_float32_gives_nearly_the_same_codes(name: str, seed: int) -> None:
 def test_the_size_of_blocks_and_the_number_of_rows_change_nothing(block: int, rows: int) -> None:
     weight = random_weight(rows, 130).double()
     hessian = hessian_of(random_inputs(300, 130), torch.float64)
-    ours = quantized(Gptq(dtype=torch.float64, block=block), weight, hessian, "w3a16-channel-asym").tensor
+    ours = quantized(Gptq(dtype=torch.float64, block=block, sweeps=0), weight, hessian, "w3a16-channel-asym").tensor
     assert agreement(ours, textbook(weight.numpy(), hessian.matrix.numpy(), ours)) == 1.0
 
 
@@ -110,7 +111,7 @@ def test_columns_without_input_are_rounded_and_spread_nothing() -> None:
 
 def test_inputs_that_are_all_zero_give_rounding_to_nearest() -> None:
     weight = random_weight(8, 64)
-    solution = quantized(Gptq(), weight, Hessian(torch.zeros(64, 64), 10), "w4a16-g32")
+    solution = quantized(Gptq(sweeps=0), weight, Hessian(torch.zeros(64, 64), 10), "w4a16-g32")
     nearest = torch.round(weight / solution.tensor.scale.repeat_interleave(32, 1)).clamp(-8, 7)
     assert torch.equal(solution.tensor.codes.float(), nearest)
     assert solution.error == 0
@@ -220,7 +221,7 @@ def test_gptq_beats_rounding_to_nearest() -> None:
 def test_kernel_and_plain_torch_agree(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(96, COLUMNS).to(dtype)
     hessian = hessian_of(random_inputs(800, COLUMNS), dtype)
-    method = Gptq(dtype=dtype)
+    method = Gptq(dtype=dtype, sweeps=0)
     kernel = quantized(method, weight, hessian, name)
 
     def plain(work: torch.Tensor, *arguments: object) -> None:
@@ -275,7 +276,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 
 def test_kernels_are_loaded_beforehand() -> None:
     """What :func:`load_kernels` loads is what solving in float32 calls: no linear waits for a compiler."""
-    kernels = (best_candidates, solve_columns, transpose_in_order, weighted_squares)
+    kernels = (best_candidates, descend_columns, solve_columns, transpose_in_order, weighted_squares)
     load_kernels()
     before = [len(kernel.signatures) for kernel in kernels]
     for name in ("w4a16-g32", "w4a16-channel-asym"):

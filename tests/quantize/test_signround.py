@@ -12,6 +12,7 @@ from tiny_architectures import ids
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine.divergence import SideBySide
+from llmconvert.quantize import signround
 from llmconvert.quantize.base import BlockQuantizer, Target, load_method
 from llmconvert.quantize.gptq import Gptq
 from llmconvert.quantize.job import quantize_checkpoint
@@ -34,23 +35,47 @@ def learned(name: str = "w4a16-g16-asym") -> tuple[Target, _Learned]:
 @pytest.mark.parametrize("name", ["w4a16-g16-asym", "w3a16-g32", "w2a16"])
 def test_training_starts_at_the_codes_it_is_given(name: str) -> None:
     _, weight = learned(name)
-    found = weight.quantized(torch.float32)
+    found = weight.quantized()
     assert torch.equal(found.codes, weight.start.codes) and torch.equal(found.scale, weight.start.scale)
-    torch.testing.assert_close(weight.value(torch.float32), weight.start.dequantize(torch.float32))
+    torch.testing.assert_close(weight.value.detach(), weight.start.dequantize(torch.float32))
     assert weight.parameter == "linear.weight"
 
 
-def test_steps_go_against_the_sign_of_the_gradient() -> None:
-    """Offset: scale times the gradient where the code is inside its range, nothing outside."""
-    _, weight = learned("w2a16-g16")
+def by_autograd(target: Target, weight: _Learned, offset: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The dequantized weight as a function of offsets and factors, with the rounding passed straight through."""
+    scheme = target.scheme
+    rows, groups = weight.start.scale.shape
+    first = weight.start.scale.unsqueeze(-1)
+    zero = torch.zeros_like(first) if weight.start.zero is None else weight.start.zero.float().unsqueeze(-1)
+    raw = target.weight.view(rows, groups, -1) / (first * factor) + zero + offset
+    codes = (raw + (raw.round() - raw).detach()).clamp(scheme.code_min, scheme.code_max)
+    return ((codes - zero) * (first * factor)).flatten(1)
+
+
+@pytest.mark.parametrize("at_once", [64, 1 << 17], ids=["row by row", "whole"])
+@pytest.mark.parametrize("name", ["w4a16-g16-asym", "w3a16-g32", "w2a16", "w2a16-g16"])
+def test_steps_go_against_the_sign_of_the_gradient(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signround, "_WEIGHTS_AT_ONCE", at_once)
+    target, weight = learned(name)
     generator = torch.Generator().manual_seed(1)
-    gradient = torch.randn((20, 64), generator=generator)
-    before = weight.offset.detach().clone()
-    raw = (weight._scaled + weight._zero + weight.offset).detach()
-    inside = (raw.round() >= -2) & (raw.round() <= 1)
-    weight.step(weight.value(torch.float32), gradient, 0.01, 0.0)
-    expected = before - 0.01 * gradient.view_as(before).sign() * inside
-    torch.testing.assert_close(weight.offset.detach(), expected)
+    for _ in range(5):
+        offset, factor = (part.clone().requires_grad_() for part in weight.state())
+        expected = by_autograd(target, weight, offset, factor)
+        torch.testing.assert_close(weight.value.detach(), expected.detach())
+        gradient = torch.randn((20, 64), generator=generator)
+        by_offset, by_factor = torch.autograd.grad(expected, [offset, factor], gradient)
+        weight.value.grad = gradient
+        weight.step(0.1, 0.05)
+        torch.testing.assert_close(weight.offset, (offset - 0.1 * by_offset.sign()).detach())
+        torch.testing.assert_close(weight.factor, (factor - 0.05 * by_factor.sign()).detach().clamp(0.5, 1.2))
+        assert weight.value.grad is None
+
+
+def test_values_are_what_is_written() -> None:
+    _, weight = learned("w3a16-g32")
+    weight.value.grad = torch.randn((20, 64), generator=torch.Generator().manual_seed(2))
+    weight.step(0.3, 0.1)
+    assert torch.equal(weight.value.detach(), weight.quantized().dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("mode", ["lockstep", "replay"])
