@@ -123,7 +123,9 @@ class Gptq:
         at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
         # Per group and step a scale and a zero of 4 bytes, for the smallest usual group.
         candidates = at_once // 32 * self.scale_steps * 8
-        work = max(at_once * 12 + candidates, at_once * 4 + refine_nbytes(at_once // columns, columns))
+        work = at_once * 12 + candidates
+        if self.sweeps:
+            work = max(work, at_once * 4 + refine_nbytes(at_once // columns, columns))
         return max(quadratic_nbytes(rows, columns), rows * columns * 4, rows * columns * 3 + work)
 
     def prepare(self, name: str, hessian: Hessian) -> Prepared:

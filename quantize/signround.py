@@ -31,6 +31,8 @@ from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["SignRound"]
 
+# What training starts from, unless told otherwise.
+_GPTQ = Gptq(sweeps=2)
 # How far from the middle of a code a weight that was moved to it starts; half would be its neighbour's.
 _EDGE = 0.49
 # Bounds of the factor on a scale.
@@ -67,11 +69,11 @@ class SignRound:
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
     ) -> dict[str, Solution]:
         """What training starts from."""
-        start = Gptq(sweeps=2) if self.start == "gptq" else Rtn(search=True)
+        start = _GPTQ if self.start == "gptq" else Rtn(search=True)
         return start.quantize(targets, hessian, scale_dtype)
 
     def nbytes(self, rows: int, columns: int) -> int:
-        return Gptq().nbytes(rows, columns)
+        return _GPTQ.nbytes(rows, columns)
 
     def quantize_block(
         self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.activations import InputKind, quantize_inputs_of
 from llmconvert.engine.names import map_names
-from llmconvert.engine.precision import Scratch, WideLinear, compute_dtype
+from llmconvert.engine.precision import Scratch, WideLinear, compute_dtype, widen_attention
 from llmconvert.errors import CheckpointError, UnsupportedError
 
 __all__ = ["BlockCall", "BlockSlot", "Gate", "Skeleton", "build_config"]
@@ -94,8 +94,8 @@ class Skeleton:
         checkpoint: where weights come from; dense (dequantize first).
         device: where blocks are put when loaded.
         dtype: of weights and activations; the checkpoint's own by default.
-        fast_products: let linears multiply in float32 where the processor is slower in 16 bits; the last bit of a few
-            of their outputs is then not that of the resident model.
+        fast_products: let linears and attention multiply in float32 where the processor is slower in 16 bits; the last
+            bits of some of their outputs are then not those of the resident model.
 
     Raises:
         UnsupportedError: the architecture is unknown to transformers, needs remote code, or has no list of decoder
@@ -128,6 +128,7 @@ class Skeleton:
         ]
         if fast_products and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:
             self._widen_products()
+            widen_attention(self.model)
         for index, slot in enumerate(self.slots):
             blocks[index] = slot
         stored = checkpoint.quantized_inputs
