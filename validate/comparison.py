@@ -31,12 +31,17 @@ _SHOWN = (
     "speed.prefill",
     "speed.decode",
 )
+# Of these, what does not depend on the text that was measured on.
+_WHATEVER_THE_TEXT = ("size_bytes", "bits_per_weight", "generation.agreement", "generation.looping")
 _HIGHER_IS_BETTER = ("share", "tokens/s")
 
 
 @dataclass(frozen=True, slots=True)
 class ComparedRow:
-    """One number of every artifact as text, in the reports' order; ``best`` holds the positions of the best."""
+    """One number of every artifact as text, in the reports' order.
+
+    ``best`` holds the positions of the best, and none where the numbers don't compare.
+    """
 
     label: str
     cells: tuple[str, ...]
@@ -95,12 +100,38 @@ def compare_reports(reports: Mapping[str, Report]) -> ReportComparison:
     ]
     # Benchmarks, and whatever else a check of its own measures.
     others = [check.name for report in values for check in report.checks if check.label and not check.quiet]
-    measured = [_measured(name, values) for name in dict.fromkeys((*_SHOWN, *others))]
+    shared = _Shared.of(values)
+    measured = [_measured(name, values, shared.compares(name)) for name in dict.fromkeys((*_SHOWN, *others))]
     table = [row for row in made + measured if any(row.cells)]
-    return ReportComparison(reports, tuple(table), tuple(_caveats(values)))
+    return ReportComparison(reports, tuple(table), tuple(_caveats(values, shared)))
 
 
-def _measured(name: str, reports: list[Report]) -> ComparedRow:
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What the reports have in common, and so what of them compares."""
+
+    original: bool
+    text: bool
+    machine: bool
+
+    @classmethod
+    def of(cls, reports: list[Report]) -> _Shared:
+        texts = {_text(check) for report in reports if (check := report.check("perplexity")) is not None}
+        return cls(
+            original=len({(report.model.source, report.model.revision) for report in reports}) == 1,
+            text=len(texts) <= 1,
+            machine=len({tuple(sorted(report.environment.items())) for report in reports}) == 1,
+        )
+
+    def compares(self, name: str) -> bool:
+        if name not in _SHOWN:
+            return True
+        if name.startswith("speed."):
+            return self.machine
+        return self.original and (self.text or name in _WHATEVER_THE_TEXT)
+
+
+def _measured(name: str, reports: list[Report], compares: bool) -> ComparedRow:
     cells = []
     for report in reports:
         row = next((row for row in rows(report) if row.name == name), None)
@@ -108,7 +139,7 @@ def _measured(name: str, reports: list[Report]) -> ComparedRow:
     checks = [report.check(name) for report in reports]
     values = {index: check.value for index, check in enumerate(checks) if check is not None and check.value is not None}
     best: frozenset[int] = frozenset()
-    if len(set(values.values())) > 1:
+    if compares and len(set(values.values())) > 1:
         unit = next(check.unit for check in checks if check is not None)
         winner = (max if unit in _HIGHER_IS_BETTER else min)(values.values())
         best = frozenset(index for index, value in values.items() if value == winner)
@@ -129,16 +160,14 @@ def _verdict(report: Report) -> str:
     return f"{len(report.failed)} of {len(report.checks)} failed" if report.failed else "passed"
 
 
-def _caveats(reports: list[Report]) -> Iterable[str]:
-    if len({(report.model.source, report.model.revision) for report in reports}) > 1:
+def _caveats(reports: list[Report], shared: _Shared) -> Iterable[str]:
+    if not shared.original:
         yield "They were made from different originals: divergence and agreement are each from its own."
-    measured = {_text(check) for report in reports if (check := report.check("perplexity")) is not None}
-    if len(measured) > 1:
+    if not shared.text:
         yield "They were measured on different text or windows: their perplexities and divergences don't compare."
     if any(report.check("perplexity") is None for report in reports):
         yield "Not all were measured on text."
-    machines = {tuple(sorted(report.environment.items())) for report in reports}
-    if len(machines) > 1:
+    if not shared.machine:
         yield "They were measured with different versions or on different machines: speeds don't compare."
 
 
@@ -164,7 +193,7 @@ def render_comparison(comparison: ReportComparison) -> str:
 
 
 def render_comparison_table(comparison: ReportComparison, console: Console) -> None:
-    """Print the comparison; the best number of a row is bold."""
+    """Print the comparison; the best number of a row is bold, where numbers compare."""
     table = Table()
     table.add_column("")
     for name in comparison.reports:

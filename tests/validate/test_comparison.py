@@ -69,6 +69,35 @@ def test_what_does_not_compare_is_said(report: Report) -> None:
     assert "Not all were measured on text." in compare_reports({"a": report, "b": silent}).caveats
 
 
+@pytest.mark.parametrize(
+    ("what", "kept"),
+    [
+        ("nothing", {"Weights on disk", "Perplexity", "Speed of writing"}),
+        ("text", {"Weights on disk", "Speed of writing"}),
+        ("original", {"Speed of writing"}),
+        ("machine", {"Weights on disk", "Perplexity"}),
+    ],
+)
+def test_no_number_is_best_where_numbers_do_not_compare(report: Report, what: str, kept: set[str]) -> None:
+    other = variant(report, "other", "w8a16-g64-sym", size_bytes=1e6, perplexity=99.0, **{"speed.decode": 1.0})
+    changed: dict[str, Any] = {
+        "nothing": {},
+        "text": {
+            "checks": tuple(
+                check.model_copy(update={"detail": {**check.detail, "window": 2048}})
+                if check.name == "perplexity"
+                else check
+                for check in other.checks
+            )
+        },
+        "original": {"model": other.model.model_copy(update={"source": "maker/Other"})},
+        "machine": {"environment": {"torch": "2.12.0"}},
+    }[what]
+    rows = {row.label: row for row in compare_reports({"a": report, "b": other.model_copy(update=changed)}).rows}
+    named = {"Weights on disk", "Perplexity", "Speed of writing"}
+    assert {label for label in named if rows[label].best} == kept
+
+
 def test_the_page_is_well_formed_and_loads_nothing(artifacts: list[str]) -> None:
     page = parse(render_comparison(compare_reports(read_reports(artifacts))))
     text = " ".join(" ".join(page.text).split())
