@@ -179,7 +179,9 @@ def format_count(value: float) -> str:
 
 
 def format_seconds(value: float) -> str:
-    """``8.4 s``, ``2 min 05 s``, ``1 h 02 min``."""
+    """``180 ms``, ``8.4 s``, ``2 min 05 s``, ``1 h 02 min``."""
+    if value < 0.95:
+        return f"{value * 1000:.0f} ms"
     if value < 60:
         return f"{value:.1f} s"
     minutes, seconds = divmod(round(value), 60)

@@ -169,7 +169,13 @@ def test_numbers_for_people(value: float | None, unit: str, text: str) -> None:
 
 
 def test_other_formats() -> None:
-    assert [format_seconds(value) for value in (8.44, 125, 3720)] == ["8.4 s", "2 min 05 s", "1 h 02 min"]
+    assert [format_seconds(value) for value in (0.0412, 0.96, 8.44, 125, 3720)] == [
+        "41 ms",
+        "1.0 s",
+        "8.4 s",
+        "2 min 05 s",
+        "1 h 02 min",
+    ]
     assert [format_count(value) for value in (12, 134_515_008, 6.7e9)] == ["12", "134.5 M", "6.7 B"]
     assert format_bytes(2.5e12) == "2.5 TB"
 
