@@ -62,8 +62,8 @@ def test_the_artifact_computes_what_the_engine_saw(
 ) -> None:
     """What entered the last block during calibration enters it again when the artifact runs in transformers.
 
-    To the bit with transformers' products; with those of a processor that is faster in float32, up to sums that fall on
-    the other side of a tie, and what becomes of them.
+    To the bit with transformers' products; with those of a processor that is faster in float32, within two roundings to
+    bfloat16, one of them transformers' own: it attends with weights rounded to 16 bits.
     """
     monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: torch.float32 if fast else torch.bfloat16)
     seen: dict[int, torch.Tensor] = {}
@@ -93,7 +93,7 @@ def test_the_artifact_computes_what_the_engine_saw(
     for batch, hidden in enumerate(again):
         if fast:
             difference = (hidden.float() - seen[batch].float()).abs()
-            assert difference.norm() < torch.finfo(torch.bfloat16).eps * hidden.float().norm()
+            assert difference.norm() < 2 * torch.finfo(torch.bfloat16).eps * hidden.float().norm()
         else:
             assert torch.equal(hidden, seen[batch])
 
