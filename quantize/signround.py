@@ -187,11 +187,10 @@ class _Learned:
 
     def quantized(self) -> QuantizedTensor:
         """The weight as it stands."""
-        scheme = self.start.scheme
         codes = torch.empty(self.offset.shape, dtype=torch.int8, device=self.offset.device)
         for part in self._slices():
-            codes[part] = self._raw(part).round_().clamp_(scheme.code_min, scheme.code_max)
-        return QuantizedTensor(codes.flatten(1), self._stored(slice(None)), self.start.zero, scheme)
+            codes[part] = self._codes(part)
+        return QuantizedTensor(codes.flatten(1), self._stored(slice(None)), self.start.zero, self.start.scheme)
 
     def _slices(self) -> Iterator[slice]:
         rows, groups, size = self._weight.shape
@@ -203,15 +202,18 @@ class _Learned:
         scaled = self._weight[part] / (self._scale[part] * self.factor[part])
         return scaled.add_(self._zero[part]).add_(self.offset[part])
 
+    def _codes(self, part: slice) -> torch.Tensor:
+        """Codes as float32, ``[rows, groups, group size]``."""
+        scheme = self.start.scheme
+        return self._raw(part).round_().clamp_(scheme.code_min, scheme.code_max)
+
     def _stored(self, part: slice) -> torch.Tensor:
         """Scales ``[rows, groups]`` as they will be stored."""
         return (self._scale[part] * self.factor[part]).squeeze(-1).to(self.start.scale.dtype)
 
     def _write(self, part: slice) -> None:
         """Bring :attr:`value` up to date."""
-        scheme = self.start.scheme
-        codes = self._raw(part).round_().clamp_(scheme.code_min, scheme.code_max)
-        level = codes.sub_(self._zero[part])
+        level = self._codes(part).sub_(self._zero[part])
         with torch.no_grad():
             self.value[part] = level.mul_(self._stored(part).unsqueeze(-1)).flatten(1)
 
