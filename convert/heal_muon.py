@@ -76,12 +76,23 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """``[count, rows, columns]`` with every singular value moved to about one; zero stays zero."""
+    """``[count, rows, columns]`` with every singular value moved to about one; zero stays zero.
+
+    A step of the iteration multiplies the matrix by a polynomial of its Gram matrix, and so the Gram matrix by that
+    polynomial twice: both are followed in the smaller dimension alone, and the matrix is multiplied once, at the end.
+    """
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     norms = torch.linalg.matrix_norm(wide, keepdim=True)
-    found: torch.Tensor = wide / norms.clamp_min(torch.finfo(wide.dtype).tiny)
+    unit = wide / norms.clamp_min(torch.finfo(wide.dtype).tiny)
+    gram = unit @ unit.mT
     first, third, fifth = _COEFFICIENTS
+    product: torch.Tensor | None = None
     for _ in range(_ITERATIONS):
-        gram = found @ found.mT
-        found = first * found + (third * gram + fifth * gram @ gram) @ found
+        # ``first · I + third · gram + fifth · gram²``
+        factor = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
+        factor.diagonal(dim1=1, dim2=2).add_(first)
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor
+    assert product is not None
+    found = product @ unit
     return found.mT if matrices.shape[1] > matrices.shape[2] else found
