@@ -94,5 +94,5 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
         product = factor if product is None else factor @ product
         gram = factor @ gram @ factor
     assert product is not None
-    found = product @ unit
+    found: torch.Tensor = product @ unit
     return found.mT if matrices.shape[1] > matrices.shape[2] else found

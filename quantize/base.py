@@ -78,12 +78,14 @@ class BlockData:
         tokens: length of each batch.
         entries: for batch indices, what those batches enter the block with: the hidden state ``[1, length, width]``
             in the model quantized so far, and the call that takes it.
+        originals: the same in the original model, to be asked for before any outputs.
         outputs: for batch indices, what the original block gives for the original model's hidden state.
     """
 
     prefix: str
     tokens: tuple[int, ...]
     entries: Callable[[Iterable[int]], Iterator[tuple[torch.Tensor, BlockCall]]]
+    originals: Callable[[Iterable[int]], Iterator[tuple[torch.Tensor, BlockCall]]]
     outputs: Callable[[Iterable[int]], Iterator[torch.Tensor]]
 
 

@@ -5,25 +5,28 @@ bring the block's output on the quantized model's activations to the original bl
 rounding passes gradients straight through; steps have the size of the learning rate whatever the gradient, and the
 learning rate falls linearly to zero.
 
-The paper starts from round-to-nearest. Here training starts from GPTQ's codes (``start: gptq``): a weight that GPTQ
-moved to another code starts at that code's edge towards its own value, so that it can be moved back. It takes far
-fewer steps to come further. What training did is judged on all batches before it is taken: a block never ends with a
-larger error than it started with.
+The paper starts from round-to-nearest. Here training starts from GPTAQ's codes, which aim at the original's outputs
+too: a weight that was moved to another code starts at that code's edge towards its own value, so that it can be moved
+back. It takes far fewer steps to come further. What training did is judged on all batches before it is taken: a block
+never ends with a larger error than it started with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 
+from llmconvert.engine.edges import record_inputs
+from llmconvert.engine.skeleton import BlockCall
 from llmconvert.engine.statistics import Hessian, HessianSum
 from llmconvert.errors import CalibrationError
 from llmconvert.quantize.base import BlockData, Calibration, Solution, Target
+from llmconvert.quantize.gptaq import Gptaq
 from llmconvert.quantize.gptq import Gptq
 from llmconvert.quantize.rtn import Rtn
 from llmconvert.quantize.scheme import Kind
@@ -31,8 +34,7 @@ from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["SignRound"]
 
-# What training starts from, unless told otherwise.
-_GPTQ = Gptq(sweeps=2)
+_STARTS: dict[str, Gptaq | Gptq | Rtn] = {"gptaq": Gptaq(), "gptq": Gptq(sweeps=2), "rtn": Rtn(search=True)}
 # How far from the middle of a code a weight that was moved to it starts; half would be its neighbour's.
 _EDGE = 0.49
 # Bounds of the factor on a scale.
@@ -48,9 +50,11 @@ class SignRound:
     Attributes:
         steps: of training, for each block.
         batch: calibration windows in a step.
-        learning_rate: first size of a step, in codes; ``1 / steps`` if None.
+        learning_rate: first size of a step, in codes. If None, the paper's ``1 / steps`` from the nearest codes, and a
+            tenth of it from better ones, which larger steps only make worse.
         scale_rate: first size of a step of the scales' factors; half the learning rate if None.
-        start: where training starts: GPTQ's codes and scales, or the nearest codes on scales by least squares.
+        start: where training starts: GPTAQ's or GPTQ's codes and scales, or the nearest codes on scales by least
+            squares.
         seed: decides which windows a step gets.
     """
 
@@ -58,7 +62,7 @@ class SignRound:
     batch: int = 4
     learning_rate: float | None = None
     scale_rate: float | None = None
-    start: Literal["gptq", "rtn"] = "gptq"
+    start: Literal["gptaq", "gptq", "rtn"] = "gptaq"
     seed: int = 0
 
     calibration: ClassVar[Calibration] = "block"
@@ -69,11 +73,10 @@ class SignRound:
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
     ) -> dict[str, Solution]:
         """What training starts from."""
-        start = _GPTQ if self.start == "gptq" else Rtn(search=True)
-        return start.quantize(targets, hessian, scale_dtype)
+        return _STARTS[self.start].quantize(targets, hessian, scale_dtype)
 
     def nbytes(self, rows: int, columns: int) -> int:
-        return _GPTQ.nbytes(rows, columns)
+        return _STARTS[self.start].nbytes(rows, columns)
 
     def quantize_block(
         self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype
@@ -93,26 +96,35 @@ class SignRound:
         }
 
     def block_nbytes(self, weights: int, batch: int) -> int:
-        """Hessians of all linears are counted with the weights (as many numbers at most, in the usual shapes); the
+        """Moments of one linear's inputs are counted with the weights, which are not there at the same time: the
         offsets twice, the values, their gradients and a float32 copy of both to multiply with; and the activations of a
         step with gradients, each kept once more than in a plain pass, and in float32 as it is multiplied."""
         return weights * 4 * 8 + 4 * self.batch * batch
 
     def _start(self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype) -> dict[str, Solution]:
+        """Solve linear after linear, each on what those before it give once they are quantized."""
         if self.start == "rtn":
             return self.quantize(targets, None, scale_dtype)
-        groups = {group[0].name: group for group in _by_input(targets, data)}
-        first = [group[0] for group in groups.values()]
-        sums = {target.name: HessianSum(target.name, target.weight.shape[1], target.weight.device) for target in first}
-        for target, inputs in _watch(first, data, range(len(data.tokens))):
-            sums[target.name].add(inputs.flatten(0, -2))
+        aims = _STARTS[self.start].original
+        every = range(len(data.tokens))
         solutions: dict[str, Solution] = {}
-        for name, group in groups.items():
-            solutions |= self.quantize(group, sums.pop(name).hessian(), scale_dtype)
+        weights: dict[str, torch.Tensor] = {}
+        for group in _by_input(targets, data):
+            name, weight = group[0].name, group[0].weight
+            inner = name.removeprefix(data.prefix)
+            total = HessianSum(name, weight.shape[1], weight.device, original=aims)
+            there = _inputs(inner, data.originals(every), {}) if aims else itertools.repeat(None, len(every))
+            for inputs, original in zip(_inputs(inner, data.entries(every), weights), there, strict=True):
+                total.add(inputs, original)
+            solved = self.quantize(group, total.hessian(), scale_dtype)
+            for target in group:
+                values = solved[target.name].tensor.dequantize(weight.dtype)
+                weights[_parameter(target, data.prefix)] = values
+            solutions |= solved
         return solutions
 
     def _train(self, learned: Sequence[_Learned], data: BlockData) -> None:
-        rate = self.learning_rate or 1 / self.steps
+        rate = self.learning_rate or (1.0 if self.start == "rtn" else 0.1) / max(1, self.steps)
         scale_rate = self.scale_rate if self.scale_rate is not None else rate / 2
         generator = torch.Generator().manual_seed(self.seed)
         count = len(data.tokens)
@@ -140,7 +152,7 @@ class _Learned:
     """
 
     def __init__(self, target: Target, start: QuantizedTensor, prefix: str) -> None:
-        self.parameter = target.name.removeprefix(prefix) + ".weight"
+        self.parameter = _parameter(target, prefix)
         self.start = start
         rows, groups = start.scale.shape
         self._weight = target.weight.view(rows, groups, -1)
@@ -236,46 +248,51 @@ def _relative_error(learned: Sequence[_Learned], data: BlockData) -> float:
         return sum(losses) / sum(data.tokens)
 
 
+def _parameter(target: Target, prefix: str) -> str:
+    """What a target's weight is called inside its block."""
+    return target.name.removeprefix(prefix) + ".weight"
+
+
 def _by_input(targets: Sequence[Target], data: BlockData) -> list[list[Target]]:
-    """Linears that receive the very same tensor, together: they share a Hessian."""
+    """Linears that receive the very same tensor, together, since they share its moments; in calling order.
+
+    Raises:
+        CalibrationError: a linear was not called.
+    """
+    inside = {target.name.removeprefix(data.prefix): target for target in targets}
     groups: list[tuple[torch.Tensor, list[Target]]] = []
-    for target, inputs in _watch(targets, data, [0]):
+
+    def note(name: str, inputs: torch.Tensor) -> None:
         for tensor, group in groups:
             if tensor is inputs:
-                group.append(target)
-                break
-        else:
-            groups.append((inputs, [target]))
+                group.append(inside[name])
+                return
+        groups.append((inputs, [inside[name]]))
+
+    for hidden, call in data.entries([0]):
+        with torch.no_grad(), record_inputs(call.block, list(inside), note):
+            call.output(hidden)
+    called = {target.name for _, group in groups for target in group}
+    if missing := [target.name for target in targets if target.name not in called]:
+        raise CalibrationError(f"{missing[0]}: no calibration token reached this linear; leave it unquantized")
     return [group for _, group in groups]
 
 
-def _watch(targets: Sequence[Target], data: BlockData, batches: Sequence[int]) -> Iterator[tuple[Target, torch.Tensor]]:
-    """Run batches through the block, and give every target's input when the batch has passed."""
-    for hidden, call in data.entries(batches):
-        seen: list[tuple[Target, torch.Tensor]] = []
-        with ExitStack() as stack:
-            for target in targets:
-                linear = call.block.get_submodule(target.name.removeprefix(data.prefix))
-                stack.enter_context(_Watched(linear, target, seen))
-            with torch.no_grad():
-                call.output(hidden)
-        if len(seen) < len(targets):
-            missing = next(t.name for t in targets if all(t is not found for found, _ in seen))
-            raise CalibrationError(f"{missing}: no calibration token reached this linear; leave it unquantized")
-        yield from seen
+class _ReachedError(Exception):
+    """Ends a pass through a block once the inputs that it was for are known."""
 
 
-class _Watched:
-    """A linear whose input is noted when it is called, while this context lasts."""
+def _inputs(
+    linear: str, entries: Iterable[tuple[torch.Tensor, BlockCall]], weights: Mapping[str, torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """The inputs ``[tokens, columns]`` of a block's linear, with ``weights`` in the place of the block's own."""
+    for hidden, call in entries:
+        found: list[torch.Tensor] = []
 
-    def __init__(self, linear: nn.Module, target: Target, seen: list[tuple[Target, torch.Tensor]]) -> None:
-        self._linear, self._target, self._seen = linear, target, seen
+        def end(name: str, inputs: torch.Tensor, found: list[torch.Tensor] = found) -> None:
+            found.append(inputs.flatten(0, -2))
+            raise _ReachedError
 
-    def __enter__(self) -> None:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._seen.append((self._target, args[0]))
-
-        self._hook = self._linear.register_forward_pre_hook(note)
-
-    def __exit__(self, *exc: object) -> None:
-        self._hook.remove()
+        with torch.no_grad(), suppress(_ReachedError), record_inputs(call.block, [linear], end):
+            call.output(hidden, weights)
+        yield found.pop()

@@ -7,7 +7,7 @@ it, of the same text through the original weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -145,8 +145,8 @@ class CalibratedSteps:
                 solve = partial(self._solve_stops, run, other, _AS_THEY_ARE)
                 if isinstance(self.quantizer, ScalingQuantizer):
                     solve = partial(self._rescale, run, self.quantizer)
-                if original is not None and self.quantizer.calibration == "block":
-                    solve = partial(self._solve_block, run, original, kept[1])
+                if original is not None and other is not None and self.quantizer.calibration == "block":
+                    solve = partial(self._solve_block, run, other, original, kept[1])
                 yield Step(index, solve, partial(_sync_all, kept, index))
 
     @property
@@ -205,20 +205,27 @@ class CalibratedSteps:
         with self.phases.measure("Hessians"):
             return accumulate_hessian(name, inputs, stop.columns, self.skeleton.device, others)
 
-    def _solve_block(self, run: BlockRun, original: Stream, targets: DiskStates) -> Iterator[tuple[str, Solution]]:
+    def _solve_block(
+        self, run: BlockRun, other: BlockRun, original: Stream, targets: DiskStates
+    ) -> Iterator[tuple[str, Solution]]:
         """Quantize all linears of a block together, against what the original block gives for its own input."""
         quantizer, index = self.quantizer, run.plan.index
         assert isinstance(quantizer, BlockQuantizer)
         names = [name for stop in run.plan.stops for name in stop.linears if name in self.plan.schemes]
         if not names:
             return
-        with self.phases.measure("forward"):
-            original.cross(index)
+
+        def outputs(batches: Iterable[int]) -> Iterator[torch.Tensor]:
+            with self.phases.measure("forward"):
+                original.cross(index)
+            return (targets.get(index + 1, batch) for batch in batches)
+
         data = BlockData(
             prefix=self.skeleton.prefix(index),
             tokens=tuple(window.shape[1] for window in self.windows),
             entries=run.entries,
-            outputs=partial(map, partial(targets.get, index + 1)),
+            originals=other.entries,
+            outputs=outputs,
         )
         with self.phases.measure("solving"):
             solutions = quantizer.quantize_block(self._targets(run, names, _AS_THEY_ARE), data, self.scale_dtype)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from llmconvert.checkpoint import Checkpoint
-from llmconvert.engine.divergence import BlockDivergence, SideBySide
+from llmconvert.engine.divergence import BlockDivergence, SideBySide, blame_artifact
 from llmconvert.engine.stream import stream_logits
 from llmconvert.engine.tokens import TokenWindows
-from llmconvert.errors import CalibrationError, CheckpointError, GateError
+from llmconvert.errors import GateError
 from llmconvert.progress import Progress
 from llmconvert.validate.behaviour import Probe
 from llmconvert.validate.perplexity import Comparison, PerplexityResult, WorstToken, compare_logits, perplexity
@@ -80,12 +80,8 @@ class Scorer:
 
     def artifact_logits(self, dense: Checkpoint) -> Iterator[torch.Tensor]:
         """As :meth:`logits`; states that are not finite and tensors that are missing are the artifact's failure."""
-        try:
+        with blame_artifact():
             yield from self.logits(dense)
-        except CheckpointError as error:
-            raise GateError(f"the artifact can't be run: {error}") from error
-        except CalibrationError as error:
-            raise GateError(f"the artifact computes no usable numbers: {error}") from error
 
     def probe(self, dense: Checkpoint) -> Probe:
         """Our reader's logits for the beginning of the first window."""

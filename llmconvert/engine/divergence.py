@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from typing import Any, Self, TypeVar
@@ -23,7 +24,7 @@ from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError, CheckpointError, GateError
 from llmconvert.progress import SILENT, Progress
 
-__all__ = ["BlockDivergence", "SideBySide"]
+__all__ = ["BlockDivergence", "SideBySide", "blame_artifact"]
 
 T = TypeVar("T")
 # Tokens on which blocks are run alone; a window at least.
@@ -80,10 +81,8 @@ class SideBySide:
         self._windows = tuple(windows)
         self._progress = progress
         self._reference = _Side(reference, self._windows, device, dtype)
-        try:
+        with blame_artifact():
             self._artifact = _Side(artifact, self._windows, device, dtype)
-        except CheckpointError as error:
-            raise GateError(f"the artifact can't be run: {error}") from error
         #: Whether blocks and hidden states of the two models correspond at all.
         self.comparable = self._reference.shape == self._artifact.shape
         count = self._reference.skeleton.block_count if self.comparable else 0
@@ -122,7 +121,7 @@ class SideBySide:
 
         Raises:
             CalibrationError: a hidden state of the original is not finite; the block is named.
-            GateError: one of the artifact is not.
+            GateError: one of the artifact is not, or its weights can't be read.
         """
         count = max(side.skeleton.block_count for side in (self._reference, self._artifact))
         with self._progress.task("Comparing", count) as task:
@@ -216,8 +215,21 @@ def _naming(steps: Iterator[T]) -> Iterator[T]:
 
 
 def _blaming(steps: Iterator[T]) -> Iterator[T]:
-    """As ``steps``; a state of the artifact that is not finite is its failure, not the input's."""
-    try:
+    """As ``steps``, which run the artifact."""
+    with blame_artifact():
         yield from steps
+
+
+@contextmanager
+def blame_artifact() -> Iterator[None]:
+    """What goes wrong while an artifact is run is its failure, not the input's.
+
+    Raises:
+        GateError: instead of the errors about tensors that can't be read and states that are not finite.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise GateError(f"the artifact can't be run: {error}") from error
     except CalibrationError as error:
         raise GateError(f"the artifact computes no usable numbers: {error}") from error

@@ -38,11 +38,12 @@ class MemoryEstimate:
 def activation_nbytes(plans: Sequence[BlockPlan], skeleton: Skeleton, lengths: Sequence[int], mode: Mode) -> int:
     """Bytes of activations at the worst moment.
 
-    In lockstep every batch waits at the same stop and one is running; in replay there is only the running one.
+    In lockstep every batch waits at the same stop and one is running; in replay there is only the running one. Linears
+    that multiply in float32 share the memory for it.
     ``plans`` are of the longest batch; what a shorter one holds is taken to be in proportion.
     """
     longest = max(lengths)
-    running = max(plan.peak_nbytes for plan in plans)
+    running = max(plan.peak_nbytes for plan in plans) + skeleton.product_nbytes(longest)
     if mode == "replay":
         return running
     held = max((stop.held_nbytes for plan in plans for stop in plan.stops), default=0)

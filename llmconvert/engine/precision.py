@@ -61,6 +61,10 @@ class WideLinear(nn.Linear):
         wide.weight, wide.bias, wide.scratch = linear.weight, linear.bias, scratch
         return wide.train(linear.training)
 
+    def operand_sizes(self, tokens: int) -> tuple[int, int, int]:
+        """Elements of the input, the weight and the product that :attr:`scratch` holds for so many tokens."""
+        return tokens * self.in_features, self.weight.numel(), tokens * self.out_features
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.float()
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):

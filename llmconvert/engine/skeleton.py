@@ -222,6 +222,13 @@ class Skeleton:
         names = (self.names[self.prefix(index) + name] for name in self._own_states(self.blocks[index]))
         return sum(map(self._numel, names)) * self.dtype.itemsize
 
+    def product_nbytes(self, tokens: int) -> int:
+        """Bytes of the float32 operands that linears multiplied in float32 share, for batches of up to ``tokens``."""
+        linears = (linear for linears in self.linears for linear in linears.values())
+        sizes = [linear.operand_sizes(tokens) for linear in linears if isinstance(linear, WideLinear)]
+        largest: list[int] = [max(part) for part in zip(*sizes, strict=True)]
+        return 4 * sum(largest)
+
     def _numel(self, checkpoint_name: str) -> int:
         return int(torch.Size(self.checkpoint.infos[checkpoint_name].shape).numel())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,16 @@ def test_an_artifact_without_a_tensor_is_to_blame_for_it(original: Path, tmp_pat
         compare(original, lost)
     with pytest.raises(CheckpointError):
         compare(lost, original)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_the_artifacts_failure(original: Path, tmp_path: Path) -> None:
+    copy = changed(original, tmp_path / "copy", "model.norm.weight", 1.0)
+    first, second = SafetensorsCheckpoint(original), SafetensorsCheckpoint(copy)
+    with SideBySide(first, second, WINDOWS, device=CPU) as models:
+        weights = copy / "model.safetensors"
+        os.truncate(weights, weights.stat().st_size // 2)
+        with pytest.raises(GateError, match=r"the artifact can't be run: .*model\.safetensors"):
+            list(models.logits())
 
 
 def test_models_of_different_depth_are_compared_by_their_logits_alone(original: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from torch import nn
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine import skeleton as skeleton_module
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.memory import activation_nbytes
 from llmconvert.engine.precision import Scratch, WideLinear, _wide_attention, all_finite
 from llmconvert.engine.skeleton import Skeleton
 
@@ -69,6 +71,25 @@ def test_products_are_widened_where_the_processor_gains_by_it(
         assert all(isinstance(linear, WideLinear) is (wide and asked) for block in linears for linear in block.values())
     narrow = Skeleton(SafetensorsCheckpoint(tiny("llama", torch.float32)), CPU, fast_products=True)
     assert not any(isinstance(linear, WideLinear) for block in narrow.linears for linear in block.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_the_memory_that_linears_share_is_known(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: torch.float32)
+    checkpoint = SafetensorsCheckpoint(tiny(name, torch.bfloat16))
+    skeleton = Skeleton(checkpoint, CPU, fast_products=True)
+    skeleton.restore_buffers()
+    skeleton.load_outer(head=True)
+    for index in range(skeleton.block_count):
+        skeleton.load_block(index)
+    with torch.no_grad():
+        skeleton.model(input_ids=torch.arange(48).view(1, 48))
+    scratch = next(linear for linear in skeleton.linears[0].values() if isinstance(linear, WideLinear)).scratch
+    assert skeleton.product_nbytes(48) == sum(part.nbytes for part in scratch._parts.values())
+    windows = discover(skeleton, 48)
+    alive = max(block.peak_nbytes for block in windows)
+    assert activation_nbytes(windows, skeleton, [48, 48], "replay") == alive + skeleton.product_nbytes(48)
+    assert Skeleton(checkpoint, CPU).product_nbytes(48) == 0
 
 
 @pytest.mark.parametrize("mask", ["causal", "bool", "float"])

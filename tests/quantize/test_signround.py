@@ -104,6 +104,19 @@ def test_blocks_come_nearer_to_the_original_than_where_they_started(
     assert errors["signround"] < 0.95 * errors["gptq"]
 
 
+@pytest.mark.parametrize("start", ["gptaq", "gptq"])
+def test_training_starts_where_the_method_by_itself_ends(tiny: Tiny, start: str, tmp_path: Path) -> None:
+    """Block by block as linear by linear: without a step, the artifact is that of the method, codes and all."""
+    options = {"gptaq": {}, "gptq": {"sweeps": 2}}[start]
+    found = []
+    for method, given in ((start, options), ("signround", {"steps": 0, "start": start})):
+        scheme, source = Scheme.parse("w3a16-g32"), SafetensorsCheckpoint(tiny("llama"))
+        output = tmp_path / method
+        quantize_checkpoint(source, output, method=method, scheme=scheme, windows=WINDOWS, options=given)
+        found.append((output / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
 def test_it_is_a_block_quantizer_and_gptq_is_none() -> None:
     assert isinstance(load_method("signround", {"steps": 3}), BlockQuantizer)
     assert not isinstance(Gptq(), BlockQuantizer)
