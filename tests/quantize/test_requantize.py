@@ -113,21 +113,26 @@ def test_a_second_stream_runs_the_original_and_not_the_mixture(tiny: Tiny, tmp_p
 def test_signround_aims_at_the_originals_block(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny("llama-tied")
     stored = artifact(source, tmp_path / "w2", "signround", {"steps": 2})
-    given: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    given: dict[str, tuple[list[torch.Tensor], ...]] = {}
     quantize_block = SignRound.quantize_block
 
     def watch(self: SignRound, targets: Sequence[Target], data: BlockData, dtype: torch.dtype) -> dict[str, Solution]:
         numbers = range(len(WINDOWS))
-        entries = [hidden.clone() for hidden, _ in data.entries(numbers)]
-        given[data.prefix] = entries, [output.clone() for output in data.outputs(numbers)]
-        return quantize_block(self, targets, data, dtype)
+        entries, originals = (
+            [hidden.clone() for hidden, _ in enter(numbers)] for enter in (data.entries, data.originals)
+        )
+        solutions = quantize_block(self, targets, data, dtype)
+        given[data.prefix] = entries, originals, [output.clone() for output in data.outputs(numbers)]
+        return solutions
 
     monkeypatch.setattr(SignRound, "quantize_block", watch)
     change(stored, source, tmp_path / "out", "signround", {"steps": 2})
     assert list(given) == ["model.layers.1."], "blocks without a change are left alone"
-    entries, outputs = given["model.layers.1."]
+    entries, originals, outputs = given["model.layers.1."]
     original, mixed = resident(source), mixture(source, stored)
     for found, expected in zip(entries, seen(mixed, "model.layers.1"), strict=True):
+        assert torch.equal(found, expected)
+    for found, expected in zip(originals, seen(original, "model.layers.1"), strict=True):
         assert torch.equal(found, expected)
     for found, expected in zip(outputs, seen(original, "model.layers.1", "output"), strict=True):
         assert torch.equal(found, expected)
