@@ -75,6 +75,7 @@ class BlockData:
 
     Attributes:
         prefix: what the names of its linears begin with, ``model.layers.0.``.
+        stops: names of the targets that share one input, and so its moments, in the order a batch reaches them.
         tokens: length of each batch.
         entries: for batch indices, what those batches enter the block with: the hidden state ``[1, length, width]``
             in the model quantized so far, and the call that takes it.
@@ -83,6 +84,7 @@ class BlockData:
     """
 
     prefix: str
+    stops: tuple[tuple[str, ...], ...]
     tokens: tuple[int, ...]
     entries: Callable[[Iterable[int]], Iterator[tuple[torch.Tensor, BlockCall]]]
     originals: Callable[[Iterable[int]], Iterator[tuple[torch.Tensor, BlockCall]]]

@@ -24,7 +24,6 @@ import torch
 from llmconvert.engine.edges import record_inputs
 from llmconvert.engine.skeleton import BlockCall
 from llmconvert.engine.statistics import Hessian, HessianSum
-from llmconvert.errors import CalibrationError
 from llmconvert.quantize.base import BlockData, Calibration, Solution, Target
 from llmconvert.quantize.gptaq import Gptaq
 from llmconvert.quantize.gptq import Gptq
@@ -109,7 +108,9 @@ class SignRound:
         every = range(len(data.tokens))
         solutions: dict[str, Solution] = {}
         weights: dict[str, torch.Tensor] = {}
-        for group in _by_input(targets, data):
+        by_name = {target.name: target for target in targets}
+        for stop in data.stops:
+            group = [by_name[name] for name in stop]
             name, weight = group[0].name, group[0].weight
             inner = name.removeprefix(data.prefix)
             total = HessianSum(name, weight.shape[1], weight.device, original=aims)
@@ -251,31 +252,6 @@ def _relative_error(learned: Sequence[_Learned], data: BlockData) -> float:
 def _parameter(target: Target, prefix: str) -> str:
     """What a target's weight is called inside its block."""
     return target.name.removeprefix(prefix) + ".weight"
-
-
-def _by_input(targets: Sequence[Target], data: BlockData) -> list[list[Target]]:
-    """Linears that receive the very same tensor, together, since they share its moments; in calling order.
-
-    Raises:
-        CalibrationError: a linear was not called.
-    """
-    inside = {target.name.removeprefix(data.prefix): target for target in targets}
-    groups: list[tuple[torch.Tensor, list[Target]]] = []
-
-    def note(name: str, inputs: torch.Tensor) -> None:
-        for tensor, group in groups:
-            if tensor is inputs:
-                group.append(inside[name])
-                return
-        groups.append((inputs, [inside[name]]))
-
-    for hidden, call in data.entries([0]):
-        with torch.no_grad(), record_inputs(call.block, list(inside), note):
-            call.output(hidden)
-    called = {target.name for _, group in groups for target in group}
-    if missing := [target.name for target in targets if target.name not in called]:
-        raise CalibrationError(f"{missing[0]}: no calibration token reached this linear; leave it unquantized")
-    return [group for _, group in groups]
 
 
 class _ReachedError(Exception):

@@ -211,9 +211,11 @@ class CalibratedSteps:
         """Quantize all linears of a block together, against what the original block gives for its own input."""
         quantizer, index = self.quantizer, run.plan.index
         assert isinstance(quantizer, BlockQuantizer)
-        names = [name for stop in run.plan.stops for name in stop.linears if name in self.plan.schemes]
-        if not names:
+        chosen = (tuple(name for name in stop.linears if name in self.plan.schemes) for stop in run.plan.stops)
+        stops = tuple(stop for stop in chosen if stop)
+        if not stops:
             return
+        names = [name for stop in stops for name in stop]
 
         def outputs(batches: Iterable[int]) -> Iterator[torch.Tensor]:
             with self.phases.measure("forward"):
@@ -222,6 +224,7 @@ class CalibratedSteps:
 
         data = BlockData(
             prefix=self.skeleton.prefix(index),
+            stops=stops,
             tokens=tuple(window.shape[1] for window in self.windows),
             entries=run.entries,
             originals=other.entries,
