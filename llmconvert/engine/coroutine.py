@@ -51,6 +51,7 @@ class Pass(greenlet):
         self._replacement = hidden
         self._target: nn.Module | None = None
         self._leaves_last = False
+        self.tokens = ids.shape[1]
         self.at: int | nn.Module | None = -1
         self.tensor: torch.Tensor | None = None
         self.call: BlockCall | None = None

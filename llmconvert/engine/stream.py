@@ -38,6 +38,11 @@ __all__ = ["BlockRun", "Mode", "Stream", "stream_logits"]
 
 Mode = Literal["lockstep", "replay"]
 
+# Batches free what they took in another order than they took it. After so many bytes of hidden states have moved on,
+# the holes go back to the system: seldom enough to cost little, since they are filled again, and often enough for what
+# is stated beforehand.
+_RELEASE_NBYTES = 8 << 20
+
 
 class BlockRun:
     """One block with its weights loaded and all batches at its entry."""
@@ -136,6 +141,7 @@ class Stream:
         self._passes: list[Pass] = []
         self._crossed = start - 1
         self._ahead: set[int] = set()  # batches that have left the current block
+        self._moved = 0  # bytes of hidden states since freed memory was released
         self._phases = phases or Phases()
         skeleton.restore_buffers()
         with self._phases.measure("reading"):
@@ -223,6 +229,10 @@ class Stream:
         """Done with a coroutine from :meth:`enter` for now."""
         if self._mode == "replay":
             coroutine.kill()
+        self._moved += coroutine.tokens * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
+        if self._moved >= _RELEASE_NBYTES:
+            release_freed_memory()
+            self._moved = 0
 
     def _pass(self, batch: int, start: int, hidden: torch.Tensor | None) -> Pass:
         return Pass(self.skeleton, self.plans, self.windows[batch].to(self.skeleton.device), start, hidden)
