@@ -19,7 +19,7 @@ __all__ = ["PeakMemory", "map_large_tensors", "release_freed_memory"]
 
 _INTERVAL_SECONDS = 0.05
 # Smaller tensors are not worth pages of their own: fresh pages have to be cleared by the kernel, one by one.
-_LARGE_NBYTES = 1 << 21
+_LARGE_NBYTES = 1 << 20
 _M_MMAP_THRESHOLD = -3
 _STATUS = Path("/proc/self/status")
 
