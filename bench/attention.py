@@ -25,6 +25,7 @@ from measured import markdown_table, megabytes
 from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.convert.rope_scaling import RopeScaling
+from llmconvert.convert.source import open_source
 from llmconvert.engine.datasets import load_dataset_text
 from llmconvert.engine.tokens import TokenWindows, draw_windows
 from llmconvert.progress import console_progress
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, help="positions: tokens per window")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="positions: where the scaled models are written")
-    parser.add_argument("--gguf", type=Path, help="memory: a GGUF file for llama.cpp to load")
+    parser.add_argument("--gguf", help="memory: a GGUF file for llama.cpp to load, or package:PKG/FILE")
     parser.add_argument("--pictures", type=Path, help="a directory for PNGs of the plots")
     options = parser.parse_args()
     run = {"attention": _attention, "positions": _positions, "memory": _memory}[options.part]
@@ -95,6 +96,7 @@ def _positions(options: argparse.Namespace) -> None:
             measurement = PositionsCheck(options.text, options.window, options.windows)
             (check,) = measurement.measure(_subject(directory, stored))
         print(f"{name}: {check.text}", flush=True)
+        _draw(check.sections, options.pictures, f"{directory.name}-")
         curves[name] = check.detail["curves"]["artifact"]
     edges = next(iter(curves.values()))["edges"]
     rows = [
@@ -110,11 +112,12 @@ def _memory(options: argparse.Namespace) -> None:
         _show([*CacheCheck().measure(subject), *MemoryLadder().measure(subject)], options.pictures)
     if options.gguf is not None:
         rows = []
+        path = open_source(options.gguf).path
         for context in (2048, 8192):
-            command = [sys.executable, "-c", _LLAMA_CPP, str(options.gguf), str(context)]
+            command = [sys.executable, "-c", _LLAMA_CPP, str(path), str(context)]
             output = subprocess.run(command, capture_output=True, text=True).stdout
             peak = [line.split()[1] for line in output.splitlines() if line.startswith("PEAK")]
-            rows.append([options.gguf.name, f"{context:,}", megabytes(int(peak[0])) if peak else "failed"])
+            rows.append([path.name, f"{context:,}", megabytes(int(peak[0])) if peak else "failed"])
         print(markdown_table(["llama.cpp", "tokens", "peak RSS"], rows))
 
 
@@ -135,9 +138,14 @@ def _show(checks: Sequence[Check], pictures: Path | None) -> None:
         print(f"{check.name}: {json.dumps(check.value)} {'' if check.ok else 'FAILED '}{check.text}")
         for section in check.sections:
             _table(section)
-            picture = section_plot(section, "png") if pictures is not None else None
-            if pictures is not None and picture is not None:
-                (pictures / f"{section.name}.png").write_bytes(picture)
+        _draw(check.sections, pictures)
+
+
+def _draw(sections: Sequence[Section], pictures: Path | None, prefix: str = "") -> None:
+    for section in sections if pictures is not None else ():
+        picture = section_plot(section, "png")
+        if pictures is not None and picture is not None:
+            (pictures / f"{prefix}{section.name}.png").write_bytes(picture)
 
 
 def _table(section: Section) -> None:

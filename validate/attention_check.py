@@ -179,6 +179,26 @@ def _sections(result: AttentionResult, options: AttentionOptions) -> list[Sectio
     return [*found, memory, seconds]
 
 
+def _left_out(points: Sequence[BackendPoint]) -> list[str]:
+    """One sentence for every reason why points were not measured: which backends, at which lengths."""
+    lengths: dict[str, dict[str, list[str]]] = {}
+    for point in points:
+        if point.reason:
+            lengths.setdefault(point.reason, {}).setdefault(point.backend, []).append(f"{point.length:,}")
+    sentences = []
+    for reason, backends in lengths.items():
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for backend, found in backends.items():
+            alike.setdefault(tuple(found), []).append(backend)
+        which = "; ".join(f"{_listed(names)} at {_listed(found)} tokens" for found, names in alike.items())
+        sentences.append(f"Left out: {which}: {reason}")
+    return sentences
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+
+
 def _curve_section(
     result: AttentionResult,
     options: AttentionOptions,
@@ -196,15 +216,12 @@ def _curve_section(
     rows = [(float(length), *(_value(grid.get((backend, length)), value) for backend in run)) for length in lengths]
     slopes = {backend: exponent(backend) for backend in run}
     fitted = ", ".join(f"{backend} {slope:.2f}" for backend, slope in slopes.items() if slope is not None)
-    reasons = dict.fromkeys(
-        f"{point.backend}, {point.length:,} tokens: {point.reason}" for point in result.points if point.reason
-    )
     refused = [f"{backend} was not run: {reason}" for backend, reason in result.refused.items()]
     text = (
         f"{what}; logits of the last position only, one process per measurement ({result.method or 'none was run'}). "
     )
     text += f"Exponents over the length, from the longest three: {fitted}. " if fitted else ""
-    text += " ".join(f"{sentence}." for sentence in (*refused, *(f"Left out: {reason}" for reason in reasons)))
+    text += " ".join(f"{sentence}." for sentence in (*refused, *_left_out(result.points)))
     series = [
         Series(
             label=f"{backend}, exponent {slopes[backend]:.2f}" if slopes[backend] is not None else backend,

@@ -18,7 +18,7 @@ from llmconvert.errors import UsageError
 from llmconvert.validate import agreement, attention, backends
 from llmconvert.validate.agreement import compare_backends
 from llmconvert.validate.attention import AttentionOptions, AttentionResult, BackendPoint, exponent, measure_attention
-from llmconvert.validate.attention_check import attention_checks
+from llmconvert.validate.attention_check import _left_out, attention_checks
 from llmconvert.validate.backends import BACKENDS, Backend, refusal
 from llmconvert.validate.isolated import UnmeasuredError, run_isolated
 
@@ -160,6 +160,17 @@ def test_what_was_not_run_is_said_with_its_reason() -> None:
     table = next(section for section in memory.sections if section.name == "attention-memory")
     assert table.rows == ((512.0, 8000.0, 1000.0), (1024.0, "not run", 2000.0))
     assert "needs about 9 bytes" in table.text and "math was not run: not today" in table.text
+
+
+def test_points_left_out_for_one_reason_are_one_sentence() -> None:
+    reason = "the model has learned 256 positions"
+    points = [BackendPoint(name, length, reason=reason) for name in ("eager", "flash") for length in (512, 1024, 2048)]
+    points += [BackendPoint("math", 512, reason="needs 9 bytes"), BackendPoint("math", 64, 1.0, 1)]
+    points += [BackendPoint("sdpa", 512, reason=reason)]
+    assert _left_out(points) == [
+        f"Left out: eager and flash at 512, 1,024 and 2,048 tokens; sdpa at 512 tokens: {reason}",
+        "Left out: math at 512 tokens: needs 9 bytes",
+    ]
 
 
 def test_lengths_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
