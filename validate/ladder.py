@@ -1,7 +1,8 @@
 """The memory ladder: what this model needs in float32, bfloat16, 8 and 4 bits, to load and to run, and what fits where.
 
 Computed figures are the weights, the cache of one sequence, the activations of reading it in one piece with flash
-attention, and what an interpreter with its libraries takes. Measured ones are the peak resident memory of a process
+attention, and what an interpreter with its libraries takes. A model that flash can't run (soft-capping, ALiBi) writes
+out its attention scores, which are counted then. Measured ones are the peak resident memory of a process
 that loads the model with transformers and reads a prompt; it keeps 32 and 16 bits as they are, and unpacks fewer.
 """
 
@@ -31,6 +32,8 @@ __all__ = ["CARDS", "MemoryLadder", "MemoryNeed", "memory_needs"]
 CARDS = (8, 16, 24, 48, 80)
 # Numbers held per token while a block runs: residuals, norms in float32 and projections; gate, up and their product.
 _RESIDUAL_WIDTHS, _MLP_WIDTHS = 8, 6
+# Bytes of an attention score that is written out: itself, masked, its softmax in float32, and what that is rounded to.
+_SCORE_NBYTES = 12
 _TIMEOUT = 1800.0
 _USABLE = 0.8
 _SHOWN_CONTEXT = 8192
@@ -47,6 +50,7 @@ class MemoryNeed:
         itemsize: bytes of a number in the cache and in activations.
         layout: of the cache.
         token_bytes: of activations, per token that is read.
+        pair_bytes: of the attention scores of all heads, per pair of tokens; 0 where flash attention makes none.
     """
 
     weights: str
@@ -55,11 +59,13 @@ class MemoryNeed:
     itemsize: int
     layout: CacheLayout
     token_bytes: int
+    pair_bytes: int = 0
 
     def running(self, context: int, batch: int = 1) -> int:
         """Bytes to read a prompt of ``context`` tokens and write on, interpreter included."""
         cache = self.layout.nbytes(context, batch, self.itemsize)
-        return BASE_NBYTES + self.weight_bytes + cache + batch * context * self.token_bytes
+        activations = batch * context * (self.token_bytes + context * self.pair_bytes)
+        return BASE_NBYTES + self.weight_bytes + cache + activations
 
     def longest(self, nbytes: int, limit: int = 1 << 24) -> int:
         """The longest context that fits ``nbytes``, ``limit`` at most; 0 if the weights alone don't."""
@@ -88,7 +94,10 @@ def memory_needs(checkpoint: Checkpoint, kv_heads: int | None = None) -> list[Me
     for weights, nbytes in summary.weight_bytes.items():
         itemsize = 4 if weights == "float32" else 2
         layout = cache_layout(config, heads)
-        needs.append(MemoryNeed(weights, heads, nbytes, itemsize, layout, widths * itemsize))
+        dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+        written = best_backend(config, torch.device("cpu"), dtype) == "eager"
+        pair = _SCORE_NBYTES * int(config.num_attention_heads) if written else 0
+        needs.append(MemoryNeed(weights, heads, nbytes, itemsize, layout, widths * itemsize, pair))
     return needs
 
 
@@ -210,11 +219,14 @@ class MemoryLadder:
         for need in needs:
             running = (float(need.running(context)) for context in self.contexts)
             rows.append((need.weights, float(need.kv_heads), float(BASE_NBYTES + need.weight_bytes), *running))
+        attention = "flash attention"
+        if any(need.pair_bytes for need in needs):
+            attention = "eager attention, whose scores grow with the square of the length (flash can't run this model)"
         return Section(
             name="memory-computed",
             title="Memory to load and to run",
             text="Computed, none of it measured, before and after fewer key-value heads: weights, cache and "
-            "activations of one sequence read in one piece with flash attention, and "
+            f"activations of one sequence read in one piece with {attention}, and "
             f"{format_bytes(BASE_NBYTES)} for the interpreter.",
             columns=(
                 Column(heading="weights"),

@@ -37,10 +37,11 @@ def render_terminal(report: Report, console: Console, *, locations: Mapping[str,
         table.add_row(label, *(_cell(cell, style) for cell in (row.reference, row.value, row.change, row.limit)))
     console.print(table)
     for section in report.sections:
-        if "terminal" in section.shown and section.rows:
-            console.print(_section_table(section))
-            if section.text:
-                console.print(Text(section.text, style="dim"))
+        if "terminal" not in section.shown or not (section.rows or section.text):
+            continue
+        console.print(_section_table(section) if section.rows else Text(section.title, style="italic"))
+        if section.text:
+            console.print(Text(section.text, style="dim"))
     for check in report.failed:
         console.print(Text(f"✗ {check.name}: {check.text or 'over its limit'}", style="bold red"))
     if report.verdict:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_architectures import tiny_model
 from tiny_models import tiny_llama_dir
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
@@ -52,6 +53,22 @@ def test_needs_are_weights_cache_and_activations(mha: Path) -> None:
     assert needs["bfloat16"].running(longest) <= BASE_NBYTES + 2 * parameters + 10**6
     assert needs["bfloat16"].running(longest + 1) > BASE_NBYTES + 2 * parameters + 10**6
     assert needs["bfloat16"].longest(10**6, 10**6) == 0
+
+
+def test_scores_that_flash_cannot_avoid_are_counted(tmp_path: Path, mha: Path) -> None:
+    """Of a model with soft-capping; without it there are none."""
+    with SafetensorsCheckpoint(tiny_model(tmp_path / "gemma2", "gemma2")) as stored:
+        heads = stored.config["num_attention_heads"]
+        for need in memory_needs(stored):
+            linear = need.running(2000) - need.running(1000)
+            curved = need.running(3000) - 2 * need.running(2000) + need.running(1000)
+            assert curved >= 2 * 1000**2 * heads * 2 * need.itemsize
+            assert linear > 0
+        check = measure(tmp_path / "gemma2", MemoryLadder(memory=10**6))
+    sections = {section.name: section for section in check.sections}
+    assert "flash can't run this model" in sections["memory-computed"].text
+    sections = {section.name: section for section in measure(mha, MemoryLadder(memory=10**6)).sections}
+    assert "read in one piece with flash attention" in sections["memory-computed"].text
 
 
 def test_before_and_after_fewer_heads(mha: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,12 @@ def test_a_check_carries_a_section_into_every_rendering(report: Report) -> None:
     assert "![Cache over length.](llmconvert/m.png)" in card and "Fits the memory" not in card
 
 
+def test_a_section_without_rows_still_says_why(report: Report) -> None:
+    """What could not be measured leaves a table empty, and its reason is the text."""
+    shown = terminal(carried(report, ladder(rows=())))
+    assert "Memory by <length>" in shown and "Counted, not guessed." in shown and "┃ tokens" not in shown
+
+
 def test_a_section_appears_only_where_it_wants_to(report: Report) -> None:
     found = carried(report, ladder(shown=()))
     assert "Memory by" not in terminal(found)
