@@ -142,9 +142,11 @@ def _show(checks: Sequence[Check], pictures: Path | None) -> None:
 
 
 def _draw(sections: Sequence[Section], pictures: Path | None, prefix: str = "") -> None:
-    for section in sections if pictures is not None else ():
+    if pictures is None:
+        return
+    for section in sections:
         picture = section_plot(section, "png")
-        if pictures is not None and picture is not None:
+        if picture is not None:
             (pictures / f"{prefix}{section.name}.png").write_bytes(picture)
 
 

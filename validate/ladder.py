@@ -2,8 +2,8 @@
 
 Computed figures are the weights, the cache of one sequence, the activations of reading it in one piece with flash
 attention, and what an interpreter with its libraries takes. A model that flash can't run (soft-capping, ALiBi) writes
-out its attention scores, which are counted then. Measured ones are the peak resident memory of a process
-that loads the model with transformers and reads a prompt; it keeps 32 and 16 bits as they are, and unpacks fewer.
+out its attention scores, which are counted then. Measured ones are the peak resident memory of a process that loads the
+model with transformers and reads a prompt; it keeps 32 and 16 bits as they are, and unpacks fewer.
 """
 
 from __future__ import annotations
@@ -92,12 +92,11 @@ def memory_needs(checkpoint: Checkpoint, kv_heads: int | None = None) -> list[Me
     widths = _RESIDUAL_WIDTHS * summary.hidden_size + _MLP_WIDTHS * _intermediate(config)
     needs = []
     for weights, nbytes in summary.weight_bytes.items():
-        itemsize = 4 if weights == "float32" else 2
+        dtype = torch.float32 if weights == "float32" else torch.bfloat16
         layout = cache_layout(config, heads)
-        dtype = torch.float32 if itemsize == 4 else torch.bfloat16
         written = best_backend(config, torch.device("cpu"), dtype) == "eager"
         pair = _SCORE_NBYTES * int(config.num_attention_heads) if written else 0
-        needs.append(MemoryNeed(weights, heads, nbytes, itemsize, layout, widths * itemsize, pair))
+        needs.append(MemoryNeed(weights, heads, nbytes, dtype.itemsize, layout, widths * dtype.itemsize, pair))
     return needs
 
 

@@ -24,7 +24,7 @@ class Pass(greenlet):
 
     ``at`` is where it stands: the index of the block it is about to enter (their number, if it stands behind the last
     one), a linear it is about to call, or None once the forward has ended; ``tensor`` is what it brought there, and
-    ``call`` the block it entered last with all else it is called with.
+    ``call`` the block it entered last with all else it is called with. ``tokens`` is how many it has.
 
     Args:
         skeleton: the model; its slots' gates are :func:`gate`, and linears to stop at have :func:`stand_at_linear`
