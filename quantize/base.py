@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
+from llmconvert.engine.discovery import Stop
 from llmconvert.engine.skeleton import BlockCall
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import UnsupportedError
@@ -75,7 +76,7 @@ class BlockData:
 
     Attributes:
         prefix: what the names of its linears begin with, ``model.layers.0.``.
-        stops: names of the targets that share one input, and so its moments, in the order a batch reaches them.
+        stops: the targets by the input, and so the moments, that they share, in the order a batch reaches them.
         tokens: length of each batch.
         entries: for batch indices, what those batches enter the block with: the hidden state ``[1, length, width]``
             in the model quantized so far, and the call that takes it.
@@ -84,7 +85,7 @@ class BlockData:
     """
 
     prefix: str
-    stops: tuple[tuple[str, ...], ...]
+    stops: tuple[Stop, ...]
     tokens: tuple[int, ...]
     entries: Callable[[Iterable[int]], Iterator[tuple[torch.Tensor, BlockCall]]]
     originals: Callable[[Iterable[int]], Iterator[tuple[torch.Tensor, BlockCall]]]

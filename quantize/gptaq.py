@@ -4,6 +4,10 @@ GPTQ minimizes ``‖Ŵ X − W X‖²`` on the inputs ``X`` that the quantized m
 is lost. Here the target is ``W O`` with the original model's inputs ``O``. That splits: with ``W* = W O Xᵀ (X Xᵀ)⁻¹``,
 the least-squares answer of a linear that sees ``X``, ``‖Ŵ X − W O‖² = ‖(Ŵ − W*) X‖² + constant``. So the weight moves
 to ``W*`` first, and GPTQ rounds that. The paper corrects column by column while solving and comes to the same sum.
+
+We go one step further. The outputs of attention and MLP are added to the residual stream ``R``, and what ``R`` lost in
+the blocks before stays lost, however well each linear does. Linears that add to it aim at ``W O + λ (R_o − R)``
+instead, with the original's ``R_o``: they make up for what of the loss can be told from their inputs.
 """
 
 from __future__ import annotations
@@ -32,10 +36,12 @@ class Gptaq:
 
     Attributes:
         strength: how far weights move towards ``W*``, 0 to 1.
+        residual: how much of what the residual stream has lost before a linear that adds to it is to be made up for.
         shift_damping: share of the mean diagonal added to ``X Xᵀ`` before it is inverted for ``W*``.
     """
 
     strength: float = 1.0
+    residual: float = 0.5
     shift_damping: float = 0.3
     damping: float = 0.1
     block: int = 128
@@ -57,7 +63,7 @@ class Gptaq:
             replace(target, weight=part)
             for target, part in zip(targets, weight.split([len(target.weight) for target in targets]), strict=True)
         ]
-        return self._gptq.quantize(moved, replace(hessian, cross=None), scale_dtype)
+        return self._gptq.quantize(moved, replace(hessian, cross=None, drift=None), scale_dtype)
 
     def nbytes(self, rows: int, columns: int) -> int:
         """The weights in float32, what they move by, and a factor of the Hessian; then what GPTQ takes."""
@@ -66,11 +72,15 @@ class Gptaq:
     def shift(self, name: str, weight: torch.Tensor, hessian: Hessian) -> torch.Tensor:
         """``W* − W`` for ``weight`` ``[rows, columns]``; ``hessian.cross`` is overwritten.
 
+        ``hessian.drift`` is taken in, if the output of the linear adds to the residual stream.
+
         Raises:
             CalibrationError: no damping up to the mean diagonal itself makes ``X Xᵀ`` invertible.
         """
         assert hessian.cross is not None
         moved = weight @ hessian.cross.sub_(hessian.matrix)
+        if hessian.drift is not None:
+            moved.add_(hessian.drift, alpha=self.residual)
         diagonal = hessian.matrix.diagonal()
 
         def solve(damping: float) -> torch.Tensor | None:

@@ -118,7 +118,8 @@ def work_nbytes(
     With ``n`` columns and ``r`` rows in all, GPTQ needs ``4 n²`` for the Hessian, which is permuted, factorized and
     inverted in place, and beside it what :func:`~llmconvert.engine.statistics.hessian_nbytes` states for a chunk of
     tokens or :meth:`~llmconvert.quantize.gptq.Gptq.nbytes` in ``r · n``; with the original's inputs too, another
-    ``4 n²`` and a chunk of those. A data-free method takes one linear at a time, whose weight is read for it, and a
+    ``4 n²`` and a chunk of those, and ``4 r n`` more and a chunk where the output adds to the residual stream. A
+    data-free method takes one linear at a time, whose weight is read for it, and a
     block-wise one all linears of a block. A method that moves scales gathers the Hessians of all stops at once.
     """
     linears = {name: module for block in skeleton.linears for name, module in block.items()}
@@ -136,11 +137,12 @@ def work_nbytes(
             if method.calibration == "none":
                 needs += [rows * columns * dtype.itemsize + method.nbytes(rows, columns) for rows in heights]
             elif heights:
-                matrices = 4 * columns * columns * (2 if method.original else 1)
+                drift = sum(heights) if method.original and stop.residual is not None else 0
+                matrices = 4 * columns * (columns * (2 if method.original else 1) + drift)
                 solution = matrices + method.nbytes(sum(heights), columns)
                 if isinstance(method, ScalingQuantizer):  # rescaled weights in float32, and one more as it is made
                     solution += 8 * sum(heights) * columns
-                statistics = hessian_nbytes(columns, dtype, original=method.original)
+                statistics = hessian_nbytes(columns, dtype, original=method.original, drift=drift)
                 needs.append(max(statistics, solution))
     return max(needs)
 

@@ -23,7 +23,7 @@ import torch
 
 from llmconvert.engine.edges import record_inputs
 from llmconvert.engine.skeleton import BlockCall
-from llmconvert.engine.statistics import Hessian, HessianSum
+from llmconvert.engine.statistics import Arrival, Hessian, HessianSum
 from llmconvert.quantize.base import BlockData, Calibration, Solution, Target
 from llmconvert.quantize.gptaq import Gptaq
 from llmconvert.quantize.gptq import Gptq
@@ -110,13 +110,16 @@ class SignRound:
         weights: dict[str, torch.Tensor] = {}
         by_name = {target.name: target for target in targets}
         for stop in data.stops:
-            group = [by_name[name] for name in stop]
+            group = [by_name[name] for name in stop.linears]
             name, weight = group[0].name, group[0].weight
-            inner = name.removeprefix(data.prefix)
-            total = HessianSum(name, weight.shape[1], weight.device, original=aims)
-            there = _inputs(inner, data.originals(every), {}) if aims else itertools.repeat(None, len(every))
-            for inputs, original in zip(_inputs(inner, data.entries(every), weights), there, strict=True):
-                total.add(inputs, original)
+            watched = [name.removeprefix(data.prefix)]
+            if aims and stop.residual is not None:
+                watched.append(stop.residual.removeprefix(data.prefix))
+            drift = len(weight) if len(watched) > 1 else 0
+            total = HessianSum(name, stop.columns, weight.device, original=aims, drift=drift)
+            there = _arrivals(watched, data.originals(every), {}) if aims else itertools.repeat(None, len(every))
+            for here, original in zip(_arrivals(watched, data.entries(every), weights), there, strict=True):
+                total.add(here, original)
             solved = self.quantize(group, total.hessian(), scale_dtype)
             for target in group:
                 values = solved[target.name].tensor.dequantize(weight.dtype)
@@ -258,17 +261,21 @@ class _ReachedError(Exception):
     """Ends a pass through a block once the inputs that it was for are known."""
 
 
-def _inputs(
-    linear: str, entries: Iterable[tuple[torch.Tensor, BlockCall]], weights: Mapping[str, torch.Tensor]
-) -> Iterator[torch.Tensor]:
-    """The inputs ``[tokens, columns]`` of a block's linear, with ``weights`` in the place of the block's own."""
+def _arrivals(
+    modules: Sequence[str], entries: Iterable[tuple[torch.Tensor, BlockCall]], weights: Mapping[str, torch.Tensor]
+) -> Iterator[Arrival]:
+    """What batches bring to a linear, with ``weights`` in the place of the block's own.
+
+    ``modules`` are the linear and, if it is wanted, the one before it whose input its output is added to.
+    """
     for hidden, call in entries:
-        found: list[torch.Tensor] = []
+        found: dict[str, torch.Tensor] = {}
 
-        def end(name: str, inputs: torch.Tensor, found: list[torch.Tensor] = found) -> None:
-            found.append(inputs.flatten(0, -2))
-            raise _ReachedError
+        def note(name: str, inputs: torch.Tensor, found: dict[str, torch.Tensor] = found) -> None:
+            found[name] = inputs.flatten(0, -2)
+            if name == modules[0]:
+                raise _ReachedError
 
-        with torch.no_grad(), suppress(_ReachedError), record_inputs(call.block, [linear], end):
+        with torch.no_grad(), suppress(_ReachedError), record_inputs(call.block, modules, note):
             call.output(hidden, weights)
-        yield found.pop()
+        yield Arrival(*(found[name] for name in modules))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -22,7 +22,7 @@ from llmconvert.engine.discovery import BlockPlan, Stop
 from llmconvert.engine.edges import Edge
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, states_present
-from llmconvert.engine.statistics import Hessian, accumulate_hessian
+from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Mode, Stream
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import Phases
@@ -159,7 +159,14 @@ class CalibratedSteps:
     ) -> tuple[DiskStates, Stream]:
         states = stack.enter_context(closing(DiskStates(work, *self._shape, name=name)))
         stream = Stream(
-            skeleton, self.windows, self.blocks, mode=self.mode, states=states, start=start, phases=self.phases
+            skeleton,
+            self.windows,
+            self.blocks,
+            mode=self.mode,
+            states=states,
+            start=start,
+            residuals=self.quantizer.original and self.quantizer.calibration == "inputs",
+            phases=self.phases,
         )
         return states, stack.enter_context(closing(stream))
 
@@ -200,10 +207,18 @@ class CalibratedSteps:
             del solution, solutions
 
     def _hessian(self, stop: Stop, name: str, run: BlockRun, original: BlockRun | None) -> Hessian:
-        inputs = self.phases.pull("forward", run.inputs(stop.linears[0]))
-        others = None if original is None else self.phases.pull("forward", original.inputs(stop.linears[0]))
+        device = self.skeleton.device
+        if original is None:
+            inputs = self.phases.pull("forward", run.inputs(stop.linears[0]))
+            with self.phases.measure("Hessians"):
+                return accumulate_hessian(name, inputs, stop.columns, device)
         with self.phases.measure("Hessians"):
-            return accumulate_hessian(name, inputs, stop.columns, self.skeleton.device, others)
+            drift = run.module(name).out_features if stop.residual is not None else 0
+            total = HessianSum(name, stop.columns, device, original=True, drift=drift)
+            both = (self.phases.pull("forward", model.arrivals(stop)) for model in (run, original))
+            for here, there in zip(*both, strict=True):
+                total.add(here, there)
+            return total.hessian()
 
     def _solve_block(
         self, run: BlockRun, other: BlockRun, original: Stream, targets: DiskStates
@@ -211,11 +226,11 @@ class CalibratedSteps:
         """Quantize all linears of a block together, against what the original block gives for its own input."""
         quantizer, index = self.quantizer, run.plan.index
         assert isinstance(quantizer, BlockQuantizer)
-        chosen = (tuple(name for name in stop.linears if name in self.plan.schemes) for stop in run.plan.stops)
-        stops = tuple(stop for stop in chosen if stop)
+        chosen = [tuple(name for name in stop.linears if name in self.plan.schemes) for stop in run.plan.stops]
+        stops = tuple(replace(stop, linears=names) for stop, names in zip(run.plan.stops, chosen, strict=True) if names)
         if not stops:
             return
-        names = [name for stop in stops for name in stop]
+        names = [name for stop in stops for name in stop.linears]
 
         def outputs(batches: Iterable[int]) -> Iterator[torch.Tensor]:
             with self.phases.measure("forward"):

@@ -43,6 +43,7 @@ class Architecture:
         model_type: transformers' name.
         config: keyword arguments of its config class.
         shared: the linears of a block that get the same tensor, as a forward meets them.
+        residuals: linears whose output is added to what another module gets first, with that module.
     """
 
     model_type: str
@@ -54,6 +55,12 @@ class Architecture:
             ("mlp.gate_proj", "mlp.up_proj"),
             ("mlp.down_proj",),
         )
+    )
+    residuals: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "self_attn.o_proj": "input_layernorm",
+            "mlp.down_proj": "post_attention_layernorm",
+        }
     )
 
 
@@ -88,6 +95,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "final_logit_softcapping": 3.0,
             "hidden_activation": "gelu_pytorch_tanh",
         },
+        residuals={},
     ),
     "phi3": Architecture(
         "phi3",
@@ -98,6 +106,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "gpt_neox",
         {**_BASE, "intermediate_size": 96, "use_parallel_residual": True, "tie_word_embeddings": False},
         (("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+        {"mlp.dense_4h_to_h": "post_attention_dropout"},  # attention and MLP are added to each other first
     ),
     "opt": Architecture(
         "opt",
@@ -108,6 +117,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             ("fc1",),
             ("fc2",),
         ),
+        {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"},
     ),
     "opt-untied": Architecture(
         "opt",
@@ -125,9 +135,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             ("fc1",),
             ("fc2",),
         ),
+        {"self_attn.out_proj": "self_attn.q_proj", "fc2": "fc1"},
     ),
-    "olmo2": Architecture("olmo2", {**_GROUPED, "tie_word_embeddings": False}),
-    "olmo2-tied": Architecture("olmo2", {**_GROUPED, "tie_word_embeddings": True}),
+    "olmo2": Architecture("olmo2", {**_GROUPED, "tie_word_embeddings": False}, residuals={}),
+    "olmo2-tied": Architecture("olmo2", {**_GROUPED, "tie_word_embeddings": True}, residuals={}),
 }
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
 
-__all__ = ["Pass", "gate", "stand_at_linear"]
+__all__ = ["Pass", "gate", "keep_input", "stand_at_linear"]
 
 
 class Pass(greenlet):
@@ -55,6 +55,7 @@ class Pass(greenlet):
         self.at: int | nn.Module | None = -1
         self.tensor: torch.Tensor | None = None
         self.call: BlockCall | None = None
+        self._kept: dict[nn.Module, torch.Tensor] = {}
         self.switch()
 
     def run_to_linear(self, block: int, linear: nn.Module) -> torch.Tensor | None:
@@ -63,6 +64,10 @@ class Pass(greenlet):
             self._target = linear
             self.switch()
         return self.tensor if self.at is linear else None
+
+    def take_kept(self, module: nn.Module) -> torch.Tensor:
+        """The first input of a module of this block that has been called and has :func:`keep_input` as a hook."""
+        return self._kept.pop(module)
 
     def run_to_next_block(self, block: int) -> torch.Tensor:
         """Go on to the exit of ``block``, which is the entry of the one after it; gives the hidden state."""
@@ -83,6 +88,7 @@ class Pass(greenlet):
     def kill(self) -> None:
         """Unwind the frames and free what they hold."""
         self.tensor = self.call = None
+        self._kept.clear()
         if not self.dead:
             self.throw(GreenletExit)
 
@@ -106,9 +112,13 @@ class Pass(greenlet):
         self.call = call
         self._stand(slot.index, hidden)
         result = call(hidden)
+        self._kept.clear()
         if self._leaves_last and slot.index == last:
             self._stand(slot.index + 1, result[0] if isinstance(result, tuple) else result)
         return result
+
+    def keep(self, module: nn.Module, value: torch.Tensor) -> None:
+        self._kept[module] = value
 
     def pass_linear(self, module: nn.Module, value: torch.Tensor) -> None:
         if module is self._target:
@@ -131,3 +141,10 @@ def stand_at_linear(module: nn.Module, args: tuple[Any, ...]) -> None:
     coroutine = getcurrent()
     if isinstance(coroutine, Pass):
         coroutine.pass_linear(module, args[0])
+
+
+def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A module's hook before its call: a coroutine keeps its first input until asked for it."""
+    coroutine = getcurrent()
+    if isinstance(coroutine, Pass):
+        coroutine.keep(module, args[0])

@@ -1,13 +1,14 @@
 """What a forward pass will do, found out without a single weight: one pass over shapes alone.
 
 The model runs once on fake tensors (shapes and dtypes, no data). That tells in which order every block calls its
-linears, which of them receive the very same tensor (and so share statistics), what a block returns, and how many
-bytes a batch keeps alive wherever it may have to wait. An architecture that the engine cannot run fails here, before
-any work.
+linears, which of them receive the very same tensor (and so share statistics), which add to the residual stream, what a
+block returns, and how many bytes a batch keeps alive wherever it may have to wait. An architecture that the engine
+cannot run fails here, before any work.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from llmconvert.engine.skeleton import Skeleton, build_config, build_meta_model
 from llmconvert.errors import UnsupportedError
@@ -32,11 +34,15 @@ class Stop:
         linears: module names, e.g. ``model.layers.0.self_attn.q_proj``.
         columns: size of the input's last dimension.
         held_nbytes: bytes that one batch keeps alive while it waits here, before the first of them.
+        residual: the first module of the block whose first input is the tensor that the output of the stop's only
+            linear gets added to as it is, ``model.layers.0.input_layernorm``; None if there is no such tensor, or none
+            before the linear.
     """
 
     linears: tuple[str, ...]
     columns: int
     held_nbytes: int
+    residual: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,7 @@ def discover(skeleton: Skeleton, length: int) -> tuple[BlockPlan, ...]:
                 value = torch.empty(tensor.shape, dtype=tensor.dtype, device=skeleton.device)
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
         blocks = list(model.get_submodule(skeleton.list_name))
-        tracker = _LiveBytes(model)
+        tracker = _Tracker(model)
         recorders = [_BlockRecorder(index, tracker) for index in range(len(blocks))]
         order: list[int] = []
         for recorder, block, linears in zip(recorders, blocks, skeleton.linears, strict=True):
@@ -97,13 +103,18 @@ def discover(skeleton: Skeleton, length: int) -> tuple[BlockPlan, ...]:
     return tuple(recorder.plan() for recorder in recorders)
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators have made and that are still referenced, except the model's."""
+class _Tracker(TorchDispatchMode):
+    """Sees every operator.
+
+    Counts the bytes of all storages that operators have made and that are still referenced, except the model's; and
+    notes which linears' outputs are added to what.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.sums = _Sums()
         self._known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(
@@ -113,6 +124,8 @@ class _LiveBytes(TorchDispatchMode):
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, torch.Tensor):
                 self._count(value.untyped_storage())
+        if func is torch.ops.aten.add.Tensor and not kwargs:
+            self.sums.add(*args)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -130,10 +143,44 @@ class _LiveBytes(TorchDispatchMode):
         self.live -= nbytes
 
 
+class _Sums:
+    """Which linear's output is added to which module's first input, by storages: views of a tensor are the tensor.
+
+    ``residuals`` has the module by the linear.
+    """
+
+    def __init__(self) -> None:
+        self.residuals: dict[str, str] = {}
+        self._time = itertools.count()
+        self._inputs: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._called: dict[str, int] = {}
+
+    def enter(self, name: str, value: object) -> None:
+        """A module is called with ``value`` as its first argument."""
+        self._called[name] = next(self._time)
+        if isinstance(value, torch.Tensor):
+            self._inputs.setdefault(value.untyped_storage(), name)
+
+    def leave(self, linear: str, output: torch.Tensor) -> None:
+        """A linear gives its output."""
+        self._outputs[output.untyped_storage()] = linear
+
+    def add(self, first: object, second: object) -> None:
+        """Two values are added."""
+        if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor) and first.shape == second.shape):
+            return
+        for output, other in ((first, second), (second, first)):
+            linear = self._outputs.get(output.untyped_storage())
+            module = self._inputs.get(other.untyped_storage())
+            if linear is not None and module is not None and self._called[module] < self._called[linear]:
+                self.residuals.setdefault(linear, module)
+
+
 class _BlockRecorder:
     """Hooks that write down what happens in one block."""
 
-    def __init__(self, index: int, tracker: _LiveBytes) -> None:
+    def __init__(self, index: int, tracker: _Tracker) -> None:
         self.index = index
         self._tracker = tracker
         self._groups: list[_Group] = []
@@ -156,8 +203,19 @@ class _BlockRecorder:
 
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave)
+        for name, module in block.named_modules():
+            if name:
+                module.register_forward_pre_hook(self._entry_recorder(prefix + name))
         for name in linears:
-            block.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(self._recorder(name))
+            linear = block.get_submodule(name.removeprefix(prefix))
+            linear.register_forward_pre_hook(self._recorder(name))
+            linear.register_forward_hook(self._output_recorder(name))
+
+    def _entry_recorder(self, name: str) -> Any:
+        return lambda module, args: self._tracker.sums.enter(name, args[0] if args else None)
+
+    def _output_recorder(self, name: str) -> Any:
+        return lambda module, args, output: self._tracker.sums.leave(name, output)
 
     def _recorder(self, name: str) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -174,7 +232,16 @@ class _BlockRecorder:
         return record
 
     def plan(self) -> BlockPlan:
-        stops = tuple(Stop(tuple(group.linears), group.columns, group.held) for group in self._groups)
+        residuals = self._tracker.sums.residuals
+        stops = tuple(
+            Stop(
+                tuple(group.linears),
+                group.columns,
+                group.held,
+                residuals.get(group.linears[0]) if len(group.linears) == 1 else None,
+            )
+            for group in self._groups
+        )
         unreached = tuple(name for name in self._linears if name not in self._seen)
         return BlockPlan(self.index, stops, unreached, self._returned, self._peak)
 

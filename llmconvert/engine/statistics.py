@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from llmconvert.engine.precision import all_finite, bfloat16_products
 from llmconvert.errors import CalibrationError
 
-__all__ = ["Hessian", "HessianSum", "accumulate_hessian", "hessian_nbytes"]
+__all__ = ["Arrival", "Hessian", "HessianSum", "accumulate_hessian", "hessian_nbytes"]
 
 # Enough rows per product to amortize reading and writing the accumulator; few enough to stay in cache.
 _CHUNK_TOKENS = 2048
@@ -22,16 +23,31 @@ _CHUNK_TOKENS = 2048
 _TILE = 256
 
 
+class Arrival(NamedTuple):
+    """What a batch brings to a linear.
+
+    Attributes:
+        inputs: of the linear, ``[tokens, columns]`` of any floating dtype.
+        residual: what its output is added to, ``[tokens, width]``, if that is known and asked for.
+    """
+
+    inputs: torch.Tensor
+    residual: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Hessian:
     """``matrix`` is ``XᵀX / tokens``, float32 ``[columns, columns]``, symmetric; ``tokens`` went into it.
 
-    ``cross`` is ``OᵀX / tokens`` with the inputs ``O`` that the original model has at the same tokens, if asked for.
+    ``cross`` is ``OᵀX / tokens`` with the inputs ``O`` that the original model has at the same tokens. ``drift`` is
+    ``DᵀX / tokens``, ``[width, columns]``: ``D`` is what the linear's output is added to in the original, less what it
+    is added to here. Both only if asked for.
     """
 
     matrix: torch.Tensor
     tokens: int
     cross: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
 
 
 class HessianSum:
@@ -45,25 +61,31 @@ class HessianSum:
         columns: width of the inputs.
         device: where the inputs are.
         original: whether the original model's inputs come too, for :attr:`Hessian.cross`.
+        drift: width of the differences that come too, for :attr:`Hessian.drift`.
     """
 
-    def __init__(self, name: str, columns: int, device: torch.device, *, original: bool = False) -> None:
+    def __init__(
+        self, name: str, columns: int, device: torch.device, *, original: bool = False, drift: int = 0
+    ) -> None:
         self._name, self._columns = name, columns
         self._total = torch.zeros((columns, columns), dtype=torch.float32, device=device)
         self._cross = torch.zeros_like(self._total) if original else None
-        width = 2 * columns if original else columns
+        self._drift = torch.zeros((drift, columns), dtype=torch.float32, device=device) if drift else None
+        width = columns * (2 if original else 1) + drift
         self._buffer = torch.empty((_CHUNK_TOKENS, width), dtype=torch.float32, device=device)
         self._count = self._tokens = self._batches = 0
         #: Whether all are bfloat16 values on a CPU.
         self._exact = device.type == "cpu"
 
-    def add(self, batch: torch.Tensor, original: torch.Tensor | None = None) -> None:
-        """Add a batch ``[tokens, columns]`` of any floating dtype, with the original model's at the same tokens.
+    def add(self, batch: Arrival, original: Arrival | None = None) -> None:
+        """Add a batch, with what the original model has at the same tokens if that was announced.
 
         Raises:
             CalibrationError: a value is not finite.
         """
-        parts = (batch,) if original is None else (batch, original)
+        there = [original.inputs] if original is not None else []
+        residuals = [part.residual for part in (original, batch) if part is not None and part.residual is not None]
+        parts = [batch.inputs, *there, *residuals]
         for part in parts:
             if not all_finite(part):
                 raise CalibrationError(
@@ -76,9 +98,12 @@ class HessianSum:
             rows = len(pieces[0])
             if self._count + rows > _CHUNK_TOKENS:
                 self._flush()
-            for index, piece in enumerate(pieces):
-                columns = slice(index * self._columns, (index + 1) * self._columns)
-                self._buffer[self._count : self._count + rows, columns] = piece
+            inputs, originals, differences = self._parts(self._count, self._count + rows)
+            inputs.copy_(pieces[0])
+            if self._cross is not None:
+                originals.copy_(pieces[1])
+            if self._drift is not None:
+                differences.copy_(pieces[2]).sub_(pieces[3])
             self._count += rows
 
     def hessian(self) -> Hessian:
@@ -107,18 +132,27 @@ class HessianSum:
             tile += tile.triu(1).T
             upper[stop:, start:stop] = upper[start:stop, stop:].T
         cross = None if self._cross is None else self._cross.div_(self._tokens)
-        return Hessian(upper.div_(self._tokens), self._tokens, cross)
+        drift = None if self._drift is None else self._drift.div_(self._tokens)
+        return Hessian(upper.div_(self._tokens), self._tokens, cross, drift)
+
+    def _parts(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
+        """Rows of the buffer: this model's inputs, the original's, differences; without these, of no width."""
+        originals = self._columns * (1 if self._cross is None else 2)
+        return self._buffer[start:stop].tensor_split((self._columns, originals), dim=1)
 
     def _flush(self) -> None:
         if self._count == 0:
             return
-        rows, originals = self._buffer[: self._count].tensor_split([self._columns], dim=1)
+        rows, originals, differences = self._parts(0, self._count)
+        # Differences are rounded where bfloat16 is what products take; they are small, and no more exact than that.
         with bfloat16_products(enabled=self._exact):
             for start in range(0, self._columns, _TILE):  # the upper triangle, in whole tiles
                 left = rows[:, start : start + _TILE]
                 self._total[start : start + _TILE, start:].addmm_(left.T, rows[:, start:])
             if self._cross is not None:
                 self._cross.addmm_(originals.T, rows)
+            if self._drift is not None:
+                self._drift.addmm_(differences.T, rows)
         self._tokens += self._count
         self._count = 0
 
@@ -145,16 +179,17 @@ def accumulate_hessian(
     total = HessianSum(name, columns, device, original=originals is not None)
     if originals is None:
         for batch in inputs:
-            total.add(batch)
+            total.add(Arrival(batch))
     else:
         for batch, original in zip(inputs, originals, strict=True):
-            total.add(batch, original)
+            total.add(Arrival(batch), Arrival(original))
     return total.hessian()
 
 
-def hessian_nbytes(columns: int, dtype: torch.dtype, *, original: bool = False) -> int:
-    """Peak bytes of :func:`accumulate_hessian`: the matrix; a chunk of tokens in float32, and as it is multiplied.
+def hessian_nbytes(columns: int, dtype: torch.dtype, *, original: bool = False, drift: int = 0) -> int:
+    """Peak bytes of a :class:`HessianSum`: the matrix; a chunk of tokens in float32, and as it is multiplied.
 
-    With the inputs of the ``original`` model, all of that twice.
+    With the inputs of the ``original`` model, all of that twice; and as much for differences of width ``drift``.
     """
-    return (4 * columns * columns + _CHUNK_TOKENS * columns * (dtype.itemsize + 4)) * (2 if original else 1)
+    width = columns * (2 if original else 1) + drift
+    return width * (4 * columns + _CHUNK_TOKENS * (dtype.itemsize + 4))

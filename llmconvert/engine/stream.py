@@ -24,11 +24,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from llmconvert.checkpoint import Checkpoint
-from llmconvert.engine.coroutine import Pass, gate, stand_at_linear
-from llmconvert.engine.discovery import BlockPlan, discover
+from llmconvert.engine.coroutine import Pass, gate, keep_input, stand_at_linear
+from llmconvert.engine.discovery import BlockPlan, Stop, discover
 from llmconvert.engine.precision import all_finite
 from llmconvert.engine.skeleton import BlockCall, Skeleton
 from llmconvert.engine.states import States, passing_states
+from llmconvert.engine.statistics import Arrival
 from llmconvert.errors import CalibrationError
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import Phases
@@ -61,12 +62,22 @@ class BlockRun:
         Linears must be asked for in the order of the plan's stops. Use each tensor before taking the next.
         Batches that don't call the linear are left out.
         """
+        for _, value in self._arrivals(linear):
+            yield value
+
+    def arrivals(self, stop: Stop) -> Iterator[Arrival]:
+        """The same for a stop's linears, with what their output is added to; the stream must keep ``residuals``."""
+        source = None if stop.residual is None else self._stream.submodule(self.plan.index, stop.residual)
+        for coroutine, value in self._arrivals(stop.linears[0]):
+            yield Arrival(value, None if source is None else coroutine.take_kept(source).flatten(0, -2))
+
+    def _arrivals(self, linear: str) -> Iterator[tuple[Pass, torch.Tensor]]:
         module = self.module(linear)
         for batch in range(len(self._stream.windows)):
             coroutine = self._stream.enter(self.plan.index, batch)
             value = coroutine.run_to_linear(self.plan.index, module)
             if value is not None:
-                yield value.reshape(-1, value.shape[-1])
+                yield coroutine, value.flatten(0, -2)
             self._stream.leave(coroutine)
 
     def joint_inputs(self, linears: Sequence[str]) -> Iterator[list[torch.Tensor | None]]:
@@ -113,6 +124,7 @@ class Stream:
         states: keeps the block inputs; optional (for resuming) in lockstep. Replay keeps them for itself by default.
         start: first block to run; above 0, its inputs are taken from ``states``.
         head: whether :meth:`logits` will be asked for; loads the output head.
+        residuals: whether :meth:`BlockRun.arrivals` will be asked for.
         phases: where the time spent reading weights is counted.
     """
 
@@ -126,6 +138,7 @@ class Stream:
         states: States | None = None,
         start: int = 0,
         head: bool = False,
+        residuals: bool = False,
         phases: Phases | None = None,
     ) -> None:
         self.skeleton = skeleton
@@ -138,6 +151,7 @@ class Stream:
             self._own_states = passing_states(lengths, skeleton.hidden_size, skeleton.dtype)
         self._states: States | None = self._own_states if states is None else states
         self._start = start
+        self._keeps_residuals = residuals
         self._passes: list[Pass] = []
         self._crossed = start - 1
         self._ahead: set[int] = set()  # batches that have left the current block
@@ -161,8 +175,7 @@ class Stream:
         for index in range(self._start, self.skeleton.block_count):
             with self._phases.measure("reading"):
                 self.skeleton.load_block(index)
-            linears = self.skeleton.linears[index].values()
-            hooks = [linear.register_forward_pre_hook(stand_at_linear) for linear in linears]
+            hooks = self._hook(index)
             yield BlockRun(self, self.plans[index])
             if index + 1 < self.skeleton.block_count:
                 self.cross(index)
@@ -171,6 +184,10 @@ class Stream:
                 release_freed_memory()
             else:
                 _remove(hooks)
+
+    def submodule(self, index: int, name: str) -> nn.Module:
+        """A module of block ``index`` by its full name."""
+        return self.skeleton.blocks[index].get_submodule(name.removeprefix(self.skeleton.prefix(index)))
 
     def logits(self) -> Iterator[torch.Tensor]:
         """After the last block of :meth:`blocks`: the logits of each batch, ``[1, length, vocabulary]``.
@@ -236,6 +253,15 @@ class Stream:
 
     def _pass(self, batch: int, start: int, hidden: torch.Tensor | None) -> Pass:
         return Pass(self.skeleton, self.plans, self.windows[batch].to(self.skeleton.device), start, hidden)
+
+    def _hook(self, index: int) -> list[RemovableHandle]:
+        """Make batches stand at the linears of a block, and keep what their outputs are added to."""
+        hooks = []
+        if self._keeps_residuals:
+            names = dict.fromkeys(stop.residual for stop in self.plans[index].stops if stop.residual is not None)
+            hooks = [self.submodule(index, name).register_forward_pre_hook(keep_input) for name in names]
+        linears = self.skeleton.linears[index].values()
+        return hooks + [linear.register_forward_pre_hook(stand_at_linear) for linear in linears]
 
     def _depart(self) -> None:
         """Bring every batch to the entry of the first block."""

@@ -44,6 +44,16 @@ def test_stops_group_the_linears_that_share_an_input(tiny: Tiny, name: str) -> N
             assert widths == {stop.columns}
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_outputs_are_added_to_is_named(tiny: Tiny, name: str) -> None:
+    """A norm behind a linear (Gemma 2, OLMo 2) lies between its output and the residual stream."""
+    skeleton = Skeleton(SafetensorsCheckpoint(tiny(name)), CPU)
+    for plan in discover(skeleton, LENGTH):
+        prefix = skeleton.prefix(plan.index)
+        found = {stop.linears[0].removeprefix(prefix): stop.residual for stop in plan.stops if stop.residual}
+        assert found == {linear: prefix + module for linear, module in ARCHITECTURES[name].residuals.items()}
+
+
 def test_linears_that_are_never_called_are_told(tmp_path: Path) -> None:
     unreached_model(tmp_path)
     for plan in plans_of(tmp_path):
@@ -76,11 +86,11 @@ def test_held_bytes_are_those_a_waiting_batch_really_holds(
     skeleton = Skeleton(SafetensorsCheckpoint(tiny(name, dtype)), CPU)
     plans = discover(skeleton, LENGTH)
     gc.collect()
-    stream = Stream(skeleton, ids((LENGTH,)), plans, mode="lockstep")
+    stream = Stream(skeleton, ids((LENGTH,)), plans, mode="lockstep", residuals=True)
     for run in stream.blocks():
         assert run.plan.stops
         for stop in run.plan.stops:
-            waiting = run.inputs(stop.linears[0])
+            waiting = run.arrivals(stop)
             next(waiting)
             held = live_nbytes(skeleton)
             assert held <= stop.held_nbytes + 1024

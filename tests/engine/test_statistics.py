@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmconvert.engine.statistics import accumulate_hessian, hessian_nbytes
+from llmconvert.engine.statistics import Arrival, HessianSum, accumulate_hessian, hessian_nbytes
 from llmconvert.errors import CalibrationError
 
 CPU = torch.device("cpu")
@@ -51,6 +51,19 @@ def test_original_inputs_are_multiplied_with_these() -> None:
     assert found.cross is not None
     torch.testing.assert_close(found.cross.double(), o.T @ x / 2400, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.matrix.double(), x.T @ x / 2400, rtol=1e-4, atol=1e-4)
+
+
+def test_what_outputs_are_added_to_is_compared_and_multiplied_with_the_inputs() -> None:
+    """Differences of bfloat16 values: taken in float32, or little would be left of them."""
+    inputs, here = batches([700, 5000, 800], 96, torch.bfloat16), batches([700, 5000, 800], 40, torch.bfloat16)
+    there = [value * 1.03125 for value in here]
+    total = HessianSum("layer", 96, CPU, original=True, drift=40)
+    for x, mine, theirs in zip(inputs, here, there, strict=True):
+        total.add(Arrival(x, mine), Arrival(x, theirs))
+    found = total.hessian()
+    x, difference = torch.cat(inputs).double(), torch.cat(there).double() - torch.cat(here).double()
+    assert found.drift is not None
+    torch.testing.assert_close(found.drift.double(), difference.T @ x / 6500, rtol=1e-2, atol=1e-4)
 
 
 def test_batches_longer_than_a_chunk_are_split() -> None:

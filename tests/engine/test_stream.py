@@ -40,10 +40,12 @@ def logits_of(model: PreTrainedModel, windows: Sequence[torch.Tensor]) -> list[t
 
 
 @contextmanager
-def streaming(directory: Path, mode: Mode, *, states: States | None = None, start: int = 0) -> Iterator[Stream]:
+def streaming(
+    directory: Path, mode: Mode, *, states: States | None = None, start: int = 0, residuals: bool = False
+) -> Iterator[Stream]:
     skeleton = Skeleton(SafetensorsCheckpoint(directory), CPU)
     plans = discover(skeleton, max(window.shape[1] for window in WINDOWS))
-    stream = Stream(skeleton, WINDOWS, plans, mode=mode, states=states, start=start, head=True)
+    stream = Stream(skeleton, WINDOWS, plans, mode=mode, states=states, start=start, head=True, residuals=residuals)
     try:
         yield stream
     finally:
@@ -89,6 +91,29 @@ def test_linears_stand_before_the_inputs_that_the_model_gives_them(tiny: Tiny, n
 def _projections(seen: dict[str, list[torch.Tensor]]) -> int:
     """OPT's linears between its word embeddings and its blocks."""
     return sum("project_" in name for name in seen)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "last"), [("llama", "mlp.down_proj"), ("phi3", "mlp.down_proj"), ("opt", "fc2")])
+def test_what_an_output_is_added_to_comes_with_the_inputs(tiny: Tiny, name: str, last: str, mode: Mode) -> None:
+    """The last linear's output, added to what is said to come with it, is what leaves the block."""
+    directory = tiny(name)
+    model = resident(directory)
+    with streaming(directory, mode, residuals=True) as stream:
+        hidden = [[] for _ in range(stream.skeleton.block_count)]
+        for index, block in enumerate(model.get_submodule(stream.skeleton.list_name)):
+            block.register_forward_hook(
+                lambda _, args, output, found=hidden[index]: found.append(
+                    (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+                )
+            )
+        logits_of(model, WINDOWS)
+        for run in stream.blocks():
+            *_, stop = run.plan.stops
+            assert stop.linears[0].endswith(last)
+            for arrival, expected in zip(run.arrivals(stop), hidden[run.plan.index], strict=True):
+                assert arrival.residual is not None
+                torch.testing.assert_close(arrival.residual + run.module(stop.linears[0])(arrival.inputs), expected)
 
 
 def perturbed(weight: torch.Tensor) -> torch.Tensor:

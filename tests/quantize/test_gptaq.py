@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from quantized import random_inputs, random_weight
@@ -31,6 +33,17 @@ def test_weights_move_to_the_least_squares_answer() -> None:
     weight = random_weight(24, COLUMNS).double()
     moved = weight + Gptaq(shift_damping=1e-12).shift("layer", weight, statistics(inputs, original))
     expected = torch.linalg.lstsq(inputs, original @ weight.T).solution.T
+    torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("residual", [0.0, 0.5, 1.0])
+def test_they_also_aim_at_what_the_residual_stream_has_lost(residual: float) -> None:
+    inputs, original = streams()
+    weight = random_weight(24, COLUMNS).double()
+    lost = 0.1 * inputs @ random_weight(24, COLUMNS, seed=3).double().T + random_inputs(512, 24, seed=2)
+    moments = replace(statistics(inputs, original), drift=lost.T @ inputs / len(inputs))
+    moved = weight + Gptaq(shift_damping=1e-12, residual=residual).shift("layer", weight, moments)
+    expected = torch.linalg.lstsq(inputs, original @ weight.T + residual * lost).solution.T
     torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-9)
 
 

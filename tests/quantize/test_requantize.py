@@ -13,7 +13,7 @@ from tiny_architectures import ids
 from transformers import AutoModelForCausalLM
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.engine.statistics import accumulate_hessian
+from llmconvert.engine.statistics import Arrival, HessianSum
 from llmconvert.quantize import requantize
 from llmconvert.quantize.base import BlockData, Solution, Target
 from llmconvert.quantize.gptaq import Gptaq
@@ -91,6 +91,12 @@ def seen(model: torch.nn.Module, name: str, of: str = "input") -> list[torch.Ten
     return found
 
 
+def arrivals(model: torch.nn.Module) -> list[Arrival]:
+    """What the linear that changes gets, and what its output is added to."""
+    residuals = seen(model, CHANGED.replace("mlp.down_proj", "post_attention_layernorm"))
+    return [Arrival(x.flatten(0, 1), y.flatten(0, 1)) for x, y in zip(seen(model, CHANGED), residuals, strict=True)]
+
+
 def test_a_second_stream_runs_the_original_and_not_the_mixture(tiny: Tiny, tmp_path: Path) -> None:
     """GPTAQ on what resident models see: the quantized inputs of the artifact, the outputs of the original."""
     source = tiny("llama-tied")
@@ -100,9 +106,10 @@ def test_a_second_stream_runs_the_original_and_not_the_mixture(tiny: Tiny, tmp_p
     weight = original.get_submodule(CHANGED).weight.detach()
 
     def solved(other: torch.nn.Module) -> torch.Tensor:
-        inputs, outputs = ([x.flatten(0, 1) for x in seen(model, CHANGED)] for model in (mixed, other))
-        hessian = accumulate_hessian(CHANGED, inputs, weight.shape[1], CPU, outputs)
-        solution = Gptaq().quantize([Target(CHANGED, weight.clone(), W4)], hessian, torch.float32)
+        total = HessianSum(CHANGED, weight.shape[1], CPU, original=True, drift=len(weight))
+        for here, there in zip(arrivals(mixed), arrivals(other), strict=True):
+            total.add(here, there)
+        solution = Gptaq().quantize([Target(CHANGED, weight.clone(), W4)], total.hessian(), torch.float32)
         return solution[CHANGED].tensor.dequantize(torch.float32)
 
     found = open_dense(SafetensorsCheckpoint(tmp_path / "out"))[f"{CHANGED}.weight"]
