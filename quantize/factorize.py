@@ -1,15 +1,15 @@
-"""Triangular factors in place: ``H = R Rᵀ`` with ``R`` upper triangular, and its inverse.
+"""A triangular factor in place: ``H = R Rᵀ`` with ``R`` upper triangular.
 
-Second-order methods need ``U`` with ``H⁻¹ = Uᵀ U``, and ``U = R⁻¹``: one factorization and one triangular inverse,
-where the textbook takes two factorizations and a full inverse. For wide layers these matrices are the largest thing
-in memory, so everything happens in the memory of ``H``: panel by panel, with matrix products doing the work.
+Second-order methods that go through the columns from the first to the last need the factor of the Hessian that is upper
+triangular, which is found from its last column backwards. For wide layers these matrices are the largest thing in
+memory, so everything happens in the memory of ``H``: panel by panel, with matrix products doing the work.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["invert_factor_", "mirror_lower_", "permute_", "upper_factor_"]
+__all__ = ["mirror_lower_", "permute_", "upper_factor_"]
 
 _PANEL = 256
 
@@ -38,22 +38,6 @@ def upper_factor_(matrix: torch.Tensor) -> bool:
             matrix[row:end, row:end].sub_((above[row:end] @ above[row:end].T).triu_())
             matrix[row:end, end:start].addmm_(above[row:end], above[end:].T, alpha=-1)
     return True
-
-
-def invert_factor_(matrix: torch.Tensor) -> None:
-    """Overwrite the upper triangle, taken as an upper triangular ``R``, with ``R⁻¹``; the lower one is left alone."""
-    for start in range(0, len(matrix), _PANEL):
-        stop = start + _PANEL
-        corner = matrix[start:stop, start:stop]
-        factor = corner.triu()
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=True)
-        above = matrix[:start, start:stop] @ inverse
-        for row in range(0, start, _PANEL):
-            end = row + _PANEL
-            block = matrix[row:end, row:start].clone()
-            block[:, :_PANEL].triu_()
-            matrix[row:end, start:stop] = -(block @ above[row:])
-        _set_upper(corner, inverse)
 
 
 def mirror_lower_(matrix: torch.Tensor) -> None:

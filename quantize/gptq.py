@@ -1,9 +1,11 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounding column by column, each error corrected by the columns after.
 
-With the Hessian ``H`` of the linear's inputs, quantizing column ``j`` with error ``e`` is best answered by moving the
-remaining columns by ``-e · U[j, j+1:] / U[j, j]``, where ``H⁻¹ = Uᵀ U`` and ``U`` is upper triangular. Columns go in
-order of falling diagonal (act-order); scales are chosen before, on the columns in their own order (static groups), so
-the result needs no column index and every kernel can read it.
+With the Hessian ``H = R Rᵀ`` of the linear's inputs, ``R`` upper triangular, the squared error of the output is
+``‖(W - Ŵ) R‖²``, and column ``k`` of that is zero for ``ŵ_k = w_k + Σ_{j<k} (w_j - ŵ_j) R[j, k] / R[k, k]``, which is
+what gets rounded. The paper has the same numbers from ``R⁻¹``, the factor of ``H⁻¹``, and moves the columns to come
+after each one; without the inverse (as in LDLQ, Chee et al. 2023, arXiv 2307.13304) it is a third of the preparation.
+Columns go in order of falling diagonal (act-order); scales are chosen before, on the columns in their own order (static
+groups), so the result needs no column index and every kernel can read it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.damping import with_damping
-from llmconvert.quantize.factorize import invert_factor_, mirror_lower_, permute_, upper_factor_
+from llmconvert.quantize.factorize import mirror_lower_, permute_, upper_factor_
 from llmconvert.quantize.kernels import solve_columns, transpose_in_order, weighted_squares
 from llmconvert.quantize.quadratic import quadratic_form, quadratic_nbytes
 from llmconvert.quantize.refine import refine, refine_nbytes
@@ -39,8 +41,8 @@ class Prepared:
 
     Attributes:
         order: int64 ``[columns]``, columns by falling diagonal.
-        factor: ``[columns, columns]``, upper triangular ``U`` of the damped inverse Hessian in that order; what lies
-            below its diagonal is not part of it.
+        factor: ``[columns, columns]``, upper triangular ``R`` of the damped Hessian in that order; below its diagonal
+            lies what the Hessian has there.
         diagonal: of the Hessian without damping, in the columns' own order.
         added: to this diagonal before it was factorized.
         damping: share of the mean diagonal it took.
@@ -116,20 +118,20 @@ class Gptq:
     def nbytes(self, rows: int, columns: int) -> int:
         """The stacked weights, all codes, and a slice of rows being solved; or the codes twice, to join the slices.
 
-        A slice being solved holds its float32 weights three times (own order, transposed, solving order) and its scale
-        candidates; one being refined its weights, gradients and errors, and a group's, if that is all columns.
-        The Hessian is permuted, factorized and inverted in place, a panel of columns at a time.
+        A slice being solved holds its float32 weights, its errors, a block's share of the errors before it, and its
+        scale candidates; one being refined its weights, gradients and errors, and a group's, if that is all columns.
+        The Hessian is permuted and factorized in place, a panel of columns at a time.
         """
         at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
         # Per group and step a scale and a zero of 4 bytes, for the smallest usual group.
         candidates = at_once // 32 * self.scale_steps * 8
-        work = at_once * 12 + candidates
+        work = at_once * 8 + at_once // columns * min(self.block, columns) * 4 + candidates
         if self.sweeps:
             work = max(work, at_once * 4 + refine_nbytes(at_once // columns, columns))
         return max(quadratic_nbytes(rows, columns), rows * columns * 4, rows * columns * 3 + work)
 
     def prepare(self, name: str, hessian: Hessian) -> Prepared:
-        """Order the columns and factorize the inverse Hessian, in the Hessian's own memory.
+        """Order the columns and factorize the Hessian, in its own memory.
 
         Args:
             name: of a linear, for errors.
@@ -149,7 +151,6 @@ class Gptq:
         def factorize(damping: float) -> Prepared | None:
             matrix.diagonal().copy_(diagonal + damping * diagonal.mean())
             if upper_factor_(matrix):
-                invert_factor_(matrix)
                 added = damping * diagonal.mean() + (original == 0)
                 return Prepared(order, matrix, original, added, damping)
             # Factorizing changed only the upper triangle; the lower one still holds the matrix.
@@ -163,23 +164,22 @@ class Gptq:
     ) -> tuple[QuantizedTensor, torch.Tensor]:
         """Codes for given scales, and each row's squared output error per token."""
         # Transposed throughout: the solver works through columns, and a column's rows are independent of each other.
-        work = _transpose_in_order(weight, prepared.order)
-        columns, rows = work.shape
+        errors = _transpose_in_order(weight, prepared.order)
+        columns, rows = errors.shape
         codes = torch.empty((columns, rows), dtype=torch.int8, device=weight.device)
         loss = torch.zeros(rows, dtype=self.dtype, device=weight.device)
         scale = scales.scale.T.to(self.dtype).contiguous()
         zero = torch.zeros_like(scale) if scales.zero is None else scales.zero.T.to(self.dtype).contiguous()
         for start in range(0, columns, self.block):
             stop = min(start + self.block, columns)
-            factor = prepared.factor[start:stop, start:stop].contiguous()
-            errors = torch.empty((stop - start, rows), dtype=self.dtype, device=weight.device)
-            _solve_block(work, scale, zero, codes, errors, loss, prepared.order, factor, start, scheme)
-            if stop < columns:
-                work[stop:].addmm_(prepared.factor[start:stop, stop:].T, errors, alpha=-1)
-        del work
+            factor = prepared.factor[:stop, start:stop]
+            carried = factor[:start].T @ errors[:start]
+            within = factor[start:].contiguous()
+            order, added = prepared.order, prepared.added
+            _solve_block(errors, carried, scale, zero, codes, loss, order, added, within, start, scheme)
+        del errors
         tensor = QuantizedTensor(codes.T.contiguous(), scales.scale, scales.zero, scheme)
-        # The sum so far is the error in the damped metric; what was added to the diagonal is taken out again.
-        return tensor, (loss - _weighted_squares(weight, tensor, prepared.added)).clamp_(min=0)
+        return tensor, loss.clamp_(min=0)
 
     def _solve_rows(
         self, targets: Sequence[Target], prepared: Prepared, scheme: Scheme, scale_dtype: torch.dtype
@@ -253,46 +253,50 @@ def _weighted_squares(weight: torch.Tensor, tensor: QuantizedTensor, importance:
 
 
 def _solve_block(
-    work: torch.Tensor,
+    errors: torch.Tensor,
+    carried: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor,
     codes: torch.Tensor,
-    errors: torch.Tensor,
     loss: torch.Tensor,
     order: torch.Tensor,
+    added: torch.Tensor,
     factor: torch.Tensor,
     start: int,
     scheme: Scheme,
 ) -> None:
     """One block of columns; see :func:`~llmconvert.quantize.kernels.solve_columns`, which does it on the CPU."""
-    low, high = float(scheme.code_min), float(scheme.code_max)
-    if work.device.type == "cpu":
-        over_rows(solve_columns, work.shape[1], work, scale, zero, codes, errors, loss, order, factor, start, low, high)
+    arguments = errors, carried, scale, zero, codes, loss, order, added, factor, start
+    limits = float(scheme.code_min), float(scheme.code_max)
+    if errors.device.type == "cpu":
+        over_rows(solve_columns, errors.shape[1], *arguments, *limits)
     else:
-        _solve_block_plain(work, scale, zero, codes, errors, loss, order, factor, start, low, high)
+        _solve_block_plain(*arguments, *limits)
 
 
 def _solve_block_plain(
-    work: torch.Tensor,
+    errors: torch.Tensor,
+    carried: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor,
     codes: torch.Tensor,
-    errors: torch.Tensor,
     loss: torch.Tensor,
     order: torch.Tensor,
+    added: torch.Tensor,
     factor: torch.Tensor,
     start: int,
     low: float,
     high: float,
 ) -> None:
     """What the kernel does, in torch, for any device."""
-    size = work.shape[0] // scale.shape[0]
-    lines = work[start : start + len(factor)].clone()
+    size = errors.shape[0] // scale.shape[0]
     for column in range(len(factor)):
-        place = int(order[start + column])
-        step, origin = scale[place // size], zero[place // size]
-        code = torch.clamp(torch.round(lines[column] / step) + origin, low, high)
+        place, pivot = int(order[start + column]), factor[column, column]
+        step, origin, value = scale[place // size], zero[place // size], errors[start + column]
+        wanted = value + carried[column] / pivot
+        code = torch.clamp(torch.round(wanted / step) + origin, low, high)
         codes[place] = code.to(torch.int8)
-        errors[column] = (lines[column] - (code - origin) * step) / factor[column, column]
-        lines[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
-    loss += errors.square().sum(0)
+        level = (code - origin) * step
+        value -= level
+        loss += ((wanted - level) * pivot).square() - added[place] * value.square()
+        carried[column + 1 :].addr_(factor[column, column + 1 :], value)

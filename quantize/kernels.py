@@ -24,7 +24,7 @@ __all__ = [
 # cache with 128 columns.
 _LANES = 32
 _TILE_ROWS = 128
-# Columns whose errors are passed on together; the kernel spells them out.
+# Columns whose errors are passed on, and values that are tried, together; the kernels spell them out.
 _PANEL = 4
 # Reordering sums lets the compiler vectorize them; nothing else is relaxed, NaN and infinity keep their meaning.
 _FAST = {"reassoc", "contract", "nsz"}
@@ -59,8 +59,12 @@ def best_candidates(
     _, groups, size = weight.shape
     candidates = scales.shape[2]
     # Rows side by side through the vector units; lanes beyond the last row compute on zeros, and nobody looks.
-    values = np.zeros((size, _LANES), weight.dtype)
+    # The same for columns, whose number is rounded up: they count nothing.
+    values = np.zeros(((size + _PANEL - 1) // _PANEL * _PANEL, _LANES), weight.dtype)
+    share = np.zeros(len(values), weight.dtype)
+    one, lowest, highest = weight.dtype.type(1), weight.dtype.type(code_min), weight.dtype.type(code_max)
     step = np.ones(_LANES, weight.dtype)
+    origin = np.zeros(_LANES, weight.dtype)
     inverse = np.ones(_LANES, weight.dtype)
     low = np.zeros(_LANES, weight.dtype)
     high = np.zeros(_LANES, weight.dtype)
@@ -74,6 +78,7 @@ def best_candidates(
             for lane in range(height):
                 for i in range(size):
                     values[i, lane] = weight[top + lane, group, i]
+            share[:size] = importance[group]
             least[:] = np.inf
             coarse = (candidates + stride - 1) // stride
             for attempt in range(coarse + 2 * (stride - 1)):
@@ -84,19 +89,27 @@ def best_candidates(
                     centre[:height] = best[top : top + height, group]
                 for lane in range(height):
                     tried = attempt * stride if attempt < coarse else centre[lane] + offset
-                    candidate[lane] = min(max(tried, 0), candidates - 1)
-                    step[lane] = scales[top + lane, group, candidate[lane]]
-                    inverse[lane] = 1 / step[lane]
-                    low[lane] = code_min - zeros[top + lane, group, candidate[lane]]
-                    high[lane] = code_max - zeros[top + lane, group, candidate[lane]]
+                    index = min(max(tried, 0), candidates - 1)
+                    candidate[lane] = index
+                    step[lane] = scales[top + lane, group, index]
+                    origin[lane] = zeros[top + lane, group, index]
+                for lane in range(_LANES):
+                    inverse[lane] = one / step[lane]
+                for lane in range(_LANES):
+                    low[lane] = lowest - origin[lane]
+                for lane in range(_LANES):
+                    high[lane] = highest - origin[lane]
                 loss[:] = 0
-                for i in range(size):
-                    weighting = importance[group, i]
-                    value = values[i]
+                # Four values to each loading and storing of the sums.
+                for i in range(0, len(values), _PANEL):
+                    v0, v1, v2, v3 = values[i], values[i + 1], values[i + 2], values[i + 3]
+                    s0, s1, s2, s3 = share[i], share[i + 1], share[i + 2], share[i + 3]
                     for lane in range(_LANES):
-                        level = min(max(np.rint(value[lane] * inverse[lane]), low[lane]), high[lane])
-                        error = value[lane] - level * step[lane]
-                        loss[lane] += weighting * error * error
+                        e0 = v0[lane] - min(max(np.rint(v0[lane] * inverse[lane]), low[lane]), high[lane]) * step[lane]
+                        e1 = v1[lane] - min(max(np.rint(v1[lane] * inverse[lane]), low[lane]), high[lane]) * step[lane]
+                        e2 = v2[lane] - min(max(np.rint(v2[lane] * inverse[lane]), low[lane]), high[lane]) * step[lane]
+                        e3 = v3[lane] - min(max(np.rint(v3[lane] * inverse[lane]), low[lane]), high[lane]) * step[lane]
+                        loss[lane] += s0 * e0 * e0 + s1 * e1 * e1 + s2 * e2 * e2 + s3 * e3 * e3
                 for lane in range(height):
                     if loss[lane] < least[lane]:
                         least[lane] = loss[lane]
@@ -165,57 +178,63 @@ def transpose_in_order(
 def solve_columns(
     begin: int,
     end: int,
-    weight: np.ndarray[Any, Any],
+    errors: np.ndarray[Any, Any],
+    carried: np.ndarray[Any, Any],
     scales: np.ndarray[Any, Any],
     zeros: np.ndarray[Any, Any],
     codes: np.ndarray[Any, Any],
-    errors: np.ndarray[Any, Any],
     loss: np.ndarray[Any, Any],
     order: np.ndarray[Any, Any],
+    added: np.ndarray[Any, Any],
     factor: np.ndarray[Any, Any],
     start: int,
     code_min: float,
     code_max: float,
 ) -> None:
-    """Quantize a block of columns one after the other, each error spread over the columns after it in the block.
+    """Quantize a block of columns one after the other, each answering the errors of all before it.
 
     Everything is transposed: a column depends on all before it, rows on nothing, so rows lie side by side in memory
     and go through the vector units together.
 
     Args:
         begin, end: the rows to do.
-        weight: ``[columns, rows]``, columns in the order they are solved; only read.
+        errors: ``[columns, rows]``, columns in the order they are solved. The weights of this block, which their errors
+            ``w - ŵ`` take the place of.
+        carried: ``[block, rows]``, sums of the errors before this block, each times its entry of the factor.
         scales, zeros: ``[groups, rows]``, groups in the columns' own order.
         codes: int8 ``[columns, rows]`` in the columns' own order; those of this block are filled.
-        errors: ``[block, rows]``, filled with each column's error over its diagonal entry, for the columns beyond.
-        loss: ``[rows]``, to which the squares of these are added.
+        loss: ``[rows]``, to which this block's part of the form is added.
         order: int64 ``[columns]``, the own place of each column.
-        factor: ``[block, block]``, the diagonal block of the upper factor of the inverse Hessian.
+        added: ``[columns]``, in their own order, what of the Hessian's diagonal is damping; not part of the loss.
+        factor: ``[block, block]``, the diagonal block of the Hessian's upper factor.
         start: first column of the block.
         code_min, code_max: range of codes.
     """
     block = factor.shape[0]
-    size = weight.shape[0] // scales.shape[0]
-    tile = np.zeros((block, _TILE_ROWS), weight.dtype)
-    error = np.zeros((_PANEL, _TILE_ROWS), weight.dtype)
-    level = np.zeros(_TILE_ROWS, weight.dtype)
-    lowest, highest = weight.dtype.type(code_min), weight.dtype.type(code_max)
+    size = errors.shape[0] // scales.shape[0]
+    tile = np.zeros((block, _TILE_ROWS), errors.dtype)
+    error = np.zeros((_PANEL, _TILE_ROWS), errors.dtype)
+    level = np.zeros(_TILE_ROWS, errors.dtype)
+    lowest, highest = errors.dtype.type(code_min), errors.dtype.type(code_max)
     # Lines are taken out of their matrices first: in an index that is a sum the compiler must allow for a negative one,
     # and gives up on vectors. For the same reason no loop touches more than four of them: any two could overlap.
     for top in range(begin, end, _TILE_ROWS):
         bottom = min(top + _TILE_ROWS, end)
         height = bottom - top
         for column in range(block):
-            line, source = tile[column], weight[start + column, top:bottom]
+            line, source = tile[column], carried[column, top:bottom]
             for row in range(height):
                 line[row] = source[row]
         for panel in range(0, block, _PANEL):
             after = min(panel + _PANEL, block)
             for column in range(panel, after):
                 place = order[start + column]
-                line, wrong = tile[column], error[column - panel]
+                line, wrong, value = tile[column], error[column - panel], errors[start + column, top:bottom]
                 step, origin = scales[place // size, top:bottom], zeros[place // size, top:bottom]
-                inverse = 1 / factor[column, column]
+                pivot, damping = factor[column, column], added[place]
+                inverse = 1 / pivot
+                for row in range(height):
+                    line[row] = line[row] * inverse + value[row]
                 for row in range(height):
                     level[row] = min(max(np.rint(line[row] / step[row]) + origin[row], lowest), highest)
                 stored = codes[place, top:bottom]
@@ -224,16 +243,18 @@ def solve_columns(
                 for row in range(height):
                     level[row] = (level[row] - origin[row]) * step[row]
                 for row in range(height):
-                    wrong[row] = (line[row] - level[row]) * inverse
-                passed, total = errors[column, top:bottom], loss[top:bottom]
+                    wrong[row] = value[row] - level[row]
                 for row in range(height):
-                    passed[row] = wrong[row]
+                    level[row] = (line[row] - level[row]) * pivot
+                total = loss[top:bottom]
                 for row in range(height):
-                    total[row] += wrong[row] * wrong[row]
+                    total[row] += level[row] * level[row] - damping * wrong[row] * wrong[row]
+                for row in range(height):
+                    value[row] = wrong[row]
                 for later in range(column + 1, after):
                     line, share = tile[later], factor[column, later]
                     for row in range(height):
-                        line[row] -= wrong[row] * share
+                        line[row] += wrong[row] * share
             # A short last panel has nothing after it. The others pass their four errors on together, which loads and
             # stores every later value once instead of four times.
             e0, e1, e2, e3 = error[0], error[1], error[2], error[3]
@@ -242,7 +263,7 @@ def solve_columns(
                 s0, s1 = factor[panel, later], factor[panel + 1, later]
                 s2, s3 = factor[panel + 2, later], factor[panel + 3, later]
                 for row in range(height):
-                    line[row] -= e0[row] * s0 + e1[row] * s1 + e2[row] * s2 + e3[row] * s3
+                    line[row] += e0[row] * s0 + e1[row] * s1 + e2[row] * s2 + e3[row] * s3
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -311,6 +332,6 @@ def load_kernels() -> None:
     codes, index = np.zeros((1, 1), np.int8), np.zeros(1, np.int64)
     best_candidates(0, 0, one[None], one[None], one[None], index[None], one, 1, 0.0, 0.0)
     transpose_in_order(0, 0, one, index, one)
-    solve_columns(0, 0, one, one, one, codes, one, line, index, one, 0, 0.0, 0.0)
+    solve_columns(0, 0, one, one, one, one, codes, line, index, line, one, 0, 0.0, 0.0)
     weighted_squares(0, 0, one, codes, one, one, line, line)
     descend_columns(0, 0, one, one, codes, line, one, 0.0, 0.0)

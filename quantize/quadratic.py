@@ -24,20 +24,22 @@ def quadratic_form(weight: torch.Tensor, hessian: torch.Tensor) -> float:
     rows, columns = weight.shape
     height = max(1, _WEIGHTS_AT_ONCE // columns)
     total = 0.0
-    for start in range(0, columns, _PANEL_COLUMNS):
-        stop = start + _PANEL_COLUMNS
-        # The matrix is symmetric: what lies above this diagonal tile counts twice, what lies below not at all.
-        panel = hessian[:stop, start:stop].clone()
-        panel[:start] *= 2
-        for top in range(0, rows, height):
-            part = weight[top : top + height, :stop].to(panel.dtype)
+    for top in range(0, rows, height):
+        part = weight[top : top + height].to(hessian.dtype)
+        energy = part.new_zeros(len(part))
+        for start in range(0, columns, _PANEL_COLUMNS):
+            panel = slice(start, start + _PANEL_COLUMNS)
+            own = part[:, panel]
             with bfloat16_products():
-                product = part @ panel
-            total += float(product.mul_(part[:, start:]).sum(dtype=torch.float64))
+                product = own @ hessian[panel, panel]
+                # The matrix is symmetric: what lies above its diagonal tiles counts twice, what lies below not at all.
+                product.addmm_(part[:, :start], hessian[:start, panel], alpha=2)
+            energy += product.mul_(own).sum(-1)
+        total += float(energy.sum(dtype=torch.float64))
     return total
 
 
 def quadratic_nbytes(rows: int, columns: int) -> int:
     """Peak bytes of :func:`quadratic_form` in float32 beside its arguments."""
-    height = max(1, _WEIGHTS_AT_ONCE // columns)
-    return _PANEL_COLUMNS * 4 * (columns + height) + min(rows, height) * columns * 4
+    height = min(rows, max(1, _WEIGHTS_AT_ONCE // columns))
+    return 4 * height * (columns + _PANEL_COLUMNS)

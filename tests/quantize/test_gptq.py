@@ -247,12 +247,12 @@ def test_threads_change_nothing() -> None:
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            codes, errors = torch.empty((columns, 333), dtype=torch.int8), torch.empty((columns, 333))
+            codes, errors = torch.empty((columns, 333), dtype=torch.int8), work.clone()
             loss = torch.zeros(333)
             scale = scales.scale.T.contiguous()
-            zero = torch.zeros_like(scale)
-            factor = prepared.factor.contiguous()
-            over_rows(solve_columns, 333, work, scale, zero, codes, errors, loss, prepared.order, factor, 0, -8.0, 7.0)
+            zero, carried = torch.zeros_like(scale), torch.zeros_like(errors)
+            arguments = errors, carried, scale, zero, codes, loss, prepared.order, prepared.added, prepared.factor
+            over_rows(solve_columns, 333, *arguments, 0, -8.0, 7.0)
             results.append((codes, errors, loss))
     finally:
         torch.set_num_threads(before)
