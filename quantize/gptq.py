@@ -1,11 +1,12 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounding column by column, each error corrected by the columns after.
 
-With the Hessian ``H = R Rᵀ`` of the linear's inputs, ``R`` upper triangular, the squared error of the output is
-``‖(W - Ŵ) R‖²``, and column ``k`` of that is zero for ``ŵ_k = w_k + Σ_{j<k} (w_j - ŵ_j) R[j, k] / R[k, k]``, which is
-what gets rounded. The paper has the same numbers from ``R⁻¹``, the factor of ``H⁻¹``, and moves the columns to come
-after each one; without the inverse (as in LDLQ, Chee et al. 2023, arXiv 2307.13304) it is a third of the preparation.
-Columns go in order of falling diagonal (act-order); scales are chosen before, on the columns in their own order (static
-groups), so the result needs no column index and every kernel can read it.
+With the Hessian ``H = L Lᵀ`` of the linear's inputs, ``L`` lower triangular, the squared error of the output is
+``‖(W - Ŵ) L‖²``. Columns are solved from the last to the first: column ``k`` of that product is zero for
+``ŵ_k = w_k + Σ_{j>k} (w_j - ŵ_j) L[j, k] / L[k, k]``, which is what gets rounded. The paper has the same numbers from
+the factor of ``H⁻¹``, and moves the columns to come after each one; without the inverse (as in LDLQ, Chee et al. 2023,
+arXiv 2307.13304) there is much less to prepare. Columns go in order of falling diagonal (act-order); scales are chosen
+before, on the columns in their own order (static groups), so the result needs no column index and every kernel can read
+it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.damping import with_damping
-from llmconvert.quantize.factorize import mirror_lower_, permute_, upper_factor_
+from llmconvert.quantize.factorize import lower_factor_, lower_factor_nbytes, mirror_upper_, permute_
 from llmconvert.quantize.kernels import solve_columns, transpose_in_order, weighted_squares
 from llmconvert.quantize.quadratic import quadratic_form, quadratic_nbytes
 from llmconvert.quantize.refine import refine, refine_nbytes
@@ -40,8 +41,8 @@ class Prepared:
     """What all linears with the same inputs share.
 
     Attributes:
-        order: int64 ``[columns]``, columns by falling diagonal.
-        factor: ``[columns, columns]``, upper triangular ``R`` of the damped Hessian in that order; below its diagonal
+        order: int64 ``[columns]``, columns by rising diagonal: the last is solved first.
+        factor: ``[columns, columns]``, lower triangular ``L`` of the damped Hessian in that order; above its diagonal
             lies what the Hessian has there.
         diagonal: of the Hessian without damping, in the columns' own order.
         added: to this diagonal before it was factorized.
@@ -60,8 +61,8 @@ class Prepared:
         It takes the place of the factor. A column without any input has only the damping.
         """
         matrix, ridge = self.factor, self.added - (self.diagonal == 0).to(self.added)
-        # Only the upper triangle was overwritten.
-        mirror_lower_(matrix)
+        # Only the lower triangle was overwritten.
+        mirror_upper_(matrix)
         matrix.diagonal().copy_((self.diagonal + ridge)[self.order])
         permute_(matrix, torch.argsort(self.order))
         return matrix, ridge
@@ -128,7 +129,8 @@ class Gptq:
         work = at_once * 8 + at_once // columns * min(self.block, columns) * 4 + candidates
         if self.sweeps:
             work = max(work, at_once * 4 + refine_nbytes(at_once // columns, columns))
-        return max(quadratic_nbytes(rows, columns), rows * columns * 4, rows * columns * 3 + work)
+        prepared = lower_factor_nbytes(columns)
+        return max(quadratic_nbytes(rows, columns), prepared, rows * columns * 4, rows * columns * 3 + work)
 
     def prepare(self, name: str, hessian: Hessian) -> Prepared:
         """Order the columns and factorize the Hessian, in its own memory.
@@ -143,18 +145,18 @@ class Gptq:
         """
         matrix = hessian.matrix.to(self.dtype)
         original = matrix.diagonal().clone()
-        order = torch.argsort(original, descending=True, stable=True)
+        order = torch.argsort(original, descending=True, stable=True).flip(0)
         permute_(matrix, order)
         diagonal = original[order]
         diagonal[diagonal == 0] = 1
 
         def factorize(damping: float) -> Prepared | None:
             matrix.diagonal().copy_(diagonal + damping * diagonal.mean())
-            if upper_factor_(matrix):
+            if lower_factor_(matrix):
                 added = damping * diagonal.mean() + (original == 0)
                 return Prepared(order, matrix, original, added, damping)
-            # Factorizing changed only the upper triangle; the lower one still holds the matrix.
-            mirror_lower_(matrix)
+            # Factorizing changed only the lower triangle; the upper one still holds the matrix.
+            mirror_upper_(matrix)
             return None
 
         return with_damping(name, hessian, self.damping, factorize)
@@ -170,11 +172,10 @@ class Gptq:
         loss = torch.zeros(rows, dtype=self.dtype, device=weight.device)
         scale = scales.scale.T.to(self.dtype).contiguous()
         zero = torch.zeros_like(scale) if scales.zero is None else scales.zero.T.to(self.dtype).contiguous()
-        for start in range(0, columns, self.block):
-            stop = min(start + self.block, columns)
-            factor = prepared.factor[:stop, start:stop]
-            carried = factor[:start].T @ errors[:start]
-            within = factor[start:].contiguous()
+        for start in reversed(range(0, columns, self.block)):
+            stop = start + self.block
+            carried = prepared.factor[stop:, start:stop].T @ errors[stop:]
+            within = prepared.factor[start:stop, start:stop].contiguous()
             order, added = prepared.order, prepared.added
             _solve_block(errors, carried, scale, zero, codes, loss, order, added, within, start, scheme)
         del errors
@@ -290,7 +291,7 @@ def _solve_block_plain(
 ) -> None:
     """What the kernel does, in torch, for any device."""
     size = errors.shape[0] // scale.shape[0]
-    for column in range(len(factor)):
+    for column in reversed(range(len(factor))):
         place, pivot = int(order[start + column]), factor[column, column]
         step, origin, value = scale[place // size], zero[place // size], errors[start + column]
         wanted = value + carried[column] / pivot
@@ -299,4 +300,4 @@ def _solve_block_plain(
         level = (code - origin) * step
         value -= level
         loss += ((wanted - level) * pivot).square() - added[place] * value.square()
-        carried[column + 1 :].addr_(factor[column, column + 1 :], value)
+        carried[:column].addr_(factor[column, :column], value)

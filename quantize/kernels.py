@@ -191,22 +191,23 @@ def solve_columns(
     code_min: float,
     code_max: float,
 ) -> None:
-    """Quantize a block of columns one after the other, each answering the errors of all before it.
+    """Quantize a block of columns, the last one first, each answering the errors of all that were solved before it.
 
     Everything is transposed: a column depends on all before it, rows on nothing, so rows lie side by side in memory
     and go through the vector units together.
 
     Args:
         begin, end: the rows to do.
-        errors: ``[columns, rows]``, columns in the order they are solved. The weights of this block, which their errors
+        errors: ``[columns, rows]``, columns in the factor's order. The weights of this block, which their errors
             ``w - ŵ`` take the place of.
-        carried: ``[block, rows]``, sums of the errors before this block, each times its entry of the factor.
+        carried: ``[block, rows]``, sums of the errors of the columns behind this block, each times its entry of the
+            factor.
         scales, zeros: ``[groups, rows]``, groups in the columns' own order.
         codes: int8 ``[columns, rows]`` in the columns' own order; those of this block are filled.
         loss: ``[rows]``, to which this block's part of the form is added.
         order: int64 ``[columns]``, the own place of each column.
         added: ``[columns]``, in their own order, what of the Hessian's diagonal is damping; not part of the loss.
-        factor: ``[block, block]``, the diagonal block of the Hessian's upper factor.
+        factor: ``[block, block]``, the diagonal block of the Hessian's lower factor.
         start: first column of the block.
         code_min, code_max: range of codes.
     """
@@ -225,11 +226,11 @@ def solve_columns(
             line, source = tile[column], carried[column, top:bottom]
             for row in range(height):
                 line[row] = source[row]
-        for panel in range(0, block, _PANEL):
-            after = min(panel + _PANEL, block)
-            for column in range(panel, after):
+        for panel in range(block, 0, -_PANEL):
+            first = max(panel - _PANEL, 0)
+            for column in range(panel - 1, first - 1, -1):
                 place = order[start + column]
-                line, wrong, value = tile[column], error[column - panel], errors[start + column, top:bottom]
+                line, wrong, value = tile[column], error[panel - 1 - column], errors[start + column, top:bottom]
                 step, origin = scales[place // size, top:bottom], zeros[place // size, top:bottom]
                 pivot, damping = factor[column, column], added[place]
                 inverse = 1 / pivot
@@ -251,17 +252,17 @@ def solve_columns(
                     total[row] += level[row] * level[row] - damping * wrong[row] * wrong[row]
                 for row in range(height):
                     value[row] = wrong[row]
-                for later in range(column + 1, after):
+                for later in range(first, column):
                     line, share = tile[later], factor[column, later]
                     for row in range(height):
                         line[row] += wrong[row] * share
             # A short last panel has nothing after it. The others pass their four errors on together, which loads and
             # stores every later value once instead of four times.
             e0, e1, e2, e3 = error[0], error[1], error[2], error[3]
-            for later in range(after, block):
+            for later in range(first):
                 line = tile[later]
-                s0, s1 = factor[panel, later], factor[panel + 1, later]
-                s2, s3 = factor[panel + 2, later], factor[panel + 3, later]
+                s0, s1 = factor[panel - 1, later], factor[panel - 2, later]
+                s2, s3 = factor[panel - 3, later], factor[panel - 4, later]
                 for row in range(height):
                     line[row] += e0[row] * s0 + e1[row] * s1 + e2[row] * s2 + e3[row] * s3
 

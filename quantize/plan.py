@@ -115,12 +115,12 @@ def work_nbytes(
 ) -> int:
     """Peak bytes of the statistics and the solution of the most demanding stop.
 
-    With ``n`` columns and ``r`` rows in all, GPTQ needs ``4 n²`` for the Hessian, which is permuted, factorized and
-    inverted in place, and beside it what :func:`~llmconvert.engine.statistics.hessian_nbytes` states for a chunk of
-    tokens or :meth:`~llmconvert.quantize.gptq.Gptq.nbytes` in ``r · n``; with the original's inputs too, another
-    ``4 n²`` and a chunk of those, and ``4 r n`` more and a chunk where the output adds to the residual stream. A
-    data-free method takes one linear at a time, whose weight is read for it, and a
-    block-wise one all linears of a block. A method that moves scales gathers the Hessians of all stops at once.
+    With ``n`` columns and ``r`` rows in all, GPTQ needs ``4 n²`` for the Hessian, which is permuted and factorized in
+    place, and beside it what :func:`~llmconvert.engine.statistics.hessian_nbytes` states for a chunk of tokens or
+    :meth:`~llmconvert.quantize.gptq.Gptq.nbytes` in ``r · n``; with the original's inputs too, another ``4 n²`` and a
+    chunk of those, and ``4 r n`` more and a chunk where the output adds to the residual stream. A data-free method
+    takes one linear at a time, whose weight is read for it, and a block-wise one all linears of a block. A method that
+    moves scales gathers the Hessians of all stops at once.
     """
     linears = {name: module for block in skeleton.linears for name, module in block.items()}
     needs = [0]

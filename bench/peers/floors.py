@@ -8,10 +8,10 @@ cache, copying in memory, and writing with fsync. A floor is operations over rat
 on this machine with these kernels, unless it does less.
 
 Counted, with ``T`` tokens, windows of ``L``, linears of ``r × n`` and ``n`` columns per stop: forward ``2 T r n`` per
-linear and ``2 T L heads · head_dim`` for causal attention; Hessians ``T n²`` (one triangle); solving ``2/3 n³`` per
-stop (factor and its inverse), ``r n²`` per linear to carry errors on, ``r n²`` for the output's energy (one triangle),
-and eight operations per weight and scale candidate. Where bfloat16 operands would do but are not asked for (Hessians,
-energy), or float32 where it is faster (forward), the faster of the two rates counts.
+linear and ``2 T L heads · head_dim`` for causal attention; Hessians ``T n²`` (one triangle); solving ``1/3 n³`` per
+stop (the factor), ``r n²`` per linear to carry errors on, ``r n²`` for the output's energy (one triangle), and eight
+operations per weight and scale candidate. Where bfloat16 operands would do but are not asked for (Hessians, energy), or
+float32 where it is faster (forward), the faster of the two rates counts.
 """
 
 from __future__ import annotations
@@ -122,8 +122,7 @@ def count_products(skeleton: Skeleton, plans: tuple[BlockPlan, ...], windows: in
             n = stop.columns
             rows = sum(linears[name].out_features for name in stop.linears)
             products.append(Product("Hessians", n, _HESSIAN_ROWS, n, _EITHER, tokens * n * n))
-            factor = 2 / 3 * n**3
-            products.append(Product("solving", n, 256, n, "float32", factor))
+            products.append(Product("solving", n, 256, n, "float32", n**3 / 3))
             candidates = math.ceil(gptq.scale_steps / gptq.scale_stride) + 2 * (gptq.scale_stride - 1)
             carry = rows * n * n + _CANDIDATE_OPERATIONS * candidates * rows * n
             products.append(Product("solving", rows, gptq.block, n, "float32", carry))

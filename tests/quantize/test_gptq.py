@@ -167,8 +167,8 @@ def test_stacked_linears_get_what_they_get_alone(name: str) -> None:
 
 def test_linears_of_different_schemes_share_a_factorization(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    factorize: Callable[[torch.Tensor], bool] = gptq_module.upper_factor_
-    monkeypatch.setattr(gptq_module, "upper_factor_", lambda matrix: calls.append(len(matrix)) or factorize(matrix))
+    factorize: Callable[[torch.Tensor], bool] = gptq_module.lower_factor_
+    monkeypatch.setattr(gptq_module, "lower_factor_", lambda matrix: calls.append(len(matrix)) or factorize(matrix))
     hessian = hessian_of(random_inputs(400, 128), torch.float64)
     names = ["w4a16-g32", "w8a16-channel", "w4a16-g32"]
     targets = [Target(f"l{i}", random_weight(16, 128, i).double(), Scheme.parse(name)) for i, name in enumerate(names)]
