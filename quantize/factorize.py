@@ -43,9 +43,9 @@ def lower_factor_(matrix: torch.Tensor) -> bool:
 
 
 def lower_factor_nbytes(columns: int) -> int:
-    """Peak bytes of :func:`lower_factor_` in float32 beside the matrix."""
+    """Peak bytes of :func:`lower_factor_` in float32 beside the matrix: a factor, and what is below it twice."""
     panel = min(columns, _PANEL)
-    return 4 * panel * max(panel, 2 * (columns - panel))
+    return 4 * panel * (panel + 2 * (columns - panel))
 
 
 def mirror_upper_(matrix: torch.Tensor) -> None:

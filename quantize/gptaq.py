@@ -41,7 +41,7 @@ class Gptaq:
     """
 
     strength: float = 1.0
-    residual: float = 0.5
+    residual: float = 0.75
     shift_damping: float = 0.3
     damping: float = 0.1
     block: int = 128
