@@ -18,15 +18,18 @@ __all__ = ["Scratch", "WideLinear", "all_finite", "bfloat16_products", "compute_
 
 #: What transformers knows :func:`_wide_attention` by.
 _WIDE_ATTENTION = "llmconvert_float32"
+#: Measured on two cores: 2.5 to 2.7 times as fast as :class:`WideLinear` with AVX-512 BF16 alone (EPYC).
+_BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What to multiply in: bfloat16 where the device is faster in it than in float32 (GPUs, processors with AMX)."""
+    """What to multiply in: bfloat16 where the device has instructions for it (GPUs, AMX, AVX-512 BF16), or float32."""
     if device.type != "cpu":
         return torch.bfloat16
-    # Present since torch 2.12; without AMX, processors convert bfloat16 on the way and gain nothing.
+    # Present since torch 2.12. Other processors convert bfloat16 on the way and gain nothing.
     capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    return torch.bfloat16 if capabilities().get("amx_bf16") else torch.float32
+    found = capabilities()
+    return torch.bfloat16 if any(map(found.get, _BFLOAT16_INSTRUCTIONS)) else torch.float32
 
 
 class Scratch:
@@ -49,7 +52,7 @@ class WideLinear(nn.Linear):
 
     Products of 16-bit values are exact in float32 and summed in it by either kernel: the result is that of a 16-bit
     product but for the order of its sums, which changes the last bit of about one output in ten thousand. On processors
-    without AMX it takes little more than half the time.
+    without instructions for bfloat16 it takes little more than half the time.
     """
 
     scratch: Scratch

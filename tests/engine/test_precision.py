@@ -14,7 +14,7 @@ from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine import skeleton as skeleton_module
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.memory import activation_nbytes
-from llmconvert.engine.precision import Scratch, WideLinear, _wide_attention, all_finite
+from llmconvert.engine.precision import Scratch, WideLinear, _wide_attention, all_finite, compute_dtype
 from llmconvert.engine.skeleton import Skeleton
 
 CPU = torch.device("cpu")
@@ -58,6 +58,23 @@ def test_gradients_are_those_of_float32() -> None:
     ((middle.float() @ weight.T + bias).bfloat16()).float().square().sum().backward()
     assert found is not None and weight.grad is not None
     assert torch.allclose(found.float(), weight.grad, rtol=0.02, atol=0.02 * float(weight.grad.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_f": True, "amx_bf16": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_bfloat16_is_for_processors_with_instructions_for_it(
+    capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert compute_dtype(CPU) == expected
+    assert compute_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 @pytest.mark.parametrize(("compute", "wide"), [(torch.float32, True), (torch.bfloat16, False)])
