@@ -172,11 +172,11 @@ class Gptq:
         loss = torch.zeros(rows, dtype=self.dtype, device=weight.device)
         scale = scales.scale.T.to(self.dtype).contiguous()
         zero = torch.zeros_like(scale) if scales.zero is None else scales.zero.T.to(self.dtype).contiguous()
+        order, added = prepared.order, prepared.added
         for start in reversed(range(0, columns, self.block)):
             stop = start + self.block
             carried = prepared.factor[stop:, start:stop].T @ errors[stop:]
             within = prepared.factor[start:stop, start:stop].contiguous()
-            order, added = prepared.order, prepared.added
             _solve_block(errors, carried, scale, zero, codes, loss, order, added, within, start, scheme)
         del errors
         tensor = QuantizedTensor(codes.T.contiguous(), scales.scale, scales.zero, scheme)

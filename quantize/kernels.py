@@ -193,7 +193,7 @@ def solve_columns(
 ) -> None:
     """Quantize a block of columns, the last one first, each answering the errors of all that were solved before it.
 
-    Everything is transposed: a column depends on all before it, rows on nothing, so rows lie side by side in memory
+    Everything is transposed: a column depends on all behind it, rows on nothing, so rows lie side by side in memory
     and go through the vector units together.
 
     Args:

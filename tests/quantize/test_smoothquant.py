@@ -60,11 +60,14 @@ def test_a_channel_without_inputs_is_left_alone() -> None:
 
 
 def integer_products(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What an int8 kernel gives: codes of both, multiplied as integers, and the scales afterwards."""
-    inputs, weight = inputs.double(), weight.double()
+    """What an int8 kernel gives: codes of both, multiplied as integers, and the scales afterwards.
+
+    Codes are found in float32, as everywhere: the largest value of a row lies half-way between two by construction, and
+    in another precision would fall to the other.
+    """
     token, row = inputs.abs().amax(1, keepdim=True) / 127.5, weight.abs().amax(1, keepdim=True) / 127.5
     left, right = ((part / scale).round().clamp(-128, 127).long() for part, scale in ((inputs, token), (weight, row)))
-    return (left @ right.T) * token * row.T
+    return (left @ right.T) * token.double() * row.double().T
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
@@ -88,8 +91,7 @@ def test_the_search_takes_the_strength_whose_integer_products_are_nearest(spread
     strengths = [SmoothQuant(step / 20).scales(edge, torch.float32) for step in range(21)]
     losses = [loss(scale) for scale in (torch.ones(COLUMNS), *strengths)]
     found = SmoothQuant().scales(edge, torch.float32)
-    # Codes on the edge between two fall one way or the other by processor; neighbours of the best are as near as this.
-    assert loss(found) == pytest.approx(min(losses), rel=0.01)
+    assert loss(found) == pytest.approx(min(losses), rel=1e-3)
     assert min(losses) < 0.9 * max(losses)
 
 
