@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import torch
 
+from llmconvert.engine.rows import over_rows
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.damping import with_damping
@@ -25,7 +26,6 @@ from llmconvert.quantize.factorize import lower_factor_, lower_factor_nbytes, mi
 from llmconvert.quantize.kernels import solve_columns, transpose_in_order, weighted_squares
 from llmconvert.quantize.quadratic import quadratic_form, quadratic_nbytes
 from llmconvert.quantize.refine import refine, refine_nbytes
-from llmconvert.quantize.rows import over_rows
 from llmconvert.quantize.scales import GroupScales, search_scales
 from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from llmconvert.engine.rows import over_rows
 from llmconvert.quantize.kernels import descend_columns
-from llmconvert.quantize.rows import over_rows
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 

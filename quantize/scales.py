@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from llmconvert.engine.rows import over_rows
 from llmconvert.errors import CheckpointError
 from llmconvert.quantize.codes import largest_value
 from llmconvert.quantize.kernels import best_candidates
-from llmconvert.quantize.rows import over_rows
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = ["GroupScales", "full_range_scales", "search_scales"]

@@ -19,6 +19,7 @@ import torch
 
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.discovery import BlockPlan, Stop
+from llmconvert.engine.dot_products import load_dot_products
 from llmconvert.engine.edges import Edge
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, states_present
@@ -127,6 +128,7 @@ class CalibratedSteps:
         if self.skeleton.device.type == "cpu":
             with self.phases.measure("loading kernels"):
                 load_kernels()
+                load_dot_products()
         with ExitStack() as stack:
             states, stream = self._stream(stack, self.skeleton, work, _STREAMS[0], done)
             kept, original = [states], None

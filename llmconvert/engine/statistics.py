@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import torch
 
+from llmconvert.engine.dot_products import LANES, add_products, pack_pairs, use_dot_products
 from llmconvert.engine.precision import all_finite, bfloat16_products
 from llmconvert.errors import CalibrationError
 
 __all__ = ["Arrival", "Hessian", "HessianSum", "accumulate_hessian", "hessian_nbytes"]
 
-# Enough rows per product to amortize reading and writing the accumulator; few enough to stay in cache.
+# Enough rows per product to amortize reading and writing the accumulator; few enough to stay in cache. Even.
 _CHUNK_TOKENS = 2048
 # Only tiles on and above the diagonal are multiplied; smaller tiles save more work but multiply more slowly.
 _TILE = 256
@@ -53,8 +54,9 @@ class Hessian:
 class HessianSum:
     """A Hessian in the making, batch after batch; several can be filled in one pass.
 
-    Batches are joined to chunks of about ``_CHUNK_TOKENS`` rows, by the same rule whatever made them, in float32 memory
-    that every chunk uses again: made anew, each would find its place taken by what the batches have come to hold.
+    Batches are joined to chunks of about ``_CHUNK_TOKENS`` rows, by the same rule whatever made them, in memory that
+    every chunk uses again: made anew, each would find its place taken by what the batches have come to hold. It is
+    float32, or bfloat16 where all values are and the processor's dot products of these are the fastest.
 
     Args:
         name: of the linear, for errors.
@@ -71,8 +73,10 @@ class HessianSum:
         self._total = torch.zeros((columns, columns), dtype=torch.float32, device=device)
         self._cross = torch.zeros_like(self._total) if original else None
         self._drift = torch.zeros((drift, columns), dtype=torch.float32, device=device) if drift else None
-        width = columns * (2 if original else 1) + drift
-        self._buffer = torch.empty((_CHUNK_TOKENS, width), dtype=torch.float32, device=device)
+        self._width = columns * (2 if original else 1) + drift
+        self._buffer = torch.empty(0, device=device)
+        self._packed = torch.empty(0, dtype=torch.int32)
+        self._pairs = device.type == "cpu" and _paired(columns, drift)
         self._count = self._tokens = self._batches = 0
         #: Whether all are bfloat16 values on a CPU.
         self._exact = device.type == "cpu"
@@ -93,7 +97,9 @@ class HessianSum:
                     "weights before it may be damaged, or need a wider dtype (bfloat16 or float32)"
                 )
         self._batches += 1
-        self._exact = self._exact and all(part.dtype == torch.bfloat16 for part in parts)
+        halves = all(part.dtype == torch.bfloat16 for part in parts)
+        self._exact = self._exact and halves
+        self._make_room(torch.bfloat16 if halves and self._pairs else torch.float32)
         for pieces in zip(*(part.split(_CHUNK_TOKENS) for part in parts), strict=True):
             rows = len(pieces[0])
             if self._count + rows > _CHUNK_TOKENS:
@@ -113,7 +119,7 @@ class HessianSum:
             CalibrationError: no token reached the linear, or squares are too large.
         """
         self._flush()
-        del self._buffer
+        del self._buffer, self._packed
         if self._tokens == 0:
             raise CalibrationError(
                 f"{self._name}: no calibration token reached this linear; use more or other calibration text, "
@@ -140,21 +146,48 @@ class HessianSum:
         originals = self._columns * (1 if self._cross is None else 2)
         return self._buffer[start:stop].tensor_split((self._columns, originals), dim=1)
 
+    def _make_room(self, dtype: torch.dtype) -> None:
+        """A buffer of this dtype; what is in one of another is multiplied first."""
+        if len(self._buffer) and self._buffer.dtype == dtype:
+            return
+        self._flush()
+        self._buffer = torch.empty((_CHUNK_TOKENS, self._width), dtype=dtype, device=self._buffer.device)
+        pairs = self._buffer.numel() // 2 if dtype == torch.bfloat16 else 0
+        self._packed = torch.empty(pairs, dtype=torch.int32)
+
     def _flush(self) -> None:
         if self._count == 0:
             return
-        rows, originals, differences = self._parts(0, self._count)
         # Differences are rounded where bfloat16 is what products take; they are small, and no more exact than that.
-        with bfloat16_products(enabled=self._exact):
-            for start in range(0, self._columns, _TILE):  # the upper triangle, in whole tiles
-                left = rows[:, start : start + _TILE]
-                self._total[start : start + _TILE, start:].addmm_(left.T, rows[:, start:])
-            if self._cross is not None:
-                self._cross.addmm_(originals.T, rows)
-            if self._drift is not None:
-                self._drift.addmm_(differences.T, rows)
+        if self._buffer.dtype == torch.bfloat16:
+            self._add_pairs()
+        else:
+            with bfloat16_products(enabled=self._exact):
+                self._add_rows()
         self._tokens += self._count
         self._count = 0
+
+    def _add_rows(self) -> None:
+        rows, originals, differences = self._parts(0, self._count)
+        for start in range(0, self._columns, _TILE):  # the upper triangle, in whole tiles
+            left = rows[:, start : start + _TILE]
+            self._total[start : start + _TILE, start:].addmm_(left.T, rows[:, start:])
+        if self._cross is not None:
+            self._cross.addmm_(originals.T, rows)
+        if self._drift is not None:
+            self._drift.addmm_(differences.T, rows)
+
+    def _add_pairs(self) -> None:
+        end = self._count + self._count % 2
+        self._buffer[self._count : end] = 0
+        lengths = [part.shape[1] * (end // 2) for part in self._parts(0, end)]
+        places = self._packed[: sum(lengths)].split(lengths)
+        rows, originals, differences = map(pack_pairs, self._parts(0, end), places)
+        add_products(self._total, rows, rows, upper=True)
+        if self._cross is not None:
+            add_products(self._cross, originals, rows)
+        if self._drift is not None:
+            add_products(self._drift, differences, rows)
 
 
 def accumulate_hessian(
@@ -189,7 +222,13 @@ def accumulate_hessian(
 def hessian_nbytes(columns: int, dtype: torch.dtype, *, original: bool = False, drift: int = 0) -> int:
     """Peak bytes of a :class:`HessianSum`: the matrix; a chunk of tokens in float32, and as it is multiplied.
 
-    With the inputs of the ``original`` model, all of that twice; and as much for differences of width ``drift``.
+    With the inputs of the ``original`` model, all of that twice; and as much for differences of width ``drift``. Chunks
+    kept in bfloat16 take less.
     """
     width = columns * (2 if original else 1) + drift
     return width * (4 * columns + _CHUNK_TOKENS * (dtype.itemsize + 4))
+
+
+def _paired(*widths: int) -> bool:
+    """Whether bfloat16 matrices of these widths are multiplied as they are."""
+    return use_dot_products() and not any(width % LANES for width in widths)

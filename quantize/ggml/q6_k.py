@@ -11,10 +11,10 @@ from typing import Any
 import numba
 import numpy as np
 
+from llmconvert.engine.rows import over_rows
 from llmconvert.quantize.ggml.blocks import Array, Blocks, block_importance
 from llmconvert.quantize.ggml.fit import FAST, best_step
 from llmconvert.quantize.ggml.super_blocks import SUPER_BLOCK
-from llmconvert.quantize.rows import over_rows
 
 __all__ = ["CODEC", "Q6_K"]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numba
 import numpy as np
 
+from llmconvert.engine.rows import over_rows
 from llmconvert.quantize.ggml.blocks import Array, Blocks
 from llmconvert.quantize.ggml.simple import BLOCK, half, step_weights
-from llmconvert.quantize.rows import over_rows
 
 __all__ = ["CODEC", "Q8_0"]
 

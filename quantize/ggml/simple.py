@@ -11,9 +11,9 @@ from typing import Any
 import numba
 import numpy as np
 
+from llmconvert.engine.rows import over_rows
 from llmconvert.quantize.ggml.blocks import Array, Blocks, block_importance
 from llmconvert.quantize.ggml.fit import CANDIDATES, best_affine, best_step
-from llmconvert.quantize.rows import over_rows
 
 __all__ = [
     "BLOCK",

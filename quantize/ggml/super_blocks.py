@@ -13,9 +13,9 @@ from typing import Any
 import numba
 import numpy as np
 
+from llmconvert.engine.rows import over_rows
 from llmconvert.quantize.ggml.blocks import Array, Blocks, block_importance
 from llmconvert.quantize.ggml.fit import FAST, best_affine
-from llmconvert.quantize.rows import over_rows
 
 __all__ = [
     "SUB_BLOCKS",

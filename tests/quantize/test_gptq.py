@@ -9,6 +9,7 @@ import pytest
 import torch
 from quantized import hessian_of, random_inputs, random_weight
 
+from llmconvert.engine.rows import over_rows
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import CalibrationError, CheckpointError
 from llmconvert.quantize import gptq as gptq_module
@@ -22,7 +23,6 @@ from llmconvert.quantize.kernels import (
     transpose_in_order,
     weighted_squares,
 )
-from llmconvert.quantize.rows import over_rows
 from llmconvert.quantize.scales import search_scales
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
