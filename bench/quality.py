@@ -7,6 +7,7 @@
 An entry is ``TOOL:SCHEME`` or ``TOOL(key=value,…):SCHEME``. The tool is one of our methods, or a peer whose interpreter
 ``--peer`` gives: ``llm-compressor-gptq``, ``llm-compressor-awq``, ``gptqmodel``, ``auto-round``, ``hqq-package`` or
 ``bitsandbytes``. A scheme is ``w4a16-g64`` and its like, ``nf4``, or for our methods a mean such as ``4.25bpw``.
+``+*.down_proj=w4a16-g32`` behind a scheme gives the layers of that name, in ours, another.
 ``--entries ours`` and ``--entries peers`` stand for the lists below. ``--artifact`` adds a finished artifact; with
 several models, ``MODEL/NAME=DIR``.
 
@@ -63,6 +64,7 @@ _LISTS: Mapping[str, tuple[str, ...]] = {
         "rtn:w4a16-g64",
         "awq:w4a16-g64-asym",
         "hqq:w4a16-g64-asym",
+        "hqq:w4a16-g64-asym+*.self_attn.*=w4a16-g32-asym+*.down_proj=w4a16-g32-asym",
         "rtn:llm.int8",
         "rtn:nf4",
         "rtn:nf4-dq",
@@ -91,7 +93,9 @@ _LISTS: Mapping[str, tuple[str, ...]] = {
         "auto-round(iters=50):w4a16-g64",
     ),
 }
-_ENTRY = re.compile(r"(?P<tool>[\w-]+)(?:\((?P<options>[^()]*)\))?:(?P<scheme>[\w.-]+)")
+_ENTRY = re.compile(
+    r"(?P<tool>[\w-]+)(?:\((?P<options>[^()]*)\))?:(?P<scheme>[\w.-]+)(?P<overrides>(?:\+[^+=\s]+=[\w.-]+)*)"
+)
 _WEIGHTS = re.compile(r"w(?P<bits>\d)a16-g(?P<group>\d+)(?:-(?P<symmetry>a?sym))?")
 _INT8 = "w8a8"
 
@@ -103,6 +107,7 @@ class Entry:
     tool: str
     scheme: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
     artifact: Path | None = None
 
     @classmethod
@@ -111,12 +116,14 @@ class Entry:
         if match is None:
             raise SystemExit(f"{text!r} is not TOOL:SCHEME or TOOL(key=value,…):SCHEME")
         pairs = [pair.partition("=") for pair in (match["options"] or "").split(",") if pair]
-        return cls(match["tool"], match["scheme"], {key.strip(): _value(value) for key, _, value in pairs})
+        settings = {key.strip(): _value(value) for key, _, value in pairs}
+        return cls(match["tool"], match["scheme"], settings, tuple(match["overrides"].split("+")[1:]))
 
     @property
     def name(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.tool}{f'({settings})' if settings else ''}{f':{self.scheme}' if self.scheme else ''}"
+        scheme = "+".join([self.scheme, *self.overrides])
+        return f"{self.tool}{f'({settings})' if settings else ''}{f':{scheme}' if scheme else ''}"
 
     @property
     def peer(self) -> bool:
@@ -269,6 +276,8 @@ class Bench:
             return []
         if entry.tool not in _PEERS:
             return self._ours(entry)
+        if entry.overrides:
+            raise SystemExit(f"{entry.name}: peers take one scheme for all layers")
         runner, own, environment = _PEERS[entry.tool]
         python = self._pythons.get(environment)
         if python is None:
@@ -288,6 +297,8 @@ class Bench:
         command = [sys.executable, str(_RUNNERS / "ours.py"), "--method", entry.tool]
         if entry.options:
             command += ["--options", json.dumps(dict(entry.options))]
+        for override in entry.overrides:
+            command += ["--override", override]
         if entry.scheme.endswith("bpw"):
             return [*command, "--bits-per-weight", entry.scheme.removesuffix("bpw")]
         if entry.scheme.startswith(("nf4", "llm.int8")):

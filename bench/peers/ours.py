@@ -2,7 +2,7 @@
 
     python bench/peers/ours.py --model DIR --ids FILE.npy --output DIR --report FILE.json
         [--method gptq] [--scheme w4a16-g64] [--format compressed-tensors] [--options JSON]
-        [--bits-per-weight 4.25]
+        [--bits-per-weight 4.25] [--override "*.down_proj=w4a16-g32-asym" …]
 
 Among the options, ``rotate`` is whether rotations are folded into the weights first.
 
@@ -26,6 +26,7 @@ from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.quantize.budget import Budget
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.mixed_precision import choose_schemes
+from llmconvert.quantize.plan import Override
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
 
@@ -37,13 +38,16 @@ def main() -> None:
     parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("--options", type=json.loads, default={}, help="the method's own settings, as JSON")
     parser.add_argument("--bits-per-weight", type=float, help="a budget instead of a scheme")
+    parser.add_argument("--override", action="append", default=[], metavar="PATTERN=SCHEME")
     options = parser.parse_args()
     rotate = options.options.pop("rotate", False)
     torch.set_num_threads(options.threads)
     windows = [torch.from_numpy(row).unsqueeze(0) for row in np.load(options.ids)]
     scheme = Scheme.parse(options.scheme or f"w{options.bits}a16-g{options.group_size}-sym")
     about: dict[str, Any] = {"method": options.method, "options": options.options, "format": options.format}
-    about |= {"scheme": scheme, "windows": windows}
+    pairs = [text.rpartition("=") for text in options.override]
+    overrides = [Override(pattern, Scheme.parse(text)) for pattern, _, text in pairs]
+    about |= {"scheme": scheme, "windows": windows, "overrides": overrides}
     begin = time.perf_counter()
     with SafetensorsCheckpoint(options.model) as original:
         source = rotate_checkpoint(original) if rotate else original

@@ -203,13 +203,12 @@ class _BlockRecorder:
 
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave)
-        for name, module in block.named_modules():
-            if name:
-                module.register_forward_pre_hook(self._entry_recorder(prefix + name))
+        modules = {prefix + name: module for name, module in block.named_modules() if name}
+        for name, module in modules.items():
+            module.register_forward_pre_hook(self._entry_recorder(name))
         for name in linears:
-            linear = block.get_submodule(name.removeprefix(prefix))
-            linear.register_forward_pre_hook(self._recorder(name))
-            linear.register_forward_hook(self._output_recorder(name))
+            modules[name].register_forward_pre_hook(self._recorder(name))
+            modules[name].register_forward_hook(self._output_recorder(name))
 
     def _entry_recorder(self, name: str) -> Any:
         return lambda module, args: self._tracker.sums.enter(name, args[0] if args else None)

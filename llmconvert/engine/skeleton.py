@@ -20,8 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.activations import InputKind, quantize_inputs_of
+from llmconvert.engine.attention import use_attention
+from llmconvert.engine.dot_products import use_dot_products
 from llmconvert.engine.names import map_names
-from llmconvert.engine.precision import Scratch, WideLinear, compute_dtype, widen_attention
+from llmconvert.engine.precision import Scratch, WideLinear, compute_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
 
 __all__ = ["BlockCall", "BlockSlot", "Gate", "Skeleton", "build_config"]
@@ -94,8 +96,9 @@ class Skeleton:
         checkpoint: where weights come from; dense (dequantize first).
         device: where blocks are put when loaded.
         dtype: of weights and activations; the checkpoint's own by default.
-        fast_products: let linears and attention multiply in float32 where the processor is slower in 16 bits; the last
-            bits of some of their outputs are then not those of the resident model.
+        fast_products: let linears and attention multiply in float32 where the processor is slower in 16 bits, and
+            attention in tiles where that is faster; the last bits of some of their outputs are then not those of the
+            resident model.
 
     Raises:
         UnsupportedError: the architecture is unknown to transformers, needs remote code, or has no list of decoder
@@ -128,7 +131,9 @@ class Skeleton:
         ]
         if fast_products and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:
             self._widen_products()
-            widen_attention(self.model)
+            use_attention(self.model, "float32")
+        elif fast_products and self.dtype == torch.bfloat16 and device.type == "cpu" and use_dot_products():
+            use_attention(self.model, "tiled")
         for index, slot in enumerate(self.slots):
             blocks[index] = slot
         stored = checkpoint.quantized_inputs

@@ -14,7 +14,7 @@ from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine import skeleton as skeleton_module
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.memory import activation_nbytes
-from llmconvert.engine.precision import Scratch, WideLinear, _wide_attention, all_finite, compute_dtype
+from llmconvert.engine.precision import Scratch, WideLinear, all_finite, compute_dtype
 from llmconvert.engine.skeleton import Skeleton
 
 CPU = torch.device("cpu")
@@ -107,48 +107,6 @@ def test_the_memory_that_linears_share_is_known(tiny: Tiny, monkeypatch: pytest.
     alive = max(block.peak_nbytes for block in windows)
     assert activation_nbytes(windows, skeleton, [48, 48], "replay") == alive + skeleton.product_nbytes(48)
     assert Skeleton(checkpoint, CPU).product_nbytes(48) == 0
-
-
-@pytest.mark.parametrize("mask", ["causal", "bool", "float"])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_attention_is_the_exact_one_rounded(mask: str, kv_heads: int) -> None:
-    torch.manual_seed(0)
-    module = nn.Module()
-    module.num_key_value_groups, module.is_causal = 4 // kv_heads, True
-    query, key, value = (torch.randn(1, heads, 33, 16).bfloat16() for heads in (4, kv_heads, kv_heads))
-    allowed = torch.ones(33, 33, dtype=torch.bool).tril()
-    if mask != "causal":
-        allowed = allowed.triu(-8)
-    given = {"causal": None, "bool": allowed[None, None], "float": torch.zeros(1, 1, 33, 33).bfloat16()}[mask]
-    if mask == "float":
-        given.masked_fill_(~allowed, torch.finfo(torch.bfloat16).min)
-    found, _ = _wide_attention(module, query, key, value, given, scaling=0.3)
-    wide_key, wide_value = (part.double().repeat_interleave(4 // kv_heads, 1) for part in (key, value))
-    scores = (0.3 * query.double() @ wide_key.mT).masked_fill(~allowed, -torch.inf)
-    exact = (scores.softmax(-1) @ wide_value).transpose(1, 2)
-    assert found.dtype == torch.bfloat16 and found.shape == (1, 33, 4, 16)
-    assert ((found.double() - exact).abs() <= exact.abs() * torch.finfo(torch.bfloat16).eps / 2 + 1e-5).all()
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "phi3", "gpt_neox", "gemma2", "opt"])
-def test_models_that_attend_by_sdpa_do_so_in_float32(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """And come nearer to what the model computes in float64; where nothing can be done, they run as before."""
-    monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: torch.float32)
-    checkpoint = SafetensorsCheckpoint(tiny(name, torch.bfloat16))
-    window = torch.randint(0, 100, (1, 48), generator=torch.Generator().manual_seed(1))
-    logits = []
-    for dtype, fast in ((torch.float64, False), (None, False), (None, True)):
-        skeleton = Skeleton(checkpoint, CPU, dtype, fast_products=fast)
-        skeleton.restore_buffers()
-        skeleton.load_outer(head=True)
-        for index in range(skeleton.block_count):
-            skeleton.load_block(index)
-        with torch.no_grad():
-            logits.append(skeleton.model(input_ids=window).logits.double())
-    kind = skeleton.model.config._attn_implementation
-    assert kind == ("eager" if name == "gemma2" else "llmconvert_float32")
-    plain, wide = ((other - logits[0]).norm() for other in logits[1:])
-    assert wide < 1.2 * plain
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

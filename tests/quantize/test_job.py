@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine import skeleton as skeleton_module
-from llmconvert.engine.precision import widen_attention
+from llmconvert.engine.attention import use_attention
 from llmconvert.engine.states import DiskStates
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import (
@@ -68,6 +68,7 @@ def test_the_artifact_computes_what_the_engine_saw(
     rounds the weights of attention to 16 bits, and is another rounding away.
     """
     monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: torch.float32 if fast else torch.bfloat16)
+    monkeypatch.setattr(skeleton_module, "use_dot_products", lambda: False)
     seen: dict[int, torch.Tensor] = {}
     put = DiskStates.put
 
@@ -90,7 +91,7 @@ def test_the_artifact_computes_what_the_engine_saw(
     if not fast:
         assert all(torch.equal(hidden, seen[batch]) for batch, hidden in enumerate(own))
         return
-    widen_attention(model)
+    use_attention(model, "float32")
     for roundings, entering in ((2, own), (1, entering_last_block(model))):
         for batch, hidden in enumerate(entering):
             difference = (hidden.float() - seen[batch].float()).abs()
