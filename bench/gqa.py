@@ -30,11 +30,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmconvert.checkpoint import SINGLE_NAME, SafetensorsCheckpoint
+from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.attention import read_geometry
 from llmconvert.convert.attention_weights import LayerWeights, config_with_kv_heads, layer_tensors, read_layer
 from llmconvert.convert.gqa_job import convert_attention
 from llmconvert.convert.heal import HealOptions, heal_attention
+from llmconvert.directory import SINGLE_NAME
 from llmconvert.writer import write_json, write_side_files
 
 LENGTH = 512

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from llmconvert.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, other_files, read_config, read_index
+from llmconvert.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
+from llmconvert.directory import other_files, read_config, read_index
 from llmconvert.errors import CheckpointError
 
 __all__ = ["PickleCheckpoint"]

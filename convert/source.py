@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llmconvert.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, SafetensorsCheckpoint
+from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
+from llmconvert.directory import INDEX_NAME, SINGLE_NAME
 from llmconvert.errors import SourceError
 from llmconvert.hub import fetch
 from llmconvert.progress import SILENT, Progress

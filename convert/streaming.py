@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmconvert.checkpoint import SINGLE_NAME, Checkpoint, CheckpointView, SafetensorsCheckpoint, other_files
+from llmconvert.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
+from llmconvert.directory import SINGLE_NAME, other_files
 from llmconvert.errors import CapacityError, CheckpointError, UsageError
 from llmconvert.hub import RemoteFile, RemoteModel, download_file, fetch_without_weights, hub_errors
 from llmconvert.journal import Journal

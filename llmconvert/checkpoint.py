@@ -15,7 +15,7 @@ import math
 import os
 import struct
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -23,26 +23,19 @@ from typing import Any, Literal, Self
 
 import torch
 
+from llmconvert.directory import INDEX_NAME, other_files, read_config, read_index, shard_names
 from llmconvert.errors import CheckpointError
 
 __all__ = [
     "DTYPE_NAMES",
-    "INDEX_NAME",
-    "SINGLE_NAME",
     "Checkpoint",
     "CheckpointView",
     "SafetensorsCheckpoint",
     "TensorInfo",
     "TensorSpec",
-    "is_weight_file",
-    "other_files",
-    "read_config",
     "read_header",
-    "read_index",
 ]
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 
 #: torch dtype of every safetensors dtype name that torch can hold.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -66,8 +59,6 @@ _MAX_HEADER_BYTES = 100_000_000
 # Linux moves at most 0x7ffff000 bytes per call; smaller reads also let a signal through now and then.
 _READ_CHUNK = 1 << 28
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt")
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -88,11 +79,6 @@ class TensorInfo(TensorSpec):
     """A tensor of a checkpoint: its spec, and the file it lies in."""
 
     shard: str
-
-
-def is_weight_file(name: str) -> bool:
-    """Whether a file of a model repository holds weights or describes where they lie (their index)."""
-    return name.endswith(_WEIGHT_SUFFIXES) or name.endswith((".safetensors.index.json", ".bin.index.json"))
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
@@ -146,6 +132,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         content = self.files[name]
         return content if isinstance(content, bytes) else content.read_bytes()
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Let the system read these tensors ahead where it can; returns at once, takes no memory of the process."""
+
     def close(self) -> None:
         """Release file descriptors. Reading afterwards is an error."""
 
@@ -170,6 +159,9 @@ class CheckpointView(Checkpoint):
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.base.read_rows(name, start, stop)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        self.base.prefetch(name for name in names if name in self.base)
 
     def close(self) -> None:
         self.base.close()
@@ -264,7 +256,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._extents: dict[str, _Extent] = {}
         self._fds: dict[str, int] = {}
         infos: dict[str, TensorInfo] = {}
-        for shard in _shard_names(self.directory):
+        for shard in shard_names(self.directory):
             shard_infos, offsets, _ = read_header(self.directory / shard)
             for name, info in shard_infos.items():
                 if name in infos:
@@ -315,6 +307,12 @@ class SafetensorsCheckpoint(Checkpoint):
         if nbytes > 0:  # zero would mean the rest of the file
             os.posix_fadvise(self._fds[extent.shard], extent.offset + offset, nbytes, os.POSIX_FADV_DONTNEED)
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        for name in names:
+            extent, nbytes = self._extents[name], self.infos[name].nbytes
+            if nbytes > 0:  # zero would mean the rest of the file
+                os.posix_fadvise(self._fds[extent.shard], extent.offset, nbytes, os.POSIX_FADV_WILLNEED)
+
     def close(self) -> None:
         while self._fds:
             os.close(self._fds.popitem()[1])
@@ -329,69 +327,6 @@ def _open_readonly(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a model directory."""
-    path = directory / "config.json"
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory")
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory}: has no config.json; a model directory in Hugging Face layout was expected"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(config).__name__}, expected an object")
-    return config
-
-
-def other_files(directory: Path) -> dict[str, Path]:
-    """Name → path of a model directory's files that are neither weights nor ``config.json`` nor hidden."""
-    paths = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    return {path.name: path for path in paths if path.name != "config.json" and not is_weight_file(path.name)}
-
-
-def read_index(directory: Path, name: str = INDEX_NAME) -> dict[str, str] | None:
-    """The index's tensor → shard map, or None without an index. Shard names are checked to stay in the directory."""
-    path = directory / name
-    try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        if not all(isinstance(text, str) for entry in weight_map.items() for text in entry):
-            raise TypeError("weight_map must map strings to strings")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is not an index of weight files: {error!r}") from error
-    for tensor, shard in weight_map.items():
-        if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
-            raise CheckpointError(f"{path}: tensor {tensor!r} is placed in {shard!r}, outside the model's directory")
-    return dict(weight_map)
-
-
-def _shard_names(directory: Path) -> list[str]:
-    weight_map = read_index(directory)
-    if weight_map is not None:
-        shards = sorted(set(weight_map.values()))
-        missing = [shard for shard in shards if not (directory / shard).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{directory / INDEX_NAME}: names {len(missing)} missing shard(s), first {missing[0]}; "
-                "the download is incomplete, fetch it again"
-            )
-        return shards
-    if (directory / SINGLE_NAME).is_file():
-        return [SINGLE_NAME]
-    pickles = sorted(path.name for path in directory.glob("*.bin"))
-    if pickles:
-        raise CheckpointError(
-            f"{directory}: only pickle weights ({pickles[0]}); they can run code when loaded. "
-            "Use a repository with safetensors, or --allow-pickle (loads with weights_only=True)"
-        )
-    raise CheckpointError(f"{directory}: neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
 def _check_index(directory: Path, infos: Mapping[str, TensorInfo]) -> None:

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from llmconvert.checkpoint import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME, TensorSpec
+from llmconvert.checkpoint import DTYPE_NAMES, TensorSpec
+from llmconvert.directory import INDEX_NAME, SINGLE_NAME
 from llmconvert.errors import CapacityError, OutputError
 
 __all__ = [

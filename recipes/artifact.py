@@ -19,9 +19,10 @@ from typing import Any
 
 import yaml
 
-from llmconvert.checkpoint import Checkpoint, is_weight_file
+from llmconvert.checkpoint import Checkpoint
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.source import Source
+from llmconvert.directory import is_weight_file
 from llmconvert.engine.tokens import TokenWindows
 from llmconvert.errors import CapacityError
 from llmconvert.recipes.provenance import provenance

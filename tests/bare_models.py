@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llmconvert.checkpoint import SINGLE_NAME, CheckpointView
+from llmconvert.checkpoint import CheckpointView
+from llmconvert.directory import SINGLE_NAME
 
 
 def make_model(directory: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny_architectures import VOCABULARY
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmconvert.checkpoint import SINGLE_NAME, SafetensorsCheckpoint
+from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.attention import AttentionGeometry, Projections, Rotary, read_geometry
 from llmconvert.convert.attention_weights import (
     LayerWeights,
@@ -26,6 +26,7 @@ from llmconvert.convert.attention_weights import (
     layer_tensors,
     read_layer,
 )
+from llmconvert.directory import SINGLE_NAME
 from llmconvert.writer import write_json
 
 SHARED = {

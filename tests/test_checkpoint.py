@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from llmconvert.checkpoint import (
-    DTYPES,
-    INDEX_NAME,
-    SINGLE_NAME,
-    CheckpointView,
-    SafetensorsCheckpoint,
-    is_weight_file,
-    read_header,
-)
+from llmconvert.checkpoint import DTYPES, CheckpointView, SafetensorsCheckpoint, read_header
+from llmconvert.directory import INDEX_NAME, SINGLE_NAME, is_weight_file
 from llmconvert.errors import CheckpointError
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -260,3 +255,27 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path: Path, damage: Callabl
     damage(make_model(tmp_path, {"a": torch.ones(1)}))
     with pytest.raises(CheckpointError, match=message):
         SafetensorsCheckpoint(tmp_path)
+
+
+def test_tensors_are_read_ahead(tmp_path: Path) -> None:
+    """Dropped from the system's cache, they come back without anybody reading them."""
+    save_file({"a": torch.zeros(1 << 20), "b": torch.ones(1 << 20), "empty": torch.empty(0)}, tmp_path / SINGLE_NAME)
+    (tmp_path / "config.json").write_text("{}")
+    with SafetensorsCheckpoint(tmp_path) as checkpoint, (tmp_path / SINGLE_NAME).open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        middle = (tmp_path / SINGLE_NAME).stat().st_size - (1 << 21)
+
+        def cached() -> bool:
+            try:
+                return os.preadv(file.fileno(), [bytearray(4096)], middle, os.RWF_NOWAIT) == 4096
+            except BlockingIOError:
+                return False
+
+        if cached():
+            pytest.skip("this file system keeps everything in memory")
+        CheckpointView(checkpoint).prefetch(["b", "empty", "not there"])
+        deadline = time.monotonic() + 20
+        while not cached():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

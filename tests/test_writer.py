@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmconvert.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint, TensorSpec
+from llmconvert.checkpoint import DTYPES, SafetensorsCheckpoint, TensorSpec
+from llmconvert.directory import INDEX_NAME, SINGLE_NAME
 from llmconvert.errors import CapacityError, OutputError
 from llmconvert.writer import (
     TensorWriter,

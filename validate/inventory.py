@@ -18,10 +18,11 @@ from typing import Literal
 
 import torch
 
-from llmconvert.checkpoint import DTYPE_NAMES, Checkpoint, is_weight_file
+from llmconvert.checkpoint import DTYPE_NAMES, Checkpoint
 from llmconvert.convert.attention import read_geometry
 from llmconvert.convert.gguf import GgufCheckpoint
 from llmconvert.convert.gqa_view import MergedAttention
+from llmconvert.directory import is_weight_file
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
 

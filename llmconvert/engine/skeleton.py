@@ -189,6 +189,11 @@ class Skeleton:
         for name in self._own_states(self.blocks[index]):
             self._assign(self.blocks[index], name, self._read(prefix + name))
 
+    def prefetch_block(self, index: int) -> None:
+        """Have a block's weights read ahead from disk, if there is such a block."""
+        if index < self.block_count:
+            self.checkpoint.prefetch(self._stored_names(index))
+
     def drop_block(self, index: int) -> None:
         """Free a block's weights."""
         for name in self._own_states(self.blocks[index]):
@@ -224,8 +229,7 @@ class Skeleton:
 
     def block_nbytes(self, index: int) -> int:
         """Bytes of one block's weights when loaded."""
-        names = (self.names[self.prefix(index) + name] for name in self._own_states(self.blocks[index]))
-        return sum(map(self._numel, names)) * self.dtype.itemsize
+        return sum(map(self._numel, self._stored_names(index))) * self.dtype.itemsize
 
     def product_nbytes(self, tokens: int) -> int:
         """Bytes of the float32 operands that linears multiplied in float32 share, for batches of up to ``tokens``."""
@@ -233,6 +237,10 @@ class Skeleton:
         sizes = [linear.operand_sizes(tokens) for linear in linears if isinstance(linear, WideLinear)]
         largest: list[int] = [max(part) for part in zip(*sizes, strict=True)]
         return 4 * sum(largest)
+
+    def _stored_names(self, index: int) -> list[str]:
+        """What a block's weights are called in the checkpoint."""
+        return [self.names[self.prefix(index) + name] for name in self._own_states(self.blocks[index])]
 
     def _numel(self, checkpoint_name: str) -> int:
         return int(torch.Size(self.checkpoint.infos[checkpoint_name].shape).numel())

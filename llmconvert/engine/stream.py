@@ -175,6 +175,7 @@ class Stream:
         for index in range(self._start, self.skeleton.block_count):
             with self._phases.measure("reading"):
                 self.skeleton.load_block(index)
+                self.skeleton.prefetch_block(index + 1)
             hooks = self._hook(index)
             yield BlockRun(self, self.plans[index])
             if index + 1 < self.skeleton.block_count:

@@ -11,9 +11,10 @@ from disguised_heads import grouped_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmconvert.checkpoint import SINGLE_NAME, SafetensorsCheckpoint
+from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.attention import Rotary, read_geometry, require_kv_heads
 from llmconvert.convert.attention_weights import attention_tensors, layer_tensors, read_layer
+from llmconvert.directory import SINGLE_NAME
 from llmconvert.errors import CheckpointError, UnsupportedError
 
 Tiny = Callable[..., Path]

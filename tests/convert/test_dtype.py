@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from llmconvert.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, SafetensorsCheckpoint, TensorInfo
+from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.convert.cast import CastView, cast_into, with_dtype
 from llmconvert.convert.dtype import DtypeReport, convert_dtype
+from llmconvert.directory import INDEX_NAME, SINGLE_NAME
 from llmconvert.errors import OutputError, UnsupportedError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_architectures import ids
 
-from llmconvert.checkpoint import SINGLE_NAME, SafetensorsCheckpoint
+from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert import gqa_group
 from llmconvert.convert.attention import Norm, Rotary
 from llmconvert.convert.attention_families import FAMILIES
@@ -25,6 +25,7 @@ from llmconvert.convert.gqa import MergedLayer, merge_layer
 from llmconvert.convert.gqa_group import balanced_groups
 from llmconvert.convert.gqa_svd import merge_rotary, merge_subspace
 from llmconvert.convert.gqa_view import MergedAttention
+from llmconvert.directory import SINGLE_NAME
 from llmconvert.writer import write_json
 
 # Every symmetry that the merge has to see through, by a model type that has it.

@@ -12,9 +12,10 @@ from disguised_heads import disguise, grouped_model, logits
 from safetensors.torch import load_file
 from tiny_architectures import ids
 
-from llmconvert.checkpoint import SINGLE_NAME, SafetensorsCheckpoint
+from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.gqa_job import AttentionReport, convert_attention
 from llmconvert.convert.gqa_stream import RefitOptions
+from llmconvert.directory import SINGLE_NAME
 from llmconvert.errors import CheckpointError, OutputError, UnsupportedError
 
 # What the streaming merge meets: rotary layouts, biases, fused tensors, caps and norms.

@@ -16,7 +16,7 @@ from tiny_architectures import ids
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
-from llmconvert.checkpoint import SINGLE_NAME, SafetensorsCheckpoint
+from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.attention import read_geometry
 from llmconvert.convert.attention_weights import attention_tensors
 from llmconvert.convert.gqa_job import convert_attention
@@ -24,6 +24,7 @@ from llmconvert.convert.heal import HealOptions, HealReport, heal_attention
 from llmconvert.convert.heal_loss import hidden_divergence, prediction_divergence
 from llmconvert.convert.heal_model import ResidentModel, share_tensors
 from llmconvert.convert.heal_state import load_state
+from llmconvert.directory import SINGLE_NAME
 from llmconvert.errors import CapacityError, DatasetError, UsageError
 
 WINDOWS = ids((24,) * 20, seed=3)

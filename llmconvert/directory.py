@@ -1,0 +1,90 @@
+"""A model's directory in Hugging Face layout: which of its files are what."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from llmconvert.errors import CheckpointError
+
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "is_weight_file", "other_files", "read_config", "read_index", "shard_names"]
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt")
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of a model repository holds weights or describes where they lie (their index)."""
+    return name.endswith(_WEIGHT_SUFFIXES) or name.endswith((".safetensors.index.json", ".bin.index.json"))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a model directory."""
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory}: has no config.json; a model directory in Hugging Face layout was expected"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(config).__name__}, expected an object")
+    return config
+
+
+def other_files(directory: Path) -> dict[str, Path]:
+    """Name → path of a model directory's files that are neither weights nor ``config.json`` nor hidden."""
+    paths = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    return {path.name: path for path in paths if path.name != "config.json" and not is_weight_file(path.name)}
+
+
+def read_index(directory: Path, name: str = INDEX_NAME) -> dict[str, str] | None:
+    """The index's tensor → shard map, or None without an index. Shard names are checked to stay in the directory."""
+    path = directory / name
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        if not all(isinstance(text, str) for entry in weight_map.items() for text in entry):
+            raise TypeError("weight_map must map strings to strings")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is not an index of weight files: {error!r}") from error
+    for tensor, shard in weight_map.items():
+        if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+            raise CheckpointError(f"{path}: tensor {tensor!r} is placed in {shard!r}, outside the model's directory")
+    return dict(weight_map)
+
+
+def shard_names(directory: Path) -> list[str]:
+    """The safetensors files that hold a model directory's weights.
+
+    Raises:
+        CheckpointError: some are missing, or there are none.
+    """
+    weight_map = read_index(directory)
+    if weight_map is not None:
+        shards = sorted(set(weight_map.values()))
+        missing = [shard for shard in shards if not (directory / shard).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{directory / INDEX_NAME}: names {len(missing)} missing shard(s), first {missing[0]}; "
+                "the download is incomplete, fetch it again"
+            )
+        return shards
+    if (directory / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    if pickles:
+        raise CheckpointError(
+            f"{directory}: only pickle weights ({pickles[0]}); they can run code when loaded. "
+            "Use a repository with safetensors, or --allow-pickle (loads with weights_only=True)"
+        )
+    raise CheckpointError(f"{directory}: neither {SINGLE_NAME} nor {INDEX_NAME}")
