@@ -302,16 +302,17 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def drop_cache(self, name: str, offset: int = 0, nbytes: int | None = None) -> None:
         """Tell the kernel that these bytes of ``name`` are not needed again, so a large file doesn't evict others."""
-        extent, left = self._extents[name], self.infos[name].nbytes - offset
-        nbytes = left if nbytes is None else nbytes
-        if nbytes > 0:  # zero would mean the rest of the file
-            os.posix_fadvise(self._fds[extent.shard], extent.offset + offset, nbytes, os.POSIX_FADV_DONTNEED)
+        nbytes = self.infos[name].nbytes - offset if nbytes is None else nbytes
+        self._advise(name, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def prefetch(self, names: Iterable[str]) -> None:
         for name in names:
-            extent, nbytes = self._extents[name], self.infos[name].nbytes
-            if nbytes > 0:  # zero would mean the rest of the file
-                os.posix_fadvise(self._fds[extent.shard], extent.offset, nbytes, os.POSIX_FADV_WILLNEED)
+            self._advise(name, 0, self.infos[name].nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _advise(self, name: str, offset: int, nbytes: int, advice: int) -> None:
+        if nbytes > 0:  # zero would mean the rest of the file
+            extent = self._extents[name]
+            os.posix_fadvise(self._fds[extent.shard], extent.offset + offset, nbytes, advice)
 
     def close(self) -> None:
         while self._fds:

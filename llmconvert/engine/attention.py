@@ -7,13 +7,13 @@ and neither 16 bits nor the half of the scores that a causal model ignores save 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 __all__ = ["Attention", "use_attention"]
 
@@ -31,9 +31,6 @@ def use_attention(model: PreTrainedModel, attention: Attention) -> None:
 
     Models that attend in ways of their own are left alone.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         name = f"llmconvert_{attention}"
         AttentionInterface.register(name, _FORWARDS[attention])
@@ -50,8 +47,6 @@ def _wide_attention(
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention ``[1, length, heads, head size]`` in the dtype of ``query``, computed in float32."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
     output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **settings)
@@ -70,8 +65,6 @@ def _tiled_attention(
 
     Scores and probabilities are rounded to the dtype of ``query``, as in a model that attends ``eager``.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     plain = attention_mask is None and not settings.get("dropout") and settings.get("position_bias") is None

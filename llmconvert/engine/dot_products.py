@@ -12,7 +12,6 @@ registers. Each entry is summed by one thread, in the order of its rows, however
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -22,6 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from llmconvert.engine.precision import cpu_has
 from llmconvert.engine.rows import over_rows
 
 __all__ = ["LANES", "add_products", "load_dot_products", "pack_pairs", "use_dot_products"]
@@ -37,10 +37,7 @@ _PAIRS_AT_ONCE = 256
 
 def use_dot_products() -> bool:
     """Whether these products are the fastest here: AVX-512 BF16 without AMX, for which oneDNN has its own."""
-    # Present since torch 2.12.
-    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    found = capabilities()
-    return bool(found.get("avx512_bf16")) and not found.get("amx_bf16")
+    return cpu_has("avx512_bf16") and not cpu_has("amx_bf16")
 
 
 def pack_pairs(values: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:

@@ -180,9 +180,10 @@ class HessianSum:
     def _add_pairs(self) -> None:
         end = self._count + self._count % 2
         self._buffer[self._count : end] = 0
-        lengths = [part.shape[1] * (end // 2) for part in self._parts(0, end)]
+        parts = self._parts(0, end)
+        lengths = [part.numel() // 2 for part in parts]
         places = self._packed[: sum(lengths)].split(lengths)
-        rows, originals, differences = map(pack_pairs, self._parts(0, end), places)
+        rows, originals, differences = map(pack_pairs, parts, places)
         add_products(self._total, rows, rows, upper=True)
         if self._cross is not None:
             add_products(self._cross, originals, rows)
