@@ -148,7 +148,9 @@ class _Side:
         lengths = [window.shape[1] for window in windows]
         plans = discover(self.skeleton, max(lengths))
         # Two models share what is free.
-        mode = choose_mode(self.skeleton, plans, lengths, _WORK_NBYTES, available_nbytes() // 3).mode
+        mode = choose_mode(
+            self.skeleton, plans, lengths, _WORK_NBYTES, available_nbytes(self.skeleton.device) // 3
+        ).mode
         shape = lengths, self.skeleton.hidden_size, self.skeleton.dtype
         self._states = DiskStates(work, *shape) if mode == "replay" else None
         self.stream = Stream(self.skeleton, windows, plans, mode="replay" if replayed else mode, states=self._states)

@@ -200,7 +200,7 @@ def _check_memory(
     activations = length * int(config.get("num_hidden_layers", 0)) * widths * dtype.itemsize
     # Teacher's attention; the student's with its gradient, its running mean, and the best so far.
     needed = BASE_NBYTES + (rest + 2 * trained) * dtype.itemsize + 4 * 4 * trained + activations
-    free = available_nbytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = available_nbytes(device)
     if needed > _USABLE * free:
         raise CapacityError(
             f"healing needs about {needed / 1e6:,.0f} MB (both models with what they share held once, the optimizer, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,10 +13,15 @@ T = TypeVar("T")
 
 
 class Phases:
-    """Seconds by phase name, on the wall clock. Phases nest: an inner one's time is not counted to the outer."""
+    """Seconds by phase name, on the wall clock. Phases nest: an inner one's time is not counted to the outer.
 
-    def __init__(self) -> None:
+    Args:
+        wait: called before the clock is read, until what was begun is done; for devices that work on their own.
+    """
+
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self._wait = wait
         self._open: list[str] = []
         self._since = 0.0
 
@@ -43,6 +48,8 @@ class Phases:
             yield value
 
     def _charge(self) -> None:
+        if self._wait is not None:
+            self._wait()
         now = time.perf_counter()
         if self._open:
             name = self._open[-1]

@@ -23,7 +23,7 @@ from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.base import Calibration, Solution, Target
 from llmconvert.quantize.damping import with_damping
 from llmconvert.quantize.factorize import lower_factor_, lower_factor_nbytes, mirror_upper_, permute_
-from llmconvert.quantize.kernels import solve_columns, transpose_in_order, weighted_squares
+from llmconvert.quantize.kernels import gpu_kernels, solve_columns, transpose_in_order, weighted_squares
 from llmconvert.quantize.quadratic import quadratic_form, quadratic_nbytes
 from llmconvert.quantize.refine import refine, refine_nbytes
 from llmconvert.quantize.scales import GroupScales, search_scales
@@ -266,11 +266,13 @@ def _solve_block(
     start: int,
     scheme: Scheme,
 ) -> None:
-    """One block of columns; see :func:`~llmconvert.quantize.kernels.solve_columns`, which does it on the CPU."""
+    """One block of columns; see :func:`~llmconvert.quantize.kernels.solve_columns`."""
     arguments = errors, carried, scale, zero, codes, loss, order, added, factor, start
     limits = float(scheme.code_min), float(scheme.code_max)
     if errors.device.type == "cpu":
         over_rows(solve_columns, errors.shape[1], *arguments, *limits)
+    elif kernels := gpu_kernels(errors):
+        kernels.solve_columns(*arguments, *limits)
     else:
         _solve_block_plain(*arguments, *limits)
 
@@ -289,10 +291,11 @@ def _solve_block_plain(
     low: float,
     high: float,
 ) -> None:
-    """What the kernel does, in torch, for any device."""
+    """What the kernels do, in torch, for any device."""
     size = errors.shape[0] // scale.shape[0]
+    places = order[start : start + len(factor)].tolist()
     for column in reversed(range(len(factor))):
-        place, pivot = int(order[start + column]), factor[column, column]
+        place, pivot = places[column], factor[column, column]
         step, origin, value = scale[place // size], zero[place // size], errors[start + column]
         wanted = value + carried[column] / pivot
         code = torch.clamp(torch.round(wanted / step) + origin, low, high)

@@ -34,4 +34,5 @@ def round_to_int8(name: str, weight: torch.Tensor, scheme: Scheme) -> QuantizedT
             "the checkpoint is damaged, or take another scheme"
         )
     codes = torch.round(half * (127.0 / largest)).where(largest > 0, 0).to(torch.int8)
-    return QuantizedTensor(codes, largest / 127, None, scheme)
+    # By a tensor: a GPU multiplies by the inverse of a number, which is off by a bit.
+    return QuantizedTensor(codes, largest / largest.new_tensor(127.0), None, scheme)

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ def quantize_checkpoint(
     request = {"method": method, "options": repr(quantizer), "format": format, "device": skeleton.device.type}
     key = _job_key(source, plan, layout, windows, request, identity)
     # Formats with several schemes in one model have one dtype for all their scales.
-    phases, scale_dtype = Phases(), layout_format.scale_dtype(next(iter(plan.schemes.values())), skeleton.dtype)
+    wait = partial(torch.cuda.synchronize, skeleton.device) if skeleton.device.type == "cuda" else None
+    phases, scale_dtype = Phases(wait), layout_format.scale_dtype(next(iter(plan.schemes.values())), skeleton.dtype)
     steps: Steps = DataFreeSteps(skeleton, quantizer, plan, scale_dtype, phases)
     if calibrated:
         kinds = {name: input_kind(chosen) for name, chosen in plan.schemes.items()}

@@ -1,19 +1,24 @@
 """The inner loops of quantization on the CPU, compiled with numba: per row, without temporaries, outside the GIL.
 
 Rows are independent, so results do not depend on how many threads share them. Every function has a plain torch
-counterpart in the module that calls it, used on other devices and as an oracle in the tests.
+counterpart in the module that calls it, used on other devices and as an oracle in the tests; for GPUs, the loops over
+columns are in Triton too (:func:`gpu_kernels`).
 """
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import numba
 import numpy as np
+import torch
 
 __all__ = [
     "best_candidates",
     "descend_columns",
+    "gpu_kernels",
     "load_kernels",
     "solve_columns",
     "transpose_in_order",
@@ -325,6 +330,20 @@ def descend_columns(
             line, target = tile[column], gradient[column, top:bottom]
             for row in range(height):
                 target[row] = line[row]
+
+
+def gpu_kernels(values: torch.Tensor) -> ModuleType | None:
+    """:mod:`~llmconvert.quantize.triton_kernels`, if ``values`` are float32 on a GPU and Triton is installed."""
+    return _triton_kernels() if values.is_cuda and values.dtype == torch.float32 else None
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    try:
+        from llmconvert.quantize import triton_kernels
+    except ImportError:  # torch brings Triton along where there are GPUs for it
+        return None
+    return triton_kernels
 
 
 def load_kernels() -> None:

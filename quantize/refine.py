@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from llmconvert.engine.rows import over_rows
-from llmconvert.quantize.kernels import descend_columns
+from llmconvert.quantize.kernels import descend_columns, gpu_kernels
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
@@ -87,6 +87,8 @@ def _descend_group(
         arguments = gradient[part], within, codes[part], scale, moved[part]
         if gradient.device.type == "cpu":
             over_rows(descend_columns, codes.shape[1], *arguments, *limits)
+        elif kernels := gpu_kernels(gradient):
+            kernels.descend_columns(*arguments, *limits)
         else:
             _descend_plain(*arguments, *limits)
         for other in (slice(0, start), slice(start + _COLUMNS, None)):
@@ -116,7 +118,7 @@ def _descend_plain(
     code_min: float,
     code_max: float,
 ) -> None:
-    """What the kernel does, in torch, for any device."""
+    """What the kernels do, in torch, for any device."""
     for column in range(len(hessian)):
         level = codes[column] - gradient[column] / hessian[column, column] / scale
         best = torch.clamp(torch.round(level), code_min, code_max)

@@ -237,7 +237,7 @@ class CalibratedSteps:
         def outputs(batches: Iterable[int]) -> Iterator[torch.Tensor]:
             with self.phases.measure("forward"):
                 original.cross(index)
-            return (targets.get(index + 1, batch) for batch in batches)
+            return (targets.get(index + 1, batch).to(self.skeleton.device) for batch in batches)
 
         data = BlockData(
             prefix=self.skeleton.prefix(index),

@@ -180,8 +180,7 @@ def _text(
 def _budget(options: AttentionOptions, device: torch.device) -> int:
     if options.memory is not None:
         return options.memory
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_nbytes()
-    return int(_USABLE * free)
+    return int(_USABLE * available_nbytes(device))
 
 
 def _compare(

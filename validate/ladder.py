@@ -193,9 +193,7 @@ class MemoryLadder:
             raise UnmeasuredError("the artifact is GGUF, which transformers does not run as it is")
         if summary.positions.startswith("learned") and summary.context and context > summary.context:
             raise UnmeasuredError(f"the model has learned {summary.context:,} positions")
-        cuda = subject.device.type == "cuda"
-        free = torch.cuda.mem_get_info(subject.device)[0] if cuda else available_nbytes()
-        budget = self.memory if self.memory is not None else int(_USABLE * free)
+        budget = self.memory if self.memory is not None else int(_USABLE * available_nbytes(subject.device))
         if need.running(context) > budget:
             raise UnmeasuredError(f"needs about {need.running(context):,} bytes, {budget:,} may be used")
         found: dict[str, Any] = run_isolated(
@@ -207,7 +205,7 @@ class MemoryLadder:
                 "device": str(subject.device),
                 "dtype": need.weights,
                 "cache": True,
-                "limit": None if cuda else budget,
+                "limit": budget if subject.device.type == "cpu" else None,
             },
             timeout=_TIMEOUT,
         )

@@ -157,8 +157,7 @@ class PositionsCheck:
     def _budget(self, subject: Subject) -> int:
         if self.memory is not None:
             return self.memory
-        cuda = subject.device.type == "cuda"
-        return int(_USABLE * (torch.cuda.mem_get_info(subject.device)[0] if cuda else available_nbytes()))
+        return int(_USABLE * available_nbytes(subject.device))
 
     def _draw(self, subject: Subject, length: int, notes: list[str]) -> TokenWindows:
         from transformers import AutoTokenizer

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from llmconvert.checkpoint import Checkpoint
+from llmconvert.engine.memory import available_nbytes
 from llmconvert.errors import UnsupportedError
 from llmconvert.memory import release_freed_memory
 
-__all__ = ["Runtime", "available_memory", "runtime", "too_large"]
+__all__ = ["Runtime", "runtime", "too_large"]
 
 # What transformers takes while loading, relative to the dense weights it ends up with.
 _LOADING_FACTOR = 1.5
@@ -101,17 +102,8 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
         release_freed_memory()
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that can be taken without swapping, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
 def too_large(dense: Checkpoint, device: torch.device) -> str:
     """Why a model can't be loaded whole; empty if it can."""
-    free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = available_nbytes(device)
     needed = round(_LOADING_FACTOR * dense.nbytes)
-    return f"loading it whole takes about {needed:,} bytes, {free:,} are free" if free and needed > free else ""
+    return f"loading it whole takes about {needed:,} bytes, {free:,} are free" if needed > free else ""

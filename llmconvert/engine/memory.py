@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
@@ -17,6 +19,7 @@ __all__ = ["BASE_NBYTES", "MemoryEstimate", "activation_nbytes", "available_nbyt
 BASE_NBYTES = 500_000_000
 # Leave some of what is free to the page cache and to others.
 _USABLE = 0.8
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +72,14 @@ def choose_mode(
         plans: of its longest batch.
         lengths: tokens of every batch; empty for methods that need no calibration.
         work_nbytes: what one linear's statistics and solution need.
-        budget: bytes the process may use; what is free now when None.
+        budget: bytes the job may use on the skeleton's device; what is free there now when None.
         mode: the mode to use in any case.
         streams: models that the batches run through beside each other.
 
     Raises:
         CapacityError: not even replay fits; names what it would take.
     """
-    limit = budget if budget is not None else int(available_nbytes() * _USABLE)
+    limit = budget if budget is not None else int(available_nbytes(skeleton.device) * _USABLE)
     candidates: tuple[Mode, ...] = (mode,) if mode else ("lockstep", "replay")
     for candidate in candidates:
         parts = {"base": BASE_NBYTES, "one linear": work_nbytes}
@@ -94,8 +97,13 @@ def choose_mode(
     )
 
 
-def available_nbytes() -> int:
-    """Bytes this process can still get: what the kernel calls available, or its control group's limit if lower."""
+def available_nbytes(device: torch.device = _CPU) -> int:
+    """Bytes this process can still get on a device.
+
+    Of the host, what the kernel calls available, or its control group's limit if lower.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

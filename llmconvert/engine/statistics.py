@@ -56,7 +56,8 @@ class HessianSum:
 
     Batches are joined to chunks of about ``_CHUNK_TOKENS`` rows, by the same rule whatever made them, in memory that
     every chunk uses again: made anew, each would find its place taken by what the batches have come to hold. It is
-    float32, or bfloat16 where all values are and the processor's dot products of these are the fastest.
+    float32, or bfloat16 where all values are and these are multiplied into float32 the fastest: on GPUs, and by some
+    processors' dot products.
 
     Args:
         name: of the linear, for errors.
@@ -77,6 +78,7 @@ class HessianSum:
         self._buffer = torch.empty(0, device=device)
         self._packed = torch.empty(0, dtype=torch.int32)
         self._pairs = device.type == "cpu" and _paired(columns, drift)
+        self._keeps_halves = self._pairs or device.type == "cuda"
         self._count = self._tokens = self._batches = 0
         #: Whether all are bfloat16 values on a CPU.
         self._exact = device.type == "cpu"
@@ -99,7 +101,7 @@ class HessianSum:
         self._batches += 1
         halves = all(part.dtype == torch.bfloat16 for part in parts)
         self._exact = self._exact and halves
-        self._make_room(torch.bfloat16 if halves and self._pairs else torch.float32)
+        self._make_room(torch.bfloat16 if halves and self._keeps_halves else torch.float32)
         for pieces in zip(*(part.split(_CHUNK_TOKENS) for part in parts), strict=True):
             rows = len(pieces[0])
             if self._count + rows > _CHUNK_TOKENS:
@@ -152,14 +154,14 @@ class HessianSum:
             return
         self._flush()
         self._buffer = torch.empty((_CHUNK_TOKENS, self._width), dtype=dtype, device=self._buffer.device)
-        pairs = self._buffer.numel() // 2 if dtype == torch.bfloat16 else 0
+        pairs = self._buffer.numel() // 2 if dtype == torch.bfloat16 and self._pairs else 0
         self._packed = torch.empty(pairs, dtype=torch.int32)
 
     def _flush(self) -> None:
         if self._count == 0:
             return
         # Differences are rounded where bfloat16 is what products take; they are small, and no more exact than that.
-        if self._buffer.dtype == torch.bfloat16:
+        if self._pairs and self._buffer.dtype == torch.bfloat16:
             self._add_pairs()
         else:
             with bfloat16_products(enabled=self._exact):
@@ -171,11 +173,11 @@ class HessianSum:
         rows, originals, differences = self._parts(0, self._count)
         for start in range(0, self._columns, _TILE):  # the upper triangle, in whole tiles
             left = rows[:, start : start + _TILE]
-            self._total[start : start + _TILE, start:].addmm_(left.T, rows[:, start:])
+            _add_product(self._total[start : start + _TILE, start:], left, rows[:, start:])
         if self._cross is not None:
-            self._cross.addmm_(originals.T, rows)
+            _add_product(self._cross, originals, rows)
         if self._drift is not None:
-            self._drift.addmm_(differences.T, rows)
+            _add_product(self._drift, differences, rows)
 
     def _add_pairs(self) -> None:
         end = self._count + self._count % 2
@@ -228,6 +230,15 @@ def hessian_nbytes(columns: int, dtype: torch.dtype, *, original: bool = False, 
     """
     width = columns * (2 if original else 1) + drift
     return width * (4 * columns + _CHUNK_TOKENS * (dtype.itemsize + 4))
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``AᵀB``, of either dtype, in float32."""
+    if left.dtype == torch.float32:
+        total.addmm_(left.T, right)
+        return
+    for part, columns in zip(total.split(_TILE), left.split(_TILE, dim=1), strict=True):
+        part.add_(torch.mm(columns.T, right, out_dtype=torch.float32))
 
 
 def _paired(*widths: int) -> bool:

@@ -83,16 +83,21 @@ def test_a_budget_too_small_for_one_block_is_named(skeleton: Skeleton) -> None:
 
 
 def test_without_a_budget_most_of_what_is_free_is_used(skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_nbytes", lambda: 400_000_000)
+    monkeypatch.setattr(memory, "available_nbytes", lambda device: 400_000_000)
     with pytest.raises(CapacityError, match="320 MB may be used"):
         choose_mode(skeleton, PLANS, [16], WORK, None)
-    monkeypatch.setattr(memory, "available_nbytes", lambda: 700_000_000)
+    monkeypatch.setattr(memory, "available_nbytes", lambda device: 700_000_000)
     assert choose_mode(skeleton, PLANS, [16], WORK, None).mode == "lockstep"
 
 
 def test_available_memory_is_what_the_kernel_says() -> None:
     total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     assert 0 < available_nbytes() <= int(total.split()[1]) * 1024
+
+
+def test_of_a_gpu_its_own_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index, 9))
+    assert available_nbytes(torch.device("cuda", 7)) == 7
 
 
 def test_estimates_grow_with_the_length_of_the_windows(skeleton: Skeleton) -> None:

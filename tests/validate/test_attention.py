@@ -124,6 +124,28 @@ def test_a_kernel_that_another_replaces_was_not_run(tmp_path: Path, monkeypatch:
     assert "PyTorch ran _scaled_dot_product_flash_attention_for_cpu instead" in found["backends"]["sdpa"]["reason"]
 
 
+def test_a_kernel_without_float32_is_judged_by_its_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As flash attention on CUDA."""
+    kernels = agreement._kernels
+
+    def narrow(loaded: Any, name: str, window: torch.Tensor) -> list[str] | str:
+        wide = name == "flash" and loaded.model.dtype == torch.float32
+        return "No available kernel." if wide else kernels(loaded, name, window)
+
+    monkeypatch.setattr(agreement, "_kernels", narrow)
+    in_process(monkeypatch)
+    directory = tiny_llama_dir(tmp_path / "m", dtype=torch.bfloat16)
+    options = AttentionOptions(("eager", "flash"), lengths=(32,), window=64, prompts=("Say hello.",), max_new_tokens=4)
+    result = measure_attention(directory, options, device=CPU)
+    assert "float32_max_abs_diff" not in result.comparison["backends"]["flash"]
+    assert "float32_max_abs_diff" in result.comparison["backends"]["eager"]
+    checks = {check.name: check for check in attention_checks(result, options)}
+    flash = checks["attention.flash.max_abs_diff"]
+    assert flash.ok and "no kernel of it for float32" in flash.text
+    result.comparison["backends"]["flash"]["mean_abs_diff"] *= 4
+    assert not {check.name: check for check in attention_checks(result, options)}["attention.flash.max_abs_diff"].ok
+
+
 def test_exponents() -> None:
     assert exponent([(512, 9e9), (1024, 3.0), (2048, 12.0), (4096, 48.0)]) == pytest.approx(2.0)
     assert exponent([(1024, 3.0), (2048, 6.0), (4096, 12.0)]) == pytest.approx(1.0)
