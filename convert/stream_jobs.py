@@ -137,6 +137,7 @@ def stream_quantize(
     format: str = "compressed-tensors",
     overrides: Sequence[Override] = (),
     options: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> Mapping[str, Any]:
@@ -149,7 +150,8 @@ def stream_quantize(
         output: a directory that does not exist yet or is empty.
         revision: branch, tag or commit.
         dtype, overflow: what stays unquantized is written in this dtype; what to do with values too large for it.
-        method, scheme, format, overrides, options: see :func:`llmconvert.quantize.job.quantize_checkpoint`.
+        method, scheme, format, overrides, options, device: see
+            :func:`llmconvert.quantize.job.quantize_checkpoint`.
         progress: in bytes downloaded.
 
     Returns:
@@ -168,7 +170,8 @@ def stream_quantize(
         )
     model = describe_remote(model_id, revision)
     require_dense(model.checkpoint, model_id)
-    job = _QuantizeJob(model, dtype, overflow, quantizer, layout_format, scheme, overrides, max_shard_bytes)
+    where = device or torch.device("cpu")
+    job = _QuantizeJob(model, dtype, overflow, quantizer, layout_format, scheme, overrides, where, max_shard_bytes)
     stream_shards(model, output, job, progress=progress)
     seconds = time.perf_counter() - begin
     linears = [
@@ -192,9 +195,10 @@ class _QuantizeJob:
         layout_format: Format,
         scheme: Scheme,
         overrides: Sequence[Override],
+        device: torch.device,
         max_shard_bytes: int,
     ) -> None:
-        skeleton = Skeleton(CastView(model.checkpoint, dtype), torch.device("cpu"))
+        skeleton = Skeleton(CastView(model.checkpoint, dtype), device)
         blocks = discover(skeleton, _PROBE_LENGTH)
         self.plan = plan_quantization(skeleton, blocks, scheme, overrides, quantizer, layout_format)
         self.layout = plan_layout(self.plan.specs, max_shard_bytes)
@@ -205,6 +209,7 @@ class _QuantizeJob:
             "dtype": str(dtype),
             "overflow": overflow,
             "method": repr(quantizer),
+            "device": device.type,
             "config": json.dumps(declared, sort_keys=True),
         }
         self.key = _key(model, self.layout, settings)
@@ -214,6 +219,7 @@ class _QuantizeJob:
         self._dtype = dtype
         self._overflow = overflow
         self._model_dtype = skeleton.dtype
+        self._device = device
 
     def process(self, shard: SafetensorsCheckpoint, writer: TensorWriter) -> Mapping[str, Any]:
         cast = CastView(shard, self._dtype, self._overflow)
@@ -226,7 +232,7 @@ class _QuantizeJob:
 
     def _round(self, name: str, weight: torch.Tensor, writer: TensorWriter) -> None:
         linear = self._linears[name]
-        target = Target(linear, weight, self.plan.schemes[linear])
+        target = Target(linear, weight.to(self._device), self.plan.schemes[linear])
         scale_dtype = self._format.scale_dtype(target.scheme, self._model_dtype)
         solution = self._quantizer.quantize([target], None, scale_dtype)[linear]
         for stored, tensor in self._format.pack(self.plan.stored[linear], solution.tensor).items():

@@ -17,6 +17,7 @@ from llmconvert.convert.gqa_job import AttentionReport, convert_attention
 from llmconvert.convert.heal import HealReport
 from llmconvert.convert.rope_scaling import RopeScalingView
 from llmconvert.convert.source import open_source, source_fingerprint
+from llmconvert.device import open_device
 from llmconvert.errors import UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
@@ -82,6 +83,7 @@ def rewrite_model(
         raise UsageError("nothing to rewrite: the recipe has no attention section")
     check_output_directory(output)
     request, healing = heal_request(recipe), heal_settings(recipe)
+    device = open_device(recipe.device)
     advice = "nothing was written; run the same command again" if healing is None else "run the same command to go on"
     with interruptible(advice):
         source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
@@ -91,7 +93,6 @@ def rewrite_model(
                 checkpoint = RopeScalingView(checkpoint, recipe.convert.rope_scaling)
             require_mergeable(checkpoint, settings)
             windows: Sequence[torch.Tensor] = ()
-            device = torch.device(recipe.device)
             if recipe.calibrate is not None:
                 calibration = WindowRequest.calibration(recipe.calibrate)
                 windows = calibration.draw(checkpoint, calibration.corpus()).windows

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.device import open_device
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.progress import Progress
 from llmconvert.quantize.base import load_method
@@ -76,7 +77,7 @@ def repair(
     if settings is None or validation is None or validation.repair is None or _checks(measured).verdict:
         return model, measured, ()
     with SafetensorsCheckpoint(original) as source:
-        state = _State.begin(source, settings, model, torch.device(recipe.device))
+        state = _State.begin(source, settings, model, open_device(recipe.device))
         limit = validation.repair.max_bytes or validation.max_bytes or source.nbytes
     limit = min(limit, validation.max_bytes or limit)
     state.learn(model)
@@ -148,7 +149,7 @@ def _requantize(
                 record=path / LAYERS_FILE,
                 windows=tools.windows,
                 identity=last.key,
-                device=torch.device(recipe.device),
+                device=open_device(recipe.device),
                 memory=recipe.memory,
                 progress=tools.progress,
             )

@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.source import Source, open_source, source_fingerprint
 from llmconvert.dense import require_dense
+from llmconvert.device import open_device
 from llmconvert.engine.tokens import TokenWindows, check_disjoint
 from llmconvert.errors import GateError
 from llmconvert.interrupt import interruptible
@@ -98,7 +97,7 @@ class _Run:
         self._recipe = recipe
         self._stages = stages
         self._progress = progress
-        self._device = torch.device(recipe.device)
+        self._device = open_device(recipe.device)
         self._steps: list[Step] = []
         self._publish = recipe.publish if publish else None
 

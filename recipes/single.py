@@ -14,6 +14,7 @@ from llmconvert.convert.dtype import DtypeReport
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.rope_scaling import RopeScalingView
 from llmconvert.convert.source import open_source, source_fingerprint
+from llmconvert.device import open_device
 from llmconvert.engine.tokens import TokenWindows
 from llmconvert.errors import DatasetError, UsageError
 from llmconvert.interrupt import interruptible
@@ -79,6 +80,7 @@ def quantize_model(
         raise UsageError("nothing to quantize: the recipe has no quantize section")
     if recipe.quantize.format != GGUF:  # which may be a file, and checks its output itself
         check_output_directory(output)
+    device = open_device(recipe.device)
     if stream:
         with interruptible():
             return stream_model(open_remote(recipe), output, recipe, progress=progress)
@@ -97,7 +99,7 @@ def quantize_model(
                 name=model_stem(source.origin),
                 windows=windows,
                 identity=source_fingerprint(source),
-                device=torch.device(recipe.device),
+                device=device,
                 memory=recipe.memory,
                 progress=progress,
             )
@@ -126,6 +128,7 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
     if settings is None:
         raise UsageError("nothing to measure: the recipe has no validate section")
     require_measurable(settings)
+    device = open_device(recipe.device)
     with interruptible("nothing was written; run the same command again"):
         source = open_source(recipe.model, progress=progress)
         original = open_source(reference, progress=progress) if reference is not None else None
@@ -143,7 +146,7 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
             original.checkpoint if original is not None else None,
             settings,
             windows,
-            device=torch.device(recipe.device),
+            device=device,
             progress=progress,
         )
     return Report(

@@ -11,6 +11,7 @@ from llmconvert.convert.source import Source, parse_hub_id
 from llmconvert.convert.stream_jobs import stream_convert, stream_quantize
 from llmconvert.convert.streaming import describe_remote
 from llmconvert.dense import require_dense
+from llmconvert.device import open_device
 from llmconvert.errors import UsageError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.scheme import Scheme
@@ -79,5 +80,6 @@ def stream_model(source: Source, output: Path, recipe: Recipe, *, progress: Prog
         scheme=settings.scheme,
         format=settings.format,
         overrides=layer_overrides(settings),
+        device=open_device(recipe.device),
         progress=progress,
     )

@@ -1,0 +1,32 @@
+"""Where to compute, by name."""
+
+from __future__ import annotations
+
+import torch
+
+from llmconvert.errors import UsageError
+
+__all__ = ["open_device"]
+
+
+def open_device(name: str) -> torch.device:
+    """The device ``name``: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if not torch.backends.cuda.is_built():
+        raise UsageError(
+            f"device {name!r}: the PyTorch that is installed ({torch.__version__}) is built without CUDA; compute on "
+            "the cpu, or install one that is built for your GPU (https://pytorch.org/get-started)"
+        )
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise UsageError(
+            f"device {name!r}: found {count} CUDA devices; "
+            + (f"name one of cuda:0 … cuda:{count - 1}" if count else "check the driver and CUDA_VISIBLE_DEVICES")
+        )
+    return device
