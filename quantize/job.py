@@ -21,7 +21,7 @@ from llmconvert.engine.edges import Edge, find_edges
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
-from llmconvert.errors import CalibrationError
+from llmconvert.errors import CalibrationError, CapacityError
 from llmconvert.phases import Phases
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.base import ScalingQuantizer, load_method
@@ -169,7 +169,13 @@ def quantize_checkpoint(
         )
 
     note = None if record is None else lambda: write_layers(record, layers())
-    resumed = execution.run(output, layout, key, progress, note)
+    try:
+        resumed = execution.run(output, layout, key, progress, note)
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"{skeleton.device} ran out of memory ({str(error).partition('. ')[0]}), {memory} was expected; stop what "
+            "else runs there, or allow less (memory), so that batches wait in files. The same command continues"
+        ) from error
     seconds = time.perf_counter() - begin
     return QuantizeResult(output, layers(), memory, layout.nbytes, seconds, execution.phases.seconds, resumed)
 

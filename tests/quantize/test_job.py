@@ -27,6 +27,7 @@ from llmconvert.errors import (
     SchemeError,
     UnsupportedError,
 )
+from llmconvert.quantize.gptq import Gptq
 from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
 from llmconvert.quantize.plan import Override
 from llmconvert.quantize.reader import QuantizedView, open_dense
@@ -346,3 +347,26 @@ def test_nothing_but_the_artifact_is_left(tiny: Tiny, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(files(tmp_path / "out")) == ["config.json", "generation_config.json", "model.safetensors"]
     assert json.loads(files(tmp_path / "out")["config.json"])["quantization_config"]["format"] == "pack-quantized"
+
+
+def test_a_device_that_runs_out_of_memory_is_no_bug(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done stays, and the same call continues."""
+    quantize(tiny("llama"), tmp_path / "whole")
+    solve = Gptq.quantize
+    calls = iter(range(100))
+
+    def fail(self: Gptq, *arguments: Any) -> Any:
+        if next(calls) == 9:  # in the third block of four stops each
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has more to say")
+        return solve(self, *arguments)
+
+    monkeypatch.setattr(Gptq, "quantize", fail)
+    with pytest.raises(
+        CapacityError, match=r"cpu ran out of memory \(CUDA out of memory\), .* MB .*lockstep.*continues"
+    ):
+        quantize(tiny("llama"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert quantize(tiny("llama"), tmp_path / "out").resumed_blocks == 2
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
