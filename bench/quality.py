@@ -6,8 +6,9 @@
 
 An entry is ``TOOL:SCHEME`` or ``TOOL(key=value,…):SCHEME``. The tool is one of our methods, or a peer whose interpreter
 ``--peer`` gives: ``llm-compressor-gptq``, ``llm-compressor-awq``, ``gptqmodel``, ``auto-round``, ``hqq-package`` or
-``bitsandbytes``. A scheme is ``w4a16-g64`` and its like, ``nf4``, or for our methods a mean such as ``4.25bpw``.
-``+*.down_proj=w4a16-g32`` behind a scheme gives the layers of that name, in ours, another.
+``bitsandbytes``. A scheme is ``w4a16-g64`` and its like, ``nf4``, or for our methods a mean such as ``4.25bpw``
+(``4.25bpw-asym`` with zero points). ``+*.down_proj=w4a16-g32`` behind a scheme gives the layers of that name, in ours,
+another.
 ``--entries ours`` and ``--entries peers`` stand for the lists below. ``--artifact`` adds a finished artifact; with
 several models, ``MODEL/NAME=DIR``.
 
@@ -65,6 +66,7 @@ _LISTS: Mapping[str, tuple[str, ...]] = {
         "awq:w4a16-g64-asym",
         "hqq:w4a16-g64-asym",
         "hqq:w4a16-g64-asym+*.self_attn.*=w4a16-g32-asym+*.down_proj=w4a16-g32-asym",
+        "hqq:4.49bpw-asym",
         "rtn:llm.int8",
         "rtn:nf4",
         "rtn:nf4-dq",
@@ -299,8 +301,9 @@ class Bench:
             command += ["--options", json.dumps(dict(entry.options))]
         for override in entry.overrides:
             command += ["--override", override]
-        if entry.scheme.endswith("bpw"):
-            return [*command, "--bits-per-weight", entry.scheme.removesuffix("bpw")]
+        mean, budget, symmetry = entry.scheme.partition("bpw")
+        if budget:
+            return [*command, "--bits-per-weight", mean, "--scheme", f"w4a16-g64{symmetry}"]
         if entry.scheme.startswith(("nf4", "llm.int8")):
             command += ["--format", "bitsandbytes"]
         return [*command, "--scheme", entry.scheme]
