@@ -61,7 +61,7 @@ def _programs(rows: int) -> tuple[int]:
     return (triton.cdiv(rows, _ROWS),)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _solve(
     errors,
     carried,
@@ -109,7 +109,7 @@ def _solve(
     tl.store(loss + own, total, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _descend(
     gradient,
     hessian,

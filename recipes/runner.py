@@ -177,7 +177,7 @@ class _Run:
         def build(path: Path) -> Mapping[str, Any]:
             if (path / _MODEL).exists():  # complete, and killed just then
                 return {}
-            found = stream_model(source, path / _MODEL, self._recipe, progress=self._progress)
+            found = stream_model(source, path / _MODEL, self._recipe, device=self._device, progress=self._progress)
             return {**found, "streamed": True}
 
         inputs = {"model": original.key, "streamed": True, **(settings.model_dump(mode="json") if settings else {})}

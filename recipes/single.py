@@ -83,7 +83,7 @@ def quantize_model(
     device = open_device(recipe.device)
     if stream:
         with interruptible():
-            return stream_model(open_remote(recipe), output, recipe, progress=progress)
+            return stream_model(open_remote(recipe), output, recipe, device=device, progress=progress)
     with interruptible():
         source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
         with source.checkpoint:

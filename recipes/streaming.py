@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmconvert.convert.source import Source, parse_hub_id
 from llmconvert.convert.stream_jobs import stream_convert, stream_quantize
 from llmconvert.convert.streaming import describe_remote
 from llmconvert.dense import require_dense
-from llmconvert.device import open_device
 from llmconvert.errors import UsageError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.scheme import Scheme
@@ -50,7 +51,9 @@ def open_remote(recipe: Recipe) -> Source:
     return Source("hub", remote.repo_id, remote.commit_hash, remote.directory, model.checkpoint)
 
 
-def stream_model(source: Source, output: Path, recipe: Recipe, *, progress: Progress = SILENT) -> Mapping[str, Any]:
+def stream_model(
+    source: Source, output: Path, recipe: Recipe, *, device: torch.device, progress: Progress = SILENT
+) -> Mapping[str, Any]:
     """Quantize, or convert where the recipe quantizes nothing, while the model downloads. A stopped call continues.
 
     Returns:
@@ -80,6 +83,6 @@ def stream_model(source: Source, output: Path, recipe: Recipe, *, progress: Prog
         scheme=settings.scheme,
         format=settings.format,
         overrides=layer_overrides(settings),
-        device=open_device(recipe.device),
+        device=device,
         progress=progress,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from llmconvert.phases import Phases
 
@@ -23,12 +24,12 @@ def test_time_is_counted_when_what_was_begun_is_done() -> None:
 
 
 def test_producing_values_is_a_phase() -> None:
-    def slow() -> object:
+    def slow() -> Iterator[int]:
         time.sleep(0.05)
         yield 1
 
     phases = Phases()
     with phases.measure("using"):
-        for _ in phases.pull("producing", slow()):  # type: ignore[arg-type]
+        for _ in phases.pull("producing", slow()):
             time.sleep(0.01)
     assert phases.seconds["producing"] >= 0.05 > phases.seconds["using"] >= 0.01

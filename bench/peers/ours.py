@@ -2,7 +2,7 @@
 
     python bench/peers/ours.py --model DIR --ids FILE.npy --output DIR --report FILE.json
         [--method gptq] [--scheme w4a16-g64] [--format compressed-tensors] [--options JSON]
-        [--bits-per-weight 4.25] [--override "*.down_proj=w4a16-g32-asym" …] [--device cuda]
+        [--bits-per-weight 4.25] [--override "*.down_proj=w4a16-g32-asym" …]
 
 Among the options, ``rotate`` is whether rotations are folded into the weights first.
 
@@ -39,7 +39,6 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="the method's own settings, as JSON")
     parser.add_argument("--bits-per-weight", type=float, help="a budget instead of a scheme")
     parser.add_argument("--override", action="append", default=[], metavar="PATTERN=SCHEME")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     options = parser.parse_args()
     rotate = options.options.pop("rotate", False)
     torch.set_num_threads(options.threads)
@@ -48,7 +47,7 @@ def main() -> None:
     about: dict[str, Any] = {"method": options.method, "options": options.options, "format": options.format}
     pairs = [text.rpartition("=") for text in options.override]
     overrides = [Override(pattern, Scheme.parse(text)) for pattern, _, text in pairs]
-    about |= {"scheme": scheme, "windows": windows, "overrides": overrides, "device": options.device}
+    about |= {"scheme": scheme, "windows": windows, "overrides": overrides}
     begin = time.perf_counter()
     with SafetensorsCheckpoint(options.model) as original:
         source = rotate_checkpoint(original) if rotate else original
@@ -64,7 +63,6 @@ def main() -> None:
         "torch": torch.__version__,
         "seconds": seconds,
         "phases": dict(result.phases),
-        "device_nbytes": torch.cuda.max_memory_allocated(options.device) if options.device.type == "cuda" else 0,
         "memory": {"mode": result.memory.mode, **result.memory.parts},
         "linears": [
             {"name": layer.name, "shape": layer.shape, "error": layer.error, "damping": layer.damping}

@@ -19,7 +19,6 @@ __all__ = ["BASE_NBYTES", "MemoryEstimate", "activation_nbytes", "available_nbyt
 BASE_NBYTES = 500_000_000
 # Leave some of what is free to the page cache and to others.
 _USABLE = 0.8
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ def choose_mode(
     )
 
 
-def available_nbytes(device: torch.device = _CPU) -> int:
+def available_nbytes(device: torch.device) -> int:
     """Bytes this process can still get on a device.
 
     Of the host, what the kernel calls available, or its control group's limit if lower.
