@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmconvert import __version__
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.convert.gguf_carry import carried_type, carry_over
 from llmconvert.convert.gguf_export import ExportedTensor, GgufExport, export_checkpoint
@@ -29,6 +28,7 @@ from llmconvert.quantize.ggml.mix import GgmlMix, MixContext
 from llmconvert.quantize.importance import collect_importance
 from llmconvert.quantize.reader import QuantizedView
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.version import __version__
 from llmconvert.writer import Layout, TensorWriter, check_output_directory, publish_directory, staging_directory
 
 __all__ = ["GgufResult", "check_gguf_output", "write_gguf"]

@@ -24,14 +24,15 @@ from llmconvert.convert.gqa_capture import PositionWeights, RotaryAngles, keep_i
 from llmconvert.convert.gqa_refit import LogitFit, LogitSamples
 from llmconvert.convert.gqa_solve import ridge
 from llmconvert.convert.gqa_view import MergedAttention
-from llmconvert.convert.heal_model import share_tensors
 from llmconvert.engine.discovery import discover
-from llmconvert.engine.memory import available_nbytes, choose_mode
+from llmconvert.engine.memory import choose_mode
 from llmconvert.engine.precision import compute_dtype
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates
 from llmconvert.engine.statistics import accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Stream
+from llmconvert.memory import available_nbytes
+from llmconvert.shared import share_tensors
 
 __all__ = ["RefitLayer", "RefitOptions", "stream_merge"]
 

@@ -15,15 +15,16 @@ from llmconvert.checkpoint import Checkpoint, TensorSpec
 from llmconvert.convert.attention import read_geometry
 from llmconvert.convert.attention_weights import attention_tensors
 from llmconvert.convert.gqa_job import copy_tensors
-from llmconvert.convert.heal_model import ResidentModel, share_tensors
+from llmconvert.convert.heal_model import ResidentModel
 from llmconvert.convert.heal_state import HealState, load_state, save_state
 from llmconvert.convert.heal_training import Healing, HealOptions
 from llmconvert.dense import require_dense
-from llmconvert.engine.memory import BASE_NBYTES, available_nbytes
+from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.engine.precision import compute_dtype
 from llmconvert.errors import CapacityError, DatasetError, UsageError
-from llmconvert.memory import release_freed_memory
+from llmconvert.memory import available_nbytes, release_freed_memory
 from llmconvert.progress import SILENT, Progress
+from llmconvert.shared import share_tensors
 from llmconvert.writer import (
     DEFAULT_SHARD_BYTES,
     TensorWriter,

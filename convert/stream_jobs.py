@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from llmconvert import __version__
 from llmconvert.checkpoint import SafetensorsCheckpoint, TensorSpec
 from llmconvert.convert.cast import CASTABLE, CastErrors, CastView, Overflow, check_overflow, with_dtype
 from llmconvert.convert.dtype import DtypeReport
@@ -28,6 +27,7 @@ from llmconvert.quantize.base import Quantizer, Target, load_method
 from llmconvert.quantize.formats.base import Format, load_format
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.version import __version__
 from llmconvert.writer import DEFAULT_SHARD_BYTES, Layout, TensorWriter, check_output_directory, plan_layout
 
 __all__ = ["stream_convert", "stream_quantize"]

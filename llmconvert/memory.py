@@ -1,4 +1,4 @@
-"""Resident memory: the peak of a piece of work inside a process, and giving freed memory back.
+"""Memory of this process: what it can still get, the peak of a piece of work inside it, and giving freed memory back.
 
 The kernel keeps one high-water mark per process (``VmHWM``). When work raises it, the new mark is that work's exact
 peak. When it doesn't, the peak lies below an earlier one and only samples can tell; a thread takes them. The mark is
@@ -15,7 +15,9 @@ import threading
 from pathlib import Path
 from typing import Self
 
-__all__ = ["PeakMemory", "map_large_tensors", "release_freed_memory"]
+import torch
+
+__all__ = ["PeakMemory", "available_nbytes", "map_large_tensors", "release_freed_memory"]
 
 _INTERVAL_SECONDS = 0.05
 # Smaller tensors are not worth pages of their own: fresh pages have to be cleared by the kernel, one by one.
@@ -69,6 +71,23 @@ def _resident() -> tuple[int, int]:
     except (OSError, KeyError):
         mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return (mark if sys.platform == "darwin" else mark * 1024), 0
+
+
+def available_nbytes(device: torch.device) -> int:
+    """Bytes this process can still get on a device.
+
+    Of the host, what the kernel calls available, or its control group's limit if lower.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists():
+        text = limit.read_text().strip()
+        if text != "max":
+            available = min(available, int(text) - int(used.read_text()))
+    return available
 
 
 def release_freed_memory() -> bool:

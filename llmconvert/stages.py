@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from llmconvert import __version__
 from llmconvert.errors import HubError, OutputError, SourceError, UsageError
 from llmconvert.lock import DirectoryLock
 from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
+from llmconvert.version import __version__
 from llmconvert.writer import publish_directory, write_json
 
 __all__ = ["STAGE_FILE", "StageResult", "StageRun", "StageStore", "describe_changes", "stage_key"]

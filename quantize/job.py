@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from llmconvert import __version__
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.dense import require_dense
 from llmconvert.engine.discovery import discover
@@ -31,6 +30,7 @@ from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantizati
 from llmconvert.quantize.rescale import describe_edges
 from llmconvert.quantize.scheme import Scheme, input_kind
 from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Steps
+from llmconvert.version import __version__
 from llmconvert.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout, write_json
 
 __all__ = ["LayerResult", "QuantizeResult", "quantize_checkpoint", "read_layers", "write_layers"]

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from llmconvert import __version__
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.dense import require_dense
 from llmconvert.engine.discovery import discover
@@ -27,6 +26,7 @@ from llmconvert.quantize.plan import Override, plan_quantization
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.sensitivity import Subject, enough_windows, measure_sensitivity
 from llmconvert.quantize.units import FusedUnit, Storage, fused_units
+from llmconvert.version import __version__
 
 __all__ = ["Allocation", "choose_schemes"]
 

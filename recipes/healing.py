@@ -15,7 +15,7 @@ from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.convert.heal import HealOptions, HealReport, heal_attention
 from llmconvert.errors import RecipeError
 from llmconvert.progress import SILENT, Progress
-from llmconvert.recipes.attention_sections import healing_sections
+from llmconvert.recipes.healing_sections import healing_sections
 from llmconvert.recipes.recipe import HealSettings, Recipe
 from llmconvert.recipes.windows import WindowRequest
 from llmconvert.writer import write_json

@@ -18,8 +18,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.inspection import describe_model
-from llmconvert.engine.memory import available_nbytes
 from llmconvert.errors import UsageError
+from llmconvert.memory import available_nbytes
 from llmconvert.progress import SILENT, Progress
 from llmconvert.validate.backends import BACKENDS, refusal
 from llmconvert.validate.generation import PROMPTS

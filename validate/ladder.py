@@ -17,7 +17,8 @@ import torch
 from llmconvert.checkpoint import Checkpoint
 from llmconvert.convert.inspection import describe_model, text_config
 from llmconvert.convert.kv_cache import CacheLayout, cache_layout, kv_head_count
-from llmconvert.engine.memory import BASE_NBYTES, available_nbytes
+from llmconvert.engine.memory import BASE_NBYTES
+from llmconvert.memory import available_nbytes
 from llmconvert.validate.backends import best_backend
 from llmconvert.validate.display import format_bytes
 from llmconvert.validate.isolated import UnmeasuredError, run_isolated

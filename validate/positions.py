@@ -18,9 +18,9 @@ import torch
 from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.convert.inspection import ModelSummary, describe_model
 from llmconvert.engine.datasets import load_dataset_text
-from llmconvert.engine.memory import available_nbytes
 from llmconvert.engine.tokens import TokenWindows, draw_windows
 from llmconvert.errors import DatasetError
+from llmconvert.memory import available_nbytes
 from llmconvert.validate.backends import activate, best_backend
 from llmconvert.validate.isolated import UnmeasuredError, limit_memory, run_isolated
 from llmconvert.validate.measurement import Subject

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from llmconvert.checkpoint import Checkpoint
-from llmconvert.engine.memory import available_nbytes
 from llmconvert.errors import UnsupportedError
-from llmconvert.memory import release_freed_memory
+from llmconvert.memory import available_nbytes, release_freed_memory
 
 __all__ = ["Runtime", "runtime", "too_large"]
 

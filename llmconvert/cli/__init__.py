@@ -12,7 +12,6 @@ from typing import IO, Any
 
 import click
 
-from llmconvert import __version__
 from llmconvert.cli.convert import convert
 from llmconvert.cli.inspect import inspect
 from llmconvert.cli.push import push
@@ -21,6 +20,7 @@ from llmconvert.cli.report import report
 from llmconvert.cli.run import run
 from llmconvert.cli.validate import validate
 from llmconvert.errors import LlmconvertError, RunInterruptedError
+from llmconvert.version import __version__
 
 __all__ = ["main"]
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import CapacityError
+from llmconvert.memory import available_nbytes
 
-__all__ = ["BASE_NBYTES", "MemoryEstimate", "activation_nbytes", "available_nbytes", "choose_mode"]
+__all__ = ["BASE_NBYTES", "MemoryEstimate", "activation_nbytes", "choose_mode"]
 
 #: The interpreter with torch and transformers, thread stacks and the allocator's slack.
 BASE_NBYTES = 500_000_000
@@ -94,20 +92,3 @@ def choose_mode(
         f"this model needs {estimate}, {limit / 1e6:,.0f} MB may be used; "
         "use shorter calibration samples, a data-free method (rtn), or a machine with more memory"
     )
-
-
-def available_nbytes(device: torch.device) -> int:
-    """Bytes this process can still get on a device.
-
-    Of the host, what the kernel calls available, or its control group's limit if lower.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists():
-        text = limit.read_text().strip()
-        if text != "max":
-            available = min(available, int(text) - int(used.read_text()))
-    return available

@@ -22,10 +22,11 @@ from llmconvert.convert.attention_weights import attention_tensors
 from llmconvert.convert.gqa_job import convert_attention
 from llmconvert.convert.heal import HealOptions, HealReport, heal_attention
 from llmconvert.convert.heal_loss import hidden_divergence, prediction_divergence
-from llmconvert.convert.heal_model import ResidentModel, share_tensors
+from llmconvert.convert.heal_model import ResidentModel
 from llmconvert.convert.heal_state import load_state
 from llmconvert.directory import SINGLE_NAME
 from llmconvert.errors import CapacityError, DatasetError, UsageError
+from llmconvert.shared import share_tensors
 
 WINDOWS = ids((24,) * 20, seed=3)
 QUICK = HealOptions(steps=6, held_out=4, evaluate_every=3, save_every=2)
