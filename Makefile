@@ -65,7 +65,7 @@ $(READERS)/autogptq/.ready:
 readers: $(VENV)/.ready $(foreach name,vllm gptqmodel llmcompressor autogptq,$(READERS)/$(name)/.ready)
 	mkdir -p build
 	LLMCONVERT_READERS=$(abspath $(READERS)) LLMCONVERT_SEEN=$(abspath build/readers.json) \
-		$(BIN)/python -m pytest tests/readers tests/validate/test_vllm.py
+		$(BIN)/python -m pytest tests/readers tests/validate/runtimes/test_vllm.py
 	$(BIN)/python tests/readers/matrix.py build/readers.json
 
 # mypy sees the package as users get it: installed, not editable. build/lib would bring back files that are gone.

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 TESTS = Path(__file__).parent.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "support")]
+sys.path.insert(0, str(TESTS))
 # Files whose contents tell of one run: when, how long, where.
 VOLATILE = ("report.json", "report.html", "README.md", "manifest.json", "recipe.yaml", ".png", ".svg")
 TEXT = "--calibration pydoc-topics:train --samples 4 --length 48"
@@ -62,8 +62,8 @@ JOBS: dict[str, str] = {
 
 def make_models(directory: Path) -> dict[str, Path]:
     """The sources, by the name that jobs use."""
-    from tiny_architectures import tiny_model
-    from tiny_models import tiny_llama_dir, tiny_tokenizer
+    from support.tiny_architectures import tiny_model
+    from support.tiny_models import tiny_llama_dir, tiny_tokenizer
 
     models = {
         name: tiny_model(directory / name, name, dtype=torch.bfloat16, vocab_size=320)

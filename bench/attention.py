@@ -22,24 +22,24 @@ from pathlib import Path
 import torch
 from measured import markdown_table, megabytes
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.convert.rope_scaling import RopeScaling
 from llmconvert.convert.source import open_source
-from llmconvert.engine.datasets import load_dataset_text
-from llmconvert.engine.tokens import TokenWindows, draw_windows
 from llmconvert.progress import console_progress
 from llmconvert.quantize.reader import open_dense
-from llmconvert.validate.attention import LENGTHS, AttentionOptions, measure_attention
-from llmconvert.validate.attention_check import attention_checks
-from llmconvert.validate.cache_size import CacheCheck
-from llmconvert.validate.display import section_table
-from llmconvert.validate.ladder import MemoryLadder
+from llmconvert.report.report import Check
+from llmconvert.report.section import Section
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.text.datasets import load_dataset_text
+from llmconvert.text.tokens import TokenWindows, draw_windows
+from llmconvert.validate.long_inputs.attention import LENGTHS, AttentionOptions, measure_attention
+from llmconvert.validate.long_inputs.attention_check import attention_checks
+from llmconvert.validate.long_inputs.cache_size import CacheCheck
+from llmconvert.validate.long_inputs.ladder import MemoryLadder
+from llmconvert.validate.long_inputs.positions import PositionsCheck
 from llmconvert.validate.measurement import Subject
-from llmconvert.validate.positions import PositionsCheck
-from llmconvert.validate.report import Check
-from llmconvert.validate.section import Section
-from llmconvert.validate.section_plot import section_plot
+from llmconvert.validate.render.display import section_table
+from llmconvert.validate.render.section_plot import section_plot
 
 _LLAMA_CPP = """
 import json, sys, xllamacpp

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from llmconvert.checkpoint import TensorSpec
-from llmconvert.writer import TensorWriter, plan_layout, write_json
+from llmconvert.storage.checkpoint import TensorSpec
+from llmconvert.storage.writer import TensorWriter, plan_layout, write_json
 
 CONVERSIONS = (("float32", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", "float32"))
 _ROWS = 4096
@@ -40,7 +40,7 @@ def peak_memory():
     return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
 
 idle = peak_memory()
-from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.dtype import convert_dtype
 begin = time.perf_counter()
 with SafetensorsCheckpoint(sys.argv[1]) as source:

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 COMPARE = """
 import json, sys
-from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.quantize.reader import open_dense
 first, second = (open_dense(SafetensorsCheckpoint(path)) for path in sys.argv[1:3])
 codes = differing = 0

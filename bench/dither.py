@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from llmconvert.checkpoint import SafetensorsCheckpoint, TensorSpec
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.writer import (
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint, TensorSpec
+from llmconvert.storage.writer import (
     TensorWriter,
     check_output_directory,
     plan_layout,

@@ -22,19 +22,19 @@ from statistics import median
 import numpy as np
 import torch
 
-from llmconvert.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
 from llmconvert.convert.cast import CastView
-from llmconvert.convert.gguf_export import export_checkpoint
 from llmconvert.engine.stream import stream_logits
-from llmconvert.quantize.ggml.blocks import load_codec
-from llmconvert.quantize.ggml.mix import GgmlMix, MixContext
+from llmconvert.gguf.export import export_checkpoint
+from llmconvert.gguf.ggml.blocks import load_codec
+from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
 from llmconvert.quantize.importance import collect_importance
-from llmconvert.recipes.recipe import CalibrateSettings, PerplexitySettings
-from llmconvert.recipes.windows import WindowRequest
+from llmconvert.recipes.schema.recipe import CalibrateSettings, PerplexitySettings
+from llmconvert.recipes.stages.windows import WindowRequest
+from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
 from llmconvert.validate.perplexity import perplexity
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
-from ggml_reference import ggml_quantize
+from support.ggml_reference import ggml_quantize
 
 Encoder = Callable[[str, np.ndarray, np.ndarray | None], np.ndarray]
 

@@ -20,13 +20,13 @@ import torch
 from measured import markdown_table, megabytes
 from transformers import AutoTokenizer
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.engine.datasets import load_dataset_text
 from llmconvert.engine.stream import stream_logits
-from llmconvert.engine.tokens import draw_windows
 from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
 from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.text.datasets import load_dataset_text
+from llmconvert.text.tokens import draw_windows
 from llmconvert.validate.perplexity import perplexity
 
 _PHASES = ("reading", "forward", "Hessians", "solving", "packing", "writing", "copying")

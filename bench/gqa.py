@@ -30,13 +30,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.convert.attention import read_geometry
-from llmconvert.convert.attention_weights import LayerWeights, config_with_kv_heads, layer_tensors, read_layer
-from llmconvert.convert.gqa_job import convert_attention
-from llmconvert.convert.heal import HealOptions, heal_attention
-from llmconvert.directory import SINGLE_NAME
-from llmconvert.writer import write_json, write_side_files
+from llmconvert.convert.gqa.geometry import read_geometry
+from llmconvert.convert.gqa.job import convert_attention
+from llmconvert.convert.gqa.weights import LayerWeights, config_with_kv_heads, layer_tensors, read_layer
+from llmconvert.convert.heal.job import HealOptions, heal_attention
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.storage.directory import SINGLE_NAME
+from llmconvert.storage.writer import write_json, write_side_files
 
 LENGTH = 512
 # Turns of every head towards the mean of the others.

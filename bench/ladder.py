@@ -15,15 +15,15 @@ from pathlib import Path
 
 from measured import markdown_table
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.inspection import text_config
 from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.quantize.reader import open_dense
-from llmconvert.validate.display import section_table
-from llmconvert.validate.ladder import memory_needs
-from llmconvert.validate.report import Report
-from llmconvert.validate.rungs import Rung, rungs_section
-from llmconvert.validate.section_plot import section_plot
+from llmconvert.report.report import Report
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.validate.long_inputs.ladder import memory_needs
+from llmconvert.validate.long_inputs.rungs import Rung, rungs_section
+from llmconvert.validate.render.display import section_table
+from llmconvert.validate.render.section_plot import section_plot
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmconvert.validate.drawing import COLOURS, INK, legend, render, style
+from llmconvert.validate.render.drawing import COLOURS, INK, legend, render, style
 
 __all__ = ["draw_quality"]
 

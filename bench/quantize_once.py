@@ -19,9 +19,9 @@ from types import FrameType
 
 import torch
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 _INTERVAL_SECONDS = 0.004
 _LINES_KEPT = 25

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from llmconvert.checkpoint import TensorSpec
-from llmconvert.writer import TensorWriter, check_output_directory, plan_layout, write_json
+from llmconvert.storage.checkpoint import TensorSpec
+from llmconvert.storage.writer import TensorWriter, check_output_directory, plan_layout, write_json
 
 INITIALIZER_RANGE = 0.02
 # Normal numbers cost more than writing them: a million are drawn per tensor, and repeated shifted.

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint, CheckpointView
 from llmconvert.errors import UnsupportedError
+from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
 
 __all__ = ["CASTABLE", "TARGETS", "CastErrors", "CastView", "Overflow", "cast_into", "check_overflow", "with_dtype"]
 

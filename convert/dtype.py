@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint, TensorSpec
 from llmconvert.convert.cast import CASTABLE, TARGETS, CastErrors, Overflow, check_overflow, with_dtype
 from llmconvert.convert.pipeline import stream_tensors
 from llmconvert.convert.rope_scaling import RopeScaling, scale_positions
-from llmconvert.dense import require_dense
 from llmconvert.errors import UnsupportedError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.reader import open_dense
-from llmconvert.writer import (
+from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
+from llmconvert.storage.dense import require_dense
+from llmconvert.storage.writer import (
     DEFAULT_SHARD_BYTES,
     Layout,
     TensorWriter,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmconvert.checkpoint import Checkpoint, TensorInfo
 from llmconvert.convert.kv_cache import cache_layout, kv_head_count
 from llmconvert.convert.source import open_source, parse_hub_id
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.remote import RemoteCheckpoint
+from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
+from llmconvert.storage.remote import RemoteCheckpoint
 
 __all__ = ["ModelSummary", "describe_model", "inspect_model", "text_config", "uses_alibi"]
 

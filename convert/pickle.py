@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from llmconvert.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
-from llmconvert.directory import other_files, read_config, read_index
 from llmconvert.errors import CheckpointError
+from llmconvert.storage.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
+from llmconvert.storage.directory import other_files, read_config, read_index
 
 __all__ = ["PickleCheckpoint"]
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.convert.cast import CastErrors, cast_into
 from llmconvert.progress import Task
-from llmconvert.writer import TensorWriter
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
+from llmconvert.storage.writer import TensorWriter
 
 __all__ = ["stream_tensors"]
 

@@ -2,7 +2,7 @@
 et al. 2023, arXiv 2309.00071) and dynamic NTK scaling.
 
 Only ``config.json`` changes: which scaling, its factor, and how long inputs may be. No weight is touched, so what the
-model makes of it has to be measured (:mod:`llmconvert.validate.positions`).
+model makes of it has to be measured (:mod:`llmconvert.validate.long_inputs.positions`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from llmconvert.checkpoint import Checkpoint, CheckpointView
 from llmconvert.errors import UnsupportedError, UsageError
+from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
 
 __all__ = ["RopeScaling", "RopeScalingView", "scale_positions"]
 

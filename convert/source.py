@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
-from llmconvert.directory import INDEX_NAME, SINGLE_NAME
 from llmconvert.errors import SourceError
 from llmconvert.hub import fetch
 from llmconvert.progress import SILENT, Progress
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
+from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["Source", "SourceKind", "open_source", "parse_hub_id", "source_fingerprint"]
 
@@ -106,7 +106,7 @@ def _open_path(path: Path, allow_pickle: bool) -> Checkpoint:
         raise SourceError(f"{path}: no such file")
     if path.suffix != ".gguf":
         raise SourceError(f"{path}: is a file, and not a .gguf; of other models name the directory with config.json")
-    from llmconvert.convert.gguf import open_gguf
+    from llmconvert.gguf.checkpoint import open_gguf
 
     return open_gguf(path)
 

@@ -51,18 +51,18 @@ __all__ = [
 
 _MODULES = {
     "SILENT": "progress",
-    "Check": "validate.report",
-    "Checkpoint": "checkpoint",
+    "Check": "report.report",
+    "Checkpoint": "storage.checkpoint",
     "LlmconvertError": "errors",
     "ModelSummary": "convert.inspection",
     "Override": "quantize.plan",
     "Progress": "progress",
     "PushOptions": "hub",
     "QuantizedTensor": "quantize.tensor",
-    "Recipe": "recipes.recipe",
-    "Report": "validate.report",
+    "Recipe": "recipes.schema.recipe",
+    "Report": "report.report",
     "RunResult": "recipes.runner",
-    "SafetensorsCheckpoint": "checkpoint",
+    "SafetensorsCheckpoint": "storage.checkpoint",
     "Scheme": "quantize.scheme",
     "Source": "convert.source",
     "console_progress": "progress",
@@ -80,7 +80,6 @@ _MODULES = {
 }
 
 if TYPE_CHECKING:
-    from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
     from llmconvert.convert.dtype import convert_dtype
     from llmconvert.convert.inspection import ModelSummary, inspect_model
     from llmconvert.convert.source import Source, open_source
@@ -93,10 +92,11 @@ if TYPE_CHECKING:
     from llmconvert.quantize.tensor import QuantizedTensor
     from llmconvert.recipes.batch import run_batch
     from llmconvert.recipes.loading import load_recipe, make_recipe, shipped_recipes
-    from llmconvert.recipes.recipe import Recipe
     from llmconvert.recipes.runner import RunResult, run_recipe
+    from llmconvert.recipes.schema.recipe import Recipe
+    from llmconvert.report.report import Check, Report
+    from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
     from llmconvert.validate.artifact import validate_artifact
-    from llmconvert.validate.report import Check, Report
 
 
 def __getattr__(name: str) -> Any:

@@ -14,16 +14,16 @@ import torch
 
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import LlmconvertError, RunInterruptedError
-from llmconvert.journal import Journal
-from llmconvert.lock import LOCK_NAME, DirectoryLock
 from llmconvert.memory import map_large_tensors
 from llmconvert.phases import Phases
 from llmconvert.progress import Progress
-from llmconvert.quantize.base import Solution
 from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.methods.base import Solution
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.steps import Steps
-from llmconvert.writer import Layout, TensorWriter, publish_directory, staging_directory, write_file, write_json
+from llmconvert.storage.journal import Journal
+from llmconvert.storage.lock import LOCK_NAME, DirectoryLock
+from llmconvert.storage.writer import Layout, TensorWriter, publish_directory, staging_directory, write_file, write_json
 
 __all__ = ["Execution"]
 

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.memory import choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError
 from llmconvert.progress import SILENT, Progress
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["collect_importance"]
 

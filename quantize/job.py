@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
-from llmconvert.dense import require_dense
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.edges import Edge, find_edges
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
@@ -23,15 +21,17 @@ from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, CapacityError
 from llmconvert.phases import Phases
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.base import ScalingQuantizer, load_method
 from llmconvert.quantize.execute import Execution
 from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.methods.base import ScalingQuantizer, load_method
+from llmconvert.quantize.methods.rescale import describe_edges
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization, work_nbytes
-from llmconvert.quantize.rescale import describe_edges
 from llmconvert.quantize.scheme import Scheme, input_kind
 from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Steps
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.dense import require_dense
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout, write_json
 from llmconvert.version import __version__
-from llmconvert.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout, write_json
 
 __all__ = ["LayerResult", "QuantizeResult", "quantize_checkpoint", "read_layers", "write_layers"]
 
@@ -105,7 +105,7 @@ def quantize_checkpoint(
     Args:
         source: dense weights.
         output: directory to create; it appears when it is complete.
-        method: a name in :data:`~llmconvert.quantize.base.METHODS`.
+        method: a name in :data:`~llmconvert.quantize.methods.base.METHODS`.
         scheme: for every linear that no override names.
         format: a name in :data:`~llmconvert.quantize.formats.base.FORMATS`.
         overrides: other schemes by name pattern, first match wins.

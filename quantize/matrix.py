@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.base import METHODS, Quantizer, load_method
 from llmconvert.quantize.formats.base import FORMATS, Format, load_format
+from llmconvert.quantize.methods.base import METHODS, Quantizer, load_method
 from llmconvert.quantize.runtimes import Runtime, runtimes_of
 from llmconvert.quantize.scheme import Scheme
 

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from llmconvert.checkpoint import TensorSpec
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.statistics import hessian_nbytes
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
-from llmconvert.quantize.base import BlockQuantizer, Quantizer, ScalingQuantizer
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.matrix import check_combination
+from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQuantizer
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import TensorSpec
 
 __all__ = ["Override", "QuantizationPlan", "plan_quantization", "work_nbytes"]
 
@@ -117,10 +117,10 @@ def work_nbytes(
 
     With ``n`` columns and ``r`` rows in all, GPTQ needs ``4 n²`` for the Hessian, which is permuted and factorized in
     place, and beside it what :func:`~llmconvert.engine.statistics.hessian_nbytes` states for a chunk of tokens or
-    :meth:`~llmconvert.quantize.gptq.Gptq.nbytes` in ``r · n``; with the original's inputs too, another ``4 n²`` and a
-    chunk of those, and ``4 r n`` more and a chunk where the output adds to the residual stream. A data-free method
-    takes one linear at a time, whose weight is read for it, and a block-wise one all linears of a block. A method that
-    moves scales gathers the Hessians of all stops at once.
+    :meth:`~llmconvert.quantize.methods.gptq.Gptq.nbytes` in ``r · n``; with the original's inputs too, another ``4
+    n²`` and a chunk of those, and ``4 r n`` more and a chunk where the output adds to the residual stream. A data-
+    free method takes one linear at a time, whose weight is read for it, and a block-wise one all linears of a
+    block. A method that moves scales gathers the Hessians of all stops at once.
     """
     linears = {name: module for block in skeleton.linears for name, module in block.items()}
     needs = [0]

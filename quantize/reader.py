@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint, CheckpointView, TensorInfo
 from llmconvert.errors import CheckpointError
 from llmconvert.quantize.readers.base import find_linears
 from llmconvert.quantize.scheme import Scheme, input_kind
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, TensorInfo
 
 __all__ = ["QuantizedView", "open_dense"]
 

@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
 from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CheckpointError, SchemeError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.base import ScalingQuantizer, load_method
 from llmconvert.quantize.formats.base import Format, load_format
 from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers, write_layers
+from llmconvert.quantize.methods.base import ScalingQuantizer, load_method
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization
 from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.writer import (
+from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
+from llmconvert.storage.writer import (
     TensorWriter,
     check_output_directory,
     plan_layout,

@@ -24,14 +24,14 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from llmconvert.checkpoint import Checkpoint, CheckpointView
-from llmconvert.dense import require_dense
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.edges import Edge, find_edges
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import stream_logits
 from llmconvert.engine.synthetic import SyntheticCheckpoint, shallow
 from llmconvert.errors import UnsupportedError
+from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
+from llmconvert.storage.dense import require_dense
 
 __all__ = ["RotatedCheckpoint", "Rotation", "rotate_checkpoint"]
 

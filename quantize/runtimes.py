@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from llmconvert.quantize.ggml.mix import GgmlMix
+from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = ["RUNTIMES", "Pair", "Run", "Runtime", "markdown_table", "pairs", "recorded_runs", "runtimes_of"]

@@ -17,9 +17,8 @@ from typing import Protocol
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
+from llmconvert.compute.dot_products import load_dot_products
 from llmconvert.engine.discovery import BlockPlan, Stop
-from llmconvert.engine.dot_products import load_dot_products
 from llmconvert.engine.edges import Edge
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, states_present
@@ -27,10 +26,11 @@ from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Mode, Stream
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import Phases
-from llmconvert.quantize.base import BlockData, BlockQuantizer, Quantizer, ScalingQuantizer, Solution, Target
-from llmconvert.quantize.kernels import load_kernels
+from llmconvert.quantize.methods.base import BlockData, BlockQuantizer, Quantizer, ScalingQuantizer, Solution, Target
+from llmconvert.quantize.methods.rescale import Rescaling, rescale_block
 from llmconvert.quantize.plan import QuantizationPlan
-from llmconvert.quantize.rescale import Rescaling, rescale_block
+from llmconvert.quantize.solve.kernels import load_kernels
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["CalibratedSteps", "DataFreeSteps", "Step", "Steps"]
 

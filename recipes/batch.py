@@ -12,9 +12,9 @@ from pathlib import Path
 from llmconvert.errors import LlmconvertError, RunInterruptedError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.loading import load_recipe
-from llmconvert.recipes.recipe import Recipe
 from llmconvert.recipes.runner import RunResult, run_recipe
-from llmconvert.stages import StageStore
+from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.storage.stages import StageStore
 
 __all__ = ["Outcome", "run_batch"]
 

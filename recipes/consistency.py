@@ -6,12 +6,12 @@ import difflib
 from collections.abc import Iterable, Iterator
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.base import METHODS, Quantizer, ScalingQuantizer, load_method, needs_calibration
 from llmconvert.quantize.formats.base import FORMATS, load_format
 from llmconvert.quantize.matrix import check_format, check_method
+from llmconvert.quantize.methods.base import METHODS, Quantizer, ScalingQuantizer, load_method, needs_calibration
 from llmconvert.quantize.scheme import Scheme, input_kind
-from llmconvert.recipes.gguf import GGUF, IMATRIX, calibrates, gguf_contradictions
-from llmconvert.recipes.recipe import QuantizeSettings, Recipe
+from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
+from llmconvert.recipes.stages.gguf import GGUF, IMATRIX, calibrates, gguf_contradictions
 
 __all__ = ["KeyPath", "contradictions"]
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from llmconvert.errors import RecipeError
 from llmconvert.recipes.consistency import KeyPath, contradictions
-from llmconvert.recipes.recipe import Recipe
+from llmconvert.recipes.schema.recipe import Recipe
 
 __all__ = ["load_recipe", "make_recipe", "parse_recipe", "read_override", "shipped_recipes"]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from llmconvert.errors import CapacityError, OutputError
 from llmconvert.hub import PushOptions, check_push, push_folder
 from llmconvert.progress import SILENT, Progress
-from llmconvert.recipes.recipe import PLACEHOLDERS, PublishSettings, Recipe
-from llmconvert.writer import check_output_directory, publish_directory, staging_directory, write_json
+from llmconvert.recipes.schema.recipe import PLACEHOLDERS, PublishSettings, Recipe
+from llmconvert.storage.writer import check_output_directory, publish_directory, staging_directory, write_json
 
 __all__ = [
     "PUBLICATION_FILE",

@@ -1,7 +1,7 @@
 """Running a recipe: fetch, convert, calibrate, rewrite attention, heal, quantize, validate, write up, publish.
 
-Each step is a stage (:mod:`llmconvert.stages`) keyed by what determines its output, so a run that was stopped or
-changed repeats only what it must. Text, formats and the publishing target are checked before the long work begins.
+Each step is a stage (:mod:`llmconvert.storage.stages`) keyed by what determines its output, so a run that was stopped
+or changed repeats only what it must. Text, formats and the publishing target are checked before the long work begins.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.source import Source, open_source, source_fingerprint
-from llmconvert.dense import require_dense
 from llmconvert.device import open_device
-from llmconvert.engine.tokens import TokenWindows, check_disjoint
 from llmconvert.errors import GateError
 from llmconvert.interrupt import interruptible
 from llmconvert.memory import PeakMemory, release_freed_memory
 from llmconvert.progress import SILENT, Progress
-from llmconvert.recipes.artifact import REPORT_FILE, assemble_artifact, model_info, model_stem
-from llmconvert.recipes.attention import require_mergeable, rewrite_attention
-from llmconvert.recipes.budget import forget_sensitivity
-from llmconvert.recipes.gguf import calibrates
-from llmconvert.recipes.healing import heal_request, heal_settings, heal_stage
-from llmconvert.recipes.original import Original
 from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
-from llmconvert.recipes.recipe import Recipe
-from llmconvert.recipes.repair import RepairTools, repair
-from llmconvert.recipes.steps import LAYERS_FILE, convert, measure, quantize, recorded_layers, require_measurable
-from llmconvert.recipes.streaming import open_remote, stream_model
-from llmconvert.recipes.windows import WindowRequest, load_windows, save_windows
-from llmconvert.stages import StageResult, StageRun, StageStore, stage_key
-from llmconvert.validate.blame import blame
-from llmconvert.validate.report import Check, Report, Step, environment, require_passed
+from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.stages.artifact import REPORT_FILE, assemble_artifact, model_info, model_stem
+from llmconvert.recipes.stages.attention import require_mergeable, rewrite_attention
+from llmconvert.recipes.stages.budget import forget_sensitivity
+from llmconvert.recipes.stages.gguf import calibrates
+from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
+from llmconvert.recipes.stages.original import Original
+from llmconvert.recipes.stages.repair import RepairTools, repair
+from llmconvert.recipes.stages.steps import LAYERS_FILE, convert, measure, quantize, recorded_layers, require_measurable
+from llmconvert.recipes.stages.streaming import open_remote, stream_model
+from llmconvert.recipes.stages.windows import WindowRequest, load_windows, save_windows
+from llmconvert.report.report import Check, Report, Step, environment, require_passed
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.storage.dense import require_dense
+from llmconvert.storage.stages import StageResult, StageRun, StageStore, stage_key
+from llmconvert.text.tokens import TokenWindows, check_disjoint
+from llmconvert.validate.render.blame import blame
 from llmconvert.validate.step_losses import step_losses
 
 __all__ = ["RunResult", "run_recipe"]

@@ -8,26 +8,26 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
 from llmconvert.convert.cast import CastView
 from llmconvert.convert.dtype import DtypeReport
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.rope_scaling import RopeScalingView
 from llmconvert.convert.source import open_source, source_fingerprint
 from llmconvert.device import open_device
-from llmconvert.engine.tokens import TokenWindows
 from llmconvert.errors import DatasetError, UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.reader import open_dense
-from llmconvert.recipes.artifact import REPORT_FILE, model_stem, public_name
-from llmconvert.recipes.gguf import GGUF, calibrates
-from llmconvert.recipes.recipe import Recipe
-from llmconvert.recipes.steps import DTYPES, convert, measure, quantize, require_measurable
-from llmconvert.recipes.streaming import hub_model, open_remote, stream_model
-from llmconvert.recipes.windows import WindowRequest
-from llmconvert.validate.report import ModelInfo, Report, environment
-from llmconvert.writer import check_output_directory
+from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.stages.artifact import REPORT_FILE, model_stem, public_name
+from llmconvert.recipes.stages.gguf import GGUF, calibrates
+from llmconvert.recipes.stages.steps import DTYPES, convert, measure, quantize, require_measurable
+from llmconvert.recipes.stages.streaming import hub_model, open_remote, stream_model
+from llmconvert.recipes.stages.windows import WindowRequest
+from llmconvert.report.report import ModelInfo, Report, environment
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.writer import check_output_directory
+from llmconvert.text.tokens import TokenWindows
 
 __all__ = ["convert_model", "quantize_model", "validate_model"]
 
@@ -44,7 +44,7 @@ def convert_model(recipe: Recipe, output: Path, *, stream: bool = False, progres
     """
     check_output_directory(output)
     if stream:
-        from llmconvert.convert.stream_jobs import stream_convert
+        from llmconvert.convert.download.jobs import stream_convert
 
         model_id, revision = hub_model(recipe)
         settings = recipe.convert

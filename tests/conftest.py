@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_architectures import tiny_model
-from tiny_models import tiny_llama_dir
+from support.tiny_architectures import tiny_model
+from support.tiny_models import tiny_llama_dir
 
 
 @pytest.fixture(scope="session")

@@ -1,45 +1,83 @@
-"""The house rules that a machine can check: the direction of imports and the size of files."""
+"""The house rules that a machine can check: imports run one way between rooms at every level, and rooms stay small."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A module may import from its own layer and from those before it.
-LAYERS = ["errors", "progress", "hub", "core", "engine", "quantize", "convert", "validate", "recipes", "cli"]
 FOLDERS = ("llmconvert", "quantize", "convert", "validate", "recipes")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+# From the ground up: a module may import from its own room and from those before it.
+ORDER = (
+    *("version", "errors", "phases", "device", "memory", "interrupt", "progress"),
+    *("hub", "storage", "report", "text", "compute", "engine", "gguf"),
+    *("quantize", "convert", "validate", "recipes", "cli"),
+)
+# Folders that hold more than 15 files until what they hold is one thought.
+CROWDED: Mapping[str, int] = {"quantize": 18}
 
 
-def layer_of(parts: tuple[str, ...]) -> str:
-    """The layer of a module given by its dotted parts below ``llmconvert``."""
-    return parts[0] if parts and parts[0] in LAYERS else "core"
+def module_of(path: Path) -> tuple[str, ...]:
+    """The dotted parts of a file's module, below ``llmconvert``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1:] if parts[0] == "llmconvert" else parts
 
 
-def imports_of(path: Path) -> Iterator[str]:
+def imports_of(path: Path) -> Iterator[tuple[str, ...]]:
+    """What a file imports of this package, in dotted parts below ``llmconvert``."""
     for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, *parts = name.split(".")
+            if package == "llmconvert":
+                yield tuple(parts)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path: Path) -> None:
-    relative = path.relative_to(ROOT).with_suffix("").parts
-    own = layer_of(relative[1:] if relative[0] == "llmconvert" else relative)
-    if relative == ("llmconvert", "__init__"):
-        own = "recipes"  # the public face: re-exports what lies below the command line
-    for name in imports_of(path):
-        parts = tuple(name.split("."))
-        if parts[0] == "llmconvert" and len(parts) > 1:
-            imported = layer_of(parts[1:])
-            assert LAYERS.index(imported) <= LAYERS.index(own), f"{'/'.join(relative)} imports {name}"
+def test_imports_run_one_way_between_rooms(path: Path) -> None:
+    own = module_of(path)
+    if own == ("__init__",):
+        return  # the public face re-exports what lies below the command line
+    for imported in imports_of(path):
+        room = imported[0] if imported else own[0]
+        assert ORDER.index(room) <= ORDER.index(own[0]), f"{path.relative_to(ROOT)} imports {'.'.join(imported)}"
+
+
+def test_no_folder_holds_a_circle() -> None:
+    """At every level, a folder's files and subfolders import each other one way."""
+    children: dict[tuple[str, ...], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for path in SOURCES:
+        own = module_of(path)
+        if own == ("__init__",):
+            continue
+        for imported in imports_of(path):
+            common = next((i for i, (a, b) in enumerate(zip(own, imported, strict=False)) if a != b), None)
+            if common is not None:
+                children[own[:common]][own[common]].add(imported[common])
+    for folder, graph in children.items():
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            pytest.fail(f"{'/'.join(folder) or 'llmconvert'}: a circle, {' ← '.join(error.args[1])}")
+
+
+def test_folders_stay_small() -> None:
+    for folder in {path.parent for path in SOURCES}:
+        name = folder.relative_to(ROOT).as_posix()
+        assert len(list(folder.glob("*.py"))) <= CROWDED.get(name, 15), (
+            f"{name} wants a subfolder that groups its files"
+        )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

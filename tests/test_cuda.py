@@ -8,26 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from disguised_heads import grouped_model
-from quantized import hessian_of, random_inputs, random_weight
-from tiny_architectures import ARCHITECTURES, ids
-from tiny_models import tiny_llama_dir
+from support.disguised_heads import grouped_model
+from support.quantized import hessian_of, random_inputs, random_weight
+from support.tiny_architectures import ARCHITECTURES, ids
+from support.tiny_models import tiny_llama_dir
 from transformers import AutoModelForCausalLM
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.convert.gqa_job import convert_attention
-from llmconvert.convert.heal import HealOptions, heal_attention
+from llmconvert.convert.gqa.job import convert_attention
+from llmconvert.convert.heal.job import HealOptions, heal_attention
 from llmconvert.engine.statistics import Hessian
 from llmconvert.engine.stream import stream_logits
-from llmconvert.quantize.base import METHODS, Solution, Target, load_method
-from llmconvert.quantize.budget import Budget
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
 from llmconvert.quantize.matrix import Combination, combinations
-from llmconvert.quantize.mixed_precision import choose_schemes
+from llmconvert.quantize.methods.base import METHODS, Solution, Target, load_method
+from llmconvert.quantize.mixed_precision.budget import Budget
+from llmconvert.quantize.mixed_precision.job import choose_schemes
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
-from llmconvert.validate.agreement import compare_backends
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.validate.long_inputs.agreement import compare_backends
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -14,20 +14,20 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
-from llmconvert.convert.gguf import GgufCheckpoint, open_artifact
-from llmconvert.engine.tokens import TokenWindows
+from llmconvert.gguf.checkpoint import GgufCheckpoint, open_artifact
 from llmconvert.memory import release_freed_memory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.reader import open_dense
+from llmconvert.report.report import Check
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
+from llmconvert.storage.writer import write_side_files
+from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.behaviour import GenerationOptions, Probe, runtime_checks
 from llmconvert.validate.inventory import bits_per_weight, measure_sizes, take_inventory
 from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.quality import Limits, Scorer, how_measured
-from llmconvert.validate.report import Check
-from llmconvert.validate.vllm_fidelity import vllm_checks
+from llmconvert.validate.runtimes.vllm import vllm_checks
 from llmconvert.validate.vocabulary import check_vocabularies
-from llmconvert.writer import write_side_files
 
 __all__ = ["GenerationOptions", "Limits", "validate_artifact"]
 
@@ -53,7 +53,7 @@ def validate_artifact(
         reference: the original. Its continuations need it to be a directory on disk.
         windows: evaluation text; without it no perplexity, divergence and fidelity.
         generation: greedy continuations, with the pace of the runtime.
-        limits: what must be kept; see :func:`llmconvert.validate.report.require_passed` for the gate itself.
+        limits: what must be kept; see :func:`llmconvert.report.report.require_passed` for the gate itself.
         dtype: what evaluation computes in; the checkpoints' own by default.
         overlap: share of the evaluation text found in the calibration text, to go on record.
         seed: of the bootstrap.

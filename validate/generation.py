@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llmconvert.progress import SILENT, Progress
-from llmconvert.validate.runtime import Runtime
+from llmconvert.validate.runtimes.transformers import Runtime
 
 __all__ = [
     "PROMPTS",

@@ -18,13 +18,13 @@ from typing import Literal
 
 import torch
 
-from llmconvert.checkpoint import DTYPE_NAMES, Checkpoint
-from llmconvert.convert.attention import read_geometry
-from llmconvert.convert.gguf import GgufCheckpoint
-from llmconvert.convert.gqa_view import MergedAttention
-from llmconvert.directory import is_weight_file
+from llmconvert.convert.gqa.geometry import read_geometry
+from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.progress import SILENT, Progress
+from llmconvert.storage.checkpoint import DTYPE_NAMES, Checkpoint
+from llmconvert.storage.directory import is_weight_file
 
 __all__ = ["Inventory", "Sizes", "Status", "TensorRecord", "bits_per_weight", "measure_sizes", "take_inventory"]
 

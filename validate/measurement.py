@@ -1,8 +1,8 @@
 """How a measurement of its own is added to what is measured about every artifact.
 
 One file under ``validate/`` holds a frozen dataclass with its settings and the two methods of :class:`Measurement`; one
-line in ``recipes/steps.py`` (``measurements``) makes it from the recipe. What it returns appears everywhere by itself:
-in ``report.json``, in the terminal, on the page and on the model card.
+line in ``recipes/stages/steps.py`` (``measurements``) makes it from the recipe. What it returns appears everywhere by
+itself: in ``report.json``, in the terminal, on the page and on the model card.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Protocol
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
-from llmconvert.engine.tokens import TokenWindows
 from llmconvert.progress import SILENT, Progress
-from llmconvert.validate.report import Check
+from llmconvert.report.report import Check
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.text.tokens import TokenWindows
 
 __all__ = ["Measurement", "Subject"]
 

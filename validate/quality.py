@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.divergence import BlockDivergence, SideBySide, blame_artifact
 from llmconvert.engine.stream import stream_logits
-from llmconvert.engine.tokens import TokenWindows
 from llmconvert.errors import GateError
 from llmconvert.progress import Progress
+from llmconvert.report.report import Check
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.behaviour import Probe
 from llmconvert.validate.perplexity import Comparison, PerplexityResult, WorstToken, compare_logits, perplexity
-from llmconvert.validate.report import Check
 
 __all__ = ["Limits", "Scorer", "how_measured"]
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.validate.report import Check, Report
+from llmconvert.report.report import Check, Report
 
 __all__ = ["REPAIRABLE", "Unit", "Upgrade", "choose_upgrades", "needed_share", "sensitivities", "unit_error"]
 

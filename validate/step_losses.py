@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine.stream import stream_logits
-from llmconvert.engine.tokens import TokenWindows
 from llmconvert.progress import SILENT, Progress
+from llmconvert.report.report import Check
+from llmconvert.report.section import Column, Section
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.perplexity import perplexity
-from llmconvert.validate.report import Check
-from llmconvert.validate.section import Column, Section
 
 __all__ = ["step_losses"]
 

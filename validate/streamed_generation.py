@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.stream import stream_logits
 from llmconvert.progress import SILENT, Progress
+from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.validate.generation import Continuation, encode
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Benchmarks by lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), for original and artifact.
 
 A thin integration: the tasks, their prompts and their metrics are lm-eval's, the models are loaded as
-:mod:`llmconvert.validate.runtime` loads them. What a task downloads is lm-eval's business, too.
+:mod:`llmconvert.validate.runtimes.transformers` loads them. What a task downloads is lm-eval's business, too.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.errors import UnsupportedError, UsageError
+from llmconvert.report.report import Check
+from llmconvert.report.section import Cell, Column, Section
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.measurement import Subject
-from llmconvert.validate.report import Check
-from llmconvert.validate.runtime import runtime, too_large
-from llmconvert.validate.section import Cell, Column, Section
+from llmconvert.validate.runtimes.transformers import runtime, too_large
 
 __all__ = ["Tasks"]
 

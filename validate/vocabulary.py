@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llmconvert.checkpoint import Checkpoint
-from llmconvert.convert.gguf import open_artifact
 from llmconvert.errors import UsageError
+from llmconvert.gguf.checkpoint import open_artifact
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["check_vocabularies"]
 

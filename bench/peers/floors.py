@@ -29,10 +29,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.quantize.gptq import Gptq
+from llmconvert.quantize.methods.gptq import Gptq
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 _HESSIAN_ROWS = 4096
 _CANDIDATE_OPERATIONS = 8

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llmconvert.checkpoint import Checkpoint, CheckpointView, TensorInfo
+from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, TensorInfo
 
 __all__ = ["GptqView"]
 

@@ -22,13 +22,13 @@ import torch
 from arguments import run_parser
 
 import llmconvert
-from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.quantize.budget import Budget
 from llmconvert.quantize.job import quantize_checkpoint
-from llmconvert.quantize.mixed_precision import choose_schemes
+from llmconvert.quantize.mixed_precision.budget import Budget
+from llmconvert.quantize.mixed_precision.job import choose_schemes
 from llmconvert.quantize.plan import Override
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 
 def main() -> None:

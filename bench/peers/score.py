@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from gptq_v1 import GptqView
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.engine.stream import stream_logits
 from llmconvert.quantize.reader import open_dense
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.validate.perplexity import PerplexityResult, compare_logits, perplexity
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from llmconvert.engine.datasets import load_dataset_text
-from llmconvert.engine.tokens import draw_windows
+from llmconvert.text.datasets import load_dataset_text
+from llmconvert.text.tokens import draw_windows
 
 
 def main() -> None:

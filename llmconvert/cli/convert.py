@@ -69,8 +69,8 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def _merge_heads(model: str, output: Path, options: dict[str, Any]) -> None:
     from llmconvert.progress import console_progress
-    from llmconvert.recipes.attention import rewrite_model
     from llmconvert.recipes.loading import make_recipe
+    from llmconvert.recipes.stages.attention import rewrite_model
 
     if options["stream"]:
         raise click.UsageError("--stream goes with a change of dtype alone; fetch the model to merge its heads")

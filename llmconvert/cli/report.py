@@ -17,9 +17,9 @@ def report(artifacts: tuple[str, ...], html_file: Path | None) -> None:
     Example:
       llmconvert report out/w4 out/w3 out/w8 --html compared.html
     """
-    from llmconvert.recipes.summary import print_comparison
-    from llmconvert.validate.comparison import compare_reports, read_reports, render_comparison
-    from llmconvert.writer import check_output_file, write_file
+    from llmconvert.cli.summary import print_comparison
+    from llmconvert.storage.writer import check_output_file, write_file
+    from llmconvert.validate.render.comparison import compare_reports, read_reports, render_comparison
 
     if html_file is not None:
         check_output_file(html_file)

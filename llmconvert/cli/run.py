@@ -38,10 +38,10 @@ def run(
       llmconvert run demo --set quantize.scheme=w3a16-g64 --set publish.to=file:out/w3
       llmconvert run a.yaml b.yaml more/*.yaml
     """
+    from llmconvert.cli.summary import print_batch
     from llmconvert.errors import LlmconvertError
     from llmconvert.progress import console_progress
     from llmconvert.recipes.batch import run_batch
-    from llmconvert.recipes.summary import print_batch
 
     outcomes = run_batch(
         recipes,

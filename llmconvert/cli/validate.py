@@ -38,14 +38,14 @@ def validate(model: str, reference: str | None, json_file: Path | None, html_fil
     Example:
       llmconvert validate out/w4 --reference org/name --text pydoc-topics:test --window 512 --max-windows 16
     """
+    from llmconvert.cli.summary import print_report
     from llmconvert.progress import console_progress
     from llmconvert.recipes.loading import make_recipe
     from llmconvert.recipes.single import validate_model
-    from llmconvert.recipes.summary import print_report
-    from llmconvert.validate.blame import blame
-    from llmconvert.validate.html import render_html
-    from llmconvert.validate.report import require_passed
-    from llmconvert.writer import check_output_file, write_file
+    from llmconvert.report.report import require_passed
+    from llmconvert.storage.writer import check_output_file, write_file
+    from llmconvert.validate.render.blame import blame
+    from llmconvert.validate.render.html import render_html
 
     for file in (json_file, html_file):
         if file is not None:

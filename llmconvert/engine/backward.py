@@ -19,8 +19,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from llmconvert.compute.precision import all_finite
 from llmconvert.engine.discovery import BlockPlan
-from llmconvert.engine.precision import all_finite
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import States
 from llmconvert.engine.stream import BlockRun, Stream

@@ -17,12 +17,12 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError, CheckpointError, GateError
 from llmconvert.progress import SILENT, Progress
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["BlockDivergence", "SideBySide", "blame_artifact"]
 

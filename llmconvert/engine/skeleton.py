@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llmconvert.checkpoint import Checkpoint
-from llmconvert.engine.activations import InputKind, quantize_inputs_of
-from llmconvert.engine.attention import use_attention
-from llmconvert.engine.dot_products import use_dot_products
+from llmconvert.compute.activations import InputKind, quantize_inputs_of
+from llmconvert.compute.attention import use_attention
+from llmconvert.compute.dot_products import use_dot_products
+from llmconvert.compute.precision import Scratch, WideLinear, compute_dtype
 from llmconvert.engine.names import map_names
-from llmconvert.engine.precision import Scratch, WideLinear, compute_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["BlockCall", "BlockSlot", "Gate", "Skeleton", "build_config"]
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from llmconvert.engine.dot_products import LANES, add_products, pack_pairs, use_dot_products
-from llmconvert.engine.precision import all_finite, bfloat16_products
+from llmconvert.compute.dot_products import LANES, add_products, pack_pairs, use_dot_products
+from llmconvert.compute.precision import all_finite, bfloat16_products
 from llmconvert.errors import CalibrationError
 
 __all__ = ["Arrival", "Hessian", "HessianSum", "accumulate_hessian", "hessian_nbytes"]

@@ -23,10 +23,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from llmconvert.checkpoint import Checkpoint
+from llmconvert.compute.precision import all_finite
 from llmconvert.engine.coroutine import Pass, gate, keep_input, stand_at_linear
 from llmconvert.engine.discovery import BlockPlan, Stop, discover
-from llmconvert.engine.precision import all_finite
 from llmconvert.engine.skeleton import BlockCall, Skeleton
 from llmconvert.engine.states import States, passing_states
 from llmconvert.engine.statistics import Arrival
@@ -34,6 +33,7 @@ from llmconvert.errors import CalibrationError
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import Phases
 from llmconvert.progress import SILENT, Progress
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["BlockRun", "Mode", "Stream", "stream_logits"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint, CheckpointView
 from llmconvert.engine.skeleton import Skeleton
+from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
 
 __all__ = ["SyntheticCheckpoint", "shallow"]
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import TensorSpec
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import half_scale_dtype
 from llmconvert.quantize.pack import pack_words, unpack_words
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import TensorSpec
 
 __all__ = ["AwqGemm", "deinterleave"]
 

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
-from llmconvert.checkpoint import TensorSpec
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import TensorSpec
 
 __all__ = ["FORMATS", "Format", "half_scale_dtype", "load_format"]
 

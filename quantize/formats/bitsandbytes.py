@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import TensorSpec
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.codes import NF4_LEVELS
 from llmconvert.quantize.nf4 import NESTED_GROUP, dynamic_levels, unnest_scales
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import NestedScales, QuantizedTensor
+from llmconvert.storage.checkpoint import TensorSpec
 
 __all__ = ["BitsAndBytes"]
 

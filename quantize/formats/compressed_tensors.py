@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import TensorSpec
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.codes import FP8
 from llmconvert.quantize.pack import pack_words, packed_length, unpack_words
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import TensorSpec
 
 __all__ = ["CompressedTensors"]
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import TensorSpec
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import half_scale_dtype
 from llmconvert.quantize.pack import pack_words, packed_length, unpack_words
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import TensorSpec
 from llmconvert.version import __version__
 
 __all__ = ["GptqV1", "stored_zeros", "unstored_zeros"]

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.readers.base import StoredLinear, model_dtype, require_shape, settings
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["find"]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["READERS", "StoredLinear", "find_linears", "model_dtype", "require_shape", "settings"]
 

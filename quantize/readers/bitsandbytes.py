@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.readers.base import StoredLinear, model_dtype, require_shape
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import NestedScales, QuantizedTensor
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["find"]
 

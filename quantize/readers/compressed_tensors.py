@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.codes import FP8
 from llmconvert.quantize.formats.base import load_format
@@ -20,6 +19,7 @@ from llmconvert.quantize.pack import pack_words, unpack_words
 from llmconvert.quantize.readers.base import StoredLinear, require_shape
 from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["find"]
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from llmconvert.checkpoint import Checkpoint
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.gptq_v1 import unstored_zeros
 from llmconvert.quantize.pack import packed_length, unpack_words
 from llmconvert.quantize.readers.base import StoredLinear, model_dtype, require_shape, settings
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["find"]
 

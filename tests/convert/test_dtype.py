@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from bare_models import RowsOnly, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.bare_models import RowsOnly, make_model
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.convert.cast import CastView, cast_into, with_dtype
 from llmconvert.convert.dtype import DtypeReport, convert_dtype
-from llmconvert.directory import INDEX_NAME, SINGLE_NAME
 from llmconvert.errors import OutputError, UnsupportedError
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
+from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PAIRS = list(itertools.product(FLOATS, FLOATS))

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bare_models import RowsOnly, make_model, make_sparse
+from support.bare_models import RowsOnly, make_model, make_sparse
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.errors import CapacityError, CheckpointError
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 
 
 class Failing(RowsOnly):
@@ -57,7 +57,7 @@ INTERRUPTED = """
 import signal, sys
 from pathlib import Path
 import torch
-from llmconvert.checkpoint import CheckpointView, SafetensorsCheckpoint
+from llmconvert.storage.checkpoint import CheckpointView, SafetensorsCheckpoint
 from llmconvert.convert.dtype import convert_dtype
 
 class Slow(CheckpointView):
@@ -117,7 +117,7 @@ def peak():
     return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
 
 idle = peak()
-from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.dtype import convert_dtype
 with SafetensorsCheckpoint(sys.argv[1]) as source:
     convert_dtype(source, Path(sys.argv[2]), dtype=getattr(torch, sys.argv[3]))

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_llama, tiny_llama_dir
+from support.tiny_models import tiny_llama, tiny_llama_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.convert.inspection import ModelSummary, describe_model, inspect_model
 from llmconvert.errors import CheckpointError, SourceError, UnsupportedError
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 
 
 class Headers(Checkpoint):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_architectures import ARCHITECTURES
+from support.tiny_architectures import ARCHITECTURES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmconvert.convert.kv_cache import CacheLayer, CacheLayout, cache_layout

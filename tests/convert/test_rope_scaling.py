@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_llama_dir
+from support.tiny_models import tiny_llama_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.convert.rope_scaling import RopeScaling, RopeScalingView, scale_positions
 from llmconvert.errors import UnsupportedError, UsageError
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 
 def config_of(model_type: str, **settings: Any) -> dict[str, Any]:

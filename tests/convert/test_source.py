@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert import source as source_module
 from llmconvert.convert.source import open_source, source_fingerprint
 from llmconvert.errors import CheckpointError, SourceError
 from llmconvert.hub import FetchedModel
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 
 def make_model(directory: Path, value: float = 1.0) -> Path:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_architectures import ids
+from support.tiny_architectures import ids
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine.backward import Passage, sampled_gradient, walk_back
 from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, TapeStates
 from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 Tiny = Callable[..., Path]
 WINDOWS = ids((24, 16, 24))

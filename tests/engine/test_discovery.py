@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_architectures import ARCHITECTURES, ids, tiny_model, unreached_model
+from support.tiny_architectures import ARCHITECTURES, ids, tiny_model, unreached_model
 from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Stream
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
 LENGTH = 64

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_architectures import ids
-from tiny_models import tiny_llama_dir
+from support.tiny_architectures import ids
+from support.tiny_models import tiny_llama_dir
 from transformers import AutoModelForCausalLM
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine import divergence
 from llmconvert.engine.divergence import BlockDivergence, SideBySide
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError, CheckpointError, GateError
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
 WINDOWS = ids((24, 16))

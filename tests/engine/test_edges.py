@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_architectures import ARCHITECTURES, tiny_model
+from support.tiny_architectures import ARCHITECTURES, tiny_model
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.edges import Edge, find_edges
 from llmconvert.engine.skeleton import Skeleton
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., Path]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine import memory
 from llmconvert.engine.discovery import BlockPlan, Stop, discover
 from llmconvert.engine.memory import BASE_NBYTES, activation_nbytes, available_nbytes, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CapacityError
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 Tiny = Callable[..., Path]
 WORK = 1_000_000

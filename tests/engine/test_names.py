@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_architectures import ARCHITECTURES, ids, tiny_model
+from support.tiny_architectures import ARCHITECTURES, ids, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine.names import map_names
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import CheckpointError
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., Path]

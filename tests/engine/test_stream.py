@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_architectures import ARCHITECTURES, ids, tiny_model
+from support.tiny_architectures import ARCHITECTURES, ids, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, MemoryStates, States
 from llmconvert.engine.stream import Mode, Stream, stream_logits
 from llmconvert.errors import CalibrationError
 from llmconvert.progress import Progress
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
 #: Different lengths, all longer than the sliding windows of the models that have one.

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_client import Client
-from hub_server import HubServer
+from support.hub_client import Client
+from support.hub_server import HubServer
 
 
 @pytest.fixture(scope="package")

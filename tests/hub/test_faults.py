@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hub_client import Client
-from hub_files import published, sent
-from hub_server import WRITE_TOKEN, Blob, Fault, HubServer
+from support.hub_client import Client
+from support.hub_files import published, sent
+from support.hub_server import WRITE_TOKEN, Blob, Fault, HubServer
 
 OLD = {"config.json": b"old"}
 

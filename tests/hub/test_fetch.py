@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_client import Client
-from hub_files import names
-from hub_server import EXPIRED_TOKEN, READ_TOKEN, Fault, HubServer
+from support.hub_client import Client
+from support.hub_files import names
+from support.hub_server import EXPIRED_TOKEN, READ_TOKEN, Fault, HubServer
 
 SAFETENSORS = bytes(range(256)) * 20
 MODEL = {

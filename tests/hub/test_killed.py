@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_client import Client
-from hub_files import published, sent
-from hub_server import WRITE_TOKEN, Fault, HubServer
+from support.hub_client import Client
+from support.hub_files import published, sent
+from support.hub_server import WRITE_TOKEN, Fault, HubServer
 
 OLD = {"config.json": b"old"}
 

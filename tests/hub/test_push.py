@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from hub_client import Client
-from hub_files import MANIFEST, published, sent
-from hub_server import EXPIRED_TOKEN, READ_TOKEN, WRITE_TOKEN, Fault, HubServer
+from support.hub_client import Client
+from support.hub_files import MANIFEST, published, sent
+from support.hub_server import EXPIRED_TOKEN, READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 
 from llmconvert.errors import HubError, SourceError
 from llmconvert.hub import plan_push, without_tokens

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from click.testing import CliRunner
-from hub_client import Client
-from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
+from support.hub_client import Client
+from support.hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 
 from llmconvert.cli import main
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_client import Client
-from hub_files import published, sent
-from hub_server import Blob, Fault, HubServer
+from support.hub_client import Client
+from support.hub_files import published, sent
+from support.hub_server import Blob, Fault, HubServer
 
 pytest.importorskip("hf_xet")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
-from quantized import random_weight
+from support.quantized import random_weight
 
-from llmconvert.quantize.base import Target
 from llmconvert.quantize.codes import FP8, NF4_LEVELS, code_values, largest_value, nearest_codes
-from llmconvert.quantize.rtn import Rtn
+from llmconvert.quantize.methods.base import Target
+from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.scheme import Scheme
 
 NAMES = ["w4a16-g16", "w8a16", "fp8", "nf4"]

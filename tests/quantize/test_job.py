@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_architectures import ARCHITECTURES, ids, tiny_model, unreached_model
+from support.tiny_architectures import ARCHITECTURES, ids, tiny_model, unreached_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
+from llmconvert.compute.attention import use_attention
 from llmconvert.engine import skeleton as skeleton_module
-from llmconvert.engine.attention import use_attention
 from llmconvert.engine.states import DiskStates
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import (
@@ -27,11 +26,12 @@ from llmconvert.errors import (
     SchemeError,
     UnsupportedError,
 )
-from llmconvert.quantize.gptq import Gptq
 from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
+from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.plan import Override
 from llmconvert.quantize.reader import QuantizedView, open_dense
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 Tiny = Callable[..., Path]
 WINDOWS = ids((24, 16, 24))

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized import random_weight
+from support.quantized import random_weight
 
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.base import METHODS, Target, load_method
 from llmconvert.quantize.formats.base import FORMATS, load_format
 from llmconvert.quantize.matrix import (
     USUAL,
@@ -21,6 +20,7 @@ from llmconvert.quantize.matrix import (
     methods_for,
     readers_of,
 )
+from llmconvert.quantize.methods.base import METHODS, Target, load_method
 from llmconvert.quantize.runtimes import RUNTIMES
 from llmconvert.quantize.scheme import Scheme
 

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_architectures import ids
+from support.tiny_architectures import ids
 from transformers import AutoModelForCausalLM
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.engine.statistics import Arrival, HessianSum
 from llmconvert.quantize import requantize
-from llmconvert.quantize.base import BlockData, Solution, Target
-from llmconvert.quantize.gptaq import Gptaq
 from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers
+from llmconvert.quantize.methods.base import BlockData, Solution, Target
+from llmconvert.quantize.methods.gptaq import Gptaq
+from llmconvert.quantize.methods.signround import SignRound
 from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.requantize import requantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.signround import SignRound
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
 WINDOWS = ids((32, 24, 32))

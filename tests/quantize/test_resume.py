@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from quantize_process import start
-from tiny_architectures import ids, tiny_model
+from support.quantize_process import start
+from support.tiny_architectures import ids, tiny_model
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.errors import OutputError
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 BLOCKS = 4
 Run = Callable[..., int]

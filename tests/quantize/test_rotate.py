@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_architectures import ids
+from support.tiny_architectures import ids
 from transformers import AutoModelForCausalLM
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.rotate import Rotation, rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
 WINDOWS = ids((24, 16))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.quantize.formats.base import FORMATS, load_format
-from llmconvert.quantize.ggml.mix import GgmlMix
 from llmconvert.quantize.runtimes import RUNTIMES, Pair, markdown_table, pairs, recorded_runs, runtimes_of
 
 README = Path(__file__).parent.parent.parent / "README.md"

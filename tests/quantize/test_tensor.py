@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantized import random_tensor
+from support.quantized import random_tensor
 
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from agreement import Forward
-from gguf_models import built, round_inputs
+from support.agreement import Forward
+from support.gguf_models import built, round_inputs
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.convert.gguf import open_gguf
 from llmconvert.engine.stream import stream_logits
+from llmconvert.gguf.checkpoint import open_gguf
 from llmconvert.quantize.reader import open_dense
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 __all__ = ["our_forward"]
 

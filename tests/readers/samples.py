@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tiny_models import VOCABULARY, tiny_llama_dir
+from support.tiny_models import VOCABULARY, tiny_llama_dir
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.convert.gguf_job import write_gguf
-from llmconvert.quantize.ggml.mix import GgmlMix
+from llmconvert.gguf.ggml.mix import GgmlMix
+from llmconvert.quantize.gguf_job import write_gguf
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 __all__ = ["PROMPTS", "VOCABULARY", "artifact", "sample_model"]
 

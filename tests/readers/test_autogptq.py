@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from environments import SCRIPTS, interpreter
-from quantized import random_tensor
+from support.quantized import random_tensor
 
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.scheme import Scheme

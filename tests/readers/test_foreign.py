@@ -1,7 +1,7 @@
 """Artifacts that other tools made, each in its own environment: we read the weights that they themselves dequantize.
 
-bitsandbytes' and llama.cpp's are in tests/quantize/test_readers.py and tests/convert/test_gguf.py, where the package's
-own environment has them.
+bitsandbytes' and llama.cpp's are in tests/quantize/formats/test_readers.py and tests/gguf/test_checkpoint.py, where the
+package's own environment has them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from environments import interpreter, run_script
 from safetensors.torch import load_file
 from samples import VOCABULARY, sample_model
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.quantize.reader import QuantizedView, open_dense
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 GPTQMODEL = {
     "ordered": {"bits": 4, "group_size": 64, "desc_act": True, "act_group_aware": False},

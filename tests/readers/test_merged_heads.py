@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from agreement import compare, joined
 from environments import OWN, interpreter, run_script
 from forward import our_forward
 from samples import PROMPTS, VOCABULARY, sample_model
 from snippets import ARTIFACT, loading_snippets
+from support.agreement import compare, joined
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.convert.gqa_job import convert_attention
+from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 
 @pytest.mark.slow

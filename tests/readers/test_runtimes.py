@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import compare, joined
 from environments import interpreter, run_script
 from forward import our_forward
 from samples import PROMPTS, VOCABULARY, artifact, sample_model
 from snippets import ARTIFACT, loading_snippets
+from support.agreement import compare, joined
 
 from llmconvert.quantize.runtimes import Pair, Runtime, pairs
 from llmconvert.quantize.scheme import Scheme
@@ -39,7 +39,7 @@ Seen = dict[Runtime, dict[str, dict[str, str]]]
 def snippet(pair: Pair, path: Path) -> str:
     """README's lines for a pair, with the artifact's place in them."""
     if pair.runtime.format == "gguf":
-        return ""  # README's lines for llama.cpp print text; tests/convert/test_gguf_real.py runs them
+        return ""  # README's lines for llama.cpp print text; tests/gguf/test_real.py runs them
     asymmetric = pair.runtime.format == "compressed-tensors" and isinstance(pair.scheme, Scheme)
     asymmetric = asymmetric and not pair.scheme.symmetric
     name = pair.runtime.name.split(" ")[0] + (" asymmetric" if asymmetric and pair.runtime.environment == "" else "")

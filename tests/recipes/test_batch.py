@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from llmconvert.cli.summary import print_batch
 from llmconvert.errors import RecipeError, RunInterruptedError, SchemeError, SourceError
 from llmconvert.recipes import batch
 from llmconvert.recipes.batch import run_batch
-from llmconvert.recipes.summary import print_batch
 
 
 class Log:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
+from support.hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 
 from llmconvert.errors import RecipeError
 from llmconvert.recipes.loading import load_recipe

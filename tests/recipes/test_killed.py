@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_models import tiny_llama_dir
+from support.tiny_models import tiny_llama_dir
 
-from llmconvert.stages import STAGE_FILE
+from llmconvert.storage.stages import STAGE_FILE
 
 pytestmark = pytest.mark.slow
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

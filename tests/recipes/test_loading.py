@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from llmconvert.errors import RecipeError
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.loading import load_recipe, make_recipe, parse_recipe, read_override, shipped_recipes
-from llmconvert.recipes.quantities import parse_bytes, parse_share
-from llmconvert.recipes.recipe import Recipe
+from llmconvert.recipes.schema.quantities import parse_bytes, parse_share
+from llmconvert.recipes.schema.recipe import Recipe
 
 FULL = """\
 model: meta-llama/Llama-2-7b-hf

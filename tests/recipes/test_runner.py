@@ -14,14 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.errors import DatasetError, GateError, OutputError, RunInterruptedError, SchemeError, UnsupportedError
 from llmconvert.progress import SILENT
 from llmconvert.recipes import runner
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.publishing import file_sizes
 from llmconvert.recipes.runner import RunResult, run_recipe
-from llmconvert.stages import STAGE_FILE
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.storage.stages import STAGE_FILE
 
 
 class Log:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from compressed_tensors.compressors import pack_to_int32
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_llama, tiny_llama_dir
+from support.tiny_models import tiny_llama, tiny_llama_dir
 
-from llmconvert.validate.report import Check, ModelInfo, Report, Step
+from llmconvert.report.report import Check, ModelInfo, Report, Step
 
 GROUP = 32
 

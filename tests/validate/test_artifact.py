@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_llama_dir, tiny_tokenizer
+from support.tiny_models import tiny_llama_dir, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
-from llmconvert.engine.datasets import load_dataset_text
-from llmconvert.engine.tokens import TokenWindows, draw_windows
 from llmconvert.errors import CalibrationError, UsageError
+from llmconvert.report.report import Check
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.text.datasets import load_dataset_text
+from llmconvert.text.tokens import TokenWindows, draw_windows
 from llmconvert.validate.artifact import GenerationOptions, Limits, validate_artifact
-from llmconvert.validate.report import Check
 
 CPU = torch.device("cpu")
 
@@ -161,7 +161,7 @@ def test_text_is_not_scored_by_an_artifact_that_lost_a_tensor(
 def test_a_model_too_large_for_the_memory_is_not_loaded(
     quantized: Path, windows: TokenWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmconvert.validate.runtime.available_nbytes", lambda device: 1000)
+    monkeypatch.setattr("llmconvert.validate.runtimes.transformers.available_nbytes", lambda device: 1000)
     found = measure(quantized, None, windows=windows)
     assert found["runtime"].ok and found["runtime"].value is None
     assert "1,000 are free" in found["runtime"].text and "fidelity.max_abs_diff" not in found
@@ -181,7 +181,7 @@ def test_models_too_large_for_the_memory_are_continued_and_judged_by_streaming(
 ) -> None:
     options = GenerationOptions(max_new_tokens=4)
     loaded = measure(quantized, original, generation=options)
-    monkeypatch.setattr("llmconvert.validate.runtime.available_nbytes", lambda device: 1000)
+    monkeypatch.setattr("llmconvert.validate.runtimes.transformers.available_nbytes", lambda device: 1000)
     found = measure(quantized, original, generation=options)
     agreement = found["generation.agreement"]
     assert "in one streamed pass" in agreement.text and agreement.detail["runtime"] == "llmconvert, streamed"
@@ -198,7 +198,7 @@ def test_an_original_that_is_too_large_reads_what_the_artifact_wrote(
     original: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([10**12, 1000])
-    monkeypatch.setattr("llmconvert.validate.runtime.available_nbytes", lambda device: next(answers))
+    monkeypatch.setattr("llmconvert.validate.runtimes.transformers.available_nbytes", lambda device: next(answers))
     found = measure(quantized, original, generation=GenerationOptions(max_new_tokens=4))
     assert "1,000 are free" in found["generation.agreement"].text
     assert found["speed.decode"].value and found["speed.decode"].reference is None

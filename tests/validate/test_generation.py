@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmconvert.errors import GateError, UnsupportedError
-from llmconvert.validate.fidelity import fidelity
 from llmconvert.validate.generation import PROMPTS, Continuation, Generations, compare, generate, is_looping
-from llmconvert.validate.runtime import runtime
+from llmconvert.validate.runtimes.fidelity import fidelity
+from llmconvert.validate.runtimes.transformers import runtime
 
 CPU = torch.device("cpu")
 
@@ -68,8 +68,8 @@ def test_a_prompt_without_chat_template_goes_as_it_is(original: Path, tmp_path: 
 
 
 def test_the_quantized_model_loads_and_agrees_with_dequantized_weights(quantized: Path) -> None:
-    from llmconvert.checkpoint import SafetensorsCheckpoint
     from llmconvert.quantize.reader import open_dense
+    from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
     window = torch.arange(3, 60).unsqueeze(0)
     dense = open_dense(SafetensorsCheckpoint(quantized))

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from disguised_heads import grouped_model
-from tiny_architectures import ids
+from support.disguised_heads import grouped_model
+from support.tiny_architectures import ids
 
-from llmconvert.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
-from llmconvert.convert.gqa_view import MergedAttention
+from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.validate import inventory as module
 from llmconvert.validate.inventory import bits_per_weight, measure_sizes, take_inventory
 

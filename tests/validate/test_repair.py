@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.report.report import Check, ModelInfo, Report
 from llmconvert.validate.repair import Unit, Upgrade, choose_upgrades, needed_share, sensitivities, unit_error
-from llmconvert.validate.report import Check, ModelInfo, Report
 
 W2, W3, W4 = (Scheme(bits, 32) for bits in (2, 3, 4))
 W4G128, W4G64 = Scheme(4, 128), Scheme(4, 64)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from llmconvert.checkpoint import SafetensorsCheckpoint
 from llmconvert.cli import main
 from llmconvert.errors import UnsupportedError, UsageError
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.measurement import Subject
 from llmconvert.validate.tasks import Tasks
 

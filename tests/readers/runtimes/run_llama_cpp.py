@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))
 from job import read_job, write_report
-from llama_cpp import LlamaCpp
+from support.llama_cpp import LlamaCpp
 
 job = read_job()
 vocabulary = job["vocabulary"]

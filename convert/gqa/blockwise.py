@@ -1,0 +1,359 @@
+"""Merging attention block after block while calibration text streams through, and refitting what was merged.
+
+Two models run side by side, the original and the merged one, each in the memory of one block. In every block the
+merge is solved on the second moments of the merged model's own attention input; queries and keys are refitted to the
+original's attention; then the output projection is refitted by ridge regression to the original's attention output.
+So every layer makes up for part of what those before it lost.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmconvert.compute.precision import compute_dtype
+from llmconvert.convert.gqa.geometry import AttentionGeometry
+from llmconvert.convert.gqa.merging.layer import MergedLayer, Method, merge_layer
+from llmconvert.convert.gqa.refit.capture import PositionWeights, RotaryAngles, keep_inputs
+from llmconvert.convert.gqa.refit.logits import LogitFit, LogitSamples
+from llmconvert.convert.gqa.refit.solve import ridge
+from llmconvert.convert.gqa.view import MergedAttention
+from llmconvert.convert.gqa.weights import LayerWeights, layer_tensors, read_layer
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.memory import choose_mode
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.states import DiskStates
+from llmconvert.engine.statistics import accumulate_hessian
+from llmconvert.engine.stream import BlockRun, Stream
+from llmconvert.memory import available_nbytes
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.shared import share_tensors
+
+__all__ = ["RefitLayer", "RefitOptions", "stream_merge"]
+
+
+# What solving a layer holds besides the models and their batches: samples, second moments, weights in float64.
+_WORK_NBYTES = 600_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class RefitOptions:
+    """How much is refitted.
+
+    Attributes:
+        outputs: whether the output projections are.
+        logits: whether queries and keys are.
+        rounds: turns of queries and keys.
+        steps: of conjugate gradients per turn.
+        ridge: strength of the output refit, as a share of the mean second moment.
+        sample_nbytes: memory for attention weights and inputs of the logit refit.
+        windows: at most so many windows go into the logit refit.
+    """
+
+    outputs: bool = True
+    logits: bool = True
+    rounds: int = 1
+    steps: int = 6
+    ridge: float = 1e-3
+    sample_nbytes: int = 180_000_000
+    windows: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RefitLayer:
+    """One layer as it is written.
+
+    Attributes:
+        tensors: by checkpoint name, in the checkpoint's dtypes.
+        merged: the closed form it started from.
+        output_loss: squared difference to the original's attention output over its square, on the calibration text,
+            before and after the output refit; positions count by one over the mean square of their hidden state.
+        divergence: of the attention, in nats, before and after the logit refit; None without one.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    merged: MergedLayer
+    output_loss: tuple[float, float]
+    divergence: tuple[float, float] | None
+
+
+def stream_merge(
+    source: Checkpoint,
+    kv_heads: int,
+    method: Method,
+    windows: Sequence[torch.Tensor],
+    options: RefitOptions,
+    device: torch.device,
+    work: Path,
+) -> Generator[RefitLayer, None, None]:
+    """Merge ``source`` layer by layer.
+
+    Args:
+        source: dense weights.
+        kv_heads: key-value heads per layer that remain.
+        method: of the merge.
+        windows: calibration token ids, each ``[1, length]``.
+        options: how much is refitted.
+        device: where to compute.
+        work: an existing directory for activations.
+
+    Yields:
+        every layer, in order; each must be used before the next is asked for.
+
+    Raises:
+        UnsupportedError: the engine cannot run this architecture.
+        CalibrationError: activations are unusable.
+        CapacityError: the disk cannot hold the activations.
+    """
+    view = MergedAttention(source, kv_heads, "first")
+    apart = frozenset(name for name in source.infos if name.startswith(view.geometry.blocks))
+    wide, narrow = share_tensors((source, view), apart, device, _refit_dtype(device))
+    with (
+        _Side(wide, windows, device, work / "original", replayed=True) as original,
+        _Side(narrow, windows, device, work / "merged") as merged,
+    ):
+        for before, after in zip(original.stream.blocks(), merged.stream.blocks(), strict=True):
+            block = _Block(view, original, merged, before, after, options)
+            yield block.solve(method)
+
+
+def _refit_dtype(device: torch.device) -> torch.dtype | None:
+    """float32 on processors that bfloat16 would slow down; what the checkpoint is stored in where nothing is gained."""
+    return torch.float32 if compute_dtype(device) == torch.float32 else None
+
+
+class _Side:
+    """One of the two models on its way through the windows.
+
+    With ``replayed``, a window is run anew whenever it is asked for, and holds nothing but its state in between.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: Sequence[torch.Tensor],
+        device: torch.device,
+        work: Path,
+        *,
+        replayed: bool = False,
+    ) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.skeleton = Skeleton(checkpoint, device, _refit_dtype(device))
+        self.windows = windows
+        self.modules = {stored: name for name, stored in self.skeleton.names.items()}
+        lengths = [window.shape[1] for window in windows]
+        plans = discover(self.skeleton, max(lengths))
+        # Two models share what is free.
+        mode = choose_mode(
+            self.skeleton, plans, lengths, _WORK_NBYTES, available_nbytes(self.skeleton.device) // 3
+        ).mode
+        shape = lengths, self.skeleton.hidden_size, self.skeleton.dtype
+        self._states = DiskStates(work, *shape) if mode == "replay" else None
+        self.stream = Stream(self.skeleton, windows, plans, mode="replay" if replayed else mode, states=self._states)
+
+    @property
+    def filed(self) -> bool:
+        """Whether hidden states are in files, because memory does not hold them."""
+        return self._states is not None
+
+    def linear(self, stem: str) -> str:
+        """Module name of the linear that the checkpoint calls ``stem``."""
+        return self.modules[f"{stem}.weight"].removesuffix(".weight")
+
+    def __enter__(self) -> _Side:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stream.close()
+        if self._states is not None:
+            self._states.close()
+
+
+class _Block:
+    """One block of both models, with all windows at its entry."""
+
+    def __init__(
+        self,
+        view: MergedAttention,
+        original: _Side,
+        merged: _Side,
+        before: BlockRun,
+        after: BlockRun,
+        options: RefitOptions,
+    ) -> None:
+        self._view = view
+        self._geometry: AttentionGeometry = view.geometry
+        self._original, self._merged = original, merged
+        self._before, self._after = before, after
+        self._options = options
+        self._outputs: list[torch.Tensor] = []
+        self._layer = after.plan.index
+        self._names = self._geometry.projections[self._layer]
+        self._device = merged.skeleton.device
+
+    def solve(self, method: Method) -> RefitLayer:
+        """Merge, refit and install the block's attention."""
+        weights = read_layer(self._view.base, self._geometry, self._layer)
+        wide = weights.key.shape[-1] > self._geometry.hidden_size
+        picks = self._picked_rows() if self._options.logits and self._geometry.norm is None else {}
+        kept: list[torch.Tensor] = []
+        angles = RotaryAngles(self._attention_module())
+        inputs = keep_inputs(self._after.inputs(self._merged.linear(self._names.query)), picks, kept, wide=wide)
+        positions = PositionWeights(self._merged.skeleton.blocks[self._layer])
+        with angles, positions:
+            hessian = accumulate_hessian(self._names.query, inputs, weights.key.shape[-1], self._device)
+        merged = merge_layer(
+            weights,
+            hessian.matrix.double().cpu(),
+            self._view.kv_heads,
+            method=method,
+            rotary=self._geometry.rotary[self._layer],
+            norm=self._geometry.norm,
+            movable=self._geometry.movable,
+        )
+        result, divergence = merged.weights, None
+        importance = positions.by_window()
+        if picks and (angles.found or not self._geometry.rotary[self._layer].dims):
+            chosen = [importance[pick] for pick in picks]
+            fit = self._logit_fit(weights, merged, hessian.matrix, picks, kept, chosen, angles, wide=wide)
+            start = _to(merged.weights, self._device)
+            result = fit.fit(start, self._options.rounds, self._options.steps)
+            divergence = fit.divergence(start), fit.divergence(result)
+            del fit
+            kept.clear()
+        tensors = self._install(result)
+        tensors, loss = self._refit_output(tensors, importance)
+        return RefitLayer(tensors, merged, loss, divergence)
+
+    def _logit_fit(
+        self,
+        weights: LayerWeights,
+        merged: MergedLayer,
+        moments: torch.Tensor,
+        picks: Mapping[int, torch.Tensor],
+        kept: Sequence[torch.Tensor],
+        importance: Sequence[torch.Tensor],
+        angles: RotaryAngles,
+        *,
+        wide: bool,
+    ) -> LogitFit:
+        """The layer's queries and keys against the original's on the picked windows."""
+        rotary = self._geometry.rotary[self._layer]
+        originals = self._original_inputs(picks, wide=wide)
+        module = self._attention_module()
+        config = self._merged.skeleton.model.config
+        cosines, sines = angles.by_pair(rotary.dims // 2, self._device)
+        samples = LogitSamples(
+            tuple(originals),
+            tuple(kept),
+            tuple(picks.values()),
+            cosines,
+            sines,
+            scaling=float(getattr(module, "scaling", self._geometry.head_dim**-0.5)),
+            window=getattr(module, "sliding_window", None),
+            softcap=getattr(config, "attn_logit_softcapping", None),
+            importance=tuple(importance),
+        )
+        ratio = weights.queries_per_kv
+        heads = torch.tensor([head for group in merged.groups for head in group])
+        order = (heads[:, None] * ratio + torch.arange(ratio)).flatten()
+        ordered = _to(replace(weights, query=weights.query[order]), self._device)
+        key_of = heads.repeat_interleave(ratio).to(self._device)
+        return LogitFit(samples, ordered, key_of, moments, rotary)
+
+    def _picked_rows(self) -> dict[int, torch.Tensor]:
+        """The windows that the logit refit sees, as many as fit its memory, and the positions of their queries.
+
+        They are drawn from the first half of one window, which saves looking at what follows, and from the second
+        half of the next.
+        """
+        lengths = [window.shape[1] for window in self._merged.windows]
+        mean, half = max(lengths) * 3 / 4, self._options.sample_nbytes / 2
+        windows = int(half / (2 * 4 * mean * (self._geometry.hidden_size + 1)))
+        windows = max(1, min(len(lengths), self._options.windows, windows))
+        rows = max(1, int(half / (2 * 4 * mean * windows * self._geometry.query_heads)))
+        generator = torch.Generator().manual_seed(self._layer)
+        picked = {}
+        for number, length in enumerate(lengths[:windows]):
+            middle = (length + 1) // 2
+            first, last = ((0, middle), (middle, length))[number % 2] if length > 1 else (0, 1)
+            chosen = torch.randperm(last - first, generator=generator)[:rows] + first
+            picked[number] = chosen.sort().values.to(self._device)
+        return picked
+
+    def _original_inputs(self, picks: Mapping[int, torch.Tensor], *, wide: bool) -> list[torch.Tensor]:
+        """What goes into the original's queries in the picked windows.
+
+        If there is memory for it, what goes into its output projection is kept from the same pass.
+        """
+        names = [self._original.linear(stem) for stem in (self._names.query, self._names.output)]
+        kept: list[torch.Tensor] = []
+        if self._original.filed:
+            deque(keep_inputs(self._before.inputs(names[0]), picks, kept, wide=wide), maxlen=0)
+            return kept
+        self._outputs = []
+
+        def entering() -> Iterator[torch.Tensor]:
+            for query, output in self._before.joint_inputs(names):
+                assert query is not None and output is not None
+                self._outputs.append(output)
+                yield query
+
+        deque(keep_inputs(entering(), picks, kept, wide=wide), maxlen=0)
+        return kept
+
+    def _attention_module(self) -> nn.Module:
+        return self._submodule(self._merged.linear(self._names.query).rpartition(".")[0])
+
+    def _submodule(self, name: str) -> nn.Module:
+        """A module of the merged block by its full name."""
+        skeleton = self._merged.skeleton
+        return skeleton.blocks[self._layer].get_submodule(name.removeprefix(skeleton.prefix(self._layer)))
+
+    def _install(self, weights: LayerWeights) -> dict[str, torch.Tensor]:
+        """Let the merged model meet ``weights``; gives them as they are stored."""
+        geometry = self._geometry
+        tensors = layer_tensors(self._view.base, geometry, self._layer, _to(weights, torch.device("cpu")))
+        for name, tensor in tensors.items():
+            stem, _, leaf = name.rpartition(".")
+            getattr(self._submodule(self._merged.linear(stem)), leaf).data.copy_(tensor)
+        return tensors
+
+    def _refit_output(
+        self, tensors: dict[str, torch.Tensor], importance: Sequence[torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
+        """The output projection by ridge regression to the original's attention output, positions by importance."""
+        name = f"{self._names.output}.weight"
+        after = self._after.inputs(self._merged.linear(self._names.output))
+        before = self._outputs or self._before.inputs(self._original.linear(self._names.output))
+        columns = self._geometry.query_heads * self._geometry.head_dim
+        pairs = (
+            torch.cat([ours, theirs], dim=1).float() * weights.sqrt()[:, None]
+            for ours, theirs, weights in zip(after, before, importance, strict=True)
+        )
+        gram = accumulate_hessian(self._names.output, pairs, 2 * columns, self._device).matrix
+        own, other = gram[:columns, :columns], gram[columns:, columns:]
+        target = self._view.base[name].to(self._device, torch.float32)
+        cross = target @ gram[columns:, :columns]
+        total = float((target @ other * target).sum())
+
+        def loss(weight: torch.Tensor) -> float:
+            lost = (weight @ own * weight).sum() - 2 * (weight * cross).sum()
+            return max(0.0, (float(lost) + total) / total) if total else 0.0
+
+        closed = tensors[name].to(self._device, torch.float32)
+        if not self._options.outputs:
+            return tensors, (loss(closed), loss(closed))
+        fitted = ridge(name, own, cross, closed, self._options.ridge)
+        stored = fitted.to(tensors[name].dtype)
+        self._after.install(self._merged.linear(self._names.output), stored)
+        return {**tensors, name: stored.cpu()}, (loss(closed), loss(stored.float()))
+
+
+def _to(weights: LayerWeights, device: torch.device) -> LayerWeights:
+    return weights.to(device, torch.float32)

@@ -1,0 +1,270 @@
+"""The attention geometry of a checkpoint: heads, rotary pairs, projections, from its config and tensor names.
+
+Which tensors are query, key, value and output, and how positions enter, is a matter of the architecture; the table
+in :mod:`~llmconvert.convert.gqa.families` holds it as data.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from llmconvert.convert.gqa.families import (
+    FAMILIES,
+    FORBIDDEN,
+    NO_SETTING,
+    REASONS,
+    Family,
+    Fusion,
+    Norm,
+    Pairing,
+)
+from llmconvert.engine.skeleton import build_config
+from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.storage.checkpoint import Checkpoint
+
+__all__ = ["AttentionGeometry", "Norm", "Projections", "Rotary", "read_geometry", "require_kv_heads"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary position embedding of one layer: the first ``dims`` of a head are rotated, in pairs.
+
+    ``half`` pairs dimension i with i + dims/2 (Llama), ``interleaved`` 2i with 2i + 1 (Cohere, GLM). ``dims`` is 0
+    where a layer has no rotary embedding.
+    """
+
+    pairing: Pairing
+    dims: int
+
+
+@dataclass(frozen=True, slots=True)
+class Projections:
+    """Tensor names of one layer, without ``.weight`` and ``.bias``; the first three are equal when fused.
+
+    ``query_norm`` and ``key_norm`` are of the norms' weights: none, one, or one per head.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+    query_norm: tuple[str, ...] = ()
+    key_norm: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionGeometry:
+    """How the attention layers of a checkpoint are built.
+
+    Attributes:
+        model_type: the architecture.
+        query_heads: per layer.
+        kv_heads: per layer.
+        head_dim: of queries, keys and values.
+        hidden_size: width of the attention input.
+        rotary: per layer.
+        fusion: how query, key and value share tensors.
+        multi_query_only: whether the layout holds either one key-value head or as many as there are query heads.
+        norm: of queries and keys after the projection, or None.
+        plain: whether projections are torch's own linear layers.
+        movable: whether heads may change places; not where a query head has a slope (ALiBi) or a sink of its own.
+        projections: per layer.
+    """
+
+    model_type: str
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    rotary: tuple[Rotary, ...]
+    fusion: Fusion
+    multi_query_only: bool
+    norm: Norm | None
+    plain: bool
+    movable: bool
+    projections: tuple[Projections, ...]
+
+    @property
+    def layers(self) -> int:
+        """Number of attention layers."""
+        return len(self.projections)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """What the names of each block's tensors begin with, with a dot at the end."""
+        return tuple(names.query.rsplit(".", 2)[0] + "." for names in self.projections)
+
+    def kv_bytes_per_token(self, kv_heads: int, itemsize: int = 2) -> int:
+        """Bytes of keys and values that a token leaves in the cache, over all layers."""
+        return 2 * self.layers * kv_heads * self.head_dim * itemsize
+
+
+def read_geometry(checkpoint: Checkpoint) -> AttentionGeometry:
+    """The geometry of ``checkpoint``, from its config and its tensors' headers.
+
+    Raises:
+        UnsupportedError: an architecture, or a setting of it, whose heads cannot be merged.
+        CheckpointError: tensors are missing or contradict the config.
+    """
+    config = build_config(checkpoint.config)
+    kind = str(config.model_type)
+    family = _family(kind, config)
+    heads = int(config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kv_heads = _kv_heads(config)
+    layers = int(config.num_hidden_layers)
+    norm = family.norm
+    if family.switched_norm is not None and not getattr(config, family.switched_norm, None):
+        norm = None
+    geometry = AttentionGeometry(
+        model_type=kind,
+        query_heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_size=int(config.hidden_size),
+        rotary=tuple(_rotary(config, family, head_dim, layer) for layer in range(layers)),
+        fusion=family.fusion,
+        multi_query_only=_multi_query_only(config),
+        norm=norm,
+        plain=family.plain,
+        movable=not (getattr(config, "alibi", False) or family.sinks),
+        projections=_projections(checkpoint, family, layers, norm, (heads, kv_heads)),
+    )
+    _check_shapes(checkpoint, geometry)
+    return geometry
+
+
+def require_kv_heads(geometry: AttentionGeometry, kv_heads: int) -> None:
+    """Refuse a number of key-value heads that ``geometry`` cannot be merged to.
+
+    Raises:
+        UnsupportedError: naming the numbers that it can be merged to.
+    """
+    now = geometry.kv_heads
+    possible = [count for count in range(1, now) if now % count == 0]
+    if geometry.multi_query_only and now == geometry.query_heads and now > 1:
+        possible = [1]
+    if kv_heads in possible:
+        return
+    ways = f"possible: {', '.join(map(str, possible))}" if possible else "it is multi-query attention already"
+    raise UnsupportedError(
+        f"{geometry.model_type} with {now} key-value heads cannot be merged to {kv_heads}: whole groups of equal size "
+        f"become one; {ways}"
+    )
+
+
+def _family(kind: str, config: PretrainedConfig) -> Family:
+    family = FAMILIES.get(kind)
+    if family is None:
+        unset = not hasattr(config, "num_key_value_heads")
+        reason = REASONS.get(kind) or (NO_SETTING if unset else f"known are {', '.join(FAMILIES)}")
+        raise UnsupportedError(f"attention heads of architecture {kind!r} cannot be merged: {reason}")
+    for key in family.forbidden:
+        if getattr(config, key, None):
+            raise UnsupportedError(f"attention heads of this {kind} model cannot be merged: {key} {FORBIDDEN[key]}")
+    return family
+
+
+def _multi_query_only(config: PretrainedConfig) -> bool:
+    """Whether the layout holds one key-value head or as many as query heads: GPTBigCode's, and Falcon's old one."""
+    if config.model_type == "falcon":
+        return not config.new_decoder_architecture
+    return bool(config.model_type == "gpt_bigcode")
+
+
+def _kv_heads(config: PretrainedConfig) -> int:
+    if _multi_query_only(config):
+        return 1 if config.multi_query else int(config.num_attention_heads)
+    name = "num_kv_heads" if config.model_type == "falcon" else "num_key_value_heads"
+    return int(getattr(config, name, None) or config.num_attention_heads)
+
+
+def _rotary(config: PretrainedConfig, family: Family, head_dim: int, layer: int) -> Rotary:
+    parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    factor = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    dims = int(head_dim * factor)
+    flags = getattr(config, "no_rope_layers", None)
+    if family.pairing is None:
+        return Rotary("half", 0)
+    without = (
+        (config.model_type == "smollm3" and flags is not None and not flags[layer])
+        or (config.model_type == "cohere2" and config.layer_types[layer] != "sliding_attention")
+        or (config.model_type == "exaone4" and config.sliding_window and config.layer_types[layer] == "full_attention")
+        or (config.model_type == "falcon" and config.alibi)
+    )
+    return Rotary(family.pairing, 0 if without else dims)
+
+
+def _projections(
+    checkpoint: Checkpoint, family: Family, layers: int, norm: Norm | None, heads: tuple[int, int]
+) -> tuple[Projections, ...]:
+    """Names by layer. What stands before the layer's number is found out from the output projections."""
+    pattern = re.compile(rf"(?P<list>.*\.|)(?P<index>\d+)\.{family.parent}\.{family.output}\.weight")
+    found = {int(m["index"]): m["list"] for m in map(pattern.fullmatch, checkpoint) if m is not None}
+    missing = [layer for layer in range(layers) if layer not in found]
+    if missing:
+        raise CheckpointError(
+            f"layer {missing[0]} has no tensor …{family.parent}.{family.output}.weight; config.json names {layers} "
+            "layers, and the weights do not go with it"
+        )
+    stems = [f"{found[layer]}{layer}.{family.parent}." for layer in range(layers)]
+    queries, keys = (_norm_names(norm, name, count) for name, count in zip(_norm_modules(norm), heads, strict=True))
+    return tuple(
+        Projections(
+            stem + family.query,
+            stem + family.key,
+            stem + family.value,
+            stem + family.output,
+            tuple(stem + name for name in queries),
+            tuple(stem + name for name in keys),
+        )
+        for stem in stems
+    )
+
+
+def _norm_modules(norm: Norm | None) -> tuple[str, str]:
+    return (norm.query, norm.key) if norm is not None else ("", "")
+
+
+def _norm_names(norm: Norm | None, module: str, heads: int) -> tuple[str, ...]:
+    """Names of a norm's weights below the attention module, without ``.weight``."""
+    if norm is None or not module:
+        return ()
+    return tuple(f"{module}.norms.{head}" for head in range(heads)) if norm.weights == "modules" else (module,)
+
+
+def _check_shapes(checkpoint: Checkpoint, geometry: AttentionGeometry) -> None:
+    queries, keys = geometry.query_heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
+    for names in geometry.projections:
+        if geometry.fusion == "separate":
+            expected = {names.query: queries, names.key: keys, names.value: keys}
+        else:
+            expected = {names.query: queries + 2 * keys}
+        for name, rows in expected.items():
+            info = checkpoint.infos.get(f"{name}.weight")
+            if info is None:
+                raise CheckpointError(f"the checkpoint has no tensor {name}.weight, which {geometry.model_type} needs")
+            if info.shape != (rows, geometry.hidden_size):
+                raise CheckpointError(
+                    f"tensor {info.name} has shape {list(info.shape)}, config.json says {[rows, geometry.hidden_size]}"
+                )
+        for stems, numbers in ((names.query_norm, queries), (names.key_norm, keys)):
+            _check_norms(checkpoint, geometry, stems, numbers)
+
+
+def _check_norms(checkpoint: Checkpoint, geometry: AttentionGeometry, stems: tuple[str, ...], numbers: int) -> None:
+    for stem in stems:
+        info = checkpoint.infos.get(f"{stem}.weight")
+        if info is None:
+            raise CheckpointError(f"the checkpoint has no tensor {stem}.weight, which {geometry.model_type} needs")
+        expected = numbers if geometry.norm is not None and geometry.norm.weights == "own" else geometry.head_dim
+        if math.prod(info.shape) != expected:
+            raise CheckpointError(
+                f"tensor {info.name} has shape {list(info.shape)}, config.json says {expected} numbers"
+            )

@@ -1,0 +1,280 @@
+"""Rewriting a checkpoint to fewer key-value heads, on disk."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmconvert.convert.gqa.blockwise import RefitLayer, RefitOptions, stream_merge
+from llmconvert.convert.gqa.geometry import AttentionGeometry
+from llmconvert.convert.gqa.merging.layer import METHODS, MergedLayer, Method
+from llmconvert.convert.gqa.view import MergedAttention
+from llmconvert.convert.gqa.weights import attention_tensors
+from llmconvert.errors import UnsupportedError
+from llmconvert.progress import SILENT, Progress, Task
+from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
+from llmconvert.storage.dense import require_dense
+from llmconvert.storage.writer import (
+    DEFAULT_SHARD_BYTES,
+    TensorWriter,
+    check_output_directory,
+    plan_layout,
+    publish_directory,
+    staging_directory,
+    write_json,
+    write_side_files,
+)
+
+__all__ = ["AttentionReport", "LayerReport", "convert_attention", "copy_tensors"]
+
+_WORK = ".work"
+_COPY_NBYTES = 1 << 26
+_MEMORIES = {"16 GB": 16e9, "24 GB": 24e9, "80 GB": 80e9}
+_BITS = {"bfloat16": 16.0, "4 bits": 4.25}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What happened to one layer.
+
+    Attributes:
+        groups: key-value heads that became one, by their old numbers.
+        key_loss: share of the attention logits' energy lost by the merge; None where the method doesn't say.
+        value_loss: likewise of the values.
+        output_loss: share of the attention output lost after the refit, on the calibration text; None without text.
+        output_loss_before: the same before the output refit.
+        divergence: of the attention from the original's, in nats, after the logit refit; None without one.
+        divergence_before: the same before it.
+        symmetric: whether keys were brought together by symmetries of the layer alone, see
+            :class:`~llmconvert.convert.gqa.merging.layer.MergedLayer`.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    key_loss: float | None
+    value_loss: float | None
+    output_loss: float | None = None
+    output_loss_before: float | None = None
+    divergence: float | None = None
+    divergence_before: float | None = None
+    symmetric: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionReport:
+    """A finished rewrite.
+
+    Attributes:
+        method: of the merge.
+        kv_heads: key-value heads per layer, before and after.
+        kv_bytes_per_token: of a 16-bit cache over all layers, before and after.
+        contexts: longest context that fits with the weights, in tokens before and after, by memory and weight dtype;
+            0 where the weights alone don't fit. 4 bits count every matrix of the blocks with 4.25 bits per weight.
+        layers: in order.
+        left_out: what the architecture kept from being used.
+        nbytes: size of the weight files.
+        seconds: wall-clock time.
+    """
+
+    method: str
+    kv_heads: tuple[int, int]
+    kv_bytes_per_token: tuple[int, int]
+    contexts: Mapping[str, tuple[int, int]]
+    layers: tuple[LayerReport, ...]
+    left_out: tuple[str, ...]
+    nbytes: int
+    seconds: float
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> AttentionReport:
+        """What ``dataclasses.asdict`` made of a report, JSON in between or not."""
+        layers = tuple(
+            LayerReport(**{**layer, "groups": tuple(tuple(group) for group in layer["groups"])})
+            for layer in values["layers"]
+        )
+        pairs = {key: tuple(values[key]) for key in ("kv_heads", "kv_bytes_per_token", "left_out")}
+        contexts = {memory: tuple(tokens) for memory, tokens in values["contexts"].items()}
+        return cls(**{**values, **pairs, "contexts": contexts, "layers": layers})
+
+
+def convert_attention(
+    source: Checkpoint,
+    output: Path,
+    *,
+    kv_heads: int,
+    method: str = "svd",
+    windows: Sequence[torch.Tensor] = (),
+    refit: bool = True,
+    options: RefitOptions | None = None,
+    device: torch.device | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress = SILENT,
+) -> AttentionReport:
+    """Write ``source`` with ``kv_heads`` key-value heads per layer to the directory ``output``.
+
+    The result is a plain checkpoint of the same architecture; only attention weights differ. Without calibration text
+    the merge goes by the weights alone, which loses much more.
+
+    Args:
+        source: dense weights.
+        output: a directory that does not exist yet or is empty; it appears whole or not at all.
+        kv_heads: divides the present number.
+        method: a name in :data:`~llmconvert.convert.gqa.merging.layer.METHODS`.
+        windows: calibration token ids, each ``[1, length]``.
+        refit: whether queries, keys and output projections are refitted on the calibration text.
+        options: how, in detail.
+        device: where to compute, the CPU by default.
+        max_shard_bytes: size at which a new shard is begun.
+        progress: one unit per layer.
+
+    Raises:
+        UsageError: an architecture, method or number of heads that can't be done; an unusable output directory.
+        CalibrationError: activations are unusable.
+        CapacityError: the disk does not suffice.
+    """
+    begin = time.perf_counter()
+    if method not in METHODS:
+        raise UnsupportedError(f"attention method {method!r} is unknown; known are {', '.join(METHODS)}")
+    chosen: Method = method  # type: ignore[assignment]
+    check_output_directory(output)
+    require_dense(source, "the source")
+    view = MergedAttention(source, kv_heads, chosen)
+    calibrated = bool(windows) and view.geometry.plain
+    settings = options or (RefitOptions() if refit else RefitOptions(outputs=False, logits=False))
+    layout = plan_layout(
+        (TensorSpec(info.name, info.dtype, info.shape) for info in view.infos.values()), max_shard_bytes
+    )
+    staging = staging_directory(output)
+    try:
+        shutil.rmtree(staging)
+        work = staging_directory(output) / _WORK
+        work.mkdir()
+        with TensorWriter(staging, layout) as writer, progress.task("Merging attention", view.geometry.layers) as task:
+            if calibrated:
+                solved = stream_merge(source, kv_heads, chosen, windows, settings, device or torch.device("cpu"), work)
+                with closing(solved):
+                    layers = [_write_refitted(writer, layer, task) for layer in solved]
+            else:
+                layers = list(_write_merged(writer, view, task))
+            attention = {n for i in range(view.geometry.layers) for n in attention_tensors(source, view.geometry, i)}
+            copy_tensors(writer, source, (name for name in source if name not in attention))
+            writer.sync()
+        shutil.rmtree(work)
+        write_side_files(staging, source.files)
+        write_json(staging / "config.json", dict(view.config))
+        publish_directory(staging, output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    geometry = view.geometry
+    return AttentionReport(
+        method=method,
+        kv_heads=(geometry.kv_heads, kv_heads),
+        kv_bytes_per_token=(geometry.kv_bytes_per_token(geometry.kv_heads), geometry.kv_bytes_per_token(kv_heads)),
+        contexts=_contexts(source, view),
+        layers=tuple(layers),
+        left_out=_left_out(
+            geometry,
+            method,
+            [layer.symmetric for layer in layers],
+            calibrated=calibrated,
+            refit=settings.logits,
+        ),
+        nbytes=layout.nbytes,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _write_refitted(writer: TensorWriter, layer: RefitLayer, task: Task) -> LayerReport:
+    for name, tensor in layer.tensors.items():
+        writer.write(name, tensor)
+    before, after = layer.output_loss
+    task.advance(1, f"{after:.1%} of the attention output lost")
+    divergence = layer.divergence or (None, None)
+    merged = layer.merged
+    return LayerReport(
+        merged.groups,
+        merged.key_loss,
+        merged.value_loss,
+        after,
+        before,
+        divergence[1],
+        divergence[0],
+        merged.symmetric,
+    )
+
+
+def _write_merged(writer: TensorWriter, view: MergedAttention, task: Task) -> Iterator[LayerReport]:
+    for layer in range(view.geometry.layers):
+        merged: MergedLayer = view.merge(layer)
+        for name in attention_tensors(view.base, view.geometry, layer):
+            if name in view:  # a norm of a single head goes with its head
+                writer.write(name, view[name])
+        task.advance()
+        yield LayerReport(merged.groups, merged.key_loss, merged.value_loss, symmetric=merged.symmetric)
+
+
+def copy_tensors(writer: TensorWriter, source: Checkpoint, names: Iterable[str]) -> None:
+    """Copy tensors that stay as they are, in slices of rows."""
+    for name in names:
+        info = source.infos[name]
+        rows = info.shape[0] if info.shape else 1
+        step = max(1, rows * _COPY_NBYTES // max(1, info.nbytes))
+        for start in range(0, rows, step):
+            writer.write_rows(name, start, source.read_rows(name, start, min(rows, start + step)))
+
+
+def _left_out(
+    geometry: AttentionGeometry, method: str, symmetric: Sequence[bool], *, calibrated: bool, refit: bool
+) -> tuple[str, ...]:
+    notes = []
+    if not geometry.plain:
+        notes.append(f"{geometry.model_type}'s projections are no plain linear layers: no text can be run through them")
+    if not calibrated:
+        notes.append("no calibration text used: merged by the weights alone, nothing refitted")
+    if geometry.norm is not None:
+        where = "over whole layers" if geometry.norm.scope == "layer" else "per head"
+        notes.append(f"queries and keys are normalized {where}: {_norm_note(geometry, method, symmetric)}")
+        if calibrated and refit:
+            notes.append(f"queries and keys are normalized {where}: the two are not refitted")
+    if not geometry.movable:
+        notes.append("query heads have slopes (ALiBi) or sinks of their own: only neighbouring heads are merged")
+    return tuple(notes)
+
+
+def _norm_note(geometry: AttentionGeometry, method: str, symmetric: Sequence[bool]) -> str:
+    """What the norms left to a merge, and in how many layers it went further."""
+    if method != "svd":
+        return "their weights are pooled along"
+    assert geometry.norm is not None
+    if geometry.norm.weights != "shared" and geometry.norm.scope == "head":
+        return "keys are merged up to their sign and their norms' weights alone"
+    rest = symmetric.count(False)
+    approximate = f"in {rest} of {len(symmetric)} layers" if rest else "in no layer"
+    if geometry.norm.scope == "layer":
+        return f"what the norm divides by could not be kept exactly {approximate}"
+    return f"signs and sizes of keys are free, other transforms, which the norm notices, lost less {approximate}"
+
+
+def _contexts(source: Checkpoint, view: MergedAttention) -> dict[str, tuple[int, int]]:
+    geometry = view.geometry
+    inside = geometry.blocks
+
+    def tokens(checkpoint: Checkpoint, kv_heads: int, memory: float, bits: float) -> int:
+        weights = 0.0
+        for info in checkpoint.infos.values():
+            matrix = len(info.shape) == 2 and info.name.startswith(inside)
+            weights += info.nbytes / info.dtype.itemsize * (bits if matrix else 16) / 8
+        return max(0, int((memory - weights) // geometry.kv_bytes_per_token(kv_heads)))
+
+    return {
+        f"{memory}, {dtype}": (tokens(source, geometry.kv_heads, size, bits), tokens(view, view.kv_heads, size, bits))
+        for memory, size in _MEMORIES.items()
+        for dtype, bits in _BITS.items()
+    }

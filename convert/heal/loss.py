@@ -1,0 +1,87 @@
+"""What healing minimizes: the divergence of the student's predictions from the teacher's, and of its hidden states.
+
+Distillation on soft targets is Hinton et al. 2015 (arXiv 1503.02531), on hidden states Jiao et al. 2020, TinyBERT
+(arXiv 1909.10351). The divergence is KL(teacher ‖ student) in nats over the whole vocabulary; its gradient with respect
+to the logits is known, ``softmax(student) - softmax(teacher)``, and is computed some positions at a time, so that
+logits of a whole window never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmconvert.convert.heal.model import ResidentModel
+
+__all__ = ["Losses", "hidden_divergence", "prediction_divergence"]
+
+# Logits of one piece, in elements: large enough for the head's matrix product; in float32 just below the 32 MiB up to
+# which the C library gives the same memory again, where larger pieces would have it cleared anew every time.
+_CHUNK_ELEMENTS = 7 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Means over positions: ``kl`` in nats; ``hidden``, share of error in the hidden states, over blocks."""
+
+    kl: float
+    hidden: float
+
+    def total(self, hidden_weight: float) -> float:
+        """What is minimized."""
+        return self.kl + hidden_weight * self.hidden
+
+
+def prediction_divergence(
+    teacher: ResidentModel,
+    student: ResidentModel,
+    teacher_final: torch.Tensor,
+    student_final: torch.Tensor,
+    *,
+    gradient: bool,
+) -> tuple[float, torch.Tensor | None]:
+    """KL(teacher ‖ student), mean over positions.
+
+    Args:
+        teacher_final, student_final: what goes into the output heads, ``[1, length, hidden]``.
+        gradient: whether to give its gradient with respect to ``student_final``.
+
+    Returns:
+        The divergence in nats, and the gradient (None unless asked for).
+    """
+    length = student_final.shape[1]
+    vocabulary = student.skeleton.model.config.get_text_config().vocab_size
+    step = max(1, _CHUNK_ELEMENTS // vocabulary)
+    total = 0.0
+    gradients: list[torch.Tensor] = []
+    for start in range(0, length, step):
+        piece = student_final[:, start : start + step].detach().requires_grad_(gradient)
+        with torch.no_grad():
+            expected = teacher.logits(teacher_final[:, start : start + step]).float().log_softmax(-1)
+        with torch.set_grad_enabled(gradient):
+            logits = student.logits(piece)
+        found = logits.detach().float().log_softmax(-1)
+        probabilities = expected.exp()
+        total += float(expected.sub_(found).mul_(probabilities).sum(-1).sum(dtype=torch.float64))
+        if gradient:
+            slope = found.exp_().sub_(probabilities).div_(length)
+            gradients.append(torch.autograd.grad(logits, piece, slope.to(logits.dtype))[0])
+    return total / length, torch.cat(gradients, dim=1) if gradient else None
+
+
+def hidden_divergence(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Share of error in hidden states, position by position, mean over all positions and blocks.
+
+    The share is ``e / (e + s)`` of the squared error ``e`` and the square ``s`` of the teacher's state: the relative
+    squared error where it is small, and one at most. Some positions have states thousands of times as large as others
+    (Sun et al. 2024, arXiv 2402.17762); a student that puts one elsewhere would have no other gradient.
+    """
+    parts = []
+    for target, value in zip(teacher, student, strict=True):
+        wanted = target.float()
+        error = (value.float() - wanted).square().sum(-1)
+        size = wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        parts.append((error / (error + size)).mean())
+    return torch.stack(parts).mean()

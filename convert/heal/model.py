@@ -1,0 +1,83 @@
+"""A model in memory as healing needs it: hidden states after every block, and logits for some positions at a time.
+
+Teacher and student differ in attention alone, so every other tensor is in memory once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
+from llmconvert.storage.checkpoint import Checkpoint
+
+__all__ = ["ResidentModel"]
+
+
+class _Decoded(nn.Module):
+    """Stands in for a model's decoder once that has run: gives back what it is given."""
+
+    def forward(self, *, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+class ResidentModel:
+    """A causal language model with all its weights in memory, in evaluation mode (no dropout).
+
+    Args:
+        checkpoint: dense weights.
+        device: where.
+        dtype: of weights and activations.
+
+    Raises:
+        UnsupportedError: the architecture cannot be run.
+        CheckpointError: tensors are missing or have other shapes than the config says.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.skeleton = Skeleton(checkpoint, device, dtype)
+        self.skeleton.restore_buffers()
+        self.skeleton.load_outer(head=True)
+        for index, slot in enumerate(self.skeleton.slots):
+            self.skeleton.load_block(index)
+            slot.gate = self._record
+        self._states: list[torch.Tensor] = []
+        self._model = self.skeleton.model
+        self._decoder: nn.Module = getattr(self._model, self._model.base_model_prefix)
+        # From here on the model's own forward is its head: final projection, logit scale, caps.
+        setattr(self._model, self._model.base_model_prefix, _Decoded())
+
+    def decode(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What goes into the output head, ``[batch, length, hidden]``, and the hidden state after every block."""
+        self._states = []
+        final: torch.Tensor = self._decoder(input_ids=ids.to(self.skeleton.device), use_cache=False).last_hidden_state
+        states, self._states = self._states, []
+        return final, states
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[batch, length, vocabulary]`` of what :meth:`decode` gave, or of some of its positions."""
+        logits: torch.Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
+        return logits
+
+    def train(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        """Make the tensors that the checkpoint calls ``names`` trainable, in float32; gives them by these names."""
+        found: dict[str, nn.Parameter] = {}
+        wanted = set(names)
+        for module_name, stored in self.skeleton.names.items():
+            if stored not in wanted:
+                continue
+            index = next(i for i in range(self.skeleton.block_count) if module_name.startswith(self.skeleton.prefix(i)))
+            path, _, leaf = module_name.removeprefix(self.skeleton.prefix(index)).rpartition(".")
+            weight = self.skeleton.checkpoint[stored].to(self.skeleton.device, torch.float32)
+            found[stored] = nn.Parameter(weight)
+            setattr(self.skeleton.blocks[index].get_submodule(path), leaf, found[stored])
+        return {name: found[name] for name in names}
+
+    def _record(self, slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
+        output = call(hidden)
+        self._states.append(output[0] if isinstance(output, tuple) else output)
+        return output

@@ -1,0 +1,93 @@
+"""Where healing stands, on disk: one safetensors file, there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from llmconvert.storage.writer import write_file
+
+__all__ = ["HealState", "load_state", "save_state"]
+
+_SCHEMA = "llmconvert.heal/2"
+_GROUPS = ("weights", "momentum", "best")
+
+
+@dataclass
+class HealState:
+    """Everything a healing continues from, bit for bit.
+
+    Attributes:
+        identity: of the job; another one's state is not taken up.
+        step: optimizer steps done.
+        weights: trained tensors by checkpoint name, float32.
+        momentum: the optimizer's running means of their gradients.
+        best: the weights that did best on the held-out text.
+        history: one entry per step done: ``step``, ``kl``, ``hidden``, ``rate``.
+        held_out: one entry per evaluation: ``step``, ``kl``.
+        seconds: spent so far.
+    """
+
+    identity: str
+    step: int
+    weights: dict[str, torch.Tensor]
+    momentum: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor]
+    history: list[dict[str, float]] = field(default_factory=list)
+    held_out: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def save_state(path: Path, state: HealState) -> None:
+    """Write ``state``; it is on disk when this returns.
+
+    Raises:
+        CapacityError: the disk is full.
+    """
+    tensors = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        for group in _GROUPS
+        for name, tensor in getattr(state, group).items()
+    }
+    about: dict[str, Any] = {
+        "schema": _SCHEMA,
+        "identity": state.identity,
+        "step": state.step,
+        "history": state.history,
+        "held_out": state.held_out,
+        "seconds": state.seconds,
+    }
+    write_file(path, save(tensors, {"state": json.dumps(about)}))
+
+
+def load_state(path: Path, identity: str) -> HealState | None:
+    """The state in ``path``, or None if there is none, or only another job's."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("state", "{}"))
+            if about.get("schema") != _SCHEMA or about.get("identity") != identity:
+                return None
+            tensors: Mapping[str, torch.Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError):
+        return None
+    groups = {
+        group: {
+            name.removeprefix(f"{group}/"): value for name, value in tensors.items() if name.startswith(f"{group}/")
+        }
+        for group in _GROUPS
+    }
+    return HealState(
+        identity=identity,
+        step=about["step"],
+        history=about["history"],
+        held_out=about["held_out"],
+        seconds=about["seconds"],
+        **groups,
+    )

@@ -1,0 +1,67 @@
+"""What a run prints at its end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmconvert.recipes.batch import Outcome
+from llmconvert.recipes.runner import RunResult
+from llmconvert.report.report import Report
+from llmconvert.validate.render.comparison import ReportComparison, render_comparison_table
+from llmconvert.validate.render.display import format_seconds
+from llmconvert.validate.render.terminal import render_terminal
+
+__all__ = ["print_batch", "print_comparison", "print_report"]
+
+# Where no terminal says how wide it is: wide enough for every column, as a log should be.
+_WIDTH = 120
+
+
+def print_comparison(comparison: ReportComparison) -> None:
+    """Several reports' table on standard output."""
+    render_comparison_table(comparison, _console())
+
+
+def print_report(report: Report) -> None:
+    """A report's table on standard output."""
+    render_terminal(report, _console())
+
+
+def print_batch(outcomes: Sequence[Outcome]) -> None:
+    """Every run's own table, and for several runs one that says how each ended."""
+    console = _console()
+    for outcome in outcomes:
+        if outcome.result is not None:
+            render_terminal(outcome.result.report, console, locations=_locations(outcome.result))
+    if len(outcomes) == 1:
+        return
+    table = Table(title="Recipes", title_justify="left")
+    for heading in ("recipe", "time", "result", "where"):
+        table.add_column(heading, overflow="fold")
+    for outcome in outcomes:
+        verdict = Text("done", "green") if outcome.result is not None else Text(f"failed ({outcome.exit_code})", "red")
+        where = outcome.error
+        if outcome.result is not None:
+            where = outcome.result.published or str(outcome.result.artifact)
+        table.add_row(Text(outcome.recipe), format_seconds(outcome.seconds), verdict, Text(where))
+    console.print(table)
+
+
+def _locations(result: RunResult) -> dict[str, str]:
+    artifact = result.artifact
+    if result.published is not None and result.published.startswith("file:"):
+        artifact = type(artifact)(result.published.removeprefix("file:"))
+    found = {"artifact": str(artifact), "model card": str(artifact / "README.md")}
+    found["report"] = str(artifact / "llmconvert" / "report.html")
+    if result.published is not None and not result.published.startswith("file:"):
+        found["published"] = result.published
+    return found
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _WIDTH)

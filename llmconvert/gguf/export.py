@@ -1,0 +1,157 @@
+"""A Hugging Face checkpoint as llama.cpp wants it: tensor names, layout and metadata, the inverse of reading GGUF.
+
+What llama.cpp computes from a file must be what transformers computes from the checkpoint. Settings that its code for
+the architecture does not know are refused by name before anything is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from llmconvert.engine.skeleton import build_config
+from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.gguf.export_config import export_config, export_rope_tensors
+from llmconvert.gguf.export_tokenizer import export_tokenizer
+from llmconvert.gguf.names import ARCHITECTURES, Place, Storage
+from llmconvert.storage.checkpoint import Checkpoint
+
+__all__ = ["ExportedTensor", "GgufExport", "export_checkpoint"]
+
+#: transformers' ``model_type`` → GGUF architecture.
+GGUF_ARCHITECTURES: Final[Mapping[str, str]] = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "gemma2": "gemma2",
+}
+# Buffers that old checkpoints hold and every runtime computes for itself.
+_COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.masked_bias")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedTensor:
+    """A tensor of the file: its name there, the checkpoint's tensor it comes from, and how it is stored."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    storage: Storage
+    heads: int = 0
+
+    @property
+    def rows_together(self) -> int:
+        """Rows that must be read together: those of a head, where they change places."""
+        return self.shape[0] // self.heads if self.heads else 1
+
+    def store(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the checkpoint (whole heads) as rows of the file, in float32."""
+        rows = rows.float()
+        if self.storage is Storage.PLUS_ONE:
+            return rows + 1
+        if self.heads:
+            size = self.rows_together
+            halves = rows.reshape(-1, 2, size // 2, *rows.shape[1:])
+            return halves.transpose(1, 2).reshape(rows.shape)
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class GgufExport:
+    """What will be in a file, but for the weights themselves.
+
+    Attributes:
+        arch: ``general.architecture``.
+        metadata: all of it, in order, without ``general.file_type``.
+        tensors: in file order.
+        settings: float32 tensors that llama.cpp keeps settings in, by name.
+        layers: decoder blocks.
+        tied: the embedding is the output matrix too.
+    """
+
+    arch: str
+    metadata: Mapping[str, Any]
+    tensors: tuple[ExportedTensor, ...]
+    settings: Mapping[str, np.ndarray]
+    layers: int
+    tied: bool
+
+
+def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
+    """Translate everything about a checkpoint but its weights.
+
+    Args:
+        source: dense weights under Hugging Face names.
+        name: of the model, for ``general.name``.
+
+    Raises:
+        UnsupportedError: an architecture, setting, tensor or tokenizer that llama.cpp's class cannot express.
+        CheckpointError: tensors are missing.
+    """
+    model_type: str = source.config.get("model_type", "")
+    if model_type not in GGUF_ARCHITECTURES:
+        raise UnsupportedError(
+            f"architecture {model_type!r} cannot be written as GGUF; supported are {', '.join(GGUF_ARCHITECTURES)}"
+        )
+    arch = GGUF_ARCHITECTURES[model_type]
+    config = build_config(source.config)
+    # transformers fills in what config.json leaves out; llama.cpp is told all of it.
+    values: dict[str, Any] = config.to_dict()
+    tokens, rstrip = export_tokenizer(source, values)
+    label = f"{name} (Phi-3)" if rstrip and "phi-3" not in name.lower() and "phi3" not in name.lower() else name
+    general = {"general.architecture": arch, "general.type": "model", "general.name": label}
+    if model_type == "mistral":
+        general["general.basename"] = "Mistral"
+    metadata = general | export_config(values, arch) | tokens
+    return GgufExport(
+        arch=arch,
+        metadata=metadata,
+        tensors=_tensors(source, arch, values),
+        settings=export_rope_tensors(values, arch),
+        layers=values["num_hidden_layers"],
+        tied=bool(values["tie_word_embeddings"]),
+    )
+
+
+def _tensors(source: Checkpoint, arch: str, values: Mapping[str, Any]) -> tuple[ExportedTensor, ...]:
+    architecture = ARCHITECTURES[arch]
+    placed: list[tuple[str, Place]] = list(architecture.outer.items())
+    for layer in range(values["num_hidden_layers"]):
+        placed += [
+            (f"blk.{layer}.{stem}", Place(place.name.format(layer), place.shape, place.storage, place.required))
+            for stem, place in architecture.layer.items()
+        ]
+    found: list[ExportedTensor] = []
+    for stored, place in placed:
+        info = source.infos.get(place.name)
+        if stored == "output.weight" and values["tie_word_embeddings"]:
+            continue
+        if info is None:
+            if place.required or stored == "output.weight":
+                raise CheckpointError(f"the checkpoint has no tensor {place.name!r}, which {arch} models need")
+            continue
+        heads = {
+            Storage.QUERY_ROWS: values["num_attention_heads"],
+            Storage.KEY_ROWS: values.get("num_key_value_heads"),
+        }.get(place.storage, 0)
+        found.append(ExportedTensor(stored, place.name, info.shape, place.storage, heads or 0))
+    _check_all_placed(source, found, arch, values)
+    return tuple(found)
+
+
+def _check_all_placed(source: Checkpoint, found: list[ExportedTensor], arch: str, values: Mapping[str, Any]) -> None:
+    used = {tensor.source for tensor in found}
+    if values["tie_word_embeddings"]:
+        used.add("lm_head.weight")
+    for name in source:
+        if name not in used and not _COMPUTED.fullmatch(name):
+            raise UnsupportedError(
+                f"tensor {name!r} has no place in a GGUF file of architecture {arch!r}, and cannot be left out"
+            )

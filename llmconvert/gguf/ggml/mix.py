@@ -1,0 +1,141 @@
+"""Which tensor type each tensor of a GGUF file gets: llama.cpp's mixes, ``q4_k_m`` and its kin.
+
+A mix has a type for most matrices and better ones where an error costs more, by the rules of ``llama-quantize``
+(``llama_tensor_get_type``): the output matrix, some layers' ``attn_v`` and ``ffn_down``, fused ``attn_qkv``. Vectors
+stay F32. Rows that are no whole number of blocks fall back to a type with smaller blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from llmconvert.errors import SchemeError
+from llmconvert.gguf.ggml.blocks import load_codec
+
+__all__ = ["MIXES", "GgmlMix", "MixContext"]
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_FALLBACKS: Final[Mapping[str, str]] = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FLOATS: Final = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class MixContext:
+    """What the rules look at besides a tensor's name and shape.
+
+    Attributes:
+        layers: decoder blocks of the model.
+        tied: the embedding serves as output matrix too.
+        importance: the file is made with an importance matrix.
+    """
+
+    layers: int
+    tied: bool
+    importance: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GgmlMix:
+    """One of :data:`MIXES`.
+
+    Attributes:
+        name: as ``llama-quantize`` calls it, in lower case.
+        base: tensor type of most matrices.
+        file_type: ``general.file_type``, llama.cpp's number.
+        more: how many tensors get a better type: ``""`` none by layer, ``S`` or ``M``.
+    """
+
+    name: str
+    base: str
+    file_type: int
+    more: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> GgmlMix:
+        """Read a mix's name.
+
+        Raises:
+            SchemeError: it is none; the message lists those there are.
+        """
+        name = text.strip().lower()
+        name = _ALIASES.get(name, name)
+        if name not in MIXES:
+            raise SchemeError(f"GGUF type {text!r} is not known; known are {', '.join(MIXES)}")
+        return MIXES[name]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def type_of(self, name: str, shape: tuple[int, ...], context: MixContext) -> str:
+        """The type of a tensor.
+
+        Args:
+            name: in the file, ``blk.0.attn_v.weight`` for example.
+            shape: slowest dimension first.
+            context: what else decides.
+        """
+        if len(shape) < 2:
+            return "F32"
+        if self.base in _FLOATS:
+            return self.base
+        match = _LAYER.match(name)
+        chosen = self._in_layer(name, int(match[1]), context) if match else self._outer(name, context)
+        if shape[-1] % load_codec(chosen).size:
+            chosen = _FALLBACKS.get(chosen, chosen)
+        return chosen if shape[-1] % load_codec(chosen).size == 0 else "F16"
+
+    def _outer(self, name: str, context: MixContext) -> str:
+        is_output = name == "output.weight" or (name == "token_embd.weight" and context.tied)
+        return "Q6_K" if is_output and self.base != "Q8_0" else self.base
+
+    def _in_layer(self, name: str, layer: int, context: MixContext) -> str:
+        eighth = layer < context.layers // 8
+        if name.endswith("attn_v.weight"):
+            if self.more == "M" and _more_bits(layer, context.layers):
+                return "Q6_K"
+            if self.name == "q4_k_s" and layer < 4:
+                return "Q5_K"
+            # Models of 80 layers have eight query heads per key-value head: their attn_v is small, and matters.
+            if context.layers == 80 and self.base == "Q4_K":
+                return "Q5_K"
+        elif name.endswith("ffn_down.weight"):
+            if self.more == "M" and _more_bits(layer, context.layers):
+                return "Q6_K"
+            if eighth and self.name == "q4_k_s":
+                return "Q5_K"
+            if eighth and context.importance:
+                return {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}.get(self.base, self.base)
+        elif name.endswith("attn_qkv.weight") and self.more == "M":
+            return {"Q4_K": "Q5_K", "Q5_K": "Q6_K"}[self.base]
+        return self.base
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """The first and last eighth of the layers, and every third between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+_ALIASES: Final[Mapping[str, str]] = {"q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+
+#: Name → mix.
+MIXES: Final[Mapping[str, GgmlMix]] = {
+    mix.name: mix
+    for mix in (
+        GgmlMix("f32", "F32", 0),
+        GgmlMix("f16", "F16", 1),
+        GgmlMix("bf16", "BF16", 32),
+        GgmlMix("q8_0", "Q8_0", 7),
+        GgmlMix("q6_k", "Q6_K", 18),
+        GgmlMix("q5_k_m", "Q5_K", 17, "M"),
+        GgmlMix("q5_k_s", "Q5_K", 16, "S"),
+        GgmlMix("q5_1", "Q5_1", 9),
+        GgmlMix("q5_0", "Q5_0", 8),
+        GgmlMix("q4_k_m", "Q4_K", 15, "M"),
+        GgmlMix("q4_k_s", "Q4_K", 14, "S"),
+        GgmlMix("q4_1", "Q4_1", 3),
+        GgmlMix("q4_0", "Q4_0", 2),
+    )
+}

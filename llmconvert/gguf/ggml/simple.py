@@ -1,0 +1,221 @@
+"""What the block types of 32 weights share: parameters of a block, and codes for them.
+
+Without importance these are those of llama.cpp and of the ``gguf`` package, to the bit: the extreme weight decides.
+With it, the parameters have the least weighted squared error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from llmconvert.compute.rows import over_rows
+from llmconvert.gguf.ggml.blocks import Array, Blocks, block_importance
+from llmconvert.gguf.ggml.fit import CANDIDATES, best_affine, best_step
+
+__all__ = [
+    "BLOCK",
+    "affine_weights",
+    "fit_minimum_blocks",
+    "fit_scale_blocks",
+    "half",
+    "join_nibbles",
+    "nearest_codes",
+    "split_nibbles",
+    "step_weights",
+]
+
+BLOCK = 32
+
+
+def fit_scale_blocks(values: Array, importance: Array | None, bits: int) -> Blocks:
+    """Blocks of ``scale · (code - 2^(bits-1))``, the scale of either sign."""
+    zero = 1 << (bits - 1)
+    if importance is None:
+        steps, codes = _empty(values)
+        over_rows(_take_extreme, len(values), values, steps, codes, np.float32(zero))
+        return Blocks(codes, half(steps))
+    steps = np.empty(values.size // BLOCK, np.float32)
+    over_rows(
+        _fit_steps,
+        len(values),
+        values,
+        block_importance(importance, values.shape[1]),
+        steps,
+        np.float32(-zero),
+        np.float32(zero - 1),
+    )
+    scale = half(steps)
+    return Blocks(nearest_codes(values, scale, None, zero, 2 * zero - 1), scale)
+
+
+def fit_minimum_blocks(values: Array, importance: Array | None, bits: int) -> Blocks:
+    """Blocks of ``scale · code + minimum``."""
+    top = (1 << bits) - 1
+    if importance is None:
+        steps, codes = _empty(values)
+        minima = np.empty_like(steps)
+        over_rows(_take_range, len(values), values, steps, minima, codes, np.float32(top))
+        return Blocks(codes, half(steps), half(minima))
+    steps = np.empty(values.size // BLOCK, np.float32)
+    minima = np.empty_like(steps)
+    over_rows(
+        _fit_affine,
+        len(values),
+        values,
+        block_importance(importance, values.shape[1]),
+        steps,
+        minima,
+        np.float32(top),
+        np.float32(np.inf),
+    )
+    scale, minimum = half(steps), half(minima)
+    return Blocks(nearest_codes(values, scale, minimum, 0, top), scale, minimum)
+
+
+def nearest_codes(values: Array, scale: Array, minimum: Array | None, zero: int, top: int) -> Array:
+    """The codes nearest to the values for float16 parameters, uint8 ``[n, 32]``."""
+    blocks = values.reshape(-1, BLOCK)
+    step = scale.astype(np.float32)[:, None]
+    if minimum is not None:
+        blocks = blocks - minimum.astype(np.float32)[:, None]
+    scaled = blocks * np.divide(np.float32(1), step, out=np.zeros_like(step), where=step != 0)
+    codes: Array = np.clip(np.rint(scaled) + np.float32(zero), 0, top).astype(np.uint8)
+    return codes
+
+
+def step_weights(blocks: Blocks, zero: int) -> Array:
+    """``scale · (code - zero)``, float32 ``[n, 32]``."""
+    weights: Array = (blocks.codes.astype(np.float32) - np.float32(zero)) * blocks.scale.astype(np.float32)[:, None]
+    return weights
+
+
+def affine_weights(blocks: Blocks) -> Array:
+    """``scale · code + minimum``, float32 ``[n, 32]``."""
+    assert blocks.minimum is not None
+    weights: Array = blocks.codes * blocks.scale.astype(np.float32)[:, None]
+    weights += blocks.minimum.astype(np.float32)[:, None]
+    return weights
+
+
+def join_nibbles(codes: Array) -> Array:
+    """``[n, 2k]`` codes below 16 → ``[n, k]`` bytes: the first half in the low nibbles, the second in the high ones."""
+    middle = codes.shape[1] // 2
+    joined: Array = codes[:, :middle] | (codes[:, middle:] << 4)
+    return joined
+
+
+def split_nibbles(raw: Array) -> Array:
+    """The inverse of :func:`join_nibbles`."""
+    return np.concatenate([raw & 15, raw >> 4], axis=1)
+
+
+def half(values: Array) -> Array:
+    """float16 of float32 scales and minima."""
+    # A scale beyond float16 becomes infinite; the writer refuses such tensors by name before it comes to that.
+    with np.errstate(over="ignore"):
+        rounded: Array = values.astype(np.float16)
+    return rounded
+
+
+def _empty(values: Array) -> tuple[Array, Array]:
+    """Steps and codes of the blocks, to be filled."""
+    count = values.size // BLOCK
+    return np.empty(count, np.float32), np.empty((count, BLOCK), np.uint8)
+
+
+# Truncating after an addition is how llama.cpp rounds; in float32, which decides ties.
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _take_extreme(
+    begin: int,
+    end: int,
+    values: np.ndarray[Any, Any],
+    steps: np.ndarray[Any, Any],
+    codes: np.ndarray[Any, Any],
+    zero: float,
+) -> None:
+    """The weight of largest magnitude becomes code 0."""
+    per_row = values.shape[1] // BLOCK
+    offset, top = zero + np.float32(0.5), zero + zero - np.float32(1)
+    for row in range(begin, end):
+        for block in range(per_row):
+            n, start = row * per_row + block, block * BLOCK
+            extreme = np.float32(0)
+            for i in range(BLOCK):
+                if abs(values[row, start + i]) > abs(extreme):
+                    extreme = values[row, start + i]
+            step = extreme / -zero
+            inverse = np.float32(1) / step if step != 0 else np.float32(0)
+            steps[n] = step
+            for i in range(BLOCK):
+                codes[n, i] = np.uint8(min(values[row, start + i] * inverse + offset, top))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _take_range(
+    begin: int,
+    end: int,
+    values: np.ndarray[Any, Any],
+    steps: np.ndarray[Any, Any],
+    minima: np.ndarray[Any, Any],
+    codes: np.ndarray[Any, Any],
+    top: float,
+) -> None:
+    """The lowest weight becomes code 0, the highest the last one."""
+    per_row = values.shape[1] // BLOCK
+    for row in range(begin, end):
+        for block in range(per_row):
+            n, start = row * per_row + block, block * BLOCK
+            lowest = highest = values[row, start]
+            for i in range(1, BLOCK):
+                lowest, highest = min(lowest, values[row, start + i]), max(highest, values[row, start + i])
+            step = (highest - lowest) / top
+            inverse = np.float32(1) / step if step != 0 else np.float32(0)
+            steps[n], minima[n] = step, lowest
+            for i in range(BLOCK):
+                codes[n, i] = np.uint8(min((values[row, start + i] - lowest) * inverse + np.float32(0.5), top))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _fit_steps(
+    begin: int,
+    end: int,
+    values: np.ndarray[Any, Any],
+    importance: np.ndarray[Any, Any],
+    steps: np.ndarray[Any, Any],
+    low: float,
+    high: float,
+) -> None:
+    x = np.empty(BLOCK, np.float32)
+    w = np.empty(BLOCK, np.float32)
+    blocks = values.shape[1] // BLOCK
+    for row in range(begin, end):
+        for block in range(blocks):
+            for i in range(BLOCK):
+                x[i] = values[row, block * BLOCK + i]
+                w[i] = importance[block * BLOCK + i]
+            steps[row * blocks + block] = best_step(x, w, low, high, CANDIDATES)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _fit_affine(
+    begin: int,
+    end: int,
+    values: np.ndarray[Any, Any],
+    importance: np.ndarray[Any, Any],
+    steps: np.ndarray[Any, Any],
+    minima: np.ndarray[Any, Any],
+    high: float,
+    ceiling: float,
+) -> None:
+    x = np.empty(BLOCK, np.float32)
+    w = np.empty(BLOCK, np.float32)
+    blocks = values.shape[1] // BLOCK
+    for row in range(begin, end):
+        for block in range(blocks):
+            for i in range(BLOCK):
+                x[i] = values[row, block * BLOCK + i]
+                w[i] = importance[block * BLOCK + i]
+            steps[row * blocks + block], minima[row * blocks + block] = best_affine(x, w, high, ceiling)

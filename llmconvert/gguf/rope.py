@@ -1,0 +1,137 @@
+"""Rotary position settings: from GGUF metadata to transformers' ``rope_parameters``.
+
+Llama 3's frequency scaling is not in the metadata: llama.cpp stores what it works out to, one divisor per frequency,
+as the tensor ``rope_freqs.weight``. The parameters are recovered from it (:func:`llama3_parameters`) and proven by
+computing the divisors from them again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.gguf.header import Metadata
+
+__all__ = ["llama3_divisors", "llama3_parameters", "rope_parameters", "shortest"]
+
+# Divisors are stored in float32; the original's were computed in it too.
+_TOLERANCE = 1e-5
+# Meta's own values of Llama 3.1 to 3.3. Only the ratios of the three matter, so they also serve as the scale.
+_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
+
+
+def shortest(value: float) -> float:
+    """The decimal number a float32 came from: 1e-05 rather than 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def rope_parameters(metadata: Metadata, arch: str) -> dict[str, Any]:
+    """``rope_parameters`` as the metadata gives them: plain, linear or YaRN.
+
+    Raises:
+        UnsupportedError: another scaling type.
+        CheckpointError: a value is missing or makes no sense.
+    """
+    theta = shortest(metadata.number(f"{arch}.rope.freq_base", 10000.0))
+    if theta <= 0:
+        raise CheckpointError(f"{metadata.path}: {arch}.rope.freq_base is {theta}, expected a positive number")
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    # Files from before the scaling type was stored have only the factor of a linear scaling.
+    linear = shortest(metadata.number(f"{arch}.rope.scale_linear", 1.0))
+    kind = metadata.text(f"{arch}.rope.scaling.type", "linear" if linear != 1.0 else "none")
+    factor = shortest(metadata.number(f"{arch}.rope.scaling.factor", linear))
+    # llama.cpp takes a factor of 0 for "not set"; phi3 stores its scaling as tensors and its type as longrope.
+    if kind in ("none", "longrope") or factor in (0.0, 1.0):
+        return parameters
+    if kind == "linear":
+        return parameters | {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        return parameters | _yarn(metadata, f"{arch}.rope.scaling", factor)
+    raise UnsupportedError(
+        f"{metadata.path}: {arch}.rope.scaling.type is {kind!r}; supported are none, linear and yarn"
+    )
+
+
+def _yarn(metadata: Metadata, prefix: str, factor: float) -> dict[str, Any]:
+    for key in ("yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"):
+        if f"{prefix}.{key}" in metadata:
+            raise UnsupportedError(f"{metadata.path}: {prefix}.{key} is set; YaRN is supported with its defaults only")
+    yarn: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": metadata.integer(f"{prefix}.original_context_length"),
+    }
+    if (scale := shortest(metadata.number(f"{prefix}.attn_factor", 1.0))) != 1.0:
+        # llama.cpp multiplies it with YaRN's own temperature, transformers takes it instead.
+        yarn["attention_factor"] = scale * (1.0 + 0.1 * math.log(factor))
+    for key in ("beta_fast", "beta_slow"):
+        if f"{prefix}.yarn_{key}" in metadata:
+            yarn[key] = shortest(metadata.number(f"{prefix}.yarn_{key}"))
+    return yarn
+
+
+def llama3_divisors(parameters: dict[str, Any], head_dim: int) -> np.ndarray:
+    """What Llama 3's scaling divides each of the ``head_dim / 2`` frequencies by, in float64.
+
+    The ramp between unscaled high and fully scaled low frequencies is linear in the wavelength's inverse
+    (``transformers.modeling_rope_utils``, rope type ``llama3``).
+    """
+    exponents = np.arange(0, head_dim, 2) / head_dim
+    turns = parameters["original_max_position_embeddings"] * parameters["rope_theta"] ** -exponents / (2 * math.pi)
+    low, high, factor = parameters["low_freq_factor"], parameters["high_freq_factor"], parameters["factor"]
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    divisors: np.ndarray = 1.0 / ((1.0 - smooth) / factor + smooth)
+    return divisors
+
+
+def llama3_parameters(divisors: np.ndarray, plain: dict[str, Any], head_dim: int, what: str) -> dict[str, Any]:
+    """Recover ``rope_parameters`` of type ``llama3`` from the divisors a file stores.
+
+    Args:
+        divisors: ``[head_dim / 2]``, the tensor ``rope_freqs.weight``.
+        plain: the parameters without scaling (for ``rope_theta``).
+        head_dim: rotary width of a head.
+        what: names the tensor in errors.
+
+    Raises:
+        UnsupportedError: no ``llama3`` scaling gives these divisors.
+    """
+    divisors = divisors.astype(np.float64)
+    if divisors.shape != (head_dim // 2,):
+        raise CheckpointError(f"{what}: has shape {list(divisors.shape)}, expected [{head_dim // 2}]")
+    if np.allclose(divisors, 1.0, rtol=_TOLERANCE, atol=0):
+        return plain
+    factor = shortest(float(divisors.max()))
+    meta = plain | {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": _LLAMA3_LOW,
+        "high_freq_factor": _LLAMA3_HIGH,
+        "original_max_position_embeddings": _LLAMA3_CONTEXT,
+    }
+    for candidate in (meta, _fitted(divisors, meta, head_dim)):
+        if candidate and np.allclose(llama3_divisors(candidate, head_dim), divisors, rtol=_TOLERANCE, atol=0):
+            return candidate
+    raise UnsupportedError(
+        f"{what}: holds frequency divisors from {divisors.min():g} to {divisors.max():g} that Llama 3's scaling "
+        "does not produce; this RoPE variant is not supported"
+    )
+
+
+def _fitted(divisors: np.ndarray, meta: dict[str, Any], head_dim: int) -> dict[str, Any] | None:
+    """Least squares over the ramp. Two of its frequencies determine it, up to the common scale of the parameters."""
+    factor = meta["factor"]
+    ramp = (divisors > 1.0 + _TOLERANCE) & (divisors < factor * (1 - _TOLERANCE))
+    if factor <= 1.0 or ramp.sum() < 2:
+        return None
+    smooth = (1.0 / divisors[ramp] - 1.0 / factor) / (1.0 - 1.0 / factor)
+    frequencies = (meta["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim))[ramp] / (2 * math.pi)
+    slope, intercept = np.polyfit(frequencies, smooth, 1)
+    if slope <= 0 or intercept >= 0:
+        return None
+    # smooth = (context × frequency − low) / (high − low), with low held at 1.
+    span = -1.0 / intercept
+    return meta | {"high_freq_factor": 1.0 + span, "original_max_position_embeddings": round(slope * span)}

@@ -1,0 +1,206 @@
+"""The report: every number measured, with its limit and verdict.
+
+It is written to ``llmconvert/report.json`` of an artifact in the stable schema ``llmconvert.report/1``::
+
+    {"schema": "llmconvert.report/1",
+     "model": {"name", "source", "revision", "architecture", "parameters", ...},
+     "environment": {"python": "3.12.1", "torch": "2.13.0", ...},
+     "steps": [{"name", "seconds", "peak_rss_bytes", "sections", ...}],
+     "checks": [{"name", "value", "reference", "limit", "ok", "unit", "detail", "sections"}]}
+
+``value`` is the artifact's, ``reference`` the original's, and ``limit`` what the recipe allows; any of them may be
+null. ``unit`` names what they count: ``bytes``, ``bits``, ``nats``, ``share`` (0 to 1), ``relative`` (an error's size
+relative to what it is an error of), ``tokens``, ``tokens/s``, ``seconds``, ``tensors``, ``texts``, ``rounds``, or
+nothing. ``detail`` holds a sentence under ``text`` where one helps, intervals under ``low`` and ``high``, and whatever
+else belongs to that check; tables and plots are ``sections`` (:mod:`llmconvert.report.section`). A check without a
+limit passes unless something is broken. ``docs/report.md`` has it all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from llmconvert.errors import GateError, SourceError
+from llmconvert.report.section import Section, Value
+from llmconvert.storage.writer import write_file
+
+__all__ = ["Check", "ModelInfo", "Report", "Step", "environment", "json_schema", "require_passed"]
+
+_PACKAGES = ("llmconvert", "torch", "transformers", "safetensors", "compressed-tensors", "numpy", "numba")
+
+
+def _is_empty(value: object) -> bool:
+    return not value
+
+
+class ModelInfo(Value):
+    """What was made of what.
+
+    Attributes:
+        name: what the artifact calls itself.
+        source: Hub id, path or ``package:`` name of the original.
+        revision: commit hash of a Hub source.
+        architecture: the transformers class, ``LlamaForCausalLM``.
+        parameters: numbers in the original.
+        license: identifier inherited from the original.
+        base_model: Hub id of the original, where the source or the recipe says so.
+        parents: Hub ids of the models that the original was made from, where only these are known.
+        method, scheme, format: of the quantization, ``gptq``, ``w4a16-g64-sym``, ``compressed-tensors``.
+        calibration: dataset and amount in words.
+        calibration_digest: of the dataset's content, to tell the same text under another name.
+    """
+
+    name: str
+    source: str
+    revision: str | None = None
+    architecture: str | None = None
+    parameters: int | None = None
+    license: str | None = None
+    base_model: str | None = None
+    parents: tuple[str, ...] = ()
+    method: str | None = None
+    scheme: str | None = None
+    format: str | None = None
+    calibration: str | None = None
+    calibration_digest: str | None = None
+
+
+class Step(Value):
+    """A stage of the run: wall-clock seconds, the process's peak resident memory at its end, what it has to show."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int | None = None
+    sections: tuple[Section, ...] = Field(default=(), exclude_if=_is_empty)
+
+
+class Check(Value):
+    """One measurement, the limit it had to keep, and whether it did.
+
+    Attributes:
+        label: the name in words, for names that :mod:`llmconvert.validate.render.display` does not know.
+        quiet: whether terminal and model card leave it out unless it fails.
+        sections: what it has to show besides a number.
+    """
+
+    name: str
+    label: str = Field(default="", exclude_if=_is_empty)
+    value: float | None = None
+    reference: float | None = None
+    limit: float | None = None
+    ok: bool = True
+    unit: str = ""
+    quiet: bool = Field(default=False, exclude_if=_is_empty)
+    detail: Mapping[str, Any] = Field(default_factory=dict)
+    sections: tuple[Section, ...] = Field(default=(), exclude_if=_is_empty)
+
+    @property
+    def text(self) -> str:
+        """The sentence that goes with it, if any."""
+        return str(self.detail.get("text", ""))
+
+
+class Report(Value):
+    """Everything measured about one artifact; the JSON schema is in the module's docstring."""
+
+    schema_: Literal["llmconvert.report/1"] = Field(default="llmconvert.report/1", alias="schema")
+    model: ModelInfo
+    environment: Mapping[str, str] = Field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def verdict(self) -> bool:
+        """Whether every check passed."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that did not pass."""
+        return tuple(check for check in self.checks if not check.ok)
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The sections of all steps, then those of all checks."""
+        owners: tuple[Step | Check, ...] = (*self.steps, *self.checks)
+        return tuple(section for owner in owners for section in owner.sections)
+
+    def check(self, name: str) -> Check | None:
+        """The check of that name, or None."""
+        return next((check for check in self.checks if check.name == name), None)
+
+    def to_json(self) -> str:
+        """Indented JSON. Numbers that are not finite become null."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the JSON, whole or not at all."""
+        write_file(path, self.to_json().encode())
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, origin: str = "report") -> Report:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            SourceError: not a report of this schema; ``origin`` names it.
+        """
+        try:
+            found = json.loads(text)
+            if not isinstance(found, dict) or found.get("schema") != "llmconvert.report/1":
+                schema = found.get("schema") if isinstance(found, dict) else type(found).__name__
+                raise SourceError(f"{origin}: schema is {schema!r}, expected 'llmconvert.report/1'")
+            return cls.model_validate(found)
+        except (ValueError, ValidationError) as error:
+            raise SourceError(f"{origin}: is not a report: {error}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read a report file.
+
+        Raises:
+            SourceError: it cannot be read, or is no report.
+        """
+        try:
+            return cls.from_json(path.read_bytes(), origin=str(path))
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def json_schema() -> str:
+    """The JSON Schema (2020-12) of ``report.json``, indented."""
+    values = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    values |= Report.model_json_schema(by_alias=True, mode="serialization")
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def environment() -> dict[str, str]:
+    """Versions and the machine that the numbers depend on; nothing that names the machine or its user."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    found["cpus"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def require_passed(checks: Iterable[Check], blame: str = "") -> None:
+    """The gate. ``blame`` (:func:`llmconvert.validate.render.blame.blame`) is added to what it says.
+
+    Raises:
+        GateError: naming every check that failed, its value and its limit.
+    """
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        reasons = "; ".join(check.text or f"{check.name} is {check.value}, allowed {check.limit}" for check in failed)
+        advice = f". To blame: {blame}; give these layers more bits or smaller groups" if blame else ""
+        raise GateError(f"the artifact did not pass: {reasons}{advice}. It is kept and was not published")

@@ -1,0 +1,61 @@
+"""Refusing checkpoints whose weights are quantized already: casting or quantizing codes would destroy them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from llmconvert.errors import UnsupportedError
+from llmconvert.storage.checkpoint import Checkpoint
+
+__all__ = ["require_dense"]
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+# What stands beside or instead of a weight: GPTQ/AWQ, compressed-tensors, DeepSeek's fp8, bitsandbytes (8 and 4 bit).
+_COMPANIONS = (
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_zero_point",
+    ".SCB",
+    ".weight.absmax",
+    ".weight.quant_map",
+)
+
+
+def require_dense(checkpoint: Checkpoint, origin: str) -> None:
+    """Refuse a quantized checkpoint before any work; nothing but headers and config is looked at.
+
+    Args:
+        checkpoint: the checkpoint.
+        origin: what to call it in the error.
+
+    Raises:
+        UnsupportedError: the config declares a quantization, or a tensor holds or accompanies quantized weights.
+    """
+    method = _declared(checkpoint.config)
+    advice = "start from the original, unquantized model"
+    if method is not None:
+        raise UnsupportedError(f"{origin}: is already quantized ({method}, says config.json); {advice}")
+    for name, info in checkpoint.infos.items():
+        codes = info.dtype in _FLOAT8 or (info.dtype in _INTEGERS and len(info.shape) >= 2 and name.endswith(".weight"))
+        if codes or name.endswith(_COMPANIONS):
+            raise UnsupportedError(
+                f"{origin}: is already quantized (tensor {name} is {info.dtype} {list(info.shape)}); {advice}"
+            )
+
+
+def _declared(config: Mapping[str, Any]) -> str | None:
+    """The quantization method that the config, or that of a submodel, names."""
+    for key in ("quantization_config", "compression_config"):
+        declared = config.get(key)
+        if declared:
+            return str(declared.get("quant_method", key)) if isinstance(declared, Mapping) else key
+    nested = (_declared(value) for value in config.values() if isinstance(value, Mapping))
+    return next((method for method in nested if method is not None), None)

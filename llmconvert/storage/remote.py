@@ -1,0 +1,102 @@
+"""A model on the Hub read where it lies: its headers for a few kilobytes, its tensors range by range.
+
+Safetensors headers are read with HTTP range requests
+(https://huggingface.co/docs/safetensors/metadata_parsing).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+from llmconvert.errors import CheckpointError
+from llmconvert.hub import RemoteFile, hub_errors, iterate_content, list_files
+from llmconvert.storage.checkpoint import DTYPES, Checkpoint, TensorInfo
+
+__all__ = ["RemoteCheckpoint"]
+
+# A few rows after the other are asked for often; one request brings at least this much of the tensor.
+_AHEAD_BYTES = 1 << 26
+
+
+class RemoteCheckpoint(Checkpoint):
+    """A Hub model whose tensors are fetched each time they are read, at the commit that was current when it was opened.
+
+    Nothing is kept but the last 64 MiB, so reading it all twice downloads it twice.
+
+    Args:
+        model_id: ``org/name``.
+        revision: branch, tag or commit; the default branch if None.
+
+    Raises:
+        HubError: the Hub refused or could not be reached, when opening or reading.
+        CheckpointError: the repository has no safetensors, or their headers are malformed.
+    """
+
+    def __init__(self, model_id: str, revision: str | None = None) -> None:
+        self._model_id = model_id
+        try:
+            with hub_errors(model_id, revision):
+                config = Path(huggingface_hub.hf_hub_download(model_id, "config.json", revision=revision))
+                metadata = huggingface_hub.get_safetensors_metadata(model_id, revision=revision)
+            # The cache files a download under the commit that the revision stood for.
+            self.commit_hash = config.parent.name
+            self.config = json.loads(config.read_bytes())
+        except (NotASafetensorsRepoError, SafetensorsParsingError, ValueError) as error:
+            raise CheckpointError(f"{model_id}: {str(error).splitlines()[0]}") from error
+        self.files = {}
+        infos: dict[str, TensorInfo] = {}
+        # Where tensors begin, and where the last one ends, counted from the end of their file's header.
+        self._begins: dict[str, int] = {}
+        self._ends: dict[str, int] = {}
+        for shard, file in sorted(metadata.files_metadata.items()):
+            # In on-disk order, as from files on this disk.
+            for name, tensor in sorted(file.tensors.items(), key=lambda entry: entry[1].data_offsets):
+                if tensor.dtype not in DTYPES:
+                    raise CheckpointError(f"{model_id}: tensor {name!r} has dtype {tensor.dtype!r}, which is not known")
+                infos[name] = TensorInfo(name, DTYPES[tensor.dtype], tuple(tensor.shape), shard)
+                self._begins[name], self._ends[shard] = tensor.data_offsets
+        self.infos = infos
+        self._shards: dict[str, RemoteFile] = {}
+        self._lock = threading.Lock()
+        self._ahead: tuple[str, int, bytearray] = ("", 0, bytearray())
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        info = self.infos[name]
+        shape = (max(0, stop - start), *info.shape[1:]) if info.shape else ()
+        out = torch.empty(shape, dtype=info.dtype)
+        if out.numel():
+            row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+            with self._lock, hub_errors(self._model_id, self.commit_hash):
+                self._fill(name, start * row_bytes, out.reshape(-1).view(torch.uint8).numpy().data)
+        return out
+
+    def _fill(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from byte ``offset`` of a tensor on, from what came last or from the Hub."""
+        if len(buffer) >= _AHEAD_BYTES:
+            self._fetch(name, offset, buffer)
+            return
+        end = offset + len(buffer)
+        held, begin, data = self._ahead
+        if held != name or not begin <= offset < end <= begin + len(data):
+            begin, data = offset, bytearray(min(_AHEAD_BYTES, self.infos[name].nbytes - offset))
+            self._fetch(name, begin, memoryview(data))
+            self._ahead = name, begin, data
+        buffer[:] = memoryview(data)[offset - begin : end - begin]
+
+    def _fetch(self, name: str, offset: int, buffer: memoryview) -> None:
+        shard = self.infos[name].shard
+        if not self._shards:
+            self._shards = list_files(self._model_id, self.commit_hash, sorted(self._ends))
+        file = self._shards[shard]
+        start = file.size - self._ends[shard] + self._begins[name] + offset
+        position = 0
+        for piece in iterate_content(file, start=start, end=start + len(buffer)):
+            buffer[position : position + len(piece)] = piece
+            position += len(piece)

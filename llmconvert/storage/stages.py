@@ -1,0 +1,317 @@
+"""Stages of a run: directories named by the hash of their inputs, built once, complete or not there at all.
+
+``<work dir>/<stage>-<12 hex digits>/`` holds a stage's output and ``stage.json`` (inputs, seconds, peak memory).
+It is built under a hidden name and renamed when complete, so a killed run leaves only finished stages and, for
+stages that can resume, the hidden directory they continue from. Runs that need the same stage share it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from llmconvert.errors import HubError, OutputError, SourceError, UsageError
+from llmconvert.memory import PeakMemory
+from llmconvert.progress import SILENT, Progress
+from llmconvert.storage.lock import DirectoryLock
+from llmconvert.storage.writer import publish_directory, write_json
+from llmconvert.version import __version__
+
+__all__ = ["STAGE_FILE", "StageResult", "StageRun", "StageStore", "describe_changes", "stage_key"]
+
+STAGE_FILE = "stage.json"
+_SCHEMA = "llmconvert.stage/1"
+_SHOWN_CHANGES = 4
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """A finished stage.
+
+    Attributes:
+        name: the stage's name.
+        path: its directory.
+        key: sha256 of its name, inputs and this package's version, in hex.
+        reused: it was complete before this run.
+        resumed: it had been begun by an earlier run, whose time is not in ``seconds``.
+        seconds: wall-clock time it took when it was built.
+        peak_rss_bytes: peak resident memory of the process while it was built.
+        peak_rss_method: how that is known, see :class:`llmconvert.memory.PeakMemory`.
+        details: what its builder returned, as read back from JSON.
+    """
+
+    name: str
+    path: Path
+    key: str
+    reused: bool
+    resumed: bool
+    seconds: float
+    peak_rss_bytes: int
+    peak_rss_method: str
+    details: Mapping[str, Any]
+
+
+def stage_key(name: str, inputs: Mapping[str, Any]) -> str:
+    """sha256 in hex of a stage's name and inputs (any JSON values) in canonical form, and the package's version."""
+    value = {"schema": _SCHEMA, "version": __version__, "name": name, "inputs": inputs}
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class StageStore:
+    """A work directory, locked while the store is open.
+
+    Args:
+        work_dir: created if need be; removed on closing if it is still empty.
+        progress: where stages say that they are reused, resumed or begun anew, and why.
+
+    Raises:
+        OutputError: the directory cannot be written, or another process is using it.
+    """
+
+    def __init__(self, work_dir: Path, *, progress: Progress = SILENT) -> None:
+        self.work_dir = work_dir.absolute()
+        self.progress = progress
+        # Stages built since the store was opened: a batch's --fresh must not undo what its earlier recipes built.
+        self.built: set[str] = set()
+        self._lock = DirectoryLock(self.work_dir)
+
+    def begin(self, run: str, *, fresh: bool = False) -> StageRun:
+        """Start a run. ``run`` names it in the work directory, so that its next one can be compared with it.
+
+        With ``fresh``, the stages that the last run of this name used are removed first, and those that this one
+        asks for are built even if they exist.
+        """
+        stages = StageRun(self, run, fresh=fresh)
+        if fresh:
+            for entry in stages.previous.values():
+                stages.discard(entry["stage"])
+        return stages
+
+    def close(self) -> None:
+        """Unlock; remove the work directory if nothing was left in it."""
+        _remove_if_empty(self.work_dir / "runs")
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class StageRun:
+    """The stages of one run, in order; see :meth:`StageStore.begin`. ``results`` grows as they finish."""
+
+    def __init__(self, store: StageStore, name: str, *, fresh: bool) -> None:
+        self.store = store
+        self.name = name
+        self.results: list[StageResult] = []
+        self.previous: dict[str, dict[str, Any]] = {}
+        self._fresh = fresh
+        self._record = store.work_dir / "runs" / f"{name}.json"
+        record = _read_json(self._record)
+        if record is not None and isinstance(record.get("stages"), dict):
+            self.previous = record["stages"]
+        self._current: dict[str, dict[str, Any]] = {}
+
+    def run(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        build: Callable[[Path], Mapping[str, Any]],
+        *,
+        resumable: bool = False,
+    ) -> StageResult:
+        """The stage with these inputs: reused if complete, otherwise built.
+
+        Args:
+            name: of the stage, part of its directory's name.
+            inputs: JSON values that determine the output, upstream stages' keys among them.
+            build: fills the (hidden) directory it is given and returns details, JSON values, for ``stage.json``.
+            resumable: ``build`` continues from what it finds in its directory; otherwise it always finds it empty.
+
+        Raises:
+            Whatever ``build`` raises. A stage refused for bad input leaves nothing behind; one that can resume and
+            was stopped by anything else keeps its hidden directory.
+        """
+        key = stage_key(name, inputs)
+        path = self.store.work_dir / f"{name}-{key[:12]}"
+        if self._fresh and key not in self.store.built:
+            self.discard(path.name)
+        result = _load_result(path, name, key)
+        if result is None:
+            self._announce(name, path, inputs)
+            result = self._build(name, key, path, inputs, build, resumable)
+            self.store.built.add(key)
+            self._log(f"{name}: done in {result.seconds:.1f} s, peak memory {result.peak_rss_bytes / 1e9:.2f} GB")
+        else:
+            self._log(f"{name}: unchanged, reusing {path.name}")
+            self._remember(name, path, inputs)
+        self.results.append(result)
+        return result
+
+    def _build(
+        self,
+        name: str,
+        key: str,
+        path: Path,
+        inputs: Mapping[str, Any],
+        build: Callable[[Path], Mapping[str, Any]],
+        resumable: bool,
+    ) -> StageResult:
+        staging = _staging(path)
+        resumed = resumable and staging.exists()
+        if not resumed:
+            _remove(staging)
+        _remove(path)  # incomplete, or its stage.json is unreadable
+        try:
+            staging.mkdir(exist_ok=True)
+            self._remember(name, path, inputs)
+            begin = time.perf_counter()
+            with PeakMemory() as memory:
+                details = build(staging)
+            record = {
+                "schema": _SCHEMA,
+                "name": name,
+                "key": key,
+                "inputs": inputs,
+                "resumed": resumed,
+                "seconds": round(time.perf_counter() - begin, 3),
+                "peak_rss_bytes": memory.nbytes,
+                "peak_rss_method": memory.method,
+                "details": details,
+            }
+            write_json(staging / STAGE_FILE, record)
+        except BaseException as error:
+            # A lost connection says nothing against the input.
+            refused = isinstance(error, UsageError | SourceError) and not isinstance(error, HubError)
+            if not resumable or refused:
+                _remove(staging)
+                self._forget(name)
+            raise
+        publish_directory(staging, path)
+        result = _load_result(path, name, key)
+        if result is None:
+            raise OutputError(f"{path}: was changed by someone else while it was put in place")
+        return replace(result, reused=False)
+
+    def _announce(self, name: str, path: Path, inputs: Mapping[str, Any]) -> None:
+        previous = self.previous.get(name)
+        if previous is not None and previous["stage"] != path.name:
+            changes = describe_changes(previous["inputs"], inputs) or f"version of llmconvert → {__version__}"
+            unfinished = _staging(self.store.work_dir / previous["stage"])
+            note = ""
+            if unfinished.exists():
+                _remove(unfinished)
+                note = ", the unfinished one is removed"
+            self._log(f"{name}: {changes}, starting anew{note}")
+        elif _staging(path).exists():
+            self._log(f"{name}: was interrupted, continuing")
+
+    def discard(self, stage: str) -> None:
+        """Remove the stage in directory ``stage``, finished or not, unless it was built since the store was opened."""
+        path = self.store.work_dir / stage
+        record = _read_json(path / STAGE_FILE)
+        if record is not None and record.get("key") in self.store.built:
+            return
+        _remove(path)
+        _remove(_staging(path))
+
+    def _remember(self, name: str, path: Path, inputs: Mapping[str, Any]) -> None:
+        self._current[name] = {"stage": path.name, "inputs": inputs}
+        self._save()
+
+    def _forget(self, name: str) -> None:
+        self._current.pop(name, None)
+        self._save()
+
+    def _save(self) -> None:
+        self._record.parent.mkdir(exist_ok=True)
+        stages = {**self.previous, **self._current}
+        if stages:
+            write_json(self._record, {"schema": _SCHEMA, "stages": stages})
+        else:
+            self._record.unlink(missing_ok=True)
+
+    def _log(self, message: str) -> None:
+        self.store.progress.log(message)
+
+
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two stages' inputs, ``scheme w4a16-g64-sym → w3a16-g64-sym``; empty if nothing does."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    shown = [f"{key} {_show(before.get(key))} → {_show(after.get(key))}" for key in changed[:_SHOWN_CHANGES]]
+    more = [f"{len(changed) - _SHOWN_CHANGES} more"] if len(changed) > _SHOWN_CHANGES else []
+    return ", ".join(shown + more)
+
+
+def _show(value: Any) -> str:
+    """A value in short; of a hash, as much as its stage's directory name has."""
+    if isinstance(value, str) and _HASH.fullmatch(value):
+        return value[:12]
+    return "unset" if value is None else str(value)
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flatten(item, f"{prefix}{key}.")
+        elif item is not None:
+            yield f"{prefix}{key}", item
+
+
+def _load_result(path: Path, name: str, key: str) -> StageResult | None:
+    record = _read_json(path / STAGE_FILE)
+    if record is None or record.get("schema") != _SCHEMA or record.get("key") != key:
+        return None
+    return StageResult(
+        name=name,
+        path=path,
+        key=key,
+        reused=True,
+        resumed=record["resumed"],
+        seconds=record["seconds"],
+        peak_rss_bytes=record["peak_rss_bytes"],
+        peak_rss_method=record["peak_rss_method"],
+        details=record["details"],
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be removed: {error.strerror}") from error
+
+
+def _remove_if_empty(path: Path) -> None:
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.EEXIST):
+            raise

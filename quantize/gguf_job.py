@@ -1,0 +1,305 @@
+"""Writing a checkpoint as a GGUF file: streamed in rows, in place, resumable, visible whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmconvert.errors import CheckpointError, LlmconvertError, OutputError, RunInterruptedError, UnsupportedError
+from llmconvert.gguf.export import ExportedTensor, GgufExport, export_checkpoint
+from llmconvert.gguf.ggml.blocks import load_codec
+from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
+from llmconvert.gguf.layout import GgufSpec, plan_gguf
+from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.formats.gguf_carry import carried_type, carry_over
+from llmconvert.quantize.importance import collect_importance
+from llmconvert.quantize.reader import QuantizedView
+from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.dense import require_dense
+from llmconvert.storage.journal import Journal
+from llmconvert.storage.lock import LOCK_NAME, DirectoryLock
+from llmconvert.storage.writer import Layout, TensorWriter, check_output_directory, publish_directory, staging_directory
+from llmconvert.version import __version__
+
+__all__ = ["GgufResult", "check_gguf_output", "write_gguf"]
+
+_WORK = ".work"
+_IMPORTANCE = "importance.safetensors"
+# Weights encoded at a time, and bytes after which finished tensors are forced to disk and journaled.
+_WEIGHTS_AT_ONCE = 1 << 22
+_SYNC_NBYTES = 1 << 27
+_HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class GgufResult:
+    """A written file.
+
+    Attributes:
+        path: the file.
+        nbytes: its size.
+        types: how many tensors have each type.
+        tensors: type of each tensor, by its name in the file.
+        seconds: wall-clock time of this run.
+        resumed_tensors: tensors that an earlier, interrupted run had finished.
+    """
+
+    path: Path
+    nbytes: int
+    types: Mapping[str, int]
+    tensors: Mapping[str, str]
+    seconds: float
+    resumed_tensors: int
+
+
+def write_gguf(
+    source: Checkpoint,
+    output: Path,
+    *,
+    mix: GgmlMix,
+    name: str | None = None,
+    windows: Sequence[torch.Tensor] = (),
+    device: torch.device | None = None,
+    memory_budget: int | None = None,
+    identity: str = "",
+    progress: Progress = SILENT,
+) -> GgufResult:
+    """Write ``source`` as one GGUF file.
+
+    Args:
+        source: dense, or a :class:`~llmconvert.quantize.reader.QuantizedView`, whose codes are carried over where the
+            mix gives a tensor the type that holds them.
+        output: a file ending in ``.gguf``, or a directory to be created with ``NAME-MIX.gguf`` in it.
+        mix: the tensor types.
+        name: of the model; the output's by default.
+        windows: calibration token ids, each ``[1, length]``; with them errors are weighted by an importance matrix.
+        device: where calibration computes, the CPU by default.
+        memory_budget: bytes the process may use for it; what is free by default.
+        identity: tells sources apart that look alike; an interrupted run continues only if nothing has changed.
+        progress: where to report.
+
+    Raises:
+        UnsupportedError: an architecture, setting or tokenizer that llama.cpp does not have, or a value out of range.
+        CheckpointError: the source is damaged.
+        CalibrationError: activations are unusable.
+        CapacityError: memory or disk does not suffice.
+        OutputError: the output cannot be written.
+    """
+    begin = time.perf_counter()
+    file_name, directory = check_gguf_output(output, name, mix)
+    if not isinstance(source, QuantizedView):
+        require_dense(source, "the source")
+    export = export_checkpoint(source, name or output.name.removesuffix(".gguf"))
+    specs = _specs(export, mix, importance=bool(windows))
+    file_type = {"general.file_type": mix.file_type, "general.quantization_version": 2}
+    layout = plan_gguf(file_name, {**export.metadata, **file_type}, specs)
+    key = _job_key(source, layout, windows, identity)
+    staging = staging_directory(output)
+    lock = DirectoryLock(staging / _WORK)
+    done = 0
+    try:
+        journal = _open_journal(staging, layout, key, progress)
+        finished = {tensor for entry in journal.entries for tensor in entry.get("tensors", ())}
+        done = len(finished)
+        importance = _importance(staging / _WORK, source, windows, device, memory_budget, progress)
+        with TensorWriter(staging, layout) as writer:
+            _Job(source, export, specs, importance, writer, journal).run(finished, progress)
+            writer.sync()
+        shutil.rmtree(staging / _WORK)
+        _publish(staging, output, file_name, directory)
+    except LlmconvertError as error:
+        # What an earlier run achieved is not thrown away because this one was refused.
+        if done == 0 and not isinstance(error, RunInterruptedError):
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+    path = output / file_name if directory else output
+    tensors = {spec.name: spec.qtype for spec in specs}
+    return GgufResult(path, layout.nbytes, Counter(tensors.values()), tensors, time.perf_counter() - begin, done)
+
+
+class _Job:
+    """Writes the tensors of one file."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        export: GgufExport,
+        specs: Sequence[GgufSpec],
+        importance: Mapping[str, torch.Tensor],
+        writer: TensorWriter,
+        journal: Journal,
+    ) -> None:
+        self._source = source
+        self._export = export
+        self._specs = {spec.name: spec for spec in specs}
+        self._importance = importance
+        self._writer = writer
+        self._journal = journal
+
+    def run(self, finished: set[str], progress: Progress) -> None:
+        for name, values in self._export.settings.items():
+            self._writer.write(name, torch.from_numpy(load_codec("F32").encode(values[None])))
+        fresh: list[str] = []
+        written = 0
+        with progress.task("Writing GGUF", len(self._export.tensors)) as task:
+            task.advance(len(finished))
+            for tensor in self._export.tensors:
+                if tensor.name in finished:
+                    continue
+                self._write(tensor)
+                fresh.append(tensor.name)
+                spec = self._specs[tensor.name]
+                written += spec.rows * spec.row_nbytes
+                task.advance(1, f"{tensor.name} {spec.qtype}")
+                if written >= _SYNC_NBYTES:
+                    self._writer.sync()
+                    self._journal.append({"tensors": fresh})
+                    fresh, written = [], 0
+
+    def _write(self, tensor: ExportedTensor) -> None:
+        spec = self._specs[tensor.name]
+        codec = load_codec(spec.qtype)
+        if (quantized := self._carried(tensor, spec)) is not None:
+            self._carry(tensor, quantized)
+            return
+        weights = self._importance.get(tensor.source)
+        columns = spec.shape[-1]
+        if len(spec.shape) == 1:
+            values = tensor.store(self._source[tensor.source]).reshape(1, -1)
+            _check_values(tensor.source, values, spec.qtype)
+            self._writer.write(tensor.name, torch.from_numpy(codec.encode(values.numpy())))
+            return
+        together = tensor.rows_together
+        step = max(1, _WEIGHTS_AT_ONCE // (columns * together)) * together
+        for start in range(0, spec.rows, step):
+            stop = min(start + step, spec.rows)
+            rows = tensor.store(self._source.read_rows(tensor.source, start, stop)).contiguous()
+            _check_values(tensor.source, rows, spec.qtype)
+            raw = codec.encode(rows.numpy(), weights.numpy() if weights is not None else None)
+            self._writer.write_rows(tensor.name, start, torch.from_numpy(raw))
+
+    def _carried(self, tensor: ExportedTensor, spec: GgufSpec) -> QuantizedTensor | None:
+        """The source's own codes where the tensor's type holds them."""
+        if not isinstance(self._source, QuantizedView):
+            return None
+        scheme = self._source.scheme_of(tensor.source)
+        if scheme is None or carried_type(scheme) != spec.qtype:
+            return None
+        try:
+            return self._source.read_quantized(tensor.source)
+        except UnsupportedError:  # groups of scattered columns: the weights are encoded anew
+            return None
+
+    def _carry(self, tensor: ExportedTensor, quantized: QuantizedTensor) -> None:
+        raw = torch.from_numpy(carry_over(tensor.source, quantized))
+        if tensor.heads:
+            halves = raw.reshape(tensor.heads, 2, -1, raw.shape[1])
+            raw = halves.transpose(1, 2).reshape(raw.shape)
+        self._writer.write(tensor.name, raw)
+
+
+def _check_values(name: str, values: torch.Tensor, qtype: str) -> None:
+    largest = values.abs().max().item() if values.numel() else 0.0
+    if not largest < float("inf"):
+        raise CheckpointError(f"tensor {name!r} holds NaN or infinity; it cannot be written as {qtype}")
+    if largest > _HALF_MAX and qtype not in ("F32", "BF16"):
+        raise UnsupportedError(
+            f"tensor {name!r} holds {largest:g}, {qtype} reaches to {_HALF_MAX:g}; write bf16 or f32"
+        )
+
+
+def _specs(export: GgufExport, mix: GgmlMix, *, importance: bool) -> list[GgufSpec]:
+    context = MixContext(export.layers, export.tied, importance)
+    settings = [GgufSpec(name, "F32", values.shape) for name, values in export.settings.items()]
+    return settings + [
+        GgufSpec(tensor.name, mix.type_of(tensor.name, tensor.shape, context), tensor.shape)
+        for tensor in export.tensors
+    ]
+
+
+def check_gguf_output(output: Path, name: str | None, mix: GgmlMix) -> tuple[str, bool]:
+    """The file's name, and whether ``output`` is a directory around it.
+
+    Raises:
+        OutputError: it exists, or cannot be written.
+    """
+    if output.suffix != ".gguf":
+        check_output_directory(output)
+        return f"{name or output.name}-{mix.name.upper()}.gguf", True
+    if output.exists() or output.is_symlink():
+        raise OutputError(f"{output}: exists already; name another output or remove it first")
+    check_output_directory(output)
+    return output.name, False
+
+
+def _open_journal(staging: Path, layout: Layout, key: str, progress: Progress) -> Journal:
+    path = staging / _WORK / "journal.jsonl"
+    journal = Journal(path)
+    shard = layout.shards[0]
+    there = staging / shard.name
+    whole = there.is_file() and there.stat().st_size == shard.nbytes
+    if journal.entries and journal.entries[0].get("key") == key and (whole or len(journal.entries) == 1):
+        return journal
+    if journal.entries:
+        progress.log(f"{staging.name}: holds an interrupted run with other inputs; starting anew")
+    for stale in (*staging.iterdir(), *(staging / _WORK).iterdir()):
+        if stale.is_file() and stale.name != LOCK_NAME:
+            stale.unlink()
+    journal = Journal(path)
+    journal.append({"key": key})
+    return journal
+
+
+def _importance(
+    work: Path,
+    source: Checkpoint,
+    windows: Sequence[torch.Tensor],
+    device: torch.device | None,
+    memory_budget: int | None,
+    progress: Progress,
+) -> Mapping[str, torch.Tensor]:
+    if not windows:
+        return {}
+    path = work / _IMPORTANCE
+    if path.exists():
+        return load_file(path)
+    measured = collect_importance(source, windows, device=device, memory_budget=memory_budget, progress=progress)
+    partial = path.with_suffix(".tmp")
+    # Linears that share an input share a tensor, which the format does not allow.
+    save_file({key: value.clone() for key, value in measured.items()}, partial)
+    os.replace(partial, path)
+    return measured
+
+
+def _publish(staging: Path, output: Path, file_name: str, directory: bool) -> None:
+    if directory:
+        publish_directory(staging, output)
+        return
+    try:
+        os.rename(staging / file_name, output.absolute())
+        staging.rmdir()
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be put in place: {error.strerror}; the result is in {staging}") from error
+
+
+def _job_key(source: Checkpoint, layout: Layout, windows: Sequence[torch.Tensor], identity: str) -> str:
+    """Hash of all that decides the file's bytes, besides the contents of the source's weights."""
+    digest = hashlib.sha256(f"{__version__}\0{torch.__version__}\0{identity}\0".encode())
+    digest.update(layout.shards[0].header)
+    for info in source.infos.values():
+        digest.update(f"{info.name}\0{info.dtype}\0{info.shape}\0".encode())
+    for window in windows:
+        digest.update(window.cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,113 @@
+"""AWQ (Lin et al. 2023, arXiv 2306.00978): channels that matter are scaled up to be rounded, their sources down.
+
+For linears ``W`` with inputs ``X``, a grid of scales ``s = aᵅ`` is tried, ``a`` being the mean magnitude of each input
+channel, and the one with the least ``‖(Q(W s) / s − W) X‖²`` wins. All that this needs to know of ``X`` is its second
+moment ``H``: with ``Δ`` for the weight's error, the loss is ``tr(Δ H Δᵀ)`` exactly, and no forward pass is run in the
+search. Like AutoAWQ, scales also take account of how much of their group's range the weights of a channel use.
+
+The scaled weights are then rounded with group scales of least error, weighted by the scaled inputs (the paper's
+clipping), or handed to GPTQ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import ClassVar, Literal
+
+import torch
+
+from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.methods.base import Calibration, ScaledEdge, Target
+from llmconvert.quantize.methods.finish import Finish, Finishing
+from llmconvert.quantize.methods.rescale import share_by_channel
+from llmconvert.quantize.methods.rtn import round_to_codes
+from llmconvert.quantize.scheme import Kind
+from llmconvert.quantize.solve.quadratic import quadratic_form
+from llmconvert.quantize.solve.scales import full_range_scales
+
+__all__ = ["Awq"]
+
+_SMALLEST = 1e-4
+# Rows are rounded in slices of about this many weights, for the sake of the float32 copies.
+_WEIGHTS_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Awq(Finishing):
+    """The method and its settings.
+
+    Attributes:
+        grid: how many exponents are tried, from 0 up to but not 1.
+        weights: divide by the weights' share of their groups' range, to the power ``1 − α``; ``both`` tries either way.
+        then: how the scaled weights are quantized: the ``nearest`` codes, or ``gptq``.
+    """
+
+    grid: int = 20
+    weights: bool | Literal["both"] = True
+    then: Finish = "nearest"
+
+    calibration: ClassVar[Calibration] = "inputs"
+    original: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"int"})
+    moments: ClassVar[bool] = True
+    sample_tokens: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if self.weights not in (True, False, "both") or self.then not in ("nearest", "gptq") or self.grid < 1:
+            raise UnsupportedError(
+                f"awq: found {self}; weights is true, false or both, then is nearest or gptq, and grid is at least 1"
+            )
+
+    def scales(self, edge: ScaledEdge, scale_dtype: torch.dtype) -> torch.Tensor:
+        assert edge.hessian is not None
+        best, least = torch.ones_like(edge.mean), torch.inf
+        for candidate in chain([best], self.candidates(edge)):
+            loss = sum(_loss(target, candidate, edge.hessian.matrix, scale_dtype) for target in edge.targets)
+            if loss < least:
+                best, least = candidate, loss
+        return best
+
+    def scales_nbytes(self, rows: int, columns: int) -> int:
+        """A slice of rows: weights, scaled weights, quotients and codes in float32, and the error's product with H."""
+        at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
+        return at_once * 4 * 6
+
+    def candidates(self, edge: ScaledEdge) -> Iterator[torch.Tensor]:
+        """The scales to try beside none, float32 ``[columns]``."""
+        inputs = share_by_channel(edge.mean, edge.channels, "mean")
+        used = share_by_channel(_used_range(edge.targets), edge.channels, "mean")
+        for weigh in (False, True) if self.weights == "both" else (self.weights,):
+            for step in range(self.grid):
+                exponent = step / self.grid
+                scale = inputs.pow(exponent)
+                if weigh:
+                    scale = scale / (used.pow(1 - exponent) + _SMALLEST)
+                scale = scale.clamp(min=_SMALLEST)
+                yield scale / (scale.max() * scale.min()).sqrt()
+
+
+def _loss(target: Target, scale: torch.Tensor, hessian: torch.Tensor, scale_dtype: torch.dtype) -> float:
+    """Squared output error per token of a weight rounded under a scale, over its groups' full range."""
+    rows, columns = target.weight.shape
+    height = max(1, _WEIGHTS_AT_ONCE // columns)
+    loss = 0.0
+    for start in range(0, rows, height):
+        weight = target.weight[start : start + height].float()
+        scaled = weight * scale
+        levels = full_range_scales(target.name, scaled, target.scheme, scale_dtype)
+        rounded = round_to_codes(scaled, levels, target.scheme).dequantize(torch.float32)
+        loss += quadratic_form(rounded.div_(scale).sub_(weight), hessian)
+    return loss
+
+
+def _used_range(targets: Sequence[Target]) -> torch.Tensor:
+    """Mean over all rows of each weight's share of the largest one in its group, float32 ``[columns]``."""
+    columns = targets[0].weight.shape[1]
+    total = torch.zeros(columns, device=targets[0].weight.device)
+    for target in targets:
+        for part in target.weight.split(max(1, _WEIGHTS_AT_ONCE // columns)):
+            grouped = part.float().abs().reshape(len(part), target.scheme.groups(columns), -1)
+            total += (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).reshape(len(part), columns).sum(0)
+    return total / sum(len(target.weight) for target in targets)

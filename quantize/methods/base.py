@@ -1,0 +1,200 @@
+"""What a quantization method is to the engine, and the table of those there are."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+
+from llmconvert.engine.discovery import Stop
+from llmconvert.engine.skeleton import BlockCall
+from llmconvert.engine.statistics import Hessian
+from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.scheme import Kind, Scheme
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = [
+    "METHODS",
+    "BlockData",
+    "BlockQuantizer",
+    "Calibration",
+    "Quantizer",
+    "ScaledEdge",
+    "ScalingQuantizer",
+    "Solution",
+    "Target",
+    "load_method",
+    "needs_calibration",
+]
+
+#: Method name → where its class lies; loaded on use.
+METHODS: Mapping[str, str] = {
+    "rtn": "llmconvert.quantize.methods.rtn:Rtn",
+    "gptq": "llmconvert.quantize.methods.gptq:Gptq",
+    "gptaq": "llmconvert.quantize.methods.gptaq:Gptaq",
+    "signround": "llmconvert.quantize.methods.signround:SignRound",
+    "awq": "llmconvert.quantize.methods.awq:Awq",
+    "smoothquant": "llmconvert.quantize.methods.smoothquant:SmoothQuant",
+    "hqq": "llmconvert.quantize.methods.hqq:Hqq",
+}
+
+#: What a method wants to see of the running model: nothing, the second moments of its linears' inputs, whole blocks.
+Calibration = Literal["none", "inputs", "block"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A weight to quantize: its linear's name, values ``[rows, columns]`` in any floating dtype, and its scheme."""
+
+    name: str
+    weight: torch.Tensor
+    scheme: Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A quantized weight, and what its method knows about it.
+
+    Attributes:
+        tensor: the weight.
+        error: squared error of the linear's output over its squared output, on the calibration inputs; None if the
+            method has none.
+        damping: share of the mean diagonal that the Hessian needed; None without one.
+    """
+
+    tensor: QuantizedTensor
+    error: float | None = None
+    damping: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockData:
+    """A decoder block with its calibration data.
+
+    Attributes:
+        prefix: what the names of its linears begin with, ``model.layers.0.``.
+        stops: the targets by the input, and so the moments, that they share, in the order a batch reaches them.
+        tokens: length of each batch.
+        entries: for batch indices, what those batches enter the block with: the hidden state ``[1, length, width]``
+            in the model quantized so far, and the call that takes it.
+        originals: the same in the original model, to be asked for before any outputs.
+        outputs: for batch indices, what the original block gives for the original model's hidden state.
+    """
+
+    prefix: str
+    stops: tuple[Stop, ...]
+    tokens: tuple[int, ...]
+    entries: Callable[[Iterable[int]], Iterator[tuple[torch.Tensor, BlockCall]]]
+    originals: Callable[[Iterable[int]], Iterator[tuple[torch.Tensor, BlockCall]]]
+    outputs: Callable[[Iterable[int]], Iterator[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledEdge:
+    """Linears whose input columns may be scaled, because what produces them can be divided by the same.
+
+    Attributes:
+        targets: the linears, which share their input; weights must not be changed.
+        channels: int64 ``[columns]``, the producer's channel behind each column; columns of one channel need one scale.
+        hessian: of the inputs, if the method asks for moments.
+        mean: float32 ``[columns]``, mean magnitude of the inputs over the tokens.
+        largest: float32 ``[columns]``, their largest magnitude.
+        sample: the inputs at some tokens, ``[tokens, columns]``, if the method asks for any.
+    """
+
+    targets: Sequence[Target]
+    channels: torch.Tensor
+    hessian: Hessian | None
+    mean: torch.Tensor
+    largest: torch.Tensor
+    sample: torch.Tensor | None = None
+
+
+class Quantizer(Protocol):
+    """A method: statistics and weights in, codes out."""
+
+    calibration: ClassVar[Calibration]
+    #: Whether it also wants to see what the original, unquantized model makes of the text.
+    original: ClassVar[bool]
+    #: The kinds of codes it can choose.
+    kinds: ClassVar[frozenset[Kind]]
+
+    def quantize(
+        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        """Quantize linears that share one input; ``hessian`` is theirs to overwrite, None without calibration.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+            CalibrationError: the statistics are unusable.
+        """
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Peak bytes of :meth:`quantize` beside the weights and the Hessian, for ``rows`` in all."""
+
+
+@runtime_checkable
+class BlockQuantizer(Quantizer, Protocol):
+    """A method that takes all linears of a block at once; its ``calibration`` is ``block``, ``original`` is set."""
+
+    def quantize_block(
+        self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        """Quantize the linears of a block; weights in the targets must not be changed.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+            CalibrationError: the block's activations are unusable.
+        """
+
+    def block_nbytes(self, weights: int, batch: int) -> int:
+        """Peak bytes of :meth:`quantize_block` beside the block.
+
+        Args:
+            weights: how many numbers the block's targets have in all.
+            batch: most bytes that one batch has alive inside the block in a forward pass without gradients.
+        """
+
+
+@runtime_checkable
+class ScalingQuantizer(Quantizer, Protocol):
+    """A method that moves scales from activations to weights before it quantizes; its ``calibration`` is ``inputs``."""
+
+    #: Whether :meth:`scales` wants second moments.
+    moments: ClassVar[bool]
+    #: At how many tokens, about, it wants the inputs themselves.
+    sample_tokens: ClassVar[int]
+
+    def scales(self, edge: ScaledEdge, scale_dtype: torch.dtype) -> torch.Tensor:
+        """What the columns of an edge's linears are to be multiplied by: ``[columns]``, positive, alike for a channel.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+        """
+
+    def scales_nbytes(self, rows: int, columns: int) -> int:
+        """Peak bytes of :meth:`scales` beside weights and statistics, for ``rows`` in all."""
+
+
+def load_method(name: str, options: Mapping[str, Any]) -> Quantizer:
+    """The method of that name with its options.
+
+    Raises:
+        UnsupportedError: there is none of that name, or it has no such option.
+    """
+    if name not in METHODS:
+        raise UnsupportedError(f"method {name!r} is not known; known are {', '.join(METHODS)}")
+    module, _, attribute = METHODS[name].partition(":")
+    try:
+        instance: Quantizer = getattr(importlib.import_module(module), attribute)(**options)
+    except TypeError as error:
+        raise UnsupportedError(f"method {name!r}: {error}") from error
+    return instance
+
+
+def needs_calibration(name: str) -> bool:
+    """Whether a method needs calibration text."""
+    return load_method(name, {}).calibration != "none"

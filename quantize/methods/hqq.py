@@ -1,0 +1,119 @@
+"""HQQ (Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog): half-quadratic quantization, without calibration.
+
+Scales and zero points minimize ``Σ |w − ŵ|ᵖ`` with ``p < 1``, which lets a few outliers have large errors. The
+half-quadratic split adds a variable ``e`` for the errors and alternates: ``e`` is the error shrunk towards zero (a
+generalized soft threshold, which only large errors survive), and scale and zero point are fitted to ``w − e``.
+
+As there, the search begins at scales that cover the whole range, and the threshold is in units of the weights, which
+few errors survive. (In units of the scale more do: of two models tried so, one got worse, one slightly better.) HQQ's
+own zero points are floats. The formats here hold integers or none, so the scale is fitted as well, in closed form for
+the codes at hand, and zero points are rounded. Each group keeps the best pair that it came by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from llmconvert.engine.statistics import Hessian
+from llmconvert.quantize.codes import nearest_codes
+from llmconvert.quantize.methods.base import Calibration, Solution, Target
+from llmconvert.quantize.methods.rtn import round_rows
+from llmconvert.quantize.scheme import Kind, Scheme
+from llmconvert.quantize.solve.scales import GroupScales, full_range_scales
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["Hqq"]
+
+# Rows are solved in slices of about this many weights, whose float32 copies stay in the cache.
+_WEIGHTS_AT_ONCE = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Hqq:
+    """The method and its settings.
+
+    Attributes:
+        norm: the exponent ``p``, above 0 and at most 1.
+        beta: inverse of the threshold: the larger, the fewer errors count as outliers.
+        growth: of ``beta`` in each iteration.
+        iterations: how many.
+    """
+
+    norm: float = 0.7
+    beta: float = 10.0
+    growth: float = 1.01
+    iterations: int = 20
+
+    calibration: ClassVar[Calibration] = "none"
+    original: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"int"})
+
+    def quantize(
+        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        return {target.name: Solution(self._solve(target, scale_dtype)) for target in targets}
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """A slice of rows in float32: weights, codes, errors, their shrunk parts and temporaries; all codes twice."""
+        at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
+        return at_once * 4 * 8 + rows * columns * 2
+
+    def search(self, name: str, weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupScales:
+        """Scales and zero points of ``weight``, float32 ``[rows, columns]``.
+
+        Raises:
+            CheckpointError: the weight has values that are not finite.
+        """
+        start = full_range_scales(name, weight, scheme, scale_dtype)
+        grouped = weight.reshape(*start.scale.shape, -1)
+        scale = start.scale.float().unsqueeze(-1)
+        zero = torch.zeros_like(scale) if start.zero is None else start.zero.float().unsqueeze(-1)
+        best_scale, best_zero = scale.clone(), zero.clone()
+        least = torch.full_like(scale, torch.inf)
+        beta = self.beta
+        for _ in range(self.iterations):
+            level = nearest_codes(grouped / scale, scheme, zero).float()
+            error = grouped - (level - zero) * scale
+            loss = error.abs().pow_(self.norm).sum(-1, keepdim=True)
+            better = loss < least
+            least = torch.where(better, loss, least)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+            fitted = grouped - self._shrink(error, beta)
+            scale, zero = _fit(fitted, level, scale, zero, scheme)
+            scale = scale.to(scale_dtype).float()
+            beta *= self.growth
+        stored = best_scale.squeeze(-1).to(scale_dtype)
+        return GroupScales(stored, None if scheme.symmetric else best_zero.squeeze(-1).to(torch.int8))
+
+    def _shrink(self, error: torch.Tensor, beta: float) -> torch.Tensor:
+        """The generalized soft threshold, ``sign(x) max(0, |x| − |x|ᵖ⁻¹ / β)``."""
+        size = error.abs()
+        # A small positive number instead of zero: the power is negative.
+        threshold = size.clamp_min(1e-8).pow(self.norm - 1).div_(beta)
+        return size.sub_(threshold).clamp_(min=0).mul_(error.sign())
+
+    def _solve(self, target: Target, scale_dtype: torch.dtype) -> QuantizedTensor:
+        def choose(weight: torch.Tensor) -> GroupScales:
+            return self.search(target.name, weight, target.scheme, scale_dtype)
+
+        return round_rows(target, choose, _WEIGHTS_AT_ONCE)
+
+
+def _fit(
+    fitted: torch.Tensor, level: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: Scheme
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero point, then scale, that bring ``(level − zero) · scale`` nearest to ``fitted`` in least squares.
+
+    Groups for which there is no positive scale keep theirs.
+    """
+    if not scheme.symmetric:
+        zero = (level - fitted / scale).mean(-1, keepdim=True).round_().clamp_(scheme.code_min, scheme.code_max)
+    steps = level - zero
+    energy = steps.square().sum(-1, keepdim=True)
+    found = (steps * fitted).sum(-1, keepdim=True) / energy
+    return torch.where((energy > 0) & (found > 0), found, scale), zero

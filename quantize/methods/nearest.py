@@ -1,0 +1,52 @@
+"""Rounding to nearest with calibration: group scales of least squared error, weighted with the inputs' energy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmconvert.engine.statistics import Hessian
+from llmconvert.quantize.methods.base import Solution, Target
+from llmconvert.quantize.methods.rtn import round_to_codes
+from llmconvert.quantize.solve.quadratic import quadratic_form
+from llmconvert.quantize.solve.scales import search_scales
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["NearestCodes"]
+
+# Rows are rounded in slices of about this many weights, for the sake of the float32 copies.
+_WEIGHTS_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class NearestCodes:
+    """What methods that prepare weights for rounding end with."""
+
+    def quantize(
+        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        """As :meth:`llmconvert.quantize.methods.base.Quantizer.quantize`; the Hessian is not changed."""
+        assert hessian is not None
+        return {target.name: _round(target, hessian.matrix, scale_dtype) for target in targets}
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """A slice of rows in float32: weights, scale candidates, quotients and errors; all codes twice."""
+        at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
+        return at_once * 4 * 8 + rows * columns * 2
+
+
+def _round(target: Target, hessian: torch.Tensor, scale_dtype: torch.dtype) -> Solution:
+    rows, columns = target.weight.shape
+    height = max(1, _WEIGHTS_AT_ONCE // columns)
+    parts: list[QuantizedTensor] = []
+    lost = energy = 0.0
+    for start in range(0, rows, height):
+        work = target.weight[start : start + height].float()
+        scales = search_scales(target.name, work, hessian.diagonal(), target.scheme, scale_dtype)
+        part = round_to_codes(work, scales, target.scheme)
+        parts.append(part)
+        energy += quadratic_form(work, hessian)
+        lost += quadratic_form(part.dequantize(torch.float32).sub_(work), hessian)
+    return Solution(QuantizedTensor.concatenate(parts), max(0.0, lost / energy) if energy > 0 else 0.0)

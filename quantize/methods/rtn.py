@@ -1,0 +1,90 @@
+"""Round to nearest: every weight to the closest level of its group, no calibration.
+
+Scales cover each group's full range, or minimize its squared error when ``search`` is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from llmconvert.engine.statistics import Hessian
+from llmconvert.quantize.codes import nearest_codes
+from llmconvert.quantize.int8 import round_to_int8
+from llmconvert.quantize.methods.base import Calibration, Solution, Target
+from llmconvert.quantize.nf4 import round_to_nf4
+from llmconvert.quantize.scheme import Kind, Scheme
+from llmconvert.quantize.solve.scales import GroupScales, full_range_scales, search_scales
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["Rtn", "round_rows", "round_to_codes"]
+
+# Rows are rounded in slices of about this many weights, for the sake of the float32 copies.
+_WEIGHTS_AT_ONCE = 1 << 23
+
+
+@dataclass(frozen=True, slots=True)
+class Rtn:
+    """The method and its one setting.
+
+    Attributes:
+        search: choose each group's scale by least squared error instead of covering its full range.
+    """
+
+    search: bool = False
+
+    calibration: ClassVar[Calibration] = "none"
+    original: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[Kind]] = frozenset(("int", "fp8", "nf4", "absmax"))
+
+    def quantize(
+        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        return {target.name: Solution(self._round(target, scale_dtype)) for target in targets}
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """A slice of rows in float32: its weights, their groups' candidates or quotients, and codes; all codes."""
+        at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
+        return at_once * 20 + rows * columns * 2
+
+    def _round(self, target: Target, scale_dtype: torch.dtype) -> QuantizedTensor:
+        if target.scheme.kind == "nf4":
+            return round_to_nf4(target.name, target.weight.float(), target.scheme)
+        if target.scheme.kind == "absmax":
+            return round_to_int8(target.name, target.weight, target.scheme)
+
+        def choose(weight: torch.Tensor) -> GroupScales:
+            if not self.search:
+                return full_range_scales(target.name, weight, target.scheme, scale_dtype)
+            importance = torch.ones(weight.shape[1], device=weight.device)
+            return search_scales(target.name, weight, importance, target.scheme, scale_dtype)
+
+        return round_rows(target, choose, _WEIGHTS_AT_ONCE)
+
+
+def round_rows(target: Target, choose: Callable[[torch.Tensor], GroupScales], weights_at_once: int) -> QuantizedTensor:
+    """The nearest codes of a weight, for scales chosen a slice of rows at a time.
+
+    Args:
+        target: the weight.
+        choose: scales of some rows, float32 ``[rows, columns]``.
+        weights_at_once: about how many weights a slice has.
+    """
+    rows, columns = target.weight.shape
+    height = max(1, weights_at_once // columns)
+    parts: list[QuantizedTensor] = []
+    for start in range(0, rows, height):
+        work = target.weight[start : start + height].float()
+        parts.append(round_to_codes(work, choose(work), target.scheme))
+    return QuantizedTensor.concatenate(parts)
+
+
+def round_to_codes(weight: torch.Tensor, scales: GroupScales, scheme: Scheme) -> QuantizedTensor:
+    """The nearest code of every weight, for given scales."""
+    rows, columns = weight.shape
+    grouped = weight.reshape(rows, scales.scale.shape[1], -1) / scales.scale.unsqueeze(-1).to(weight.dtype)
+    codes = nearest_codes(grouped, scheme, None if scales.zero is None else scales.zero.unsqueeze(-1))
+    return QuantizedTensor(codes.reshape(rows, columns), scales.scale, scales.zero, scheme)

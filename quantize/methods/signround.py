@@ -1,0 +1,281 @@
+"""SignRound (Cheng et al. 2023, arXiv 2309.05516): rounding and scales learned block by block, by signed gradients.
+
+Every weight gets an offset that is added before rounding, and every group a factor on its scale. Both are trained to
+bring the block's output on the quantized model's activations to the original block's output on the original's. The
+rounding passes gradients straight through; steps have the size of the learning rate whatever the gradient, and the
+learning rate falls linearly to zero.
+
+The paper starts from round-to-nearest. Here training starts from GPTAQ's codes, which aim at the original's outputs
+too: a weight that was moved to another code starts at that code's edge towards its own value, so that it can be moved
+back. It takes far fewer steps to come further. What training did is judged on all batches before it is taken: a block
+never ends with a larger error than it started with.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from llmconvert.engine.edges import record_inputs
+from llmconvert.engine.skeleton import BlockCall
+from llmconvert.engine.statistics import Arrival, Hessian, HessianSum
+from llmconvert.quantize.methods.base import BlockData, Calibration, Solution, Target
+from llmconvert.quantize.methods.gptaq import Gptaq
+from llmconvert.quantize.methods.gptq import Gptq
+from llmconvert.quantize.methods.rtn import Rtn
+from llmconvert.quantize.scheme import Kind
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["SignRound"]
+
+_STARTS: dict[str, Gptaq | Gptq | Rtn] = {"gptaq": Gptaq(), "gptq": Gptq(sweeps=2), "rtn": Rtn(search=True)}
+# How far from the middle of a code a weight that was moved to it starts; half would be its neighbour's.
+_EDGE = 0.49
+# Bounds of the factor on a scale.
+_NARROWEST, _WIDEST = 0.5, 1.2
+# A step takes slices of about this many weights, whose float32 copies stay in the cache.
+_WEIGHTS_AT_ONCE = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class SignRound:
+    """The method and its settings.
+
+    Attributes:
+        steps: of training, for each block.
+        batch: calibration windows in a step.
+        learning_rate: first size of a step, in codes. If None, the paper's ``1 / steps`` from the nearest codes, and a
+            tenth of it from better ones, which larger steps only make worse.
+        scale_rate: first size of a step of the scales' factors; half the learning rate if None.
+        start: where training starts: GPTAQ's or GPTQ's codes and scales, or the nearest codes on scales by least
+            squares.
+        seed: decides which windows a step gets.
+    """
+
+    steps: int = 200
+    batch: int = 4
+    learning_rate: float | None = None
+    scale_rate: float | None = None
+    start: Literal["gptaq", "gptq", "rtn"] = "gptaq"
+    seed: int = 0
+
+    calibration: ClassVar[Calibration] = "block"
+    original: ClassVar[bool] = True
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"int"})
+
+    def quantize(
+        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        """What training starts from."""
+        return _STARTS[self.start].quantize(targets, hessian, scale_dtype)
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return _STARTS[self.start].nbytes(rows, columns)
+
+    def quantize_block(
+        self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        started = self._start(targets, data, scale_dtype)
+        learned = [_Learned(target, started[target.name].tensor, data.prefix) for target in targets]
+        before = _relative_error(learned, data)
+        kept = [weight.state() for weight in learned]
+        self._train(learned, data)
+        after = _relative_error(learned, data)
+        if not after < before:
+            for weight, state in zip(learned, kept, strict=True):
+                weight.restore(state)
+        error = min(before, after) if after == after else before
+        return {
+            target.name: Solution(weight.quantized(), error) for target, weight in zip(targets, learned, strict=True)
+        }
+
+    def block_nbytes(self, weights: int, batch: int) -> int:
+        """Moments of one linear's inputs are counted with the weights, which are not there at the same time: the
+        offsets twice, the values, their gradients and a float32 copy of both to multiply with; and the activations of a
+        step with gradients, each kept once more than in a plain pass, and in float32 as it is multiplied."""
+        return weights * 4 * 8 + 4 * self.batch * batch
+
+    def _start(self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype) -> dict[str, Solution]:
+        """Solve linear after linear, each on what those before it give once they are quantized."""
+        if self.start == "rtn":
+            return self.quantize(targets, None, scale_dtype)
+        aims = _STARTS[self.start].original
+        every = range(len(data.tokens))
+        solutions: dict[str, Solution] = {}
+        weights: dict[str, torch.Tensor] = {}
+        by_name = {target.name: target for target in targets}
+        for stop in data.stops:
+            group = [by_name[name] for name in stop.linears]
+            name, weight = group[0].name, group[0].weight
+            watched = [name.removeprefix(data.prefix)]
+            if aims and stop.residual is not None:
+                watched.append(stop.residual.removeprefix(data.prefix))
+            drift = len(weight) if len(watched) > 1 else 0
+            total = HessianSum(name, stop.columns, weight.device, original=aims, drift=drift)
+            there = _arrivals(watched, data.originals(every), {}) if aims else itertools.repeat(None, len(every))
+            for here, original in zip(_arrivals(watched, data.entries(every), weights), there, strict=True):
+                total.add(here, original)
+            solved = self.quantize(group, total.hessian(), scale_dtype)
+            for target in group:
+                values = solved[target.name].tensor.dequantize(weight.dtype)
+                weights[_parameter(target, data.prefix)] = values
+            solutions |= solved
+        return solutions
+
+    def _train(self, learned: Sequence[_Learned], data: BlockData) -> None:
+        rate = self.learning_rate or (1.0 if self.start == "rtn" else 0.1) / max(1, self.steps)
+        scale_rate = self.scale_rate if self.scale_rate is not None else rate / 2
+        generator = torch.Generator().manual_seed(self.seed)
+        count = len(data.tokens)
+        order: list[int] = []
+        weights = {weight.parameter: weight.value for weight in learned}
+        for step in range(self.steps):
+            if len(order) < self.batch:
+                order += torch.randperm(count, generator=generator).tolist()
+            chosen, order = order[: self.batch], order[self.batch :]
+            tokens = sum(data.tokens[batch] for batch in chosen)
+            entries, outputs = data.entries(chosen), data.outputs(chosen)
+            for (hidden, call), output in zip(entries, outputs, strict=True):
+                loss = _loss(call.output(hidden, weights), output) / tokens
+                loss.backward()
+            falling = 1 - step / self.steps
+            for weight in learned:
+                weight.step(rate * falling, scale_rate * falling)
+
+
+class _Learned:
+    """A weight in training: offsets before rounding, factors on its scales, and the values they come to.
+
+    ``weight / (scale · factor) + zero + offset`` is what gets rounded. Gradients through rounding and clamping are
+    worked out by hand, a slice of rows at a time that stays in the cache; autograd kept a dozen copies of the weights.
+    """
+
+    def __init__(self, target: Target, start: QuantizedTensor, prefix: str) -> None:
+        self.parameter = _parameter(target, prefix)
+        self.start = start
+        rows, groups = start.scale.shape
+        self._weight = target.weight.view(rows, groups, -1)
+        self._scale = start.scale.float().unsqueeze(-1)
+        self._zero = torch.zeros_like(self._scale) if start.zero is None else start.zero.float().unsqueeze(-1)
+        codes = start.codes.view(rows, groups, -1)
+        self.factor = torch.ones_like(self._scale)
+        self.offset = torch.empty(codes.shape, device=codes.device)
+        #: The dequantized weight in its own dtype, ``[rows, columns]``; its gradient is what a step takes.
+        self.value = torch.empty_like(target.weight)
+        for part in self._slices():
+            own = self._weight[part] / self._scale[part] + self._zero[part]
+            code = codes[part].float()
+            self.offset[part] = code + (own - code).clamp_(-_EDGE, _EDGE) - own
+            self._write(part)
+        self.value.requires_grad_()
+
+    def state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.offset.clone(), self.factor.clone()
+
+    def restore(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.offset, self.factor = state
+
+    def step(self, rate: float, scale_rate: float) -> None:
+        """One signed step, from the gradient of the loss with respect to :attr:`value`, which is taken away."""
+        assert self.value.grad is not None
+        gradient = self.value.grad.view_as(self.offset)
+        self.value.grad = None
+        scheme = self.start.scheme
+        with torch.no_grad():
+            for part in self._slices():
+                towards = gradient[part].float()
+                factor, scale = self.factor[part], self._scale[part]
+                raw = self._raw(part).round_()
+                inside = (raw >= scheme.code_min) & (raw <= scheme.code_max)
+                level = raw.clamp_(scheme.code_min, scheme.code_max).sub_(self._zero[part])
+                # Rounding passes gradients straight through, clamping those of codes inside their range.
+                passed = towards * inside
+                by_factor = (towards * level).sum(-1, keepdim=True).mul_(scale)
+                by_factor -= (passed * self._weight[part]).sum(-1, keepdim=True).div_(factor)
+                self.offset[part] -= passed.sign_() * scale.sign() * rate
+                self.factor[part] = (factor - by_factor.sign_() * scale_rate).clamp_(_NARROWEST, _WIDEST)
+                self._write(part)
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as it stands."""
+        codes = torch.empty(self.offset.shape, dtype=torch.int8, device=self.offset.device)
+        for part in self._slices():
+            codes[part] = self._codes(part)
+        return QuantizedTensor(codes.flatten(1), self._stored(slice(None)), self.start.zero, self.start.scheme)
+
+    def _slices(self) -> Iterator[slice]:
+        rows, groups, size = self._weight.shape
+        height = max(1, _WEIGHTS_AT_ONCE // (groups * size))
+        return (slice(start, start + height) for start in range(0, rows, height))
+
+    def _raw(self, part: slice) -> torch.Tensor:
+        """What gets rounded, float32 ``[rows, groups, group size]``."""
+        scaled = self._weight[part] / (self._scale[part] * self.factor[part])
+        return scaled.add_(self._zero[part]).add_(self.offset[part])
+
+    def _codes(self, part: slice) -> torch.Tensor:
+        """Codes as float32, ``[rows, groups, group size]``."""
+        scheme = self.start.scheme
+        return self._raw(part).round_().clamp_(scheme.code_min, scheme.code_max)
+
+    def _stored(self, part: slice) -> torch.Tensor:
+        """Scales ``[rows, groups]`` as they will be stored."""
+        return (self._scale[part] * self.factor[part]).squeeze(-1).to(self.start.scale.dtype)
+
+    def _write(self, part: slice) -> None:
+        """Bring :attr:`value` up to date."""
+        level = self._codes(part).sub_(self._zero[part])
+        with torch.no_grad():
+            self.value[part] = level.mul_(self._stored(part).unsqueeze(-1)).flatten(1)
+
+
+def _loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Squared error over squared target per token, summed: tokens count alike however large their states are."""
+    difference = (output.float() - target.float()).square().sum(-1)
+    return (difference / target.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).sum()
+
+
+def _relative_error(learned: Sequence[_Learned], data: BlockData) -> float:
+    """Mean over all tokens of the block's relative squared error with the weights as they stand."""
+    with torch.no_grad():
+        weights = {weight.parameter: weight.value for weight in learned}
+        every = range(len(data.tokens))
+        losses = (
+            float(_loss(call.output(hidden, weights), output))
+            for (hidden, call), output in zip(data.entries(every), data.outputs(every), strict=True)
+        )
+        return sum(losses) / sum(data.tokens)
+
+
+def _parameter(target: Target, prefix: str) -> str:
+    """What a target's weight is called inside its block."""
+    return target.name.removeprefix(prefix) + ".weight"
+
+
+class _ReachedError(Exception):
+    """Ends a pass through a block once the inputs that it was for are known."""
+
+
+def _arrivals(
+    modules: Sequence[str], entries: Iterable[tuple[torch.Tensor, BlockCall]], weights: Mapping[str, torch.Tensor]
+) -> Iterator[Arrival]:
+    """What batches bring to a linear, with ``weights`` in the place of the block's own.
+
+    ``modules`` are the linear and, if it is wanted, the one before it whose input its output is added to.
+    """
+    for hidden, call in entries:
+        found: dict[str, torch.Tensor] = {}
+
+        def note(name: str, inputs: torch.Tensor, found: dict[str, torch.Tensor] = found) -> None:
+            found[name] = inputs.flatten(0, -2)
+            if name == modules[0]:
+                raise _ReachedError
+
+        with torch.no_grad(), suppress(_ReachedError), record_inputs(call.block, modules, note):
+            call.output(hidden, weights)
+        yield Arrival(*(found[name] for name in modules))

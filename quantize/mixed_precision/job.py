@@ -1,0 +1,190 @@
+"""From a mean number of bits per weight to a scheme for every linear: measured, chosen, and said."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.errors import CalibrationError, SchemeError
+from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.methods.base import load_method
+from llmconvert.quantize.mixed_precision.budget import Budget, Choice, Options, allocate, candidates
+from llmconvert.quantize.mixed_precision.sensitivity import Subject, enough_windows, measure_sensitivity
+from llmconvert.quantize.mixed_precision.units import FusedUnit, Storage, fused_units
+from llmconvert.quantize.plan import Override, plan_quantization
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.dense import require_dense
+from llmconvert.version import __version__
+
+__all__ = ["Allocation", "choose_schemes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What was chosen.
+
+    Attributes:
+        choices: unit after unit, in model order.
+        overrides: to quantize with: those that were given, then what was chosen, by name.
+        bits_per_weight: what all quantized weights come to, given ones included.
+        divergence: what all of them are expected to bring, in nats per token; given ones are not counted.
+        uniform: for comparison, the scheme that all units could have for no more bytes and with the least expected
+            divergence, and this divergence; None if there is none.
+        tokens: of calibration text that were used.
+    """
+
+    choices: tuple[Choice, ...]
+    overrides: tuple[Override, ...]
+    bits_per_weight: float
+    divergence: float
+    uniform: tuple[Scheme, float] | None
+    tokens: int
+
+    @property
+    def scheme(self) -> Scheme:
+        """The one that most weights have."""
+        weights: dict[Scheme, int] = {}
+        for choice in self.choices:
+            weights[choice.scheme] = weights.get(choice.scheme, 0) + choice.unit.weights
+        return max(weights, key=lambda scheme: weights[scheme])
+
+
+def choose_schemes(
+    source: Checkpoint,
+    work: Path,
+    budget: Budget,
+    *,
+    method: str,
+    scheme: Scheme,
+    format: str = "compressed-tensors",
+    overrides: Sequence[Override] = (),
+    windows: Sequence[torch.Tensor] = (),
+    device: torch.device | None = None,
+    memory_budget: int | None = None,
+    identity: str = "",
+    options: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
+) -> Allocation:
+    """Measure how sensitive the model is where, and choose.
+
+    Args:
+        source: dense weights.
+        work: a directory of this call's own. What an interrupted call left there is continued, what a finished one
+            found is taken over; to be removed when the artifact is there.
+        budget: what is asked for.
+        scheme: gives what is not chosen: symmetry.
+        overrides: linears that are not up for choice. Quantized ones count into the mean, dense ones don't.
+        method, format, windows, device, memory_budget, identity, options, progress: as for
+            :func:`llmconvert.quantize.job.quantize_checkpoint`.
+
+    Raises:
+        SchemeError: the schemes to choose from don't fit the model, or the budget is too small for them.
+        CalibrationError: there is no text, or it is unusable.
+        LlmconvertError: see :func:`llmconvert.quantize.job.quantize_checkpoint`.
+    """
+    require_dense(source, "the source")
+    if scheme.kind != "int" or scheme.activation_bits != 16:
+        raise SchemeError(f"scheme {scheme}: a budget chooses among integer weights with 16-bit activations (w4a16)")
+    if not windows:
+        raise CalibrationError("a budget measures sensitivity on calibration text and was given none")
+    quantizer, layout = load_method(method, options or {}), load_format(format)
+    skeleton = Skeleton(source, device or torch.device("cpu"), fast_products=True)
+    blocks = discover(skeleton, max(window.shape[1] for window in windows))
+    storage = Storage(quantizer, layout, skeleton.dtype)
+    units, given = _split(fused_units(skeleton, blocks), overrides)
+    if not units:
+        raise SchemeError("the overrides leave no linear for the budget to choose for")
+    schemes = {unit: candidates(unit, scheme, budget, storage) for unit in units}
+    # Everything that can be refused is refused now: the smallest schemes stand for those to come.
+    smallest = {unit: min(found, key=lambda option: _nbytes(unit, option, storage)) for unit, found in schemes.items()}
+    first = next(iter(smallest.values()))
+    plan_quantization(skeleton, blocks, first, _chosen(overrides, smallest), quantizer, layout)
+    fixed = [(unit.weights, _nbytes(unit, fixed_scheme, storage)) for unit, fixed_scheme in given.items()]
+    least = [Options(unit, {option: (_nbytes(unit, option, storage), 0.0)}) for unit, option in smallest.items()]
+    allocate(least, budget, fixed)
+    taken = enough_windows(windows, units)
+    scale_dtype = layout.scale_dtype(first, skeleton.dtype)
+    subject = Subject(skeleton, blocks, schemes, quantizer, scale_dtype, taken)
+    key = _key(source, subject, {"identity": identity, "format": format})
+    divergences = measure_sensitivity(subject, work, key, memory_budget=memory_budget, progress=progress)
+    every = [
+        Options(unit, {option: (_nbytes(unit, option, storage), found) for option, found in divergences[unit].items()})
+        for unit in units
+    ]
+    choices = allocate(every, budget, fixed)
+    weights = sum(unit.weights for unit in units) + sum(count for count, _ in fixed)
+    nbytes = sum(choice.nbytes for choice in choices) + sum(size for _, size in fixed)
+    return Allocation(
+        choices,
+        tuple(_chosen(overrides, {choice.unit: choice.scheme for choice in choices})),
+        8 * nbytes / weights,
+        sum(choice.divergence for choice in choices),
+        _uniform(every, sum(choice.nbytes for choice in choices)),
+        sum(window.shape[1] for window in taken),
+    )
+
+
+def _split(
+    units: Sequence[FusedUnit], overrides: Sequence[Override]
+) -> tuple[list[FusedUnit], dict[FusedUnit, Scheme]]:
+    """The units that no override names, and those that one gives a scheme."""
+    free: list[FusedUnit] = []
+    given: dict[FusedUnit, Scheme] = {}
+    for unit in units:
+        named = [next((o for o in overrides if fnmatchcase(name, o.match)), None) for name in unit.linears]
+        if not all(named):
+            free.append(unit)  # where only some are named, the plan refuses it
+        elif named[0] is not None and named[0].scheme is not None:
+            given[unit] = named[0].scheme
+    return free, given
+
+
+def _chosen(overrides: Sequence[Override], schemes: Mapping[FusedUnit, Scheme]) -> list[Override]:
+    """What was given, what was chosen, and nothing for the rest."""
+    own = [Override(glob.escape(name), scheme) for unit, scheme in schemes.items() for name in unit.linears]
+    return [*overrides, *own, Override("*", None)]
+
+
+def _nbytes(unit: FusedUnit, scheme: Scheme, storage: Storage) -> int:
+    return sum(storage.nbytes(shape, scheme) for shape in unit.shapes)
+
+
+def _uniform(options: Sequence[Options], nbytes: int) -> tuple[Scheme, float] | None:
+    common = set.intersection(*(set(option.costs) for option in options))
+    found: list[tuple[float, str, Scheme]] = []
+    for scheme in common:
+        size = sum(option.costs[scheme][0] for option in options)
+        # Slightly larger is level: a budget is filled up to less than one step.
+        if size <= 1.002 * nbytes:
+            found.append((sum(option.costs[scheme][1] for option in options), str(scheme), scheme))
+    return (min(found)[2], min(found)[0]) if found else None
+
+
+def _key(source: Checkpoint, subject: Subject, settings: Mapping[str, Any]) -> str:
+    """Hash of all that decides the divergences, besides the contents of the source's weights."""
+    digest = hashlib.sha256()
+    values = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "config": source.config,
+        "method": repr(subject.quantizer),
+        "device": subject.skeleton.device.type,
+        "schemes": [[*unit.linears, *map(str, schemes)] for unit, schemes in subject.schemes.items()],
+        **settings,
+    }
+    digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    for window in subject.windows:
+        digest.update(window.cpu().numpy().tobytes())
+    return digest.hexdigest()

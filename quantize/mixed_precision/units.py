@@ -1,0 +1,83 @@
+"""What is quantized as one: linears that runtimes fuse (they share an input) always have one scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.errors import UsageError
+from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.matrix import check_combination
+from llmconvert.quantize.methods.base import Quantizer
+from llmconvert.quantize.scheme import Scheme
+
+__all__ = ["FusedUnit", "Storage", "fused_units"]
+
+
+@dataclass(frozen=True, slots=True)
+class FusedUnit:
+    """Linears that must have the same scheme.
+
+    Attributes:
+        linears: module names, in calling order.
+        shapes: ``(rows, columns)`` of each.
+        block: index of theirs.
+    """
+
+    linears: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    block: int
+
+    @property
+    def weights(self) -> int:
+        """How many numbers they have in all."""
+        return sum(rows * columns for rows, columns in self.shapes)
+
+    @property
+    def columns(self) -> int:
+        """Width of the input that they share."""
+        return self.shapes[0][1]
+
+
+def fused_units(skeleton: Skeleton, blocks: Sequence[BlockPlan]) -> tuple[FusedUnit, ...]:
+    """The units of a model, in the order in which it calls them; linears it never calls are in none."""
+    found: list[FusedUnit] = []
+    for block in blocks:
+        linears = skeleton.linears[block.index]
+        for stop in block.stops:
+            shapes = ((linears[name].out_features, linears[name].in_features) for name in stop.linears)
+            found.append(FusedUnit(stop.linears, tuple(shapes), block.index))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """What a method can choose and a format can hold, for a model in ``dtype``."""
+
+    method: Quantizer
+    format: Format
+    dtype: torch.dtype
+
+    def nbytes(self, shape: tuple[int, int], scheme: Scheme | None) -> int:
+        """Bytes of a linear of that shape; ``None`` is for one that stays as it is."""
+        rows, columns = shape
+        if scheme is None:
+            return rows * columns * self.dtype.itemsize
+        scales = self.format.scale_dtype(scheme, self.dtype)
+        return sum(spec.nbytes for spec in self.format.specs("linear", shape, scheme, scales))
+
+    def accepts(self, scheme: Scheme, shape: tuple[int, int], beside: Sequence[Scheme] = ()) -> bool:
+        """Whether a linear of that shape can have the scheme, in one model with those ``beside`` it."""
+        try:
+            check_combination(self.method, scheme, self.format)
+            scheme.check_fits("linear", shape[1])
+            self.nbytes(shape, scheme)
+            # Some formats hold one scheme per model.
+            self.format.quantization_config({**{str(other): other for other in beside}, "linear": scheme}, ())
+        except UsageError:
+            return False
+        return True

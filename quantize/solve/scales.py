@@ -1,0 +1,173 @@
+"""Scales and zero points before any rounding: chosen per group of columns, to minimize the weighted squared error.
+
+Each group's range (its extreme values) is shrunk in steps; the candidate with the least
+``Σ_j h_j (w_j - ŵ_j)²`` wins, where ``h`` is the diagonal of the Hessian: columns whose inputs are large count more.
+Scales are rounded to the dtype they are stored in before they are compared, so what is chosen is what is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llmconvert.compute.rows import over_rows
+from llmconvert.errors import CheckpointError
+from llmconvert.quantize.codes import largest_value
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.solve.kernels import best_candidates
+
+__all__ = ["GroupScales", "full_range_scales", "search_scales"]
+
+# Candidates hold several floats per weight group; this bounds their memory.
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScales:
+    """``scale`` ``[rows, groups]`` in its stored dtype; ``zero`` int8 of the same shape, None when symmetric."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+
+    def per_column(self, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point of every column, each ``[rows, columns]``."""
+        size = columns // self.scale.shape[1]
+        scale = self.scale.to(dtype).repeat_interleave(size, dim=1)
+        if self.zero is None:
+            return scale, torch.zeros_like(scale)
+        return scale, self.zero.to(dtype).repeat_interleave(size, dim=1)
+
+
+def full_range_scales(name: str, weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupScales:
+    """Scales that cover each group's extreme values; what :func:`search_scales` starts from.
+
+    Args:
+        name: of the weight, for errors.
+        weight: ``[rows, columns]``, float32 or float64.
+        scheme: bits, grouping, symmetry.
+        scale_dtype: what scales are stored as.
+
+    Raises:
+        CheckpointError: the weight has values that are not finite.
+    """
+    low, high = _group_range(name, weight, scheme)
+    scale, zero = _candidates(low, high, torch.ones(1, dtype=weight.dtype, device=weight.device), scheme, scale_dtype)
+    stored = scale[..., 0].to(scale_dtype).contiguous()
+    return GroupScales(stored, None if scheme.symmetric else zero[..., 0].to(torch.int8).contiguous())
+
+
+def search_scales(
+    name: str,
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    *,
+    steps: int = 26,
+    narrowest: float = 0.5,
+    stride: int = 1,
+) -> GroupScales:
+    """Scales with the least weighted error among ``steps`` fractions of the full range, from 1 down to ``narrowest``.
+
+    Args:
+        name: of the weight, for errors.
+        weight: ``[rows, columns]``, float32 or float64.
+        importance: ``[columns]``, what a squared error in each column costs.
+        scheme: bits, grouping, symmetry.
+        scale_dtype: what scales are stored as.
+        steps: how many fractions to try.
+        narrowest: the smallest of them.
+        stride: above one, only every so many fractions are tried, and then those around the best of them.
+
+    Raises:
+        CheckpointError: the weight has values that are not finite.
+    """
+    low, high = _group_range(name, weight, scheme)
+    rows, groups = low.shape
+    ratios = torch.linspace(1.0, narrowest, steps, dtype=weight.dtype, device=weight.device)
+    grouped = weight.reshape(rows, groups, -1)
+    weights = importance.to(weight).reshape(groups, -1).contiguous()
+    scale = torch.empty((rows, groups), dtype=scale_dtype, device=weight.device)
+    zero = None if scheme.symmetric else torch.empty((rows, groups), dtype=torch.int8, device=weight.device)
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        scales, zeros = _candidates(low[part], high[part], ratios, scheme, scale_dtype)
+        best = _best(grouped[part], scales, zeros, weights, scheme, stride).unsqueeze(-1)
+        scale[part] = scales.gather(-1, best).squeeze(-1).to(scale_dtype)
+        if zero is not None:
+            zero[part] = zeros.gather(-1, best).squeeze(-1).to(torch.int8)
+    return GroupScales(scale, zero)
+
+
+def _group_range(name: str, weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and greatest value of each group, zero included, each ``[rows, groups]``."""
+    grouped = weight.reshape(weight.shape[0], scheme.groups(weight.shape[1]), -1)
+    low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise CheckpointError(f"tensor {name!r} has values that are not finite; the checkpoint is damaged")
+    return low, high
+
+
+def _candidates(
+    low: torch.Tensor, high: torch.Tensor, ratios: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points ``[rows, groups, ratios]`` in the weight's dtype, scales rounded to the stored dtype."""
+    if scheme.symmetric:
+        span, levels = torch.maximum(-low, high), largest_value(scheme)
+    else:
+        span, levels = high - low, scheme.code_max - scheme.code_min
+    scale = (span.unsqueeze(-1) * ratios / levels).to(scale_dtype).to(low.dtype)
+    # An all-zero group, or one whose scale vanishes in the stored dtype, needs some scale that is not zero.
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if scheme.symmetric:
+        return scale.contiguous(), torch.zeros_like(scale)
+    zero = scheme.code_min - torch.round(low.unsqueeze(-1) * ratios / scale)
+    return scale.contiguous(), zero.clamp_(scheme.code_min, scheme.code_max).contiguous()
+
+
+def _best(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    importance: torch.Tensor,
+    scheme: Scheme,
+    stride: int = 1,
+) -> torch.Tensor:
+    """Index of the best candidate of each group, int64 ``[rows, groups]``."""
+    if weight.device.type == "cpu":
+        rows, groups, _ = weight.shape
+        best = torch.zeros((rows, groups), dtype=torch.int64)
+        limits = (float(scheme.code_min), float(scheme.code_max))
+        over_rows(best_candidates, rows, weight.contiguous(), scales, zeros, best, importance, stride, *limits)
+        return best
+    return _best_plain(weight, scales, zeros, importance, scheme, stride)
+
+
+def _best_plain(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    importance: torch.Tensor,
+    scheme: Scheme,
+    stride: int = 1,
+) -> torch.Tensor:
+    """What the kernel does, in torch, for any device."""
+    best = torch.zeros(weight.shape[:2], dtype=torch.int64, device=weight.device)
+    least = torch.full(weight.shape[:2], torch.inf, dtype=weight.dtype, device=weight.device)
+    last = scales.shape[-1] - 1
+
+    def attempt(index: torch.Tensor) -> None:
+        nonlocal best, least
+        scale, zero = (values.gather(-1, index.unsqueeze(-1)) for values in (scales, zeros))
+        level = torch.clamp(torch.round(weight / scale), scheme.code_min - zero, scheme.code_max - zero)
+        loss = (importance * (weight - level * scale).square()).sum(-1)
+        best = torch.where(loss < least, index, best)
+        least = torch.minimum(loss, least)
+
+    for coarse in range(0, last + 1, stride):
+        attempt(torch.full_like(best, coarse))
+    centre = best
+    for offset in (*range(1 - stride, 0), *range(1, stride)):
+        attempt((centre + offset).clamp_(0, last))
+    return best

@@ -1,0 +1,62 @@
+"""Recipe values that are names of something with parts: schemes, GGUF types, and scalings of positions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import PlainSerializer, PlainValidator
+
+from llmconvert.convert.rope_scaling import RopeScaling
+from llmconvert.errors import SchemeError, UsageError
+from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
+from llmconvert.quantize.scheme import Scheme
+
+__all__ = ["OptionalScheme", "ScalingField", "SchemeOrMix"]
+
+
+def _parse_scheme(value: object) -> Scheme:
+    if isinstance(value, Scheme):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("expected a scheme such as w4a16-g128")
+    try:
+        return Scheme.parse(value)
+    except SchemeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _parse_scheme_or_mix(value: object) -> Scheme | GgmlMix:
+    if isinstance(value, GgmlMix):
+        return value
+    if isinstance(value, str):
+        try:
+            return GgmlMix.parse(value)
+        except SchemeError:
+            pass
+    try:
+        return _parse_scheme(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; or a GGUF type: {', '.join(MIXES)}") from error
+
+
+def _parse_override(value: object) -> Scheme | Literal["none"]:
+    return "none" if value == "none" else _parse_scheme(value)
+
+
+def _parse_scaling(value: object) -> RopeScaling:
+    if isinstance(value, RopeScaling):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("expected a scaling such as yarn:2.0")
+    try:
+        return RopeScaling.parse(value)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+#: What quantizes a layer, or one of GGUF's types.
+SchemeOrMix = Annotated[Scheme | GgmlMix, PlainValidator(_parse_scheme_or_mix), PlainSerializer(str)]
+#: ``none`` leaves a layer as it is.
+OptionalScheme = Annotated[Scheme | Literal["none"], PlainValidator(_parse_override), PlainSerializer(str)]
+#: How positions are stretched.
+ScalingField = Annotated[RopeScaling, PlainValidator(_parse_scaling), PlainSerializer(str)]

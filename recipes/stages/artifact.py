@@ -1,0 +1,178 @@
+"""The artifact directory: the model's files, the card, and under ``llmconvert/`` what is needed to check and repeat it.
+
+::
+
+    config.json, *.safetensors, tokenizer files     as the last stage wrote them
+    README.md                                       the model card
+    llmconvert/recipe.yaml                          resolved: commit, versions, every default written out
+    llmconvert/report.json, report.html, *.png      everything measured
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmconvert.convert.inspection import describe_model
+from llmconvert.convert.source import Source
+from llmconvert.errors import CapacityError
+from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.stages.provenance import provenance
+from llmconvert.report.report import ModelInfo, Report
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.directory import is_weight_file
+from llmconvert.storage.writer import write_file
+from llmconvert.text.tokens import TokenWindows
+from llmconvert.validate.render.card import render_card
+from llmconvert.validate.render.html import render_html
+from llmconvert.validate.render.plots import divergence_plot, layer_error_plot, quality_plot
+from llmconvert.validate.render.section_plot import section_plot
+
+__all__ = [
+    "REPORT_FILE",
+    "artifact_name",
+    "assemble_artifact",
+    "model_info",
+    "model_stem",
+    "public_name",
+    "resolved_recipe",
+]
+
+#: Where an artifact has what was measured about it.
+REPORT_FILE = "llmconvert/report.json"
+_GGUF_TYPE = re.compile(r"[.-](?:I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
+_PLOTS = (
+    ("quality", "Size on disk and perplexity, original and artifact, with 95 % intervals.", quality_plot),
+    (
+        "divergence",
+        "Drift of the hidden state after each block, and after the block alone, entered with the original's state.",
+        divergence_plot,
+    ),
+    ("layers", "Relative error of each quantized weight.", layer_error_plot),
+)
+_LINK_REFUSED = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def public_name(text: str) -> str:
+    """A model or dataset as it may be published: of a path outside the working directory, the last part alone."""
+    return Path(text).name if text.startswith(("/", "~", "..")) else text
+
+
+def model_stem(origin: str) -> str:
+    """What a model is called without where it lies and which GGUF type it was stored in."""
+    return _GGUF_TYPE.sub("", Path(origin.rstrip("/")).name.removesuffix(".gguf"))
+
+
+def artifact_name(recipe: Recipe, source: Source) -> str:
+    """What the artifact calls itself: its repository's name on the Hub, else the model's with the scheme."""
+    if recipe.publish is not None and not recipe.publish.to.startswith("file:"):
+        return recipe.publish.to.split("/")[1]
+    suffix = recipe.quantize.label if recipe.quantize is not None else recipe.convert.dtype
+    return f"{model_stem(source.origin)}-{suffix}"
+
+
+def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration: TokenWindows | None) -> ModelInfo:
+    """What was made of what, for the report. ``original`` is the converted model."""
+    summary = describe_model(original)
+    settings = recipe.quantize
+    origin = provenance(source)
+    words = None
+    if calibration is not None:
+        words = f"{public_name(calibration.dataset)}, {calibration.drawn} × {calibration.length} tokens"
+    return ModelInfo(
+        name=artifact_name(recipe, source),
+        source=public_name(source.origin),
+        revision=source.revision,
+        architecture=summary.architecture,
+        parameters=summary.parameters,
+        license=origin.license_fields.get("license"),
+        base_model=recipe.card.base_model or origin.base_model,
+        parents=origin.parents,
+        method=settings.method if settings is not None else None,
+        scheme=settings.label if settings is not None else None,
+        format=settings.format if settings is not None else None,
+        calibration=words,
+        calibration_digest=calibration.corpus_digest if calibration is not None else None,
+    )
+
+
+def resolved_recipe(recipe: Recipe, source: Source, report: Report) -> str:
+    """The recipe as YAML that repeats the run: the model at its commit, every default, versions as comments.
+
+    Where and under which names this run worked and published is left out, and of local paths all but the last part.
+    """
+    values: dict[str, Any] = recipe.to_mapping()
+    for key in ("publish", "work_dir", "memory", "stream"):
+        values.pop(key, None)
+    values["model"] = public_name(source.origin) + (f"@{source.revision}" if source.revision else "")
+    for section in (values.get("calibrate"), values.get("validate", {}).get("perplexity")):
+        if section is not None:
+            section["dataset"] = public_name(section["dataset"])
+    versions = ", ".join(f"{name} {version}" for name, version in report.environment.items())
+    return f"# Made with {versions}.\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+
+def assemble_artifact(model: Path, artifact: Path, recipe: Recipe, source: Source, report: Report) -> None:
+    """Make the directory ``artifact`` from a finished model and its report.
+
+    Weight files are linked rather than copied where the file system can: they are never written to again.
+
+    Raises:
+        CapacityError: the disk is full.
+    """
+    folder = artifact / "llmconvert"
+    try:
+        folder.mkdir(parents=True)
+        for path in sorted(path for path in model.iterdir() if path.is_file()):
+            _take(path, artifact / path.name)
+    except OSError as error:
+        raise CapacityError(f"{artifact}: cannot be written: {error.strerror}") from error
+    text = resolved_recipe(recipe, source, report)
+    report.write(artifact / REPORT_FILE)
+    write_file(folder / "recipe.yaml", text.encode())
+    write_file(folder / "report.html", render_html(report, recipe=text).encode())
+    plots = []
+    for name, caption, draw in _PLOTS:
+        picture = draw(report, "png")
+        if picture is not None:
+            write_file(folder / f"{name}.png", picture)
+            plots.append((caption, f"llmconvert/{name}.png"))
+    section_plots = {}
+    for section in report.sections:
+        picture = section_plot(section, "png") if "card" in section.shown else None
+        if picture is not None:
+            section_plots[section.name] = f"llmconvert/{section.name}.png"
+            write_file(artifact / section_plots[section.name], picture)
+    card = render_card(
+        report,
+        repository=_repository(recipe, report),
+        recipe=text,
+        license_fields=provenance(source).license_fields,
+        chat=any(name.startswith("chat_template") for name in source.checkpoint.files),
+        plots=plots,
+        section_plots=section_plots,
+    )
+    write_file(artifact / "README.md", card.encode())
+
+
+def _repository(recipe: Recipe, report: Report) -> str:
+    """Where users will load the artifact from."""
+    target = recipe.publish.to if recipe.publish is not None else ""
+    return report.model.name if not target or target.startswith("file:") else target
+
+
+def _take(source: Path, target: Path) -> None:
+    if is_weight_file(source.name):
+        try:
+            os.link(source, target)
+            return
+        except OSError as error:
+            if error.errno not in _LINK_REFUSED:
+                raise
+    shutil.copyfile(source, target)

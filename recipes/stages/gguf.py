@@ -1,0 +1,131 @@
+"""``format: gguf`` in a recipe: what goes with it, and the steps from its settings to a file.
+
+The scheme is one of llama.cpp's types (``q4_k_m``), with the method ``rtn``, or ``imatrix`` where calibration text
+weighs the columns. Or it is one whose codes a GGUF type holds as they are (``w4a16-g32-sym``), with any method.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
+from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.formats.gguf_carry import CARRIED
+from llmconvert.quantize.gguf_job import GgufResult, check_gguf_output, write_gguf
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.methods.base import METHODS, needs_calibration
+from llmconvert.quantize.reader import open_dense
+from llmconvert.recipes.schema.recipe import QuantizeSettings
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
+
+__all__ = ["GGUF", "IMATRIX", "calibrates", "gguf_contradictions", "quantize_gguf"]
+
+#: The format's name in a recipe.
+GGUF: Final = "gguf"
+#: The method that weighs errors by an importance matrix.
+IMATRIX: Final = "imatrix"
+_METHODS: Final = ("rtn", IMATRIX)
+
+
+def calibrates(settings: QuantizeSettings) -> bool:
+    """Whether the section's method or budget reads calibration text."""
+    return (
+        settings.budget is not None
+        or settings.method == IMATRIX
+        or (settings.method in METHODS and needs_calibration(settings.method))
+    )
+
+
+def gguf_contradictions(settings: QuantizeSettings) -> Iterator[tuple[str, str]]:
+    """Key and explanation of what does not go together in a section about GGUF."""
+    if settings.format != GGUF:
+        if isinstance(settings.scheme, GgmlMix):
+            yield "scheme", f"{settings.scheme} is a GGUF type; it needs format: gguf (--format gguf)"
+        return
+    if isinstance(settings.scheme, GgmlMix):
+        if settings.method not in _METHODS:
+            yield "method", f"found {settings.method!r}; GGUF types go with rtn, or imatrix with calibration text"
+    elif str(settings.scheme) not in CARRIED:
+        yield (
+            "scheme",
+            f"found {settings.scheme}, whose codes no GGUF type holds; GGUF takes {', '.join(MIXES)}, or the codes of "
+            f"{' and '.join(CARRIED)}",
+        )
+    if settings.budget is not None:
+        yield "budget", "a GGUF type says itself which tensors get more bits; leave out the budget"
+    if settings.overrides:
+        yield "overrides", "a GGUF type says itself which tensors get more bits; leave out the overrides"
+
+
+def quantize_gguf(
+    source: Checkpoint,
+    output: Path,
+    settings: QuantizeSettings,
+    *,
+    name: str,
+    windows: Sequence[torch.Tensor] = (),
+    identity: str = "",
+    device: torch.device,
+    memory: int | None,
+    progress: Progress = SILENT,
+) -> Mapping[str, Any]:
+    """Write ``source`` as GGUF, or go on where an earlier call was stopped.
+
+    Args:
+        output: a ``.gguf`` file, or a directory for one.
+        name: of the model.
+        windows, identity, device, memory: as in :func:`llmconvert.recipes.stages.steps.quantize`.
+
+    Returns:
+        What it reports, as JSON values.
+    """
+    if isinstance(settings.scheme, GgmlMix):
+        written = write_gguf(
+            source,
+            output,
+            mix=settings.scheme,
+            name=name,
+            windows=windows if settings.method == IMATRIX else (),
+            device=device,
+            memory_budget=memory,
+            identity=identity,
+            progress=progress,
+        )
+        return _details(written)
+    # The codes come first, as an artifact of their own; it goes when the file is whole.
+    mix = GgmlMix.parse(CARRIED[str(settings.scheme)])
+    check_gguf_output(output, name, mix)
+    codes = output.absolute().parent / f".{output.name}.codes"
+    if not codes.exists():
+        quantize_checkpoint(
+            source,
+            codes,
+            method=settings.method,
+            options=settings.options,
+            scheme=settings.scheme,
+            windows=windows,
+            device=device,
+            memory_budget=memory,
+            identity=identity,
+            progress=progress,
+        )
+    with SafetensorsCheckpoint(codes) as quantized:
+        written = write_gguf(open_dense(quantized), output, mix=mix, name=name, identity=identity, progress=progress)
+    shutil.rmtree(codes)
+    return _details(written)
+
+
+def _details(written: GgufResult) -> Mapping[str, Any]:
+    return {
+        "file": written.path.name,
+        "layers": sum(count for kind, count in written.types.items() if kind not in ("F32", "F16", "BF16")),
+        "types": dict(written.types),
+        "bytes": written.nbytes,
+        "seconds": round(written.seconds, 3),
+        "resumed_tensors": written.resumed_tensors,
+    }

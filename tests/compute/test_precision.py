@@ -1,0 +1,127 @@
+"""Linears that multiply in float32 what is stored in 16 bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from llmconvert.compute.precision import Scratch, WideLinear, all_finite, compute_dtype
+from llmconvert.engine import skeleton as skeleton_module
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.memory import activation_nbytes
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+
+CPU = torch.device("cpu")
+Tiny = Callable[..., Path]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_is_the_exact_one_rounded(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40, bias).to(dtype).requires_grad_(False)
+    value = torch.randn(2, 7, 96).to(dtype)
+    result = WideLinear.like(linear, Scratch())(value)
+    exact = value.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+    assert result.dtype == dtype and result.shape == (2, 7, 40)
+    # Half a unit in the last place, and what summing in float32 adds to it.
+    assert ((result.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all()
+
+
+def test_one_scratch_serves_linears_of_all_shapes_in_turn() -> None:
+    torch.manual_seed(0)
+    scratch, value = Scratch(), torch.randn(5, 64).bfloat16()
+    linears = [nn.Linear(64, width, False).bfloat16().requires_grad_(False) for width in (16, 128, 32)]
+    wide = [WideLinear.like(linear, scratch) for linear in linears]
+    first = [linear(value) for linear in wide]
+    again = [linear(value) for linear in wide]
+    expected = [(value.float() @ linear.weight.float().T).bfloat16() for linear in linears]
+    assert all(map(torch.equal, first, expected)) and all(map(torch.equal, again, expected))
+
+
+def test_gradients_are_those_of_float32() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 24).bfloat16()
+    wide, scratch = WideLinear.like(linear, Scratch()), torch.randn(3, 32).bfloat16()
+    wide(wide(scratch)[:, :1].expand(3, 32)).float().square().sum().backward()
+    found = linear.weight.grad
+    linear.weight.grad = None
+    weight = linear.weight.detach().float().requires_grad_()
+    bias = linear.bias.detach().float()
+    middle = (scratch.float() @ weight.T + bias).bfloat16()[:, :1].expand(3, 32)
+    ((middle.float() @ weight.T + bias).bfloat16()).float().square().sum().backward()
+    assert found is not None and weight.grad is not None
+    assert torch.allclose(found.float(), weight.grad, rtol=0.02, atol=0.02 * float(weight.grad.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_f": True, "amx_bf16": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_bfloat16_is_for_processors_with_instructions_for_it(
+    capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert compute_dtype(CPU) == expected
+    assert compute_dtype(torch.device("cuda")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("compute", "wide"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_products_are_widened_where_the_processor_gains_by_it(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, compute: torch.dtype, wide: bool
+) -> None:
+    monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: compute)
+    checkpoint = SafetensorsCheckpoint(tiny("llama", torch.bfloat16))
+    for asked in (True, False):
+        linears = Skeleton(checkpoint, CPU, fast_products=asked).linears
+        assert all(isinstance(linear, WideLinear) is (wide and asked) for block in linears for linear in block.values())
+    narrow = Skeleton(SafetensorsCheckpoint(tiny("llama", torch.float32)), CPU, fast_products=True)
+    assert not any(isinstance(linear, WideLinear) for block in narrow.linears for linear in block.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_the_memory_that_linears_share_is_known(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: torch.float32)
+    checkpoint = SafetensorsCheckpoint(tiny(name, torch.bfloat16))
+    skeleton = Skeleton(checkpoint, CPU, fast_products=True)
+    skeleton.restore_buffers()
+    skeleton.load_outer(head=True)
+    for index in range(skeleton.block_count):
+        skeleton.load_block(index)
+    with torch.no_grad():
+        skeleton.model(input_ids=torch.arange(48).view(1, 48))
+    scratch = next(linear for linear in skeleton.linears[0].values() if isinstance(linear, WideLinear)).scratch
+    assert skeleton.product_nbytes(48) == sum(part.nbytes for part in scratch._parts.values())
+    windows = discover(skeleton, 48)
+    alive = max(block.peak_nbytes for block in windows)
+    assert activation_nbytes(windows, skeleton, [48, 48], "replay") == alive + skeleton.product_nbytes(48)
+    assert Skeleton(checkpoint, CPU).product_nbytes(48) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_single_value_that_is_not_finite_is_found(dtype: torch.dtype, bad: float) -> None:
+    values = torch.randn(300, 257, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert all_finite(values)
+    for place in ((0, 0), (299, 256), (123, 45)):
+        damaged = values.clone()
+        damaged[place] = bad
+        assert not all_finite(damaged)
+    damaged[0, 0] = -bad  # infinities of both signs
+    assert not all_finite(damaged)
+
+
+def test_a_sum_that_overflows_is_no_proof() -> None:
+    assert all_finite(torch.full((1000,), 6e4, dtype=torch.float16))
+    assert all_finite(torch.full((1000,), 3e38, dtype=torch.bfloat16))

@@ -1,0 +1,198 @@
+"""Healing: gradients against plain autograd on transformers' own models, resuming to the bit, refusals before work."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.disguised_heads import grouped_model
+from support.tiny_architectures import ids
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM
+
+from llmconvert.convert.gqa.geometry import read_geometry
+from llmconvert.convert.gqa.job import convert_attention
+from llmconvert.convert.gqa.weights import attention_tensors
+from llmconvert.convert.heal.job import HealOptions, HealReport, heal_attention
+from llmconvert.convert.heal.loss import hidden_divergence, prediction_divergence
+from llmconvert.convert.heal.model import ResidentModel
+from llmconvert.convert.heal.state import load_state
+from llmconvert.errors import CapacityError, DatasetError, UsageError
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.storage.directory import SINGLE_NAME
+from llmconvert.storage.shared import share_tensors
+
+WINDOWS = ids((24,) * 20, seed=3)
+QUICK = HealOptions(steps=6, held_out=4, evaluate_every=3, save_every=2)
+
+
+def pair(directory: Path, kind: str = "llama", **config: Any) -> tuple[Path, Path]:
+    """An original, and itself merged to one key-value head."""
+    original = grouped_model(directory / "original", kind, kv_heads=4, **config)
+    with SafetensorsCheckpoint(original) as checkpoint:
+        convert_attention(checkpoint, directory / "merged", kv_heads=1)
+    return original, directory / "merged"
+
+
+def heal(original: Path, merged: Path, output: Path, **options: Any) -> HealReport:
+    settings = {"windows": WINDOWS, "options": QUICK, **options}
+    with SafetensorsCheckpoint(original) as teacher, SafetensorsCheckpoint(merged) as student:
+        return heal_attention(teacher, student, output, **settings)
+
+
+def trained(directory: Path) -> list[str]:
+    with SafetensorsCheckpoint(directory) as checkpoint:
+        geometry = read_geometry(checkpoint)
+        return [name for i in range(geometry.layers) for name in attention_tensors(checkpoint, geometry, i)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", {"head_dim": 8}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0}),
+        ("granite", {"head_dim": 8, "logits_scaling": 2.0}),
+        ("phi3", {"hidden_size": 64}),
+        ("qwen2", {"hidden_size": 64}),
+    ],
+)
+def test_gradients_are_those_of_the_plain_loss(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
+    """The loss in pieces, with its known gradient, equals transformers' models, whole logits and autograd."""
+    original, merged = pair(tmp_path, kind, **config)
+    names = trained(merged)
+    window = ids((24,), seed=8)[0]
+    with SafetensorsCheckpoint(original) as first, SafetensorsCheckpoint(merged) as second:
+        views = share_tensors((first, second), frozenset(names), torch.device("cpu"), torch.float32)
+        teacher, student = (ResidentModel(view, torch.device("cpu"), torch.float32) for view in views)
+        parameters = student.train(names)
+        with torch.no_grad():
+            target_final, targets = teacher.decode(window)
+        final, states = student.decode(window)
+        kl, slope = prediction_divergence(teacher, student, target_final, final, gradient=True)
+        hidden = hidden_divergence(targets, states)
+        torch.autograd.backward([final, hidden], [slope, torch.tensor(0.7)])
+
+    attention = "eager" if kind == "gemma2" else "sdpa"
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+        for path in (original, merged)
+    ]
+    blocks: list[list[torch.Tensor]] = [[], []]
+    for model, seen in zip(models, blocks, strict=True):
+        for block in model.model.layers:
+            block.register_forward_hook(
+                lambda _, __, out, seen=seen: seen.append(out[0] if isinstance(out, tuple) else out)
+            )
+    with torch.no_grad():
+        expected = models[0](window).logits[0].log_softmax(-1)
+    found = models[1](window).logits[0].log_softmax(-1)
+    plain = kl_div(found, expected, log_target=True, reduction="sum") / window.shape[1]
+
+    def share(error: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return error / (error + size)
+
+    apart = torch.stack(
+        [share((b - a).square().sum(-1), a.square().sum(-1)).mean() for a, b in zip(*blocks, strict=True)]
+    ).mean()
+    (plain + 0.7 * apart).backward()
+    assert kl == pytest.approx(float(plain.detach()), rel=1e-4) and kl > 1e-3
+    assert float(hidden.detach()) == pytest.approx(float(apart.detach()), rel=1e-4)
+    wanted = dict(models[1].named_parameters())
+    for name, parameter in parameters.items():
+        gradient = wanted[name].grad
+        assert parameter.grad is not None and gradient is not None
+        scale = float(gradient.abs().max())
+        assert float((parameter.grad - gradient).abs().max()) < 2e-3 * scale, name
+
+
+def test_healing_brings_the_model_closer_to_the_original(tmp_path: Path) -> None:
+    original, merged = pair(tmp_path, head_dim=8)
+    windows = ids((64,) * 244, seed=4)
+    options = HealOptions(steps=60, batch=4, learning_rate=3e-2, held_out=4, evaluate_every=20)
+    report = heal(original, merged, tmp_path / "healed", windows=windows, options=options)
+    assert report.before is not None and report.after is not None
+    assert report.after < 0.8 * report.before
+    assert report.steps == 60 and report.tokens == 60 * 4 * 64
+    before, after = load_file(merged / SINGLE_NAME), load_file(tmp_path / "healed" / SINGLE_NAME)
+    names = set(trained(merged))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == names
+    assert (tmp_path / "healed" / "config.json").read_bytes() == (merged / "config.json").read_bytes()
+
+
+def test_the_best_weights_are_written_and_steps_in_vain_are_not_taken(tmp_path: Path) -> None:
+    original, merged = pair(tmp_path, head_dim=8)
+    options = HealOptions(steps=40, learning_rate=10.0, held_out=4, evaluate_every=2, patience=3)
+    report = heal(original, merged, tmp_path / "healed", options=options)
+    assert report.steps == 6 and report.best_step == 0 and report.after == report.before
+    assert (tmp_path / "healed" / SINGLE_NAME).read_bytes() == (merged / SINGLE_NAME).read_bytes()
+
+
+def _run(original: Path, merged: Path, output: Path, state: Path, kill_at: int) -> None:
+    """In a process of its own; ends by SIGKILL when the state is being replaced for the ``kill_at``-th time."""
+    torch.set_num_threads(1)
+    replace, count = os.replace, 0
+
+    def counted(*names: Any) -> None:
+        nonlocal count
+        count += str(names[1]) == str(state)
+        if kill_at and count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*names)
+
+    os.replace = counted
+    heal(original, merged, output, state=state)
+
+
+@pytest.mark.slow
+def test_a_killed_healing_continues_to_the_bit(tmp_path: Path) -> None:
+    original, merged = pair(tmp_path, head_dim=8)
+    context = multiprocessing.get_context("spawn")
+
+    def run(name: str, kill_at: int) -> int | None:
+        process = context.Process(
+            target=_run, args=(original, merged, tmp_path / name, tmp_path / f"{name}.safetensors", kill_at)
+        )
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert run("whole", 0) == 0
+    assert run("killed", 2) == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    assert load_state(tmp_path / "killed.safetensors", "another job") is None
+    assert run("killed", 0) == 0
+    for leaf in (SINGLE_NAME, "config.json"):
+        assert (tmp_path / "killed" / leaf).read_bytes() == (tmp_path / "whole" / leaf).read_bytes()
+    with torch.no_grad():
+        states = [load_file(tmp_path / f"{name}.safetensors") for name in ("killed", "whole")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_another_job_does_not_take_up_the_state(tmp_path: Path) -> None:
+    original, merged = pair(tmp_path, head_dim=8)
+    state = tmp_path / "state.safetensors"
+    heal(original, merged, tmp_path / "one", state=state)
+    assert heal(original, merged, tmp_path / "two", state=state).resumed_at == QUICK.steps
+    changed = HealOptions(**{**{k: getattr(QUICK, k) for k in QUICK.__slots__}, "learning_rate": 1e-4})
+    assert heal(original, merged, tmp_path / "three", state=state, options=changed).resumed_at == 0
+
+
+def test_refusals_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, merged = pair(tmp_path, head_dim=8)
+    other = grouped_model(tmp_path / "other", "llama", kv_heads=4, head_dim=8, intermediate_size=96)
+    with pytest.raises(UsageError, match=r"mlp.* is not the same"):
+        heal(other, merged, tmp_path / "out")
+    with pytest.raises(DatasetError, match="4 windows"):
+        heal(original, merged, tmp_path / "out", windows=WINDOWS[:4])
+    monkeypatch.setattr("llmconvert.convert.heal.job.available_nbytes", lambda device: 1000)
+    with pytest.raises(CapacityError, match="healing needs about"):
+        heal(original, merged, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "original", "other"]

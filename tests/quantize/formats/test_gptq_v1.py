@@ -1,0 +1,128 @@
+"""The GPTQ format against its layout, stated here as one long string of bits per output."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.quantized import random_tensor
+
+from llmconvert import __version__
+from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.tensor import QuantizedTensor
+
+GPTQ = load_format("gptq")
+BITS = (2, 3, 4, 8)
+
+
+def words(values: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned ``values [n, m]`` packed along ``n``, lowest bits first, as uint32 ``[n · bits / 32, m]``."""
+    string = ((values[:, None, :] >> np.arange(bits)[None, :, None]) & 1).reshape(-1, 32, values.shape[1])
+    return (string.astype(np.uint64) << np.arange(32, dtype=np.uint64)[None, :, None]).sum(1).astype(np.uint32)
+
+
+def minus_one(zeros: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned zero points ``[rows, groups]`` as they are stored: one less in every place of every word."""
+    if bits == 3:
+        return words((zeros - 1) % 8, bits).T
+    return words(zeros, bits).T - np.uint32(sum(1 << place for place in range(0, 32, bits)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    rows=st.sampled_from([32, 64, 96]),
+    columns=st.sampled_from([32, 64, 128]),
+    group=st.sampled_from([None, 16, 32]),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
+def test_the_layout(bits: int, rows: int, columns: int, group: int | None, symmetric: bool, seed: int) -> None:
+    scheme = Scheme(bits, group, symmetric)
+    tensor = random_tensor(scheme, rows, columns, torch.float16, seed)
+    packed = GPTQ.pack("l", tensor)
+    half = 1 << (bits - 1)
+    zeros = np.zeros(tuple(tensor.scale.shape), np.int64) if tensor.zero is None else tensor.zero.numpy().astype(int)
+    codes = tensor.codes.numpy().astype(np.int64)
+    assert np.array_equal(packed["l.qweight"].numpy().view(np.uint32), words(codes.T + half, bits))
+    assert np.array_equal(packed["l.qzeros"].numpy().view(np.uint32), minus_one(zeros + half, bits))
+    assert torch.equal(packed["l.scales"], tensor.scale.T)
+    assert packed["l.g_idx"].tolist() == [column // (group or columns) for column in range(columns)]
+    found = GPTQ.unpack("l", packed, scheme)
+    assert torch.equal(found.codes, tensor.codes) and torch.equal(found.scale, tensor.scale)
+    assert tensor.zero is None or (found.zero is not None and torch.equal(found.zero, tensor.zero))
+
+
+def test_symmetric_zero_points_are_the_middle() -> None:
+    packed = GPTQ.pack("l", random_tensor(Scheme(4, 32), 32, 64, torch.float16))
+    assert set(packed["l.qzeros"].flatten().tolist()) == {0x77777777}
+
+
+@pytest.mark.parametrize("name", ["w5a16-g32", "w4a8-channel", "w4a16-g48", "w8a8"])
+def test_other_schemes_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"scheme {Scheme.parse(name)}: gptq"):
+        GPTQ.check(Scheme.parse(name))
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40)])
+def test_shapes_that_no_word_holds_are_refused_by_name(shape: tuple[int, int]) -> None:
+    with pytest.raises(UnsupportedError, match=r"a\.b: a weight of shape .* multiples of 32 in both dimensions"):
+        GPTQ.specs("a.b", shape, Scheme(4), torch.float16)
+
+
+def test_a_scale_beyond_float16_is_named() -> None:
+    tensor = random_tensor(Scheme(4), 32, 32, torch.bfloat16)
+    beyond = QuantizedTensor(tensor.codes, tensor.scale * 1e7, None, tensor.scheme)
+    with pytest.raises(CheckpointError, match=r"a\.b: a scale is beyond float16"):
+        GPTQ.pack("a.b", beyond)
+
+
+def test_the_config_says_what_differs_by_linear() -> None:
+    four, eight = Scheme(4, 32), Scheme(8, 32)
+    layer = "model.layers.1"
+    schemes = {f"{layer}.mlp.down_proj": eight, f"{layer}.self_attn.q_proj": eight}
+    schemes |= {f"{layer}.{leaf}": four for leaf in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")}
+    declared = GPTQ.quantization_config(schemes, [f"{layer}.self_attn.k_proj", "lm_head"])
+    assert (declared["bits"], declared["group_size"], declared["sym"], declared["desc_act"]) == (4, 32, True, False)
+    rules = declared["dynamic"]
+
+    def rule(name: str) -> tuple[str, int | None]:
+        """As GPTQModel and vLLM apply them: the first rule whose pattern matches."""
+        for pattern, values in rules.items():
+            if re.match(pattern[2:], name):
+                return pattern[:2], values.get("bits")
+        return "", None
+
+    assert rule(f"{layer}.mlp.down_proj") == ("+:", 8)
+    assert rule(f"{layer}.self_attn.q_proj") == ("+:", 8)
+    assert rule(f"{layer}.self_attn.k_proj") == ("-:", None)
+    assert rule(f"{layer}.self_attn.o_proj") == ("", None)
+    assert rule("model.layers.11.mlp.down_proj") == ("", None)
+    assert rule("lm_head") == ("", None)
+
+
+def test_the_producer_is_named_first_and_zero_points_as_gptqmodel_stores_them_where_there_are_any() -> None:
+    producers = {
+        symmetric: GPTQ.quantization_config({"a": Scheme(4, 32, symmetric)}, [])["meta"]["quantizer"]
+        for symmetric in (True, False)
+    }
+    assert producers[True] == [f"llmconvert:{__version__}"]
+    assert producers[False] == [f"llmconvert:{__version__}", "gptqmodel:0.9.0"]
+
+
+def test_linears_that_a_runtime_fuses_are_found_under_its_name() -> None:
+    schemes = {"model.layers.0.mlp.gate_proj": Scheme(8, 32), "model.layers.0.mlp.up_proj": Scheme(8, 32)}
+    schemes |= {f"model.layers.{index}.mlp.down_proj": Scheme(4, 32) for index in range(3)}
+    rules = GPTQ.quantization_config(schemes, [])["dynamic"]
+    assert any(re.match(pattern[2:], "model.layers.0.mlp.gate_up_proj") for pattern in rules)
+
+
+def test_two_symmetries_in_one_model_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="one symmetry per model"):
+        GPTQ.quantization_config({"a": Scheme(4, 32), "b": Scheme(4, 32, symmetric=False)}, [])

@@ -1,0 +1,355 @@
+"""What the loopback Hub answers: the routes of its API, strict where the real one is."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+import time
+import urllib.parse
+from collections.abc import Callable
+from typing import Any
+
+from support.hub_server_state import (
+    DATE,
+    EXPIRED_TOKEN,
+    LFS_BYTES,
+    READ_TOKEN,
+    WRITE_TOKEN,
+    Blob,
+    HubState,
+    RefusalError,
+    Repo,
+)
+from support.hub_server_xet import XetStore
+
+_PAGE = 3
+
+
+class Routes:
+    """The API's operations. What HTTP there is about a request lies in the subclass that calls them."""
+
+    state: HubState
+    xet: XetStore
+    body: bytes
+    query: dict[str, str]
+    authorization: str | None
+    byte_range: str
+    #: Content, status and headers of the answer, sent when the operation is over.
+    response: tuple[bytes, int, dict[str, str]]
+
+    def answer(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.response = content, status, headers or {}
+
+    def answer_json(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.answer(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
+
+    def _role(self) -> str | None:
+        if self.authorization is None:
+            return None
+        if self.authorization == f"Bearer {EXPIRED_TOKEN}":
+            raise RefusalError(401, 'User Access Token "laptop" is expired')
+        roles = {f"Bearer {WRITE_TOKEN}": "write", f"Bearer {READ_TOKEN}": "read"}
+        if self.authorization not in roles:
+            raise RefusalError(401, "Invalid credentials in Authorization header")
+        return roles[self.authorization]
+
+    def _repo(self, repo_id: str, *, write: bool = False, content: bool = False) -> Repo:
+        role = self._role()
+        repo = self.state.repos.get(repo_id)
+        if repo is None or (repo.private and role is None):
+            raise RefusalError(401 if role is None else 404, "Repository not found", "RepoNotFound")
+        if content and repo.gated and role != "write":  # the terms were accepted by the account of that token
+            raise RefusalError(403 if role else 401, "Access to model is restricted", "GatedRepo")
+        if write and role != "write":
+            raise RefusalError(403 if role else 401, "Forbidden: this token cannot write")
+        return repo
+
+    def _tree(self, repo_id: str, revision: str, **access: bool) -> tuple[Repo, str, dict[str, Blob]]:
+        repo = self._repo(repo_id, **access)
+        sha = repo.resolve(revision)
+        if sha is None:
+            raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return repo, sha, repo.commits[sha]
+
+    def whoami(self) -> None:
+        role = self._role()
+        if role is None:
+            raise RefusalError(401, "Invalid username or password.")
+        token = {"displayName": "test", "role": role}
+        auth = {"type": "access_token", "accessToken": token}
+        self.answer_json({"type": "user", "name": "me", "orgs": [], "auth": auth})
+
+    def search(self) -> None:
+        role, words = self._role(), self.query.get("search", "").lower()
+        found = [
+            {"id": repo_id, "private": repo.private}
+            for repo_id, repo in self.state.repos.items()
+            if words in repo_id.lower()
+            and repo_id.split("/")[0] == self.query.get("author", repo_id.split("/")[0])
+            and (role is not None or not repo.private)
+        ]
+        self.answer_json(found[: int(self.query.get("limit", 100))])
+
+    def create(self) -> None:
+        if self._role() != "write":
+            raise RefusalError(401 if self._role() is None else 403, "Forbidden: cannot create")
+        asked = json.loads(self.body)
+        repo_id = f"{asked['organization']}/{asked['name']}"
+        url = {"url": f"{self.state.url}/{repo_id}"}
+        if repo_id in self.state.repos:
+            self.answer_json({"error": "You already created this model repo", **url}, 409)
+            return
+        private = asked.get("visibility") == "private"
+        self.state.add_repo(repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
+        self.answer_json(url)
+
+    def validate_yaml(self) -> None:
+        content = json.loads(self.body)["content"]
+        if "license: nonsense" in content:
+            self.answer_json({"errors": [{"message": '"license" must be one of the list'}], "warnings": []}, 400)
+        else:
+            self.answer_json({"errors": [], "warnings": []})
+
+    def info(self, repo_id: str, revision: str) -> None:
+        repo, sha, tree = self._tree(repo_id, revision or "main")
+        siblings = [
+            {"rfilename": path, "size": len(blob.content), "blobId": blob.blob_id} for path, blob in tree.items()
+        ]
+        self.answer_json(
+            {"id": repo_id, "sha": sha, "private": repo.private, "siblings": siblings, "lastModified": DATE}
+        )
+
+    def tree(self, repo_id: str, revision: str) -> None:
+        _, _, tree = self._tree(repo_id, revision)
+        folders = {path.rsplit("/", 1)[0] for path in tree if "/" in path}
+        entries = [{"type": "directory", "path": folder, "oid": "0" * 40} for folder in sorted(folders)]
+        entries += [blob.entry(path) for path, blob in sorted(tree.items())]
+        start = int(self.query.get("cursor", 0))
+        headers = {}
+        if start + _PAGE < len(entries):
+            query = urllib.parse.urlencode({**self.query, "cursor": start + _PAGE})
+            path = f"/api/models/{repo_id}/tree/{urllib.parse.quote(revision, safe='')}"
+            headers["Link"] = f'<{self.state.url}{path}?{query}>; rel="next"'
+        self.answer_json(entries[start : start + _PAGE], headers=headers)
+
+    def paths_info(self, repo_id: str, revision: str) -> None:
+        _, _, tree = self._tree(repo_id, revision)
+        asked = urllib.parse.parse_qs(self.body.decode())["paths"]
+        self.answer_json([tree[path].entry(path) for path in asked if path in tree])
+
+    def resolve(self, repo_id: str, revision: str, path: str) -> None:
+        _, sha, tree = self._tree(repo_id, revision, content=True)
+        if path not in tree:
+            raise RefusalError(404, "Entry not found", "EntryNotFound")
+        blob, status = tree[path], 200
+        content = self.state.served_instead.get(blob.sha256, blob.content)
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.byte_range)
+        if wanted:
+            first, last = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
+            if first >= len(content):
+                raise RefusalError(416, "range starts behind the end")
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            content, status = content[first : last + 1], 206
+        self.answer(content, status, headers)
+
+    def preupload(self, repo_id: str, revision: str) -> None:
+        _, _, tree = self._tree(repo_id, revision, write=True)
+        asked = json.loads(self.body)["files"]
+        if len(asked) > 256:
+            raise RefusalError(413, "too many files")
+        answers = []
+        for file in asked:
+            mode = "lfs" if file["size"] >= LFS_BYTES else "regular"
+            known = {"oid": tree[file["path"]].oid} if file["path"] in tree else {}
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **known})
+        self.answer_json({"files": answers})
+
+    def lfs_batch(self, repo_id: str) -> None:
+        repo = self._repo(repo_id, write=True)
+        asked = json.loads(self.body)
+        if asked["operation"] != "upload" or asked["hash_algo"] != "sha256" or "basic" not in asked["transfers"]:
+            raise RefusalError(422, "unsupported transfer")
+        objects: list[dict[str, Any]] = []
+        for thing in asked["objects"]:
+            known = thing["oid"] in repo.objects
+            actions = {} if known else {"actions": self._actions(repo_id, thing["oid"], thing["size"])}
+            objects.append({"oid": thing["oid"], "size": thing["size"], **actions})
+        self.answer_json({"transfer": "basic", "objects": objects})
+
+    def _actions(self, repo_id: str, oid: str, size: int) -> dict[str, Any]:
+        href, step = f"{self.state.url}/lfs/{repo_id}/{oid}", self.state.part_bytes
+        signature = f"?signature={_signature(oid)}"
+        verify = {"href": f"{href}/verify"}
+        if step is None or size <= step:
+            return {"upload": {"href": href + signature}, "verify": verify}
+        count = math.ceil(size / step)
+        urls = {str(number): f"{href}/part/{number}{signature}" for number in range(1, count + 1)}
+        return {"upload": {"href": f"{href}/complete", "header": {"chunk_size": str(step), **urls}}, "verify": verify}
+
+    def _check_signature(self, oid: str) -> None:
+        if self.authorization is not None:
+            raise RefusalError(400, "only one way to authenticate is allowed, and the token is not for the store")
+        if self.query.get("signature") != _signature(oid):
+            raise RefusalError(403, "SignatureDoesNotMatch")
+
+    def lfs_put(self, repo_id: str, oid: str) -> None:
+        self._check_signature(oid)
+        self.state.store(self.state.repos[repo_id], oid, self.body)
+        self.answer(b"")
+
+    def lfs_part(self, repo_id: str, oid: str, number: str) -> None:
+        self._check_signature(oid)
+        self.state.repos[repo_id].parts[oid, int(number)] = self.body
+        self.answer(b"", headers={"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'})
+
+    def lfs_complete(self, repo_id: str, oid: str) -> None:
+        repo, asked = self.state.repos[repo_id], json.loads(self.body)
+        content = b""
+        for part in asked["parts"]:
+            data = repo.parts.pop((oid, part["partNumber"]), b"")
+            if part["etag"].strip('"') != hashlib.md5(data).hexdigest():
+                raise RefusalError(400, f"InvalidPart {part['partNumber']}")
+            content += data
+        self.state.store(repo, oid, content)
+        self.answer_json({})
+
+    def lfs_verify(self, repo_id: str, oid: str) -> None:
+        repo, asked = self._repo(repo_id, write=True), json.loads(self.body)
+        if asked["oid"] != oid or len(repo.objects.get(oid, b"")) != asked["size"]:
+            raise RefusalError(422, "the object is not here, or has another size")
+        self.answer_json({})
+
+    def xet_token(self, repo_id: str, kind: str, revision: str) -> None:
+        self._repo(repo_id, write=kind == "write")
+        expiry = int(time.time()) + 3600
+        answer = {"casUrl": self.xet.url, "accessToken": "xet", "exp": expiry}
+        headers = {
+            "X-Xet-Cas-Url": self.xet.url,
+            "X-Xet-Access-Token": "xet",
+            "X-Xet-Token-Expiration": str(expiry),
+        }
+        self.answer_json(answer, headers=headers)
+
+    def commit(self, repo_id: str, revision: str) -> None:
+        repo, head, tree = self._tree(repo_id, revision, write=True)
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        header = lines[0]["value"]
+        if header.get("parentCommit", head) != head:
+            raise RefusalError(412, "A commit has happened since. Please refresh and try again.")
+        if revision not in repo.branches:
+            raise RefusalError(400, f"{revision} is no branch")
+        tree = dict(tree)
+        for line in lines[1:]:
+            self._apply(repo, tree, line["key"], line["value"])
+        pull = self.query.get("create_pr") == "1"
+        sha = repo.commit(None if pull else revision, tree)
+        answer = {"commitUrl": f"{self.state.url}/{repo_id}/commit/{sha}", "commitOid": sha}
+        if pull:
+            number = len(repo.pull_requests) + 1
+            repo.pull_requests[f"refs/pr/{number}"] = sha
+            answer["pullRequestUrl"] = f"{self.state.url}/{repo_id}/discussions/{number}"
+        self.answer_json(answer)
+
+    def _apply(self, repo: Repo, tree: dict[str, Blob], key: str, value: dict[str, Any]) -> None:
+        path = value["path"]
+        if {"..", ".", "", ".git"} & set(path.split("/")):
+            raise RefusalError(422, "invalid path")
+        if key == "file":
+            content = base64.b64decode(value["content"], validate=True)
+            if len(content) >= LFS_BYTES:
+                raise RefusalError(422, f"{path}: belongs into a large object")
+            tree[path] = Blob(content, lfs=False)
+        elif key == "lfsFile":
+            if value["oid"] not in repo.objects and (content := self.xet.read(value["oid"])) is not None:
+                self.state.store(repo, value["oid"], content)
+            if len(repo.objects.get(value["oid"], b"")) != value["size"]:
+                raise RefusalError(422, f"{path}: its object was never uploaded")
+            tree[path] = Blob(repo.objects[value["oid"]], lfs=True)
+        elif key == "deletedFile" and path in tree:
+            del tree[path]
+        else:
+            raise RefusalError(400, f"cannot do {key} on {path}")
+
+    def refs(self, repo_id: str) -> None:
+        repo = self._repo(repo_id)
+
+        def listed(refs: dict[str, str], prefix: str) -> list[dict[str, str]]:
+            return [{"name": name, "ref": prefix + name, "targetCommit": sha} for name, sha in refs.items()]
+
+        branches, tags = listed(repo.branches, "refs/heads/"), listed(repo.tags, "refs/tags/")
+        answer = {"branches": branches, "tags": tags, "converts": []}
+        if self.query.get("include_prs") == "1":
+            answer["pullRequests"] = [{**ref, "name": ref["ref"]} for ref in listed(repo.pull_requests, "")]
+        self.answer_json(answer)
+
+    def discussions(self, repo_id: str) -> None:
+        repo = self._repo(repo_id)
+        found = [reference for reference in repo.pull_requests if reference not in repo.closed]
+        if (self.query.get("type"), self.query.get("status")) != ("pull_request", "open"):
+            raise RefusalError(400, "only open pull requests are listed here")
+        start = int(self.query.get("p", 0)) * _PAGE
+        shown = [
+            {
+                "num": int(reference.rsplit("/", 1)[1]),
+                "title": "Upload model",
+                "author": {"name": "me"},
+                "createdAt": DATE,
+                "status": "open",
+                "repo": {"name": repo_id, "type": "model"},
+                "isPullRequest": True,
+            }
+            for reference in found[start : start + _PAGE]
+        ]
+        self.answer_json({"discussions": shown, "count": len(found), "start": start})
+
+    def branch(self, repo_id: str, name: str) -> None:
+        repo = self._repo(repo_id, write=True)
+        if name in repo.branches:
+            raise RefusalError(409, "branch exists")
+        start = repo.resolve(json.loads(self.body or b"{}").get("startingPoint", "main"))
+        if start is None:
+            raise RefusalError(404, "no such starting point", "RevisionNotFound")
+        repo.branches[name] = start
+        self.answer_json({})
+
+    def tag(self, repo_id: str, revision: str) -> None:
+        repo, sha, _ = self._tree(repo_id, revision, write=True)
+        name = json.loads(self.body)["tag"]
+        if name in repo.tags:
+            raise RefusalError(409, "tag exists")
+        repo.tags[name] = sha
+        self.answer_json({})
+
+
+def _signature(oid: str) -> str:
+    return hashlib.sha256(f"the store's secret {oid}".encode()).hexdigest()[:16]
+
+
+_ID = r"([^/]+/[^/]+)"
+_OID = r"([0-9a-f]{64})"
+ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    ("GET", "/api/whoami-v2", Routes.whoami),
+    ("GET", "/api/models", Routes.search),
+    ("POST", "/api/repos/create", Routes.create),
+    ("POST", "/api/validate-yaml", Routes.validate_yaml),
+    ("POST", rf"/api/models/{_ID}/preupload/([^/]+)", Routes.preupload),
+    ("POST", rf"/api/models/{_ID}/commit/([^/]+)", Routes.commit),
+    ("POST", rf"/api/models/{_ID}/branch/([^/]+)", Routes.branch),
+    ("POST", rf"/api/models/{_ID}/tag/([^/]+)", Routes.tag),
+    ("GET", rf"/api/models/{_ID}/refs", Routes.refs),
+    ("GET", rf"/api/models/{_ID}/discussions", Routes.discussions),
+    ("GET", rf"/api/models/{_ID}/tree/([^/]+)", Routes.tree),
+    ("POST", rf"/api/models/{_ID}/paths-info/([^/]+)", Routes.paths_info),
+    ("GET", rf"/api/models/{_ID}/xet-(read|write)-token/([^/]+)", Routes.xet_token),
+    ("GET", rf"/api/models/{_ID}(?:/revision/([^/]+))?", Routes.info),
+    ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", Routes.lfs_batch),
+    ("PUT", rf"/lfs/{_ID}/{_OID}", Routes.lfs_put),
+    ("PUT", rf"/lfs/{_ID}/{_OID}/part/(\d+)", Routes.lfs_part),
+    ("POST", rf"/lfs/{_ID}/{_OID}/complete", Routes.lfs_complete),
+    ("POST", rf"/lfs/{_ID}/{_OID}/verify", Routes.lfs_verify),
+    ("GET HEAD", rf"/{_ID}/resolve/([^/]+)/(.+)", Routes.resolve),
+]

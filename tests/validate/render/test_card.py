@@ -1,0 +1,102 @@
+"""The model card: metadata the Hub accepts, the measured numbers, and snippets that run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from llmconvert.report.report import Check, Report
+from llmconvert.validate.render.card import inherited_license, render_card
+
+RECIPE = "model: maker/Tiny\nquantize: {method: gptq, scheme: w4a16-g64}\n"
+
+
+def front_matter(card: str) -> dict[str, object]:
+    match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    assert match is not None
+    found = yaml.safe_load(match[1])
+    assert isinstance(found, dict)
+    return found
+
+
+def test_metadata(report: Report) -> None:
+    card = render_card(report, repository="user/Tiny-W4A16", recipe=RECIPE)
+    found = front_matter(card)
+    assert found == {
+        "base_model": ["maker/Tiny"],
+        "base_model_relation": "quantized",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llmconvert", "gptq", "compressed-tensors", "4-bit", "w4a16"],
+    }
+    data = ModelCard(card).data
+    assert data.base_model == ["maker/Tiny"] and data.license == "apache-2.0"
+
+
+def test_the_originals_licence_is_kept(report: Report) -> None:
+    readme = b"---\nlicense: other\nlicense_name: tiny-community\nlicense_link: LICENSE.txt\ntags: [x]\n---\n# Tiny\n"
+    fields = inherited_license(readme)
+    assert fields == {"license": "other", "license_name": "tiny-community", "license_link": "LICENSE.txt"}
+    found = front_matter(render_card(report, repository="user/x", recipe=RECIPE, license_fields=fields))
+    assert {key: found[key] for key in fields} == fields
+
+
+@pytest.mark.parametrize(
+    "readme", [None, "# No front matter", "---\n- a list\n---\n", "---\n{: broken\n---\n", b"\xff"]
+)
+def test_no_licence_is_invented(readme: str | bytes | None) -> None:
+    assert inherited_license(readme) == {}
+
+
+def test_numbers_and_how_they_were_measured(report: Report) -> None:
+    card = render_card(
+        report, repository="user/x", recipe=RECIPE, plots=[("Size and quality.", "llmconvert/quality.png")]
+    )
+    assert "| Perplexity | 12.11 (11.02 to 13.38) | 13.42 (12.21 to 14.93) | +10.8 % (+9.7 % to +12.1 %) |" in card
+    assert "| Weights on disk | 269.1 MB | 113.2 MB | \N{MINUS SIGN}57.9 % |" in card
+    assert "made:up, 16 windows of 512 tokens" in card and "(8,176 predictions)" in card
+    assert "![Size and quality.](llmconvert/quality.png)" in card
+    assert RECIPE.strip() in card and "Calibrated on other:text, 32 × 512 tokens." in card
+    # A table is one block: no empty line may split it.
+    assert re.search(r"\|---\|---:\|---:\|---:\|\n\| Weights", card)
+
+
+def card_of(report: Report, **model: object) -> dict[str, object]:
+    changed = report.model_copy(update={"model": report.model.model_copy(update=model)})
+    return front_matter(render_card(changed, repository="x", recipe=RECIPE))
+
+
+def test_a_base_model_is_only_what_somebody_said(report: Report) -> None:
+    found = card_of(report, source="out/copy", base_model=None, scheme=None, format=None)
+    assert "base_model" not in found and found["tags"] == ["llmconvert"]
+    assert card_of(report, source="x.gguf", scheme=None)["base_model_relation"] == "finetune"
+    parent = card_of(report, base_model=None, parents=("maker/Parent",))
+    assert parent["base_model"] == ["maker/Parent"] and "base_model_relation" not in parent
+    both = card_of(report, parents=("maker/Parent",))
+    assert both["base_model"] == ["maker/Tiny"] and both["base_model_relation"] == "quantized"
+
+
+def test_failed_checks_are_not_hidden(report: Report) -> None:
+    failed = Check(name="kl_mean", value=0.5, limit=0.1, ok=False, detail={"text": "KL is 0.5"})
+    card = render_card(report.model_copy(update={"checks": (failed,)}), repository="x", recipe=RECIPE)
+    assert "**It did not pass all checks:** KL is 0.5." in card
+    about = {"dataset": "d", "windows": 1, "window": 4, "text": "not finite"}
+    nan = Check(name="perplexity", ok=False, detail=about)
+    assert "not finite" in render_card(report.model_copy(update={"checks": (nan,)}), repository="x", recipe=RECIPE)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_transformers_snippet_runs(
+    chat: bool, report: Report, quantized: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = render_card(report, repository=str(quantized), recipe=RECIPE, chat=chat)
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert [("vllm" in snippet, "transformers" in snippet) for snippet in snippets] == [(False, True), (True, False)]
+    exec(compile(snippets[0], "README.md", "exec"), {})
+    assert capsys.readouterr().out
+    compile(snippets[1], "README.md", "exec")

@@ -1,0 +1,68 @@
+"""The table that a run ends with: what was gained, what it cost, and where everything lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from llmconvert.report.report import Report
+from llmconvert.report.section import Section
+from llmconvert.validate.render.display import rows, section_table, split_interval
+
+__all__ = ["render_terminal"]
+
+# Speeds hold for one machine; the report files have them.
+_SPEED = "speed."
+
+
+def render_terminal(report: Report, console: Console, *, locations: Mapping[str, str] | None = None) -> None:
+    """Print the closing table.
+
+    Args:
+        locations: what lies where, in the order to print: ``{"artifact": "out/demo", …}``.
+    """
+    table = Table(title=escape(f"{report.model.source} → {report.model.name}"), title_justify="left")
+    table.add_column("")
+    for heading in ("original", "artifact", "change", "limit"):
+        table.add_column(heading, justify="right")
+    for row in rows(report):
+        if row.quiet or (row.name.startswith(_SPEED) and row.ok):
+            continue
+        style = "" if row.ok else "bold red"
+        label = Text(row.label if row.ok else f"{row.label} ✗", style=style)
+        table.add_row(label, *(_cell(cell, style) for cell in (row.reference, row.value, row.change, row.limit)))
+    console.print(table)
+    for section in report.sections:
+        if "terminal" not in section.shown or not (section.rows or section.text):
+            continue
+        console.print(_section_table(section) if section.rows else Text(section.title, style="italic"))
+        if section.text:
+            console.print(Text(section.text, style="dim"))
+    for check in report.failed:
+        console.print(Text(f"✗ {check.name}: {check.text or 'over its limit'}", style="bold red"))
+    if report.verdict:
+        count = len(report.checks)
+        console.print(Text("✓ passed" if count == 1 else f"✓ passed all {count} checks", style="green"))
+    for what, where in (locations or {}).items():
+        console.print(Text.assemble((f"{what:<12}", "dim"), where), soft_wrap=True)
+
+
+def _section_table(section: Section) -> Table:
+    table = Table(title=Text(section.title), title_justify="left")
+    found = section_table(section)
+    for heading, numeric in zip(found.headings, found.numeric, strict=True):
+        table.add_column(Text(heading), justify="right" if numeric else "left", overflow="fold")
+    for row in found.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _cell(text: str, style: str) -> Text:
+    """A number, with its interval on a second line."""
+    number, interval = split_interval(text)
+    cell = Text(number, style=style)
+    return cell.append(f"\n{interval}", style="dim") if interval else cell

@@ -1,0 +1,69 @@
+"""Fidelity: does the runtime compute from the artifact's files what this package measured?
+
+All quality figures come from our own reader. They hold for users only if the runtime decodes the same weights, so the
+runtime's logits are compared with ours on the same tokens and in the same dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmconvert.errors import GateError
+from llmconvert.validate.runtimes.transformers import Runtime
+
+__all__ = ["Fidelity", "fidelity"]
+
+# bfloat16 carries 8 bits, and other kernels sum in another order: a few roundings per layer come to this at most.
+# One layer read wrongly gives more than ten times as much.
+_MAX_RELATIVE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How far the runtime's logits are from ours.
+
+    Attributes:
+        max_abs_diff: largest difference of two logits.
+        relative: root mean square of the differences over that of the logits.
+        top1_agreement: share of positions with the same most likely token.
+        tokens: positions compared.
+    """
+
+    max_abs_diff: float
+    relative: float
+    top1_agreement: float
+    tokens: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether roundings explain the difference."""
+        return self.relative <= _MAX_RELATIVE
+
+
+def fidelity(runtime: Runtime, windows: Sequence[torch.Tensor], expected: Iterable[torch.Tensor]) -> Fidelity:
+    """Compare the runtime's logits for ``windows`` (int64 ``[1, L]``) with ``expected`` (``[1, L, V]`` each, in order).
+
+    Raises:
+        GateError: the runtime's logits have another shape or are not finite.
+    """
+    largest = squares = norm = 0.0
+    same = tokens = 0
+    for window, ours in zip(windows, expected, strict=True):
+        with torch.inference_mode():
+            theirs = runtime.model(input_ids=window.to(runtime.device), use_cache=False).logits.cpu()
+        if theirs.shape != ours.shape:
+            raise GateError(f"{runtime.name}: gives logits {tuple(theirs.shape)}, our reader {tuple(ours.shape)}")
+        for row_ours, row_theirs in zip(ours[0].cpu(), theirs[0], strict=True):
+            reference, found = row_ours.float(), row_theirs.float()
+            difference = found - reference
+            largest = max(largest, float(difference.abs().max()))
+            squares += float(difference.square().sum())
+            norm += float(reference.square().sum())
+            same += int(reference.argmax() == found.argmax())
+        tokens += ours.shape[1]
+    if not squares < float("inf"):
+        raise GateError(f"{runtime.name}: the logits are not finite, our reader's are")
+    return Fidelity(largest, (squares / norm) ** 0.5 if norm else 0.0, same / tokens, tokens)

@@ -1,0 +1,135 @@
+"""One measurement in a process of its own: its memory peak is its own, and running out of memory ends only it.
+
+The parent sends the name of a function and its arguments as JSON; the child answers with what the function returns.
+A child that may only take so much memory gets that as a limit of the system, so an allocation beyond it fails in the
+child instead of taking the machine's last page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmconvert.errors import LlmconvertError
+
+__all__ = ["UnmeasuredError", "limit_memory", "reset_peak", "run_isolated"]
+
+_STATUS = Path("/proc/self/status")
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+_TAIL = 300
+
+
+class UnmeasuredError(Exception):
+    """A measurement that could not be made; its text is the reason, for the report."""
+
+
+def run_isolated(function: str, arguments: Mapping[str, Any], *, timeout: float) -> Any:
+    """Call ``function`` (``"package.module:name"``, of this package) with ``arguments`` in a new Python process.
+
+    Args:
+        arguments: JSON values.
+        timeout: seconds; the process is ended after that.
+
+    Returns:
+        What the function returned, as JSON values.
+
+    Raises:
+        UnmeasuredError: it failed, ran out of memory, or took too long.
+    """
+    command = [sys.executable, "-m", "llmconvert.validate.runtimes.isolated", function]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            output, errors = process.communicate(json.dumps(arguments), timeout=timeout)
+        except subprocess.TimeoutExpired as error:
+            raise UnmeasuredError(f"took longer than {timeout:,.0f} s") from error
+        finally:
+            process.kill()
+    answer = _answer(output)
+    if answer is not None and "error" not in answer:
+        return answer["result"]
+    reason = answer["error"] if answer is not None else _tail(errors)
+    if process.returncode == -signal.SIGKILL or any(sign in reason for sign in _OUT_OF_MEMORY):
+        raise UnmeasuredError(f"out of memory: {reason}" if reason else "out of memory")
+    raise UnmeasuredError(reason or f"its process ended with {process.returncode}")
+
+
+def limit_memory(nbytes: int | None) -> None:
+    """From here on, this process may take ``nbytes`` more than it has (None: no limit); only the system's are enforced.
+
+    Where there is no such limit (outside Linux) this does nothing.
+    """
+    if nbytes is None or not _STATUS.exists():
+        return
+    import resource
+
+    taken = _status("VmData")
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + nbytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def reset_peak() -> bool:
+    """Start the kernel's high-water mark of this process anew; whether it could be done.
+
+    Only for processes that exist for one measurement: it changes what ``time -v`` says about them.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if line.startswith("Vm"))
+    return int(lines[field].split()[0]) * 1024
+
+
+def _answer(output: str) -> dict[str, Any] | None:
+    """The last line that the child printed, if it is an answer."""
+    with contextlib.suppress(ValueError, IndexError):
+        found = json.loads(output.splitlines()[-1])
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _tail(errors: str) -> str:
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return lines[-1][-_TAIL:] if lines else ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries print goes to standard error; standard output is for the answer."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def main(function: str) -> None:
+    """The child: arguments from standard input, the answer to standard output."""
+    module, _, name = function.partition(":")
+    try:
+        with _quiet():
+            result = getattr(importlib.import_module(module), name)(**json.load(sys.stdin))
+        answer: dict[str, Any] = {"result": result}
+    except LlmconvertError as error:
+        answer = {"error": str(error)}
+    except (RuntimeError, MemoryError, ValueError, ImportError, AttributeError) as error:
+        text = str(error).strip()
+        answer = {"error": f"{type(error).__name__}: {text.splitlines()[0] if text else 'no reason given'}"[:_TAIL]}
+    sys.stdout.write("\n" + json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

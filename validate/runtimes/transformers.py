@@ -1,0 +1,108 @@
+"""The runtime users will load the artifact with: transformers, with its own quantizers.
+
+Loading must be silent about nothing: weights that a file lacks are filled with random numbers by the loader, so what
+it reports as missing, unexpected or mismatched is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmconvert.errors import UnsupportedError
+from llmconvert.memory import available_nbytes, release_freed_memory
+from llmconvert.storage.checkpoint import Checkpoint
+
+__all__ = ["Runtime", "runtime", "too_large"]
+
+# What transformers takes while loading, relative to the dense weights it ends up with.
+_LOADING_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A loaded model.
+
+    Attributes:
+        model, tokenizer: what transformers made of the directory.
+        name: the runtime in words, for records: ``transformers 5.23.0 on cpu, bfloat16``.
+        problems: tensors that were missing, unexpected or of another shape.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    problems: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return torch.device(self.model.device)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end a text: those of the generation config, and the tokenizer's."""
+        ids = self.model.generation_config.eos_token_id
+        found = set(ids if isinstance(ids, list) else [ids]) | {self.tokenizer.eos_token_id}
+        return frozenset(found - {None})
+
+
+@contextlib.contextmanager
+def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Runtime]:
+    """Load a model directory whole, and free its weights at the end.
+
+    Code that comes with a model is never run.
+
+    Args:
+        dtype: what it computes in; the dtype of its config by default.
+
+    Raises:
+        UnsupportedError: transformers cannot load it, with its reason.
+    """
+    release_freed_memory()
+    # Imported here, and before standard error is replaced: its log handler keeps the stream it finds.
+    import transformers
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        # Progress bars of the loader and of compressed-tensors, which have no other switch, go to the buffer.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype or "auto", output_loading_info=True, **options
+            )
+            model = model.to(device).eval()
+            # Quantized weights are unpacked by the first forward, which belongs to loading and not to what is timed.
+            with torch.inference_mode():
+                model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+            release_freed_memory()
+    except Exception as error:  # whatever goes wrong inside a loader of many architectures and quantizers
+        raise UnsupportedError(
+            f"{directory.name}: transformers {transformers.__version__} cannot load it: {type(error).__name__}: {error}"
+        ) from error
+    problems = [
+        f"{kind.removesuffix('_keys')}: {entry if isinstance(entry, str) else entry[0]}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for entry in sorted(info[kind], key=str)
+    ]
+    name = f"transformers {transformers.__version__} on {device}, {str(model.dtype).removeprefix('torch.')}"
+    try:
+        yield Runtime(model, tokenizer, name, tuple(problems))
+    finally:
+        # The caller's variable and cycles between modules would keep the weights until some later collection.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        release_freed_memory()
+
+
+def too_large(dense: Checkpoint, device: torch.device) -> str:
+    """Why a model can't be loaded whole; empty if it can."""
+    free = available_nbytes(device)
+    needed = round(_LOADING_FACTOR * dense.nbytes)
+    return f"loading it whole takes about {needed:,} bytes, {free:,} are free" if needed > free else ""
