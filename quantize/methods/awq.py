@@ -20,11 +20,11 @@ import torch
 
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.methods.base import Calibration, ScaledEdge, Target
-from llmconvert.quantize.methods.finish import Finish, Finishing
+from llmconvert.quantize.methods.nearest import Finish, Finishing
 from llmconvert.quantize.methods.rescale import share_by_channel
 from llmconvert.quantize.methods.rtn import round_to_codes
 from llmconvert.quantize.scheme import Kind
-from llmconvert.quantize.solve.quadratic import quadratic_form
+from llmconvert.quantize.solve.hessian import quadratic_form
 from llmconvert.quantize.solve.scales import full_range_scales
 
 __all__ = ["Awq"]

@@ -22,7 +22,7 @@ from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.methods.base import Calibration, Solution, Target
 from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.scheme import Kind
-from llmconvert.quantize.solve.damping import with_damping
+from llmconvert.quantize.solve.hessian import with_damping
 
 __all__ = ["Gptaq"]
 

@@ -22,10 +22,16 @@ from llmconvert.compute.rows import over_rows
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.methods.base import Calibration, Solution, Target
 from llmconvert.quantize.scheme import Kind, Scheme
-from llmconvert.quantize.solve.damping import with_damping
-from llmconvert.quantize.solve.hessian import lower_factor_, lower_factor_nbytes, mirror_upper_, permute_
+from llmconvert.quantize.solve.hessian import (
+    lower_factor_,
+    lower_factor_nbytes,
+    mirror_upper_,
+    permute_,
+    quadratic_form,
+    quadratic_nbytes,
+    with_damping,
+)
 from llmconvert.quantize.solve.kernels import gpu_kernels, solve_columns, transpose_in_order, weighted_squares
-from llmconvert.quantize.solve.quadratic import quadratic_form, quadratic_nbytes
 from llmconvert.quantize.solve.refine import refine, refine_nbytes
 from llmconvert.quantize.solve.scales import GroupScales, search_scales
 from llmconvert.quantize.tensor import QuantizedTensor

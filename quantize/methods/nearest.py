@@ -1,20 +1,27 @@
-"""Rounding to nearest with calibration: group scales of least squared error, weighted with the inputs' energy."""
+"""The final rounding step of AWQ and SmoothQuant: what was moved between channels is rounded to nearest, or by GPTQ.
+
+Nearest means group scales of least squared error, weighted with the inputs' energy (AWQ's clipping).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.methods.base import Solution, Target
+from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.methods.rtn import round_to_codes
-from llmconvert.quantize.solve.quadratic import quadratic_form
+from llmconvert.quantize.solve.hessian import quadratic_form
 from llmconvert.quantize.solve.scales import search_scales
 from llmconvert.quantize.tensor import QuantizedTensor
 
-__all__ = ["NearestCodes"]
+__all__ = ["Finish", "Finishing", "NearestCodes"]
+
+Finish = Literal["nearest", "gptq"]
 
 # Rows are rounded in slices of about this many weights, for the sake of the float32 copies.
 _WEIGHTS_AT_ONCE = 1 << 22
@@ -22,7 +29,7 @@ _WEIGHTS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class NearestCodes:
-    """What methods that prepare weights for rounding end with."""
+    """Rounding to nearest with calibration."""
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
@@ -35,6 +42,26 @@ class NearestCodes:
         """A slice of rows in float32: weights, scale candidates, quotients and errors; all codes twice."""
         at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
         return at_once * 4 * 8 + rows * columns * 2
+
+
+class Finishing:
+    """The part of :class:`~llmconvert.quantize.methods.base.Quantizer` that :attr:`then` decides."""
+
+    __slots__ = ()
+
+    then: Finish
+
+    def quantize(
+        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        return self._last.quantize(targets, hessian, scale_dtype)
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return self._last.nbytes(rows, columns)
+
+    @property
+    def _last(self) -> NearestCodes | Gptq:
+        return Gptq() if self.then == "gptq" else NearestCodes()
 
 
 def _round(target: Target, hessian: torch.Tensor, scale_dtype: torch.dtype) -> Solution:

@@ -19,7 +19,7 @@ import torch
 from llmconvert.compute.activations import quantize_input
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.methods.base import Calibration, ScaledEdge, Target
-from llmconvert.quantize.methods.finish import Finish, Finishing
+from llmconvert.quantize.methods.nearest import Finish, Finishing
 from llmconvert.quantize.methods.rescale import share_by_channel
 from llmconvert.quantize.methods.rtn import round_to_codes
 from llmconvert.quantize.scheme import Kind, input_kind

@@ -1,19 +1,42 @@
-"""A triangular factor in place: ``H = L Lᵀ`` with ``L`` lower triangular.
+"""What solvers do with a Hessian: its triangular factor in place, enough damping for one, and its quadratic form.
 
-For wide layers these matrices are the largest thing in memory, so everything happens in the memory of ``H``, whose
-upper triangle stays as it is: panel by panel, with LAPACK on the diagonal and matrix products doing the rest.
+``H = L Lᵀ`` with ``L`` lower triangular: for wide layers these matrices are the largest thing in memory, so everything
+happens in the memory of ``H``, whose upper triangle stays as it is: panel by panel, with LAPACK on the diagonal and
+matrix products doing the rest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
-__all__ = ["lower_factor_", "lower_factor_nbytes", "mirror_upper_", "permute_"]
+from llmconvert.compute.precision import bfloat16_products
+from llmconvert.engine.statistics import Hessian
+from llmconvert.errors import CalibrationError
+
+__all__ = [
+    "lower_factor_",
+    "lower_factor_nbytes",
+    "mirror_upper_",
+    "permute_",
+    "quadratic_form",
+    "quadratic_nbytes",
+    "with_damping",
+]
+
+T = TypeVar("T")
 
 # LAPACK does matrices of this size in half the time that smaller panels take.
 _PANEL = 768
 # Rows and columns that are moved or updated at a time.
 _STRIPE = 256
+# Rows are converted in slices of about this many weights.
+_WEIGHTS_AT_ONCE = 1 << 23
+# Columns of the Hessian multiplied at a time.
+_PANEL_COLUMNS = 256
+_MAX_DAMPING = 1.0
 
 
 def lower_factor_(matrix: torch.Tensor) -> bool:
@@ -65,3 +88,58 @@ def permute_(matrix: torch.Tensor, order: torch.Tensor) -> None:
     for start in range(0, len(matrix), _STRIPE):
         columns = matrix[:, start : start + _STRIPE]
         columns.copy_(columns.index_select(0, order))
+
+
+def with_damping(name: str, hessian: Hessian, first: float, attempt: Callable[[float], T | None]) -> T:
+    """What ``attempt`` gives for the least damping that suffices: a share of the mean diagonal, growing tenfold.
+
+    Args:
+        name: of a linear, for errors.
+        hessian: what is to be factorized, for errors.
+        first: the share to begin with.
+        attempt: called with a share of the mean diagonal; gives None if it does not suffice.
+
+    Raises:
+        CalibrationError: not even the mean diagonal itself does.
+    """
+    damping = first
+    while damping <= _MAX_DAMPING:
+        found = attempt(damping)
+        if found is not None:
+            return found
+        damping *= 10
+    raise CalibrationError(
+        f"{name}: the Hessian of its inputs ({hessian.tokens} tokens, {len(hessian.matrix)} columns) cannot be "
+        f"factorized even with damping {_MAX_DAMPING}; use more calibration text, or quantize this linear with rtn"
+    )
+
+
+def quadratic_form(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """``tr(W H Wᵀ)``, to about three digits where the processor multiplies bfloat16 faster.
+
+    Args:
+        weight: ``[rows, columns]``, or an error of one; computed in the dtype of ``hessian``.
+        hessian: symmetric, ``[columns, columns]``.
+    """
+    rows, columns = weight.shape
+    height = max(1, _WEIGHTS_AT_ONCE // columns)
+    total = 0.0
+    for top in range(0, rows, height):
+        part = weight[top : top + height].to(hessian.dtype)
+        energy = part.new_zeros(len(part))
+        for start in range(0, columns, _PANEL_COLUMNS):
+            panel = slice(start, start + _PANEL_COLUMNS)
+            own = part[:, panel]
+            with bfloat16_products():
+                product = own @ hessian[panel, panel]
+                # The matrix is symmetric: what lies above its diagonal tiles counts twice, what lies below not at all.
+                product.addmm_(part[:, :start], hessian[:start, panel], alpha=2)
+            energy += product.mul_(own).sum(-1)
+        total += float(energy.sum(dtype=torch.float64))
+    return total
+
+
+def quadratic_nbytes(rows: int, columns: int) -> int:
+    """Peak bytes of :func:`quadratic_form` in float32 beside its arguments."""
+    height = min(rows, max(1, _WEIGHTS_AT_ONCE // columns))
+    return 4 * height * (columns + _PANEL_COLUMNS)

@@ -30,14 +30,6 @@ class GroupScales:
     scale: torch.Tensor
     zero: torch.Tensor | None
 
-    def per_column(self, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of every column, each ``[rows, columns]``."""
-        size = columns // self.scale.shape[1]
-        scale = self.scale.to(dtype).repeat_interleave(size, dim=1)
-        if self.zero is None:
-            return scale, torch.zeros_like(scale)
-        return scale, self.zero.to(dtype).repeat_interleave(size, dim=1)
-
 
 def full_range_scales(name: str, weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupScales:
     """Scales that cover each group's extreme values; what :func:`search_scales` starts from.

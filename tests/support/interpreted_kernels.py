@@ -1,6 +1,6 @@
 """The kernels for GPUs in Triton's interpreter, against their plain torch counterparts.
 
-    TRITON_INTERPRET=1 python tests/support/interpreted_kernels.py
+    TRITON_INTERPRET=1 PYTHONPATH=tests python tests/support/interpreted_kernels.py
 
 A process of its own: Triton decides when it is first imported whether it interprets. Prints what agreed, case by case.
 """

@@ -24,6 +24,14 @@ def importance_of(columns: int, seed: int = 0) -> torch.Tensor:
     return torch.exp(torch.randn(columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
 
+def per_column(found: GroupScales, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of every column, each ``[rows, columns]``."""
+    scale = found.scale.to(dtype)
+    zero = torch.zeros_like(scale) if found.zero is None else found.zero.to(dtype)
+    size = columns // scale.shape[1]
+    return scale.repeat_interleave(size, dim=1), zero.repeat_interleave(size, dim=1)
+
+
 def loss_of(weight: np.ndarray, importance: np.ndarray, scale: float, zero: float, scheme: Scheme) -> float:
     """``Σ h (w - ŵ)²`` of one group."""
     codes = np.clip(np.rint(weight / scale) + zero, scheme.code_min, scheme.code_max)
@@ -136,7 +144,7 @@ def test_a_coarse_search_costs_next_to_nothing(name: str) -> None:
     losses = []
     for stride in (1, 3):
         found = search_scales("w", weight, importance, scheme, torch.bfloat16, stride=stride)
-        scale, zero = found.per_column(64, torch.float32)
+        scale, zero = per_column(found, 64, torch.float32)
         codes = (torch.round(weight / scale) + zero).clamp(scheme.code_min, scheme.code_max)
         losses.append(float((importance * (weight - (codes - zero) * scale).square()).sum()))
     assert losses[0] <= losses[1] * (1 + 1e-6) and losses[1] <= 1.01 * losses[0]
@@ -158,7 +166,7 @@ def test_a_search_is_never_worse_than_the_full_range(
     importance = importance_of(32, seed).float()
 
     def losses(found: GroupScales) -> torch.Tensor:
-        scale, zero = found.per_column(32, torch.float64)
+        scale, zero = per_column(found, 32, torch.float64)
         assert torch.isfinite(scale).all() and (scale > 0).all() and found.scale.dtype == dtype
         codes = (torch.round(weight.double() / scale) + zero).clamp(scheme.code_min, scheme.code_max)
         return (importance * (weight - (codes - zero) * scale).square()).reshape(20, 2, 16).sum(-1)
@@ -186,7 +194,7 @@ def test_a_group_of_zeros_stays_zero(name: str) -> None:
         full_range_scales("w", torch.zeros(3, 64), scheme, torch.bfloat16),
         search_scales("w", torch.zeros(3, 64), torch.ones(64), scheme, torch.bfloat16),
     ):
-        scale, zero = found.per_column(64, torch.float32)
+        scale, zero = per_column(found, 64, torch.float32)
         codes = (torch.round(torch.zeros(3, 64) / scale) + zero).clamp(scheme.code_min, scheme.code_max)
         assert torch.equal((codes - zero) * scale, torch.zeros(3, 64))
 
@@ -200,10 +208,3 @@ def test_values_that_are_not_finite_are_named(value: float) -> None:
             full_range_scales("a.weight", weight, scheme, torch.float32)
         with pytest.raises(CheckpointError, match=r"'a\.weight' has values that are not finite"):
             search_scales("a.weight", weight, torch.ones(32), scheme, torch.float32)
-
-
-def test_scales_spread_over_columns() -> None:
-    found = GroupScales(torch.tensor([[1.0, 2.0]]), torch.tensor([[3, -4]], dtype=torch.int8))
-    scale, zero = found.per_column(6, torch.float64)
-    assert scale.tolist() == [[1, 1, 1, 2, 2, 2]]
-    assert zero.tolist() == [[3, 3, 3, -4, -4, -4]]

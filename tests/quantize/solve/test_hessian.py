@@ -1,13 +1,13 @@
-"""The triangular factor in place, against its definition."""
+"""The triangular factor in place and the quadratic form, against their definitions."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from support.quantized import hessian_of, random_inputs
+from support.quantized import hessian_of, random_inputs, random_weight
 
-from llmconvert.quantize.solve import hessian as factorize
-from llmconvert.quantize.solve.hessian import lower_factor_, mirror_upper_, permute_
+from llmconvert.quantize.solve import hessian as hessian_module
+from llmconvert.quantize.solve.hessian import lower_factor_, mirror_upper_, permute_, quadratic_form
 
 SIZES = [1, 7, 255, 256, 257, 600]
 
@@ -15,7 +15,7 @@ SIZES = [1, 7, 255, 256, 257, 600]
 @pytest.fixture(params=[64, 768], ids=["panels", "whole"])
 def panel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Panels so narrow that these matrices have several, or as wide as they are."""
-    monkeypatch.setattr(factorize, "_PANEL", request.param)
+    monkeypatch.setattr(hessian_module, "_PANEL", request.param)
 
 
 @pytest.mark.usefixtures("panel")
@@ -60,3 +60,21 @@ def test_rows_and_columns_are_permuted_alike(size: int) -> None:
     expected = matrix[order][:, order]
     permute_(matrix, order)
     assert torch.equal(matrix, expected)
+
+
+@pytest.mark.parametrize("at_once", [600 * 17, 1 << 23], ids=["slices", "whole"])
+@pytest.mark.parametrize("columns", [1, 64, 256, 257, 600])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-3), (torch.bfloat16, 2e-3)], ids=str
+)
+def test_it_is_the_squared_output_of_the_inputs(
+    columns: int, dtype: torch.dtype, tolerance: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three digits are what is promised where the processor multiplies bfloat16."""
+    monkeypatch.setattr(hessian_module, "_WEIGHTS_AT_ONCE", at_once)
+    inputs, weight = random_inputs(900, columns), random_weight(50, columns).to(dtype)
+    hessian = hessian_of(inputs, torch.float64 if dtype == torch.float64 else torch.float32).matrix
+    before = weight.clone(), hessian.clone()
+    expected = float((inputs @ weight.double().T).square().sum()) / len(inputs)
+    assert quadratic_form(weight, hessian) == pytest.approx(expected, rel=tolerance)
+    assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
