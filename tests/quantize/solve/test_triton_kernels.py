@@ -17,7 +17,8 @@ APART = Path(sys.prefix) / "triton"
 
 @pytest.mark.skipif(not APART.exists() and importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_kernels_agree_with_torch() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(APART), str(SCRIPT.parents[1])))}
+    path = os.pathsep.join((str(APART), str(SCRIPT.parents[1])))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     found = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout.split() == ["solve_columns"] * 3 + ["descend_columns"] * 3
