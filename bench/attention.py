@@ -26,7 +26,7 @@ from llmconvert.convert.dtype import convert_dtype
 from llmconvert.convert.rope_scaling import RopeScaling
 from llmconvert.convert.source import open_source
 from llmconvert.progress import console_progress
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Check
 from llmconvert.report.section import Section
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 COMPARE = """
 import json, sys
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 first, second = (open_dense(SafetensorsCheckpoint(path)) for path in sys.argv[1:3])
 codes = differing = 0
 for name in first.quantized:

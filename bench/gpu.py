@@ -21,8 +21,8 @@ from measured import markdown_table, megabytes
 from transformers import AutoTokenizer
 
 from llmconvert.engine.stream import stream_logits
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
-from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.text.datasets import load_dataset_text

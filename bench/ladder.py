@@ -17,7 +17,7 @@ from measured import markdown_table
 
 from llmconvert.convert.inspection import text_config
 from llmconvert.convert.kv_cache import cache_layout
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Report
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.long_inputs.ladder import memory_needs

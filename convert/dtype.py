@@ -15,7 +15,7 @@ from llmconvert.convert.pipeline import stream_tensors
 from llmconvert.convert.rope_scaling import RopeScaling, scale_positions
 from llmconvert.errors import UnsupportedError
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.writer import (

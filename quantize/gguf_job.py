@@ -20,9 +20,9 @@ from llmconvert.gguf.ggml.blocks import load_codec
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
 from llmconvert.gguf.layout import GgufSpec, plan_gguf
 from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.formats.gguf_carry import carried_type, carry_over
 from llmconvert.quantize.importance import collect_importance
-from llmconvert.quantize.reader import QuantizedView
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
@@ -77,8 +77,8 @@ def write_gguf(
     """Write ``source`` as one GGUF file.
 
     Args:
-        source: dense, or a :class:`~llmconvert.quantize.reader.QuantizedView`, whose codes are carried over where the
-            mix gives a tensor the type that holds them.
+        source: dense, or a :class:`~llmconvert.quantize.formats.dense_view.QuantizedView`, whose codes are carried over
+            where the mix gives a tensor the type that holds them.
         output: a file ending in ``.gguf``, or a directory to be created with ``NAME-MIX.gguf`` in it.
         mix: the tensor types.
         name: of the model; the output's by default.

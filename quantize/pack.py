@@ -10,7 +10,7 @@ import math
 
 import torch
 
-__all__ = ["pack_words", "packed_length", "unpack_words"]
+__all__ = ["pack_words", "packed_length", "signed_codes", "unpack_words", "unsigned_codes"]
 
 _WORD = 32
 _WORD_MASK = (1 << _WORD) - 1
@@ -79,6 +79,17 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
             value |= wide[..., word + 1] << (_WORD - shift)
         codes[..., lane] = (value & mask).to(torch.uint8)
     return codes.view(rows, -1)[:, :count].contiguous()
+
+
+def unsigned_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed codes (int8, of any shape) moved up by half their range, ``0 … 2 ** bits - 1``, as uint8."""
+    # Modulo 256, so that the sum needs no wider type.
+    return codes.view(torch.uint8).add(1 << (bits - 1))
+
+
+def signed_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of :func:`unsigned_codes`."""
+    return codes.sub(1 << (bits - 1)).view(torch.int8)
 
 
 def _as_signed(words: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,10 @@ from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CheckpointError, SchemeError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import Format, load_format
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers, write_layers
 from llmconvert.quantize.methods.base import ScalingQuantizer, load_method
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization
-from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
 from llmconvert.storage.writer import (

@@ -17,7 +17,7 @@ from llmconvert.device import open_device
 from llmconvert.errors import DatasetError, UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, model_stem, public_name
 from llmconvert.recipes.stages.gguf import GGUF, calibrates

@@ -17,7 +17,7 @@ import torch
 from llmconvert.gguf.checkpoint import GgufCheckpoint, open_artifact
 from llmconvert.memory import release_freed_memory
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.storage.writer import write_side_files

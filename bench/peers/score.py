@@ -21,7 +21,7 @@ import torch
 from gptq_v1 import GptqView
 
 from llmconvert.engine.stream import stream_logits
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.validate.perplexity import PerplexityResult, compare_logits, perplexity
 

@@ -8,25 +8,32 @@ Asymmetric only: the scale is always beside a zero point, stored as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.base import half_scale_dtype
-from llmconvert.quantize.pack import pack_words, unpack_words
+from llmconvert.quantize.formats.base import (
+    StoredLinear,
+    half_scale_dtype,
+    model_dtype,
+    require_shape,
+    settings,
+)
+from llmconvert.quantize.pack import pack_words, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
-from llmconvert.storage.checkpoint import TensorSpec
+from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 
-__all__ = ["AwqGemm", "deinterleave"]
+__all__ = ["AwqGemm"]
 
+_WORDS = ".qweight"
 _BITS = 4
 _LANES = 8
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
-_OFFSET = 1 << (_BITS - 1)
 
 
 class AwqGemm:
@@ -67,7 +74,7 @@ class AwqGemm:
         }
 
     def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
-        codes, zero = deinterleave(stored[f"{linear}.qweight"]), deinterleave(stored[f"{linear}.qzeros"])
+        codes, zero = _deinterleave(stored[f"{linear}.qweight"]), _deinterleave(stored[f"{linear}.qzeros"])
         return QuantizedTensor(codes, stored[f"{linear}.scales"].T.contiguous(), zero, scheme)
 
     def quantization_config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
@@ -89,16 +96,60 @@ class AwqGemm:
     def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
         return {}
 
+    def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
+        version = str(declared.get("version") or declared.get("checkpoint_format") or declared.get("format") or "gemm")
+        if version.lower() != "gemm" or int(declared.get("bits", 4)) != 4 or not declared.get("zero_point", True):
+            raise UnsupportedError(
+                f"an AWQ checkpoint with {settings(declared, 'version', 'checkpoint_format', 'bits', 'zero_point')}; "
+                "this reader knows version gemm with 4 bits and zero points"
+            )
+        for name in checkpoint.infos:
+            if name.endswith(_WORDS):
+                yield _linear(checkpoint, name.removesuffix(_WORDS))
+
+
+@dataclass(frozen=True)
+class _Awq(StoredLinear):
+    def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        # Whole words of outputs around the rows.
+        first, last = start // _LANES, -(-stop // _LANES)
+        outputs = slice(first * _LANES, last * _LANES)
+        tensor = self._unpack(checkpoint, slice(first, last), outputs)
+        return tensor.rows(start - outputs.start, stop - outputs.start).dequantize(dtype)
+
+    def read(self, checkpoint: Checkpoint) -> QuantizedTensor:
+        return self._unpack(checkpoint, slice(None), slice(None))
+
+    def _unpack(self, checkpoint: Checkpoint, words: slice, outputs: slice) -> QuantizedTensor:
+        kept = (words, words, outputs)
+        stored = {name: checkpoint[name][:, part].contiguous() for name, part in zip(self.parts, kept, strict=True)}
+        return AwqGemm().unpack(self.linear, stored, self.scheme)
+
+
+def _linear(checkpoint: Checkpoint, linear: str) -> _Awq:
+    columns, words = checkpoint.infos[f"{linear}{_WORDS}"].shape
+    rows = words * _LANES
+    groups = checkpoint.infos[require_shape(checkpoint, linear, "scales")].shape[0]
+    require_shape(checkpoint, linear, "scales", (groups, rows))
+    require_shape(checkpoint, linear, "qzeros", (groups, words))
+    if columns % groups:
+        raise CheckpointError(
+            f"quantized linear {linear!r} has {columns} inputs in {groups} groups, which do not divide"
+        )
+    scheme = Scheme(4, columns // groups, symmetric=False)
+    parts = tuple(f"{linear}.{part}" for part in ("qweight", "qzeros", "scales"))
+    return _Awq(linear, (rows, columns), model_dtype(checkpoint), scheme, parts)
+
 
 def _interleave(codes: torch.Tensor) -> torch.Tensor:
     """Signed codes ``[rows, n]`` as words ``[n, rows / 8]``."""
-    unsigned = codes.view(torch.uint8).add(_OFFSET).T
+    unsigned = unsigned_codes(codes, _BITS).T
     lanes = unsigned.reshape(unsigned.shape[0], -1, _LANES)[..., list(_ORDER)]
     return pack_words(lanes.reshape(unsigned.shape), _BITS)
 
 
-def deinterleave(words: torch.Tensor) -> torch.Tensor:
+def _deinterleave(words: torch.Tensor) -> torch.Tensor:
     """Words ``[n, rows / 8]`` as signed codes ``[rows, n]``."""
     count = words.shape[1] * _LANES
     lanes = unpack_words(words, _BITS, count).view(words.shape[0], -1, _LANES)[..., list(_INVERSE)]
-    return lanes.reshape(words.shape[0], count).sub(_OFFSET).view(torch.int8).T.contiguous()
+    return signed_codes(lanes.reshape(words.shape[0], count), _BITS).T.contiguous()

@@ -1,31 +1,77 @@
-"""What an on-disk format of quantized weights has to do, and the table of those there are."""
+"""What an on-disk format of quantized weights has to do, in both directions, and the table of those there are."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
-from llmconvert.storage.checkpoint import TensorSpec
+from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 
-__all__ = ["FORMATS", "Format", "half_scale_dtype", "load_format"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "StoredLinear",
+    "find_linears",
+    "half_scale_dtype",
+    "load_format",
+    "model_dtype",
+    "require_shape",
+    "settings",
+]
 
-#: Format name → where its class lies; loaded on use.
+#: Format name, which is the ``quant_method`` of its configs → where its class lies; loaded on use.
 FORMATS: Mapping[str, str] = {
     "compressed-tensors": "llmconvert.quantize.formats.compressed_tensors:CompressedTensors",
-    "gptq": "llmconvert.quantize.formats.gptq_v1:GptqV1",
+    "gptq": "llmconvert.quantize.formats.gptq:GptqFormat",
     "awq": "llmconvert.quantize.formats.awq_gemm:AwqGemm",
     "bitsandbytes": "llmconvert.quantize.formats.bitsandbytes:BitsAndBytes",
 }
 
 
+@dataclass(frozen=True)
+class StoredLinear(ABC):
+    """One quantized linear of a checkpoint; each format has a subclass that knows how it is stored.
+
+    Attributes:
+        linear: its name, without ``.weight``.
+        shape: ``(rows, columns)`` of the dense weight.
+        dtype: what the dense weight is rounded to, unless the reader is asked for another one.
+        scheme: what it is stored in.
+        parts: the tensors that make it up.
+    """
+
+    linear: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    scheme: Scheme
+    parts: tuple[str, ...]
+
+    @abstractmethod
+    def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows ``start:stop`` (at least one) of the dense weight, computed in float32 and rounded once to ``dtype``."""
+
+    @abstractmethod
+    def read(self, checkpoint: Checkpoint) -> QuantizedTensor:
+        """The canonical tensor.
+
+        Raises:
+            UnsupportedError: there is none: groups of scattered columns, or levels of another kind.
+        """
+
+
 class Format(Protocol):
-    """Packs canonical quantized tensors into named tensors of a checkpoint, and back, bit for bit."""
+    """Packs canonical quantized tensors into named tensors of a checkpoint, and back, bit for bit.
+
+    It also finds and reads what other producers wrote in it.
+    """
 
     def check(self, scheme: Scheme) -> None:
         """Refuse a scheme the format cannot hold.
@@ -60,6 +106,18 @@ class Format(Protocol):
     def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
         """Files that readers want beside ``config.json``, by name; ``declared`` is :meth:`quantization_config`'s."""
 
+    def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
+        """The quantized linears of a checkpoint, whoever wrote it.
+
+        Args:
+            checkpoint: as stored.
+            declared: its ``quantization_config``, whose ``quant_method`` is this format's.
+
+        Raises:
+            UnsupportedError: a version or layout of the format that is not read here.
+            CheckpointError: parts are missing, or contradict each other or the config.
+        """
+
 
 def half_scale_dtype(dtype: torch.dtype) -> torch.dtype:
     """Where scales are stored in float16: in which dtype to choose them, for a model in ``dtype``.
@@ -81,3 +139,44 @@ def load_format(name: str) -> Format:
     module, _, attribute = FORMATS[name].partition(":")
     instance: Format = getattr(importlib.import_module(module), attribute)()
     return instance
+
+
+def find_linears(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
+    """Every quantized linear of a checkpoint whose ``quantization_config`` is ``declared``.
+
+    Raises:
+        UnsupportedError: stored in a way that no format here knows.
+        CheckpointError: the tensors contradict the config.
+    """
+    method = declared.get("quant_method", "")
+    if method not in FORMATS:
+        raise UnsupportedError(f"quantized with {method!r}; this reader knows {', '.join(FORMATS)}")
+    return load_format(method).find(checkpoint, declared)
+
+
+def require_shape(checkpoint: Checkpoint, linear: str, part: str, shape: tuple[int, ...] | None = None) -> str:
+    """The full name of a linear's part.
+
+    Raises:
+        CheckpointError: it is not there, or has another shape.
+    """
+    name = f"{linear}.{part}"
+    stored = checkpoint.infos.get(name)
+    if stored is None:
+        raise CheckpointError(f"quantized linear {linear!r} has no tensor {name!r}")
+    if shape is not None and stored.shape != shape:
+        raise CheckpointError(f"tensor {name!r} has shape {list(stored.shape)}, expected {list(shape)}")
+    return name
+
+
+def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating dtype that a config declares; float16, in which such models are usually saved, if it has none."""
+    text = checkpoint.config.get("text_config") or {}
+    declared = [config.get(key) for config in (checkpoint.config, text) for key in ("dtype", "torch_dtype")]
+    dtype = getattr(torch, next((str(value) for value in declared if value), "float16").removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float16
+
+
+def settings(declared: Mapping[str, Any], *keys: str) -> str:
+    """What a config declares under some keys, for an error."""
+    return ", ".join(f"{key}: {declared[key]}" for key in keys if key in declared)

@@ -3,24 +3,32 @@
 Three of its layouts: ``pack-quantized`` for integer weights of 2 to 8 bits with 16-bit activations (codes packed into
 int32 words along the columns, zero points along the rows), ``int-quantized`` for 8-bit weights with 8-bit activations
 (codes as int8, activations quantized per token while running), and ``float-quantized`` for E4M3 weights, with or
-without E4M3 activations.
+without E4M3 activations. Artifacts of llm-compressor and others are read in all three.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.codes import FP8
-from llmconvert.quantize.pack import pack_words, packed_length, unpack_words
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.formats.base import StoredLinear, require_shape
+from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
+from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
-from llmconvert.storage.checkpoint import TensorSpec
+from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 
 __all__ = ["CompressedTensors"]
+
+_PACKED = ".weight_packed"
+_CODES = (torch.int8, FP8)
+# Written by some producers beside the parts that a scheme needs; they say nothing that is not said otherwise.
+_SURPLUS = ("weight_zero_point", "weight_g_idx", "input_scale", "output_scale")
 
 
 class CompressedTensors:
@@ -65,12 +73,12 @@ class CompressedTensors:
         if _layout(scheme) != "pack-quantized":
             return {f"{linear}.weight": tensor.codes, f"{linear}.weight_scale": tensor.scale}
         stored = {
-            f"{linear}.weight_packed": pack_words(_unsigned(tensor.codes, scheme), scheme.bits),
+            f"{linear}.weight_packed": pack_words(unsigned_codes(tensor.codes, scheme.bits), scheme.bits),
             f"{linear}.weight_scale": tensor.scale,
             f"{linear}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
         }
         if tensor.zero is not None:
-            packed = pack_words(_unsigned(tensor.zero, scheme).T.contiguous(), scheme.bits)
+            packed = pack_words(unsigned_codes(tensor.zero, scheme.bits).T.contiguous(), scheme.bits)
             stored[f"{linear}.weight_zero_point"] = packed.T.contiguous()
         return stored
 
@@ -80,12 +88,12 @@ class CompressedTensors:
             return QuantizedTensor(stored[f"{linear}.weight"], scale, None, scheme)
         words = stored[f"{linear}.weight_packed"]
         rows, columns = words.shape[0], int(stored[f"{linear}.weight_shape"][1])
-        codes = _signed(unpack_words(words, scheme.bits, columns), scheme)
+        codes = signed_codes(unpack_words(words, scheme.bits, columns), scheme.bits)
         zero = None
         if not scheme.symmetric:
             # Zero points are packed along the rows: all of them are needed to find those of a few rows.
             packed = stored[f"{linear}.weight_zero_point"].T.contiguous()
-            zero = _signed(unpack_words(packed, scheme.bits, rows).T.contiguous(), scheme)
+            zero = signed_codes(unpack_words(packed, scheme.bits, rows).T.contiguous(), scheme.bits)
         return QuantizedTensor(codes, scale, zero, scheme)
 
     def quantization_config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
@@ -117,6 +125,104 @@ class CompressedTensors:
 
     def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
         return {}
+
+    def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
+        groups = [_Group.parse(value) for value in declared["config_groups"].values()]
+        for name, info in checkpoint.infos.items():
+            if name.endswith(_PACKED):
+                linear = name.removesuffix(_PACKED)
+                rows, columns = checkpoint[require_shape(checkpoint, linear, "weight_shape", (2,))].tolist()
+                yield _linear(checkpoint, linear, (rows, columns), groups)
+            elif name.endswith(".weight") and info.dtype in _CODES:
+                yield _linear(checkpoint, name.removesuffix(".weight"), (info.shape[0], info.shape[1]), groups)
+
+
+@dataclass(frozen=True)
+class _Compressed(StoredLinear):
+    """``needed``: the parts that hold the weight; ``parts`` may have others."""
+
+    needed: tuple[str, ...]
+
+    def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        stored: dict[str, torch.Tensor] = {}
+        for part in self.needed:
+            if part.endswith(".weight_shape"):
+                stored[part] = torch.tensor([stop - start, self.shape[1]])
+            elif part.endswith(".weight_zero_point"):
+                stored[part] = self._zero_rows(checkpoint[part], start, stop)
+            else:
+                stored[part] = checkpoint.read_rows(part, start, stop)
+        return CompressedTensors().unpack(self.linear, stored, self.scheme).dequantize(dtype)
+
+    def read(self, checkpoint: Checkpoint) -> QuantizedTensor:
+        stored = {part: checkpoint[part] for part in self.needed}
+        return CompressedTensors().unpack(self.linear, stored, self.scheme)
+
+    def _zero_rows(self, packed: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Zero points of a slice of rows, packed again as if the weight had only these."""
+        every = unpack_words(packed.T.contiguous(), self.scheme.bits, self.shape[0])
+        return pack_words(every[:, start:stop].contiguous(), self.scheme.bits).T.contiguous()
+
+
+def _linear(checkpoint: Checkpoint, linear: str, shape: tuple[int, int], groups: list[_Group]) -> _Compressed:
+    scheme = _scheme_for(linear, groups)
+    scale = checkpoint.infos[require_shape(checkpoint, linear, "weight_scale")]
+    specs = CompressedTensors().specs(linear, shape, scheme, scale.dtype)
+    for spec in specs:
+        stored = checkpoint.infos[require_shape(checkpoint, linear, spec.name.removeprefix(f"{linear}."))]
+        if stored.shape != spec.shape:
+            raise CheckpointError(
+                f"tensor {spec.name!r} has shape {list(stored.shape)}; a weight of shape {list(shape)} "
+                f"in {scheme} needs {list(spec.shape)}"
+            )
+    needed = tuple(spec.name for spec in specs)
+    surplus = tuple(name for part in _SURPLUS if (name := f"{linear}.{part}") in checkpoint and name not in needed)
+    return _Compressed(linear, shape, scale.dtype, scheme, needed + surplus, needed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A config group: the linears it names, by pattern or by class, and their scheme."""
+
+    targets: tuple[str, ...]
+    scheme: Scheme
+
+    @classmethod
+    def parse(cls, group: Mapping[str, Any]) -> _Group:
+        weights = group["weights"]
+        kinds: dict[tuple[str, int], Kind] = {("int", bits): "int" for bits in range(2, 9)}
+        kinds["float", 8] = "fp8"
+        kind = kinds.get((weights["type"], weights["num_bits"]))
+        if kind is None or weights["strategy"] not in ("group", "channel"):
+            raise UnsupportedError(
+                f"compressed-tensors weights of {weights['num_bits']}-bit type {weights['type']!r} with strategy "
+                f"{weights['strategy']!r}; this reader knows int and 8-bit float weights by group or channel"
+            )
+        activations = group.get("input_activations")
+        size = weights["group_size"] if weights["strategy"] == "group" else None
+        bits = activations["num_bits"] if activations else 16
+        scheme = Scheme(weights["num_bits"], size, weights["symmetric"], bits, kind)
+        return cls(tuple(group["targets"]), scheme)
+
+    def names(self, linear: str) -> bool:
+        """Whether the group names a linear. A checkpoint's names may lack the prefix that its modules' names have."""
+        return any(
+            re.match(target[3:], linear) is not None
+            if target.startswith("re:")
+            else target == linear or target.endswith(f".{linear}")
+            for target in self.targets
+        )
+
+
+def _scheme_for(linear: str, groups: list[_Group]) -> Scheme:
+    """Names and patterns come before classes, as in every reader of the format."""
+    for group in groups:
+        if group.names(linear):
+            return group.scheme
+    for group in groups:
+        if "Linear" in group.targets:
+            return group.scheme
+    raise CheckpointError(f"linear {linear!r} is stored quantized, but no config group of config.json names it")
 
 
 def _layout(scheme: Scheme) -> str:
@@ -157,12 +263,3 @@ def _activation_args(scheme: Scheme) -> dict[str, Any] | None:
         "observer": None,
         "observer_kwargs": {},
     }
-
-
-def _unsigned(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    # Modulo 256, so that the sum needs no wider type.
-    return codes.view(torch.uint8).add(-scheme.code_min)
-
-
-def _signed(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    return codes.sub(-scheme.code_min).view(torch.int8)

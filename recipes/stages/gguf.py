@@ -15,11 +15,11 @@ import torch
 
 from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
 from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.formats.gguf_carry import CARRIED
 from llmconvert.quantize.gguf_job import GgufResult, check_gguf_output, write_gguf
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import METHODS, needs_calibration
-from llmconvert.quantize.reader import open_dense
 from llmconvert.recipes.schema.recipe import QuantizeSettings
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 

@@ -26,10 +26,10 @@ from llmconvert.errors import (
     SchemeError,
     UnsupportedError,
 )
+from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
 from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.plan import Override
-from llmconvert.quantize.reader import QuantizedView, open_dense
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from llmconvert.engine.statistics import Arrival, HessianSum
 from llmconvert.quantize import requantize
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers
 from llmconvert.quantize.methods.base import BlockData, Solution, Target
 from llmconvert.quantize.methods.gptaq import Gptaq
 from llmconvert.quantize.methods.signround import SignRound
-from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.requantize import requantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint

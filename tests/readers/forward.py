@@ -10,7 +10,7 @@ from support.gguf_models import built, round_inputs
 
 from llmconvert.engine.stream import stream_logits
 from llmconvert.gguf.checkpoint import open_gguf
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 __all__ = ["our_forward"]

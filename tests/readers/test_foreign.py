@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from samples import VOCABULARY, sample_model
 
 from llmconvert.convert.dtype import convert_dtype
-from llmconvert.quantize.reader import QuantizedView, open_dense
+from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 GPTQMODEL = {

@@ -68,7 +68,7 @@ def test_a_prompt_without_chat_template_goes_as_it_is(original: Path, tmp_path: 
 
 
 def test_the_quantized_model_loads_and_agrees_with_dequantized_weights(quantized: Path) -> None:
-    from llmconvert.quantize.reader import open_dense
+    from llmconvert.quantize.formats.dense_view import open_dense
     from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
     window = torch.arange(3, 60).unsqueeze(0)

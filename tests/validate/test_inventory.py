@@ -12,8 +12,8 @@ from support.disguised_heads import grouped_model
 from support.tiny_architectures import ids
 
 from llmconvert.convert.gqa.view import MergedAttention
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
-from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.validate import inventory as module

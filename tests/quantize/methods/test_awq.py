@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import UnsupportedError
 from llmconvert.progress import SILENT
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.awq import Awq
 from llmconvert.quantize.methods.base import ScaledEdge, Target, load_method
 from llmconvert.quantize.methods.nearest import NearestCodes
 from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.plan import Override
-from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.requantize import requantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint

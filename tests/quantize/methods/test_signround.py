@@ -11,13 +11,13 @@ from support.quantized import random_weight
 from support.tiny_architectures import ids
 
 from llmconvert.engine.divergence import SideBySide
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods import signround
 from llmconvert.quantize.methods.base import BlockQuantizer, Target, load_method
 from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.methods.signround import _Learned
-from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import ScaledEdge, Target, load_method
 from llmconvert.quantize.methods.smoothquant import SmoothQuant
-from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 

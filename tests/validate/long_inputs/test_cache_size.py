@@ -12,7 +12,7 @@ from support.tiny_models import tiny_llama_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmconvert.convert.kv_cache import cache_layout
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.long_inputs import cache_size

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.tiny_models import tiny_llama_dir
 
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.long_inputs import decoding

@@ -11,7 +11,7 @@ from support.tiny_architectures import tiny_model
 from support.tiny_models import tiny_llama_dir
 
 from llmconvert.engine.memory import BASE_NBYTES
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.long_inputs import ladder

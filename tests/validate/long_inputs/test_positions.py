@@ -10,7 +10,7 @@ import torch
 from support.tiny_models import tiny_llama_dir, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmconvert.quantize.reader import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.long_inputs import positions

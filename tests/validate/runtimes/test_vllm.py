@@ -24,8 +24,8 @@ from support.tiny_models import tiny_llama_dir
 from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import GateError, UnsupportedError
 from llmconvert.progress import SILENT
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
-from llmconvert.quantize.reader import open_dense
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.report.report import Report
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint

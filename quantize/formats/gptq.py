@@ -1,13 +1,17 @@
-"""The GPTQ format, version 1, as AutoGPTQ defined it (https://github.com/AutoGPTQ/AutoGPTQ): GPTQModel, vLLM, ExLlama.
+"""The GPTQ format as AutoGPTQ defined it (https://github.com/AutoGPTQ/AutoGPTQ): GPTQModel, vLLM, ExLlama.
 
 A linear of ``n`` inputs and ``r`` outputs is stored transposed: ``qweight`` int32 ``[n · bits / 32, r]`` (unsigned
 codes packed along the inputs), ``qzeros`` int32 ``[groups, r · bits / 32]`` (packed along the outputs), ``scales``
 float16 ``[groups, r]`` and ``g_idx`` int32 ``[n]``, the group of every input.
 
-Zero points are stored minus one. GPTQModel, the one maintained reader of asymmetric weights, adds the one to the whole
-32-bit word for 2, 4 and 8 bits, so a zero point of 0 borrows from its neighbour, and code by code for 3 bits; what is
-written here is what it undoes. AutoGPTQ's own kernels add code by code, and differ where a zero point is 0: where a
-group of weights has (nearly) no negative one. AutoGPTQ itself destroyed such words when it packed them.
+Version 1 is written; versions 1 and 2 are read, activation order (``desc_act``) included, which scatters a group's
+inputs. What is stored tells the width of every linear, so per-layer overrides (``dynamic``) need no looking up.
+
+Version 2 stores zero points as they are, version 1 minus one. GPTQModel, the one maintained reader of asymmetric
+weights, adds the one to the whole 32-bit word for 2, 4 and 8 bits, so a zero point of 0 borrows from its neighbour, and
+code by code for 3 bits; what is written here is what it undoes. AutoGPTQ's own kernels add code by code, and differ
+where a zero point is 0: where a group of weights has (nearly) no negative one. AutoGPTQ itself destroyed such words
+when it packed them.
 """
 
 from __future__ import annotations
@@ -15,21 +19,29 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.base import half_scale_dtype
-from llmconvert.quantize.pack import pack_words, packed_length, unpack_words
+from llmconvert.quantize.formats.base import (
+    StoredLinear,
+    half_scale_dtype,
+    model_dtype,
+    require_shape,
+    settings,
+)
+from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
-from llmconvert.storage.checkpoint import TensorSpec
+from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.version import __version__
 
-__all__ = ["GptqV1", "stored_zeros", "unstored_zeros"]
+__all__ = ["GptqFormat", "stored_zeros", "unstored_zeros"]
 
+_WORDS = ".qweight"
 _BITS = (2, 3, 4, 8)
 _GROUP_SIZES = (None, 16, 32, 64, 128, 256, 512, 1024)
 # Both dimensions are packed, so both come in whole words of any of these widths.
@@ -44,7 +56,7 @@ _FUSED = {
 }
 
 
-class GptqV1:
+class GptqFormat:
     """``qweight``, ``qzeros``, ``scales`` and ``g_idx``, and their configuration in both of its places."""
 
     def check(self, scheme: Scheme) -> None:
@@ -78,11 +90,11 @@ class GptqV1:
         scheme = tensor.scheme
         _, columns = tensor.shape
         groups = scheme.groups(columns)
-        codes = _unsigned(tensor.codes, scheme)
+        codes = unsigned_codes(tensor.codes, scheme.bits)
         if tensor.zero is None:
             zeros = torch.full_like(tensor.scale, -scheme.code_min, dtype=torch.uint8)
         else:
-            zeros = _unsigned(tensor.zero, scheme)
+            zeros = unsigned_codes(tensor.zero, scheme.bits)
         scales = tensor.scale.T.to(torch.float16).contiguous()
         if not torch.isfinite(scales).all():
             raise CheckpointError(f"{linear}: a scale is beyond float16, in which gptq stores scales")
@@ -100,8 +112,8 @@ class GptqV1:
         zero = None
         if not scheme.symmetric:
             unsigned = unstored_zeros(stored[f"{linear}.qzeros"], scheme.bits, scales.shape[1])
-            zero = _signed(unsigned.T.contiguous(), scheme)
-        codes = _signed(unpack_words(words, scheme.bits, columns), scheme)
+            zero = signed_codes(unsigned.T.contiguous(), scheme.bits)
+        codes = signed_codes(unpack_words(words, scheme.bits, columns), scheme.bits)
         return QuantizedTensor(codes, scales.T.contiguous(), zero, scheme)
 
     def quantization_config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
@@ -135,6 +147,85 @@ class GptqV1:
 
     def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
         return {"quantize_config.json": (json.dumps(declared, indent=2) + "\n").encode()}
+
+    def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
+        version = str(declared.get("checkpoint_format") or declared.get("format") or "gptq").lower()
+        if version not in ("gptq", "gptq_v2") or str(declared.get("pack_dtype", "int32")) != "int32":
+            raise UnsupportedError(
+                f"a GPTQ checkpoint with {settings(declared, 'checkpoint_format', 'format', 'pack_dtype')}; "
+                "this reader knows gptq and gptq_v2, packed in int32"
+            )
+        for name in checkpoint.infos:
+            if name.endswith(_WORDS):
+                yield _linear(checkpoint, declared, name.removesuffix(_WORDS), plain=version == "gptq_v2")
+
+
+@dataclass(frozen=True)
+class _Gptq(StoredLinear):
+    """``plain``: zero points are stored as they are, not minus one. ``indexed``: there is a ``g_idx``."""
+
+    plain: bool
+    indexed: bool
+
+    def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        codes, zeros, scales = self._stored(checkpoint, slice(start, stop))
+        group = self._groups(checkpoint)
+        weight = codes.float().sub_(zeros.float()[:, group]).mul_(scales.float()[:, group])
+        return weight.to(dtype)
+
+    def read(self, checkpoint: Checkpoint) -> QuantizedTensor:
+        codes, zeros, scales = self._stored(checkpoint, slice(None))
+        columns, groups = self.shape[1], scales.shape[1]
+        expected = torch.arange(columns) // self.scheme.columns_per_group(columns)
+        if columns % groups or not torch.equal(self._groups(checkpoint), expected):
+            raise UnsupportedError(f"{self.linear}: its groups are scattered columns (activation order)")
+        bits = self.scheme.bits
+        if self.scheme.symmetric and not (zeros == 1 << (bits - 1)).all():
+            raise CheckpointError(f"{self.linear}: config.json says symmetric, {self.linear}.qzeros says otherwise")
+        zero = None if self.scheme.symmetric else signed_codes(zeros, bits)
+        return QuantizedTensor(signed_codes(codes, bits), scales.contiguous(), zero, self.scheme)
+
+    def _stored(self, checkpoint: Checkpoint, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Unsigned codes ``[rows, columns]``, and unsigned zero points and scales ``[rows, groups]``."""
+        bits = self.scheme.bits
+        words = checkpoint[f"{self.linear}.qweight"][:, rows].T.contiguous()
+        qzeros, scales = checkpoint[f"{self.linear}.qzeros"], checkpoint[f"{self.linear}.scales"]
+        unpack = unpack_words if self.plain else unstored_zeros
+        zeros = unpack(qzeros, bits, self.shape[0])[:, rows].T.contiguous()
+        return unpack_words(words, bits, self.shape[1]), zeros, scales[:, rows].T
+
+    def _groups(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """The group of every column, int64."""
+        columns = self.shape[1]
+        if not self.indexed:
+            return torch.arange(columns) // self.scheme.columns_per_group(columns)
+        group, count = checkpoint[f"{self.linear}.g_idx"].long(), checkpoint.infos[f"{self.linear}.scales"].shape[0]
+        if not 0 <= int(group.min()) <= int(group.max()) < count:
+            raise CheckpointError(f"tensor '{self.linear}.g_idx' names group {int(group.max())}, there are {count}")
+        return group
+
+
+def _linear(checkpoint: Checkpoint, declared: Mapping[str, Any], linear: str, *, plain: bool) -> _Gptq:
+    words = checkpoint.infos[f"{linear}{_WORDS}"].shape
+    scales = checkpoint.infos[require_shape(checkpoint, linear, "scales")].shape
+    indexed = f"{linear}.g_idx" in checkpoint
+    bits = int(declared["bits"])
+    if indexed:
+        (columns,) = checkpoint.infos[f"{linear}.g_idx"].shape
+        bits = next((width for width in _BITS if packed_length(columns, width) == words[0]), 0)
+    else:
+        columns = words[0] * 32 // bits
+    if bits not in _BITS or len(scales) != 2 or scales[1] != words[1]:
+        raise CheckpointError(
+            f"quantized linear {linear!r}: qweight {list(words)}, scales {list(scales)} and {columns} inputs do not "
+            f"belong together in any of {', '.join(map(str, _BITS))} bits"
+        )
+    rows, groups = words[1], scales[0]
+    require_shape(checkpoint, linear, "qzeros", (groups, packed_length(rows, bits)))
+    size = None if groups == 1 else -(-columns // groups)
+    scheme = Scheme(bits, size, bool(declared.get("sym", True)))
+    parts = tuple(f"{linear}.{part}" for part in ("qweight", "qzeros", "scales", *(["g_idx"] if indexed else [])))
+    return _Gptq(linear, (rows, columns), model_dtype(checkpoint), scheme, parts, plain, indexed)
 
 
 def stored_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
@@ -175,12 +266,3 @@ def _pattern(linear: str) -> str:
     prefix, dot, leaf = linear.rpartition(".")
     names = f"(?:{leaf}|{_FUSED[leaf]})" if leaf in _FUSED else re.escape(leaf)
     return re.escape(prefix + dot) + names
-
-
-def _unsigned(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    # Modulo 256, so that the sum needs no wider type.
-    return codes.view(torch.uint8).add(-scheme.code_min)
-
-
-def _signed(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    return codes.sub(-scheme.code_min).view(torch.int8)

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.pack import pack_words
-from llmconvert.quantize.reader import QuantizedView, open_dense
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 

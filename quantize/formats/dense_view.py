@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmconvert.errors import CheckpointError
-from llmconvert.quantize.readers.base import find_linears
+from llmconvert.quantize.formats.base import find_linears
 from llmconvert.quantize.scheme import Scheme, input_kind
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, TensorInfo
@@ -94,7 +94,7 @@ class QuantizedView(CheckpointView):
         """The canonical tensor behind a dense weight's name.
 
         Raises:
-            UnsupportedError: it has none (see :meth:`~llmconvert.quantize.readers.base.StoredLinear.read`).
+            UnsupportedError: it has none (see :meth:`~llmconvert.quantize.formats.base.StoredLinear.read`).
         """
         return self.quantized[name].read(self.base)
 

@@ -17,9 +17,9 @@ from transformers import AutoModel, AutoModelForCausalLM, CompressedTensorsConfi
 
 from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.plan import Override
-from llmconvert.quantize.reader import QuantizedView, open_dense
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 
