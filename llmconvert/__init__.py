@@ -1,12 +1,16 @@
-"""From a causal language model's checkpoint to a smaller, measured and published artifact.
+"""Take a causal language model's checkpoint to a smaller, measured and published artifact.
 
-The same functions that the command line calls::
+The functions that the command line calls, one per command, with its options as keyword arguments::
 
     import llmconvert
 
+    llmconvert.quantize_model("org/name", "out/w4", scheme="w4a16-g128", calibration="pydoc-topics:train")
+    report = llmconvert.validate_model("out/w4", "org/name", text="pydoc-topics:test")
+    print(report["perplexity"].value)
+
     recipe = llmconvert.load_recipe("recipes/demo.yaml", overrides=["quantize.scheme=w3a16-g64"])
     result = llmconvert.run_recipe(recipe)
-    print(result.artifact, result.report.check("perplexity").value)
+    print(result.artifact, result.report["perplexity"].value)
 
 Importing this package loads nothing else; a name is imported from its module when it is first used.
 """
@@ -20,83 +24,172 @@ from llmconvert.version import __version__
 
 __all__ = [
     "SILENT",
+    "AttentionReport",
+    "CalibrationError",
+    "CapacityError",
     "Check",
     "Checkpoint",
+    "CheckpointError",
+    "Column",
+    "ConvertedModel",
+    "DatasetError",
+    "DtypeReport",
+    "GateError",
+    "HealReport",
+    "HubError",
     "LlmconvertError",
+    "Measurement",
+    "ModelInfo",
     "ModelSummary",
+    "Outcome",
+    "OutputError",
     "Override",
+    "Plot",
     "Progress",
-    "PushOptions",
+    "PushPlan",
+    "QuantizedModel",
     "QuantizedTensor",
     "Recipe",
+    "RecipeError",
     "Report",
+    "RunInterruptedError",
     "RunResult",
     "SafetensorsCheckpoint",
     "Scheme",
+    "SchemeError",
+    "Section",
+    "Series",
     "Source",
+    "SourceError",
+    "Step",
+    "Subject",
+    "UnsupportedError",
+    "UsageError",
     "__version__",
+    "compare_reports",
     "console_progress",
     "convert_dtype",
+    "convert_model",
     "inspect_model",
     "load_recipe",
     "make_recipe",
     "open_source",
-    "push_folder",
+    "plan_push",
+    "push_model",
     "quantize_checkpoint",
+    "quantize_model",
+    "read_reports",
+    "render_html",
+    "require_passed",
     "run_batch",
     "run_recipe",
     "shipped_recipes",
-    "validate_artifact",
+    "validate_model",
 ]
 
 _MODULES = {
     "SILENT": "progress",
+    "AttentionReport": "convert.gqa.job",
+    "CalibrationError": "errors",
+    "CapacityError": "errors",
     "Check": "report.report",
     "Checkpoint": "storage.checkpoint",
+    "CheckpointError": "errors",
+    "Column": "report.section",
+    "ConvertedModel": "api",
+    "DatasetError": "errors",
+    "DtypeReport": "convert.dtype",
+    "GateError": "errors",
+    "HealReport": "convert.heal.job",
+    "HubError": "errors",
     "LlmconvertError": "errors",
+    "Measurement": "validate.measurement",
+    "ModelInfo": "report.report",
     "ModelSummary": "convert.inspection",
+    "Outcome": "recipes.batch",
+    "OutputError": "errors",
     "Override": "quantize.plan",
+    "Plot": "report.section",
     "Progress": "progress",
-    "PushOptions": "hub",
+    "PushPlan": "hub",
+    "QuantizedModel": "api",
     "QuantizedTensor": "quantize.tensor",
     "Recipe": "recipes.schema.recipe",
+    "RecipeError": "errors",
     "Report": "report.report",
+    "RunInterruptedError": "errors",
     "RunResult": "recipes.runner",
     "SafetensorsCheckpoint": "storage.checkpoint",
     "Scheme": "quantize.scheme",
+    "SchemeError": "errors",
+    "Section": "report.section",
+    "Series": "report.section",
     "Source": "convert.source",
+    "SourceError": "errors",
+    "Step": "report.report",
+    "Subject": "validate.measurement",
+    "UnsupportedError": "errors",
+    "UsageError": "errors",
+    "compare_reports": "validate.render.comparison",
     "console_progress": "progress",
     "convert_dtype": "convert.dtype",
+    "convert_model": "api",
     "inspect_model": "convert.inspection",
     "load_recipe": "recipes.loading",
     "make_recipe": "recipes.loading",
     "open_source": "convert.source",
-    "push_folder": "hub",
+    "plan_push": "hub",
+    "push_model": "api",
     "quantize_checkpoint": "quantize.job",
+    "quantize_model": "api",
+    "read_reports": "validate.render.comparison",
+    "render_html": "validate.render.html",
+    "require_passed": "report.report",
     "run_batch": "recipes.batch",
     "run_recipe": "recipes.runner",
     "shipped_recipes": "recipes.loading",
-    "validate_artifact": "validate.artifact",
+    "validate_model": "api",
 }
 
 if TYPE_CHECKING:
-    from llmconvert.convert.dtype import convert_dtype
+    from llmconvert.api import ConvertedModel, QuantizedModel, convert_model, push_model, quantize_model, validate_model
+    from llmconvert.convert.dtype import DtypeReport, convert_dtype
+    from llmconvert.convert.gqa.job import AttentionReport
+    from llmconvert.convert.heal.job import HealReport
     from llmconvert.convert.inspection import ModelSummary, inspect_model
     from llmconvert.convert.source import Source, open_source
-    from llmconvert.errors import LlmconvertError
-    from llmconvert.hub import PushOptions, push_folder
+    from llmconvert.errors import (
+        CalibrationError,
+        CapacityError,
+        CheckpointError,
+        DatasetError,
+        GateError,
+        HubError,
+        LlmconvertError,
+        OutputError,
+        RecipeError,
+        RunInterruptedError,
+        SchemeError,
+        SourceError,
+        UnsupportedError,
+        UsageError,
+    )
+    from llmconvert.hub import PushPlan, plan_push
     from llmconvert.progress import SILENT, Progress, console_progress
     from llmconvert.quantize.job import quantize_checkpoint
     from llmconvert.quantize.plan import Override
     from llmconvert.quantize.scheme import Scheme
     from llmconvert.quantize.tensor import QuantizedTensor
-    from llmconvert.recipes.batch import run_batch
+    from llmconvert.recipes.batch import Outcome, run_batch
     from llmconvert.recipes.loading import load_recipe, make_recipe, shipped_recipes
     from llmconvert.recipes.runner import RunResult, run_recipe
     from llmconvert.recipes.schema.recipe import Recipe
-    from llmconvert.report.report import Check, Report
+    from llmconvert.report.report import Check, ModelInfo, Report, Step, require_passed
+    from llmconvert.report.section import Column, Plot, Section, Series
     from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
-    from llmconvert.validate.artifact import validate_artifact
+    from llmconvert.validate.measurement import Measurement, Subject
+    from llmconvert.validate.render.comparison import compare_reports, read_reports
+    from llmconvert.validate.render.html import render_html
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 ORDER = (
     *("version", "errors", "phases", "device", "memory", "interrupt", "progress"),
     *("hub", "storage", "report", "text", "compute", "engine", "gguf"),
-    *("quantize", "convert", "validate", "recipes", "cli"),
+    *("quantize", "convert", "validate", "recipes", "api", "cli"),
 )
 # Folders that hold more than 15 files until what they hold is one thought.
 CROWDED: Mapping[str, int] = {"quantize": 17}

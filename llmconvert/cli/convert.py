@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from llmconvert.convert.gqa.job import AttentionReport
+    from llmconvert.convert.heal.job import HealReport
 
 
 @click.command(short_help="Write MODEL in another dtype.")
@@ -43,61 +48,34 @@ def convert(model: str, output: Path, **options: Any) -> None:
       llmconvert convert org/name out/model --stream
       llmconvert convert org/name out/gqa --kv-heads 8 --calibration pydoc-topics:train --length 512
     """
-    if options["kv_heads"] is not None:
-        _merge_heads(model, output, options)
-        return
+    from llmconvert.api import convert_model
     from llmconvert.progress import console_progress
-    from llmconvert.recipes.loading import make_recipe
-    from llmconvert.recipes.single import convert_model
 
-    recipe = make_recipe({"model": model, **_settings(options)}, "convert")
-    report = convert_model(recipe, output, stream=options["stream"], progress=console_progress())
-    error = f"{report.largest_relative_error:.2e} in {report.largest_error_tensor}" if report.cast else "none"
-    click.echo(
-        f"{output}: {report.tensors:,} tensors, {report.bytes_written:,} bytes, {report.seconds:.1f} s, "
-        f"largest relative rounding error {error}"
-    )
-
-
-def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's sections that the options of a plain conversion stand for."""
-    return {
-        "allow_pickle": options["allow_pickle"],
-        "convert": {key: options[key] for key in ("dtype", "overflow", "rope_scaling")},
-    }
+    made = convert_model(model, output, progress=console_progress(), **options)
+    if made.dtype is not None:
+        report = made.dtype
+        error = f"{report.largest_relative_error:.2e} in {report.largest_error_tensor}" if report.cast else "none"
+        click.echo(
+            f"{output}: {report.tensors:,} tensors, {report.bytes_written:,} bytes, {report.seconds:.1f} s, "
+            f"largest relative rounding error {error}"
+        )
+    if made.attention is not None:
+        for line in _merged(output, made.attention, made.healing):
+            click.echo(line)
 
 
-def _merge_heads(model: str, output: Path, options: dict[str, Any]) -> None:
-    from llmconvert.progress import console_progress
-    from llmconvert.recipes.loading import make_recipe
-    from llmconvert.recipes.stages.attention import rewrite_model
-
-    if options["stream"]:
-        raise click.UsageError("--stream goes with a change of dtype alone; fetch the model to merge its heads")
-    settings = _settings(options)
-    settings["attention"] = {
-        "kv_heads": options["kv_heads"],
-        "method": options["gqa_method"],
-        "refit": options["refit"],
-        "heal": {"steps": options["heal_steps"], "length": min(512, options["length"])},
-    }
-    settings["device"] = options["device"]
-    if options["calibration"] is not None:
-        calibrate = {key: options[key] for key in ("samples", "length", "order", "seed")}
-        settings["calibrate"] = {"dataset": options["calibration"], **calibrate}
-    recipe = make_recipe({"model": model, **settings}, "convert")
-    report, healed = rewrite_model(recipe, output, progress=console_progress())
+def _merged(output: Path, report: AttentionReport, healed: HealReport | None) -> Iterator[str]:
     (before, after), (wide, narrow) = report.kv_heads, report.kv_bytes_per_token
     losses = [layer.output_loss for layer in report.layers if layer.output_loss is not None]
     lost = f", {sum(losses) / len(losses):.1%} of the attention output lost on the average" if losses else ""
-    click.echo(
+    yield (
         f"{output}: {before} → {after} key-value heads, {wide:,} → {narrow:,} cache bytes per token, "
         f"{report.nbytes:,} bytes, {report.seconds:.1f} s{lost}"
     )
     if healed is not None and healed.before is not None and healed.after is not None:
-        click.echo(
+        yield (
             f"healed in {healed.steps} steps on {healed.tokens:,} tokens, {healed.seconds:.1f} s: "
             f"{healed.before:.3f} → {healed.after:.3f} nats from the original on held-out text"
         )
     for note in report.left_out:
-        click.echo(f"note: {note}")
+        yield f"note: {note}"

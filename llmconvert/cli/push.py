@@ -32,16 +32,15 @@ def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> Non
     Example:
       llmconvert push out/demo user/SmolLM2-135M-Instruct-W4A16
     """
-    from llmconvert.hub import PushOptions, plan_push, push_folder
-    from llmconvert.interrupt import interruptible
-    from llmconvert.progress import console_progress
-
     if dry_run:
+        from llmconvert.hub import plan_push
+
         _show(plan_push(directory, repository, revision=options["revision"], folder=options["folder"]))
         return
-    with interruptible("files already sent are not sent again; run the same command to continue"):
-        result = push_folder(directory, repository, PushOptions(**options), progress=console_progress())
-    click.echo(result)
+    from llmconvert.api import push_model
+    from llmconvert.progress import console_progress
+
+    click.echo(push_model(directory, repository, progress=console_progress(), **options))
 
 
 def _show(plan: PushPlan) -> None:

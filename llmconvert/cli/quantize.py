@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+
+def _overrides(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    """``PATTERN=SCHEME`` each, in order: the first that matches a layer counts."""
+    found: dict[str, str] = {}
+    for text in values:
+        pattern, separator, scheme = text.rpartition("=")
+        if not separator:
+            raise click.BadParameter(f"{text!r} is not PATTERN=SCHEME")
+        found.setdefault(pattern, scheme)
+    return found
 
 
 @click.command(short_help="Quantize MODEL to a directory.")
@@ -14,11 +26,12 @@ import click
 @click.option("--method", help="gptq by default; of a GGUF type rtn, or imatrix with calibration text.")
 @click.option("--scheme", help="For example w4a16-g128, w8a8; of GGUF q4_k_m, q8_0.")
 @click.option("--bits-per-weight", type=float, help="Choose bits and groups by layer, for this mean.")
-@click.option("--format", "format_", default="compressed-tensors", show_default=True, help="gguf for llama.cpp.")
+@click.option("--format", default="compressed-tensors", show_default=True, help="gguf for llama.cpp.")
 @click.option(
     "--override",
     "overrides",
     multiple=True,
+    callback=_overrides,
     metavar="PATTERN=SCHEME",
     help="Another scheme for layers whose name matches.",
 )
@@ -33,7 +46,7 @@ import click
 @click.option("--memory", metavar="SIZE", help="Use at most this much memory, 4GB for example.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with weights_only=True.")
 @click.option("--stream", is_flag=True, help="Quantize while downloading, by a method without calibration.")
-def quantize(model: str, output: Path, stream: bool, **options: Any) -> None:
+def quantize(model: str, output: Path, **options: Any) -> None:
     """Quantize MODEL to the directory OUTPUT, or to a .gguf file. Stopped, the same command continues.
 
     \b
@@ -43,51 +56,8 @@ def quantize(model: str, output: Path, stream: bool, **options: Any) -> None:
       llmconvert quantize org/name out/mixed --bits-per-weight 4.25 --calibration FILE
       llmconvert quantize org/name model-q4_k_m.gguf --format gguf --scheme q4_k_m
     """
+    from llmconvert.api import quantize_model
     from llmconvert.progress import console_progress
-    from llmconvert.recipes.loading import make_recipe
-    from llmconvert.recipes.single import quantize_model
 
-    recipe = make_recipe({"model": model, **_settings(options)}, "quantize")
-    details = quantize_model(recipe, output, stream=stream, progress=console_progress())
-    layers, size, seconds = details["layers"], details["bytes"], details["seconds"]
-    click.echo(f"{output}: {layers} layers quantized, {size:,} bytes, {seconds:.1f} s")
-
-
-def _usual_method(options: dict[str, Any]) -> str:
-    """Nothing in GPTQ chooses the scales of a GGUF type; what llama.cpp offers for them is an importance matrix."""
-    if options["format_"] == "gguf" and not (options["scheme"] or "w").lower().startswith("w"):
-        return "rtn" if options["calibration"] is None else "imatrix"
-    return "gptq"
-
-
-def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's sections that the options stand for."""
-    overrides = []
-    for text in options["overrides"]:
-        pattern, separator, scheme = text.rpartition("=")
-        if not separator:
-            raise click.BadParameter(f"{text!r} is not PATTERN=SCHEME", param_hint="--override")
-        overrides.append({"match": pattern, "scheme": scheme})
-    if options["scheme"] is None and options["bits_per_weight"] is None:
-        raise click.UsageError("give --scheme, or --bits-per-weight to have schemes chosen by layer")
-    settings: dict[str, Any] = {
-        "allow_pickle": options["allow_pickle"],
-        "convert": {"dtype": options["dtype"]},
-        "quantize": {
-            "method": options["method"] or _usual_method(options),
-            "scheme": options["scheme"],
-            "format": options["format_"],
-            "overrides": overrides,
-            "rotate": options["rotate"],
-        },
-        "device": options["device"],
-        "memory": options["memory"],
-    }
-    if options["bits_per_weight"] is not None:
-        settings["quantize"]["budget"] = {"bits_per_weight": options["bits_per_weight"]}
-    if options["calibration"] is not None:
-        settings["calibrate"] = {
-            "dataset": options["calibration"],
-            **{key: options[key] for key in ("samples", "length", "order", "seed")},
-        }
-    return settings
+    made = quantize_model(model, output, progress=console_progress(), **options)
+    click.echo(f"{output}: {made.layers} layers quantized, {made.nbytes:,} bytes, {made.seconds:.1f} s")

@@ -137,6 +137,21 @@ class Report(Value):
         """The check of that name, or None."""
         return next((check for check in self.checks if check.name == name), None)
 
+    def __getitem__(self, name: str) -> Check:
+        """The check of that name: ``report["perplexity"].value``.
+
+        Raises:
+            KeyError: nothing of that name was measured; it lists what was.
+        """
+        found = self.check(name)
+        if found is None:
+            raise KeyError(f"{name!r} was not measured; there are {', '.join(check.name for check in self.checks)}")
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        """Whether something of that name was measured; it may have no value."""
+        return any(check.name == name for check in self.checks)
+
     def to_json(self) -> str:
         """Indented JSON. Numbers that are not finite become null."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"

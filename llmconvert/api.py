@@ -1,0 +1,384 @@
+"""The commands as Python functions: convert, quantize, validate and push a model, each with the command's options.
+
+The command line parses, calls these and prints. What they were asked for becomes a recipe, so names, defaults and
+refusals are those of recipe files; whole runs are :func:`llmconvert.run_recipe` and :func:`llmconvert.run_batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmconvert.convert.dtype import DtypeReport
+from llmconvert.convert.gqa.job import AttentionReport
+from llmconvert.convert.heal.job import HealReport
+from llmconvert.errors import UsageError
+from llmconvert.hub import PushOptions, push_folder
+from llmconvert.interrupt import interruptible
+from llmconvert.progress import SILENT, Progress
+from llmconvert.recipes import single
+from llmconvert.recipes.loading import make_recipe
+from llmconvert.recipes.stages.attention import rewrite_model
+from llmconvert.report.report import Report
+
+__all__ = [
+    "ConvertedModel",
+    "QuantizedModel",
+    "convert_model",
+    "push_model",
+    "quantize_model",
+    "validate_model",
+]
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Order = Literal["shuffled", "sequential"]
+#: A share of something: ``0.05``, or ``"5%"``.
+Share = float | str
+#: Bytes: a number, or one with a unit, ``"4GB"``.
+Size = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedModel:
+    """What :func:`convert_model` wrote.
+
+    Attributes:
+        path: the model's directory.
+        dtype: what the cast did; None where attention was rewritten.
+        attention: what the merge of key-value heads did; None without one.
+        healing: what distillation after the merge did; None without it.
+    """
+
+    path: Path
+    dtype: DtypeReport | None = None
+    attention: AttentionReport | None = None
+    healing: HealReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModel:
+    """What :func:`quantize_model` wrote.
+
+    Attributes:
+        path: the artifact: a directory, or a ``.gguf`` file.
+        layers: number of quantized linears (of GGUF: tensors).
+        nbytes: of the weight files.
+        seconds: wall-clock time of this call; what an earlier, stopped one took is not counted.
+        details: everything else that the format's writer reports, as JSON values: ``linears`` with ``name``, ``scheme``
+            and ``error`` (squared output error over squared output on the calibration text), ``phases`` in seconds.
+    """
+
+    path: Path
+    layers: int
+    nbytes: int
+    seconds: float
+    details: Mapping[str, Any]
+
+
+def convert_model(
+    model: str | Path,
+    output: str | Path,
+    *,
+    dtype: Dtype = "bfloat16",
+    overflow: Literal["error", "clip"] = "error",
+    rope_scaling: str | None = None,
+    allow_pickle: bool = False,
+    kv_heads: int | None = None,
+    gqa_method: Literal["svd", "mean", "first"] = "svd",
+    refit: bool = True,
+    heal_steps: int = 0,
+    calibration: str | Path | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    order: Order = "shuffled",
+    seed: int = 0,
+    device: str = "cpu",
+    stream: bool = False,
+    progress: Progress = SILENT,
+) -> ConvertedModel:
+    """Write a model as safetensors in another dtype, in constant memory; with ``kv_heads`` rewrite MHA to GQA or MQA.
+
+    Example::
+
+        llmconvert.convert_model("model.gguf", "out/model", dtype="bfloat16")
+        llmconvert.convert_model("org/name", "out/gqa", kv_heads=8, calibration="pydoc-topics:train", length=512)
+
+    Args:
+        model: a Hub id (``org/name``, ``org/name@revision``), a directory, a ``.gguf`` file, or ``package:PKG/FILE``.
+        output: directory to make; it may exist if it is empty.
+        dtype: of every floating-point tensor.
+        overflow: whether values too large for ``dtype`` are an error, or are clipped to its range.
+        rope_scaling: stretches rotary positions, by kind and factor: ``"yarn:2.0"``, ``"linear:4"``, ``"dynamic:2"``.
+        allow_pickle: read ``.bin`` weights, by torch's ``weights_only`` loader.
+        kv_heads: merge key-value heads to this number per layer; 1 is MQA. None leaves attention as it is.
+        gqa_method: how heads of a group become one.
+        refit: adapt queries, keys and output projections to the original's attention.
+        heal_steps: steps of distillation from the original after the merge; 0 for none.
+        calibration: text for the merge, a file or a named dataset; without it the weights alone decide.
+        samples, length, order, seed: windows drawn from ``calibration``, tokens per window, and which.
+        device: where heads are merged, ``cpu``, ``cuda`` or ``cuda:N``; a change of dtype needs none.
+        stream: convert a Hub model while it downloads; disk need is the output and two source shards.
+        progress: where long work is shown, :func:`llmconvert.console_progress` for example.
+
+    Raises:
+        UsageError: options contradict each other, the output is not empty, or the architecture can't be rewritten.
+        SourceError: the model or the text cannot be read.
+        CapacityError: memory or disk do not suffice.
+        RunInterruptedError: the process was asked to stop.
+    """
+    sections: dict[str, Any] = {
+        "model": str(model),
+        "allow_pickle": allow_pickle,
+        "convert": {"dtype": dtype, "overflow": overflow, "rope_scaling": rope_scaling},
+    }
+    if kv_heads is None:
+        written = single.convert_model(make_recipe(sections, "convert"), Path(output), stream=stream, progress=progress)
+        return ConvertedModel(Path(output), dtype=written)
+    if stream:
+        raise UsageError("--stream goes with a change of dtype alone; fetch the model to merge its heads")
+    sections["attention"] = {
+        "kv_heads": kv_heads,
+        "method": gqa_method,
+        "refit": refit,
+        "heal": {"steps": heal_steps, "length": min(512, length)},
+    }
+    sections |= {"device": device, **_calibrate(calibration, samples, length, order, seed)}
+    merged, healed = rewrite_model(make_recipe(sections, "convert"), Path(output), progress=progress)
+    return ConvertedModel(Path(output), attention=merged, healing=healed)
+
+
+def quantize_model(
+    model: str | Path,
+    output: str | Path,
+    *,
+    scheme: str | None = None,
+    method: str | None = None,
+    bits_per_weight: float | None = None,
+    format: str = "compressed-tensors",
+    overrides: Mapping[str, str] | None = None,
+    rotate: bool = False,
+    dtype: Dtype = "bfloat16",
+    calibration: str | Path | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    order: Order = "shuffled",
+    seed: int = 0,
+    device: str = "cpu",
+    memory: Size | None = None,
+    allow_pickle: bool = False,
+    stream: bool = False,
+    progress: Progress = SILENT,
+) -> QuantizedModel:
+    """Quantize a model to a directory that its runtime loads, or to a ``.gguf`` file. Stopped, the same call continues.
+
+    Example::
+
+        llmconvert.quantize_model(
+            "org/name", "out/w4", scheme="w4a16-g128", calibration="pydoc-topics:train", samples=32, length=512
+        )
+
+    Args:
+        model: a Hub id (``org/name``, ``org/name@revision``), a directory, a ``.gguf`` file, or ``package:PKG/FILE``.
+        output: directory to make, or with ``format="gguf"`` a file.
+        scheme: bits and groups, ``w4a16-g128``, ``w8a8``; of GGUF a type, ``q4_k_m``.
+        method: ``gptq`` by default; of a GGUF type ``rtn``, or ``imatrix`` with calibration text.
+        bits_per_weight: choose bits and group sizes by layer for this mean, scales included, instead of one scheme.
+        format: on disk: ``compressed-tensors``, ``gptq``, ``awq``, ``bitsandbytes``, ``gguf``.
+        overrides: shell pattern of layer names → another scheme, or ``none``; the first that matches counts.
+        rotate: fold orthogonal rotations of hidden states and values into the weights first (QuaRot).
+        dtype: of what stays unquantized.
+        calibration: text that activations are measured on, a file or a named dataset.
+        samples, length, order, seed: windows drawn from ``calibration``, tokens per window, and which.
+        device: where to compute, ``cpu``, ``cuda`` or ``cuda:N``.
+        memory: bytes that may be used, as a number or ``"4GB"``; what is free by default.
+        allow_pickle: read ``.bin`` weights, by torch's ``weights_only`` loader.
+        stream: quantize a Hub model while it downloads, by a method without calibration.
+        progress: where long work is shown, :func:`llmconvert.console_progress` for example.
+
+    Raises:
+        UsageError: options contradict each other, or a scheme does not fit the model's layers.
+        SourceError: the model or the text cannot be read, or activations are not finite.
+        CapacityError: memory or disk do not suffice.
+        RunInterruptedError: the process was asked to stop.
+    """
+    if scheme is None and bits_per_weight is None:
+        raise UsageError("give a scheme, or bits per weight (--bits-per-weight) to have schemes chosen by layer")
+    quantize: dict[str, Any] = {
+        "method": method or _usual_method(format, scheme, calibration is not None),
+        "scheme": scheme,
+        "format": format,
+        "overrides": [{"match": pattern, "scheme": other} for pattern, other in (overrides or {}).items()],
+        "rotate": rotate,
+    }
+    if bits_per_weight is not None:
+        quantize["budget"] = {"bits_per_weight": bits_per_weight}
+    sections = {
+        "model": str(model),
+        "allow_pickle": allow_pickle,
+        "convert": {"dtype": dtype},
+        "quantize": quantize,
+        "device": device,
+        "memory": memory,
+        **_calibrate(calibration, samples, length, order, seed),
+    }
+    recipe = make_recipe(sections, "quantize")
+    details = single.quantize_model(recipe, Path(output), stream=stream, progress=progress)
+    return QuantizedModel(Path(output), details["layers"], details["bytes"], details["seconds"], details)
+
+
+def validate_model(
+    model: str | Path,
+    reference: str | Path | None = None,
+    *,
+    text: str | Path | None = None,
+    window: int = 2048,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    max_increase: Share | None = None,
+    max_kl: float | None = None,
+    min_top1: Share | None = None,
+    max_bytes: Size | None = None,
+    generation: bool = False,
+    min_agreement: Share | None = None,
+    tasks: Sequence[str] = (),
+    task_samples: int | None = None,
+    attention: Sequence[str] = (),
+    attention_lengths: Sequence[int] = (),
+    positions: bool = False,
+    positions_window: int | None = None,
+    memory: bool = False,
+    device: str = "cpu",
+    progress: Progress = SILENT,
+) -> Report:
+    """Measure an artifact, against the original it was made from where one is named.
+
+    Limits that are missed are failed checks; :func:`llmconvert.require_passed` raises for them.
+
+    Example::
+
+        report = llmconvert.validate_model("out/w4", "org/name", text="pydoc-topics:test", window=512, max_windows=16)
+        print(report["perplexity"].value, report["kl_mean"].value)
+
+    Args:
+        model: the artifact: a directory, or a ``.gguf`` file.
+        reference: the original, in any form that :func:`quantize_model` takes.
+        text: to measure perplexity and divergence on, a file or a named dataset.
+        window, stride, max_windows: tokens per window, tokens between their beginnings (``window`` by default), and how
+            many windows from the beginning of the text (all by default).
+        max_increase: limit on the rise of perplexity over the original's, ``"5%"`` or ``0.05``.
+        max_kl: limit on the mean divergence KL(original ‖ artifact), in nats per token.
+        min_top1: least share of predictions with the same most likely token.
+        max_bytes: limit on the weight files, as a number or ``"4GB"``.
+        generation: continue prompts greedily and compare with the original's text.
+        min_agreement: least share of equal tokens in that; it turns ``generation`` on.
+        tasks, task_samples: benchmarks of lm-eval by name, and how many samples of each (all by default).
+        attention, attention_lengths: attention backends to compare (``eager``, ``math``, ``flash``, …), and the prompt
+            lengths in tokens that they read.
+        positions, positions_window: perplexity by position, in windows of so many tokens (twice the trained length).
+        memory: the key-value cache and the memory ladder, computed and measured.
+        device: where to compute, ``cpu``, ``cuda`` or ``cuda:N``.
+        progress: where long work is shown, :func:`llmconvert.console_progress` for example.
+
+    Raises:
+        UsageError: options contradict each other, or the reference has another vocabulary.
+        SourceError: a model or the text cannot be read; the text is what the artifact was calibrated on; the reference
+            computes NaN or infinity.
+        CapacityError: memory does not suffice.
+        RunInterruptedError: the process was asked to stop.
+    """
+    if task_samples is not None and not tasks:
+        raise UsageError("--task-samples goes with --tasks")
+    if attention_lengths and not attention:
+        raise UsageError("--attention-lengths goes with --attention")
+    validate: dict[str, Any] = {
+        "generation": {"min_agreement": min_agreement} if min_agreement is not None else generation,
+        "max_kl": max_kl,
+        "min_top1": min_top1,
+        "max_bytes": max_bytes,
+        "memory": memory,
+    }
+    if text is not None:
+        about = {"window": window, "stride": stride, "max_windows": max_windows, "max_increase": max_increase}
+        validate["perplexity"] = {"dataset": str(text), **about}
+    if tasks:
+        validate["tasks"] = {"names": list(tasks), "samples": task_samples}
+    if attention:
+        validate["attention"] = {"backends": list(attention)}
+        if attention_lengths:
+            validate["attention"]["lengths"] = list(attention_lengths)
+    if positions or positions_window is not None:
+        validate["positions"] = {"window": positions_window}
+    recipe = make_recipe({"model": str(model), "validate": validate, "device": device}, "validate")
+    return single.validate_model(recipe, None if reference is None else str(reference), progress=progress)
+
+
+def push_model(
+    directory: str | Path,
+    repository: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    folder: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    message: str | None = None,
+    replace: bool = False,
+    verify_download: bool = False,
+    progress: Progress = SILENT,
+) -> str:
+    """Push an artifact to the Hub in one commit; :func:`llmconvert.plan_push` says what it would send.
+
+    Example::
+
+        llmconvert.push_model("out/w4", "user/name-W4A16", private=True, tag="v1")
+
+    Args:
+        directory: the artifact.
+        repository: ``user/name``.
+        private: what a new repository becomes; True also refuses to push into a public one.
+        revision: branch to push to, made if need be; the main branch by default.
+        folder: of the repository, for one of several variants; its root by default.
+        create_pr: open a pull request instead of pushing to the branch.
+        tag: name to give the commit.
+        message: the commit's title.
+        replace: remove files that are there and don't belong to the artifact.
+        verify_download: fetch what was published again and compare it byte for byte.
+        progress: where to report, in bytes.
+
+    Returns:
+        The URL of the commit, or of the pull request.
+
+    Raises:
+        HubError: there is no token, or the Hub refused or could not be reached.
+        SourceError: the directory is no artifact.
+        RunInterruptedError: the process was asked to stop; files already sent are not sent again.
+    """
+    options = PushOptions(private, revision, folder, create_pr, tag, message, replace, verify_download)
+    with interruptible("files already sent are not sent again; run the same command to continue"):
+        return push_folder(Path(directory), repository, options, progress=progress)
+
+
+def _calibrate(
+    calibration: str | Path | None, samples: int, length: int, order: Order, seed: int
+) -> Mapping[str, Mapping[str, Any]]:
+    """The recipe's calibrate section; nothing without a text."""
+    if calibration is None:
+        return {}
+    return {
+        "calibrate": {
+            "dataset": str(calibration),
+            "samples": samples,
+            "length": length,
+            "order": order,
+            "seed": seed,
+        }
+    }
+
+
+def _usual_method(format: str, scheme: str | None, calibrated: bool) -> str:
+    """Nothing in GPTQ chooses the scales of a GGUF type; what llama.cpp offers for them is an importance matrix."""
+    if format == "gguf" and not (scheme or "w").lower().startswith("w"):
+        return "imatrix" if calibrated else "rtn"
+    return "gptq"
