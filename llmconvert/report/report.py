@@ -86,7 +86,7 @@ class Check(Value):
     """One measurement, the limit it had to keep, and whether it did.
 
     Attributes:
-        label: the name in words, for names that :mod:`llmconvert.validate.render.display` does not know.
+        label: the name in words, where the package has none of its own for it.
         quiet: whether terminal and model card leave it out unless it fails.
         sections: what it has to show besides a number.
     """

@@ -23,7 +23,7 @@ class Value(BaseModel):
 
 
 class Column(Value):
-    """A column's heading, and the unit of its numbers (see :mod:`llmconvert.report.report`); text has none."""
+    """A column's heading, and the unit of its numbers (one of those that checks have); text has none."""
 
     heading: str
     unit: str = ""
