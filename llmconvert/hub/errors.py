@@ -24,11 +24,13 @@ from huggingface_hub.errors import (
 )
 
 from llmconvert.errors import CapacityError, HubError, LlmconvertError
-from llmconvert.hub.retry import TRANSPORT_ERROR
+from llmconvert.hub.retry import TRANSPORT_ERROR, is_expired_link, retry_after
 
-__all__ = ["hub_errors", "without_tokens"]
+__all__ = ["hub_errors", "without_secrets", "without_tokens"]
 
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
+# Links to storage carry their permission in the query; whoever reads one may write there until it expires.
+_SIGNED = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+")
 # Of the models that a search finds, how many are looked at, and how many are shown.
 _LOOKED_AT, _SHOWN = 100, 3
 
@@ -37,6 +39,11 @@ def without_tokens(text: str) -> str:
     """``text`` without anything that looks like, or is, a Hub token."""
     token = huggingface_hub.get_token()
     return _TOKEN.sub("[token]", text.replace(token, "[token]") if token else text)
+
+
+def without_secrets(text: str) -> str:
+    """``text`` without Hub tokens, and without the queries of links, in which storage servers are given permission."""
+    return _SIGNED.sub(r"\1?[…]", without_tokens(text))
 
 
 @contextmanager
@@ -55,7 +62,7 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
             where = error.filename or "the cache (HF_HOME)"
             raise CapacityError(f"{repo_id}: the disk that holds {where} is full; free some space") from None
         # Without the cause: its text is the server's, and may quote the request.
-        raise HubError(without_tokens(f"{repo_id}: {_explain(error, repo_id, revision)}")) from None
+        raise HubError(without_secrets(f"{repo_id}: {_explain(error, repo_id, revision)}")) from None
 
 
 def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
@@ -74,6 +81,8 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
         case LocalEntryNotFoundError() | RevisionResolutionError():
             if huggingface_hub.constants.HF_HUB_OFFLINE:
                 return "HF_HUB_OFFLINE is set and the model is not (completely) in the cache; fetch it once online"
+            if isinstance(error.__cause__, HfHubHTTPError):  # it was reached, and said no
+                return _explain(error.__cause__, repo_id, revision)
             cause = type(error.__cause__ or error).__name__
             return f"{endpoint} could not be reached ({cause}), and the model is not in the cache"
         case HFValidationError():
@@ -129,6 +138,9 @@ def _near_matches(repo_id: str) -> list[str]:
 
 def _explain_status(error: HfHubHTTPError) -> str:
     status = error.response.status_code
+    if is_expired_link(error):
+        return f"HTTP {status} from the storage server: the link that the Hub gave expired; run the same command again"
+    wait = retry_after(error)
     said = f" (the Hub says: {' '.join(error.server_message.split())})" if error.server_message else ""
     tokens = f"{huggingface_hub.constants.ENDPOINT}/settings/tokens"
     advice = {
@@ -141,7 +153,8 @@ def _explain_status(error: HfHubHTTPError) -> str:
         507: "the Hub has no room for this; free some storage of the account",
     }
     default = "the Hub failed; run the same command again later" if status >= 500 else "the Hub refused the request"
-    return f"HTTP {status}: {advice.get(status, default)}{said}"
+    after = f"; it asks to wait {wait:,.0f} s" if wait is not None else ""
+    return f"HTTP {status}: {advice.get(status, default)}{after}{said}"
 
 
 def _first_line(error: Exception) -> str:

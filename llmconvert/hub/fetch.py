@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from llmconvert.errors import HubError
 from llmconvert.hub.errors import hub_errors
 from llmconvert.hub.retry import TRANSPORT_ERROR, Backoff, is_unreachable, retrying
-from llmconvert.hub.transfer import RemoteFile, download_file, list_files
+from llmconvert.hub.transfer import RemoteFile, download_file, git_blob_id, list_files
 from llmconvert.progress import SILENT, Progress, Task
 
 __all__ = ["FetchedModel", "RemoteModel", "fetch", "fetch_without_weights"]
@@ -92,13 +93,17 @@ class RemoteModel:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What is to be fetched of a repository at a commit: name → size of weights and of the other files."""
+    """What is to be fetched of a repository at a commit: name → size of weights and of the other files.
+
+    ``hashes`` are those of the listing, by name; offline, with an older client's cache, there are none.
+    """
 
     resolved: Any
     cache_dir: Path | None
     directory: Path
     weights: dict[str, int]
     others: dict[str, int]
+    hashes: dict[str, str]
 
     @property
     def commit(self) -> str:
@@ -135,7 +140,7 @@ def fetch(
         with progress.task(f"fetching {model_id}", total) as task:
             _fetch_weights(model_id, wanted, task)
             _snapshot(model_id, wanted, list(wanted.weights), _bar(task))
-            directory = _snapshot(model_id, wanted, list(wanted.others))
+            directory = _small_files(model_id, wanted)
             task.advance(sum(wanted.others.values()))
     return FetchedModel(directory, model_id, wanted.commit)
 
@@ -148,7 +153,7 @@ def fetch_without_weights(model_id: str, revision: str | None = None, *, cache_d
     """
     with hub_errors(model_id, revision):
         wanted = _look_up(model_id, revision, cache_dir, allow_pickle=False)
-        directory = _snapshot(model_id, wanted, list(wanted.others))
+        directory = _small_files(model_id, wanted)
         names = sorted(name for name in wanted.weights if name.endswith(".safetensors"))
         files = list_files(model_id, wanted.commit, names)
     return RemoteModel(directory, model_id, wanted.commit, tuple(files[name] for name in names))
@@ -157,15 +162,16 @@ def fetch_without_weights(model_id: str, revision: str | None = None, *, cache_d
 def _look_up(model_id: str, revision: str | None, cache_dir: Path | None, allow_pickle: bool) -> _Wanted:
     api = huggingface_hub.HfApi()
     resolved = _retrying(lambda: api.resolve_revision(model_id, revision=revision, cache_dir=cache_dir))
-    wanted = _Wanted(resolved, cache_dir, Path(), {}, {})
+    wanted = _Wanted(resolved, cache_dir, Path(), {}, {}, {})
     directory = _snapshot(model_id, wanted, ["config.json", _INDEX, _PICKLE_INDEX])
-    sizes = _listing(model_id, wanted.commit, cache_dir, directory)
+    sizes, hashes = _listing(model_id, wanted.commit, cache_dir, directory)
     others, weights = _choose(model_id, sizes, directory, allow_pickle)
     return replace(
         wanted,
         directory=directory,
         weights={name: sizes[name] for name in weights},
         others={name: sizes[name] for name in others},
+        hashes=hashes,
     )
 
 
@@ -182,6 +188,37 @@ def _snapshot(model_id: str, wanted: _Wanted, names: Sequence[str], bar: type[An
         )
     )
     return Path(directory)
+
+
+def _small_files(model_id: str, wanted: _Wanted) -> Path:
+    """The cache's directory for this commit with the files beside the weights in it, each as the Hub lists it.
+
+    The client believes what it receives and what lies in its cache; a damaged file would stay there under the right
+    name. Such a file is removed and fetched once more.
+
+    Raises:
+        HubError: it came damaged again; it is not kept.
+    """
+    names = list(wanted.others)
+    for last in (False, True):
+        directory = _snapshot(model_id, wanted, names)
+        damaged = [name for name in names if not _is_whole(directory / name, wanted.hashes.get(name))]
+        for name in damaged:
+            (directory / name).resolve().unlink(missing_ok=True)
+            (directory / name).unlink(missing_ok=True)
+        if not damaged:
+            break
+        if last:
+            raise HubError(f"{model_id}: {damaged[0]} arrived damaged, twice; run the same command again later")
+    return directory
+
+
+def _is_whole(path: Path, listed: str | None) -> bool:
+    """Whether a file has the hash that the Hub lists for it, of either kind; what isn't listed can't be told."""
+    if listed is None or not path.is_file():
+        return listed is None
+    content = path.read_bytes()
+    return listed in (git_blob_id(content), hashlib.sha256(content).hexdigest())
 
 
 def _retrying(call: Callable[[], T]) -> T:
@@ -224,13 +261,17 @@ def _fetch_weights(model_id: str, wanted: _Wanted, task: Task) -> None:
             raise
 
 
-def _listing(model_id: str, commit: str, cache_dir: Path | None, directory: Path) -> dict[str, int]:
-    """Name → size in bytes of the repository's root files, from the listing the client has just cached."""
+def _listing(
+    model_id: str, commit: str, cache_dir: Path | None, directory: Path
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Name → size in bytes, and name → hash, of the repository's root files, from the listing the client has cached."""
     try:
         tree = huggingface_hub.get_cached_repo_tree(model_id, revision=commit, cache_dir=cache_dir)
-        return {file.path: file.size for file in tree if "/" not in file.path}
+        root = [file for file in tree if "/" not in file.path]
+        hashes = {file.path: file.lfs.sha256 if file.lfs is not None else file.blob_id for file in root}
+        return {file.path: file.size for file in root}, hashes
     except CachedRepoTreeNotFoundError:  # offline, and cached by an older client: what is there is all there is
-        return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+        return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}, {}
 
 
 def _choose(model_id: str, names: dict[str, int], directory: Path, allow_pickle: bool) -> tuple[list[str], list[str]]:

@@ -15,9 +15,11 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 # What earlier publications said about themselves, to a directory or to the Hub.
 _LEFT_OUT = ("llmconvert/publication.json", "llmconvert/upload.json")
-# Where a token could have been pasted, or logged into.
-_PROSE = (".md", ".json", ".yaml", ".yml", ".html", ".txt", ".log")
-_PROSE_BYTES = 4_000_000
+# All else could have had a token pasted, or logged, into it.
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
+_CHUNK = 1 << 22
+# Longer than any token, so that none is missed where two chunks meet.
+_OVERLAP = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,12 @@ def plan_push(directory: Path, repo_id: str, *, revision: str | None = None, fol
 
 def _refuse_tokens(path: Path) -> None:
     """A token that strayed into a card or a log must not become public."""
-    if path.suffix in _PROSE and path.stat().st_size <= _PROSE_BYTES:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if without_tokens(text) != text:
-            raise HubError(f"{path}: holds a Hub token; remove it there, and revoke it if the file was ever shared")
+    if path.suffix.lower() in _WEIGHTS:
+        return
+    with path.open("rb") as file:
+        end = b""
+        while piece := file.read(_CHUNK):
+            text = (end + piece).decode("latin-1")
+            if without_tokens(text) != text:
+                raise HubError(f"{path}: holds a Hub token; remove it there, and revoke it if the file was ever shared")
+            end = piece[-_OVERLAP:]

@@ -8,10 +8,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
+from urllib.parse import urlsplit
 
+import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
-__all__ = ["TRANSPORT_ERROR", "Backoff", "is_transient", "is_unreachable", "retrying"]
+__all__ = [
+    "TRANSPORT_ERROR",
+    "Backoff",
+    "is_expired_link",
+    "is_transient",
+    "is_unreachable",
+    "retry_after",
+    "retrying",
+]
 
 #: The transport's own base class, whichever httpx the client is built on.
 TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -40,7 +50,7 @@ class Backoff:
         """How long to wait after failure number ``attempt`` (from 1); None to give up."""
         if attempt >= self.tries or not is_transient(error):
             return None
-        asked = _retry_after(error)
+        asked = retry_after(error)
         if asked is not None:
             return asked if asked <= self.patience_seconds else None
         return float(min(self.longest_seconds, self.first_seconds * 2 ** (attempt - 1)))
@@ -49,8 +59,16 @@ class Backoff:
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later: no connection, too many requests, or a failing server."""
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in _TRANSIENT
+        return error.response.status_code in _TRANSIENT or is_expired_link(error)
     return isinstance(error, TRANSPORT_ERROR)
+
+
+def is_expired_link(error: Exception) -> bool:
+    """Whether a storage server refused a link that the Hub had signed; the Hub gives a fresh one when asked again."""
+    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in (401, 403):
+        return False
+    hub = urlsplit(huggingface_hub.constants.ENDPOINT)
+    return urlsplit(str(error.response.url)).netloc != hub.netloc
 
 
 def is_unreachable(error: BaseException) -> bool:
@@ -72,7 +90,7 @@ def retrying(call: Callable[[], Result], backoff: Backoff) -> Result:
             time.sleep(seconds)
 
 
-def _retry_after(error: Exception) -> float | None:
+def retry_after(error: Exception) -> float | None:
     """Seconds that the server asked to wait, from a ``Retry-After`` header in either of its forms."""
     text = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     try:

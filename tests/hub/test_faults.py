@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from support.hub_client import Client
 from support.hub_files import published, sent
 from support.hub_server import WRITE_TOKEN, Blob, Fault, HubServer
 
-OLD = {"config.json": b"old"}
+OLD = {"config.json": b"{}"}  # as the artifact has it: nobody loses anything
 
 
 @pytest.fixture
@@ -91,10 +92,22 @@ def test_lasting_failures_leave_the_repository_as_it_was(
     assert published(hub, "me/model") == sent(artifact)
 
 
+def test_an_expired_link_to_the_storage_is_asked_for_anew(hub: HubServer, client: Client, artifact: Path) -> None:
+    hub.storage = hub.url.replace("127.0.0.1", "localhost")
+    hub.faults.append(Fault("PUT /lfs/", 403, "Request has expired", times=1))
+    answer = client("push_folder", artifact, "me/model")
+    assert "result" in answer, answer
+    hub.faults.append(Fault("PUT /lfs/", 403, "Request has expired"))
+    (artifact / "model-00001-of-00002.safetensors").write_bytes(b"7" * 5000)
+    text = client("push_folder", artifact, "me/model")["text"]
+    assert "from the storage server: the link that the Hub gave expired" in text
+
+
 def test_a_wait_without_end_is_not_waited_for(hub: HubServer, client: Client, artifact: Path) -> None:
     hub.faults.append(Fault("POST /api/repos/create", 429, retry_after="86400"))
     failed = client("push_folder", artifact, "me/model")
     assert "HTTP 429" in failed["text"]
+    assert "it asks to wait 86,400 s" in failed["text"]
     assert failed["naps"] == []
 
 
@@ -106,22 +119,46 @@ def test_a_hub_without_room_is_named(hub: HubServer, client: Client, artifact: P
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["before the commit", "while its answer was lost"])
-def test_a_commit_made_meanwhile_is_not_overwritten(hub: HubServer, client: Client, artifact: Path, lost: bool) -> None:
+@pytest.mark.parametrize("name", ["theirs.txt", "config.json"])
+def test_a_commit_made_meanwhile_is_not_overwritten(
+    hub: HubServer, client: Client, artifact: Path, lost: bool, name: str
+) -> None:
     repo = hub.add_repo("me/model", OLD)
 
     def somebody_else() -> None:
-        repo.commit("main", {**repo.commits[repo.branches["main"]], "theirs.txt": Blob(b"new", False)})
+        repo.commit("main", {**repo.commits[repo.branches["main"]], name: Blob(b"new", False)})
 
     if lost:
         hub.faults.append(Fault("POST /api/models/me/model/commit", 503, hook=somebody_else, times=1))
     else:
         hub.faults.append(Fault("POST .*lfs/objects/batch", hook=somebody_else, times=1))
-    text = client("push_folder", artifact, "me/model")["text"]
-    assert "the branch has moved meanwhile" in text
-    assert "run the same command again" in text
-    assert hub.files("me/model") == {**OLD, "theirs.txt": b"new"}
-    client("push_folder", artifact, "me/model")
-    assert published(hub, "me/model") == {"theirs.txt": b"new", **sent(artifact)}
+    answer = client("push_folder", artifact, "me/model")
+    if name == "theirs.txt":  # nothing of the artifact's: the push builds on it
+        assert any("another commit came in" in line for line in answer["log"]), answer
+        assert published(hub, "me/model") == {"theirs.txt": b"new", **sent(artifact)}
+        assert len(repo.commits) == 3
+        return
+    assert "the branch has moved meanwhile" in answer["text"]
+    assert "run the same command again" in answer["text"]
+    assert hub.files("me/model") == {"config.json": b"new"}
+    assert "config.json is there already" in client("push_folder", artifact, "me/model")["text"]
+
+
+def test_variants_pushed_at_once_both_arrive(
+    hub: HubServer, client: Client, new_client: Callable[..., Client], artifact: Path
+) -> None:
+    hub.add_repo("me/model", {})
+
+    def the_other() -> None:
+        assert "result" in new_client()("push_folder", artifact, "me/model", folder="w8")
+
+    hub.faults.append(Fault("POST /api/models/me/model/commit", 412, hook=the_other, times=1))
+    answer = client("push_folder", artifact, "me/model", folder="w4")
+    assert "result" in answer, answer
+    found = hub.files("me/model")
+    for folder in ("w4", "w8"):
+        assert {f"{folder}/{name}": content for name, content in sent(artifact).items()}.items() <= found.items()
+        assert f"| `{folder}` |" in found["README.md"].decode()
 
 
 def test_no_network_is_one_line(artifact: Path, tmp_path: Path) -> None:

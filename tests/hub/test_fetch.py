@@ -239,6 +239,20 @@ def test_damaged_content_is_not_kept(hub: HubServer, client: Client, tmp_path: P
     assert (Path(fetched["result"]) / "model.safetensors").read_bytes() == BIG
 
 
+def test_a_damaged_small_file_is_fetched_again_and_never_kept(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    repo = hub.add_repo("org/model", {**MODEL, "model.safetensors": BIG})
+    good = repo.commits[repo.branches["main"]]["LICENSE"]
+    hub.served_instead[good.sha256] = b"x" + good.content[1:]
+    assert "LICENSE arrived damaged, twice" in client("fetch", "org/model", cache_dir=tmp_path)["text"]
+    hub.served_instead.clear()
+    fetched = Path(client("fetch", "org/model", cache_dir=tmp_path)["result"])
+    assert (fetched / "LICENSE").read_bytes() == good.content
+    # What was damaged on this disk meanwhile is noticed as well.
+    (fetched / "LICENSE").resolve().write_bytes(b"?")
+    fetched = Path(client("fetch", "org/model", cache_dir=tmp_path)["result"])
+    assert (fetched / "LICENSE").read_bytes() == good.content
+
+
 def test_fetch_onto_a_full_disk_is_a_capacity_error(hub: HubServer, client: Client, tmp_path: Path) -> None:
     hub.add_repo("org/model", {**MODEL, "model.safetensors": bytes(6 << 20)})
     disk = tmp_path / "disk"

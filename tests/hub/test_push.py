@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.hub_client import Client
 from support.hub_files import MANIFEST, published, sent
-from support.hub_server import EXPIRED_TOKEN, READ_TOKEN, WRITE_TOKEN, Fault, HubServer
+from support.hub_server import EXPIRED_TOKEN, READ_TOKEN, WRITE_TOKEN, Blob, Fault, HubServer
 
 from llmconvert.errors import HubError, SourceError
 from llmconvert.hub import plan_push, without_tokens
@@ -116,6 +116,64 @@ def test_variants_in_folders_share_a_card(hub: HubServer, client: Client, artifa
         assert "is no folder of a repository" in client("push_folder", artifact, "me/model", folder=bad)["text"]
 
 
+def test_a_first_push_does_not_write_over_what_is_there(hub: HubServer, client: Client, artifact: Path) -> None:
+    theirs = {".gitattributes": b"", "README.md": b"# by hand", "notes.md": b"mine"}
+    hub.add_repo("me/model", theirs)
+    refused = client("push_folder", artifact, "me/model")
+    assert refused["code"] == 4
+    assert "README.md is there already and was not published from here" in refused["text"]
+    assert "--replace" in refused["text"]
+    assert hub.files("me/model") == theirs
+    assert hub.count("preupload|lfs") == 0
+    # Where readers keep finding it, nothing is lost: a pull request, a new branch, a folder.
+    assert "result" in client("push_folder", artifact, "me/model", create_pr=True)
+    assert "result" in client("push_folder", artifact, "me/model", revision="w4")
+    assert hub.files("me/model") == theirs
+    assert "result" in client("push_folder", artifact, "me/model", replace=True)
+    assert published(hub, "me/model") == {".gitattributes": b"", **sent(artifact)}
+
+
+def test_the_list_of_variants_is_not_written_over_once_edited(hub: HubServer, client: Client, artifact: Path) -> None:
+    client("push_folder", artifact, "me/model", folder="w4")
+    repo = hub.repos["me/model"]
+    tree = repo.commits[repo.branches["main"]]
+    edited = tree["README.md"].content + b"Read this first.\n"
+    repo.commit("main", {**tree, "README.md": Blob(edited, False)})
+    refused = client("push_folder", artifact, "me/model", folder="w8")["text"]
+    assert "README.md, which lists the variants, was changed since it was published" in refused
+    assert hub.files("me/model")["README.md"] == edited
+    client("push_folder", artifact, "me/model", folder="w8", replace=True)
+    assert "| `w8` |" in hub.files("me/model")["README.md"].decode()
+    assert "result" in client("push_folder", artifact, "me/model", folder="w3")
+
+
+def test_an_unchanged_push_costs_as_few_requests_as_the_first(hub: HubServer, client: Client, artifact: Path) -> None:
+    for number in range(60):
+        (artifact / f"note-{number}.txt").write_text(f"{number}\n")
+    client("push_folder", artifact, "me/model")
+    first = len(hub.log)
+    client("push_folder", artifact, "me/model")
+    # The listing comes in pages of three here, twice more often than for the empty repository; no file is fetched.
+    assert hub.count("GET /me/model/resolve") == 1, "the manifest alone"
+    assert len(hub.log) - first - hub.count("GET /api/models/me/model/tree") < 12
+
+
+def test_a_manifest_of_the_first_version_is_understood(hub: HubServer, client: Client, artifact: Path) -> None:
+    client("push_folder", artifact, "me/model")
+    repo = hub.repos["me/model"]
+    tree = repo.commits[repo.branches["main"]]
+    files = json.loads(tree[MANIFEST].content)["files"]
+    old = {"schema": "llmconvert.upload/1", "files": {name: entry["sha256"] for name, entry in files.items()}}
+    repo.commit("main", {**tree, MANIFEST: Blob(json.dumps(old).encode(), False)})
+    (artifact / "config.json").write_text('{"new": 1}')
+    (artifact / "empty.txt").unlink()
+    assert "result" in client("push_folder", artifact, "me/model")
+    assert published(hub, "me/model") == {
+        ".gitattributes": hub.files("me/model")[".gitattributes"],
+        **sent(artifact),
+    }
+
+
 def test_a_card_that_somebody_wrote_stays(hub: HubServer, client: Client, artifact: Path) -> None:
     hub.add_repo("me/model", {"README.md": b"# by hand"})
     client("push_folder", artifact, "me/model", folder="w4")
@@ -139,7 +197,7 @@ def test_what_would_go_wrong_is_refused_before_anything_is_sent(hub: HubServer, 
     repo = hub.add_repo("me/public", {"config.json": b"old"})
     assert "is public, and this was to be private" in client("push_folder", artifact, "me/public", private=True)["text"]
     repo.tags["v1"] = repo.branches["main"]
-    assert "tag 'v1' exists already" in client("push_folder", artifact, "me/public", tag="v1")["text"]
+    assert "tag 'v1' exists already" in client("push_folder", artifact, "me/public", tag="v1", replace=True)["text"]
     (artifact / "README.md").write_text("---\nlicense: nonsense\n---\n")
     assert "license" in client("push_folder", artifact, "me/public")["text"]
     (artifact / "README.md").write_text(f"run with HF_TOKEN={WRITE_TOKEN}")
@@ -157,8 +215,45 @@ def test_a_check_before_the_work_finds_what_would_fail_at_its_end(hub: HubServer
     assert "the token may only read; set HF_TOKEN" in client("check_push", "me/public", token=READ_TOKEN)["text"]
 
 
+def test_a_namespace_must_be_the_accounts_own(hub: HubServer, client: Client, artifact: Path) -> None:
+    hub.account["orgs"] = [{"name": "lab", "roleInOrg": "write"}, {"name": "club", "roleInOrg": "read"}]
+    assert client("check_push", "lab/model")["result"] == "None"
+    assert "may only read in club" in client("check_push", "club/model")["text"]
+    refused = client("check_push", "other/model")
+    assert refused["code"] == 4
+    assert "can't publish as 'other'; it can as me, club, lab" in refused["text"]
+    hub.add_repo("other/model", {"config.json": b"{}"})
+    assert "can't publish as 'other'" in client("check_push", "other/model")["text"]
+    assert client("check_push", "other/model", create_pr=True)["result"] == "None"
+
+
+def test_a_fine_grained_token_must_reach_the_repository(hub: HubServer, client: Client) -> None:
+    def scope(*entries: tuple[str, str, str]) -> None:
+        scoped = [{"entity": {"type": kind, "name": name}, "permissions": [what]} for kind, name, what in entries]
+        hub.account["token"] = {"role": "fineGrained", "fineGrained": {"scoped": scoped}}
+
+    scope(("user", "me", "repo.content.read"))
+    assert "lacks write access to me's repositories (it may write nowhere)" in client("check_push", "me/new")["text"]
+    scope(("user", "me", "repo.write"))
+    assert client("check_push", "me/new")["result"] == "None"
+    scope(("model", "me/model", "repo.write"))
+    assert "it may write in me/model" in client("check_push", "me/new")["text"]
+    hub.add_repo("me/model", {})
+    assert client("check_push", "me/model")["result"] == "None"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a b", "a..b", "~x", "x^", "a:b", "what?", "a*", "[x", "a\\b", "/a", "a/", "a//b", "a.", "a.lock", ".a", "@"],
+)
+def test_names_that_git_refuses_are_refused_before_the_work(client: Client, name: str) -> None:
+    for key, what in (("tag", "tag"), ("revision", "branch")):
+        text = client("check_push", "me/model", **{key: name})["text"]
+        assert f"{what} {name!r} is no name that git takes" in text
+
+
 def test_what_the_hub_lists_is_compared_with_what_was_sent(hub: HubServer, client: Client, artifact: Path) -> None:
-    repo = hub.add_repo("me/model", {"config.json": b"old"})
+    repo = hub.add_repo("me/model", {"notes.md": b"old"})
 
     def corrupt_the_store() -> None:
         oid = next(oid for oid, content in repo.objects.items() if content.startswith(b"2"))

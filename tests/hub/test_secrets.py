@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 from support.hub_client import Client
 from support.hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
@@ -78,3 +79,24 @@ def test_a_dry_run_needs_none(artifact: Path) -> None:
     assert done.output.endswith((artifact / "README.md").read_text())
     refused = CliRunner().invoke(main, ["push", str(artifact), "me/model"])
     assert (refused.exit_code, "publishing needs a token" in refused.output) == (4, True)
+
+
+@pytest.mark.parametrize(
+    "name", ["run.py", "fetch.sh", "a.toml", "chat.jinja", "notes.ipynb", "a.cfg", "a.csv", "Makefile"]
+)
+def test_a_token_in_any_file_but_weights_is_not_published(
+    hub: HubServer, client: Client, artifact: Path, name: str
+) -> None:
+    (artifact / name).write_bytes(b"x" * ((1 << 22) - 20) + f"token = {READ_TOKEN}".encode())
+    assert f"{name}: holds a Hub token; remove it" in client("push_folder", artifact, "me/model")["text"]
+    assert hub.repos == {}
+
+
+def test_links_that_grant_access_are_not_shown(
+    hub: HubServer, new_client: Callable[..., Client], artifact: Path
+) -> None:
+    hub.faults.append(Fault("PUT /lfs/", 503))
+    pusher = new_client()
+    failed = pusher("push_folder", artifact, "me/model")
+    assert "HTTP 503" in failed["text"]
+    assert "signature=" not in failed["text"] + pusher.errors()

@@ -27,7 +27,7 @@ def big(artifact: Path) -> Path:
 def test_it_is_one_commit_and_nothing_is_sent_twice(
     hub: HubServer, new_client: Callable[..., Client], big: Path
 ) -> None:
-    repo = hub.add_repo("me/model", {"config.json": b"old"})
+    repo = hub.add_repo("me/model", {"config.json": b"{}"})
     total = sum(path.stat().st_size for path in big.glob("*.safetensors"))
     reached, release = threading.Event(), threading.Event()
 
@@ -42,7 +42,7 @@ def test_it_is_one_commit_and_nothing_is_sent_twice(
     first.kill()
     hub.drop_pending()
     release.set()
-    assert hub.files("me/model") == {"config.json": b"old"}, "a reader sees nothing of it"
+    assert hub.files("me/model") == {"config.json": b"{}"}, "a reader sees nothing of it"
     stored = hub.xet.nbytes()
     assert stored >= total, "and yet everything was sent"
 
@@ -64,17 +64,29 @@ def test_it_is_one_commit_and_nothing_is_sent_twice(
 def test_without_the_service_the_push_fails_in_one_line(
     hub: HubServer, new_client: Callable[..., Client], artifact: Path
 ) -> None:
-    hub.add_repo("me/model", {"config.json": b"old"})
+    hub.add_repo("me/model", {"config.json": b"{}"})
     hub.faults.append(Fault("xet-write-token", 403, "no Xet here"))
     refused = new_client(HF_HUB_DISABLE_XET="0")("push_folder", artifact, "me/model")
     assert (refused["error"], refused["code"]) == ("HubError", 4)
-    assert hub.files("me/model") == {"config.json": b"old"}
+    assert hub.files("me/model") == {"config.json": b"{}"}
+
+
+def test_a_server_without_xet_is_told_before_anything_is_sent(
+    hub: HubServer, new_client: Callable[..., Client], artifact: Path
+) -> None:
+    hub.add_repo("me/model", {"config.json": b"{}"})
+    hub.faults.append(Fault("xet-write-token", 404, "no such route"))
+    client = new_client(HF_HUB_DISABLE_XET="0")
+    for call in (("check_push", "me/model"), ("push_folder", artifact, "me/model")):
+        assert "has no Xet storage" in (text := client(*call)["text"]) and "HF_HUB_DISABLE_XET=1" in text
+    assert hub.count("preupload|commit/") == 0
+    assert "result" in new_client(HF_HUB_DISABLE_XET="1")("push_folder", artifact, "me/model")
 
 
 def test_killed_between_files_only_the_rest_is_sent(
     hub: HubServer, new_client: Callable[..., Client], big: Path
 ) -> None:
-    hub.add_repo("me/model", {"config.json": b"old"})
+    hub.add_repo("me/model", {"config.json": b"{}"})
     one, both = 11_000_000, 22_000_000
     draw = random.Random(7)  # the store knows nothing of it yet
     for path in big.glob("*.safetensors"):
@@ -92,7 +104,7 @@ def test_killed_between_files_only_the_rest_is_sent(
     hub.faults.clear()
     stored = hub.xet.nbytes() - before
     assert one <= stored < 1.1 * one
-    assert hub.files("me/model") == {"config.json": b"old"}
+    assert hub.files("me/model") == {"config.json": b"{}"}
     new_client(HF_HUB_DISABLE_XET="0")("push_folder", big, "me/model")
     assert both <= hub.xet.nbytes() - before < both + one / 10
     assert published(hub, "me/model") == sent(big)
@@ -111,7 +123,7 @@ def test_killed_between_files_only_the_rest_is_sent(
 def test_passing_failures_are_overcome(
     hub: HubServer, new_client: Callable[..., Client], artifact: Path, fault: Fault
 ) -> None:
-    repo = hub.add_repo("me/model", {"config.json": b"old"})
+    repo = hub.add_repo("me/model", {"config.json": b"{}"})
     hub.faults.append(fault)
     answer = new_client(HF_HUB_DISABLE_XET="0")("push_folder", artifact, "me/model")
     assert "result" in answer, answer
@@ -122,13 +134,13 @@ def test_passing_failures_are_overcome(
 def test_a_commit_made_meanwhile_is_not_overwritten(
     hub: HubServer, new_client: Callable[..., Client], artifact: Path
 ) -> None:
-    repo = hub.add_repo("me/model", {"config.json": b"old"})
-    theirs = {"config.json": b"old", "theirs.txt": b"new"}
+    repo = hub.add_repo("me/model", {"config.json": b"{}"})
+    theirs = {"config.json": b"new", "theirs.txt": b"new"}
 
     def somebody_else() -> None:
         repo.commit("main", {name: Blob(content, False) for name, content in theirs.items()})
 
-    hub.faults.append(Fault("xet-write-token", hook=somebody_else, times=1))
+    hub.faults.append(Fault("POST .*preupload", hook=somebody_else, times=1))
     refused = new_client(HF_HUB_DISABLE_XET="0")("push_folder", artifact, "me/model")
     assert "the branch has moved meanwhile" in refused["text"]
     assert hub.files("me/model") == theirs

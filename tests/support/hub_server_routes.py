@@ -78,9 +78,10 @@ class Routes:
         role = self._role()
         if role is None:
             raise RefusalError(401, "Invalid username or password.")
-        token = {"displayName": "test", "role": role}
+        token = {"displayName": "test", "role": role, **self.state.account.get("token", {})}
         auth = {"type": "access_token", "accessToken": token}
-        self.answer_json({"type": "user", "name": "me", "orgs": [], "auth": auth})
+        orgs = [{"type": "org", **organization} for organization in self.state.account.get("orgs", [])]
+        self.answer_json({"type": "user", "name": "me", "orgs": orgs, "auth": auth})
 
     def search(self) -> None:
         role, words = self._role(), self.query.get("search", "").lower()
@@ -181,7 +182,7 @@ class Routes:
         self.answer_json({"transfer": "basic", "objects": objects})
 
     def _actions(self, repo_id: str, oid: str, size: int) -> dict[str, Any]:
-        href, step = f"{self.state.url}/lfs/{repo_id}/{oid}", self.state.part_bytes
+        href, step = f"{self.state.storage or self.state.url}/lfs/{repo_id}/{oid}", self.state.part_bytes
         signature = f"?signature={_signature(oid)}"
         verify = {"href": f"{href}/verify"}
         if step is None or size <= step:

@@ -126,8 +126,12 @@ class HubState:
         self.log: list[str] = []
         self.part_bytes: int | None = None
         self.store_bytes: int | None = None
+        #: Where large objects are uploaded to, if not to the Hub's own address.
+        self.storage: str | None = None
         #: sha256 → what is sent in place of that content.
         self.served_instead: dict[str, bytes] = {}
+        #: Of the answer to whoami: ``orgs``, and what to say of the ``token``.
+        self.account: dict[str, Any] = {}
 
     def add_repo(self, repo_id: str, files: dict[str, bytes], **settings: bool) -> Repo:
         repo = self.repos[repo_id] = Repo(**settings)
