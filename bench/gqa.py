@@ -32,8 +32,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.job import convert_attention
-from llmconvert.convert.gqa.weights import LayerWeights, config_with_kv_heads, layer_tensors, read_layer
+from llmconvert.convert.gqa.weights import LayerWeights, layer_tensors, read_layer
 from llmconvert.convert.heal.job import HealOptions, heal_attention
+from llmconvert.engine.architecture.config import with_kv_heads
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME
 from llmconvert.storage.writer import write_json, write_side_files
@@ -122,7 +123,7 @@ def expand(model: Path, directory: Path) -> Path:
             tensors.update(layer_tensors(checkpoint, geometry, layer, wide))
         save_file(tensors, directory / SINGLE_NAME, metadata={"format": "pt"})
         write_side_files(directory, checkpoint.files)
-        write_json(directory / "config.json", config_with_kv_heads(checkpoint.config, geometry.query_heads))
+        write_json(directory / "config.json", with_kv_heads(checkpoint.config, geometry.query_heads))
     return directory
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from measured import markdown_table
 
-from llmconvert.convert.inspection import text_config
 from llmconvert.convert.kv_cache import cache_layout
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Report
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
@@ -38,7 +38,7 @@ def main() -> None:
         directory, _, report = rest.rpartition(":")
         check = Report.read(Path(report)).check("perplexity")
         with SafetensorsCheckpoint(Path(directory)) as stored:
-            layout = cache_layout(text_config(stored.config))
+            layout = cache_layout(Architecture.of(stored.config))
             if not rungs:
                 weights = memory_needs(open_dense(stored))[0].weight_bytes
                 rungs.append(Rung("float32", weights, layout.nbytes(options.context, 1, 4), None))

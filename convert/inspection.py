@@ -6,20 +6,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from llmconvert.convert.kv_cache import cache_layout, kv_head_count
+from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.convert.source import open_source, parse_hub_id
-from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.engine.architecture.families import EMBEDDINGS, HEADS, LEARNED_POSITIONS
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 from llmconvert.storage.remote import RemoteCheckpoint
 
-__all__ = ["ModelSummary", "describe_model", "inspect_model", "text_config", "uses_alibi"]
+__all__ = ["ModelSummary", "describe_model", "inspect_model"]
 
 # Weights of these schemes are estimated besides the plain dtypes; scales are 16-bit.
 _SCHEMES = (Scheme(8), Scheme(4, 128))
-_LEARNED_POSITIONS = (".wpe.weight", "wpe.weight", "embed_positions.weight", "position_embeddings.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +66,11 @@ class ModelSummary:
     weight_bytes: Mapping[str, int]
     quantization: str | None
 
+    @property
+    def position_limit(self) -> int | None:
+        """Tokens that learned positions end after; None for other positions, which end nowhere."""
+        return self.context if self.positions.startswith("learned") else None
+
 
 def inspect_model(model: str) -> ModelSummary:
     """Summarize ``MODEL`` (any of its four forms); of a Hub model only headers are fetched.
@@ -90,97 +94,56 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
         CheckpointError: the config lacks sizes that every decoder has.
         UnsupportedError: transformers does not know its ``model_type``.
     """
-    config = text_config(checkpoint.config)
-    try:
-        heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
-        head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
-        kv_heads = kv_head_count(config)
-    except (AttributeError, TypeError) as error:
-        raise CheckpointError(f"config.json of model type {config.model_type!r}: {error}") from error
+    found = Architecture.of(checkpoint.config)
     quantization = checkpoint.config.get("quantization_config")
     embedding = max((info.shape[0] for info in _matrices(checkpoint) if _is_embedding(info.name)), default=0)
     return ModelSummary(
-        architecture=(checkpoint.config.get("architectures") or [config.model_type])[0],
-        layers=layers,
-        hidden_size=hidden,
-        query_heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        attention=_attention_kind(config, heads, kv_heads),
-        positions=_positions(config, checkpoint),
-        windows=_windows(config),
-        experts=_experts(config),
-        vocabulary=embedding or int(getattr(config, "vocab_size", 0)),
-        context=getattr(config, "max_position_embeddings", None),
-        tied=not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in checkpoint.infos),
+        architecture=(checkpoint.config.get("architectures") or [found.model_type])[0],
+        layers=found.layers,
+        hidden_size=found.hidden_size,
+        query_heads=found.query_heads,
+        kv_heads=found.kv_heads,
+        head_dim=found.head_dim,
+        attention=_attention_kind(found),
+        positions=_positions(found, checkpoint),
+        windows=_windows(found),
+        experts=found.experts,
+        vocabulary=embedding or found.vocab_size,
+        context=found.context,
+        tied=not any(name.endswith(HEADS) for name in checkpoint.infos),
         parameters=sum(math.prod(info.shape) for info in checkpoint.infos.values()),
-        kv_bytes_per_token=cache_layout(config).bytes_per_token(),
+        kv_bytes_per_token=cache_layout(found).bytes_per_token(),
         stored_bytes=checkpoint.nbytes,
         weight_bytes={} if quantization else _weight_bytes(checkpoint),
         quantization=quantization.get("quant_method", "unknown") if quantization else None,
     )
 
 
-def text_config(values: Mapping[str, Any]) -> Any:
-    """The language model's part of the config as transformers' own class, which gives all families the same names."""
-    from transformers import AutoConfig
-
-    model_type = values.get("model_type")
-    settings = {key: value for key, value in values.items() if key not in ("model_type", "quantization_config")}
-    try:
-        return AutoConfig.for_model(str(model_type), **settings).get_text_config()
-    except Exception as error:  # config classes check their values with exceptions of many kinds
-        raise UnsupportedError(f"config.json: model type {model_type!r}: {error}") from error
-
-
-def _attention_kind(config: Any, heads: int, kv_heads: int) -> str:
-    if getattr(config, "kv_lora_rank", None):
+def _attention_kind(architecture: Architecture) -> str:
+    if architecture.latent_size:
         return "MLA"
-    return "MHA" if kv_heads == heads else "MQA" if kv_heads == 1 else "GQA"
+    if architecture.kv_heads == architecture.query_heads:
+        return "MHA"
+    return "MQA" if architecture.kv_heads == 1 else "GQA"
 
 
-def _positions(config: Any, checkpoint: Checkpoint) -> str:
-    if uses_alibi(config):
+def _positions(architecture: Architecture, checkpoint: Checkpoint) -> str:
+    if architecture.uses_alibi:
         return "ALiBi"
     for info in _matrices(checkpoint):
-        if info.name.endswith(_LEARNED_POSITIONS):
+        if info.name.endswith(LEARNED_POSITIONS):
             return f"learned, {info.shape[0]:,}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    # Models that alternate kinds of layers hold one set of parameters per kind.
-    first = next((value for value in rope.values() if isinstance(value, Mapping)), rope)
-    theta = first.get("rope_theta", getattr(config, "rope_theta", None))
-    share = first.get("partial_rotary_factor", 1.0)
-    if getattr(config, "rotary_dim", None):
-        theta, share = theta or 10000.0, config.rotary_dim * config.num_attention_heads / config.hidden_size
+    theta, share, rope = architecture.rope_theta, architecture.rotary_share, architecture.rope
     if theta is None:
         return "none"
-    kind = first.get("rope_type", "default")
-    scaling = "" if kind == "default" else f", {kind} ×{first.get('factor', 1):g}"
+    kind = rope.get("rope_type", "default")
+    scaling = "" if kind == "default" else f", {kind} ×{rope.get('factor', 1):g}"
     return f"RoPE, θ = {theta:,.0f}{'' if share == 1 else f', {share:.0%} of each head'}{scaling}"
 
 
-def uses_alibi(config: Any) -> bool:
-    """Whether positions enter as ALiBi biases (Press et al. 2021, arXiv 2108.12409)."""
-    if config.model_type == "bloom" or getattr(config, "alibi", False):
-        return True
-    attention = getattr(config, "attn_config", None)
-    if isinstance(attention, Mapping):
-        return bool(attention.get("alibi"))
-    return bool(getattr(attention, "alibi", False))
-
-
-def _windows(config: Any) -> tuple[int, int] | None:
-    window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        return None
-    kinds = getattr(config, "layer_types", None)
-    count = kinds.count("sliding_attention") if kinds else config.num_hidden_layers
-    return (int(count), int(window)) if count else None
-
-
-def _experts(config: Any) -> int:
-    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return next((int(value) for name in names if (value := getattr(config, name, None))), 0)
+def _windows(architecture: Architecture) -> tuple[int, int] | None:
+    count = architecture.layer_kinds.count("sliding_attention")
+    return (count, architecture.window) if architecture.window and count else None
 
 
 def _matrices(checkpoint: Checkpoint) -> list[TensorInfo]:
@@ -188,7 +151,7 @@ def _matrices(checkpoint: Checkpoint) -> list[TensorInfo]:
 
 
 def _is_embedding(name: str) -> bool:
-    return any(part in name for part in ("embed", "wte.", "wpe.", "lm_head"))
+    return any(part in name for part in EMBEDDINGS)
 
 
 def _weight_bytes(checkpoint: Checkpoint) -> dict[str, int]:

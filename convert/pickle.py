@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from llmconvert.engine.architecture.config import declares_tied_embeddings
 from llmconvert.errors import CheckpointError
 from llmconvert.storage.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
 from llmconvert.storage.directory import other_files, read_config, read_index
@@ -41,7 +42,7 @@ class PickleCheckpoint(Checkpoint):
         self._tensors: dict[str, torch.Tensor] = {}
         infos: dict[str, TensorInfo] = {}
         weight_map = read_index(self.directory, PICKLE_INDEX_NAME)
-        tied = self.config.get("tie_word_embeddings") is True
+        tied = declares_tied_embeddings(self.config) is True
         for shard in _shards(self.directory, weight_map):
             tensors = self._load(shard)
             aliases = _aliases(tensors) if tied else set()

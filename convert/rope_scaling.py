@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from llmconvert.engine.architecture.config import build_config, with_rope
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import UnsupportedError, UsageError
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
 
@@ -68,17 +70,14 @@ def scale_positions(config: Mapping[str, Any], scaling: RopeScaling) -> dict[str
     Raises:
         UnsupportedError: no rotary positions, positions that are scaled already, or a config without a trained length.
     """
-    # Loads transformers, which reading a recipe should not.
-    from llmconvert.engine.skeleton import build_config
-
-    built = build_config(config).get_text_config()
-    parameters = copy.deepcopy(dict(getattr(built, "rope_parameters", None) or {}))
+    found = Architecture.of(build_config(config))
+    parameters = copy.deepcopy(dict(found.rope_sets))
     if not parameters:
         raise UnsupportedError(
-            f"rope scaling {scaling}: {built.model_type!r} has no rotary positions that its config could scale"
+            f"rope scaling {scaling}: {found.model_type!r} has no rotary positions that its config could scale"
         )
-    trained = getattr(built, "max_position_embeddings", None)
-    if not isinstance(trained, int):
+    trained = found.context
+    if trained is None:
         raise UnsupportedError(f"rope scaling {scaling}: config.json does not say how long inputs may be")
     nested = parameters.get("full_attention")
     target = nested if isinstance(nested, dict) else parameters
@@ -91,23 +90,15 @@ def scale_positions(config: Mapping[str, Any], scaling: RopeScaling) -> dict[str
     target |= {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "yarn":
         target[_ORIGINAL] = trained
-    changed = dict(copy.deepcopy(dict(config)))
-    # The language model's part, where the config has parts.
-    part = changed["text_config"] if isinstance(changed.get("text_config"), dict) else changed
-    part.pop("rope_scaling", None)
-    part["rope_parameters"] = parameters
-    if scaling.kind != "dynamic":
-        part["max_position_embeddings"] = int(trained * scaling.factor)
+    context = None if scaling.kind == "dynamic" else int(trained * scaling.factor)
+    changed = with_rope(config, parameters, context)
     _check(changed, scaling)
     return changed
 
 
 def _check(config: Mapping[str, Any], scaling: RopeScaling) -> None:
     """transformers must read back what was written."""
-    from llmconvert.engine.skeleton import build_config
-
-    read = build_config(copy.deepcopy(dict(config))).get_text_config().rope_parameters
-    read = read.get("full_attention", read)
+    read = Architecture.of(build_config(config)).rope
     if (read.get("rope_type"), read.get("factor")) != (scaling.kind, scaling.factor):
         raise UnsupportedError(
             f"rope scaling {scaling}: the config's class reads {read} instead; it has its own scaling"

@@ -155,7 +155,7 @@ def quantize_checkpoint(
         edges: tuple[tuple[Edge, ...], ...] = ()
         if isinstance(quantizer, ScalingQuantizer):
             edges = find_edges(skeleton, blocks)
-            kind = str(skeleton.model.config.model_type)
+            kind = skeleton.architecture.model_type
             progress.log(f"{method}: {describe_edges(edges, blocks, kind, skeleton.prefix(0))}")
         steps = CalibratedSteps(
             skeleton, quantizer, plan, scale_dtype, phases, blocks, tuple(windows), memory.mode, original, edges

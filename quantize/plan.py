@@ -177,7 +177,7 @@ def _check_architecture(skeleton: Skeleton) -> None:
             largest = max(others, key=lambda name: others[name].numel())
             owner = type(block.get_submodule(largest.rpartition(".")[0])).__name__
             raise UnsupportedError(
-                f"architecture {skeleton.model.config.model_type!r}: {outside / (inside + outside):.0%} of the weights "
+                f"architecture {skeleton.architecture.model_type!r}: {outside / (inside + outside):.0%} of the weights "
                 f"of block {index} are not in linear layers, most of them in {owner} ({largest}); "
                 "such layers (experts, among others) cannot be quantized yet"
             )

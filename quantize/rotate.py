@@ -22,8 +22,8 @@ from typing import NoReturn
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
+from llmconvert.engine.architecture.config import with_split_embeddings
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.edges import Edge, find_edges
 from llmconvert.engine.skeleton import Skeleton
@@ -97,7 +97,7 @@ class RotatedCheckpoint(CheckpointView):
         super().__init__(base)
         self._recipes = recipes
         if untie:
-            self.config = {**base.config, "tie_word_embeddings": False}
+            self.config = with_split_embeddings(base.config)
             made = {name: recipe for name, recipe in recipes.items() if name not in base.infos}
             added = {name: replace(base.infos[recipe.source], name=name) for name, recipe in made.items()}
             self.infos = {**base.infos, **added}
@@ -130,14 +130,14 @@ def rotate_checkpoint(
         UnsupportedError: the architecture does not compute the same when rotated so; says why.
     """
     require_dense(source, "a source to rotate")
-    kind = source.config.get("model_type")
     skeleton = Skeleton(source, torch.device("cpu"))
-    folding = _Folding(skeleton, str(kind), seed)
+    kind = skeleton.architecture.model_type
+    folding = _Folding(skeleton, kind, seed)
     if residual:
         folding.rotate_residual()
     if values:
         folding.rotate_values()
-    _try_out(skeleton, folding, str(kind))
+    _try_out(skeleton, folding, kind)
     return folding.view(source)
 
 
@@ -221,7 +221,7 @@ class _Folding:
             self._refuse(f"{norms[0]} is unlike the norms in the blocks")
         source = names[f"{embedding}.weight"]
         stored = names.get(f"{head}.weight", f"{head}.weight")
-        self._untie = bool(model.config.get_text_config().tie_word_embeddings)
+        self._untie = self._skeleton.architecture.tied
         self._recipes[stored] = _Recipe(source if self._untie else stored)
         self._move_norm(norms[0], next(iter(kinds)), [stored])
         self._recipes[stored] = replace(self._recipes[stored], steps=(rotation.apply,))
@@ -239,7 +239,7 @@ class _Folding:
         self._recipes[weight] = _Recipe(weight, steps=(lambda value: torch.full_like(value, 1 - offset),))
 
     def _rotate_heads(self, prefix: str, edge: Edge) -> None:
-        size = _head_size(self._skeleton.model.config)
+        size = self._skeleton.architecture.head_dim
         starts = sorted(set(edge.channels[::size].tolist()))
         heads = edge.channels.view(-1, size)
         if not torch.equal(heads, heads[:, :1] + torch.arange(size)):
@@ -291,13 +291,6 @@ def _try_out(skeleton: Skeleton, folding: _Folding, kind: str) -> None:
             f"architecture {kind!r}: rotated, it computes something else (tried on random weights); it may subtract "
             "means, or have norms with weights behind attention or MLP; quantize it without rotations"
         )
-
-
-def _head_size(config: PretrainedConfig) -> int:
-    """Values of one head."""
-    text = config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(size)
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:

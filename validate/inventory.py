@@ -20,6 +20,7 @@ import torch
 
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.view import MergedAttention
+from llmconvert.engine.architecture.config import declares_tied_embeddings
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.progress import SILENT, Progress
@@ -30,7 +31,6 @@ __all__ = ["Inventory", "Sizes", "Status", "TensorRecord", "bits_per_weight", "m
 
 Status = Literal["kept", "cast", "changed", "quantized", "merged", "tied", "added", "dropped", "reshaped"]
 
-_PROBLEMS = ("dropped", "reshaped")
 _CHUNK_ELEMENTS = 1 << 22
 # Rounding to bfloat16 keeps the relative error of every element below 2**-8.
 _CAST_ERROR = 2.0**-8
@@ -172,7 +172,7 @@ def _merged_shapes(source: Checkpoint, dense: Checkpoint) -> dict[str, tuple[int
 
 def _tied_to(name: str, source: Checkpoint, dense: Checkpoint) -> str | None:
     """A tensor of the artifact to which ``name`` is equal in the source and may be tied by the config."""
-    if dense.config.get("tie_word_embeddings") is False:
+    if declares_tied_embeddings(dense.config) is False:
         return None
     shape = source.infos[name].shape
     for other in source:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from llmconvert.engine.architecture.config import declared_number
 from llmconvert.engine.divergence import BlockDivergence, SideBySide, blame_artifact
 from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import GateError
@@ -124,8 +125,8 @@ class Scorer:
 def _warning(perplexity: float, model: Checkpoint, overlap: float | None) -> dict[str, str]:
     """Why the numbers mean less than they seem to, under ``text``; empty if nothing speaks against them."""
     found: list[str] = []
-    vocabulary = model.config.get("text_config", model.config).get("vocab_size")
-    if isinstance(vocabulary, int) and perplexity >= vocabulary:
+    vocabulary = declared_number(model.config, "vocab_size")
+    if vocabulary is not None and perplexity >= vocabulary:
         found.append(
             f"warning: a perplexity of {perplexity:,.0f} with {vocabulary:,} tokens is worse than guessing; "
             "does the tokenizer belong to this model, and the text to its language?"

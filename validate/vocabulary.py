@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from llmconvert.engine.architecture.config import declared_number
 from llmconvert.errors import UsageError
 from llmconvert.gguf.checkpoint import open_artifact
 from llmconvert.storage.checkpoint import Checkpoint
@@ -35,8 +36,7 @@ def check_vocabularies(artifact: Path, reference: Checkpoint) -> None:
 
 
 def _vocabulary_size(checkpoint: Checkpoint) -> int | None:
-    size = checkpoint.config.get("text_config", checkpoint.config).get("vocab_size")
-    return size if isinstance(size, int) else None
+    return declared_number(checkpoint.config, "vocab_size")
 
 
 def _tokens(checkpoint: Checkpoint) -> dict[str, int] | None:

@@ -111,8 +111,7 @@ def main() -> None:
 def count_products(skeleton: Skeleton, plans: tuple[BlockPlan, ...], windows: int, length: int) -> list[Product]:
     """Every matrix product that the job cannot do without."""
     tokens = windows * length
-    config = skeleton.model.config.get_text_config()
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or _head_dim(config))
+    width = skeleton.architecture.query_heads * skeleton.architecture.head_dim
     gptq = Gptq()
     products: list[Product] = []
     for plan in plans:
@@ -135,10 +134,6 @@ def count_products(skeleton: Skeleton, plans: tuple[BlockPlan, ...], windows: in
     return products
 
 
-def _head_dim(config: object) -> int:
-    return int(config.hidden_size // config.num_attention_heads)  # type: ignore[attr-defined]
-
-
 def count_bytes(skeleton: Skeleton, plans: tuple[BlockPlan, ...], tokens: int, artifact: int) -> dict[str, int]:
     """Bytes that have to be moved, by phase."""
     outer, codes = skeleton.outer_nbytes(head=False), 0
@@ -146,7 +141,7 @@ def count_bytes(skeleton: Skeleton, plans: tuple[BlockPlan, ...], tokens: int, a
         linears = skeleton.linears[plan.index]
         codes += sum(linears[name].weight.numel() for stop in plan.stops for name in stop.linears)
     blocks = sum(skeleton.block_nbytes(plan.index) for plan in plans)
-    states = len(plans) * tokens * skeleton.model.config.get_text_config().hidden_size * skeleton.dtype.itemsize
+    states = len(plans) * tokens * skeleton.hidden_size * skeleton.dtype.itemsize
     copied = sum(info.nbytes for info in skeleton.checkpoint.infos.values()) - 2 * codes
     return {"reading": outer + blocks, "packing": codes, "writing": artifact - copied + states, "copying": copied}
 

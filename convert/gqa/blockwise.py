@@ -246,7 +246,6 @@ class _Block:
         rotary = self._geometry.rotary[self._layer]
         originals = self._original_inputs(picks, wide=wide)
         module = self._attention_module()
-        config = self._merged.skeleton.model.config
         cosines, sines = angles.by_pair(rotary.dims // 2, self._device)
         samples = LogitSamples(
             tuple(originals),
@@ -256,7 +255,7 @@ class _Block:
             sines,
             scaling=float(getattr(module, "scaling", self._geometry.head_dim**-0.5)),
             window=getattr(module, "sliding_window", None),
-            softcap=getattr(config, "attn_logit_softcapping", None),
+            softcap=self._merged.skeleton.architecture.softcap,
             importance=tuple(importance),
         )
         ratio = weights.queries_per_kv

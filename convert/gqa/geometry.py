@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PretrainedConfig
 
 from llmconvert.convert.gqa.families import (
     FAMILIES,
@@ -24,7 +20,8 @@ from llmconvert.convert.gqa.families import (
     Norm,
     Pairing,
 )
-from llmconvert.engine.skeleton import build_config
+from llmconvert.engine.architecture.config import build_config
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint
 
@@ -113,28 +110,24 @@ def read_geometry(checkpoint: Checkpoint) -> AttentionGeometry:
         CheckpointError: tensors are missing or contradict the config.
     """
     config = build_config(checkpoint.config)
-    kind = str(config.model_type)
-    family = _family(kind, config)
-    heads = int(config.num_attention_heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    kv_heads = _kv_heads(config)
-    layers = int(config.num_hidden_layers)
+    found = Architecture.of(config)
+    family = _family(str(config.model_type), found)
     norm = family.norm
-    if family.switched_norm is not None and not getattr(config, family.switched_norm, None):
+    if family.switched_norm is not None and not found.switch(family.switched_norm):
         norm = None
     geometry = AttentionGeometry(
-        model_type=kind,
-        query_heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        hidden_size=int(config.hidden_size),
-        rotary=tuple(_rotary(config, family, head_dim, layer) for layer in range(layers)),
+        model_type=found.model_type,
+        query_heads=found.query_heads,
+        kv_heads=found.kv_heads,
+        head_dim=found.head_dim,
+        hidden_size=found.hidden_size,
+        rotary=tuple(_rotary(found, family, layer) for layer in range(found.layers)),
         fusion=family.fusion,
-        multi_query_only=_multi_query_only(config),
+        multi_query_only=found.multi_query_only,
         norm=norm,
         plain=family.plain,
-        movable=not (getattr(config, "alibi", False) or family.sinks),
-        projections=_projections(checkpoint, family, layers, norm, (heads, kv_heads)),
+        movable=not (found.uses_alibi or family.sinks),
+        projections=_projections(checkpoint, family, found.layers, norm, (found.query_heads, found.kv_heads)),
     )
     _check_shapes(checkpoint, geometry)
     return geometry
@@ -159,46 +152,23 @@ def require_kv_heads(geometry: AttentionGeometry, kv_heads: int) -> None:
     )
 
 
-def _family(kind: str, config: PretrainedConfig) -> Family:
+def _family(kind: str, architecture: Architecture) -> Family:
     family = FAMILIES.get(kind)
     if family is None:
-        unset = not hasattr(config, "num_key_value_heads")
-        reason = REASONS.get(kind) or (NO_SETTING if unset else f"known are {', '.join(FAMILIES)}")
+        known = f"known are {', '.join(FAMILIES)}" if architecture.has_kv_heads_setting else NO_SETTING
+        reason = REASONS.get(kind) or known
         raise UnsupportedError(f"attention heads of architecture {kind!r} cannot be merged: {reason}")
     for key in family.forbidden:
-        if getattr(config, key, None):
+        if architecture.switch(key):
             raise UnsupportedError(f"attention heads of this {kind} model cannot be merged: {key} {FORBIDDEN[key]}")
     return family
 
 
-def _multi_query_only(config: PretrainedConfig) -> bool:
-    """Whether the layout holds one key-value head or as many as query heads: GPTBigCode's, and Falcon's old one."""
-    if config.model_type == "falcon":
-        return not config.new_decoder_architecture
-    return bool(config.model_type == "gpt_bigcode")
-
-
-def _kv_heads(config: PretrainedConfig) -> int:
-    if _multi_query_only(config):
-        return 1 if config.multi_query else int(config.num_attention_heads)
-    name = "num_kv_heads" if config.model_type == "falcon" else "num_key_value_heads"
-    return int(getattr(config, name, None) or config.num_attention_heads)
-
-
-def _rotary(config: PretrainedConfig, family: Family, head_dim: int, layer: int) -> Rotary:
-    parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
-    factor = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-    dims = int(head_dim * factor)
-    flags = getattr(config, "no_rope_layers", None)
+def _rotary(architecture: Architecture, family: Family, layer: int) -> Rotary:
     if family.pairing is None:
         return Rotary("half", 0)
-    without = (
-        (config.model_type == "smollm3" and flags is not None and not flags[layer])
-        or (config.model_type == "cohere2" and config.layer_types[layer] != "sliding_attention")
-        or (config.model_type == "exaone4" and config.sliding_window and config.layer_types[layer] == "full_attention")
-        or (config.model_type == "falcon" and config.alibi)
-    )
-    return Rotary(family.pairing, 0 if without else dims)
+    dims = int(architecture.head_dim * architecture.rotary_share)
+    return Rotary(family.pairing, dims if architecture.has_rotary(layer) else 0)
 
 
 def _projections(

@@ -9,12 +9,8 @@ import torch
 
 from llmconvert.convert.gqa.geometry import AttentionGeometry, read_geometry, require_kv_heads
 from llmconvert.convert.gqa.merging.layer import MergedLayer, Method, merge_layer
-from llmconvert.convert.gqa.weights import (
-    attention_tensors,
-    config_with_kv_heads,
-    layer_tensors,
-    read_layer,
-)
+from llmconvert.convert.gqa.weights import attention_tensors, layer_tensors, read_layer
+from llmconvert.engine.architecture.config import with_kv_heads
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
 
 __all__ = ["MergedAttention"]
@@ -39,7 +35,7 @@ class MergedAttention(CheckpointView):
         require_kv_heads(self.geometry, kv_heads)
         self.kv_heads = kv_heads
         self._method: Method = method
-        self.config = config_with_kv_heads(base.config, kv_heads)
+        self.config = with_kv_heads(base.config, kv_heads)
         self._layer_of = {
             name: layer
             for layer in range(self.geometry.layers)

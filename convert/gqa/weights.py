@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from llmconvert.convert.gqa.geometry import AttentionGeometry
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["LayerWeights", "attention_tensors", "config_with_kv_heads", "layer_tensors", "read_layer"]
+__all__ = ["LayerWeights", "attention_tensors", "layer_tensors", "read_layer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +157,3 @@ def _norm_tensors(
     if geometry.norm.weights == "modules":  # one for each head that is left
         return {f"{stem}.weight": row.clone() for stem, row in zip(stems, stored, strict=False)}
     return {info.name: stored.flatten() if len(info.shape) == 1 else stored}
-
-
-def config_with_kv_heads(config: Mapping[str, Any], kv_heads: int) -> dict[str, Any]:
-    """``config`` declaring ``kv_heads`` key-value heads."""
-    changed = dict(config)
-    kind = config.get("model_type")
-    if kind == "gpt_bigcode" or (kind == "falcon" and not config.get("new_decoder_architecture")):
-        changed["multi_query"] = True  # one key-value head is all that these layouts can have
-        return changed
-    changed["num_kv_heads" if kind == "falcon" else "num_key_value_heads"] = kv_heads
-    return changed

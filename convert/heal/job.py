@@ -18,6 +18,7 @@ from llmconvert.convert.gqa.weights import attention_tensors
 from llmconvert.convert.heal.model import ResidentModel
 from llmconvert.convert.heal.state import HealState, load_state, save_state
 from llmconvert.convert.heal.training import Healing, HealOptions
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import CapacityError, DatasetError, UsageError
 from llmconvert.memory import available_nbytes, release_freed_memory
@@ -195,10 +196,9 @@ def _check_memory(
     numel = {name: info.nbytes // info.dtype.itemsize for name, info in merged.infos.items()}
     trained = sum(numel[name] for name in names)
     rest = sum(numel.values()) - trained
-    config = merged.config
-    hidden = int(config.get("hidden_size", 0))
-    widths = _HIDDEN_COPIES * hidden + _INNER_COPIES * int(config.get("intermediate_size") or 4 * hidden)
-    activations = length * int(config.get("num_hidden_layers", 0)) * widths * dtype.itemsize
+    model = Architecture.of(merged.config)
+    widths = _HIDDEN_COPIES * model.hidden_size + _INNER_COPIES * model.inner_size
+    activations = length * model.layers * widths * dtype.itemsize
     # Teacher's attention; the student's with its gradient, its running mean, and the best so far.
     needed = BASE_NBYTES + (rest + 2 * trained) * dtype.itemsize + 4 * 4 * trained + activations
     free = available_nbytes(device)

@@ -52,7 +52,7 @@ def prediction_divergence(
         The divergence in nats, and the gradient (None unless asked for).
     """
     length = student_final.shape[1]
-    vocabulary = student.skeleton.model.config.get_text_config().vocab_size
+    vocabulary = student.skeleton.architecture.vocab_size
     step = max(1, _CHUNK_ELEMENTS // vocabulary)
     total = 0.0
     gradients: list[torch.Tensor] = []

@@ -20,7 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from llmconvert.engine.skeleton import Skeleton, build_config, build_meta_model
+from llmconvert.engine.architecture.config import build_config
+from llmconvert.engine.architecture.model import build_meta_model
+from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UnsupportedError
 
 __all__ = ["BlockPlan", "Stop", "discover"]

@@ -14,22 +14,19 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmconvert.compute.activations import InputKind, quantize_inputs_of
 from llmconvert.compute.attention import use_attention
 from llmconvert.compute.dot_products import use_dot_products
 from llmconvert.compute.precision import Scratch, WideLinear, compute_dtype
-from llmconvert.engine.names import map_names
-from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.engine.architecture.config import build_config
+from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.engine.architecture.model import build_meta_model, find_blocks
+from llmconvert.engine.architecture.names import map_names
+from llmconvert.errors import CheckpointError
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["BlockCall", "BlockSlot", "Gate", "Skeleton", "build_config"]
-
-#: Attention implementations that give the reference result; the rest run eagerly.
-_EAGER_ONLY = frozenset({"gemma2", "bloom", "mpt"})
+__all__ = ["BlockCall", "BlockSlot", "Gate", "Skeleton"]
 
 
 class Gate(Protocol):
@@ -118,11 +115,12 @@ class Skeleton:
         self.device = device
         config = build_config(checkpoint.config)
         self.dtype = dtype or _checkpoint_dtype(checkpoint)
-        attention = "eager" if config.model_type in _EAGER_ONLY else "sdpa"
+        self.architecture = Architecture.of(config)
+        attention = "eager" if self.architecture.eager_only else "sdpa"
         self.model = build_meta_model(config, self.dtype, attention)
         self.names = map_names(self.model, checkpoint)
         self._check_shapes()
-        self.list_name, blocks = _find_blocks(self.model)
+        self.list_name, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self.slots = [BlockSlot(block, index) for index, block in enumerate(self.blocks)]
         self.linears = [
@@ -148,8 +146,7 @@ class Skeleton:
     @property
     def hidden_size(self) -> int:
         """Width of the hidden state between blocks."""
-        width: int = self.model.config.get_text_config().hidden_size
-        return width
+        return self.architecture.hidden_size
 
     def prefix(self, index: int) -> str:
         """What the module names of a block's parameters begin with, e.g. ``model.layers.0.``."""
@@ -281,40 +278,6 @@ class Skeleton:
                     )
 
 
-def build_config(config: Mapping[str, Any]) -> PretrainedConfig:
-    """The transformers config object of a parsed ``config.json``.
-
-    Raises:
-        UnsupportedError: unknown ``model_type``, remote code, no causal-LM class, or an encoder-decoder.
-    """
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        remote = "; it needs code from its repository, which is never run" if "auto_map" in config else ""
-        raise UnsupportedError(f"architecture {model_type!r} is not known to the installed transformers{remote}")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedError(f"architecture {model_type!r} has no causal language model in transformers")
-    values = {key: value for key, value in config.items() if key != "quantization_config"}
-    built = CONFIG_MAPPING[model_type].from_dict(values)
-    if built.is_encoder_decoder:
-        raise UnsupportedError(f"architecture {model_type!r} is an encoder-decoder; only decoders can be streamed")
-    return built
-
-
-def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The causal-LM class of ``config`` on the ``meta`` device, in evaluation mode."""
-    config.use_cache = False
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        except ValueError as error:
-            if attention == "eager":
-                raise
-            if "attention" not in str(error):
-                raise UnsupportedError(f"architecture {config.model_type!r} cannot be built: {error}") from error
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    return model.eval()
-
-
 def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that most of a checkpoint's bytes are stored in."""
     sizes: dict[torch.dtype, int] = {}
@@ -324,21 +287,3 @@ def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if not sizes:
         raise CheckpointError("the checkpoint holds no floating-point tensor")
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    count = model.config.get_text_config().num_hidden_layers
-    kinds = set(model._no_split_modules or ())
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and all(type(block).__name__ in kinds for block in module)
-    ]
-    if len(found) != 1:
-        raise UnsupportedError(
-            f"architecture {model.config.model_type!r}: expected one list of {count} decoder blocks "
-            f"({', '.join(sorted(kinds)) or 'none declared'}), found {len(found)}; the streaming engine cannot run it"
-        )
-    return found[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llmconvert.engine.architecture.config import with_size
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
 
@@ -59,7 +60,7 @@ class _Shallow(CheckpointView):
         base = skeleton.checkpoint
         super().__init__(base)
         self.config = config
-        vocabulary, outside = base.config.get("vocab_size"), _outside(skeleton)
+        vocabulary, outside = skeleton.architecture.vocab_size, _outside(skeleton)
         self.infos = {
             name: replace(info, shape=(_VOCABULARY, *info.shape[1:]))
             if name in outside and info.shape[0] == vocabulary
@@ -80,13 +81,7 @@ def shallow(skeleton: Skeleton, blocks: int) -> Checkpoint:
         for name, stored in skeleton.names.items()
         if not any(name.startswith(skeleton.prefix(index)) for index in range(blocks, depth))
     }
-    small: dict[str, Any] = {
-        key: value[:blocks] if isinstance(value, list) and len(value) == depth else value
-        for key, value in config.items()
-    }
-    small |= {"num_hidden_layers": min(blocks, depth), "vocab_size": _VOCABULARY}
-    small |= {key: None for key in config if key.endswith("_token_id")}
-    return _Shallow(skeleton, kept, small)
+    return _Shallow(skeleton, kept, with_size(config, depth, layers=blocks, vocabulary=_VOCABULARY))
 
 
 def _outside(skeleton: Skeleton) -> frozenset[str]:

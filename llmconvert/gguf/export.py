@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from llmconvert.engine.skeleton import build_config
+from llmconvert.engine.architecture.config import build_config
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.export_config import export_config, export_rope_tensors
 from llmconvert.gguf.export_tokenizer import export_tokenizer

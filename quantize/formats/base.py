@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from llmconvert.engine.architecture.config import declared_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -171,9 +172,8 @@ def require_shape(checkpoint: Checkpoint, linear: str, part: str, shape: tuple[i
 
 def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The floating dtype that a config declares; float16, in which such models are usually saved, if it has none."""
-    text = checkpoint.config.get("text_config") or {}
-    declared = [config.get(key) for config in (checkpoint.config, text) for key in ("dtype", "torch_dtype")]
-    dtype = getattr(torch, next((str(value) for value in declared if value), "float16").removeprefix("torch."), None)
+    declared = declared_dtype(checkpoint.config) or "float16"
+    dtype = getattr(torch, declared.removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float16
 
 

@@ -258,8 +258,7 @@ def _work_nbytes(subject: Subject) -> int:
         stops = (stop.columns + 2 * _ROWS * len(stop.linears) for stop in block.stops)
         kept.append(tokens * skeleton.dtype.itemsize * sum(stops))
     longest = max(window.shape[1] for window in subject.windows)
-    vocabulary: int = skeleton.model.config.get_text_config().vocab_size
     head = skeleton.outer_nbytes(head=True) - skeleton.outer_nbytes(head=False)
     graph = _GRAPH * max(plan.peak_nbytes for plan in subject.blocks)
-    logits = longest * vocabulary * (2 * skeleton.dtype.itemsize + 4)
+    logits = longest * skeleton.architecture.vocab_size * (2 * skeleton.dtype.itemsize + 4)
     return head + max(kept) + max(*solving, graph + logits)

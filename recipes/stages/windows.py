@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import load_file, save
 
+from llmconvert.engine.architecture.config import declared_number
 from llmconvert.errors import SourceError, UsageError
 from llmconvert.recipes.schema.recipe import CalibrateSettings, PerplexitySettings
 from llmconvert.storage.checkpoint import Checkpoint
@@ -70,8 +71,8 @@ class WindowRequest:
             DatasetError: too little text, or text that does not go with the tokenizer.
             SourceError: the model has no usable tokenizer.
         """
-        positions = checkpoint.config.get("max_position_embeddings")
-        if isinstance(positions, int) and self.length > positions:
+        positions = declared_number(checkpoint.config, "max_position_embeddings")
+        if positions is not None and self.length > positions:
             raise UsageError(
                 f"{self.setting}: windows of {self.length:,} tokens don't fit the model's {positions:,} positions; "
                 f"take {positions:,} tokens at most"
@@ -84,7 +85,7 @@ class WindowRequest:
             stride=self.stride,
             order=self.order,
             seed=self.seed,
-            vocab_size=checkpoint.config.get("vocab_size"),
+            vocab_size=declared_number(checkpoint.config, "vocab_size"),
         )
 
 

@@ -10,7 +10,8 @@ import torch
 from support.tiny_architectures import ARCHITECTURES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmconvert.convert.kv_cache import CacheLayer, CacheLayout, cache_layout
+from llmconvert.convert.kv_cache import cache_layout
+from llmconvert.engine.architecture.decoder import Architecture
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 4, "vocab_size": 100}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,17 +33,9 @@ def test_the_formula_is_what_a_real_cache_holds(name: str, context: int, batch: 
     with torch.inference_mode():
         cache = model(torch.randint(90, (batch, context)), use_cache=True).past_key_values
     held = sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
-    assert held == cache_layout(config).nbytes(context, batch, 4)
+    assert held == cache_layout(Architecture.of(config)).nbytes(context, batch, 4)
 
 
 def test_what_another_number_of_heads_would_take() -> None:
     config = AutoConfig.for_model("llama", **SMALL, num_key_value_heads=8)
-    assert cache_layout(config).nbytes(100) == 8 * cache_layout(config, 1).nbytes(100)
-
-
-def test_the_longest_context_is_the_last_that_fits() -> None:
-    layout = CacheLayout((CacheLayer(32), CacheLayer(32, 10)))
-    for budget in (63, 64, 1279, 1280, 100_000):
-        longest = layout.longest_context(budget, itemsize=1)
-        assert layout.nbytes(longest, itemsize=1) <= budget < layout.nbytes(longest + 1, itemsize=1)
-    assert CacheLayout((CacheLayer(32, 10),)).longest_context(10**9, limit=4096) == 4096
+    assert cache_layout(Architecture.of(config)).nbytes(100) == 8 * cache_layout(Architecture.of(config), 1).nbytes(100)

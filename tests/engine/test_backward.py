@@ -28,7 +28,7 @@ def record(directory: Path, work: Path) -> tuple[Skeleton, tuple[BlockPlan, ...]
     """Run the text forward, so that the tape has every block's inputs."""
     skeleton = Skeleton(SafetensorsCheckpoint(directory), torch.device("cpu"))
     plans = discover(skeleton, 24)
-    shape = (LENGTHS, skeleton.model.config.get_text_config().hidden_size, skeleton.dtype)
+    shape = (LENGTHS, skeleton.hidden_size, skeleton.dtype)
     tape = TapeStates(work, *shape)
     stream = Stream(skeleton, WINDOWS, plans, mode="replay", states=tape)
     for _ in stream.blocks():

@@ -18,13 +18,8 @@ from support.tiny_architectures import VOCABULARY
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmconvert.convert.gqa.geometry import AttentionGeometry, Projections, Rotary, read_geometry
-from llmconvert.convert.gqa.weights import (
-    LayerWeights,
-    attention_tensors,
-    config_with_kv_heads,
-    layer_tensors,
-    read_layer,
-)
+from llmconvert.convert.gqa.weights import LayerWeights, attention_tensors, layer_tensors, read_layer
+from llmconvert.engine.architecture.config import with_kv_heads
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME
 from llmconvert.storage.writer import write_json
@@ -72,7 +67,7 @@ def disguise(source: Path, directory: Path, copies: int, *, seed: int = 1) -> Pa
             tensors.update(layer_tensors(checkpoint, wide, layer, weights))
             assert set(attention_tensors(checkpoint, geometry, layer)) <= set(tensors)
         save_file(tensors, directory / SINGLE_NAME, metadata={"format": "pt"})
-        config = config_with_kv_heads(checkpoint.config, geometry.kv_heads * copies)
+        config = with_kv_heads(checkpoint.config, geometry.kv_heads * copies)
         if geometry.multi_query_only and copies > 1:
             config["multi_query"] = False
         write_json(directory / "config.json", config)

@@ -17,13 +17,13 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from llmconvert.convert.inspection import describe_model
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import UsageError
 from llmconvert.memory import available_nbytes
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.generation import PROMPTS
 from llmconvert.validate.long_inputs.backends import BACKENDS, refusal
-from llmconvert.validate.long_inputs.positions import position_limit
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, run_isolated
 
 __all__ = ["LENGTHS", "AttentionOptions", "AttentionResult", "BackendPoint", "exponent", "measure_attention"]
@@ -139,8 +139,8 @@ def measure_attention(
     """
     config = AutoConfig.from_pretrained(artifact, local_files_only=True, trust_remote_code=False)
     with SafetensorsCheckpoint(artifact) as stored:
-        parameters = describe_model(stored).parameters
-        limits = position_limit(stored)
+        summary = describe_model(stored)
+    parameters, limits = summary.parameters, summary.position_limit
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     refused = {name: why for name in options.backends if (why := refusal(name, config, device, dtype))}
     backends = [name for name in options.backends if name not in refused]
@@ -173,7 +173,7 @@ def _text(
         return [window[0, :length].tolist() for window in windows[: options.windows]]
     generator = torch.Generator().manual_seed(0)
     size = (options.windows, length)
-    found: list[list[int]] = torch.randint(config.get_text_config().vocab_size, size, generator=generator).tolist()
+    found: list[list[int]] = torch.randint(Architecture.of(config).vocab_size, size, generator=generator).tolist()
     return found
 
 
@@ -268,7 +268,7 @@ class _Runner:
             needed = round(before[-1].extra_bytes * (length / before[-1].length) ** power)
         elif power == 2:
             itemsize = 4 if self._config.dtype == torch.float32 else 2
-            needed = 2 * itemsize * int(self._config.num_attention_heads) * length**2
+            needed = 2 * itemsize * Architecture.of(self._config).query_heads * length**2
         return f"{_TOO_LARGE[0]} about {needed:,} bytes, {budget:,} may be used" if needed > budget else ""
 
     def _too_slow(self, backend: str, length: int) -> str:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from llmconvert.convert.inspection import uses_alibi
+from llmconvert.engine.architecture.decoder import Architecture
 
 __all__ = ["BACKENDS", "Backend", "Kernels", "activate", "best_backend", "refusal"]
 
@@ -71,11 +71,11 @@ def refusal(name: str, config: PretrainedConfig, device: torch.device, dtype: to
         return f"{name} computes in 16 bits only; the model is in {str(dtype).removeprefix('torch.')}"
     if backend.attention == "eager":
         return ""
-    text = config.get_text_config()
-    cap = getattr(text, "attn_logit_softcapping", None)
+    found = Architecture.of(config)
+    cap = found.softcap
     if cap and backend.attention == "sdpa":
         return f"the model caps its attention scores at ±{cap:g}, which no SDPA kernel does"
-    if uses_alibi(text) and not backend.quadratic:
+    if found.uses_alibi and not backend.quadratic:
         return "the model adds ALiBi biases to its scores, a matrix of length × length that this kernel is to avoid"
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     flag = "_supports_sdpa" if backend.attention == "sdpa" else "_supports_flash_attn"

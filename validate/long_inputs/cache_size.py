@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from llmconvert.convert.inspection import describe_model, text_config
+from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.kv_cache import CacheLayout, cache_layout
-from llmconvert.engine.skeleton import build_config, build_meta_model
+from llmconvert.engine.architecture.config import build_config
+from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.engine.architecture.model import build_meta_model
 from llmconvert.errors import LlmconvertError
 from llmconvert.report.report import Check
 from llmconvert.report.section import Column, Section
-from llmconvert.validate.long_inputs.positions import position_limit
 from llmconvert.validate.long_inputs.prefill import cache_nbytes
 from llmconvert.validate.measurement import Subject
 from llmconvert.validate.runtimes.isolated import UnmeasuredError
@@ -72,12 +73,12 @@ class CacheCheck:
 
     def measure(self, subject: Subject) -> list[Check]:
         """One check: bytes per token in 16 bits, with a table by context, batch and dtype."""
-        config = text_config(subject.stored.config)
-        layout = cache_layout(config)
+        layout = cache_layout(Architecture.of(subject.stored.config))
         rows: list[tuple[float | str | None, ...]] = []
         wrong: list[str] = []
         reason = ""
-        limit = position_limit(subject.stored)
+        summary = describe_model(subject.stored)
+        limit = summary.position_limit
         contexts = [context for context in self.contexts if limit is None or context <= limit]
         for dtype, itemsize in CACHE_DTYPES.items():
             for batch in self.batches:
@@ -94,7 +95,6 @@ class CacheCheck:
                             f"{dtype}, batch {batch}, {context:,} tokens: {measured:,} instead of {computed:,}"
                         )
                     rows.append((dtype, float(batch), float(context), float(computed), float(measured), "measured"))
-        summary = describe_model(subject.stored)
         heads = f"{summary.attention}, {summary.query_heads} query heads over {summary.kv_heads} key-value heads"
         text = heads
         if len(contexts) < len(self.contexts):
@@ -120,7 +120,7 @@ class CacheCheck:
 def _reference(subject: Subject) -> float | None:
     if subject.reference is None:
         return None
-    return float(cache_layout(text_config(subject.reference.config)).bytes_per_token())
+    return float(cache_layout(Architecture.of(subject.reference.config)).bytes_per_token())
 
 
 def _section(heads: str, rows: list[tuple[float | str | None, ...]], layout: CacheLayout) -> Section:

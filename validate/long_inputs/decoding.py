@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from llmconvert.convert.inspection import describe_model
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.report.report import Check
 from llmconvert.report.section import Cell, Column, Section
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
-from llmconvert.validate.long_inputs.positions import position_limit
 from llmconvert.validate.long_inputs.prefill import cache_nbytes
 from llmconvert.validate.measurement import Subject
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, run_isolated
@@ -51,7 +52,7 @@ def measure_decoding(
     with runtime(Path(directory), device=where, dtype=kind) as loaded, torch.inference_mode():
         model = loaded.model
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(model.config.get_text_config().vocab_size, (1, context), generator=generator).to(where)
+        ids = torch.randint(Architecture.of(model.config).vocab_size, (1, context), generator=generator).to(where)
         cache, last = _fill(model, ids)
         held, seconds = cache_nbytes(cache), []
         for _ in range(_WARMUP + tokens):
@@ -135,7 +136,7 @@ class DecodingCheck:
             models["original"] = subject.reference.directory, subject.original
         models["artifact"] = subject.artifact, subject.dense
         for directory, dense in models.values():
-            limit = position_limit(dense)
+            limit = describe_model(dense).position_limit
             if limit is not None and self.context + _WARMUP + self.tokens > limit:
                 raise UnmeasuredError(f"{directory.name} takes {limit:,} positions")
             if reason := too_large(dense, subject.device):

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from llmconvert.convert.inspection import describe_model, text_config
-from llmconvert.convert.kv_cache import CacheLayout, cache_layout, kv_head_count
+from llmconvert.convert.inspection import describe_model
+from llmconvert.convert.kv_cache import CacheLayout, cache_layout
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.memory import available_nbytes
 from llmconvert.report.report import Check
@@ -88,26 +89,17 @@ def memory_needs(checkpoint: Checkpoint, kv_heads: int | None = None) -> list[Me
         kv_heads: another number of key-value heads than its own, for what would be; weights are taken as they are.
     """
     summary = describe_model(checkpoint)
-    config = text_config(checkpoint.config)
-    heads = kv_heads or kv_head_count(config)
-    widths = _RESIDUAL_WIDTHS * summary.hidden_size + _MLP_WIDTHS * _intermediate(config)
+    model = Architecture.of(checkpoint.config)
+    heads = kv_heads or model.kv_heads
+    widths = _RESIDUAL_WIDTHS * model.hidden_size + _MLP_WIDTHS * model.inner_size
     needs = []
     for weights, nbytes in summary.weight_bytes.items():
         dtype = torch.float32 if weights == "float32" else torch.bfloat16
-        layout = cache_layout(config, heads)
-        written = best_backend(config, torch.device("cpu"), dtype) == "eager"
-        pair = _SCORE_NBYTES * int(config.num_attention_heads) if written else 0
+        layout = cache_layout(model, heads)
+        written = best_backend(model.config, torch.device("cpu"), dtype) == "eager"
+        pair = _SCORE_NBYTES * model.query_heads if written else 0
         needs.append(MemoryNeed(weights, heads, nbytes, dtype.itemsize, layout, widths * dtype.itemsize, pair))
     return needs
-
-
-def _intermediate(config: Any) -> int:
-    for name in ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"):
-        width = getattr(config, name, None)
-        if isinstance(width, int):
-            active = getattr(config, "num_experts_per_tok", None) if name.startswith("moe") else None
-            return width * int(active or 1)
-    return 4 * int(config.hidden_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +162,8 @@ class MemoryLadder:
 
     def _run(self, subject: Subject, needs: Sequence[MemoryNeed]) -> tuple[list[dict[str, Any]], list[str]]:
         """Load the artifact in each dtype and read prompts, each in its own process."""
-        heads = kv_head_count(text_config(subject.dense.config))
-        config = text_config(subject.dense.config)
+        model = Architecture.of(subject.dense.config)
+        heads = model.kv_heads
         measured: list[dict[str, Any]] = []
         reasons: list[str] = []
         wanted = [(need, context) for need in needs if need.kv_heads == heads for context in self.measured_contexts]
@@ -179,7 +171,7 @@ class MemoryLadder:
             for need, context in wanted:
                 dtype = getattr(torch, need.weights)
                 try:
-                    found = self._point(subject, need, context, best_backend(config, subject.device, dtype))
+                    found = self._point(subject, need, context, best_backend(model.config, subject.device, dtype))
                     measured.append(
                         {"weights": need.weights, "tokens": context, "computed": need.running(context), **found}
                     )
@@ -192,8 +184,8 @@ class MemoryLadder:
         summary = describe_model(subject.dense)
         if not subject.loadable:
             raise UnmeasuredError("the artifact is GGUF, which transformers does not run as it is")
-        if summary.positions.startswith("learned") and summary.context and context > summary.context:
-            raise UnmeasuredError(f"the model has learned {summary.context:,} positions")
+        if summary.position_limit and context > summary.position_limit:
+            raise UnmeasuredError(f"the model has learned {summary.position_limit:,} positions")
         budget = self.memory if self.memory is not None else int(_USABLE * available_nbytes(subject.device))
         if need.running(context) > budget:
             raise UnmeasuredError(f"needs about {need.running(context):,} bytes, {budget:,} may be used")
@@ -294,10 +286,10 @@ def _rungs(subject: Subject) -> list[Rung]:
     wide = memory_needs(base)[0]
     found.append(Rung("float32", wide.weight_bytes, wide.layout.nbytes(_SHOWN_CONTEXT, 1, 4), None))
     if subject.reference is not None:
-        layout = cache_layout(text_config(subject.reference.config))
+        layout = cache_layout(Architecture.of(subject.reference.config))
         before = perplexity.reference if perplexity is not None else None
         found.append(Rung("original", subject.reference.nbytes, layout.nbytes(_SHOWN_CONTEXT), before))
-    layout = cache_layout(text_config(subject.stored.config))
+    layout = cache_layout(Architecture.of(subject.stored.config))
     after = perplexity.value if perplexity is not None else None
     found.append(Rung("artifact", subject.stored.nbytes, layout.nbytes(_SHOWN_CONTEXT), after))
     return found

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from llmconvert.convert.inspection import ModelSummary, describe_model
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import DatasetError
 from llmconvert.memory import available_nbytes
 from llmconvert.report.report import Check
 from llmconvert.report.section import Column, Plot, Section, Series
-from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.text.datasets import load_dataset_text
 from llmconvert.text.tokens import TokenWindows, draw_windows
 from llmconvert.validate.long_inputs.backends import activate, best_backend
@@ -28,7 +29,7 @@ from llmconvert.validate.measurement import Subject
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, limit_memory, run_isolated
 from llmconvert.validate.runtimes.transformers import runtime
 
-__all__ = ["PositionCurve", "PositionsCheck", "position_limit", "score_positions", "trained_length"]
+__all__ = ["PositionCurve", "PositionsCheck", "score_positions"]
 
 _BINS = 16
 _SHORTEST = 64
@@ -55,25 +56,6 @@ class PositionCurve:
         ]
         total = sum(count for _, count in inside)
         return math.exp(sum(nll * count for nll, count in inside) / total) if total else None
-
-
-def position_limit(checkpoint: Checkpoint) -> int | None:
-    """Tokens that learned positions end after; None for other positions, which end nowhere."""
-    summary = describe_model(checkpoint)
-    return summary.context if summary.positions.startswith("learned") else None
-
-
-def trained_length(checkpoint: Checkpoint) -> int | None:
-    """Tokens per input in training, as far as the config says: what it allows, or allowed before it was scaled."""
-    rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
-    rope = rope.get("full_attention", rope) if isinstance(rope, dict) else {}
-    context: int | None = describe_model(checkpoint).context
-    original: Any = rope.get("original_max_position_embeddings")
-    if isinstance(original, int):
-        return int(original)
-    if rope.get("rope_type") == "linear" and context:
-        return int(context / float(rope["factor"]) + 0.5)
-    return context
 
 
 def score_positions(
@@ -124,7 +106,7 @@ class PositionsCheck:
         if not subject.loadable:
             text = "not measured: the artifact is GGUF, which transformers does not run as it is"
             return [_check(None, None, {"text": text, "positions": summary.positions}, ())]
-        trained = trained_length(subject.stored)
+        trained = Architecture.of(subject.stored.config).trained_length
         notes: list[str] = []
         length = self._length(subject, summary, trained, notes)
         try:
@@ -141,7 +123,7 @@ class PositionsCheck:
 
     def _length(self, subject: Subject, summary: ModelSummary, trained: int | None, notes: list[str]) -> int:
         length = self.window or 2 * (trained or 2048)
-        limit = position_limit(subject.stored)
+        limit = summary.position_limit
         if limit is not None and length > limit:
             notes.append(f"beyond {limit:,} tokens there are no learned positions")
             length = limit

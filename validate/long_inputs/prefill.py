@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.memory import PeakMemory, release_freed_memory
 from llmconvert.validate.long_inputs.backends import activate
 from llmconvert.validate.runtimes.isolated import limit_memory, reset_peak
@@ -51,7 +52,7 @@ def measure_prefill(
     with runtime(Path(directory), device=where, dtype=kind) as loaded, activate(loaded.model, backend):
         model = loaded.model
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(model.config.get_text_config().vocab_size, (batch, length), generator=generator).to(where)
+        ids = torch.randint(Architecture.of(model.config).vocab_size, (batch, length), generator=generator).to(where)
         _read(model, ids[:, :_WARMUP_TOKENS], cache)  # threads, and kernels that are compiled or chosen on first use
         meter = _CudaMeter(where) if where.type == "cuda" else _HostMeter(limit)
         with meter:

@@ -12,6 +12,7 @@ from support.tiny_models import tiny_llama_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmconvert.convert.kv_cache import cache_layout
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
@@ -39,7 +40,7 @@ def test_shapes_alone_give_the_formula(name: str) -> None:
             except UnmeasuredError as error:
                 assert dtype == "fp8" and "full attention" in str(error)
                 continue
-            assert found == cache_layout(config).nbytes(context, batch, itemsize)
+            assert found == cache_layout(Architecture.of(config)).nbytes(context, batch, itemsize)
 
 
 def test_shapes_alone_give_what_real_memory_holds() -> None:

@@ -10,11 +10,12 @@ import torch
 from support.tiny_models import tiny_llama_dir, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.long_inputs import positions
-from llmconvert.validate.long_inputs.positions import PositionCurve, PositionsCheck, score_positions, trained_length
+from llmconvert.validate.long_inputs.positions import PositionCurve, PositionsCheck, score_positions
 from llmconvert.validate.measurement import Subject
 from llmconvert.validate.runtimes.isolated import UnmeasuredError
 
@@ -112,7 +113,7 @@ def test_trained_length_before_scaling(tmp_path: Path) -> None:
     for name, rope, context in (("linear", linear, 512), ("dynamic", dynamic, 128)):
         directory = tiny_llama_dir(tmp_path / name, max_position_embeddings=context, rope_parameters=rope)
         with SafetensorsCheckpoint(directory) as stored:
-            assert trained_length(stored) == 128
+            assert Architecture.of(stored.config).trained_length == 128
 
 
 def test_a_curve_between_two_positions() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_architectures import ARCHITECTURES, ids, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
-from llmconvert.engine.names import map_names
+from llmconvert.engine.architecture.names import map_names
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import CheckpointError

@@ -1,0 +1,60 @@
+"""A transformers model without weights: its class on the ``meta`` device, and where its decoder blocks are."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.errors import UnsupportedError
+
+__all__ = ["build_meta_model", "find_blocks"]
+
+
+def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The causal-LM class of ``config`` on the ``meta`` device, in evaluation mode.
+
+    Args:
+        config: of :func:`~llmconvert.engine.architecture.config.build_config`.
+        dtype: of its parameters.
+        attention: transformers' name of an implementation; eager takes its place where the class has no such.
+
+    Raises:
+        UnsupportedError: the class can't be built.
+    """
+    config.use_cache = False
+    try:
+        with torch.device("meta"):
+            try:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            except ValueError as error:
+                if attention == "eager" or "attention" not in str(error):
+                    raise
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        raise UnsupportedError(f"architecture {config.model_type!r} cannot be built: {error}") from error
+    return model.eval()
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks, and its name in the model.
+
+    Raises:
+        UnsupportedError: there is not exactly one list of as many blocks as the config says.
+    """
+    count = Architecture.of(model.config).layers
+    kinds = set(model._no_split_modules or ())
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(type(block).__name__ in kinds for block in module)
+    ]
+    if len(found) != 1:
+        raise UnsupportedError(
+            f"architecture {model.config.model_type!r}: expected one list of {count} decoder blocks "
+            f"({', '.join(sorted(kinds)) or 'none declared'}), found {len(found)}; the streaming engine cannot run it"
+        )
+    return found[0]
