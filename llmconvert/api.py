@@ -18,6 +18,7 @@ from llmconvert.errors import UsageError
 from llmconvert.hub import PushOptions, push_folder
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.matrix import usual_method
 from llmconvert.recipes import single
 from llmconvert.recipes.loading import make_recipe
 from llmconvert.recipes.stages.attention import rewrite_model
@@ -206,7 +207,7 @@ def quantize_model(
     if scheme is None and bits_per_weight is None:
         raise UsageError("give a scheme, or bits per weight (--bits-per-weight) to have schemes chosen by layer")
     quantize: dict[str, Any] = {
-        "method": method or _usual_method(format, scheme, calibration is not None),
+        "method": method or usual_method(scheme, text=calibration is not None),
         "scheme": scheme,
         "format": format,
         "overrides": [{"match": pattern, "scheme": other} for pattern, other in (overrides or {}).items()],
@@ -375,10 +376,3 @@ def _calibrate(
             "seed": seed,
         }
     }
-
-
-def _usual_method(format: str, scheme: str | None, calibrated: bool) -> str:
-    """Nothing in GPTQ chooses the scales of a GGUF type; what llama.cpp offers for them is an importance matrix."""
-    if format == "gguf" and not (scheme or "w").lower().startswith("w"):
-        return "imatrix" if calibrated else "rtn"
-    return "gptq"

@@ -21,8 +21,8 @@ from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
 from llmconvert.gguf.layout import GgufSpec, plan_gguf
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.dense_view import QuantizedView
-from llmconvert.quantize.formats.gguf_carry import carried_type, carry_over
-from llmconvert.quantize.importance import collect_importance
+from llmconvert.quantize.formats.gguf import Gguf
+from llmconvert.quantize.methods.imatrix import collect_importance
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
@@ -195,7 +195,7 @@ class _Job:
         if not isinstance(self._source, QuantizedView):
             return None
         scheme = self._source.scheme_of(tensor.source)
-        if scheme is None or carried_type(scheme) != spec.qtype:
+        if scheme is None or Gguf().carrier(scheme) != spec.qtype:
             return None
         try:
             return self._source.read_quantized(tensor.source)
@@ -203,7 +203,7 @@ class _Job:
             return None
 
     def _carry(self, tensor: ExportedTensor, quantized: QuantizedTensor) -> None:
-        raw = torch.from_numpy(carry_over(tensor.source, quantized))
+        (raw,) = Gguf().pack(tensor.source.removesuffix(".weight"), quantized).values()
         if tensor.heads:
             halves = raw.reshape(tensor.heads, 2, -1, raw.shape[1])
             raw = halves.transpose(1, 2).reshape(raw.shape)

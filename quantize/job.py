@@ -23,7 +23,7 @@ from llmconvert.phases import Phases
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.execute import Execution
 from llmconvert.quantize.formats.base import load_format
-from llmconvert.quantize.methods.base import ScalingQuantizer, load_method
+from llmconvert.quantize.methods.base import ScalingQuantizer, load_quantizer
 from llmconvert.quantize.methods.rescale import describe_edges
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization, work_nbytes
 from llmconvert.quantize.scheme import Scheme, input_kind
@@ -131,7 +131,7 @@ def quantize_checkpoint(
     begin = time.perf_counter()
     check_output_directory(output)
     require_dense(source, "the source")
-    quantizer, layout_format = load_method(method, options or {}), load_format(format)
+    quantizer, layout_format = load_quantizer(method, options or {}), load_format(format)
     calibrated = quantizer.calibration != "none"
     if calibrated and not windows:
         raise CalibrationError(f"method {method!r} needs calibration text and was given none")

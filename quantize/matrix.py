@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.formats.base import FORMATS, Format, load_format
-from llmconvert.quantize.methods.base import METHODS, Quantizer, load_method
+from llmconvert.errors import SchemeError, UnsupportedError
+from llmconvert.gguf.ggml.mix import GgmlMix
+from llmconvert.quantize.formats.base import FORMATS, FileFormat, Format, load_format
+from llmconvert.quantize.methods.base import METHODS, GgmlQuantizer, Method, load_method
 from llmconvert.quantize.runtimes import Runtime, runtimes_of
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import SchemeOrMix, parse_scheme
 
 __all__ = [
     "USUAL",
@@ -26,6 +27,7 @@ __all__ = [
     "markdown_matrix",
     "methods_for",
     "readers_of",
+    "usual_method",
 ]
 
 #: Schemes that the table shows; others of the same widths go with the same.
@@ -36,12 +38,15 @@ USUAL = (
     "w8a16-g128",
     "w4a16-g64",
     "w4a16-g64-asym",
+    "w4a16-g32",
     "nf4",
     "nf4-dq",
     "w3a16-g64",
     "w3a16-g64-asym",
     "w2a16-g64",
     "w2a16-g64-asym",
+    "q8_0",
+    "q4_k_m",
 )
 
 
@@ -56,40 +61,63 @@ class Combination:
     """
 
     method: str
-    scheme: Scheme
+    scheme: SchemeOrMix
     format: str
     readers: tuple[Runtime, ...]
 
 
-def methods_for(scheme: Scheme) -> tuple[str, ...]:
+def methods_for(scheme: SchemeOrMix) -> tuple[str, ...]:
     """Names of the methods that can choose codes of this scheme."""
-    return tuple(name for name in METHODS if scheme.kind in load_method(name, {}).kinds)
+    return tuple(name for name in METHODS if _chooses(load_method(name, {}), scheme))
 
 
-def formats_for(scheme: Scheme) -> tuple[str, ...]:
+def usual_method(scheme: str | None, *, text: bool) -> str:
+    """The method to take where none is named.
+
+    Nothing in GPTQ chooses the scales of GGML's types; what llama.cpp offers for them is an importance matrix.
+
+    Args:
+        scheme: by name; None where a budget chooses schemes. One that is none is for others to refuse.
+        text: whether there is calibration text.
+    """
+    try:
+        found = None if scheme is None else parse_scheme(scheme)
+    except SchemeError:
+        found = None
+    if isinstance(found, GgmlMix):
+        return "imatrix" if text else "rtn"
+    return "gptq"
+
+
+def formats_for(scheme: SchemeOrMix) -> tuple[str, ...]:
     """Names of the formats that can hold it."""
     return tuple(name for name in FORMATS if _holds(load_format(name), scheme))
 
 
-def readers_of(format: str, scheme: Scheme) -> tuple[Runtime, ...]:
-    """Runtimes that were run with this format in this scheme, or in one that differs in its group size alone."""
+def readers_of(format: str, scheme: SchemeOrMix) -> tuple[Runtime, ...]:
+    """Runtimes that were run with this format in this scheme, or in one that differs in its group size alone.
+
+    Codes that a GGML type holds are read by what was run with the mix that has this type.
+    """
+    layout = load_format(format)
+    stored = layout.mix_of(scheme) if isinstance(layout, FileFormat) else scheme
     return tuple(
         runtime
         for runtime in runtimes_of(format)
-        if any(_alike(Scheme.parse(tested), scheme) for tested in runtime.schemes)
+        if any(_alike(parse_scheme(tested), stored) for tested in runtime.schemes)
     )
 
 
 def combinations(schemes: Sequence[str] = USUAL) -> Iterator[Combination]:
     """Everything that goes together, scheme by scheme."""
     for text in schemes:
-        scheme = Scheme.parse(text)
+        scheme = parse_scheme(text)
         for format in formats_for(scheme):
             for method in methods_for(scheme):
                 yield Combination(method, scheme, format, readers_of(format, scheme))
 
 
-def check_combination(method: Quantizer, scheme: Scheme, layout: Format) -> None:
+def check_combination(method: Method, scheme: SchemeOrMix, layout: Format) -> None:
     """Refuse what does not go together.
 
     Raises:
@@ -99,29 +127,35 @@ def check_combination(method: Quantizer, scheme: Scheme, layout: Format) -> None
     check_format(layout, scheme)
 
 
-def check_method(method: Quantizer, scheme: Scheme) -> None:
+def check_method(method: Method, scheme: SchemeOrMix) -> None:
     """Refuse a scheme whose codes a method cannot choose.
 
     Raises:
         UnsupportedError: with the methods that can.
     """
-    if scheme.kind not in method.kinds:
+    if not _chooses(method, scheme):
+        kinds = " and ".join(sorted(method.kinds)) or "GGUF's"
+        wanted = "GGUF types" if isinstance(scheme, GgmlMix) else scheme.kind
         raise UnsupportedError(
-            f"scheme {scheme}: {type(method).__name__.lower()} chooses {' and '.join(sorted(method.kinds))} codes "
-            f"only; methods for {scheme.kind} are {', '.join(methods_for(scheme))}"
+            f"scheme {scheme}: {type(method).__name__.lower()} chooses {kinds} codes only; methods for {wanted} are "
+            f"{', '.join(methods_for(scheme))}"
         )
 
 
-def check_format(layout: Format, scheme: Scheme) -> None:
+def check_format(layout: Format, scheme: SchemeOrMix) -> None:
     """Refuse a scheme that a format cannot hold.
 
     Raises:
         UnsupportedError: with the formats that hold it.
     """
+    able = ", ".join(formats_for(scheme)) or "none"
+    if isinstance(scheme, GgmlMix):
+        if not isinstance(layout, FileFormat):
+            raise UnsupportedError(f"{scheme} is a GGUF type; it needs format: {able} (--format {able})")
+        return
     try:
         layout.check(scheme)
     except UnsupportedError as error:
-        able = ", ".join(formats_for(scheme)) or "none"
         raise UnsupportedError(f"{error}; formats that hold {scheme}: {able}") from None
 
 
@@ -129,20 +163,26 @@ def markdown_matrix() -> str:
     """The table as README has it: by scheme the methods, and for every format what reads it."""
     lines = [f"| scheme | methods | {' | '.join(FORMATS)} |", f"|---|---|{'---|' * len(FORMATS)}"]
     for text in USUAL:
-        scheme = Scheme.parse(text)
+        scheme = parse_scheme(text)
         cells = [_cell(name, scheme) for name in FORMATS]
         lines.append(f"| `{text}` | {', '.join(methods_for(scheme))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(format: str, scheme: Scheme) -> str:
+def _cell(format: str, scheme: SchemeOrMix) -> str:
     if format not in formats_for(scheme):
         return ""
     names = dict.fromkeys(runtime.name for runtime in readers_of(format, scheme))
     return ", ".join(names) or "ours"
 
 
-def _holds(layout: Format, scheme: Scheme) -> bool:
+def _chooses(method: Method, scheme: SchemeOrMix) -> bool:
+    return isinstance(method, GgmlQuantizer) if isinstance(scheme, GgmlMix) else scheme.kind in method.kinds
+
+
+def _holds(layout: Format, scheme: SchemeOrMix) -> bool:
+    if isinstance(scheme, GgmlMix):
+        return isinstance(layout, FileFormat)
     try:
         layout.check(scheme)
     except UnsupportedError:
@@ -150,8 +190,10 @@ def _holds(layout: Format, scheme: Scheme) -> bool:
     return True
 
 
-def _alike(tested: Scheme, scheme: Scheme) -> bool:
+def _alike(tested: SchemeOrMix, scheme: SchemeOrMix) -> bool:
     """Equal but for the size of groups; one scale per channel is another thing. LLM.int8 is a way to round to w8a8."""
+    if isinstance(tested, GgmlMix) or isinstance(scheme, GgmlMix):
+        return tested == scheme
     if scheme.kind == "absmax":
         scheme = replace(scheme, kind="int")
     if tested.group_size is None or scheme.group_size is None:

@@ -24,7 +24,7 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import Format, load_format
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers, write_layers
-from llmconvert.quantize.methods.base import ScalingQuantizer, load_method
+from llmconvert.quantize.methods.base import ScalingQuantizer, load_quantizer
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
@@ -105,7 +105,7 @@ def requantize_checkpoint(
     some = next((scheme for scheme in after.values() if scheme is not None), None)
     if some is None:
         raise SchemeError("the changes leave no linear quantized")
-    quantizer = load_method(method, options or {})
+    quantizer = load_quantizer(method, options or {})
     if isinstance(quantizer, ScalingQuantizer):
         raise UnsupportedError(
             f"method {method!r} changes norms along with the linears, so single linears of a finished artifact can't "

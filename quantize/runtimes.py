@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from llmconvert.gguf.ggml.mix import GgmlMix
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import SchemeOrMix, parse_scheme
 
 __all__ = ["RUNTIMES", "Pair", "Run", "Runtime", "markdown_table", "pairs", "recorded_runs", "runtimes_of"]
 
@@ -28,7 +27,7 @@ class Runtime:
         script: of ``tests/readers/runtimes``, what runs it.
         environment: the one of ``make readers`` that has it; empty for the package's own.
         packages: whose versions count.
-        format: a name in :data:`~llmconvert.quantize.formats.base.FORMATS`, or ``gguf``.
+        format: a name in :data:`~llmconvert.quantize.formats.base.FORMATS`.
         schemes: what it was run with; of GGUF its mixes.
         note: what else to know.
     """
@@ -131,7 +130,7 @@ class Pair:
     """A runtime and a scheme that it was run with."""
 
     runtime: Runtime
-    scheme: Scheme | GgmlMix
+    scheme: SchemeOrMix
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,7 @@ def pairs() -> Iterator[Pair]:
     """All of them."""
     for runtime in RUNTIMES:
         for scheme in runtime.schemes:
-            yield Pair(runtime, GgmlMix.parse(scheme) if runtime.format == "gguf" else Scheme.parse(scheme))
+            yield Pair(runtime, parse_scheme(scheme))
 
 
 def runtimes_of(format: str) -> tuple[Runtime, ...]:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from llmconvert.errors import SchemeError
+from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
 
-__all__ = ["Kind", "Scheme", "input_kind"]
+__all__ = ["Kind", "Scheme", "SchemeOrMix", "input_kind", "parse_scheme"]
 
 Kind = Literal["int", "fp8", "nf4", "absmax"]
 
@@ -134,6 +135,26 @@ class Scheme:
         raise SchemeError(
             f"scheme {self}: group size {self.group_size} does not divide the {columns} columns of {name}; {advice}"
         )
+
+
+#: How a model's linears are stored: in a scheme, or in the GGML types that one of llama.cpp's mixes gives its tensors.
+SchemeOrMix = Scheme | GgmlMix
+
+
+def parse_scheme(text: str) -> SchemeOrMix:
+    """Read the name of a scheme or of a mix: ``w4a16-g128``, ``q4_k_m``.
+
+    Raises:
+        SchemeError: it is neither; the message says what there is.
+    """
+    try:
+        return GgmlMix.parse(text)
+    except SchemeError:
+        pass
+    try:
+        return Scheme.parse(text)
+    except SchemeError as error:
+        raise SchemeError(f"{error}; or a GGUF type: {', '.join(MIXES)}") from error
 
 
 def input_kind(scheme: Scheme) -> Literal["int8", "fp8"] | None:

@@ -22,7 +22,7 @@ from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UsageError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import Format, load_format
-from llmconvert.quantize.methods.base import Quantizer, Target, load_method
+from llmconvert.quantize.methods.base import Quantizer, Target, load_quantizer
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint, TensorSpec
@@ -163,7 +163,7 @@ def stream_quantize(
     """
     check_output_directory(output)
     begin = time.perf_counter()
-    quantizer, layout_format = load_method(method, options or {}), load_format(format)
+    quantizer, layout_format = load_quantizer(method, options or {}), load_format(format)
     if quantizer.calibration != "none":
         raise UsageError(
             f"method {method!r} needs the model's activations, so it can't be streamed; leave out --stream"

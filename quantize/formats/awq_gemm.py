@@ -16,6 +16,7 @@ import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import (
+    Format,
     StoredLinear,
     half_scale_dtype,
     model_dtype,
@@ -36,7 +37,7 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-class AwqGemm:
+class AwqGemm(Format):
     """``qweight``, ``qzeros`` and ``scales`` and their configuration."""
 
     def check(self, scheme: Scheme) -> None:

@@ -6,18 +6,21 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
 from llmconvert.engine.architecture.config import declared_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.gguf.ggml.mix import GgmlMix
+from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 
 __all__ = [
     "FORMATS",
+    "Feature",
+    "FileFormat",
     "Format",
     "StoredLinear",
     "find_linears",
@@ -34,7 +37,11 @@ FORMATS: Mapping[str, str] = {
     "gptq": "llmconvert.quantize.formats.gptq:GptqFormat",
     "awq": "llmconvert.quantize.formats.awq_gemm:AwqGemm",
     "bitsandbytes": "llmconvert.quantize.formats.bitsandbytes:BitsAndBytes",
+    "gguf": "llmconvert.quantize.formats.gguf:Gguf",
 }
+
+#: What may be asked for beside method, scheme and format, and does not go with every format.
+Feature = Literal["overrides", "budget", "repair", "rotations", "streaming", "generation"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,11 @@ class Format(Protocol):
 
     It also finds and reads what other producers wrote in it.
     """
+
+    #: The library that loads it, as model cards name it (``library_name``).
+    library: ClassVar[str] = "transformers"
+    #: What does not go with it, and why.
+    lacks: ClassVar[Mapping[Feature, str]] = {}
 
     def check(self, scheme: Scheme) -> None:
         """Refuse a scheme the format cannot hold.
@@ -118,6 +130,14 @@ class Format(Protocol):
             UnsupportedError: a version or layout of the format that is not read here.
             CheckpointError: parts are missing, or contradict each other or the config.
         """
+
+
+@runtime_checkable
+class FileFormat(Format, Protocol):
+    """A format whose artifact may be a file of its own, and which holds GGML's types too."""
+
+    def mix_of(self, scheme: SchemeOrMix) -> GgmlMix:
+        """The types of the file's tensors, for a mix, or for a scheme that :meth:`check` lets pass."""
 
 
 def half_scale_dtype(dtype: torch.dtype) -> torch.dtype:

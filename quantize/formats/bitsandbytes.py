@@ -21,7 +21,7 @@ import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.codes import NF4_LEVELS
-from llmconvert.quantize.formats.base import StoredLinear, model_dtype, require_shape
+from llmconvert.quantize.formats.base import Format, StoredLinear, model_dtype, require_shape
 from llmconvert.quantize.nf4 import NESTED_GROUP, dynamic_levels, unnest_scales
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import NestedScales, QuantizedTensor
@@ -41,7 +41,7 @@ _DTYPE = "bfloat16"
 _OFFSET_LENGTH = 25
 
 
-class BitsAndBytes:
+class BitsAndBytes(Format):
     """4-bit and 8-bit tensors and their configuration."""
 
     def check(self, scheme: Scheme) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.codes import FP8
-from llmconvert.quantize.formats.base import StoredLinear, require_shape
+from llmconvert.quantize.formats.base import Format, StoredLinear, require_shape
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -31,7 +31,7 @@ _CODES = (torch.int8, FP8)
 _SURPLUS = ("weight_zero_point", "weight_g_idx", "input_scale", "output_scale")
 
 
-class CompressedTensors:
+class CompressedTensors(Format):
     """``pack-quantized``, ``int-quantized`` and ``float-quantized`` tensors and their configuration."""
 
     def check(self, scheme: Scheme) -> None:

@@ -27,6 +27,7 @@ import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import (
+    Format,
     StoredLinear,
     half_scale_dtype,
     model_dtype,
@@ -56,7 +57,7 @@ _FUSED = {
 }
 
 
-class GptqFormat:
+class GptqFormat(Format):
     """``qweight``, ``qzeros``, ``scales`` and ``g_idx``, and their configuration in both of its places."""
 
     def check(self, scheme: Scheme) -> None:

@@ -13,6 +13,7 @@ from llmconvert.engine.discovery import Stop
 from llmconvert.engine.skeleton import BlockCall
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import UnsupportedError
+from llmconvert.gguf.ggml.blocks import Codec
 from llmconvert.quantize.scheme import Kind, Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
@@ -21,12 +22,15 @@ __all__ = [
     "BlockData",
     "BlockQuantizer",
     "Calibration",
+    "GgmlQuantizer",
+    "Method",
     "Quantizer",
     "ScaledEdge",
     "ScalingQuantizer",
     "Solution",
     "Target",
     "load_method",
+    "load_quantizer",
     "needs_calibration",
 ]
 
@@ -39,10 +43,12 @@ METHODS: Mapping[str, str] = {
     "awq": "llmconvert.quantize.methods.awq:Awq",
     "smoothquant": "llmconvert.quantize.methods.smoothquant:SmoothQuant",
     "hqq": "llmconvert.quantize.methods.hqq:Hqq",
+    "imatrix": "llmconvert.quantize.methods.imatrix:Imatrix",
 }
 
-#: What a method wants to see of the running model: nothing, the second moments of its linears' inputs, whole blocks.
-Calibration = Literal["none", "inputs", "block"]
+#: What a method wants to see of the running model: nothing; of its linears' inputs the mean squares, or all second
+#: moments; whole blocks.
+Calibration = Literal["none", "squares", "inputs", "block"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +119,19 @@ class ScaledEdge:
     sample: torch.Tensor | None = None
 
 
-class Quantizer(Protocol):
-    """A method: statistics and weights in, codes out."""
+class Method(Protocol):
+    """What is asked of any method before it is run; it is a :class:`Quantizer`, a :class:`GgmlQuantizer`, or both."""
 
     calibration: ClassVar[Calibration]
     #: Whether it also wants to see what the original, unquantized model makes of the text.
     original: ClassVar[bool]
-    #: The kinds of codes it can choose.
+    #: The kinds of a scheme's codes that it can choose.
     kinds: ClassVar[frozenset[Kind]]
+
+
+@runtime_checkable
+class Quantizer(Method, Protocol):
+    """A method that chooses the codes of schemes: statistics and weights in, codes out."""
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
@@ -134,6 +145,24 @@ class Quantizer(Protocol):
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Peak bytes of :meth:`quantize` beside the weights and the Hessian, for ``rows`` in all."""
+
+
+@runtime_checkable
+class GgmlQuantizer(Method, Protocol):
+    """A method that chooses the codes of GGML's block types; its ``calibration`` is ``none`` or ``squares``."""
+
+    def encode(self, codec: Codec, rows: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+        """The bytes of rows in a tensor type.
+
+        Args:
+            codec: the type.
+            rows: finite float32 ``[rows, columns]``, in the file's order.
+            squares: float32 ``[columns]``, the mean squares of the inputs that meet each column on calibration text;
+                None without calibration, and for tensors that are no linear of a block.
+
+        Returns:
+            uint8 ``[rows, row bytes]``.
+        """
 
 
 @runtime_checkable
@@ -179,7 +208,7 @@ class ScalingQuantizer(Quantizer, Protocol):
         """Peak bytes of :meth:`scales` beside weights and statistics, for ``rows`` in all."""
 
 
-def load_method(name: str, options: Mapping[str, Any]) -> Quantizer:
+def load_method(name: str, options: Mapping[str, Any]) -> Method:
     """The method of that name with its options.
 
     Raises:
@@ -189,10 +218,22 @@ def load_method(name: str, options: Mapping[str, Any]) -> Quantizer:
         raise UnsupportedError(f"method {name!r} is not known; known are {', '.join(METHODS)}")
     module, _, attribute = METHODS[name].partition(":")
     try:
-        instance: Quantizer = getattr(importlib.import_module(module), attribute)(**options)
+        instance: Method = getattr(importlib.import_module(module), attribute)(**options)
     except TypeError as error:
         raise UnsupportedError(f"method {name!r}: {error}") from error
     return instance
+
+
+def load_quantizer(name: str, options: Mapping[str, Any]) -> Quantizer:
+    """The method of that name with its options, for codes of schemes.
+
+    Raises:
+        UnsupportedError: see :func:`load_method`; or the method chooses codes of GGML's types alone.
+    """
+    method = load_method(name, options)
+    if not isinstance(method, Quantizer):
+        raise UnsupportedError(f"method {name!r} chooses codes of GGUF types only; it needs a scheme such as q4_k_m")
+    return method
 
 
 def needs_calibration(name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from llmconvert.engine.statistics import Hessian
+from llmconvert.gguf.ggml.blocks import Codec
 from llmconvert.quantize.codes import nearest_codes
 from llmconvert.quantize.int8 import round_to_int8
 from llmconvert.quantize.methods.base import Calibration, Solution, Target
@@ -49,6 +50,10 @@ class Rtn:
         """A slice of rows in float32: its weights, their groups' candidates or quotients, and codes; all codes."""
         at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
         return at_once * 20 + rows * columns * 2
+
+    def encode(self, codec: Codec, rows: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+        """As llama.cpp does without an importance matrix."""
+        return torch.from_numpy(codec.encode(rows.numpy()))
 
     def _round(self, target: Target, scale_dtype: torch.dtype) -> QuantizedTensor:
         if target.scheme.kind == "nf4":

@@ -18,7 +18,7 @@ from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CalibrationError, SchemeError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import load_format
-from llmconvert.quantize.methods.base import load_method
+from llmconvert.quantize.methods.base import load_quantizer
 from llmconvert.quantize.mixed_precision.budget import Budget, Choice, Options, allocate, candidates
 from llmconvert.quantize.mixed_precision.sensitivity import Subject, enough_windows, measure_sensitivity
 from llmconvert.quantize.mixed_precision.units import FusedUnit, Storage, fused_units
@@ -99,7 +99,7 @@ def choose_schemes(
         raise SchemeError(f"scheme {scheme}: a budget chooses among integer weights with 16-bit activations (w4a16)")
     if not windows:
         raise CalibrationError("a budget measures sensitivity on calibration text and was given none")
-    quantizer, layout = load_method(method, options or {}), load_format(format)
+    quantizer, layout = load_quantizer(method, options or {}), load_format(format)
     skeleton = Skeleton(source, device or torch.device("cpu"), fast_products=True)
     blocks = discover(skeleton, max(window.shape[1] for window in windows))
     storage = Storage(quantizer, layout, skeleton.dtype)

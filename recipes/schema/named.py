@@ -8,8 +8,8 @@ from pydantic import PlainSerializer, PlainValidator
 
 from llmconvert.convert.rope_scaling import RopeScaling
 from llmconvert.errors import SchemeError, UsageError
-from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.gguf.ggml.mix import GgmlMix
+from llmconvert.quantize.scheme import Scheme, parse_scheme
 
 __all__ = ["OptionalScheme", "ScalingField", "SchemeOrMix"]
 
@@ -26,17 +26,14 @@ def _parse_scheme(value: object) -> Scheme:
 
 
 def _parse_scheme_or_mix(value: object) -> Scheme | GgmlMix:
-    if isinstance(value, GgmlMix):
+    if isinstance(value, Scheme | GgmlMix):
         return value
-    if isinstance(value, str):
-        try:
-            return GgmlMix.parse(value)
-        except SchemeError:
-            pass
+    if not isinstance(value, str):
+        raise ValueError("expected a scheme such as w4a16-g128, or a GGUF type such as q4_k_m")
     try:
-        return _parse_scheme(value)
-    except ValueError as error:
-        raise ValueError(f"{error}; or a GGUF type: {', '.join(MIXES)}") from error
+        return parse_scheme(value)
+    except SchemeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _parse_override(value: object) -> Scheme | Literal["none"]:

@@ -1,65 +1,37 @@
-"""``format: gguf`` in a recipe: what goes with it, and the steps from its settings to a file.
+"""``format: gguf`` in a recipe: the steps from its settings to a file.
 
-The scheme is one of llama.cpp's types (``q4_k_m``), with the method ``rtn``, or ``imatrix`` where calibration text
-weighs the columns. Or it is one whose codes a GGUF type holds as they are (``w4a16-g32-sym``), with any method.
+The scheme is one of llama.cpp's types (``q4_k_m``), or one whose codes a GGUF type holds as they are
+(``w4a16-g32-sym``).
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
+from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.dense_view import open_dense
-from llmconvert.quantize.formats.gguf_carry import CARRIED
+from llmconvert.quantize.formats.gguf import Gguf
 from llmconvert.quantize.gguf_job import GgufResult, check_gguf_output, write_gguf
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import METHODS, needs_calibration
 from llmconvert.recipes.schema.recipe import QuantizeSettings
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 
-__all__ = ["GGUF", "IMATRIX", "calibrates", "gguf_contradictions", "quantize_gguf"]
+__all__ = ["GGUF", "calibrates", "quantize_gguf"]
 
 #: The format's name in a recipe.
 GGUF: Final = "gguf"
-#: The method that weighs errors by an importance matrix.
-IMATRIX: Final = "imatrix"
-_METHODS: Final = ("rtn", IMATRIX)
 
 
 def calibrates(settings: QuantizeSettings) -> bool:
     """Whether the section's method or budget reads calibration text."""
-    return (
-        settings.budget is not None
-        or settings.method == IMATRIX
-        or (settings.method in METHODS and needs_calibration(settings.method))
-    )
-
-
-def gguf_contradictions(settings: QuantizeSettings) -> Iterator[tuple[str, str]]:
-    """Key and explanation of what does not go together in a section about GGUF."""
-    if settings.format != GGUF:
-        if isinstance(settings.scheme, GgmlMix):
-            yield "scheme", f"{settings.scheme} is a GGUF type; it needs format: gguf (--format gguf)"
-        return
-    if isinstance(settings.scheme, GgmlMix):
-        if settings.method not in _METHODS:
-            yield "method", f"found {settings.method!r}; GGUF types go with rtn, or imatrix with calibration text"
-    elif str(settings.scheme) not in CARRIED:
-        yield (
-            "scheme",
-            f"found {settings.scheme}, whose codes no GGUF type holds; GGUF takes {', '.join(MIXES)}, or the codes of "
-            f"{' and '.join(CARRIED)}",
-        )
-    if settings.budget is not None:
-        yield "budget", "a GGUF type says itself which tensors get more bits; leave out the budget"
-    if settings.overrides:
-        yield "overrides", "a GGUF type says itself which tensors get more bits; leave out the overrides"
+    return settings.budget is not None or (settings.method in METHODS and needs_calibration(settings.method))
 
 
 def quantize_gguf(
@@ -90,7 +62,7 @@ def quantize_gguf(
             output,
             mix=settings.scheme,
             name=name,
-            windows=windows if settings.method == IMATRIX else (),
+            windows=windows if needs_calibration(settings.method) else (),
             device=device,
             memory_budget=memory,
             identity=identity,
@@ -98,7 +70,7 @@ def quantize_gguf(
         )
         return _details(written)
     # The codes come first, as an artifact of their own; it goes when the file is whole.
-    mix = GgmlMix.parse(CARRIED[str(settings.scheme)])
+    mix = Gguf().mix_of(settings.scheme)
     check_gguf_output(output, name, mix)
     codes = output.absolute().parent / f".{output.name}.codes"
     if not codes.exists():

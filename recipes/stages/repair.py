@@ -14,7 +14,7 @@ from llmconvert.device import open_device
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.progress import Progress
 from llmconvert.quantize.formats.base import load_format
-from llmconvert.quantize.methods.base import load_method
+from llmconvert.quantize.methods.base import load_quantizer
 from llmconvert.quantize.mixed_precision.units import Storage, fused_units
 from llmconvert.quantize.plan import Override, plan_quantization
 from llmconvert.quantize.requantize import Assignment, trace
@@ -178,7 +178,7 @@ class _State:
         skeleton, blocks = trace(source, device)
         layout = load_format(settings.format)
         assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
-        quantizer, overrides = load_method(settings.method, settings.options), layer_overrides(settings)
+        quantizer, overrides = load_quantizer(settings.method, settings.options), layer_overrides(settings)
         if settings.budget is not None:
             overrides = _as_made(skeleton, model)
         plan = plan_quantization(skeleton, blocks, settings.scheme, overrides, quantizer, layout)

@@ -30,8 +30,8 @@ from llmconvert.gguf.tokenizer import build_tokenizer, tokenizer_files
 from llmconvert.quantize import gguf_job
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.gguf_job import write_gguf
-from llmconvert.quantize.importance import collect_importance
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.methods.imatrix import collect_importance
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.schema.recipe import QuantizeSettings
 from llmconvert.recipes.stages.gguf import quantize_gguf

@@ -10,6 +10,8 @@ from support.quantized import random_weight
 
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import UnsupportedError
+from llmconvert.gguf.ggml.blocks import load_codec
+from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
 from llmconvert.quantize.formats.base import FORMATS, load_format
 from llmconvert.quantize.matrix import (
     USUAL,
@@ -19,10 +21,11 @@ from llmconvert.quantize.matrix import (
     markdown_matrix,
     methods_for,
     readers_of,
+    usual_method,
 )
-from llmconvert.quantize.methods.base import METHODS, Target, load_method
+from llmconvert.quantize.methods.base import METHODS, GgmlQuantizer, Quantizer, Target, load_method
 from llmconvert.quantize.runtimes import RUNTIMES
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Scheme, parse_scheme
 
 README = Path(__file__).parents[2] / "README.md"
 EVERY = list(combinations())
@@ -34,6 +37,13 @@ def test_what_is_listed_can_be_made(one: Combination) -> None:
     method, layout = load_method(one.method, {}), load_format(one.format)
     check_combination(method, one.scheme, layout)
     weight = random_weight(64, 128)
+    if isinstance(one.scheme, GgmlMix):
+        assert isinstance(method, GgmlQuantizer)
+        codec = load_codec(one.scheme.type_of("blk.0.ffn_up.weight", (64, 256), MixContext(2, False, False)))
+        raw = method.encode(codec, random_weight(64, 256).float(), torch.ones(256))
+        assert raw.dtype == torch.uint8 and raw.shape == (64, 256 // codec.size * codec.nbytes)
+        return
+    assert isinstance(method, Quantizer)
     hessian = Hessian(torch.eye(128), 128, torch.eye(128)) if method.calibration != "none" else None
     scale_dtype = layout.scale_dtype(one.scheme, torch.bfloat16)
     found = method.quantize([Target("l", weight, one.scheme)], hessian, scale_dtype)["l"].tensor
@@ -48,11 +58,12 @@ def test_what_is_listed_can_be_made(one: Combination) -> None:
 def test_what_is_not_listed_is_refused() -> None:
     listed = {(one.method, one.scheme, one.format) for one in EVERY}
     for text in USUAL:
-        scheme = Scheme.parse(text)
+        scheme = parse_scheme(text)
         for method in METHODS:
             for format in FORMATS:
                 if (method, scheme, format) not in listed:
-                    with pytest.raises(UnsupportedError, match=r"methods for .* are |formats that hold .*: "):
+                    told = r"methods for .* are |formats that hold .*: |needs format: gguf"
+                    with pytest.raises(UnsupportedError, match=told):
                         check_combination(load_method(method, {}), scheme, load_format(format))
     assert len(listed) < len(USUAL) * len(METHODS) * len(FORMATS)
 
@@ -64,12 +75,19 @@ def test_every_method_and_format_is_in_the_table() -> None:
 
 def test_runtimes_are_those_that_were_run_with_such_a_scheme() -> None:
     for runtime in RUNTIMES:
-        for text in runtime.schemes if runtime.format in FORMATS else ():
-            assert runtime in readers_of(runtime.format, Scheme.parse(text))
+        for text in runtime.schemes:
+            assert runtime in readers_of(runtime.format, parse_scheme(text))
     names = {runtime.name for runtime in readers_of("gptq", Scheme.parse("w4a16-g32"))}
     assert "GPTQModel" in names
     assert not readers_of("compressed-tensors", Scheme.parse("w5a16-g64"))
     assert methods_for(Scheme.parse("nf4")) == ("rtn",)
+
+
+def test_the_usual_method_suits_the_scheme() -> None:
+    assert usual_method("w4a16-g64", text=True) == "gptq"
+    assert usual_method(None, text=True) == usual_method("q4_x", text=True) == "gptq"
+    assert usual_method("q4_k_m", text=True) == "imatrix"
+    assert usual_method("q4_k_m", text=False) == "rtn"
 
 
 def test_readme_has_this_table() -> None:

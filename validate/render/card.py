@@ -13,14 +13,13 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from llmconvert.errors import HubError
+from llmconvert.quantize.formats.base import FORMATS, load_format
+from llmconvert.quantize.runtimes import runtimes_of
 from llmconvert.report.report import Report
 from llmconvert.validate.render.display import rows, section_table
 from llmconvert.validate.render.html import template_environment
 
 __all__ = ["inherited_license", "render_card"]
-
-# Formats that vLLM reads; the others are transformers' or llama.cpp's business.
-_VLLM_FORMATS = ("compressed-tensors", "gptq", "awq")
 
 
 def render_card(
@@ -69,7 +68,8 @@ def render_card(
         failed=report.failed,
         recipe=recipe.strip(),
         chat=chat,
-        vllm=model.format in (None, *_VLLM_FORMATS),
+        library=_library(model.format),
+        vllm=model.format is None or any(runtime.script == "vllm" for runtime in runtimes_of(model.format)),
         plots=plots,
         limitations=limitations,
         environment=report.environment,
@@ -90,7 +90,7 @@ def _metadata(report: Report, license_fields: Mapping[str, str]) -> ModelCardDat
         tags += [tag for tag in (model.method, model.format, bits and f"{bits[1]}-bit", bits and bits[0]) if tag]
     fields: dict[str, Any] = {
         **{key: license_fields[key] for key in ("license", "license_name", "license_link") if key in license_fields},
-        "library_name": "gguf" if model.format == "gguf" else "transformers",
+        "library_name": _library(model.format),
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(tags)),
     }
@@ -103,6 +103,11 @@ def _metadata(report: Report, license_fields: Mapping[str, str]) -> ModelCardDat
         # The artifact is not a quantization of these; how it relates to them is more than anyone has said.
         fields["base_model"] = list(model.parents)
     return ModelCardData(**fields)
+
+
+def _library(format: str | None) -> str:
+    """What loads the model, by the Hub's name for it; formats that other versions wrote are taken for transformers'."""
+    return load_format(format).library if format is not None and format in FORMATS else "transformers"
 
 
 def inherited_license(readme: bytes | str | None) -> dict[str, str]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llmconvert.errors import UnsupportedError
 
-__all__ = ["CODECS", "Array", "Blocks", "Codec", "block_importance", "load_codec"]
+__all__ = ["CODECS", "Array", "BlockCodec", "Blocks", "Codec", "block_importance", "load_codec"]
 
 Array = NDArray[Any]
 
@@ -80,6 +80,16 @@ class Codec(Protocol):
 
     def decode(self, raw: Array) -> Array:
         """float32 ``[rows, columns]`` of bytes ``[rows, row bytes]``."""
+
+
+class BlockCodec(Codec, Protocol):
+    """A type with blocks, whose values can be had and given."""
+
+    def pack(self, blocks: Blocks) -> Array:
+        """uint8 ``[n, nbytes]``."""
+
+    def unpack(self, raw: Array) -> Blocks:
+        """The inverse of :meth:`pack`."""
 
 
 def load_codec(name: str) -> Codec:

@@ -21,9 +21,12 @@ CALIBRATE = 'calibrate: {dataset: "pydoc-topics:train", samples: 4, length: 64}\
     ("quantize", "message"),
     [
         ("{method: rtn, scheme: q4_k_m}", r"quantize.scheme: q4_k_m is a GGUF type; it needs format: gguf"),
-        ("{method: gptq, scheme: q4_k_m, format: gguf}", r"GGUF types go with rtn, or imatrix"),
-        ("{method: imatrix, scheme: w4a16-g64}", r"quantize.method: found 'imatrix', known are"),
-        ("{method: rtn, scheme: w4a16-g64, format: gguf}", r"w4a16-g64-sym, whose codes no GGUF type holds; .*q4_k_m"),
+        (
+            "{method: gptq, scheme: q4_k_m, format: gguf}",
+            r"gptq chooses int codes only; methods for GGUF types are rtn, imatrix",
+        ),
+        ("{method: imatrix, scheme: w4a16-g64}", r"imatrix chooses GGUF's codes only; methods for int are rtn, gptq"),
+        ("{method: rtn, scheme: w4a16-g64, format: gguf}", r"w4a16-g64-sym: no GGUF type holds its codes; .*q4_k_m"),
         ("{method: rtn, scheme: q4_k_x, format: gguf}", r"'q4_k_x'.*or a GGUF type: f32, f16"),
         (
             "{method: rtn, scheme: q8_0, format: gguf, overrides: [{match: '*', scheme: none}]}",

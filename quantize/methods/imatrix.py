@@ -1,13 +1,15 @@
-"""Importance of a linear's columns: the mean square of its inputs, which is the diagonal of its Hessian.
+"""Importance matrix (llama.cpp's ``llama-imatrix``): GGML blocks whose errors are weighted by the mean squared inputs.
 
 An error in a weight changes the output by the error times the input, so the mean squared error of an output is
-``Σ importance · error²`` as far as inputs are uncorrelated. llama.cpp calls the whole an importance matrix.
-One forward pass over the original weights, in the memory of one block.
+``Σ importance · error²`` as far as inputs are uncorrelated, where importance is the mean square of a column's inputs:
+the diagonal of the linear's Hessian. llama.cpp calls the whole an importance matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -16,10 +18,26 @@ from llmconvert.engine.memory import choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError
+from llmconvert.gguf.ggml.blocks import Codec
 from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.methods.base import Calibration
+from llmconvert.quantize.scheme import Kind
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["collect_importance"]
+__all__ = ["Imatrix", "collect_importance"]
+
+
+@dataclass(frozen=True, slots=True)
+class Imatrix:
+    """The method; it has no settings."""
+
+    calibration: ClassVar[Calibration] = "squares"
+    original: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[Kind]] = frozenset()
+
+    def encode(self, codec: Codec, rows: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+        """As :class:`~llmconvert.quantize.methods.base.GgmlQuantizer` says."""
+        return torch.from_numpy(codec.encode(rows.numpy(), None if squares is None else squares.numpy()))
 
 
 def collect_importance(
@@ -30,7 +48,9 @@ def collect_importance(
     memory_budget: int | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, torch.Tensor]:
-    """Mean squares of the inputs of every linear in the decoder blocks.
+    """Mean squares of the inputs of every linear in the decoder blocks, which all have their original weights.
+
+    One forward pass, in the memory of one block.
 
     Args:
         source: dense weights.
