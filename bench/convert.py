@@ -141,7 +141,7 @@ def time_copy(source: Path, target: Path) -> Sample:
 
 def time_conversion(source: Path, target: Path, dtype: str) -> Sample:
     drop_caches(source)
-    command = [sys.executable, "-c", CONVERT, str(source), str(target), dtype]
+    command = [sys.executable, "-P", "-c", CONVERT, str(source), str(target), dtype]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     rate = (size(source) + size(target)) / result["seconds"] / 1e6
     shutil.rmtree(target)

@@ -47,7 +47,7 @@ def main() -> None:
         run_measured(command, threads=threads, log=scratch / "log.txt")
         outputs.append(output)
         compared = subprocess.run(
-            [sys.executable, "-c", COMPARE, outputs[0], output], check=True, capture_output=True, text=True
+            [sys.executable, "-P", "-c", COMPARE, outputs[0], output], check=True, capture_output=True, text=True
         )
         codes, differing = json.loads(compared.stdout)
         digest = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()[:12]

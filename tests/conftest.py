@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+# `python -m` and `python -c` put the working directory before what is installed: in the checkout that is the folder
+# llmconvert/, which lacks what lies beside it. Neither the tests nor the processes that they start look there.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent.parent]
+os.environ["PYTHONSAFEPATH"] = "1"
+
 from support.tiny_architectures import tiny_model
 from support.tiny_models import tiny_llama_dir
 

@@ -45,7 +45,7 @@ def run_isolated(function: str, arguments: Mapping[str, Any], *, timeout: float)
     Raises:
         UnmeasuredError: it failed, ran out of memory, or took too long.
     """
-    command = [sys.executable, "-m", "llmconvert.validate.runtimes.isolated", function]
+    command = [sys.executable, "-P", "-m", "llmconvert.validate.runtimes.isolated", function]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -1,0 +1,68 @@
+"""What users install: every package and every file beside the code, under the names that imports use."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = {folder: name for name, folder in SETTINGS["tool"]["setuptools"]["package-dir"].items()}
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+
+
+def shipped() -> Iterator[tuple[Path, Path]]:
+    """The files of the package: in this checkout, and as they are installed."""
+    for folder, package in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                yield path, Path(*package.split(".")) / path.relative_to(ROOT / folder)
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    found = {".".join(name.parent.parts) for path, name in shipped() if path.suffix == ".py"}
+    assert found == set(SETTINGS["tool"]["setuptools"]["packages"])
+
+
+def test_a_wheel_holds_every_file(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-c", BUILD, "dist"], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == {name.as_posix() for _, name in shipped()}
+    assert {"llmconvert/py.typed", "llmconvert/recipes/demo.yaml", "llmconvert/quantize/runtimes.json"} <= names
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed(name: str) -> None:
+    oldest = dict(line.split("==") for line in (ROOT / ".github" / "oldest.txt").read_text().splitlines()[1:])
+    (allowed,) = (
+        Requirement(text).specifier
+        for text in SETTINGS["project"]["dependencies"]
+        if Requirement(text).name == name
+    )
+    assert str(allowed) == f">={oldest[name].removesuffix('.0')}"
+
+
+def test_the_versions_that_are_pinned_are_allowed() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    pinned = {canonical(name): version for name, version in (line.split("==") for line in lines)}
+    project = SETTINGS["project"]
+    for text in (*project["dependencies"], *project["optional-dependencies"]["dev"]):
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pinned[canonical(requirement.name)]), text
+
+
+def canonical(name: str) -> str:
+    return name.lower().replace("_", "-")
