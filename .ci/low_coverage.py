@@ -1,6 +1,6 @@
 """Lists the files that the last tests saw less than 90 % of, from what `pytest --cov` wrote.
 
-    python .ci/low_coverage.py
+python .ci/low_coverage.py
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ def test_a_wheel_holds_every_file(tmp_path: Path) -> None:
 def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed(name: str) -> None:
     oldest = dict(line.split("==") for line in (ROOT / ".github" / "oldest.txt").read_text().splitlines()[1:])
     (allowed,) = (
-        Requirement(text).specifier
-        for text in SETTINGS["project"]["dependencies"]
-        if Requirement(text).name == name
+        Requirement(text).specifier for text in SETTINGS["project"]["dependencies"] if Requirement(text).name == name
     )
     assert str(allowed) == f">={oldest[name].removesuffix('.0')}"
 

@@ -14,7 +14,7 @@ from llmconvert.report.section import Column, Plot, Section, Series
 from llmconvert.validate.render.comparison import compare_reports, render_comparison
 from llmconvert.validate.render.html import render_html
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
 
 
 def one(report: Report) -> str:
