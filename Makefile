@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
-.PHONY: demo test test-fast examples readers lint types clean FORCE
+.PHONY: demo test test-fast examples readers lint types docs clean FORCE
 
 # torch comes first and alone, so that the build which pip's own settings prefer is the one that stays. Triton, which one
 # test needs and not every system has, is kept apart: torch imports it where it finds it, and takes 80 MB more.
@@ -93,6 +93,18 @@ lint: types
 # beside it.
 types: $(VENV)/.installed
 	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p llmconvert
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable '.[docs]' --config-settings editable_mode=strict
+	@touch $@
+
+# The site, in build/docs; every broken link is an error. The reference is read from a copy of the package as it is
+# installed, because its folders lie apart in the repository.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/hooks/generated.py
+	rm -rf build/lib build/docs-package
+	$(PIP) --no-deps --no-build-isolation --target build/docs-package .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) $(READERS) build out work

@@ -1,4 +1,4 @@
-"""Attention backends, long inputs and memory of one model, as the tables of the README.
+"""Attention backends, long inputs and memory of one model, as the tables in ``bench/results``.
 
 ::
 

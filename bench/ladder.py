@@ -1,4 +1,4 @@
-"""The picture of the README: a model from float32 to fewer key-value heads and 4 bits, on one page.
+"""The picture of the ladder: a model from float32 to fewer key-value heads and 4 bits, on one page.
 
 ::
 

@@ -7,7 +7,7 @@
 ``python`` is one that has llmconvert. Each peer lives in an environment of its own, made with:
 
     python3.11 -m venv A && A/bin/pip install torch==2.13.0 llmcompressor==0.14.0
-    python3.11 -m venv B && B/bin/pip install torch==2.15.0 GPTQModel==7.7.0
+    python3.11 -m venv B && B/bin/pip install torch==2.14.1 GPTQModel==7.7.0
 
 Calibration is the first ``--samples`` windows of ``--length`` tokens of a text, tokenized once and saved; every run
 gets that same file. Runs alternate (ours, peer, peer, ours, …), each in a fresh process with ``--threads`` threads. A

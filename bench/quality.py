@@ -15,7 +15,7 @@ several models, ``MODEL/NAME=DIR``.
 Environments of peers:
 
     pip install torch==2.13.0 llmcompressor==0.14.0                                 llm-compressor
-    pip install torch==2.15.0 GPTQModel==7.7.0                                      gptqmodel
+    pip install torch==2.14.1 GPTQModel==7.7.0                                      gptqmodel
     pip install torch==2.13.0 auto-round                                            auto-round
     pip install torch==2.13.0 transformers accelerate einops termcolor tqdm; pip install --no-deps hqq     hqq
     pip install llmconvert[bnb]                                                     bitsandbytes

@@ -1,4 +1,4 @@
-"""Which method, scheme and format go together, and what reads the result: for refusals, budgets and README's table.
+"""Which method, scheme and format go together, and what reads the result: for refusals, budgets and tables.
 
 Nothing is listed twice: a method says which kinds of codes it chooses, a format which schemes it holds, and the
 runtimes' record (:mod:`llmconvert.quantize.runtimes`) what has been seen to read it.
@@ -160,7 +160,7 @@ def check_format(layout: Format, scheme: SchemeOrMix) -> None:
 
 
 def markdown_matrix() -> str:
-    """The table as README has it: by scheme the methods, and for every format what reads it."""
+    """The table of ``docs/methods.md``: by scheme the methods, and for every format what reads it."""
     lines = [f"| scheme | methods | {' | '.join(FORMATS)} |", f"|---|---|{'---|' * len(FORMATS)}"]
     for text in USUAL:
         scheme = parse_scheme(text)

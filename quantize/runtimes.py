@@ -57,7 +57,7 @@ RUNTIMES: Sequence[Runtime] = (
         ("transformers", "compressed-tensors"),
         "compressed-tensors",
         ("w4a16-g64", "w4a16-g64-asym", "w8a16-g128", "w8a8", "fp8"),
-        "expands weights at the first forward; asymmetric ones need the second snippet",
+        "expands weights at the first forward; asymmetric ones need `CompressedTensorsConfig(dequantize=True)`",
     ),
     Runtime(
         "transformers",

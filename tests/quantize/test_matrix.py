@@ -1,8 +1,6 @@
-"""The table of what goes together agrees with methods, formats, runtimes and README; refusals name what does."""
+"""The table of what goes together agrees with methods, formats and runtimes; refusals name what does."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from llmconvert.quantize.matrix import (
     Combination,
     check_combination,
     combinations,
-    markdown_matrix,
     methods_for,
     readers_of,
     usual_method,
@@ -27,7 +24,6 @@ from llmconvert.quantize.methods.base import METHODS, GgmlQuantizer, Quantizer, 
 from llmconvert.quantize.runtimes import RUNTIMES
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 
-README = Path(__file__).parents[2] / "README.md"
 EVERY = list(combinations())
 
 
@@ -88,7 +84,3 @@ def test_the_usual_method_suits_the_scheme() -> None:
     assert usual_method(None, text=True) == usual_method("q4_x", text=True) == "gptq"
     assert usual_method("q4_k_m", text=True) == "imatrix"
     assert usual_method("q4_k_m", text=False) == "rtn"
-
-
-def test_readme_has_this_table() -> None:
-    assert markdown_matrix() in README.read_text()

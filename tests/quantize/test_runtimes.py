@@ -1,22 +1,12 @@
-"""The table of runtimes: what it names exists, was run, and README shows it as it is."""
+"""The table of runtimes: what it names exists and was run."""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
 
 import pytest
 
 from llmconvert.quantize.formats.base import FORMATS, load_format
 from llmconvert.quantize.matrix import check_format
-from llmconvert.quantize.runtimes import RUNTIMES, Pair, markdown_table, pairs, recorded_runs, runtimes_of
-
-README = Path(__file__).parent.parent.parent / "README.md"
-
-
-def test_readme_shows_the_table() -> None:
-    match = re.search(r"<!-- runtimes -->\n(.*?)\n<!-- /runtimes -->", README.read_text(), re.DOTALL)
-    assert match is not None and match[1] == markdown_table(recorded_runs())
+from llmconvert.quantize.runtimes import RUNTIMES, Pair, pairs, recorded_runs, runtimes_of
 
 
 def test_every_row_was_run() -> None:

@@ -1,4 +1,4 @@
-"""README's snippets, which the tests run as they stand there but for the artifact's place."""
+"""The lines of ``docs/formats.md`` that open an artifact, which the tests run as they stand but for its place."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 __all__ = ["ARTIFACT", "loading_snippets"]
 
-#: What README calls the artifact.
+#: What the page calls the artifact.
 ARTIFACT = "out/artifact"
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 
 
 def loading_snippets() -> dict[str, str]:
-    """First comment line → code, of every block of README that opens an artifact."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    """First comment line → code, of every block that opens an artifact."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     return {block.partition("\n")[0].removeprefix("# "): block for block in blocks if f'"{ARTIFACT}"' in block}

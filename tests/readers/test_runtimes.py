@@ -1,8 +1,8 @@
 """Artifacts in the runtimes that serve them: their logits and greedy tokens are those of our own dequantized forward.
 
 Runtimes of the package's own environment always run, the others where ``make readers`` has built theirs. Each opens the
-artifacts with README's own lines. ``agreement`` says what counts as the same; quantization itself changes several times
-what is allowed, in all but the 8-bit schemes.
+artifacts with the lines of ``docs/formats.md``. ``agreement`` says what counts as the same; quantization itself changes
+several times what is allowed, in all but the 8-bit schemes.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Seen = dict[Runtime, dict[str, dict[str, str]]]
 
 
 def snippet(pair: Pair, path: Path) -> str:
-    """README's lines for a pair, with the artifact's place in them."""
+    """The documented lines for a pair, with the artifact's place in them."""
     if pair.runtime.format == "gguf":
-        return ""  # README's lines for llama.cpp print text; tests/gguf/test_real.py runs them
+        return ""  # the lines for llama.cpp print text; tests/gguf/test_real.py runs them
     asymmetric = pair.runtime.format == "compressed-tensors" and isinstance(pair.scheme, Scheme)
     asymmetric = asymmetric and not pair.scheme.symmetric
     name = pair.runtime.name.split(" ")[0] + (" asymmetric" if asymmetric and pair.runtime.environment == "" else "")

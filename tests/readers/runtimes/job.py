@@ -3,7 +3,7 @@
     python run_NAME.py JOB.json
 
 with ``{"prompts": [[id, …], …], "new": tokens to generate, "models": {directory: {"report": file to write, "code":
-README's snippet that opens it}}}``. Each file gets the log-probabilities ``[prompts, places, vocabulary]`` of the next
+documented lines that open it}}}``. Each file gets the log-probabilities ``[prompts, places, vocabulary]`` of the next
 token, the tokens of greedy continuations, the classes that compute the linears, and versions.
 """
 
@@ -32,7 +32,7 @@ def read_job():
 
 
 def opened(code, variable):
-    """What README's snippet leaves in a variable."""
+    """What those lines leave in a variable."""
     names = {"__name__": "snippet"}
     exec(code, names)
     return names[variable]

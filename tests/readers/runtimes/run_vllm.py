@@ -5,7 +5,7 @@ import functools
 import vllm
 from job import opened, read_job, write_report
 
-# To say the probabilities of all tokens, and without compiling for minutes; the rest is as README opens it.
+# To say the probabilities of all tokens, and without compiling for minutes; the rest is as documented.
 vllm.LLM = functools.partial(vllm.LLM, max_logprobs=-1, enforce_eager=True, max_model_len=128, max_num_seqs=4)
 
 

@@ -1,0 +1,157 @@
+"""Commands and programs on the pages work: run on tiny stand-ins for the models and texts that they name, or parsed.
+
+``$`` lines of ``console`` blocks are commands. Every ``llmconvert`` command is parsed by the command line itself; those
+that need no Hub are run, block by block, with the names that the pages use (``MODEL``, ``FILE``, …) as files of a
+directory. ``yaml`` blocks are recipes or parts of recipes; ``python`` blocks are programs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+from support.pages import PAGES, ROOT, Block, blocks, prose
+from support.tiny_models import tiny_llama_dir
+
+from llmconvert.cli import main
+from llmconvert.recipes.loading import make_recipe
+
+CONSOLE, PYTHON, YAML = ([*blocks(language)] for language in ("console", "python", "yaml"))
+# What the pages ask for is made smaller, so that a stand-in answers in seconds.
+SMALLER = {"--samples": "4", "--length": "64", "--window": "64", "--stride": "32", "--heal-steps": "2"}
+# Not run: what needs the Hub. What opens artifacts in other runtimes is run by tests/readers and tests/gguf.
+OF_THE_HUB = ("--stream", "--private")
+RUNTIMES = ("vllm", "gptqmodel", "xllamacpp")
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The words of each ``$`` line, without comments; a line that ends in a backslash goes on."""
+    text = block.text.replace("\\\n", " ")
+    return [shlex.split(line[2:], comments=True) for line in text.splitlines() if line.startswith("$ ")]
+
+
+def parse(words: list[str]) -> None:
+    """Let the command line parse a call, and do nothing else.
+
+    Raises:
+        click.UsageError: there is no such command or option, or an argument is missing or wrong.
+    """
+    name, command, rest = main.resolve_command(main.make_context("llmconvert", list(words)), list(words))
+    assert name is not None and command is not None
+    command.make_context(name, rest)
+
+
+@pytest.mark.parametrize("block", CONSOLE, ids=str)
+def test_commands_parse(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "DIR").mkdir()  # what is pushed has to be there
+    found = commands(block)
+    assert found, "a console block without a command"
+    for words in found:
+        match words:
+            case ["llmconvert", *rest]:
+                parse(rest)
+            case ["make", *targets]:
+                makefile = (ROOT / "Makefile").read_text()
+                assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets if "=" not in target)
+            case ["pip", "install", *wanted]:
+                extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+                for extra in re.findall(r"llmconvert\[([\w,-]+)\]", " ".join(wanted)):
+                    assert set(extra.split(",")) <= set(extras)
+            case ["python", script, *rest]:
+                source = (ROOT / script).read_text()
+                assert all(f'"{word}"' in source for word in rest if word.startswith("--"))
+            case _:
+                pytest.fail(f"no test knows the command {words[0]}")
+
+
+def test_what_does_not_parse_is_found() -> None:
+    for line in ("quantize MODEL", "quantize MODEL OUT --no-such-option", "push DIR", "train MODEL"):
+        with pytest.raises(click.UsageError):
+            parse(line.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_sentences_name_what_there_is(page: Path) -> None:
+    """``llmconvert validate --stride`` in a sentence leaves out arguments, but names a command and its options."""
+    for text in re.findall(r"`llmconvert ([^`]+)`", prose(page)):
+        name, *rest = text.split()
+        assert name in main.commands or name.startswith("-"), text
+        if name in main.commands:
+            known = {option for parameter in main.commands[name].params for option in parameter.opts}
+            assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known, text
+
+
+@pytest.fixture(scope="module")
+def pages_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with everything that the pages name: models, texts, recipes, finished artifacts."""
+    from pydoc_data.topics import topics
+
+    here = tmp_path_factory.mktemp("world")
+    tiny_llama_dir(here / "MODEL", hidden_size=256, intermediate_size=256)
+    for name in ("REF", "PLAIN", "org/name"):
+        shutil.copytree(here / "MODEL", here / name)
+    texts = [topics[key] for key in sorted(topics)]
+    (here / "FILE").write_text("\n".join(texts[:20])[:40_000])
+    (here / "TEST").write_text("\n".join(texts[-20:])[:8_000])
+    validate = {"perplexity": {"dataset": "TEST", "window": 64, "max_windows": 2, "max_increase": "900%"}}
+    recipe = {"model": "MODEL", "quantize": {"method": "rtn", "scheme": "w4a16-g64"}, "validate": validate}
+    (here / "recipes").mkdir()
+    for name in ("recipe", "other", "a", "b", "recipes/demo"):
+        (here / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    (here / "once.yaml").write_text(yaml.safe_dump(recipe | {"publish": {"to": "file:A"}}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        done = CliRunner().invoke(main, ["run", "once.yaml", "--work-dir", "made"])
+    assert done.exit_code == 0, done.output
+    for name in ("B", "C", "DIR", "ARTIFACT", "out/artifact"):
+        shutil.copytree(here / "A", here / name)
+    return here
+
+
+@pytest.fixture
+def world(pages_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to work in."""
+    here = tmp_path / "world"
+    shutil.copytree(pages_world, here)
+    monkeypatch.chdir(here)
+    return here
+
+
+def runnable(block: Block) -> bool:
+    calls = commands(block)
+    return all(call[0] == "llmconvert" and not set(call) & set(OF_THE_HUB) for call in calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", filter(runnable, CONSOLE), ids=str)
+def test_commands_run(block: Block, world: Path) -> None:
+    for _, *words in commands(block):
+        small = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+        done = CliRunner().invoke(main, small)
+        assert done.exit_code == 0, f"{' '.join(words)}\n{done.output}\n{done.exception}"
+
+
+@pytest.mark.parametrize("block", YAML, ids=str)
+def test_recipes_are_valid(block: Block) -> None:
+    """Parts get what they leave out: a model, text to calibrate on, a method."""
+    values = yaml.safe_load(block.text)
+    usual = {"calibrate": {"dataset": "wikitext-2:train"}, "quantize": {"method": "gptq", "scheme": "w4a16-g64"}}
+    make_recipe({"model": "org/name", **usual, **values})
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_programs_run(block: Block, world: Path) -> None:
+    code = compile(block.text, str(block), "exec")
+    imported = set(re.findall(r"^(?:from|import) (\w+)", block.text, re.MULTILINE))
+    assert all(importlib.util.find_spec(name) for name in imported - set(RUNTIMES))
+    if not imported & set(RUNTIMES):
+        exec(code, {"__name__": "__main__"})
