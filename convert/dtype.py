@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,19 +15,10 @@ from llmconvert.convert.rope_scaling import RopeScaling, scale_positions
 from llmconvert.errors import UnsupportedError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.dense_view import open_dense
+from llmconvert.storage.artifact import Artifact, build_artifact, job_key
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
-from llmconvert.storage.writer import (
-    DEFAULT_SHARD_BYTES,
-    Layout,
-    TensorWriter,
-    check_output_directory,
-    plan_layout,
-    publish_directory,
-    staging_directory,
-    write_json,
-    write_side_files,
-)
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
 
 __all__ = ["DtypeReport", "convert_dtype"]
 
@@ -73,6 +63,7 @@ def convert_dtype(
     dtype: torch.dtype,
     overflow: Overflow = "error",
     rope_scaling: RopeScaling | None = None,
+    identity: str = "",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> DtypeReport:
@@ -80,7 +71,7 @@ def convert_dtype(
 
     Quantized weights are dequantized in float32 and rounded once. Integer and bool tensors, and tensors that have the
     dtype already, are copied bit for bit, as are the files beside the weights; ``config.json`` declares the new dtype.
-    ``output`` appears whole or not at all.
+    ``output`` appears whole or not at all; a call that was stopped continues behind the last tensor that is on disk.
 
     Args:
         source: any checkpoint; one in safetensors is read fastest.
@@ -88,13 +79,14 @@ def convert_dtype(
         dtype: ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
         overflow: ``"error"`` refuses finite values beyond the target's range, ``"clip"`` writes its largest value.
         rope_scaling: how the config shall stretch rotary positions over longer inputs.
+        identity: tells sources apart that look alike; what is known of the source's files by default.
         max_shard_bytes: shards are filled up to this many bytes.
         progress: where to report, in bytes read.
 
     Raises:
         UnsupportedError: another dtype, a source quantized in a format that is not known, positions that can't be
             scaled, or a value out of range, with the tensor's name.
-        OutputError: ``output`` exists and is not empty, or can't be written.
+        OutputError: ``output`` exists and is not empty, can't be written, or is being written by another process.
         CheckpointError: the source is damaged.
         CapacityError: the disk can't hold the result.
     """
@@ -112,46 +104,34 @@ def convert_dtype(
         (TensorSpec(i.name, dtype if i.dtype in CASTABLE else i.dtype, i.shape) for i in source.infos.values()),
         max_shard_bytes,
     )
-    staging = staging_directory(output)
-    try:
-        _clear(staging)
-        per_tensor = _write_weights(source, staging, layout, dtype, overflow, progress)
-        written = layout.nbytes + write_side_files(staging, source.files)
-        write_json(staging / "config.json", config)
-        written += (staging / "config.json").stat().st_size
-        publish_directory(staging, output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    settings = {"dtype": str(dtype), "overflow": overflow, "config of the output": config}
+    key = job_key(source, layout, settings, identity=identity)
+    with build_artifact(output, layout, key, progress=progress) as artifact:
+        _write_weights(source, artifact, dtype, overflow, progress)
+        per_tensor = {name: CastErrors(**artifact.done[name]) for name in source if name in artifact.done}
+        written = artifact.publish(config, source.files)
     return _report(source, layout, per_tensor, dtype, written, time.perf_counter() - begin)
 
 
-def _clear(directory: Path) -> None:
-    """Remove what a killed run left: without its journal nobody knows how far it came."""
-    for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def _write_weights(
-    source: Checkpoint, staging: Path, layout: Layout, dtype: torch.dtype, overflow: Overflow, progress: Progress
-) -> dict[str, CastErrors]:
+    source: Checkpoint, artifact: Artifact, dtype: torch.dtype, overflow: Overflow, progress: Progress
+) -> None:
     label = str(dtype).removeprefix("torch.")
-    per_tensor: dict[str, CastErrors] = {}
+    todo = [name for name in source if name not in artifact.done]
+    errors = CastErrors()
     with (
-        TensorWriter(staging, layout) as writer,
         progress.task(f"converting to {label}", source.nbytes) as task,
         # Closed before the writer is: no thread may write to a descriptor that is gone.
-        closing(stream_tensors(source, writer, task)) as blocks,
+        closing(stream_tensors(source, todo, artifact.writer, task)) as blocks,
     ):
-        for name, errors in blocks:
+        task.advance(sum(source.infos[name].nbytes for name in artifact.done))
+        for name, found, last in blocks:
             if overflow == "error":
-                check_overflow(name, errors, dtype)
-            per_tensor[name] = per_tensor.get(name, CastErrors()) + errors
-        writer.sync()
-    return per_tensor
+                check_overflow(name, found, dtype)
+            errors += found
+            if last:
+                artifact.finish(name, asdict(errors), nbytes=artifact.layout.specs[name].nbytes)
+                errors = CastErrors()
 
 
 def _report(

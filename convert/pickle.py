@@ -15,7 +15,7 @@ import torch
 from llmconvert.engine.architecture.config import declares_tied_embeddings
 from llmconvert.errors import CheckpointError
 from llmconvert.storage.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
-from llmconvert.storage.directory import other_files, read_config, read_index
+from llmconvert.storage.directory import identity_of, other_files, read_config, read_index
 
 __all__ = ["PickleCheckpoint"]
 
@@ -52,6 +52,7 @@ class PickleCheckpoint(Checkpoint):
                 if name not in aliases:
                     infos[name] = TensorInfo(name, tensor.dtype, tuple(tensor.shape), shard)
         self.infos = infos
+        self.identity = identity_of(self.directory / shard for shard in _shards(self.directory, weight_map))
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         tensor = self._load(self.infos[name].shard)[name]

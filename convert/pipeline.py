@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -31,11 +31,12 @@ _LAG_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Elements ``start:stop`` of a tensor, counted over the flattened tensor."""
+    """Elements ``start:stop`` of a tensor, counted over the flattened tensor; whether they are its last."""
 
     name: str
     start: int
     stop: int
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,15 @@ class _Done:
 
 
 def stream_tensors(
-    source: Checkpoint, writer: TensorWriter, task: Task
-) -> Generator[tuple[str, CastErrors], None, None]:
-    """Write every tensor of ``source`` in the dtype that the writer's layout gives it, in on-disk order.
+    source: Checkpoint, names: Iterable[str], writer: TensorWriter, task: Task
+) -> Generator[tuple[str, CastErrors, bool], None, None]:
+    """Write tensors of ``source``, in the order of ``names``, in the dtype that the writer's layout gives them.
 
     Tensors whose dtype stays are written as they are, bit for bit. ``task`` advances by bytes read. Close the generator
     before the writer when leaving early; that ends its threads.
 
     Yields:
-        The tensor's name and what casting it cost, block after block, once each is written.
+        The tensor's name, what casting it cost, and whether that was its last: block after block, once each is written.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -73,16 +74,16 @@ def stream_tensors(
     pending: deque[Future[_Done]] = deque()
     behind = _Behind(writer)
 
-    def finish() -> tuple[str, CastErrors]:
+    def finish() -> tuple[str, CastErrors, bool]:
         done = pending.popleft().result()
         free.append(done.slot)
         task.advance((done.block.stop - done.block.start) * source.infos[done.block.name].dtype.itemsize)
-        return done.block.name, done.errors
+        return done.block.name, done.errors, done.block.last
 
     # Left in reverse: the readers stop first, and whatever failed or interrupted this is raised when all are idle.
     with ThreadPoolExecutor(1) as writing, ThreadPoolExecutor(casters) as casting, ThreadPoolExecutor(1) as reading:
         try:
-            for block in _blocks(source):
+            for block in _blocks(source, names):
                 if not free:
                     yield finish()
                 slot = free.pop()
@@ -96,12 +97,13 @@ def stream_tensors(
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _blocks(source: Checkpoint) -> Iterator[_Block]:
-    for name, info in source.infos.items():
+def _blocks(source: Checkpoint, names: Iterable[str]) -> Iterator[_Block]:
+    for name in names:
+        info = source.infos[name]
         count = math.prod(info.shape)
         step = _BLOCK if isinstance(source, SafetensorsCheckpoint) else _whole_rows(info)
         for start in range(0, count, step):
-            yield _Block(name, start, min(start + step, count))
+            yield _Block(name, start, min(start + step, count), start + step >= count)
 
 
 def _whole_rows(info: TensorInfo) -> int:

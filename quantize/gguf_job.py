@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from llmconvert.errors import CheckpointError, LlmconvertError, OutputError, RunInterruptedError, UnsupportedError
+from llmconvert.errors import CheckpointError, OutputError, UnsupportedError
 from llmconvert.gguf.export import ExportedTensor, GgufExport, export_checkpoint
 from llmconvert.gguf.ggml.blocks import load_codec
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
@@ -24,20 +21,16 @@ from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.formats.gguf import Gguf
 from llmconvert.quantize.methods.imatrix import collect_importance
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.artifact import Artifact, build_artifact, job_key
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
-from llmconvert.storage.journal import Journal
-from llmconvert.storage.lock import LOCK_NAME, DirectoryLock
-from llmconvert.storage.writer import Layout, TensorWriter, check_output_directory, publish_directory, staging_directory
-from llmconvert.version import __version__
+from llmconvert.storage.writer import check_output_directory, write_file
 
 __all__ = ["GgufResult", "check_gguf_output", "write_gguf"]
 
-_WORK = ".work"
 _IMPORTANCE = "importance.safetensors"
-# Weights encoded at a time, and bytes after which finished tensors are forced to disk and journaled.
+# Weights encoded at a time.
 _WEIGHTS_AT_ONCE = 1 << 22
-_SYNC_NBYTES = 1 << 27
 _HALF_MAX = 65504.0
 
 
@@ -103,27 +96,13 @@ def write_gguf(
     specs = _specs(export, mix, importance=bool(windows))
     file_type = {"general.file_type": mix.file_type, "general.quantization_version": 2}
     layout = plan_gguf(file_name, {**export.metadata, **file_type}, specs)
-    key = _job_key(source, layout, windows, identity)
-    staging = staging_directory(output)
-    lock = DirectoryLock(staging / _WORK)
-    done = 0
-    try:
-        journal = _open_journal(staging, layout, key, progress)
-        finished = {tensor for entry in journal.entries for tensor in entry.get("tensors", ())}
-        done = len(finished)
-        importance = _importance(staging / _WORK, source, windows, device, memory_budget, progress)
-        with TensorWriter(staging, layout) as writer:
-            _Job(source, export, specs, importance, writer, journal).run(finished, progress)
-            writer.sync()
-        shutil.rmtree(staging / _WORK)
-        _publish(staging, output, file_name, directory)
-    except LlmconvertError as error:
-        # What an earlier run achieved is not thrown away because this one was refused.
-        if done == 0 and not isinstance(error, RunInterruptedError):
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
+    key = job_key(source, layout, {}, identity=identity, windows=windows)
+    with build_artifact(output, layout, key, progress=progress) as artifact:
+        names = {tensor.name for tensor in export.tensors}
+        done = len(names & artifact.done.keys())
+        importance = _importance(artifact, source, windows, device, memory_budget, progress)
+        _Job(source, export, specs, importance, artifact).run(progress)
+        artifact.publish(None, {}, single=not directory)
     path = output / file_name if directory else output
     tensors = {spec.name: spec.qtype for spec in specs}
     return GgufResult(path, layout.nbytes, Counter(tensors.values()), tensors, time.perf_counter() - begin, done)
@@ -138,35 +117,26 @@ class _Job:
         export: GgufExport,
         specs: Sequence[GgufSpec],
         importance: Mapping[str, torch.Tensor],
-        writer: TensorWriter,
-        journal: Journal,
+        artifact: Artifact,
     ) -> None:
         self._source = source
         self._export = export
         self._specs = {spec.name: spec for spec in specs}
         self._importance = importance
-        self._writer = writer
-        self._journal = journal
+        self._artifact = artifact
+        self._writer = artifact.writer
 
-    def run(self, finished: set[str], progress: Progress) -> None:
+    def run(self, progress: Progress) -> None:
         for name, values in self._export.settings.items():
             self._writer.write(name, torch.from_numpy(load_codec("F32").encode(values[None])))
-        fresh: list[str] = []
-        written = 0
+        todo = [tensor for tensor in self._export.tensors if tensor.name not in self._artifact.done]
         with progress.task("Writing GGUF", len(self._export.tensors)) as task:
-            task.advance(len(finished))
-            for tensor in self._export.tensors:
-                if tensor.name in finished:
-                    continue
+            task.advance(len(self._export.tensors) - len(todo))
+            for tensor in todo:
                 self._write(tensor)
-                fresh.append(tensor.name)
                 spec = self._specs[tensor.name]
-                written += spec.rows * spec.row_nbytes
+                self._artifact.finish(tensor.name, nbytes=spec.rows * spec.row_nbytes)
                 task.advance(1, f"{tensor.name} {spec.qtype}")
-                if written >= _SYNC_NBYTES:
-                    self._writer.sync()
-                    self._journal.append({"tensors": fresh})
-                    fresh, written = [], 0
 
     def _write(self, tensor: ExportedTensor) -> None:
         spec = self._specs[tensor.name]
@@ -244,26 +214,8 @@ def check_gguf_output(output: Path, name: str | None, mix: GgmlMix) -> tuple[str
     return output.name, False
 
 
-def _open_journal(staging: Path, layout: Layout, key: str, progress: Progress) -> Journal:
-    path = staging / _WORK / "journal.jsonl"
-    journal = Journal(path)
-    shard = layout.shards[0]
-    there = staging / shard.name
-    whole = there.is_file() and there.stat().st_size == shard.nbytes
-    if journal.entries and journal.entries[0].get("key") == key and (whole or len(journal.entries) == 1):
-        return journal
-    if journal.entries:
-        progress.log(f"{staging.name}: holds an interrupted run with other inputs; starting anew")
-    for stale in (*staging.iterdir(), *(staging / _WORK).iterdir()):
-        if stale.is_file() and stale.name != LOCK_NAME:
-            stale.unlink()
-    journal = Journal(path)
-    journal.append({"key": key})
-    return journal
-
-
 def _importance(
-    work: Path,
+    artifact: Artifact,
     source: Checkpoint,
     windows: Sequence[torch.Tensor],
     device: torch.device | None,
@@ -272,34 +224,11 @@ def _importance(
 ) -> Mapping[str, torch.Tensor]:
     if not windows:
         return {}
-    path = work / _IMPORTANCE
+    path = artifact.work / _IMPORTANCE
     if path.exists():
         return load_file(path)
     measured = collect_importance(source, windows, device=device, memory_budget=memory_budget, progress=progress)
-    partial = path.with_suffix(".tmp")
     # Linears that share an input share a tensor, which the format does not allow.
-    save_file({key: value.clone() for key, value in measured.items()}, partial)
-    os.replace(partial, path)
+    write_file(path, save({key: value.clone() for key, value in measured.items()}))
+    artifact.finish("importance matrix")
     return measured
-
-
-def _publish(staging: Path, output: Path, file_name: str, directory: bool) -> None:
-    if directory:
-        publish_directory(staging, output)
-        return
-    try:
-        os.rename(staging / file_name, output.absolute())
-        staging.rmdir()
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be put in place: {error.strerror}; the result is in {staging}") from error
-
-
-def _job_key(source: Checkpoint, layout: Layout, windows: Sequence[torch.Tensor], identity: str) -> str:
-    """Hash of all that decides the file's bytes, besides the contents of the source's weights."""
-    digest = hashlib.sha256(f"{__version__}\0{torch.__version__}\0{identity}\0".encode())
-    digest.update(layout.shards[0].header)
-    for info in source.infos.values():
-        digest.update(f"{info.name}\0{info.dtype}\0{info.shape}\0".encode())
-    for window in windows:
-        digest.update(window.cpu().numpy().tobytes())
-    return digest.hexdigest()

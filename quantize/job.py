@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -21,17 +20,18 @@ from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, CapacityError
 from llmconvert.phases import Phases
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.execute import Execution
+from llmconvert.quantize.execute import quantize_blocks
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.methods.base import ScalingQuantizer, load_quantizer
 from llmconvert.quantize.methods.rescale import describe_edges
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization, work_nbytes
 from llmconvert.quantize.scheme import Scheme, input_kind
+from llmconvert.quantize.sink import ArtifactSink, finished_blocks
 from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Steps
+from llmconvert.storage.artifact import Artifact, build_artifact, job_key
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
-from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout, write_json
-from llmconvert.version import __version__
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory, plan_layout, write_json
 
 __all__ = ["LayerResult", "QuantizeResult", "quantize_checkpoint", "read_layers", "write_layers"]
 
@@ -143,8 +143,20 @@ def quantize_checkpoint(
     streams = 2 if quantizer.original else 1
     memory = choose_mode(skeleton, blocks, lengths if calibrated else [], needed, memory_budget, mode, streams=streams)
     layout = plan_layout(plan.specs, max_shard_bytes)
-    request = {"method": method, "options": repr(quantizer), "format": format, "device": skeleton.device.type}
-    key = _job_key(source, plan, layout, windows, request, identity)
+    key = job_key(
+        source,
+        layout,
+        {
+            "method": method,
+            "options": repr(quantizer),
+            "format": format,
+            "device": skeleton.device.type,
+            "schemes": {name: str(chosen) for name, chosen in plan.schemes.items()},
+            "original": original.identity if original is not None and not identity else "",
+        },
+        identity=identity,
+        windows=windows,
+    )
     # Formats with several schemes in one model have one dtype for all their scales.
     wait = partial(torch.cuda.synchronize, skeleton.device) if skeleton.device.type == "cuda" else None
     phases, scale_dtype = Phases(wait), layout_format.scale_dtype(next(iter(plan.schemes.values())), skeleton.dtype)
@@ -160,24 +172,34 @@ def quantize_checkpoint(
         steps = CalibratedSteps(
             skeleton, quantizer, plan, scale_dtype, phases, blocks, tuple(windows), memory.mode, original, edges
         )
-    execution = Execution(skeleton, layout_format, plan, steps, phases)
 
-    def layers() -> tuple[LayerResult, ...]:
-        return tuple(
-            LayerResult(plan.stored[name], str(plan.schemes[name]), _shape(skeleton, name), error, damping)
-            for name, error, damping in execution.results
-        )
+    def lost(artifact: Artifact) -> str:
+        gone = steps.lost(artifact.work, finished_blocks(artifact))
+        return "the activations of an interrupted run are gone or cut short" if gone else ""
 
-    note = None if record is None else lambda: write_layers(record, layers())
     try:
-        resumed = execution.run(output, layout, key, progress, note)
+        with build_artifact(output, layout, key, lost=lost, progress=progress) as artifact:
+            sink = ArtifactSink(artifact, skeleton, layout_format, plan, phases)
+            resumed = sink.blocks
+            quantize_blocks(steps, skeleton.block_count, [sink], artifact.work, progress)
+            layers = _layers(skeleton, plan, sink)
+            if record is not None:
+                write_layers(record, layers)
+            sink.publish()
     except torch.OutOfMemoryError as error:
         raise CapacityError(
             f"{skeleton.device} ran out of memory ({str(error).partition('. ')[0]}), {memory} was expected; stop what "
             "else runs there, or allow less (memory), so that batches wait in files. The same command continues"
         ) from error
     seconds = time.perf_counter() - begin
-    return QuantizeResult(output, layers(), memory, layout.nbytes, seconds, execution.phases.seconds, resumed)
+    return QuantizeResult(output, layers, memory, layout.nbytes, seconds, phases.seconds, resumed)
+
+
+def _layers(skeleton: Skeleton, plan: QuantizationPlan, sink: ArtifactSink) -> tuple[LayerResult, ...]:
+    return tuple(
+        LayerResult(plan.stored[name], str(plan.schemes[name]), _shape(skeleton, name), error, damping)
+        for name, (error, damping) in sink.results.items()
+    )
 
 
 def write_layers(record: Path, layers: Sequence[LayerResult]) -> None:
@@ -193,29 +215,3 @@ def read_layers(record: Path) -> tuple[LayerResult, ...]:
 def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:
     rows, columns = skeleton.checkpoint.infos[skeleton.names[f"{name}.weight"]].shape
     return rows, columns
-
-
-def _job_key(
-    source: Checkpoint,
-    plan: QuantizationPlan,
-    layout: Layout,
-    windows: Sequence[torch.Tensor],
-    request: Mapping[str, str],
-    identity: str,
-) -> str:
-    """Hash of all that decides the artifact's bytes, besides the contents of the source's weights."""
-    digest = hashlib.sha256()
-    settings = {
-        "version": __version__,
-        "torch": torch.__version__,
-        "identity": identity,
-        "config": source.config,
-        "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
-        **request,
-    }
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for shard in layout.shards:
-        digest.update(shard.header)
-    for window in windows:
-        digest.update(window.cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -10,8 +10,8 @@ measurement to say.
 from __future__ import annotations
 
 import glob
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,15 @@ from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CheckpointError, SchemeError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.formats.base import Format, load_format
+from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers, write_layers
 from llmconvert.quantize.methods.base import ScalingQuantizer, load_quantizer
-from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization
+from llmconvert.quantize.plan import Override, plan_quantization
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.artifact import Artifact, build_artifact, job_key
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
-from llmconvert.storage.writer import (
-    TensorWriter,
-    check_output_directory,
-    plan_layout,
-    publish_directory,
-    staging_directory,
-    write_file,
-    write_json,
-)
+from llmconvert.storage.writer import check_output_directory, plan_layout
 
 __all__ = ["Assignment", "requantize_checkpoint", "trace"]
 
@@ -45,7 +38,8 @@ Assignment = Mapping[str, Scheme | None]
 
 _PROBE_LENGTH = 16
 _DENSE = "none"
-_COPY_NBYTES = 1 << 26
+# The directory of what is quantized anew, while the output is built.
+_PART = "changed"
 
 
 def trace(source: Checkpoint, device: torch.device) -> tuple[Skeleton, tuple[BlockPlan, ...]]:
@@ -112,36 +106,56 @@ def requantize_checkpoint(
             "be given another scheme; quantize the model anew, with overrides"
         )
     plan = plan_quantization(skeleton, blocks, some, _overrides(after), quantizer, layout_format)
-    part = output.absolute().with_name(f".{output.name}.changed")
-    results: tuple[LayerResult, ...] = ()
+    layout = plan_layout(plan.specs)
     with SafetensorsCheckpoint(artifact) as stored:
-        anew = {name: scheme for name, scheme in changes.items() if scheme is not None}
-        if anew and not part.exists():
-            mixture = _Mixture(open_dense(stored), source, {f"{plan.stored[name]}.weight" for name in changes})
-            results = quantize_checkpoint(
-                mixture,
-                part,
-                method=method,
-                scheme=next(iter(anew.values())),
-                format=format,
-                overrides=[*_overrides(anew), Override("*", None)],
-                windows=windows,
-                device=device,
-                memory_budget=memory_budget,
-                identity=identity,
-                options=options,
-                original=source,
-                record=record,
-                progress=progress,
-            ).layers
-        elif anew:  # killed before the parts were merged
-            results = tuple(layer for layer in read_layers(record) if layer.scheme != _DENSE)
-        dense = (plan.stored[name] for name, scheme in changes.items() if scheme is None)
-        shapes = {linear: source.infos[f"{linear}.weight"].shape for linear in dense}
-        results += tuple(LayerResult(name, _DENSE, (rows, cols), 0.0, None) for name, (rows, cols) in shapes.items())
-        write_layers(record, results)
-        changed = [f"{plan.stored[name]}." for name in changes]
-        _merge(stored, source, part, output, plan, layout_format, changed)
+        settings = {
+            "method": method,
+            "options": repr(quantizer),
+            "format": format,
+            "device": device.type,
+            "artifact": stored.identity,
+            "before": {name: str(scheme) for name, scheme in before.items()},
+            "changes": {name: str(scheme) for name, scheme in changes.items()},
+        }
+        key = job_key(source, layout, settings, identity=identity, windows=windows)
+        with build_artifact(output, layout, key, progress=progress) as made:
+            part = made.work / _PART
+            results: tuple[LayerResult, ...] = ()
+            anew = {name: scheme for name, scheme in changes.items() if scheme is not None}
+            if anew and not part.exists():
+                mixture = _Mixture(open_dense(stored), source, {f"{plan.stored[name]}.weight" for name in changes})
+                try:
+                    quantize_checkpoint(
+                        mixture,
+                        part,
+                        method=method,
+                        scheme=next(iter(anew.values())),
+                        format=format,
+                        overrides=[*_overrides(anew), Override("*", None)],
+                        windows=windows,
+                        device=device,
+                        memory_budget=memory_budget,
+                        identity=identity or f"{stored.identity} {source.identity}",
+                        options=options,
+                        original=source,
+                        record=record,
+                        progress=progress,
+                    )
+                finally:
+                    if any(made.work.glob(f"*{_PART}*")):  # what it leaves to continue from is worth keeping
+                        made.finish("linears quantized anew")
+            if anew:
+                results = tuple(layer for layer in read_layers(record) if layer.scheme != _DENSE)
+            dense = (plan.stored[name] for name, scheme in changes.items() if scheme is None)
+            shapes = {linear: source.infos[f"{linear}.weight"].shape for linear in dense}
+            results += tuple(
+                LayerResult(name, _DENSE, (rows, cols), 0.0, None) for name, (rows, cols) in shapes.items()
+            )
+            write_layers(record, results)
+            prefixes = tuple(f"{plan.stored[name]}." for name in changes)
+            _merge(made, stored, source, part if anew else None, prefixes)
+            files = {**stored.files, **layout_format.files(plan.declared)}
+            made.publish({**stored.config, "quantization_config": plan.declared}, files)
     return results
 
 
@@ -163,52 +177,15 @@ class _Mixture(CheckpointView):
         return (self._source if name in self._originals else self.base).read_rows(name, start, stop)
 
 
-def _merge(
-    stored: Checkpoint,
-    source: Checkpoint,
-    part: Path,
-    output: Path,
-    plan: QuantizationPlan,
-    layout_format: Format,
-    changed: Iterable[str],
-) -> None:
-    """Put unchanged tensors of the artifact and those quantized anew into one directory."""
-    prefixes = tuple(changed)
-    layout = plan_layout(plan.specs)
-    staging = staging_directory(output)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    quantized = SafetensorsCheckpoint(part) if part.exists() else None
-    try:
-        with TensorWriter(staging, layout) as writer:
-            for spec in plan.specs:
-                if not spec.name.startswith(prefixes):
-                    origin = stored
-                else:
-                    origin = quantized if quantized is not None and spec.name in quantized else source
-                info = origin.infos.get(spec.name)
-                if info is None or (info.shape, info.dtype) != (spec.shape, spec.dtype):
-                    raise CheckpointError(f"tensor {spec.name!r} of the artifact is not stored as its schemes say")
-                _copy(origin, spec.name, writer)
-            writer.sync()
-        for name in stored.files:
-            write_file(staging / name, stored.read_file(name))
-        for name, content in layout_format.files(plan.declared).items():
-            write_file(staging / name, content)
-        write_json(staging / "config.json", {**stored.config, "quantization_config": plan.declared})
-        publish_directory(staging, output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    finally:
-        if quantized is not None:
-            quantized.close()
-    shutil.rmtree(part, ignore_errors=True)
-
-
-def _copy(origin: Checkpoint, name: str, writer: TensorWriter) -> None:
-    info = origin.infos[name]
-    rows = info.shape[0] if info.shape else 1
-    step = max(1, rows * _COPY_NBYTES // max(1, info.nbytes))
-    for start in range(0, rows, step):
-        writer.write_rows(name, start, origin.read_rows(name, start, min(rows, start + step)))
+def _merge(made: Artifact, stored: Checkpoint, source: Checkpoint, part: Path | None, changed: tuple[str, ...]) -> None:
+    """Write unchanged tensors of the artifact and, of the linears with these prefixes, those that changed."""
+    with ExitStack() as stack:
+        quantized = stack.enter_context(SafetensorsCheckpoint(part)) if part is not None else None
+        for name, spec in made.layout.specs.items():
+            origin = stored
+            if name.startswith(changed):
+                origin = quantized if quantized is not None and name in quantized else source
+            info = origin.infos.get(name)
+            if info is None or (info.shape, info.dtype) != (spec.shape, spec.dtype):
+                raise CheckpointError(f"tensor {name!r} of the artifact is not stored as its schemes say")
+            made.copy(origin, [name])

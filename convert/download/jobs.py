@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -25,14 +24,13 @@ from llmconvert.quantize.formats.base import Format, load_format
 from llmconvert.quantize.methods.base import Quantizer, Target, load_quantizer
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.artifact import copy_tensor, job_key
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, TensorWriter, check_output_directory, plan_layout
-from llmconvert.version import __version__
 
 __all__ = ["stream_convert", "stream_quantize"]
 
-_COPY_NBYTES = 1 << 26
 # Linears are looked at in a forward of shapes alone; its length doesn't matter.
 _PROBE_LENGTH = 16
 
@@ -113,8 +111,8 @@ class _CastJob:
 
     def process(self, shard: SafetensorsCheckpoint, writer: TensorWriter) -> Mapping[str, Any]:
         per_tensor: dict[str, CastErrors] = {}
-        with SILENT.task("", 0) as task, closing(stream_tensors(shard, writer, task)) as blocks:
-            for name, errors in blocks:
+        with SILENT.task("", 0) as task, closing(stream_tensors(shard, shard, writer, task)) as blocks:
+            for name, errors, _ in blocks:
                 if self._overflow == "error":
                     check_overflow(name, errors, self._dtype)
                 per_tensor[name] = per_tensor.get(name, CastErrors()) + errors
@@ -227,7 +225,7 @@ class _QuantizeJob:
             if name in self._linears:
                 self._round(name, cast[name], writer)
             else:
-                _copy(name, cast, writer)
+                copy_tensor(writer, cast, name)
         return {}
 
     def _round(self, name: str, weight: torch.Tensor, writer: TensorWriter) -> None:
@@ -239,18 +237,5 @@ class _QuantizeJob:
             writer.write(stored, tensor)
 
 
-def _copy(name: str, source: CastView, writer: TensorWriter) -> None:
-    info = source.infos[name]
-    rows = info.shape[0] if info.shape else 1
-    step = max(1, rows * _COPY_NBYTES // max(1, info.nbytes))
-    for start in range(0, rows, step):
-        writer.write_rows(name, start, source.read_rows(name, start, min(rows, start + step)))
-
-
 def _key(model: StreamedModel, layout: Layout, settings: Mapping[str, str]) -> str:
-    digest = hashlib.sha256()
-    identity = {"version": __version__, "repository": model.remote.repo_id, "commit": model.remote.commit_hash}
-    digest.update(json.dumps({**identity, **settings}, sort_keys=True).encode())
-    for shard in layout.shards:
-        digest.update(shard.header)
-    return digest.hexdigest()
+    return job_key(model.checkpoint, layout, settings, identity=f"{model.remote.repo_id}@{model.remote.commit_hash}")

@@ -16,26 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmconvert.errors import CapacityError, CheckpointError, UsageError
+from llmconvert.errors import CapacityError, CheckpointError
 from llmconvert.hub import RemoteFile, RemoteModel, download_file, fetch_without_weights, hub_errors
 from llmconvert.progress import SILENT, Progress, Task
+from llmconvert.storage.artifact import build_artifact
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME, other_files
-from llmconvert.storage.journal import Journal
-from llmconvert.storage.lock import LOCK_NAME, DirectoryLock
 from llmconvert.storage.remote import RemoteCheckpoint
-from llmconvert.storage.writer import (
-    Layout,
-    TensorWriter,
-    publish_directory,
-    staging_directory,
-    write_json,
-    write_side_files,
-)
+from llmconvert.storage.writer import Layout, TensorWriter, write_json
 
 __all__ = ["ShardJob", "StreamedModel", "describe_remote", "stream_shards"]
-
-_WORK = ".work"
 
 
 class ShardJob(Protocol):
@@ -100,53 +90,16 @@ def stream_shards(
         CapacityError: the disk can't hold the output and two shards.
         UsageError, CheckpointError: what the job refuses; nothing is left behind.
     """
-    staging = staging_directory(output)
-    work = staging / _WORK
-    lock = DirectoryLock(work)
-    try:
-        journal = _open_journal(staging, job.key, progress)
-        results = {entry["shard"]: entry["result"] for entry in journal.entries if "shard" in entry}
-        with (
-            TensorWriter(staging, job.layout) as writer,
-            progress.task(f"streaming {model.remote.repo_id}", sum(file.size for file in model.remote.shards)) as task,
-        ):
-            task.advance(sum(file.size for file in model.remote.shards if file.name in results))
-            todo = [file for file in model.remote.shards if file.name not in results]
-            with closing(_arriving(model, todo, work, task)) as arriving:
+    with build_artifact(output, job.layout, job.key, progress=progress) as artifact:
+        todo = [file for file in model.remote.shards if file.name not in artifact.done]
+        with progress.task(f"streaming {model.remote.repo_id}", sum(file.size for file in model.remote.shards)) as task:
+            task.advance(sum(file.size for file in model.remote.shards if file.name in artifact.done))
+            with closing(_arriving(model, todo, artifact.work, task)) as arriving:
                 for file, directory in arriving:
-                    results[file.name] = _process(model.checkpoint, file, directory, job, writer)
-                    journal.append({"shard": file.name, "result": results[file.name]})
+                    artifact.finish(file.name, _process(model.checkpoint, file, directory, job, artifact.writer))
                     shutil.rmtree(directory)
-        write_side_files(staging, job.files)
-        write_json(staging / "config.json", job.config)
-        shutil.rmtree(work)
-        publish_directory(staging, output)
-    except (UsageError, CheckpointError):
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
-    return [results[file.name] for file in model.remote.shards]
-
-
-def _open_journal(staging: Path, key: str, progress: Progress) -> Journal:
-    """The journal of an interrupted call with the same key, or a new one in a cleared directory."""
-    path = staging / _WORK / "journal.jsonl"
-    journal = Journal(path)
-    if journal.entries and journal.entries[0].get("key") == key:
-        finished = len(journal.entries) - 1
-        progress.log(f"continuing an interrupted run: {finished} shards are done")
-        return journal
-    if journal.entries:
-        progress.log(f"{staging.name}: holds an interrupted run with other inputs; starting anew")
-    for stale in (*staging.iterdir(), *(staging / _WORK).iterdir()):
-        if stale.is_dir() and stale.name != _WORK:
-            shutil.rmtree(stale)
-        elif stale.is_file() and stale.name != LOCK_NAME:
-            stale.unlink()
-    journal = Journal(path)
-    journal.append({"key": key})
-    return journal
+        artifact.publish(job.config, job.files)
+        return [artifact.done[file.name] for file in model.remote.shards]
 
 
 def _arriving(
@@ -196,6 +149,4 @@ def _process(
         expected = {name: (info.dtype, info.shape) for name, info in described.infos.items() if info.shard == file.name}
         if {name: (info.dtype, info.shape) for name, info in shard.infos.items()} != expected:
             raise CheckpointError(f"{file.repo_id}: {file.name} holds other tensors than its header said before")
-        result = job.process(shard, writer)
-    writer.sync()
-    return result
+        return job.process(shard, writer)

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmconvert.convert.gqa.blockwise import RefitLayer, RefitOptions, stream_merge
+from llmconvert.convert.gqa.blockwise import RefitOptions, stream_merge
 from llmconvert.convert.gqa.geometry import AttentionGeometry
 from llmconvert.convert.gqa.merging.layer import METHODS, MergedLayer, Method
 from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.convert.gqa.weights import attention_tensors
 from llmconvert.errors import UnsupportedError
 from llmconvert.progress import SILENT, Progress, Task
+from llmconvert.storage.artifact import Artifact, build_artifact, job_key
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
-from llmconvert.storage.writer import (
-    DEFAULT_SHARD_BYTES,
-    TensorWriter,
-    check_output_directory,
-    plan_layout,
-    publish_directory,
-    staging_directory,
-    write_json,
-    write_side_files,
-)
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory, plan_layout
 
-__all__ = ["AttentionReport", "LayerReport", "convert_attention", "copy_tensors"]
+__all__ = ["AttentionReport", "LayerReport", "convert_attention"]
 
-_WORK = ".work"
-_COPY_NBYTES = 1 << 26
 _MEMORIES = {"16 GB": 16e9, "24 GB": 24e9, "80 GB": 80e9}
 _BITS = {"bfloat16": 16.0, "4 bits": 4.25}
 
@@ -94,10 +83,7 @@ class AttentionReport:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> AttentionReport:
         """What ``dataclasses.asdict`` made of a report, JSON in between or not."""
-        layers = tuple(
-            LayerReport(**{**layer, "groups": tuple(tuple(group) for group in layer["groups"])})
-            for layer in values["layers"]
-        )
+        layers = tuple(_read_layer(layer) for layer in values["layers"])
         pairs = {key: tuple(values[key]) for key in ("kv_heads", "kv_bytes_per_token", "left_out")}
         contexts = {memory: tuple(tokens) for memory, tokens in values["contexts"].items()}
         return cls(**{**values, **pairs, "contexts": contexts, "layers": layers})
@@ -113,13 +99,15 @@ def convert_attention(
     refit: bool = True,
     options: RefitOptions | None = None,
     device: torch.device | None = None,
+    identity: str = "",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> AttentionReport:
     """Write ``source`` with ``kv_heads`` key-value heads per layer to the directory ``output``.
 
     The result is a plain checkpoint of the same architecture; only attention weights differ. Without calibration text
-    the merge goes by the weights alone, which loses much more.
+    the merge goes by the weights alone, which loses much more. A call that was stopped continues: behind the last layer
+    that is on disk without text; with it, where each layer needs what streamed through those before, once all are.
 
     Args:
         source: dense weights.
@@ -130,6 +118,7 @@ def convert_attention(
         refit: whether queries, keys and output projections are refitted on the calibration text.
         options: how, in detail.
         device: where to compute, the CPU by default.
+        identity: tells sources apart that look alike; what is known of the source's files by default.
         max_shard_bytes: size at which a new shard is begun.
         progress: one unit per layer.
 
@@ -145,33 +134,24 @@ def convert_attention(
     check_output_directory(output)
     require_dense(source, "the source")
     view = MergedAttention(source, kv_heads, chosen)
+    place = device or torch.device("cpu")
     calibrated = bool(windows) and view.geometry.plain
     settings = options or (RefitOptions() if refit else RefitOptions(outputs=False, logits=False))
     layout = plan_layout(
         (TensorSpec(info.name, info.dtype, info.shape) for info in view.infos.values()), max_shard_bytes
     )
-    staging = staging_directory(output)
-    try:
-        shutil.rmtree(staging)
-        work = staging_directory(output) / _WORK
-        work.mkdir()
-        with TensorWriter(staging, layout) as writer, progress.task("Merging attention", view.geometry.layers) as task:
+    about = {"kv_heads": kv_heads, "method": method, "refit": asdict(settings), "device": place.type}
+    key = job_key(source, layout, about, identity=identity, windows=windows if calibrated else ())
+    with build_artifact(output, layout, key, progress=progress) as artifact:
+        with progress.task("Merging attention", view.geometry.layers) as task:
             if calibrated:
-                solved = stream_merge(source, kv_heads, chosen, windows, settings, device or torch.device("cpu"), work)
-                with closing(solved):
-                    layers = [_write_refitted(writer, layer, task) for layer in solved]
+                _write_refitted(artifact, view, windows, settings, place, task)
             else:
-                layers = list(_write_merged(writer, view, task))
-            attention = {n for i in range(view.geometry.layers) for n in attention_tensors(source, view.geometry, i)}
-            copy_tensors(writer, source, (name for name in source if name not in attention))
-            writer.sync()
-        shutil.rmtree(work)
-        write_side_files(staging, source.files)
-        write_json(staging / "config.json", dict(view.config))
-        publish_directory(staging, output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+                _write_merged(artifact, view, task)
+        layers = [_read_layer(artifact.done[_piece(layer)]) for layer in range(view.geometry.layers)]
+        attention = {n for i in range(view.geometry.layers) for n in attention_tensors(source, view.geometry, i)}
+        artifact.copy(source, (name for name in source if name not in attention))
+        artifact.publish(view.config, source.files)
     geometry = view.geometry
     return AttentionReport(
         method=method,
@@ -191,43 +171,59 @@ def convert_attention(
     )
 
 
-def _write_refitted(writer: TensorWriter, layer: RefitLayer, task: Task) -> LayerReport:
-    for name, tensor in layer.tensors.items():
-        writer.write(name, tensor)
-    before, after = layer.output_loss
-    task.advance(1, f"{after:.1%} of the attention output lost")
-    divergence = layer.divergence or (None, None)
-    merged = layer.merged
-    return LayerReport(
-        merged.groups,
-        merged.key_loss,
-        merged.value_loss,
-        after,
-        before,
-        divergence[1],
-        divergence[0],
-        merged.symmetric,
-    )
+def _write_refitted(
+    artifact: Artifact,
+    view: MergedAttention,
+    windows: Sequence[torch.Tensor],
+    settings: RefitOptions,
+    device: torch.device,
+    task: Task,
+) -> None:
+    """Merge and refit all layers. What streams between them is not kept: they are done together or begun again."""
+    if all(_piece(layer) in artifact.done for layer in range(view.geometry.layers)):
+        task.advance(view.geometry.layers)
+        return
+    solved = stream_merge(view.base, view.kv_heads, view.method, windows, settings, device, artifact.work)
+    with closing(solved):
+        for number, layer in enumerate(solved):
+            for name, tensor in layer.tensors.items():
+                artifact.writer.write(name, tensor)
+            before, after = layer.output_loss
+            divergence = layer.divergence or (None, None)
+            merged = layer.merged
+            report = LayerReport(
+                merged.groups,
+                merged.key_loss,
+                merged.value_loss,
+                after,
+                before,
+                divergence[1],
+                divergence[0],
+                merged.symmetric,
+            )
+            artifact.finish(_piece(number), asdict(report))
+            task.advance(1, f"{after:.1%} of the attention output lost")
 
 
-def _write_merged(writer: TensorWriter, view: MergedAttention, task: Task) -> Iterator[LayerReport]:
+def _write_merged(artifact: Artifact, view: MergedAttention, task: Task) -> None:
+    """Merge the layers that are not done, each by its weights alone."""
     for layer in range(view.geometry.layers):
-        merged: MergedLayer = view.merge(layer)
-        for name in attention_tensors(view.base, view.geometry, layer):
-            if name in view:  # a norm of a single head goes with its head
-                writer.write(name, view[name])
+        if _piece(layer) not in artifact.done:
+            merged: MergedLayer = view.merge(layer)
+            for name in attention_tensors(view.base, view.geometry, layer):
+                if name in view:  # a norm of a single head goes with its head
+                    artifact.writer.write(name, view[name])
+            report = LayerReport(merged.groups, merged.key_loss, merged.value_loss, symmetric=merged.symmetric)
+            artifact.finish(_piece(layer), asdict(report))
         task.advance()
-        yield LayerReport(merged.groups, merged.key_loss, merged.value_loss, symmetric=merged.symmetric)
 
 
-def copy_tensors(writer: TensorWriter, source: Checkpoint, names: Iterable[str]) -> None:
-    """Copy tensors that stay as they are, in slices of rows."""
-    for name in names:
-        info = source.infos[name]
-        rows = info.shape[0] if info.shape else 1
-        step = max(1, rows * _COPY_NBYTES // max(1, info.nbytes))
-        for start in range(0, rows, step):
-            writer.write_rows(name, start, source.read_rows(name, start, min(rows, start + step)))
+def _piece(layer: int) -> str:
+    return f"layer {layer}"
+
+
+def _read_layer(values: Mapping[str, Any]) -> LayerReport:
+    return LayerReport(**{**values, "groups": tuple(tuple(group) for group in values["groups"])})
 
 
 def _left_out(

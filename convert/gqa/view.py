@@ -34,7 +34,7 @@ class MergedAttention(CheckpointView):
         self.geometry = read_geometry(base)
         require_kv_heads(self.geometry, kv_heads)
         self.kv_heads = kv_heads
-        self._method: Method = method
+        self.method: Method = method
         self.config = with_kv_heads(base.config, kv_heads)
         self._layer_of = {
             name: layer
@@ -70,7 +70,7 @@ class MergedAttention(CheckpointView):
             weights,
             moments,
             self.kv_heads,
-            method=self._method,
+            method=self.method,
             rotary=self.geometry.rotary[layer],
             norm=self.geometry.norm,
             movable=self.geometry.movable,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +10,6 @@ import torch
 
 from llmconvert.compute.precision import compute_dtype
 from llmconvert.convert.gqa.geometry import read_geometry
-from llmconvert.convert.gqa.job import copy_tensors
 from llmconvert.convert.gqa.weights import attention_tensors
 from llmconvert.convert.heal.model import ResidentModel
 from llmconvert.convert.heal.state import HealState, load_state, save_state
@@ -23,25 +19,18 @@ from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import CapacityError, DatasetError, UsageError
 from llmconvert.memory import available_nbytes, release_freed_memory
 from llmconvert.progress import SILENT, Progress
+from llmconvert.storage.artifact import build_artifact, job_key
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.shared import share_tensors
-from llmconvert.storage.writer import (
-    DEFAULT_SHARD_BYTES,
-    TensorWriter,
-    check_output_directory,
-    plan_layout,
-    publish_directory,
-    staging_directory,
-    write_json,
-    write_side_files,
-)
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory, plan_layout
 
 __all__ = ["HealOptions", "HealReport", "heal_attention"]
 
 # What one token leaves for the backward pass, in copies of the block's widths.
 _HIDDEN_COPIES, _INNER_COPIES = 12, 4
 _USABLE = 0.9
+_STATE = "healing.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +88,13 @@ def heal_attention(
         options: how.
         device: where to compute, the CPU by default.
         state: a file to keep the state in; a call that finds its own continues from there. It
-            stays when this returns: whoever has the report safe removes it.
-        identity: what tells these two models from others that look alike.
+            stays when this returns: whoever has the report safe removes it. By default it lies in the hidden directory
+            that the output is built in, and goes with it.
+        identity: tells these two models from others that look alike; what is known of their files by default.
         progress: one unit per step.
 
     Raises:
-        UsageError: models that don't go together, or an unusable output directory.
+        UsageError: models that don't go together, or an output directory that is unusable or in use.
         DatasetError: too few windows.
         CalibrationError: a loss is not finite.
         CapacityError: memory or disk do not suffice.
@@ -120,25 +110,32 @@ def heal_attention(
     _check_windows(windows, chosen)
     dtype = compute_dtype(place)
     _check_memory(merged, names, max(window.shape[1] for window in windows), dtype, place)
-    job = _identity(identity, windows, chosen, dtype)
-    found = load_state(state, job) if state is not None else None
-    start = found.step if found is not None else 0
-    teacher, student = (
-        ResidentModel(view, place, dtype) for view in share_tensors((original, merged), apart, place, dtype)
-    )
-    healing = Healing(teacher, student, names, windows, chosen)
+    layout = plan_layout((TensorSpec(i.name, i.dtype, i.shape) for i in merged.infos.values()), max_shard_bytes)
+    about = {"original": original.identity if not identity else "", "dtype": str(dtype), "options": asdict(chosen)}
+    job = job_key(merged, layout, about, identity=identity, windows=windows)
+    with build_artifact(output, layout, job, progress=progress) as artifact:
+        kept = state or artifact.work / _STATE
+        found = load_state(kept, job)
+        start = found.step if found is not None else 0
+        teacher, student = (
+            ResidentModel(view, place, dtype) for view in share_tensors((original, merged), apart, place, dtype)
+        )
+        healing = Healing(teacher, student, names, windows, chosen)
 
-    def save(current: HealState) -> None:
-        if state is not None:
-            save_state(state, current)
+        def save(current: HealState) -> None:
+            save_state(kept, current)
+            artifact.finish(f"step {current.step}")
 
-    with progress.task("Healing attention", chosen.steps) as task:
-        final = healing.run(found, job, save, task)
-    best = final.best or final.weights
-    tokens = sum(windows[0].shape[1] * chosen.batch for _ in final.history)
-    del healing, teacher, student
-    release_freed_memory()
-    _write(merged, output, {name: best[name] for name in names}, max_shard_bytes)
+        with progress.task("Healing attention", chosen.steps) as task:
+            final = healing.run(found, job, save, task)
+        best = final.best or final.weights
+        tokens = sum(windows[0].shape[1] * chosen.batch for _ in final.history)
+        del healing, teacher, student
+        release_freed_memory()
+        for name in names:
+            artifact.writer.write(name, best[name].to(merged.infos[name].dtype))
+        artifact.copy(merged, (name for name in merged if name not in set(names)))
+        artifact.publish(merged.config, merged.files)
     return _report(final, chosen, tokens, start)
 
 
@@ -208,29 +205,3 @@ def _check_memory(
             f"{activations / 1e6:,.0f} MB of activations), {free / 1e6:,.0f} MB are free; "
             "use shorter windows or a machine with more memory, or leave out attention.heal"
         )
-
-
-def _identity(identity: str, windows: Sequence[torch.Tensor], options: HealOptions, dtype: torch.dtype) -> str:
-    digest = hashlib.sha256(json.dumps([identity, str(dtype), asdict(options)]).encode())
-    for window in windows:
-        digest.update(window.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _write(merged: Checkpoint, output: Path, trained: Mapping[str, torch.Tensor], max_shard_bytes: int) -> None:
-    layout = plan_layout((TensorSpec(i.name, i.dtype, i.shape) for i in merged.infos.values()), max_shard_bytes)
-    staging = staging_directory(output)
-    try:
-        shutil.rmtree(staging)
-        staging = staging_directory(output)
-        with TensorWriter(staging, layout) as writer:
-            for name, tensor in trained.items():
-                writer.write(name, tensor.to(merged.infos[name].dtype))
-            copy_tensors(writer, merged, (name for name in merged if name not in trained))
-            writer.sync()
-        write_side_files(staging, merged.files)
-        write_json(staging / "config.json", dict(merged.config))
-        publish_directory(staging, output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise

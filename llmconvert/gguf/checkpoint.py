@@ -25,6 +25,7 @@ from llmconvert.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from llmconvert.gguf.names import ARCHITECTURES, Place, Storage, place_tensors
 from llmconvert.gguf.tokenizer import tokenizer_files
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
+from llmconvert.storage.directory import identity_of
 
 __all__ = ["GgufCheckpoint", "can_dequantize", "open_artifact", "open_gguf"]
 
@@ -84,6 +85,7 @@ class GgufCheckpoint(Checkpoint):
         places = place_tensors(header, architecture, self._geometry.layers, self._geometry.symbols)
         self._sources = {place.name: (header.tensors[stored], place) for stored, place in places.items()}
         self.infos = {name: self._info(*source) for name, source in self._sources.items()}
+        self.identity = identity_of([path])
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 import torch
 
 from llmconvert.errors import CheckpointError
-from llmconvert.storage.directory import INDEX_NAME, other_files, read_config, read_index, shard_names
+from llmconvert.storage.directory import INDEX_NAME, identity_of, other_files, read_config, read_index, shard_names
 
 __all__ = [
     "DTYPE_NAMES",
@@ -97,6 +97,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     files: Mapping[str, Path | bytes]
     #: Weight name → what the inputs of its linear are quantized to while the model runs; most checkpoints have none.
     quantized_inputs: Mapping[str, Literal["int8", "fp8"]] = MappingProxyType({})
+    #: Tells checkpoints apart whose tensors and config look alike, as far as files tell without being read; may be "".
+    identity: str = ""
 
     @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -156,6 +158,7 @@ class CheckpointView(Checkpoint):
         self.config = base.config
         self.files = base.files
         self.quantized_inputs = base.quantized_inputs
+        self.identity = base.identity
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.base.read_rows(name, start, stop)
@@ -256,7 +259,8 @@ class SafetensorsCheckpoint(Checkpoint):
         self._extents: dict[str, _Extent] = {}
         self._fds: dict[str, int] = {}
         infos: dict[str, TensorInfo] = {}
-        for shard in shard_names(self.directory):
+        shards = shard_names(self.directory)
+        for shard in shards:
             shard_infos, offsets, _ = read_header(self.directory / shard)
             for name, info in shard_infos.items():
                 if name in infos:
@@ -266,6 +270,7 @@ class SafetensorsCheckpoint(Checkpoint):
             self._fds[shard] = _open_readonly(self.directory / shard)
         self.infos = infos
         self.files = other_files(self.directory)
+        self.identity = identity_of(self.directory / shard for shard in shards)
         _check_index(self.directory, infos)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llmconvert.errors import CheckpointError
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "is_weight_file", "other_files", "read_config", "read_index", "shard_names"]
+__all__ = [
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "identity_of",
+    "is_weight_file",
+    "other_files",
+    "read_config",
+    "read_index",
+    "shard_names",
+]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -88,3 +99,12 @@ def shard_names(directory: Path) -> list[str]:
             "Use a repository with safetensors, or --allow-pickle (loads with weights_only=True)"
         )
     raise CheckpointError(f"{directory}: neither {SINGLE_NAME} nor {INDEX_NAME}")
+
+
+def identity_of(files: Iterable[Path]) -> str:
+    """A hash of files' names, sizes and modification times: what is known of their contents without reading them."""
+    digest = hashlib.sha256()
+    for path in files:
+        status = path.stat()
+        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()

@@ -1,78 +1,132 @@
-"""A directory that one process at a time may work in.
+"""Locks between processes: who builds an output or a stage holds its lock, who reads a stage keeps it from removal.
 
-The lock is ``flock`` on a file inside it: the kernel lets go of it when the process ends, however it ends.
+The kernel holds them (``flock``) and lets go when the process ends, however it ends; a lock file that a killed run
+left behind blocks nobody.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+
+from filelock import FileLock, Timeout
 
 from llmconvert.errors import OutputError
 
-__all__ = ["LOCK_NAME", "DirectoryLock"]
+__all__ = ["Readers", "lock_path", "locked", "unread"]
 
-#: The file in a locked directory that carries the lock.
-LOCK_NAME = ".lock"
+_POLL_SECONDS = 0.1
 
 
-class DirectoryLock:
-    """Creates ``directory`` if need be and locks it; :meth:`release` removes it again if nothing was put in it.
+def lock_path(path: Path) -> Path:
+    """The hidden sibling of ``path`` that carries its lock."""
+    absolute = path.absolute()
+    return absolute.with_name(f".{absolute.name}.lock")
+
+
+@contextmanager
+def locked(path: Path, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock of the file or directory ``path``, which need not exist; its parents are created.
+
+    Args:
+        path: what is about to be built.
+        wait: called once with the reason where another process holds the lock, before waiting for it. Without it, a
+            lock that is held is refused.
 
     Raises:
-        OutputError: it cannot be written, or another process has it.
+        OutputError: another process holds it, or its file cannot be written.
     """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._fd: int | None = _acquire(directory)
-
-    def release(self) -> None:
-        """Unlock. Safe to call twice."""
-        if self._fd is None:
-            return
-        if self._directory.is_dir() and [entry.name for entry in self._directory.iterdir()] == [LOCK_NAME]:
-            (self._directory / LOCK_NAME).unlink(missing_ok=True)
-            self._directory.rmdir()
-        os.close(self._fd)
-        self._fd = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
+    file = lock_path(path)
+    lock = FileLock(file, thread_local=False, fallback_to_soft=False, on_acquired=_sign)
+    try:
+        if not _try(lock):
+            reason = f"{path}: another run (process {_holder(file)}) is using it"
+            if wait is None:
+                raise OutputError(f"{reason}; wait for it, or give this one another directory")
+            wait(f"{reason}; waiting")
+            while not _try(lock):
+                time.sleep(_POLL_SECONDS)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be used: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        # Removed while it is held: who waits for this very file sees that it is gone, and makes a new one.
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
-def _acquire(directory: Path) -> int:
-    path = directory / LOCK_NAME
-    while True:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise OutputError(f"{directory}: cannot be used: {error.strerror}") from error
+@contextmanager
+def unread(path: Path) -> Iterator[bool]:
+    """Whether no :class:`Readers` hold the file ``path``; if so, none can begin to while the block runs."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
-            os.close(fd)
-            raise OutputError(
-                f"{directory}: another run (process {holder}) is using it; "
-                "wait for it, or give this one another directory"
-            ) from error
-        if _still_there(path, fd):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-            return fd
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
         os.close(fd)
 
 
-def _still_there(path: Path, fd: int) -> bool:
-    """Whether the locked file is the one under ``path``: its last holder may have removed it since it was opened."""
+class Readers:
+    """Files that this process reads and nobody may remove, see :func:`unread`. Any number of processes may read."""
+
+    def __init__(self) -> None:
+        self._fds: dict[Path, int] = {}
+
+    def hold(self, path: Path) -> bool:
+        """Take part in reading ``path``, once however often; False if it is not there."""
+        if path in self._fds:
+            return True
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        if os.fstat(fd).st_nlink == 0:  # removed just now
+            os.close(fd)
+            return False
+        self._fds[path] = fd
+        return True
+
+    def release(self, path: Path) -> None:
+        """Leave ``path``, if it is held."""
+        if path in self._fds:
+            os.close(self._fds.pop(path))
+
+    def close(self) -> None:
+        """Leave all."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+def _try(lock: FileLock) -> bool:
+    """One attempt; the directory of the lock's file may go whenever another process finds it empty."""
+    while True:
+        try:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout:
+            return False
+        except FileNotFoundError:
+            continue
+        return True
+
+
+def _sign(fd: int) -> None:
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+
+
+def _holder(file: Path) -> str:
     try:
-        return path.stat().st_ino == os.fstat(fd).st_ino
-    except FileNotFoundError:
-        return False
+        return file.read_text().strip() or "unknown"
+    except OSError:
+        return "unknown"

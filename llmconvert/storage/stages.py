@@ -2,7 +2,8 @@
 
 ``<work dir>/<stage>-<12 hex digits>/`` holds a stage's output and ``stage.json`` (inputs, seconds, peak memory).
 It is built under a hidden name and renamed when complete, so a killed run leaves only finished stages and, for
-stages that can resume, the hidden directory they continue from. Runs that need the same stage share it.
+stages that can resume, the hidden directory they continue from. Runs that need the same stage share it, in one process
+or in several at once: a stage is built under its lock, and who comes second waits and reuses it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +23,7 @@ from typing import Any, Self
 from llmconvert.errors import HubError, OutputError, SourceError, UsageError
 from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
-from llmconvert.storage.lock import DirectoryLock
+from llmconvert.storage.lock import Readers, locked, unread
 from llmconvert.storage.writer import publish_directory, write_json
 from llmconvert.version import __version__
 
@@ -68,14 +70,14 @@ def stage_key(name: str, inputs: Mapping[str, Any]) -> str:
 
 
 class StageStore:
-    """A work directory, locked while the store is open.
+    """A work directory; any number of processes may have it open. What a store's runs use is not removed meanwhile.
 
     Args:
         work_dir: created if need be; removed on closing if it is still empty.
-        progress: where stages say that they are reused, resumed or begun anew, and why.
+        progress: where stages say that they are waited for, reused, resumed or begun anew, and why.
 
     Raises:
-        OutputError: the directory cannot be written, or another process is using it.
+        OutputError: the directory cannot be written.
     """
 
     def __init__(self, work_dir: Path, *, progress: Progress = SILENT) -> None:
@@ -83,7 +85,11 @@ class StageStore:
         self.progress = progress
         # Stages built since the store was opened: a batch's --fresh must not undo what its earlier recipes built.
         self.built: set[str] = set()
-        self._lock = DirectoryLock(self.work_dir)
+        self._readers = Readers()
+        try:
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.work_dir}: cannot be used: {error.strerror}") from error
 
     def begin(self, run: str, *, fresh: bool = False) -> StageRun:
         """Start a run. ``run`` names it in the work directory, so that its next one can be compared with it.
@@ -94,13 +100,45 @@ class StageStore:
         stages = StageRun(self, run, fresh=fresh)
         if fresh:
             for entry in stages.previous.values():
-                stages.discard(entry["stage"])
+                path = self.work_dir / entry["stage"]
+                with locked(path, wait=self.progress.log):
+                    self.discard(path)
         return stages
 
     def close(self) -> None:
-        """Unlock; remove the work directory if nothing was left in it."""
+        """Let others remove what was used; remove the work directory if nothing was left in it."""
+        self._readers.close()
         _remove_if_empty(self.work_dir / "runs")
-        self._lock.release()
+        _remove_if_empty(self.work_dir)
+
+    def find(self, path: Path, name: str, key: str) -> StageResult | None:
+        """The finished stage in ``path``, if it is there and has that key; from here on nobody removes it."""
+        if not self._readers.hold(path / STAGE_FILE):
+            return None
+        result = _load_result(path, name, key)
+        if result is None:
+            self._readers.release(path / STAGE_FILE)
+        return result
+
+    def discard(self, path: Path) -> None:
+        """Remove the stage ``path``, finished or not, unless it was built since the store was opened. Its lock is held.
+
+        Raises:
+            OutputError: another run is using it.
+        """
+        record = _read_json(path / STAGE_FILE)
+        if record is not None and record.get("key") in self.built:
+            return
+        self._readers.release(path / STAGE_FILE)
+        if record is not None:
+            with unread(path / STAGE_FILE) as free:
+                if not free:
+                    raise OutputError(
+                        f"{path}: another run is using it, so it is not built anew; wait for it, or do without --fresh"
+                    )
+                _remove(path)
+        _remove(path)
+        _remove(_staging(path))
 
     def __enter__(self) -> Self:
         return self
@@ -146,18 +184,43 @@ class StageRun:
         """
         key = stage_key(name, inputs)
         path = self.store.work_dir / f"{name}-{key[:12]}"
-        if self._fresh and key not in self.store.built:
-            self.discard(path.name)
-        result = _load_result(path, name, key)
+        fresh = self._fresh and key not in self.store.built
+        result = None if fresh else self.store.find(path, name, key)
         if result is None:
-            self._announce(name, path, inputs)
-            result = self._build(name, key, path, inputs, build, resumable)
-            self.store.built.add(key)
-            self._log(f"{name}: done in {result.seconds:.1f} s, peak memory {result.peak_rss_bytes / 1e9:.2f} GB")
-        else:
+            result = self._build_locked(name, key, path, inputs, build, resumable, fresh)
+        if result.reused:
             self._log(f"{name}: unchanged, reusing {path.name}")
             self._remember(name, path, inputs)
         self.results.append(result)
+        return result
+
+    def _build_locked(
+        self,
+        name: str,
+        key: str,
+        path: Path,
+        inputs: Mapping[str, Any],
+        build: Callable[[Path], Mapping[str, Any]],
+        resumable: bool,
+        fresh: bool,
+    ) -> StageResult:
+        """Build the stage, unless another run does: then wait for it, and take what it has built."""
+        waited = False
+
+        def wait(reason: str) -> None:
+            nonlocal waited
+            waited = True
+            self._log(f"{name}: {reason}")
+
+        with locked(path, wait=wait):
+            if fresh and not waited:
+                self.store.discard(path)
+            result = self.store.find(path, name, key)
+            if result is None:
+                self._announce(name, path, inputs)
+                result = self._build(name, key, path, inputs, build, resumable)
+                self.store.built.add(key)
+                self._log(f"{name}: done in {result.seconds:.1f} s, peak memory {result.peak_rss_bytes / 1e9:.2f} GB")
         return result
 
     def _build(
@@ -175,7 +238,7 @@ class StageRun:
             _remove(staging)
         _remove(path)  # incomplete, or its stage.json is unreadable
         try:
-            staging.mkdir(exist_ok=True)
+            staging.mkdir(parents=True, exist_ok=True)
             self._remember(name, path, inputs)
             begin = time.perf_counter()
             with PeakMemory() as memory:
@@ -200,7 +263,7 @@ class StageRun:
                 self._forget(name)
             raise
         publish_directory(staging, path)
-        result = _load_result(path, name, key)
+        result = self.store.find(path, name, key)
         if result is None:
             raise OutputError(f"{path}: was changed by someone else while it was put in place")
         return replace(result, reused=False)
@@ -209,23 +272,15 @@ class StageRun:
         previous = self.previous.get(name)
         if previous is not None and previous["stage"] != path.name:
             changes = describe_changes(previous["inputs"], inputs) or f"version of llmconvert → {__version__}"
-            unfinished = _staging(self.store.work_dir / previous["stage"])
+            last = self.store.work_dir / previous["stage"]
             note = ""
-            if unfinished.exists():
-                _remove(unfinished)
-                note = ", the unfinished one is removed"
+            if _staging(last).exists():
+                with suppress(OutputError), locked(last):  # unless another run is at it
+                    _remove(_staging(last))
+                    note = ", the unfinished one is removed"
             self._log(f"{name}: {changes}, starting anew{note}")
         elif _staging(path).exists():
             self._log(f"{name}: was interrupted, continuing")
-
-    def discard(self, stage: str) -> None:
-        """Remove the stage in directory ``stage``, finished or not, unless it was built since the store was opened."""
-        path = self.store.work_dir / stage
-        record = _read_json(path / STAGE_FILE)
-        if record is not None and record.get("key") in self.store.built:
-            return
-        _remove(path)
-        _remove(_staging(path))
 
     def _remember(self, name: str, path: Path, inputs: Mapping[str, Any]) -> None:
         self._current[name] = {"stage": path.name, "inputs": inputs}
@@ -236,12 +291,12 @@ class StageRun:
         self._save()
 
     def _save(self) -> None:
-        self._record.parent.mkdir(exist_ok=True)
         stages = {**self.previous, **self._current}
-        if stages:
-            write_json(self._record, {"schema": _SCHEMA, "stages": stages})
-        else:
-            self._record.unlink(missing_ok=True)
+        with locked(self._record, wait=lambda _: None):
+            if stages:
+                write_json(self._record, {"schema": _SCHEMA, "stages": stages})
+            else:
+                self._record.unlink(missing_ok=True)
 
     def _log(self, message: str) -> None:
         self.store.progress.log(message)

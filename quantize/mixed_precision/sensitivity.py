@@ -36,7 +36,7 @@ from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.mixed_precision.units import FusedUnit
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.journal import Journal
-from llmconvert.storage.lock import LOCK_NAME, DirectoryLock
+from llmconvert.storage.lock import locked
 
 __all__ = ["Divergences", "Subject", "enough_windows", "measure_sensitivity"]
 
@@ -116,8 +116,8 @@ def measure_sensitivity(
     """
     lengths, _, _ = subject.shape
     memory = choose_mode(subject.skeleton, subject.blocks, lengths, _work_nbytes(subject), memory_budget, "replay")
-    lock = DirectoryLock(work)
-    try:
+    with locked(work):
+        work.mkdir(exist_ok=True)
         journal = _open(work, key)
         count = subject.skeleton.block_count
         forward, back = _done(journal, "taped"), _done(journal, "divergences")
@@ -136,8 +136,6 @@ def measure_sensitivity(
             for path in work.glob("*.bin"):
                 path.unlink()
         return _collect(subject, journal)
-    finally:
-        lock.release()
 
 
 def _open(work: Path, key: str, *, anew: bool = False) -> Journal:
@@ -146,8 +144,7 @@ def _open(work: Path, key: str, *, anew: bool = False) -> Journal:
     if not anew and journal.entries and journal.entries[0].get("key") == key:
         return journal
     for path in work.iterdir():
-        if path.name != LOCK_NAME:
-            path.unlink()
+        path.unlink()
     journal = Journal(work / _JOURNAL)
     journal.append({"key": key})
     return journal

@@ -1,4 +1,4 @@
-"""Dtype conversion that fails, is interrupted or has little room: constant memory, and nothing left behind."""
+"""Dtype conversion that fails, is interrupted or has little room: constant memory, and the same call continues."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,51 @@ class Failing(RowsOnly):
         return super().read_rows(name, start, stop)
 
 
-@pytest.mark.parametrize("error", [CheckpointError("gone"), KeyboardInterrupt(), MemoryError()], ids=repr)
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, error: BaseException) -> None:
+def test_a_damaged_source_leaves_nothing_behind(tmp_path: Path) -> None:
     source = make_model(tmp_path / "in", {"a": torch.ones(100), "b": torch.ones(100)})
-    with SafetensorsCheckpoint(source) as checkpoint, pytest.raises(type(error)):
-        convert_dtype(Failing(checkpoint, error), tmp_path / "out", dtype=torch.float16)
+    with SafetensorsCheckpoint(source) as checkpoint, pytest.raises(CheckpointError, match="gone"):
+        convert_dtype(Failing(checkpoint, CheckpointError("gone")), tmp_path / "out", dtype=torch.float16)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+class Remembering(RowsOnly):
+    """Remembers which tensors were read."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        super().__init__(base)
+        self.read: set[str] = set()
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        self.read.add(name)
+        return super().read_rows(name, start, stop)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=repr)
+def test_an_interrupted_call_goes_on_where_it_was(tmp_path: Path, error: BaseException) -> None:
+    source = make_model(tmp_path / "in", {"a": torch.rand(100), "b": torch.rand(100)})
+    with SafetensorsCheckpoint(source) as checkpoint:
+        whole = convert_dtype(RowsOnly(checkpoint), tmp_path / "whole", dtype=torch.float16)
+        with pytest.raises(type(error)):
+            convert_dtype(Failing(checkpoint, error), tmp_path / "out", dtype=torch.float16)
+        again = Remembering(checkpoint)
+        report = convert_dtype(again, tmp_path / "out", dtype=torch.float16)
+    assert again.read == {"b"}
+    assert replace(report, seconds=0) == replace(whole, seconds=0), "what the first call found is kept"
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
+def test_another_source_starts_anew(tmp_path: Path) -> None:
+    """Tensors look alike; the files tell."""
+    for name in ("one", "two"):
+        make_model(tmp_path / name, {"a": torch.rand(100), "b": torch.rand(100)})
+    with SafetensorsCheckpoint(tmp_path / "one") as checkpoint, pytest.raises(KeyboardInterrupt):
+        convert_dtype(Failing(checkpoint, KeyboardInterrupt()), tmp_path / "out", dtype=torch.float16)
+    with SafetensorsCheckpoint(tmp_path / "two") as checkpoint:
+        again = Remembering(checkpoint)
+        convert_dtype(again, tmp_path / "out", dtype=torch.float16)
+    assert again.read == {"a", "b"}
 
 
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
@@ -72,7 +112,7 @@ convert_dtype(Slow(SafetensorsCheckpoint(sys.argv[1])), Path(sys.argv[2]), dtype
 """
 
 
-def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_interrupt_ends_it_soon_and_the_same_call_goes_on(tmp_path: Path) -> None:
     source = make_model(tmp_path / "in", {f"t{i}": torch.ones(10) for i in range(100)})
     command = [sys.executable, "-c", INTERRUPTED, str(source), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -84,7 +124,10 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=30)
     assert "KeyboardInterrupt" in errors
     assert time.monotonic() - begin < 10
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert not (tmp_path / "out").exists()
+    with SafetensorsCheckpoint(source) as checkpoint:
+        convert_dtype(checkpoint, tmp_path / "out", dtype=torch.float16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from llmconvert.quantize.methods.imatrix import collect_importance
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.schema.recipe import QuantizeSettings
 from llmconvert.recipes.stages.gguf import quantize_gguf
+from llmconvert.storage import artifact
 from llmconvert.storage.checkpoint import CheckpointView, SafetensorsCheckpoint
 from llmconvert.storage.writer import write_json
 
@@ -175,7 +176,7 @@ def test_a_resumed_run_takes_finished_tensors_over(
 ) -> None:
     directory = hugging_face(models, "llama")
     expected = written(directory, tmp_path / "whole.gguf", "q4_k_m", name="tiny").read_bytes()
-    monkeypatch.setattr(gguf_job, "_SYNC_NBYTES", 1)
+    monkeypatch.setattr(artifact, "_SYNC_NBYTES", 1)
     encode, count = gguf_job._Job._write, iter(range(11))
 
     def failing(self: Any, tensor: Any) -> None:

@@ -167,7 +167,7 @@ def test_everything_else_keeps_its_bytes(tiny: Tiny, method: str, tmp_path: Path
     assert (after - exact).norm() < (before - exact).norm()
 
 
-@pytest.mark.parametrize("step", ["_merge", "publish_directory"])
+@pytest.mark.parametrize("step", ["write_layers", "_merge"])
 def test_killed_before_the_parts_were_merged_it_knows_what_came_of_them(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -151,7 +151,7 @@ def half_done(run: Run, total: int, tmp_path: Path) -> Path:
     assert run(kill_at=total * 6 // 10, mode="lockstep") == -signal.SIGKILL
     staging = tmp_path / ".out.partial"
     journal = (staging / ".work" / "journal.jsonl").read_text()
-    assert 1 <= journal.count('"block"') < BLOCKS
+    assert 1 <= journal.count('"block ') < BLOCKS
     return staging
 
 

@@ -75,7 +75,7 @@ def test_killed_in_the_midst_of_quantization(write_recipe: Any, model: Path, tmp
 
     def three_blocks_done() -> bool:
         journals = list(work.glob(".quantize-*.partial/.model.partial/.work/journal.jsonl"))
-        return bool(journals) and journals[0].read_text().count('"block"') >= 3
+        return bool(journals) and journals[0].read_text().count('"block ') >= 3
 
     assert kill_when(recipe, work, three_blocks_done)
     before = stages(work)
@@ -100,13 +100,13 @@ def test_killed_in_the_midst_of_repair(write_recipe: Any, model: Path, tmp_path:
     work = tmp_path / "work"
 
     def some_blocks_done() -> bool:
-        journals = list(work.glob(".repair-1-*.partial/..model.changed.partial/.work/journal.jsonl"))
-        return bool(journals) and journals[0].read_text().count('"block"') >= 3
+        journals = list(work.glob(".repair-1-*.partial/.model.partial/.work/.changed.partial/.work/journal.jsonl"))
+        return bool(journals) and journals[0].read_text().count('"block ') >= 3
 
     assert kill_when(recipe, work, some_blocks_done)
     assert set(stages(work)) == {"convert", "calibrate", "evaluation-text", "quantize", "validate"}
     # Again, when the parts are about to be put together, if that is slow enough to be met.
-    kill_when(recipe, work, lambda: bool(list(work.glob(".repair-1-*.partial/.model.changed"))))
+    kill_when(recipe, work, lambda: bool(list(work.glob(".repair-1-*.partial/.model.partial/.work/changed"))))
     log = finish(recipe, work)
     assert "repair-1: was interrupted, continuing" in log or "repair-1: unchanged, reusing" in log
     assert artifact(work) == artifact(tmp_path / "whole") != artifact(tmp_path / "broken")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -157,18 +156,91 @@ def test_fresh_removes_what_the_recipe_used_before(tmp_path: Path) -> None:
     assert not old.path.exists()
 
 
-def test_a_work_directory_has_one_run_at_a_time(tmp_path: Path) -> None:
-    with StageStore(tmp_path / "w"), pytest.raises(OutputError, match=rf"process {os.getpid()}\) is using it"):
-        StageStore(tmp_path / "w")
+def test_what_another_run_uses_is_not_removed(tmp_path: Path) -> None:
+    with StageStore(tmp_path / "w") as reading:
+        used = reading.begin("one").run("convert", {}, writing("x"))
+        with StageStore(tmp_path / "w") as other:
+            reused = other.begin("two").run("convert", {}, never)
+            with pytest.raises(OutputError, match="another run is using it, so it is not built anew"):
+                other.begin("two", fresh=True)
+        assert reused.path == used.path and (used.path / "out.txt").read_text() == "x"
+    with StageStore(tmp_path / "w") as alone:
+        assert not alone.begin("two", fresh=True).run("convert", {}, writing("y")).reused
+
+
+def test_an_empty_work_directory_goes_when_it_is_closed(tmp_path: Path) -> None:
+    with StageStore(tmp_path / "w"), StageStore(tmp_path / "w"):
+        assert (tmp_path / "w").is_dir()
     assert not (tmp_path / "w").exists()
-    with StageStore(tmp_path / "w"):
-        pass
 
 
 def test_a_work_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be used"):
         StageStore(tmp_path / "file" / "work")
+
+
+_SHARING = """
+import sys, time
+from pathlib import Path
+from llmconvert.progress import LineProgress
+from llmconvert.storage.stages import StageStore
+
+work, name, go = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+
+def build(path):
+    (path / "begun").write_text(name)
+    print("building", flush=True)
+    while not go.exists():
+        time.sleep(0.01)
+    (path / "out.txt").write_text(name)
+    return {"by": name}
+
+with StageStore(work, progress=LineProgress(sys.stdout)) as store:
+    run = store.begin(name)
+    print("shared by", run.run("shared", {}, build).details["by"], flush=True)
+    print("own by", run.run("own", {"name": name}, lambda path: {"by": name}).details["by"], flush=True)
+"""
+
+
+def test_two_processes_build_each_stage_once(tmp_path: Path) -> None:
+    """The second one waits for the stage that the first is building, says so, and reuses it."""
+    script, work, go = tmp_path / "script.py", tmp_path / "work", tmp_path / "go"
+    script.write_text(_SHARING)
+
+    def start(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(script), str(work), name, str(go)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    with start("one") as first:
+        assert first.stdout is not None and first.stdout.readline() == "building\n"
+        with start("two") as second:
+            assert second.stdout is not None
+            line = second.stdout.readline()
+            assert line.startswith("shared: ") and line.endswith(f"(process {first.pid}) is using it; waiting\n")
+            go.write_text("")
+            others = second.communicate()[0].splitlines()
+        lines = first.communicate()[0].splitlines()
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "shared by one" in lines and "own by one" in lines
+    assert "building" not in others and "shared by one" in others and "own by two" in others
+    assert any(line.startswith("shared: unchanged, reusing shared-") for line in others)
+    assert sorted(path.name.partition("-")[0] for path in work.iterdir()) == ["own", "own", "runs", "shared"]
+
+
+def test_a_stage_whose_builder_was_killed_is_built_by_who_waited(tmp_path: Path) -> None:
+    script, work, go = tmp_path / "script.py", tmp_path / "work", tmp_path / "go"
+    script.write_text(_SHARING)
+    command = [sys.executable, str(script), str(work)]
+    with subprocess.Popen([*command, "one", str(go)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "building\n"
+        with subprocess.Popen([*command, "two", str(go)], stdout=subprocess.PIPE, text=True) as second:
+            assert second.stdout is not None and "waiting" in second.stdout.readline()
+            first.kill()
+            while "building" not in second.stdout.readline():
+                pass
+            go.write_text("")
+            assert "shared by two\n" in second.communicate()[0]
 
 
 _KILLED = """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
-__all__ = ["STEPS", "start"]
+__all__ = ["STEPS", "FileLog", "FileSteps", "start"]
 
 _CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")
 # Packages only: the server does not search the path that the tests are on.
@@ -47,7 +48,9 @@ def start(source: Path, output: Path, log: Path, *, kill_at: int = 0, **options:
     return process
 
 
-class _Log(Progress):
+class FileLog(Progress):
+    """Keeps what a run reports in a file, one line each."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
 
@@ -62,18 +65,31 @@ class _Log(Progress):
             file.write(message + "\n")
 
 
-class _Steps:
-    """Counts calls, and kills the process in the midst of one of them."""
+class FileSteps:
+    """Counts the calls that change files, and kills the process in the midst of one of them.
 
-    def __init__(self, kill_at: int) -> None:
+    Args:
+        kill_at: which one; 0 for none.
+        hold_at: before which one to wait for the file ``held/go``, having made the directory ``held``.
+    """
+
+    def __init__(self, kill_at: int = 0, hold_at: int = 0, held: Path | None = None) -> None:
         self.count = 0
         self._kill_at = kill_at
+        self._hold_at = hold_at
+        self._held = held
+        for owner, name in STEPS:
+            self._watch(owner, name)
 
-    def watch(self, owner: Any, name: str) -> None:
+    def _watch(self, owner: Any, name: str) -> None:
         original: Callable[..., Any] = getattr(owner, name)
 
         def step(*args: Any, **kwargs: Any) -> Any:
             self.count += 1
+            if self.count == self._hold_at and self._held is not None:
+                self._held.mkdir()
+                while not (self._held / "go").exists():
+                    time.sleep(0.005)
             if self.count == self._kill_at:
                 if name == "pwrite":  # torn: half of it is written
                     original(args[0], args[1][: len(args[1]) // 2], args[2])
@@ -85,10 +101,8 @@ class _Steps:
 
 def _run(source: Path, output: Path, log: Path, kill_at: int, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    progress = _Log(log)
-    steps = _Steps(kill_at)
-    for owner, name in STEPS:
-        steps.watch(owner, name)
+    progress = FileLog(log)
+    steps = FileSteps(kill_at)
     try:
         quantize_checkpoint(
             SafetensorsCheckpoint(source),
