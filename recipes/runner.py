@@ -6,6 +6,7 @@ or changed repeats only what it must. Text, formats and the publishing target ar
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -162,10 +163,11 @@ class _Run:
         settings = self._recipe.convert
 
         def build(path: Path) -> Mapping[str, Any]:
+            shutil.rmtree(path / _MODEL, ignore_errors=True)  # complete, and killed before it could report
             return asdict(convert(source.checkpoint, path / _MODEL, settings, progress=self._progress))
 
         with source.checkpoint:
-            return self._stage("convert", self._convert_inputs(source), build)
+            return self._stage("convert", self._convert_inputs(source), build, resumable=True)
 
     def _convert_inputs(self, source: Source) -> Mapping[str, Any]:
         return {"source": source_fingerprint(source), **self._recipe.convert.model_dump(mode="json")}
@@ -224,6 +226,7 @@ class _Run:
             return converted
 
         def build(path: Path) -> Mapping[str, Any]:
+            shutil.rmtree(path / _MODEL, ignore_errors=True)  # complete, and killed before it could report
             with SafetensorsCheckpoint(converted.path / _MODEL) as checkpoint:
                 return rewrite_attention(
                     checkpoint,
@@ -240,7 +243,7 @@ class _Run:
             "device": self._device.type,
             **settings.model_dump(mode="json", exclude={"heal"}),
         }
-        return self._stage("attention", inputs, build)
+        return self._stage("attention", inputs, build, resumable=True)
 
     def _heal(self, converted: StageResult, rewritten: StageResult, lessons: TokenWindows | None) -> StageResult:
         settings = heal_settings(self._recipe)

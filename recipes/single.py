@@ -57,7 +57,7 @@ def convert_model(recipe: Recipe, output: Path, *, stream: bool = False, progres
                 overflow=settings.overflow,
                 progress=progress,
             )
-    with interruptible("nothing was written; run the same command again"):
+    with interruptible():
         source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
         with source.checkpoint as checkpoint:
             return convert(checkpoint, output, recipe.convert, progress=progress)

@@ -84,8 +84,7 @@ def rewrite_model(
     check_output_directory(output)
     request, healing = heal_request(recipe), heal_settings(recipe)
     device = open_device(recipe.device)
-    advice = "nothing was written; run the same command again" if healing is None else "run the same command to go on"
-    with interruptible(advice):
+    with interruptible():
         source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
         with source.checkpoint:
             checkpoint: Checkpoint = CastView(source.checkpoint, DTYPES[recipe.convert.dtype], recipe.convert.overflow)
