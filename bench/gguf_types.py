@@ -31,7 +31,7 @@ from llmconvert.quantize.methods.imatrix import collect_importance
 from llmconvert.recipes.schema.recipe import CalibrateSettings, PerplexitySettings
 from llmconvert.recipes.stages.windows import WindowRequest
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
-from llmconvert.validate.perplexity import perplexity
+from llmconvert.validate.predictions.perplexity import perplexity
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from support.ggml_reference import ggml_quantize

@@ -27,7 +27,7 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.text.datasets import load_dataset_text
 from llmconvert.text.tokens import draw_windows
-from llmconvert.validate.perplexity import perplexity
+from llmconvert.validate.predictions.perplexity import perplexity
 
 _PHASES = ("reading", "forward", "Hessians", "solving", "packing", "writing", "copying")
 

@@ -38,8 +38,8 @@ from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.stages import StageResult, StageRun, StageStore, stage_key
 from llmconvert.text.tokens import TokenWindows, check_disjoint
+from llmconvert.validate.predictions.step_losses import step_losses
 from llmconvert.validate.render.blame import blame
-from llmconvert.validate.step_losses import step_losses
 
 __all__ = ["RunResult", "run_recipe"]
 

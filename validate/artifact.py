@@ -22,10 +22,10 @@ from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.storage.writer import write_side_files
 from llmconvert.text.tokens import TokenWindows
-from llmconvert.validate.behaviour import GenerationOptions, Probe, runtime_checks
+from llmconvert.validate.generation.behaviour import GenerationOptions, Probe, runtime_checks
 from llmconvert.validate.inventory import bits_per_weight, measure_sizes, take_inventory
 from llmconvert.validate.measurement import Measurement, Subject
-from llmconvert.validate.quality import Limits, Scorer, how_measured
+from llmconvert.validate.predictions.quality import Limits, Scorer, how_measured
 from llmconvert.validate.runtimes.vllm import vllm_checks
 from llmconvert.validate.vocabulary import check_vocabularies
 

@@ -23,7 +23,7 @@ from gptq_v1 import GptqView
 from llmconvert.engine.stream import stream_logits
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
-from llmconvert.validate.perplexity import PerplexityResult, compare_logits, perplexity
+from llmconvert.validate.predictions.perplexity import PerplexityResult, compare_logits, perplexity
 
 
 def main() -> None:

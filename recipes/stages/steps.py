@@ -33,8 +33,8 @@ from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import write_json
 from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.artifact import Limits, validate_artifact
-from llmconvert.validate.behaviour import GenerationOptions
-from llmconvert.validate.generation import PROMPTS
+from llmconvert.validate.generation.behaviour import GenerationOptions
+from llmconvert.validate.generation.greedy import PROMPTS
 from llmconvert.validate.long_inputs.attention import AttentionOptions
 from llmconvert.validate.long_inputs.attention_check import AttentionCheck
 from llmconvert.validate.long_inputs.cache_size import CacheCheck

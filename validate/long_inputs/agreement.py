@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.validate.generation import encode, generate
+from llmconvert.validate.generation.greedy import encode, generate
 from llmconvert.validate.long_inputs.backends import BACKENDS, Kernels, activate
-from llmconvert.validate.perplexity import perplexity
+from llmconvert.validate.predictions.perplexity import perplexity
 from llmconvert.validate.runtimes.isolated import limit_memory
 from llmconvert.validate.runtimes.transformers import Runtime, runtime
 

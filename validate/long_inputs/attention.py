@@ -22,7 +22,7 @@ from llmconvert.errors import UsageError
 from llmconvert.memory import available_nbytes
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
-from llmconvert.validate.generation import PROMPTS
+from llmconvert.validate.generation.greedy import PROMPTS
 from llmconvert.validate.long_inputs.backends import BACKENDS, refusal
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, run_isolated
 

@@ -13,10 +13,10 @@ from llmconvert.errors import GateError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
-from llmconvert.validate.generation import PROMPTS, Continuation, Generations, compare, generate
+from llmconvert.validate.generation.greedy import PROMPTS, Continuation, Generations, compare, generate
+from llmconvert.validate.generation.streamed import Scored, score_continuations, stream_continuations
 from llmconvert.validate.runtimes.fidelity import Fidelity, fidelity
 from llmconvert.validate.runtimes.transformers import Runtime, runtime, too_large
-from llmconvert.validate.streamed_generation import Scored, score_continuations, stream_continuations
 
 __all__ = ["GenerationOptions", "Probe", "runtime_checks"]
 

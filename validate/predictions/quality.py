@@ -21,8 +21,14 @@ from llmconvert.progress import Progress
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.text.tokens import TokenWindows
-from llmconvert.validate.behaviour import Probe
-from llmconvert.validate.perplexity import Comparison, PerplexityResult, WorstToken, compare_logits, perplexity
+from llmconvert.validate.generation.behaviour import Probe
+from llmconvert.validate.predictions.perplexity import (
+    Comparison,
+    PerplexityResult,
+    WorstToken,
+    compare_logits,
+    perplexity,
+)
 
 __all__ = ["Limits", "Scorer", "how_measured"]
 

@@ -18,7 +18,7 @@ from llmconvert.report.report import Check
 from llmconvert.report.section import Column, Section
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.text.tokens import TokenWindows
-from llmconvert.validate.perplexity import perplexity
+from llmconvert.validate.predictions.perplexity import perplexity
 
 __all__ = ["step_losses"]
 

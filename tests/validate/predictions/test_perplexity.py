@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmconvert.errors import CalibrationError, GateError, UsageError
 from llmconvert.validate import perplexity as module
-from llmconvert.validate.perplexity import compare_logits, perplexity
+from llmconvert.validate.predictions.perplexity import compare_logits, perplexity
 
 
 def make(

@@ -16,7 +16,7 @@ import torch
 from llmconvert.engine.stream import stream_logits
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint
-from llmconvert.validate.generation import Continuation, encode
+from llmconvert.validate.generation.greedy import Continuation, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

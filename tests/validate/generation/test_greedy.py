@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmconvert.errors import GateError, UnsupportedError
-from llmconvert.validate.generation import PROMPTS, Continuation, Generations, compare, generate, is_looping
+from llmconvert.validate.generation.greedy import PROMPTS, Continuation, Generations, compare, generate, is_looping
 from llmconvert.validate.runtimes.fidelity import fidelity
 from llmconvert.validate.runtimes.transformers import runtime
 
