@@ -20,8 +20,7 @@ from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Report
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
-from llmconvert.validate.long_inputs.ladder import memory_needs
-from llmconvert.validate.long_inputs.rungs import Rung, rungs_section
+from llmconvert.validate.long_inputs.ladder import Rung, memory_needs, rungs_section
 from llmconvert.validate.render.display import section_table
 from llmconvert.validate.render.section_plot import section_plot
 

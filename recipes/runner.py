@@ -28,9 +28,10 @@ from llmconvert.recipes.stages.attention import require_mergeable, rewrite_atten
 from llmconvert.recipes.stages.budget import forget_sensitivity
 from llmconvert.recipes.stages.gguf import calibrates
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
+from llmconvert.recipes.stages.measurements import measurements, require_measurable
 from llmconvert.recipes.stages.original import Original
 from llmconvert.recipes.stages.repair import RepairTools, repair
-from llmconvert.recipes.stages.steps import LAYERS_FILE, convert, measure, quantize, recorded_layers, require_measurable
+from llmconvert.recipes.stages.steps import LAYERS_FILE, convert, measure, quantize, recorded_layers
 from llmconvert.recipes.stages.streaming import open_remote, stream_model
 from llmconvert.recipes.stages.windows import WindowRequest, load_windows, save_windows
 from llmconvert.report.report import Check, Report, Step, environment, require_passed
@@ -38,7 +39,6 @@ from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.stages import StageResult, StageRun, StageStore, stage_key
 from llmconvert.text.tokens import TokenWindows, check_disjoint
-from llmconvert.validate.predictions.step_losses import step_losses
 from llmconvert.validate.render.blame import blame
 
 __all__ = ["RunResult", "run_recipe"]
@@ -316,16 +316,10 @@ class _Run:
             if original.note:
                 self._progress.log(f"validate: {original.note}")
             with original.open() as reference:
+                wanted = measurements(settings, overlap=overlap, between=between, last=model.name)
                 checks = measure(
-                    model.path / _MODEL,
-                    reference,
-                    settings,
-                    evaluation,
-                    device=self._device,
-                    overlap=overlap,
-                    progress=self._progress,
+                    model.path / _MODEL, reference, wanted, evaluation, device=self._device, progress=self._progress
                 )
-            checks += step_losses(checks, between, model.name, evaluation, device=self._device, progress=self._progress)
             return {"checks": [check.model_dump(mode="json") for check in checks]}
 
         inputs = {

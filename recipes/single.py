@@ -21,7 +21,8 @@ from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, model_stem, public_name
 from llmconvert.recipes.stages.gguf import GGUF, calibrates
-from llmconvert.recipes.stages.steps import DTYPES, convert, measure, quantize, require_measurable
+from llmconvert.recipes.stages.measurements import measurements, require_measurable
+from llmconvert.recipes.stages.steps import DTYPES, convert, measure, quantize
 from llmconvert.recipes.stages.streaming import hub_model, open_remote, stream_model
 from llmconvert.recipes.stages.windows import WindowRequest
 from llmconvert.report.report import ModelInfo, Report, environment
@@ -144,7 +145,7 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
         checks = measure(
             source.path,
             original.checkpoint if original is not None else None,
-            settings,
+            measurements(settings),
             windows,
             device=device,
             progress=progress,

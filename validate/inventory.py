@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,12 +21,12 @@ from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.engine.architecture.config import declares_tied_embeddings
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.progress import SILENT, Progress
+from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import DTYPE_NAMES, Checkpoint
-from llmconvert.storage.directory import is_weight_file
+from llmconvert.validate.measurement import Subject
 
-__all__ = ["Inventory", "Sizes", "Status", "TensorRecord", "bits_per_weight", "measure_sizes", "take_inventory"]
+__all__ = ["Inventory", "InventoryCheck", "Status", "TensorRecord", "take_inventory"]
 
 Status = Literal["kept", "cast", "changed", "quantized", "merged", "tied", "added", "dropped", "reshaped"]
 
@@ -76,11 +75,38 @@ class Inventory:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """Bytes of a model directory on disk: its weight files with their index, and everything in it."""
+class InventoryCheck:
+    """The measurement: tensors that are wrong, against an original."""
 
-    weights: int
-    total: int
+    def require(self) -> None:
+        """Nothing is needed."""
+
+    def measure(self, subject: Subject) -> list[Check]:
+        """One check, with the record of every tensor; none without an original."""
+        if subject.original is None:
+            return []
+        inventory = take_inventory(subject.original, subject.stored, subject.dense, progress=subject.progress)
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(inventory.counts.items()))
+        problems = inventory.problems
+        moved = "; norms are changed, so weights are in other coordinates, and no errors of theirs are given"
+        text = counts + moved * inventory.moved
+        if problems:
+            text = f"{len(problems)} tensors are wrong, first: {problems[0]}" if len(problems) > 1 else problems[0]
+        return [
+            Check(
+                name="inventory",
+                value=len(problems),
+                limit=0,
+                ok=not problems,
+                unit="tensors",
+                detail={
+                    "text": text,
+                    "counts": inventory.counts,
+                    "problems": list(problems),
+                    "tensors": [asdict(record) for record in inventory.tensors],
+                },
+            )
+        ]
 
 
 def take_inventory(
@@ -205,21 +231,3 @@ def _relative_error(name: str, source: Checkpoint, dense: Checkpoint) -> float:
     if norm == 0:
         return 0.0 if difference == 0 else math.inf
     return math.sqrt(difference / norm)
-
-
-def measure_sizes(directory: Path) -> Sizes:
-    """Add up the files of a model directory (regular files; links count as what they point to)."""
-    if directory.is_file():  # a GGUF file is a model by itself
-        nbytes = directory.stat().st_size
-        return Sizes(nbytes, nbytes)
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    sizes = {path: path.stat().st_size for path in files}
-    weights = sum(size for path, size in sizes.items() if path.parent == directory and is_weight_file(path.name))
-    return Sizes(weights, sum(sizes.values()))
-
-
-def bits_per_weight(source: Checkpoint, stored: Checkpoint) -> float:
-    """Bits that ``stored`` spends per number of the source, over all tensors: scales, zero points, embeddings too."""
-    numbers = sum(math.prod(info.shape) for info in source.infos.values())
-    nbytes = stored.stored_nbytes if isinstance(stored, GgufCheckpoint) else stored.nbytes
-    return 8 * nbytes / numbers

@@ -1,8 +1,9 @@
-"""How a measurement of its own is added to what is measured about every artifact.
+"""What a measurement is, and what it is made on: everything in a report comes from a list of these.
 
 One file under ``validate/`` holds a frozen dataclass with its settings and the two methods of :class:`Measurement`; one
-line in ``recipes/stages/steps.py`` (``measurements``) makes it from the recipe. What it returns appears everywhere by
-itself: in ``report.json``, in the terminal, on the page and on the model card.
+line in ``recipes/stages/measurements.py`` makes it from the recipe. What it returns appears everywhere by itself: in
+``report.json``, in the terminal, on the page and on the model card. What one measurement needs of another it finds
+among :attr:`Subject.checks`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Subject:
     """What is measured.
 
     Attributes:
-        artifact: the artifact's directory.
+        artifact: the artifact's directory, or its GGUF file.
         stored: it as it is on disk.
         dense: it with dequantized weights.
         reference: the original as stored; None if there is none to compare with.
@@ -37,7 +38,7 @@ class Subject:
         dtype: what to compute in; the checkpoints' own if None.
         seed: of whatever is drawn.
         progress: where long work is shown.
-        checks: what was measured before.
+        checks: what was measured before, in order.
     """
 
     artifact: Path
@@ -57,6 +58,10 @@ class Subject:
         """Whether the artifact is a directory that transformers reads, and not a GGUF file."""
         return (self.artifact / "config.json").exists()
 
+    def check(self, name: str) -> Check | None:
+        """The check of that name among those that were measured before; None without one."""
+        return next((check for check in self.checks if check.name == name), None)
+
 
 class Measurement(Protocol):
     """Something to measure on every artifact."""
@@ -71,5 +76,10 @@ class Measurement(Protocol):
     def measure(self, subject: Subject) -> Sequence[Check]:
         """Its checks, in order. A number that could not be had is a check without a value, whose text says why.
 
-        A missing package or a model that is too large is not a failure of the artifact; NaN is.
+        Nothing where the subject lacks what it is about: text, or an original. A missing package or a model that is too
+        large is not a failure of the artifact; NaN is.
+
+        Raises:
+            UsageError: original and artifact can't be compared at all.
+            SourceError: files cannot be read, or the original computes NaN or infinity.
         """

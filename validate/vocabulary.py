@@ -1,27 +1,40 @@
-"""Whether two models speak of the same tokens: if not, nothing measured on token ids means anything."""
+"""Whether original and artifact have the same vocabulary: if not, nothing measured on token ids means anything."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import dataclass
 
 from llmconvert.engine.architecture.config import declared_number
 from llmconvert.errors import UsageError
-from llmconvert.gguf.checkpoint import open_artifact
+from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.validate.measurement import Subject
 
-__all__ = ["check_vocabularies"]
+__all__ = ["VocabularyCheck"]
 
 
-def check_vocabularies(artifact: Path, reference: Checkpoint) -> None:
-    """Refuse to compare models whose token ids mean different things, before any of the long work.
+@dataclass(frozen=True, slots=True)
+class VocabularyCheck:
+    """The first measurement of all: a refusal, or nothing."""
 
-    Raises:
-        UsageError: their vocabularies differ in size, or their tokenizers give a token different ids.
-    """
-    with open_artifact(artifact) as stored:
-        sizes = _vocabulary_size(reference), _vocabulary_size(stored)
-        before, after = _tokens(reference), _tokens(stored)
+    def require(self) -> None:
+        """Nothing is needed."""
+
+    def measure(self, subject: Subject) -> list[Check]:
+        """No check.
+
+        Raises:
+            UsageError: the models' vocabularies differ in size, or their tokenizers give a token different ids.
+        """
+        if subject.reference is not None:
+            _require_same(subject.reference, subject.stored)
+        return []
+
+
+def _require_same(reference: Checkpoint, stored: Checkpoint) -> None:
+    sizes = _vocabulary_size(reference), _vocabulary_size(stored)
+    before, after = _tokens(reference), _tokens(stored)
     if None not in sizes and sizes[0] != sizes[1]:
         raise UsageError(
             f"the reference has a vocabulary of {sizes[0]:,} tokens, the artifact one of {sizes[1]:,}; models with "

@@ -18,12 +18,8 @@ from llmconvert.quantize.requantize import Assignment, requantize_checkpoint
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.schema.recipe import (
-    BackendSettings,
     ConvertSettings,
-    PerplexitySettings,
-    PositionSettings,
     QuantizeSettings,
-    ValidateSettings,
 )
 from llmconvert.recipes.stages.artifact import public_name
 from llmconvert.recipes.stages.budget import allocation_details, choose_within, forget_sensitivity
@@ -32,17 +28,8 @@ from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import write_json
 from llmconvert.text.tokens import TokenWindows
-from llmconvert.validate.artifact import Limits, validate_artifact
-from llmconvert.validate.generation.behaviour import GenerationOptions
-from llmconvert.validate.generation.greedy import PROMPTS
-from llmconvert.validate.long_inputs.attention import AttentionOptions
-from llmconvert.validate.long_inputs.attention_check import AttentionCheck
-from llmconvert.validate.long_inputs.cache_size import CacheCheck
-from llmconvert.validate.long_inputs.decoding import DecodingCheck
-from llmconvert.validate.long_inputs.ladder import MemoryLadder
-from llmconvert.validate.long_inputs.positions import PositionsCheck
+from llmconvert.validate.artifact import validate_artifact
 from llmconvert.validate.measurement import Measurement
-from llmconvert.validate.tasks import Tasks
 
 __all__ = [
     "DTYPES",
@@ -51,10 +38,8 @@ __all__ = [
     "convert",
     "layer_overrides",
     "measure",
-    "measurements",
     "quantize",
     "recorded_layers",
-    "require_measurable",
 ]
 
 #: Of a stage: what came of each linear, kept for one that is killed between its artifact and its own record.
@@ -211,23 +196,6 @@ def change_schemes(
     return _linears(layers)
 
 
-def _generation_options(settings: ValidateSettings) -> GenerationOptions | None:
-    generation = settings.generation
-    if generation is None:
-        return None
-    return GenerationOptions(generation.max_new_tokens, generation.min_agreement, generation.prompts or PROMPTS)
-
-
-def require_measurable(settings: ValidateSettings | None) -> None:
-    """Refuse, before any work, a measurement that can't be made in this environment.
-
-    Raises:
-        UnsupportedError: with what is missing.
-    """
-    for measurement in measurements(settings) if settings is not None else ():
-        measurement.require()
-
-
 def layer_overrides(settings: QuantizeSettings) -> list[Override]:
     """The section's overrides as the engine takes them."""
     return [
@@ -239,59 +207,18 @@ def layer_overrides(settings: QuantizeSettings) -> list[Override]:
 def measure(
     artifact: Path,
     reference: Checkpoint | None,
-    settings: ValidateSettings,
+    wanted: Sequence[Measurement],
     windows: TokenWindows | None,
     *,
     device: torch.device,
-    overlap: float | None = None,
     progress: Progress = SILENT,
 ) -> list[Check]:
-    """Measure an artifact as the section asks; see :func:`llmconvert.validate.artifact.validate_artifact`."""
-    perplexity = settings.perplexity
+    """Measure an artifact; see :func:`llmconvert.validate.artifact.validate_artifact`."""
     return validate_artifact(
         artifact,
+        wanted,
         reference=reference,
         windows=replace(windows, dataset=public_name(windows.dataset)) if windows is not None else None,
-        generation=_generation_options(settings),
-        limits=Limits(
-            max_increase=perplexity.max_increase if perplexity is not None else None,
-            max_kl=settings.max_kl,
-            min_top1=settings.min_top1,
-            max_bytes=settings.max_bytes,
-        ),
         device=device,
-        overlap=overlap,
-        measurements=measurements(settings),
         progress=progress,
     )
-
-
-def measurements(settings: ValidateSettings) -> list[Measurement]:
-    """What the section asks for besides; a measurement is a file under ``validate/`` and a line here."""
-    found: list[Measurement] = []
-    if settings.attention is not None:
-        found.append(_attention(settings.attention))
-    if settings.positions is not None:
-        found.append(_positions(settings.positions, settings.perplexity))
-    if settings.memory is not None:
-        memory = settings.memory
-        found.append(CacheCheck(memory.contexts, memory.batches))
-        found.append(MemoryLadder(memory.contexts, memory.measured, memory.measured_contexts))
-    if settings.decoding is not None:
-        decoding = settings.decoding
-        found.append(DecodingCheck(decoding.context, decoding.tokens, decoding.rounds))
-    if settings.tasks is not None:
-        tasks = settings.tasks
-        include = Path(tasks.include).expanduser() if tasks.include is not None else None
-        found.append(Tasks(tasks.names, tasks.samples, tasks.fewshot, include, tasks.max_drop))
-    return found
-
-
-def _attention(settings: BackendSettings) -> AttentionCheck:
-    options = AttentionOptions(settings.backends, seconds=settings.seconds)
-    return AttentionCheck(replace(options, lengths=settings.lengths) if settings.lengths is not None else options)
-
-
-def _positions(settings: PositionSettings, perplexity: PerplexitySettings | None) -> PositionsCheck:
-    dataset = settings.dataset or (perplexity.dataset if perplexity is not None else "pydoc-topics:test")
-    return PositionsCheck(dataset, settings.window, settings.windows)

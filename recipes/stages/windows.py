@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save
 
 from llmconvert.engine.architecture.config import declared_number
-from llmconvert.errors import SourceError, UsageError
+from llmconvert.errors import UsageError
 from llmconvert.recipes.schema.recipe import CalibrateSettings, PerplexitySettings
 from llmconvert.storage.checkpoint import Checkpoint
-from llmconvert.storage.writer import write_file, write_json, write_side_files
+from llmconvert.storage.writer import write_file
 from llmconvert.text.datasets import Corpus, load_dataset_text
+from llmconvert.text.tokenizer import load_tokenizer
 from llmconvert.text.tokens import TokenWindows, draw_windows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+__all__ = ["WindowRequest", "load_windows", "save_windows"]
 
-__all__ = ["WindowRequest", "load_tokenizer", "load_windows", "save_windows"]
-
-# What the names of tokenizers' files begin with, of every kind that transformers knows.
-_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
-_LONGEST_REASON = 300
 _FILE = "windows.safetensors"
 #: More windows than any text has.
 _ALL = 1 << 40
@@ -87,31 +81,6 @@ class WindowRequest:
             seed=self.seed,
             vocab_size=declared_number(checkpoint.config, "vocab_size"),
         )
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer among a checkpoint's files, wherever these come from. Code that comes with a model is never run.
-
-    Raises:
-        SourceError: there is none, or transformers cannot load it.
-    """
-    from transformers import AutoTokenizer
-
-    if not any(Path(name).name.startswith(_TOKENIZER_FILES) for name in checkpoint.files):
-        raise SourceError(
-            "the model has no tokenizer beside its weights (tokenizer.json, for example); copy its original's there"
-        )
-    with tempfile.TemporaryDirectory(prefix="llmconvert-") as directory:
-        write_side_files(Path(directory), checkpoint.files)
-        write_json(Path(directory) / "config.json", dict(checkpoint.config))
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
-            )
-        except Exception as error:  # tokenizer classes fail in ways of their own
-            reason = " ".join(str(error).replace(directory, "the model").split())[:_LONGEST_REASON]
-            raise SourceError(f"the model's tokenizer cannot be loaded: {type(error).__name__}: {reason}") from error
-    return tokenizer
 
 
 def save_windows(windows: TokenWindows, directory: Path) -> Mapping[str, Any]:

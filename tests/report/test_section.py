@@ -166,7 +166,5 @@ class Counting:
 
 def test_a_measurement_is_made_with_the_artifact_at_hand(original: Path, quantized: Path) -> None:
     with SafetensorsCheckpoint(original) as reference:
-        checks = validate_artifact(
-            quantized, reference=reference, measurements=[Counting("count")], device=torch.device("cpu")
-        )
+        checks = validate_artifact(quantized, [Counting("count")], reference=reference, device=torch.device("cpu"))
     assert checks[-1].name == "count" and (checks[-1].value, checks[-1].reference) == (48, 20)

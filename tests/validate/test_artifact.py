@@ -21,7 +21,13 @@ from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.text.datasets import load_dataset_text
 from llmconvert.text.tokens import TokenWindows, draw_windows
-from llmconvert.validate.artifact import GenerationOptions, Limits, validate_artifact
+from llmconvert.validate.artifact import validate_artifact
+from llmconvert.validate.generation.behaviour import BehaviourCheck, GenerationOptions
+from llmconvert.validate.inventory import InventoryCheck
+from llmconvert.validate.predictions.quality import QualityCheck
+from llmconvert.validate.runtimes.vllm import VllmCheck
+from llmconvert.validate.size import SizeCheck
+from llmconvert.validate.vocabulary import VocabularyCheck
 
 CPU = torch.device("cpu")
 
@@ -32,9 +38,19 @@ def windows() -> TokenWindows:
     return draw_windows(tiny_tokenizer(), corpus, samples=3, length=40, order="sequential")
 
 
-def measure(artifact: Path, original: Path | None, **options: object) -> dict[str, Check]:
+def measure(
+    artifact: Path,
+    original: Path | None,
+    *,
+    windows: TokenWindows | None = None,
+    generation: GenerationOptions | None = None,
+    size: SizeCheck = SizeCheck(),  # noqa: B008 (frozen)
+    quality: QualityCheck = QualityCheck(),  # noqa: B008 (frozen)
+) -> dict[str, Check]:
+    """What is measured on every artifact, by name."""
     reference = None if original is None else SafetensorsCheckpoint(original)
-    checks = validate_artifact(artifact, reference=reference, device=CPU, **options)  # type: ignore[arg-type]
+    always = [VocabularyCheck(), size, InventoryCheck(), quality, BehaviourCheck(generation), VllmCheck()]
+    checks = validate_artifact(artifact, always, reference=reference, windows=windows, device=CPU)
     assert len({check.name for check in checks}) == len(checks)
     return {check.name: check for check in checks}
 
@@ -52,8 +68,8 @@ def test_everything_at_once(original: Path, quantized: Path, windows: TokenWindo
         original,
         windows=windows,
         generation=GenerationOptions(max_new_tokens=4),
-        limits=Limits(max_increase=10, max_kl=10, min_top1=0, max_bytes=10**9),
-        overlap=0.01,
+        size=SizeCheck(10**9),
+        quality=QualityCheck(max_increase=10, max_kl=10, min_top1=0, overlap=0.01),
     )
     assert list(found) == [
         "size_bytes",
@@ -95,9 +111,9 @@ def test_everything_at_once(original: Path, quantized: Path, windows: TokenWindo
 
 
 def test_limits_fail_with_a_reason(original: Path, quantized: Path, windows: TokenWindows) -> None:
-    limits = Limits(max_increase=-0.5, max_kl=0, min_top1=1, max_bytes=100)
+    quality = QualityCheck(max_increase=-0.5, max_kl=0, min_top1=1)
     generation = GenerationOptions(max_new_tokens=2, min_agreement=1.01)
-    found = measure(quantized, original, windows=windows, generation=generation, limits=limits)
+    found = measure(quantized, original, windows=windows, generation=generation, size=SizeCheck(100), quality=quality)
     failed = {name for name, check in found.items() if not check.ok}
     assert failed == {"size_bytes", "perplexity", "kl_mean", "top1_agreement", "generation.agreement"}
     assert found["size_bytes"].text.endswith("bytes, allowed are 100")
@@ -105,7 +121,7 @@ def test_limits_fail_with_a_reason(original: Path, quantized: Path, windows: Tok
 
 
 def test_an_original_does_not_differ_from_itself(original: Path, windows: TokenWindows) -> None:
-    found = measure(original, original, windows=windows, limits=Limits(max_increase=0, max_kl=0, min_top1=1))
+    found = measure(original, original, windows=windows, quality=QualityCheck(max_increase=0, max_kl=0, min_top1=1))
     assert all(check.ok for check in found.values())
     assert found["kl_mean"].value == 0 and found["inventory"].detail["counts"] == {"kept": 20}
 
@@ -266,7 +282,7 @@ def test_overlapping_windows_are_scored_once_in_every_number(
 
 
 def test_numbers_that_mean_little_carry_a_warning(original: Path, quantized: Path, windows: TokenWindows) -> None:
-    found = measure(quantized, original, windows=windows, overlap=0.2)["perplexity"]
+    found = measure(quantized, original, windows=windows, quality=QualityCheck(overlap=0.2))["perplexity"]
     assert "20.0 % of this text was calibrated on" in found.text
     # A random model predicts this text worse than guessing.
     assert (found.reference or 0) > 320 and "worse than guessing" in found.text

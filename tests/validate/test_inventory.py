@@ -17,7 +17,7 @@ from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.validate import inventory as module
-from llmconvert.validate.inventory import bits_per_weight, measure_sizes, take_inventory
+from llmconvert.validate.inventory import take_inventory
 
 
 class InMemory(Checkpoint):
@@ -146,20 +146,3 @@ def test_values_that_are_not_finite_are_a_problem(value: float) -> None:
     broken[4, 2] = value
     found = take_inventory(InMemory(source), *[InMemory({**source, "b": broken})] * 2)
     assert len(found.problems) == 1 and found.problems[0].startswith("b holds values that are not finite")
-
-
-def test_sizes(original: Path, quantized: Path, tmp_path: Path) -> None:
-    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x" * 10)
-    (tmp_path / "model.safetensors.index.json").write_bytes(b"x" * 3)
-    (tmp_path / "config.json").write_bytes(b"x" * 5)
-    (tmp_path / "llmconvert").mkdir()
-    (tmp_path / "llmconvert" / "plot.png").write_bytes(b"x" * 7)
-    sizes = measure_sizes(tmp_path)
-    assert (sizes.weights, sizes.total) == (13, 25)
-    source = SafetensorsCheckpoint(original)
-    assert bits_per_weight(source, source) == 16
-    # 4 bits and a 16-bit scale for each 32 columns in the linears, 16 bits in the rest, and 8 bytes × 2 of shape each.
-    linears = sum(source[name].numel() for name in source if "_proj" in name)
-    numbers = sum(source[name].numel() for name in source)
-    expected = (linears * 4.5 + (numbers - linears) * 16 + 14 * 128) / numbers
-    assert bits_per_weight(source, SafetensorsCheckpoint(quantized)) == pytest.approx(expected)

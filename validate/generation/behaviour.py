@@ -1,24 +1,29 @@
-"""What the artifact does in the runtime its users have: fidelity to our reader, continuations, pace."""
+"""The artifact in transformers, the runtime its users have: does it load, does it compute what our reader does, what
+does it write, and how fast.
+
+One measurement, because loading is what takes long: the artifact is loaded once, and the original after it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from llmconvert.errors import GateError, UnsupportedError
-from llmconvert.progress import SILENT, Progress
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
+from llmconvert.text.tokenizer import load_tokenizer
 from llmconvert.validate.generation.greedy import PROMPTS, Continuation, Generations, compare, generate
 from llmconvert.validate.generation.streamed import Scored, score_continuations, stream_continuations
-from llmconvert.validate.runtimes.fidelity import Fidelity, fidelity
+from llmconvert.validate.measurement import Subject
+from llmconvert.validate.runtimes.fidelity import Fidelity, Probe, fidelity, take_probe
 from llmconvert.validate.runtimes.transformers import Runtime, runtime, too_large
 
-__all__ = ["GenerationOptions", "Probe", "runtime_checks"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["BehaviourCheck", "GenerationOptions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,100 +35,97 @@ class GenerationOptions:
     prompts: tuple[str, ...] = PROMPTS
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Token ids ``[1, L]``, and the logits ``[1, L, V]`` that our reader computes for them from the artifact."""
-
-    window: torch.Tensor
-    logits: torch.Tensor
-
-
-def runtime_checks(
-    artifact: Path,
-    dense: Checkpoint,
-    reference: Checkpoint | None,
-    original: Checkpoint | None,
-    *,
-    probe: Probe | None,
-    generation: GenerationOptions | None,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    progress: Progress = SILENT,
-) -> list[Check]:
-    """Load the artifact, then the original, by transformers, one at a time.
+@dataclass(frozen=True, slots=True)
+class BehaviourCheck:
+    """The measurement; without ``generation`` only loading and fidelity are measured, and these only on a text.
 
     An artifact too large for the memory is continued by the streaming engine, a few tokens per prompt; one whose
-    quantizer is not installed gives a check that says so and holds no number. An artifact that transformers refuses,
-    or loads with tensors missing, is a failed check.
-
-    Args:
-        dense: the artifact seen as dense weights, for its size.
-        reference: the original as stored. One that is a directory and fits in memory writes its own continuations.
-        original: it as dense weights. One that cannot write reads the artifact's continuations instead.
-        dtype: what the runtime computes in; that of the probe, or of the config, by default.
+    quantizer is not installed gives a check that says so and holds no number. An artifact that transformers refuses, or
+    loads with tensors missing, is a failed check.
     """
-    oversized = too_large(dense, device)
-    dtype = probe.logits.dtype if dtype is None and probe is not None else dtype
-    if oversized:
-        runtime_check = Check(name="runtime", detail={"text": f"not measured: {oversized}"})
-        if generation is None:
-            return [runtime_check]
-        return [runtime_check, *_streamed_checks(artifact, dense, original, generation, device, dtype, progress)]
+
+    generation: GenerationOptions | None = None
+
+    def require(self) -> None:
+        """Nothing is needed: a quantizer that is missing is reported."""
+
+    def measure(self, subject: Subject) -> list[Check]:
+        """Load the artifact, then the original, by transformers, one at a time; nothing for GGUF, which it is not for.
+
+        An original that is a directory and fits in memory writes its own continuations; one that cannot write reads the
+        artifact's instead.
+        """
+        if not subject.loadable:
+            return []
+        probe, options = take_probe(subject), self.generation
+        if probe is None and options is None:
+            return []
+        # The runtime computes in the probe's dtype, in that of the config without one.
+        if subject.dtype is None and probe is not None:
+            subject = replace(subject, dtype=probe.logits.dtype)
+        if oversized := too_large(subject.dense, subject.device):
+            loading = Check(name="runtime", detail={"text": f"not measured: {oversized}"})
+            return [loading] if options is None else [loading, *_streamed(subject, options)]
+        try:
+            with runtime(subject.artifact, device=subject.device, dtype=subject.dtype) as loaded:
+                checks = [_loading_check(loaded)]
+                if probe is not None:
+                    checks.append(_fidelity_check(loaded, probe))
+                if options is None:
+                    return checks
+                ours, tokenizer = _generate(loaded, options, subject), loaded.tokenizer
+        except UnsupportedError as error:
+            missing = isinstance(error.__cause__, ImportError)
+            text = f"not measured: {error}" if missing else str(error)
+            return [Check(name="runtime", ok=missing, detail={"text": text})]
+        return checks + _against_original(subject, options, ours, tokenizer)
+
+
+def _against_original(
+    subject: Subject, options: GenerationOptions, ours: Generations, tokenizer: PreTrainedTokenizerBase
+) -> list[Check]:
+    """The artifact's continuations beside the original's own, or read by it, or alone."""
+    about = {"runtime": ours.runtime}
+    if subject.original is None:
+        return [*_alone(ours.continuations, about, options), *_pace(ours, None)]
     try:
-        with runtime(artifact, device=device, dtype=dtype) as loaded:
-            checks = [_loading_check(loaded)]
-            if probe is not None:
-                checks.append(_fidelity_check(loaded, probe))
-            ours = None if generation is None else _generate(loaded, generation, progress)
-            tokenizer = loaded.tokenizer
-    except UnsupportedError as error:
-        missing = isinstance(error.__cause__, ImportError)
-        return [Check(name="runtime", ok=missing, detail={"text": f"not measured: {error}" if missing else str(error)})]
-    if ours is None or generation is None:
-        return checks
-    if original is None:
-        return [*checks, *_alone(ours.continuations, {"runtime": ours.runtime}, generation), *_pace(ours, None)]
-    try:
-        note = too_large(original, device)
-        if isinstance(reference, SafetensorsCheckpoint) and not note:
-            with runtime(reference.directory, device=device, dtype=dtype) as loaded:
-                theirs = _generate(loaded, generation, progress)
-            return checks + _generation_checks(ours, theirs, generation)
+        note = too_large(subject.original, subject.device)
+        if isinstance(subject.reference, SafetensorsCheckpoint) and not note:
+            with runtime(subject.reference.directory, device=subject.device, dtype=subject.dtype) as loaded:
+                theirs = _generate(loaded, options, subject)
+            return _generation_checks(ours, theirs, options)
         note = note or "it is no directory that the runtime could load"
     except UnsupportedError as error:
         note = str(error)
-    scored = score_continuations(original, tokenizer, ours.continuations, device=device, dtype=dtype, progress=progress)
-    about = {"runtime": ours.runtime}
-    return [*checks, *_scored_checks(ours.continuations, scored, generation, about, note), *_pace(ours, None)]
+    scored = _score(subject, subject.original, tokenizer, ours.continuations)
+    return [*_scored_checks(ours.continuations, scored, options, about, note), *_pace(ours, None)]
 
 
-def _streamed_checks(
-    artifact: Path,
-    dense: Checkpoint,
-    original: Checkpoint | None,
-    options: GenerationOptions,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    progress: Progress,
-) -> list[Check]:
+def _streamed(subject: Subject, options: GenerationOptions) -> list[Check]:
     """Continuations of an artifact that can't be loaded whole, written and judged by the streaming engine."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(artifact, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(subject.stored)
     texts = stream_continuations(
-        dense,
+        subject.dense,
         tokenizer,
         options.prompts,
         max_new_tokens=options.max_new_tokens,
-        device=device,
-        dtype=dtype,
-        progress=progress,
+        device=subject.device,
+        dtype=subject.dtype,
+        progress=subject.progress,
     )
     about = {"runtime": "llmconvert, streamed"}
-    if original is None:
+    if subject.original is None:
         return _alone(texts, about, options)
-    scored = score_continuations(original, tokenizer, texts, device=device, dtype=dtype, progress=progress)
+    scored = _score(subject, subject.original, tokenizer, texts)
     return _scored_checks(texts, scored, options, about, "the models don't fit in memory")
+
+
+def _score(
+    subject: Subject, original: Checkpoint, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Continuation]
+) -> Scored:
+    return score_continuations(
+        original, tokenizer, texts, device=subject.device, dtype=subject.dtype, progress=subject.progress
+    )
 
 
 def _alone(texts: Sequence[Continuation], about: dict[str, Any], options: GenerationOptions) -> list[Check]:
@@ -171,8 +173,8 @@ def _scored_checks(
     ]
 
 
-def _generate(loaded: Runtime, options: GenerationOptions, progress: Progress) -> Generations:
-    return generate(loaded, options.prompts, max_new_tokens=options.max_new_tokens, progress=progress)
+def _generate(loaded: Runtime, options: GenerationOptions, subject: Subject) -> Generations:
+    return generate(loaded, options.prompts, max_new_tokens=options.max_new_tokens, progress=subject.progress)
 
 
 def _loading_check(loaded: Runtime) -> Check:

@@ -9,7 +9,7 @@ model with transformers and reads a prompt; it keeps 32 and 16 bits as they are,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,15 +20,14 @@ from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.memory import available_nbytes
 from llmconvert.report.report import Check
-from llmconvert.report.section import Cell, Column, Section
+from llmconvert.report.section import Cell, Column, Plot, Section, Series
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.validate.long_inputs.backends import best_backend
-from llmconvert.validate.long_inputs.rungs import Rung, rungs_section
 from llmconvert.validate.measurement import Subject
 from llmconvert.validate.render.display import format_bytes
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, run_isolated
 
-__all__ = ["CARDS", "MemoryLadder", "MemoryNeed", "memory_needs"]
+__all__ = ["CARDS", "MemoryLadder", "MemoryNeed", "Rung", "memory_needs", "rungs_section"]
 
 #: Memory sizes to fit into, in GB of 10⁹ bytes.
 CARDS = (8, 16, 24, 48, 80)
@@ -103,6 +102,16 @@ def memory_needs(checkpoint: Checkpoint, kv_heads: int | None = None) -> list[Me
 
 
 @dataclass(frozen=True, slots=True)
+class Rung:
+    """One step: its name, bytes of the weights, bytes of the cache of one sequence, perplexity if it was measured."""
+
+    label: str
+    weight_bytes: int
+    cache_bytes: int
+    perplexity: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryLadder:
     """The measurement.
 
@@ -142,7 +151,7 @@ class MemoryLadder:
                 unit="bytes",
                 detail={
                     "text": "computed from tensors and the cache's formula",
-                    "rungs": [rung.to_mapping() for rung in rungs],
+                    "rungs": [asdict(rung) for rung in rungs],
                     "measured": measured,
                     "not_measured": reasons,
                 },
@@ -280,7 +289,7 @@ def _measured_section(measured: Sequence[Mapping[str, Any]], reasons: Sequence[s
 
 def _rungs(subject: Subject) -> list[Rung]:
     """float32, the original as it is, and the artifact, with the perplexities that were measured before."""
-    perplexity = next((check for check in subject.checks if check.name == "perplexity"), None)
+    perplexity = subject.check("perplexity")
     found = []
     base = subject.original if subject.original is not None else subject.dense
     wide = memory_needs(base)[0]
@@ -293,3 +302,45 @@ def _rungs(subject: Subject) -> list[Rung]:
     after = perplexity.value if perplexity is not None else None
     found.append(Rung("artifact", subject.stored.nbytes, layout.nbytes(_SHOWN_CONTEXT), after))
     return found
+
+
+def rungs_section(name: str, rungs: Sequence[Rung], context: int) -> Section:
+    """Table and picture. ``context`` is the number of tokens that the caches hold."""
+    labels = tuple(rung.label for rung in rungs)
+
+    def series(label: str, unit: str, values: Sequence[float | None]) -> Series:
+        return Series(label=label, unit=unit, x=labels, y=tuple(values))
+
+    return Section(
+        name=name,
+        title="Memory ladder",
+        text="Weights are bytes of tensors; the cache is that of one sequence, in 32 bits for float32 and 16 for the "
+        "rest. Both are computed, perplexity is measured where there is one.",
+        columns=(
+            Column(heading=""),
+            Column(heading="weights", unit="bytes"),
+            Column(heading=f"cache at {context:,} tokens", unit="bytes"),
+            Column(heading="perplexity"),
+        ),
+        rows=tuple(
+            (
+                rung.label,
+                float(rung.weight_bytes),
+                float(rung.cache_bytes),
+                None if rung.perplexity is None else f"{rung.perplexity:.2f}",
+            )
+            for rung in rungs
+        ),
+        plot=Plot(
+            caption=f"Weights, KV cache of {context:,} tokens and perplexity, step by step.",
+            kind="panels",
+            x_label="",
+            y_label="",
+            series=(
+                series("weights", "bytes", [float(rung.weight_bytes) for rung in rungs]),
+                series("KV cache", "bytes", [float(rung.cache_bytes) for rung in rungs]),
+                series("perplexity", "", [rung.perplexity for rung in rungs]),
+            ),
+        ),
+        shown=("terminal", "card"),
+    )

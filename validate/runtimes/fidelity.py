@@ -11,14 +11,45 @@ from dataclasses import dataclass
 
 import torch
 
+from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import GateError
+from llmconvert.validate.measurement import Subject
 from llmconvert.validate.runtimes.transformers import Runtime
 
-__all__ = ["Fidelity", "fidelity"]
+__all__ = ["Fidelity", "Probe", "fidelity", "take_probe"]
 
+# Tokens of the first window that a runtime's numbers are compared on.
+_TOKENS = 256
 # bfloat16 carries 8 bits, and other kernels sum in another order: a few roundings per layer come to this at most.
 # One layer read wrongly gives more than ten times as much.
 _MAX_RELATIVE = 0.03
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a runtime is compared with.
+
+    Attributes:
+        window: token ids, int64 ``[1, L]``.
+        logits: what our reader computes for them from the artifact, ``[1, L, V]``.
+    """
+
+    window: torch.Tensor
+    logits: torch.Tensor
+
+
+def take_probe(subject: Subject) -> Probe | None:
+    """Our reader's logits for the beginning of the first window of the evaluation text.
+
+    None without a text, and where the artifact's perplexity could not be had: it computes NaN or infinity, and nothing
+    is left to compare.
+    """
+    quality = subject.check("perplexity")
+    if subject.windows is None or (quality is not None and quality.value is None):
+        return None
+    window = subject.windows.windows[0][:, :_TOKENS]
+    (logits,) = stream_logits(subject.dense, [window], device=subject.device, dtype=subject.dtype)
+    return Probe(window, logits)
 
 
 @dataclass(frozen=True, slots=True)

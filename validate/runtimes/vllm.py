@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from llmconvert.errors import GateError, UnsupportedError
-from llmconvert.progress import Progress
 from llmconvert.report.report import Check
+from llmconvert.validate.measurement import Subject
 from llmconvert.validate.runtimes import vllm_worker
+from llmconvert.validate.runtimes.fidelity import Probe, take_probe
 
-__all__ = ["LogprobFidelity", "compare_logprobs", "vllm_checks", "vllm_is_installed", "vllm_logprobs"]
+__all__ = ["LogprobFidelity", "VllmCheck", "compare_logprobs", "vllm_is_installed", "vllm_logprobs"]
 
 _TOP = 20
 # bfloat16 carries 8 bits, so that logits near 16 move by 1/16 with the order of a sum; a layer read wrongly moves
@@ -132,31 +133,39 @@ def compare_logprobs(found: Logprobs, logits: torch.Tensor) -> LogprobFidelity:
     return LogprobFidelity(largest, total / count, same / len(ours), len(ours))
 
 
-def vllm_checks(artifact: Path, window: torch.Tensor, logits: torch.Tensor, *, progress: Progress) -> list[Check]:
-    """What vLLM makes of the artifact, where it is installed; nothing where it is not.
+@dataclass(frozen=True, slots=True)
+class VllmCheck:
+    """The measurement: what vLLM makes of the artifact, where it is installed; nothing where it is not.
 
     vLLM reads fewer schemes than there are, so an artifact that it can't run is no failed check; one that it runs and
     computes something else from is.
-
-    Args:
-        window: token ids ``[1, L]``.
-        logits: our reader's for them.
     """
-    if not vllm_is_installed():
-        return []
+
+    def require(self) -> None:
+        """Nothing is needed."""
+
+    def measure(self, subject: Subject) -> list[Check]:
+        """One check, the mean difference of a log-probability in nats; nothing without a text."""
+        if not vllm_is_installed():
+            return []
+        probe = take_probe(subject)
+        return [] if probe is None else [_compared(subject, probe)]
+
+
+def _compared(subject: Subject, probe: Probe) -> Check:
     name, label = "fidelity.vllm_mean_abs_diff", "Mean difference of a log-probability, vLLM to reader"
-    with progress.task("vLLM", 1) as task:
+    with subject.progress.task("vLLM", 1) as task:
         try:
-            found, runtime = vllm_logprobs(artifact, window, logits.dtype)
-            result = compare_logprobs(found, logits)
+            found, runtime = vllm_logprobs(subject.artifact, probe.window, probe.logits.dtype)
+            result = compare_logprobs(found, probe.logits)
         except UnsupportedError as error:
-            return [Check(name=name, label=label, quiet=True, detail={"text": f"not measured: {error}"})]
+            return Check(name=name, label=label, quiet=True, detail={"text": f"not measured: {error}"})
         except GateError as error:
-            return [Check(name=name, label=label, ok=False, detail={"text": str(error)})]
+            return Check(name=name, label=label, ok=False, detail={"text": str(error)})
         task.advance(1)
     agreed = f"{100 * result.top1_agreement:.1f} % of {result.tokens} positions"
     text = f"{runtime} gives the same most likely token at {agreed}"
     detail = {"text": text, "runtime": runtime, **asdict(result)}
-    return [
-        Check(name=name, label=label, value=result.mean_abs_diff, ok=result.ok, unit="nats", quiet=True, detail=detail)
-    ]
+    return Check(
+        name=name, label=label, value=result.mean_abs_diff, ok=result.ok, unit="nats", quiet=True, detail=detail
+    )

@@ -17,8 +17,7 @@ from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.long_inputs import ladder
 from llmconvert.validate.long_inputs.attention import AttentionOptions
 from llmconvert.validate.long_inputs.attention_check import AttentionCheck
-from llmconvert.validate.long_inputs.ladder import MemoryLadder, memory_needs
-from llmconvert.validate.long_inputs.rungs import Rung, rungs_section
+from llmconvert.validate.long_inputs.ladder import MemoryLadder, Rung, memory_needs, rungs_section
 from llmconvert.validate.measurement import Subject
 from llmconvert.validate.render.section_plot import section_plot
 from llmconvert.validate.runtimes.isolated import UnmeasuredError

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmconvert.errors import CalibrationError, GateError, UsageError
-from llmconvert.validate import perplexity as module
+from llmconvert.validate.predictions import perplexity as module
 from llmconvert.validate.predictions.perplexity import compare_logits, perplexity
 
 

@@ -23,14 +23,14 @@ from support.tiny_models import tiny_llama_dir
 
 from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import GateError, UnsupportedError
-from llmconvert.progress import SILENT
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.report.report import Report
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.validate.measurement import Subject
 from llmconvert.validate.render.card import render_card
-from llmconvert.validate.runtimes.vllm import compare_logprobs, vllm_checks, vllm_is_installed, vllm_logprobs
+from llmconvert.validate.runtimes.vllm import VllmCheck, compare_logprobs, vllm_is_installed, vllm_logprobs
 
 BUILT = Path(os.environ.get("LLMCONVERT_READERS") or "nowhere") / "vllm" / "bin" / "python"
 PYTHON = str(BUILT) if BUILT.exists() else sys.executable if importlib.util.find_spec("vllm") else ""
@@ -142,5 +142,7 @@ def test_a_runtime_that_dies_is_an_error_with_its_reason(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(vllm_is_installed(), reason="vLLM is installed")
-def test_without_vllm_there_is_no_check(tmp_path: Path) -> None:
-    assert vllm_checks(tmp_path, WINDOW, torch.zeros(1, 96, 320), progress=SILENT) == []
+def test_without_vllm_there_is_no_check(tiny_llama: Path) -> None:
+    with SafetensorsCheckpoint(tiny_llama) as stored:
+        subject = Subject(tiny_llama, stored, stored, None, None, None, torch.device("cpu"))
+        assert VllmCheck().measure(subject) == []

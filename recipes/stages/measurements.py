@@ -1,0 +1,102 @@
+"""The recipe's validate section as the list of what is measured; a measurement of its own is a file under ``validate/``
+and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from llmconvert.recipes.schema.recipe import BackendSettings, PerplexitySettings, PositionSettings, ValidateSettings
+from llmconvert.validate.generation.behaviour import BehaviourCheck, GenerationOptions
+from llmconvert.validate.generation.greedy import PROMPTS
+from llmconvert.validate.inventory import InventoryCheck
+from llmconvert.validate.long_inputs.attention import AttentionOptions
+from llmconvert.validate.long_inputs.attention_check import AttentionCheck
+from llmconvert.validate.long_inputs.cache_size import CacheCheck
+from llmconvert.validate.long_inputs.decoding import DecodingCheck
+from llmconvert.validate.long_inputs.ladder import MemoryLadder
+from llmconvert.validate.long_inputs.positions import PositionsCheck
+from llmconvert.validate.measurement import Measurement
+from llmconvert.validate.predictions.quality import QualityCheck
+from llmconvert.validate.predictions.step_losses import StepLossesCheck
+from llmconvert.validate.runtimes.vllm import VllmCheck
+from llmconvert.validate.size import SizeCheck
+from llmconvert.validate.tasks import Tasks
+from llmconvert.validate.vocabulary import VocabularyCheck
+
+__all__ = ["measurements", "require_measurable"]
+
+
+def measurements(
+    settings: ValidateSettings,
+    *,
+    overlap: float | None = None,
+    between: Mapping[str, Path] | None = None,
+    last: str = "quantize",
+) -> list[Measurement]:
+    """Everything that is measured, in the order of the report.
+
+    Args:
+        overlap: share of the evaluation text found in the calibration text.
+        between: directories of the dense models between the original and the artifact, by step, in order.
+        last: the step that made the artifact.
+    """
+    found: list[Measurement] = [
+        VocabularyCheck(),
+        SizeCheck(settings.max_bytes),
+        InventoryCheck(),
+        QualityCheck(
+            settings.perplexity.max_increase if settings.perplexity is not None else None,
+            settings.max_kl,
+            settings.min_top1,
+            overlap,
+        ),
+        BehaviourCheck(_generation(settings)),
+        VllmCheck(),
+    ]
+    if settings.attention is not None:
+        found.append(_attention(settings.attention))
+    if settings.positions is not None:
+        found.append(_positions(settings.positions, settings.perplexity))
+    if settings.memory is not None:
+        memory = settings.memory
+        found.append(CacheCheck(memory.contexts, memory.batches))
+        found.append(MemoryLadder(memory.contexts, memory.measured, memory.measured_contexts))
+    if settings.decoding is not None:
+        decoding = settings.decoding
+        found.append(DecodingCheck(decoding.context, decoding.tokens, decoding.rounds))
+    if settings.tasks is not None:
+        tasks = settings.tasks
+        include = Path(tasks.include).expanduser() if tasks.include is not None else None
+        found.append(Tasks(tasks.names, tasks.samples, tasks.fewshot, include, tasks.max_drop))
+    if between:
+        found.append(StepLossesCheck(between, last))
+    return found
+
+
+def require_measurable(settings: ValidateSettings | None) -> None:
+    """Refuse, before any work, a measurement that can't be made in this environment.
+
+    Raises:
+        UnsupportedError: with what is missing.
+    """
+    for measurement in measurements(settings) if settings is not None else ():
+        measurement.require()
+
+
+def _generation(settings: ValidateSettings) -> GenerationOptions | None:
+    generation = settings.generation
+    if generation is None:
+        return None
+    return GenerationOptions(generation.max_new_tokens, generation.min_agreement, generation.prompts or PROMPTS)
+
+
+def _attention(settings: BackendSettings) -> AttentionCheck:
+    options = AttentionOptions(settings.backends, seconds=settings.seconds)
+    return AttentionCheck(replace(options, lengths=settings.lengths) if settings.lengths is not None else options)
+
+
+def _positions(settings: PositionSettings, perplexity: PerplexitySettings | None) -> PositionsCheck:
+    dataset = settings.dataset or (perplexity.dataset if perplexity is not None else "pydoc-topics:test")
+    return PositionsCheck(dataset, settings.window, settings.windows)
