@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_models import tiny_tokenizer
 
 from llmconvert.engine.stream import stream_logits
-from llmconvert.errors import GateError
+from llmconvert.errors import CalibrationError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.recipes.schema.recipe import ValidateSettings
 from llmconvert.recipes.stages.measurements import measurements
@@ -99,7 +99,7 @@ def test_a_step_between_that_computes_nan_is_an_error(read: Subject, original: P
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     known = replace(read, checks=(Check(name="perplexity", value=300.0, reference=200.0),))
-    with pytest.raises(GateError, match="not finite"):
+    with pytest.raises(CalibrationError, match="not finite"):
         StepLossesCheck({"attention": broken}, "quantize").measure(known)
 
 

@@ -42,7 +42,7 @@ class StepLossesCheck:
         None where there are no steps between, or no perplexity.
 
         Raises:
-            GateError: a model between computes NaN or infinity.
+            CalibrationError: a model between computes NaN or infinity.
         """
         found, windows = subject.check("perplexity"), subject.windows
         if found is None or found.value is None or not found.reference or windows is None or not self.between:
