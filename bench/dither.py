@@ -51,7 +51,7 @@ def dither(source: SafetensorsCheckpoint, output: Path, seed: int, group: int, l
     """Write the variant; gives the number of tensors that were changed."""
     check_output_directory(output)
     skeleton = Skeleton(source, torch.device("cpu"))
-    linears = {skeleton.names[f"{name}.weight"] for block in skeleton.linears for name in block}
+    linears = {site.tensor for site in skeleton.sites.values()}
     layout = plan_layout(TensorSpec(info.name, info.dtype, info.shape) for info in source.infos.values())
     staging = staging_directory(output)
     with TensorWriter(staging, layout) as writer:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.statistics import hessian_nbytes
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
@@ -38,17 +39,22 @@ class QuantizationPlan:
 
     Attributes:
         schemes: module name of a linear → its scheme, in model order; linears left dense are not in it.
-        stored: module name of every linear in the blocks → its name in the checkpoint (without ``.weight``).
+        sites: all linears in the blocks by their module names, dense ones too.
         kept: module names of all linears left dense, the output head included.
         specs: every tensor of the artifact, in the order of the source.
         declared: what ``config.json`` says about them.
     """
 
     schemes: Mapping[str, Scheme]
-    stored: Mapping[str, str]
+    sites: Mapping[str, Site]
     kept: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
     declared: Mapping[str, Any]
+
+    @property
+    def stored(self) -> Mapping[str, str]:
+        """Name of every linear in the blocks → its name in the checkpoint."""
+        return {name: site.stored for name, site in self.sites.items()}
 
 
 def plan_quantization(
@@ -71,13 +77,13 @@ def plan_quantization(
     for used in {scheme, *(override.scheme for override in overrides if override.scheme)}:
         check_combination(method, used, layout)
     _check_architecture(skeleton)
-    linears = {name: module for block in skeleton.linears for name, module in block.items()}
-    assigned = {name: _assigned(name, scheme, overrides) for name in linears}
-    _check_overrides(overrides, linears)
-    for name, module in linears.items():
+    sites = skeleton.sites
+    assigned = {name: _assigned(name, scheme, overrides) for name in sites}
+    _check_overrides(overrides, sites)
+    for name, site in sites.items():
         chosen = assigned[name]
         if chosen is not None:
-            chosen.check_fits(name, module.in_features)
+            chosen.check_fits(name, site.columns)
     _check_fused(blocks, assigned)
     unreached = [name for block in blocks for name in block.unreached if assigned[name] is not None]
     if method.calibration != "none" and unreached:
@@ -87,16 +93,13 @@ def plan_quantization(
         )
     if not any(assigned.values()):
         raise SchemeError("the overrides leave no linear to quantize")
-    stored = {name: skeleton.names[f"{name}.weight"].removesuffix(".weight") for name in linears}
     schemes = {name: chosen for name, chosen in assigned.items() if chosen is not None}
-    quantized = {f"{stored[name]}.weight": (stored[name], chosen) for name, chosen in schemes.items()}
+    quantized = {sites[name].tensor: (sites[name], chosen) for name, chosen in schemes.items()}
     specs: list[TensorSpec] = []
     for name, info in skeleton.checkpoint.infos.items():
         if name in quantized:
-            linear, chosen = quantized[name]
-            specs += layout.specs(
-                linear, (info.shape[0], info.shape[1]), chosen, layout.scale_dtype(chosen, skeleton.dtype)
-            )
+            site, chosen = quantized[name]
+            specs += layout.specs(site.stored, site.shape, chosen, layout.scale_dtype(chosen, skeleton.dtype))
         else:
             specs.append(TensorSpec(name, info.dtype, info.shape))
     kept = [name for name, chosen in assigned.items() if chosen is None]
@@ -107,7 +110,7 @@ def plan_quantization(
         if isinstance(module, nn.Linear) and not name.startswith(inside)
     ]
     declared = layout.quantization_config(schemes, kept)
-    return QuantizationPlan(schemes, stored, tuple(kept), tuple(specs), declared)
+    return QuantizationPlan(schemes, sites, tuple(kept), tuple(specs), declared)
 
 
 def work_nbytes(
@@ -122,17 +125,17 @@ def work_nbytes(
     free method takes one linear at a time, whose weight is read for it, and a block-wise one all linears of a
     block. A method that moves scales gathers the Hessians of all stops at once.
     """
-    linears = {name: module for block in skeleton.linears for name, module in block.items()}
+    sites = skeleton.sites
     needs = [0]
     for block in blocks:
         if isinstance(method, BlockQuantizer):
-            chosen = [linears[name].weight.numel() for stop in block.stops for name in stop.linears]
+            chosen = [sites[name].weights for stop in block.stops for name in stop.linears]
             needs.append(method.block_nbytes(sum(chosen), block.peak_nbytes))
             continue
         if isinstance(method, ScalingQuantizer):
-            needs.append(_scaling_nbytes(block, linears, method, dtype))
+            needs.append(_scaling_nbytes(block, sites, method, dtype))
         for stop in block.stops:
-            heights = [linears[name].out_features for name in stop.linears if name in plan.schemes]
+            heights = [sites[name].rows for name in stop.linears if name in plan.schemes]
             columns = stop.columns
             if method.calibration == "none":
                 needs += [rows * columns * dtype.itemsize + method.nbytes(rows, columns) for rows in heights]
@@ -147,16 +150,14 @@ def work_nbytes(
     return max(needs)
 
 
-def _scaling_nbytes(
-    block: BlockPlan, linears: Mapping[str, nn.Linear], method: ScalingQuantizer, dtype: torch.dtype
-) -> int:
+def _scaling_nbytes(block: BlockPlan, sites: Mapping[str, Site], method: ScalingQuantizer, dtype: torch.dtype) -> int:
     if method.moments:
         held = sum(hessian_nbytes(stop.columns, dtype) for stop in block.stops)
     else:
         held = sum(12 * stop.columns for stop in block.stops)
     # A batch gives whole tokens, which makes twice as many of them at most.
     held += 2 * method.sample_tokens * dtype.itemsize * sum(stop.columns for stop in block.stops)
-    heights = {stop: sum(linears[name].out_features for name in stop.linears) for stop in block.stops}
+    heights = {stop: sum(sites[name].rows for name in stop.linears) for stop in block.stops}
     return held + max((method.scales_nbytes(rows, stop.columns) for stop, rows in heights.items()), default=0)
 
 
@@ -190,7 +191,7 @@ def _assigned(name: str, scheme: Scheme, overrides: Iterable[Override]) -> Schem
     return scheme
 
 
-def _check_overrides(overrides: Sequence[Override], linears: Mapping[str, nn.Linear]) -> None:
+def _check_overrides(overrides: Sequence[Override], linears: Iterable[str]) -> None:
     for override in overrides:
         if not any(fnmatchcase(name, override.match) for name in linears):
             example = next(iter(linears), "none")

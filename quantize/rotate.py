@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from llmconvert.engine.architecture.config import with_split_embeddings
-from llmconvert.engine.discovery import discover
+from llmconvert.engine.discovery import PROBE_LENGTH, discover
 from llmconvert.engine.edges import Edge, find_edges
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import stream_logits
@@ -35,7 +35,6 @@ from llmconvert.storage.dense import require_dense
 
 __all__ = ["RotatedCheckpoint", "Rotation", "rotate_checkpoint"]
 
-_PROBE_LENGTH = 16
 _PROBE_BLOCKS = 2
 _LARGEST_FACTOR = 64
 #: How far logits may differ after rounding to a dtype; a wrong rotation changes them altogether.
@@ -146,7 +145,7 @@ class _Folding:
 
     def __init__(self, skeleton: Skeleton, kind: str, seed: int) -> None:
         self._skeleton, self._kind, self._seed = skeleton, kind, seed
-        self._edges = find_edges(skeleton, discover(skeleton, _PROBE_LENGTH))
+        self._edges = find_edges(skeleton, discover(skeleton))
         self._recipes: dict[str, _Recipe] = {}
         self._untie = False
 
@@ -176,24 +175,24 @@ class _Folding:
             )
 
     def _rotate_block(self, index: int, width: int, rotation: Rotation) -> None:
-        prefix, linears = self._skeleton.prefix(index), self._skeleton.linears[index]
+        prefix, sites = self._skeleton.prefix(index), self._skeleton.sites
         readers: set[str] = set()
         for edge in self._edges[index]:
             if edge.kind == "linear":
                 continue
-            stored = [self._skeleton.names[f"{prefix}{name}.weight"] for name in edge.linears]
-            self._move_norm(prefix + edge.producer, edge.kind, stored)
-            for name in edge.linears:
-                self._add(f"{prefix}{name}.weight", rotation.apply)
-                readers.add(prefix + name)
-        for name, linear in linears.items():
-            if name in readers:
+            behind = [sites[prefix + name] for name in edge.linears]
+            self._move_norm(prefix + edge.producer, edge.kind, [site.tensor for site in behind])
+            for site in behind:
+                self._add(site.parameter, rotation.apply)
+                readers.add(site.name)
+        for site in self._skeleton.sites_of(index):
+            if site.name in readers:
                 continue
-            if linear.out_features != width:
-                self._refuse(f"{name} neither takes what a norm gives, and nobody else, nor writes hidden states")
-            self._add(f"{name}.weight", lambda value: rotation.apply(value.T).T, by_rows=False)
-            if linear.bias is not None:
-                self._add(f"{name}.bias", rotation.apply, by_rows=False)
+            if site.rows != width:
+                self._refuse(f"{site.name} neither takes what a norm gives, and nobody else, nor writes hidden states")
+            self._add(site.parameter, lambda value: rotation.apply(value.T).T, by_rows=False)
+            if f"{site.name}.bias" in self._skeleton.names:
+                self._add(f"{site.name}.bias", rotation.apply, by_rows=False)
         if not readers:
             self._refuse("no norm before a linear could give its weights to it")
 
@@ -259,7 +258,7 @@ class _Folding:
         if f"{prefix}{edge.producer}.bias" in self._skeleton.names:
             self._add(f"{prefix}{edge.producer}.bias", rows, by_rows=False)
         for name in edge.linears:
-            self._add(f"{prefix}{name}.weight", columns)
+            self._add(self._skeleton.sites[prefix + name].parameter, columns)
 
     def _add(self, name: str, step: Callable[[torch.Tensor], torch.Tensor], *, by_rows: bool = True) -> None:
         stored = self._skeleton.names[name]
@@ -280,7 +279,7 @@ def _try_out(skeleton: Skeleton, folding: _Folding, kind: str) -> None:
         UnsupportedError: they differ by more than rounding.
     """
     plain = SyntheticCheckpoint(skeleton, shallow(skeleton, _PROBE_BLOCKS))
-    ids = torch.arange(_PROBE_LENGTH).unsqueeze(0)
+    ids = torch.arange(PROBE_LENGTH).unsqueeze(0)
     cpu = torch.device("cpu")
     (before,), (after,) = (
         list(stream_logits(checkpoint, [ids], device=cpu)) for checkpoint in (plain, folding.view(plain))

@@ -82,11 +82,11 @@ class DataFreeSteps:
             yield Step(index, partial(self._solve, index), _nothing)
 
     def _solve(self, index: int) -> Iterator[tuple[str, Solution]]:
-        for name in self.skeleton.linears[index]:
-            if name in self.plan.schemes:
+        for site in self.skeleton.sites_of(index):
+            if site.name in self.plan.schemes:
                 with self.phases.measure("reading"):
-                    weight = self.skeleton.checkpoint[f"{self.plan.stored[name]}.weight"]
-                targets = [Target(name, weight.to(self.skeleton.device), self.plan.schemes[name])]
+                    weight = site.read(self.skeleton.checkpoint)
+                targets = [Target(site.name, weight.to(self.skeleton.device), self.plan.schemes[site.name])]
                 with self.phases.measure("solving"):
                     solutions = self.quantizer.quantize(targets, None, self.scale_dtype)
                 del weight, targets
@@ -191,8 +191,8 @@ class CalibratedSteps:
         for stop in run.plan.stops:
             for name in stop.linears:
                 if name in scaling and name not in self.plan.schemes:
-                    run.install(name, scaling.apply(name, run.module(name).weight.data).to(dtype))
-                    yield f"{name}.weight", run.module(name).weight.data
+                    run.install(name, scaling.apply(name, run.weight(name)).to(dtype))
+                    yield run.site(name).parameter, run.weight(name)
             names = [name for name in stop.linears if name in self.plan.schemes]
             if not names:
                 continue
@@ -215,7 +215,7 @@ class CalibratedSteps:
             with self.phases.measure("Hessians"):
                 return accumulate_hessian(name, inputs, stop.columns, device)
         with self.phases.measure("Hessians"):
-            drift = run.module(name).out_features if stop.residual is not None else 0
+            drift = run.site(name).rows if stop.residual is not None else 0
             total = HessianSum(name, stop.columns, device, original=True, drift=drift)
             both = (self.phases.pull("forward", model.arrivals(stop)) for model in (run, original))
             for here, there in zip(*both, strict=True):
@@ -241,6 +241,7 @@ class CalibratedSteps:
 
         data = BlockData(
             prefix=self.skeleton.prefix(index),
+            parameters={name: self.skeleton.inside(index, run.site(name).parameter) for name in names},
             stops=stops,
             tokens=tuple(window.shape[1] for window in self.windows),
             entries=run.entries,
@@ -254,7 +255,7 @@ class CalibratedSteps:
             run.install(name, solution.tensor.dequantize(self.skeleton.dtype))
 
     def _targets(self, run: BlockRun, names: Sequence[str], scaling: Rescaling) -> list[Target]:
-        weights = {name: scaling.apply(name, run.module(name).weight.data) for name in names}
+        weights = {name: scaling.apply(name, run.weight(name)) for name in names}
         return [Target(name, weight, self.plan.schemes[name]) for name, weight in weights.items()]
 
 

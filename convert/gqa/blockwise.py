@@ -311,8 +311,7 @@ class _Block:
 
     def _submodule(self, name: str) -> nn.Module:
         """A module of the merged block by its full name."""
-        skeleton = self._merged.skeleton
-        return skeleton.blocks[self._layer].get_submodule(name.removeprefix(skeleton.prefix(self._layer)))
+        return self._merged.skeleton.submodule(self._layer, name)
 
     def _install(self, weights: LayerWeights) -> dict[str, torch.Tensor]:
         """Let the merged model meet ``weights``; gives them as they are stored."""

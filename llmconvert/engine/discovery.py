@@ -25,7 +25,10 @@ from llmconvert.engine.architecture.model import build_meta_model
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UnsupportedError
 
-__all__ = ["BlockPlan", "Stop", "discover"]
+__all__ = ["PROBE_LENGTH", "BlockPlan", "Stop", "discover"]
+
+#: Tokens that suffice where no batch will run: which linears share an input doesn't depend on the length.
+PROBE_LENGTH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,8 @@ class BlockPlan:
     peak_nbytes: int
 
 
-def discover(skeleton: Skeleton, length: int) -> tuple[BlockPlan, ...]:
-    """Run a batch of shape ``[1, length]`` through the model's shapes.
+def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan, ...]:
+    """Run a batch of shape ``[1, length]`` through the model's shapes; bytes hold for batches up to that length.
 
     Raises:
         UnsupportedError: the forward does not run this way, or does not pass its blocks once each and in order.

@@ -166,8 +166,7 @@ class _Prober:
     def __init__(self, call: tuple[torch.Tensor, BlockCall], plan: BlockPlan, skeleton: Skeleton) -> None:
         self._hidden, self._call = call
         self._block = self._call.block
-        prefix = skeleton.prefix(plan.index)
-        self._stops = [tuple(name.removeprefix(prefix) for name in stop.linears) for stop in plan.stops]
+        self._stops = [tuple(skeleton.inside(plan.index, name) for name in stop.linears) for stop in plan.stops]
         self._order: list[str] = []
         self._arguments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._inputs, self._output = self._run_watched()

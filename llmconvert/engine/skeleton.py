@@ -23,6 +23,7 @@ from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.model import build_meta_model, find_blocks
 from llmconvert.engine.architecture.names import map_names
+from llmconvert.engine.sites import Site, find_sites
 from llmconvert.errors import CheckpointError
 from llmconvert.storage.checkpoint import Checkpoint
 
@@ -134,9 +135,9 @@ class Skeleton:
             use_attention(self.model, "tiled")
         for index, slot in enumerate(self.slots):
             blocks[index] = slot
-        stored = checkpoint.quantized_inputs
-        names = {name: self.names[f"{name}.weight"] for linears in self.linears for name in linears}
-        self.quantize_inputs({name: stored[weight] for name, weight in names.items() if weight in stored})
+        self.sites = find_sites(self.linears, self.names)
+        inputs = checkpoint.quantized_inputs
+        self.quantize_inputs({site.name: inputs[site.tensor] for site in self.sites.values() if site.tensor in inputs})
 
     @property
     def block_count(self) -> int:
@@ -152,6 +153,18 @@ class Skeleton:
         """What the module names of a block's parameters begin with, e.g. ``model.layers.0.``."""
         return f"{self.list_name}.{index}."
 
+    def inside(self, index: int, name: str) -> str:
+        """What block ``index`` itself calls one of its modules or parameters."""
+        return name.removeprefix(self.prefix(index))
+
+    def submodule(self, index: int, name: str) -> nn.Module:
+        """A module of block ``index`` by its full name."""
+        return self.blocks[index].get_submodule(self.inside(index, name))
+
+    def sites_of(self, index: int) -> tuple[Site, ...]:
+        """The sites of block ``index``, in the order of its modules."""
+        return tuple(self.sites[name] for name in self.linears[index])
+
     def quantize_inputs(self, kinds: Mapping[str, InputKind]) -> None:
         """Let linears of the blocks see their inputs quantized from here on, each to the kind given by its name."""
         for linears in self.linears:
@@ -163,7 +176,7 @@ class Skeleton:
         for index, linears in enumerate(self.linears):
             for name, linear in linears.items():
                 linears[name] = WideLinear.like(linear, scratch)
-                self.blocks[index].set_submodule(name.removeprefix(self.prefix(index)), linears[name])
+                self.blocks[index].set_submodule(self.inside(index, name), linears[name])
 
     def restore_buffers(self) -> None:
         """Compute the non-persistent buffers (rotary frequencies, embedding scales), which no checkpoint holds."""

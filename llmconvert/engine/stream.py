@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from llmconvert.compute.precision import all_finite
 from llmconvert.engine.coroutine import Pass, gate, keep_input, stand_at_linear
 from llmconvert.engine.discovery import BlockPlan, Stop, discover
+from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import BlockCall, Skeleton
 from llmconvert.engine.states import States, passing_states
 from llmconvert.engine.statistics import Arrival
@@ -53,8 +54,16 @@ class BlockRun:
         self.plan = plan
 
     def module(self, name: str) -> nn.Linear:
-        """A linear of this block by its full module name."""
+        """The module of one of this block's sites."""
         return self._stream.skeleton.linears[self.plan.index][name]
+
+    def site(self, name: str) -> Site:
+        """One of this block's sites."""
+        return self._stream.skeleton.sites[name]
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The values of a site ``[rows, columns]``, as batches meet them."""
+        return self.site(name).value(self.module(name))
 
     def inputs(self, linear: str) -> Iterator[torch.Tensor]:
         """The input of a linear, batch after batch, as 2-D ``[tokens, columns]``.
@@ -67,7 +76,8 @@ class BlockRun:
 
     def arrivals(self, stop: Stop) -> Iterator[Arrival]:
         """The same for a stop's linears, with what their output is added to; the stream must keep ``residuals``."""
-        source = None if stop.residual is None else self._stream.submodule(self.plan.index, stop.residual)
+        index = self.plan.index
+        source = None if stop.residual is None else self._stream.skeleton.submodule(index, stop.residual)
         for coroutine, value in self._arrivals(stop.linears[0]):
             yield Arrival(value, None if source is None else coroutine.take_kept(source).flatten(0, -2))
 
@@ -108,9 +118,9 @@ class BlockRun:
             self._stream.leave(coroutine)
             yield entry
 
-    def install(self, linear: str, weight: torch.Tensor) -> None:
-        """Let all batches meet ``weight`` in place of a linear's own from here on."""
-        self.module(linear).weight.data.copy_(weight)
+    def install(self, name: str, weight: torch.Tensor) -> None:
+        """Let all batches meet ``weight`` in place of a site's own from here on."""
+        self.site(name).put(self.module(name), weight)
 
 
 class Stream:
@@ -186,10 +196,6 @@ class Stream:
             else:
                 _remove(hooks)
 
-    def submodule(self, index: int, name: str) -> nn.Module:
-        """A module of block ``index`` by its full name."""
-        return self.skeleton.blocks[index].get_submodule(name.removeprefix(self.skeleton.prefix(index)))
-
     def logits(self) -> Iterator[torch.Tensor]:
         """After the last block of :meth:`blocks`: the logits of each batch, ``[1, length, vocabulary]``.
 
@@ -260,7 +266,7 @@ class Stream:
         hooks = []
         if self._keeps_residuals:
             names = dict.fromkeys(stop.residual for stop in self.plans[index].stops if stop.residual is not None)
-            hooks = [self.submodule(index, name).register_forward_pre_hook(keep_input) for name in names]
+            hooks = [self.skeleton.submodule(index, name).register_forward_pre_hook(keep_input) for name in names]
         linears = self.skeleton.linears[index].values()
         return hooks + [linear.register_forward_pre_hook(stand_at_linear) for linear in linears]
 

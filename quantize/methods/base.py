@@ -82,6 +82,7 @@ class BlockData:
 
     Attributes:
         prefix: what the names of its linears begin with, ``model.layers.0.``.
+        parameters: target → what the block calls the parameter that holds it.
         stops: the targets by the input, and so the moments, that they share, in the order a batch reaches them.
         tokens: length of each batch.
         entries: for batch indices, what those batches enter the block with: the hidden state ``[1, length, width]``
@@ -91,6 +92,7 @@ class BlockData:
     """
 
     prefix: str
+    parameters: Mapping[str, str]
     stops: tuple[Stop, ...]
     tokens: tuple[int, ...]
     entries: Callable[[Iterable[int]], Iterator[tuple[torch.Tensor, BlockCall]]]

@@ -86,7 +86,7 @@ def collect_importance(
                     if not torch.isfinite(mean).all():
                         raise CalibrationError(f"{stop.linears[0]}: its calibration inputs are not finite")
                     for name in stop.linears:
-                        importance[skeleton.names[f"{name}.weight"]] = mean
+                        importance[skeleton.sites[name].tensor] = mean
                 task.advance()
     finally:
         stream.close()

@@ -114,7 +114,7 @@ def rescale_block(
     """
     for name in (name for stop in run.plan.stops for name in stop.linears):
         # Named here, before what they give comes to the linears behind them.
-        if not all_finite(run.module(name).weight.data):
+        if not all_finite(run.weight(name)):
             raise CheckpointError(f"tensor {name!r} has values that are not finite; the checkpoint is damaged")
     edges = [edge for edge in edges if all(prefix + name in schemes for name in edge.linears)]
     statistics = _gather(run, block, batches, edges, prefix, method)
@@ -123,7 +123,7 @@ def rescale_block(
     changed: dict[str, torch.Tensor] = {}
     for edge, (hessian, mean, largest, sample) in zip(edges, statistics, strict=True):
         names = [prefix + name for name in edge.linears]
-        targets = [Target(name, run.module(name).weight.data, schemes[name]) for name in names]
+        targets = [Target(name, run.weight(name), schemes[name]) for name in names]
         found = method.scales(ScaledEdge(targets, edge.channels, hessian, mean, largest, sample), scale_dtype)
         producer = block.get_submodule(edge.producer)
         assert isinstance(producer.weight, nn.Parameter)
@@ -218,16 +218,15 @@ def _gather(
 ) -> list[tuple[Hessian | None, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Run all batches through the block as it is; for each edge what :class:`ScaledEdge` has of its inputs."""
     names = [edge.linears[0] for edge in edges]
-    linears = [run.module(prefix + name) for name in names]
+    weights = [run.weight(prefix + name) for name in names]
     per_batch = math.ceil(method.sample_tokens / batches)
     inputs = {
-        name: _Inputs(linear.in_features, linear.weight.device, per_batch)
-        for name, linear in zip(names, linears, strict=True)
+        name: _Inputs(weight.shape[1], weight.device, per_batch) for name, weight in zip(names, weights, strict=True)
     }
     sums: dict[str, _Sum] = {}
     if method.moments:
-        for name, linear in zip(names, linears, strict=True):
-            sums[name] = _Sum(prefix + name, linear.in_features, linear.weight.device)
+        for name, weight in zip(names, weights, strict=True):
+            sums[name] = _Sum(prefix + name, weight.shape[1], weight.device)
 
     def record(name: str, value: torch.Tensor) -> None:
         batch = value.reshape(-1, value.shape[-1])

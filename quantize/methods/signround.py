@@ -81,7 +81,7 @@ class SignRound:
         self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype
     ) -> dict[str, Solution]:
         started = self._start(targets, data, scale_dtype)
-        learned = [_Learned(target, started[target.name].tensor, data.prefix) for target in targets]
+        learned = [_Learned(target, started[target.name].tensor, data.parameters[target.name]) for target in targets]
         before = _relative_error(learned, data)
         kept = [weight.state() for weight in learned]
         self._train(learned, data)
@@ -123,7 +123,7 @@ class SignRound:
             solved = self.quantize(group, total.hessian(), scale_dtype)
             for target in group:
                 values = solved[target.name].tensor.dequantize(weight.dtype)
-                weights[_parameter(target, data.prefix)] = values
+                weights[data.parameters[target.name]] = values
             solutions |= solved
         return solutions
 
@@ -155,8 +155,8 @@ class _Learned:
     worked out by hand, a slice of rows at a time that stays in the cache; autograd kept a dozen copies of the weights.
     """
 
-    def __init__(self, target: Target, start: QuantizedTensor, prefix: str) -> None:
-        self.parameter = _parameter(target, prefix)
+    def __init__(self, target: Target, start: QuantizedTensor, parameter: str) -> None:
+        self.parameter = parameter
         self.start = start
         rows, groups = start.scale.shape
         self._weight = target.weight.view(rows, groups, -1)
@@ -250,11 +250,6 @@ def _relative_error(learned: Sequence[_Learned], data: BlockData) -> float:
             for (hidden, call), output in zip(data.entries(every), data.outputs(every), strict=True)
         )
         return sum(losses) / sum(data.tokens)
-
-
-def _parameter(target: Target, prefix: str) -> str:
-    """What a target's weight is called inside its block."""
-    return target.name.removeprefix(prefix) + ".weight"
 
 
 class _ReachedError(Exception):

@@ -195,11 +195,12 @@ def _back(stack: ExitStack, subject: Subject, tape: TapeStates, work: Path, begi
 def _of_unit(subject: Subject, unit: FusedUnit, seen: Mapping[str, Passage]) -> list[float]:
     """The divergence of each of a unit's schemes."""
     quantizer, skeleton = subject.quantizer, subject.skeleton
-    first, linears = unit.linears[0], skeleton.linears[unit.block]
+    first, modules = unit.linears[0], skeleton.linears[unit.block]
     hessian = None
     if quantizer.calibration == "inputs":
         hessian = accumulate_hessian(first, seen[first].inputs, unit.columns, skeleton.device)
-    parts = {name: linears[name].weight.data[_rows(linears[name].out_features)] for name in unit.linears}
+    sites = (skeleton.sites[name] for name in unit.linears)
+    parts = {site.name: site.value(modules[site.name])[_rows(site.rows)] for site in sites}
     targets = {
         (name, scheme): Target(f"{name} in {scheme}", part, scheme)
         for scheme in subject.schemes[unit]

@@ -47,10 +47,9 @@ def fused_units(skeleton: Skeleton, blocks: Sequence[BlockPlan]) -> tuple[FusedU
     """The units of a model, in the order in which it calls them; linears it never calls are in none."""
     found: list[FusedUnit] = []
     for block in blocks:
-        linears = skeleton.linears[block.index]
         for stop in block.stops:
-            shapes = ((linears[name].out_features, linears[name].in_features) for name in stop.linears)
-            found.append(FusedUnit(stop.linears, tuple(shapes), block.index))
+            shapes = tuple(skeleton.sites[name].shape for name in stop.linears)
+            found.append(FusedUnit(stop.linears, shapes, block.index))
     return tuple(found)
 
 
