@@ -24,7 +24,7 @@ from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import DTYPE_NAMES, Checkpoint
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 
 __all__ = ["Inventory", "InventoryCheck", "Status", "TensorRecord", "take_inventory"]
 
@@ -75,11 +75,8 @@ class Inventory:
 
 
 @dataclass(frozen=True, slots=True)
-class InventoryCheck:
+class InventoryCheck(Measurement):
     """The measurement: tensors that are wrong, against an original."""
-
-    def require(self) -> None:
-        """Nothing is needed."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """One check, with the record of every tensor; none without an original."""

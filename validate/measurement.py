@@ -64,10 +64,10 @@ class Subject:
 
 
 class Measurement(Protocol):
-    """Something to measure on every artifact."""
+    """Something to measure on every artifact: a frozen dataclass of settings that derives from this."""
 
     def require(self) -> None:
-        """Refuse, before any work, what can't be done in this environment.
+        """Refuse, before any work, what can't be done in this environment; by default nothing is needed.
 
         Raises:
             UnsupportedError: with what is missing, and how to get it.

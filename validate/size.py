@@ -10,7 +10,7 @@ from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.storage.directory import is_weight_file
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 
 __all__ = ["SizeCheck", "Sizes", "bits_per_weight", "measure_sizes"]
 
@@ -24,7 +24,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class SizeCheck:
+class SizeCheck(Measurement):
     """The measurement.
 
     Attributes:
@@ -32,9 +32,6 @@ class SizeCheck:
     """
 
     max_bytes: int | None = None
-
-    def require(self) -> None:
-        """Nothing is needed."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """Bytes of the weight files; against an original bits per number of it."""

@@ -16,7 +16,7 @@ from llmconvert.errors import UnsupportedError, UsageError
 from llmconvert.report.report import Check
 from llmconvert.report.section import Cell, Column, Section
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes.transformers import runtime, too_large
 
 __all__ = ["Tasks"]
@@ -34,7 +34,7 @@ class _Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Tasks:
+class Tasks(Measurement):
     """Tasks to run.
 
     Attributes:

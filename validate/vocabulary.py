@@ -9,17 +9,14 @@ from llmconvert.engine.architecture.config import declared_number
 from llmconvert.errors import UsageError
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 
 __all__ = ["VocabularyCheck"]
 
 
 @dataclass(frozen=True, slots=True)
-class VocabularyCheck:
+class VocabularyCheck(Measurement):
     """The first measurement of all: a refusal, or nothing."""
-
-    def require(self) -> None:
-        """Nothing is needed."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """No check.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.text.datasets import load_dataset_text
 from llmconvert.text.tokens import draw_windows
+from llmconvert.validate.artifact import validate_artifact
 from llmconvert.validate.generation.behaviour import BehaviourCheck
 from llmconvert.validate.inventory import InventoryCheck
 from llmconvert.validate.measurement import Measurement, Subject
@@ -44,6 +45,22 @@ def read(alone: Subject) -> Subject:
     """The same with a text."""
     corpus = load_dataset_text("pydoc-topics:test")
     return replace(alone, windows=draw_windows(tiny_tokenizer(), corpus, samples=2, length=24, order="sequential"))
+
+
+@dataclass(frozen=True)
+class TensorCount(Measurement):
+    """A measurement of a user's own."""
+
+    def measure(self, subject: Subject) -> list[Check]:
+        return [Check(name="tensors", value=len(subject.stored), reference=len(subject.checks))]
+
+
+def test_a_measurement_of_ones_own_sees_what_was_measured_before(quantized: Path) -> None:
+    counted = TensorCount()
+    counted.require()
+    checks = validate_artifact(quantized, [SizeCheck(), counted], reference=None, device=torch.device("cpu"))
+    assert [check.name for check in checks] == ["size_bytes", "tensors"]
+    assert (checks[1].value, checks[1].reference) == (48, 1)
 
 
 @pytest.mark.parametrize(

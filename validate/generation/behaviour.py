@@ -16,7 +16,7 @@ from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.text.tokenizer import load_tokenizer
 from llmconvert.validate.generation.greedy import PROMPTS, Continuation, Generations, compare, generate
 from llmconvert.validate.generation.streamed import Scored, score_continuations, stream_continuations
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes.fidelity import Fidelity, Probe, fidelity, take_probe
 from llmconvert.validate.runtimes.transformers import Runtime, runtime, too_large
 
@@ -36,7 +36,7 @@ class GenerationOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class BehaviourCheck:
+class BehaviourCheck(Measurement):
     """The measurement; without ``generation`` only loading and fidelity are measured, and these only on a text.
 
     An artifact too large for the memory is continued by the streaming engine, a few tokens per prompt; one whose
@@ -45,9 +45,6 @@ class BehaviourCheck:
     """
 
     generation: GenerationOptions | None = None
-
-    def require(self) -> None:
-        """Nothing is needed: a quantizer that is missing is reported."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """Load the artifact, then the original, by transformers, one at a time; nothing for GGUF, which it is not for.

@@ -9,7 +9,7 @@ from typing import Any
 from llmconvert.report.report import Check
 from llmconvert.report.section import Cell, Column, Plot, Section, Series
 from llmconvert.validate.long_inputs.attention import AttentionOptions, AttentionResult, BackendPoint, measure_attention
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 
 __all__ = ["AttentionCheck", "attention_checks"]
 
@@ -20,13 +20,10 @@ _SAME_ROUNDING = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionCheck:
+class AttentionCheck(Measurement):
     """The measurement, by its options."""
 
     options: AttentionOptions
-
-    def require(self) -> None:
-        """Nothing is needed: what is missing is reported as not run."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """A check per backend, one for greedy tokens, one for memory, with tables and plots over the length."""

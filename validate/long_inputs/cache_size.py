@@ -22,7 +22,7 @@ from llmconvert.errors import LlmconvertError
 from llmconvert.report.report import Check
 from llmconvert.report.section import Column, Section
 from llmconvert.validate.long_inputs.prefill import cache_nbytes
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes.isolated import UnmeasuredError
 
 __all__ = ["CACHE_DTYPES", "CacheCheck", "measured_cache_nbytes"]
@@ -62,14 +62,11 @@ def measured_cache_nbytes(config: Mapping[str, Any], context: int, batch: int = 
 
 
 @dataclass(frozen=True, slots=True)
-class CacheCheck:
+class CacheCheck(Measurement):
     """The measurement: contexts in tokens, and batch sizes."""
 
     contexts: tuple[int, ...] = (2048, 8192, 32768)
     batches: tuple[int, ...] = (1, 8)
-
-    def require(self) -> None:
-        """Nothing is needed."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """One check: bytes per token in 16 bits, with a table by context, batch and dtype."""

@@ -21,7 +21,7 @@ from llmconvert.report.report import Check
 from llmconvert.report.section import Cell, Column, Section
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.validate.long_inputs.prefill import cache_nbytes
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, run_isolated
 from llmconvert.validate.runtimes.transformers import runtime, too_large
 
@@ -89,7 +89,7 @@ def _fill(model: Any, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodingCheck:
+class DecodingCheck(Measurement):
     """The measurement.
 
     Attributes:
@@ -101,9 +101,6 @@ class DecodingCheck:
     context: int = 4096
     tokens: int = 32
     rounds: int = 2
-
-    def require(self) -> None:
-        """Nothing is needed."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """One check, the artifact's speed beside the original's, or the reason why there is none."""

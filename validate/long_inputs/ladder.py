@@ -23,7 +23,7 @@ from llmconvert.report.report import Check
 from llmconvert.report.section import Cell, Column, Plot, Section, Series
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.validate.long_inputs.backends import best_backend
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.render.display import format_bytes
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, run_isolated
 
@@ -112,7 +112,7 @@ class Rung:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryLadder:
+class MemoryLadder(Measurement):
     """The measurement.
 
     Attributes:
@@ -126,9 +126,6 @@ class MemoryLadder:
     measured: tuple[str, ...] = ("float32", "bfloat16")
     measured_contexts: tuple[int, ...] = (2048, 8192)
     memory: int | None = None
-
-    def require(self) -> None:
-        """Nothing is needed."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """One check, the artifact's need at the longest context, with the ladder, what fits, and what was measured."""

@@ -25,7 +25,7 @@ from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.text.datasets import load_dataset_text
 from llmconvert.text.tokens import TokenWindows, draw_windows
 from llmconvert.validate.long_inputs.backends import activate, best_backend
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, limit_memory, run_isolated
 from llmconvert.validate.runtimes.transformers import runtime
 
@@ -82,7 +82,7 @@ def score_positions(
 
 
 @dataclass(frozen=True, slots=True)
-class PositionsCheck:
+class PositionsCheck(Measurement):
     """The measurement.
 
     Attributes:
@@ -96,9 +96,6 @@ class PositionsCheck:
     window: int | None = None
     windows: int = 4
     memory: int | None = None
-
-    def require(self) -> None:
-        """Nothing is needed."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """One check with the curve, of the original too if it is a directory that reads the same tokens."""

@@ -19,7 +19,7 @@ from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.text.tokenizer import load_tokenizer
 from llmconvert.text.tokens import TokenWindows
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.predictions.perplexity import (
     Comparison,
     PerplexityResult,
@@ -37,7 +37,7 @@ _CONTEXT_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True)
-class QualityCheck:
+class QualityCheck(Measurement):
     """The measurement, and what an artifact must keep to pass; None allows anything.
 
     Attributes:
@@ -51,9 +51,6 @@ class QualityCheck:
     max_kl: float | None = None
     min_top1: float | None = None
     overlap: float | None = None
-
-    def require(self) -> None:
-        """Nothing is needed."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """Perplexity, and against an original divergence; nothing without a text.

@@ -15,14 +15,14 @@ from llmconvert.engine.stream import stream_logits
 from llmconvert.report.report import Check
 from llmconvert.report.section import Column, Section
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.predictions.perplexity import perplexity
 
 __all__ = ["StepLossesCheck"]
 
 
 @dataclass(frozen=True, slots=True)
-class StepLossesCheck:
+class StepLossesCheck(Measurement):
     """The measurement.
 
     Attributes:
@@ -32,9 +32,6 @@ class StepLossesCheck:
 
     between: Mapping[str, Path]
     last: str
-
-    def require(self) -> None:
-        """Nothing is needed."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """A check with the perplexity after every step, of which those of original and artifact are known by now.

@@ -22,7 +22,7 @@ import torch
 
 from llmconvert.errors import GateError, UnsupportedError
 from llmconvert.report.report import Check
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes import vllm_worker
 from llmconvert.validate.runtimes.fidelity import Probe, take_probe
 
@@ -134,15 +134,12 @@ def compare_logprobs(found: Logprobs, logits: torch.Tensor) -> LogprobFidelity:
 
 
 @dataclass(frozen=True, slots=True)
-class VllmCheck:
+class VllmCheck(Measurement):
     """The measurement: what vLLM makes of the artifact, where it is installed; nothing where it is not.
 
     vLLM reads fewer schemes than there are, so an artifact that it can't run is no failed check; one that it runs and
     computes something else from is.
     """
-
-    def require(self) -> None:
-        """Nothing is needed."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """One check, the mean difference of a log-probability in nats; nothing without a text."""
