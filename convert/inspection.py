@@ -11,6 +11,7 @@ from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.convert.source import open_source, parse_hub_id
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.families import EMBEDDINGS, HEADS, LEARNED_POSITIONS
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 from llmconvert.storage.remote import RemoteCheckpoint
@@ -18,7 +19,7 @@ from llmconvert.storage.remote import RemoteCheckpoint
 __all__ = ["ModelSummary", "describe_model", "inspect_model"]
 
 # Weights of these schemes are estimated besides the plain dtypes; scales are 16-bit.
-_SCHEMES = (Scheme(8), Scheme(4, 128))
+_SCHEMES = (Scheme(Int(8)), Scheme(Int(4), 128))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.methods.base import ScalingQuantizer, load_quantizer
 from llmconvert.quantize.methods.rescale import describe_edges
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization, work_nbytes
-from llmconvert.quantize.scheme import Scheme, input_kind
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.sink import ArtifactSink, finished_blocks
 from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Steps
 from llmconvert.storage.artifact import Artifact, build_artifact, job_key
@@ -162,7 +162,7 @@ def quantize_checkpoint(
     phases, scale_dtype = Phases(wait), layout_format.scale_dtype(next(iter(plan.schemes.values())), skeleton.dtype)
     steps: Steps = DataFreeSteps(skeleton, quantizer, plan, scale_dtype, phases)
     if calibrated:
-        kinds = {name: input_kind(chosen) for name, chosen in plan.schemes.items()}
+        kinds = {name: chosen.input_kind for name, chosen in plan.schemes.items()}
         skeleton.quantize_inputs({name: kind for name, kind in kinds.items() if kind is not None})
         edges: tuple[tuple[Edge, ...], ...] = ()
         if isinstance(quantizer, ScalingQuantizer):

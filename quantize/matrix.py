@@ -1,6 +1,6 @@
 """Which method, scheme and format go together, and what reads the result: for refusals, budgets and tables.
 
-Nothing is listed twice: a method says which kinds of codes it chooses, a format which schemes it holds, and the
+Nothing is listed twice: a method says which numbers it chooses codes of, a format which schemes it holds, and the
 runtimes' record (:mod:`llmconvert.quantize.runtimes`) what has been seen to read it.
 """
 
@@ -134,10 +134,10 @@ def check_method(method: Method, scheme: SchemeOrMix) -> None:
         UnsupportedError: with the methods that can.
     """
     if not _chooses(method, scheme):
-        kinds = " and ".join(sorted(method.kinds)) or "GGUF's"
-        wanted = "GGUF types" if isinstance(scheme, GgmlMix) else scheme.kind
+        codes = "int" if method.numbers == "even" else "GGUF's"
+        wanted = "GGUF types" if isinstance(scheme, GgmlMix) else scheme.number.name
         raise UnsupportedError(
-            f"scheme {scheme}: {type(method).__name__.lower()} chooses {kinds} codes only; methods for {wanted} are "
+            f"scheme {scheme}: {type(method).__name__.lower()} chooses {codes} codes only; methods for {wanted} are "
             f"{', '.join(methods_for(scheme))}"
         )
 
@@ -177,7 +177,9 @@ def _cell(format: str, scheme: SchemeOrMix) -> str:
 
 
 def _chooses(method: Method, scheme: SchemeOrMix) -> bool:
-    return isinstance(method, GgmlQuantizer) if isinstance(scheme, GgmlMix) else scheme.kind in method.kinds
+    if isinstance(scheme, GgmlMix):
+        return isinstance(method, GgmlQuantizer)
+    return method.numbers == "any" or (method.numbers == "even" and scheme.number.even)
 
 
 def _holds(layout: Format, scheme: SchemeOrMix) -> bool:
@@ -194,8 +196,7 @@ def _alike(tested: SchemeOrMix, scheme: SchemeOrMix) -> bool:
     """Equal but for the size of groups; one scale per channel is another thing. LLM.int8 is a way to round to w8a8."""
     if isinstance(tested, GgmlMix) or isinstance(scheme, GgmlMix):
         return tested == scheme
-    if scheme.kind == "absmax":
-        scheme = replace(scheme, kind="int")
+    scheme = replace(scheme, number=scheme.number.stored)
     if tested.group_size is None or scheme.group_size is None:
         return tested == scheme
     return replace(tested, group_size=scheme.group_size) == scheme

@@ -11,19 +11,18 @@ the weights have. ``absmax`` weights are integers whose largest magnitude in a r
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, replace
 
+from llmconvert.compute.activations import InputKind
 from llmconvert.errors import SchemeError
 from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
+from llmconvert.quantize.numbers import NAMED, Int, Number
 
-__all__ = ["Kind", "Scheme", "SchemeOrMix", "input_kind", "parse_scheme"]
-
-Kind = Literal["int", "fp8", "nf4", "absmax"]
+__all__ = ["Scheme", "SchemeOrMix", "parse_scheme"]
 
 _PATTERN = re.compile(
     r"w(?P<bits>\d+)a(?P<act>\d+)(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?"
-    r"(?:-(?:(?P<sym>a?sym)|(?P<other>fp8|nf4|absmax)(?P<nested>-dq)?))?"
+    rf"(?:-(?:(?P<sym>a?sym)|(?P<other>{'|'.join(map(re.escape, NAMED))})(?P<nested>-dq)?))?"
 )
 _SHORT = {
     "fp8": "w8a8-channel-fp8",
@@ -38,39 +37,33 @@ class Scheme:
     """How a linear's weights (and inputs) are represented.
 
     Attributes:
-        bits: width of a weight code, 2 to 8.
+        number: what a weight's code is.
         group_size: columns that share one scale; None for one scale per output channel.
-        symmetric: no zero point when true.
         activation_bits: 16 (untouched) or 8 (dynamic, per token).
-        kind: what a code is: an integer, an E4M3 float, an index into the levels of NF4, or an integer of −127 … 127.
         nested: whether the scales are quantized themselves (the double quantization of QLoRA).
     """
 
-    bits: int
+    number: Number
     group_size: int | None = None
-    symmetric: bool = True
     activation_bits: int = 16
-    kind: Kind = "int"
     nested: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise SchemeError(f"scheme {self}: weights can have 2 to 8 bits, found {self.bits}")
+        number = self.number
+        if not 2 <= number.bits <= 8:
+            raise SchemeError(f"scheme {self}: weights can have 2 to 8 bits, found {number.bits}")
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(f"scheme {self}: group size must be positive, found {self.group_size}")
         if self.activation_bits not in (8, 16):
             raise SchemeError(f"scheme {self}: activations can have 16 or 8 bits, found {self.activation_bits}")
-        if self.kind == "fp8" and (self.bits != 8 or not self.symmetric):
-            raise SchemeError(f"scheme {self}: fp8 weights have 8 bits and no zero point")
-        if self.kind == "nf4" and (self.bits != 4 or not self.symmetric or not self.group_size):
-            raise SchemeError(f"scheme {self}: nf4 weights have 4 bits, a group size and no zero point")
-        if self.kind == "nf4" and self.activation_bits != 16:
-            raise SchemeError(f"scheme {self}: nf4 weights leave activations at 16 bits")
-        rows_of_bytes = (self.bits, self.activation_bits, self.group_size, self.symmetric) == (8, 8, None, True)
-        if self.kind == "absmax" and not rows_of_bytes:
-            raise SchemeError(f"scheme {self}: absmax weights have 8 bits, 8-bit activations and a scale per channel")
-        if self.nested and self.kind != "nf4":
-            raise SchemeError(f"scheme {self}: only nf4 weights have quantized scales")
+        if number.grouped not in (None, self.group_size is not None):
+            raise SchemeError(f"scheme {self}: {_demands(number)}")
+        if self.activation_bits not in number.activations:
+            left = f"{number.name} weights leave activations at 16 bits"
+            raise SchemeError(f"scheme {self}: {_demands(number) if self.activation_bits == 16 else left}")
+        if self.nested and not number.nestable:
+            able = " and ".join(one.name for one in NAMED.values() if one.nestable)
+            raise SchemeError(f"scheme {self}: only {able} weights have quantized scales")
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
@@ -86,33 +79,41 @@ class Scheme:
                 f"scheme {text!r} is not understood; expected w<bits>a<bits>[-g<size>|-channel][-sym|-asym|-fp8|-nf4], "
                 "for example w4a16-g128, w8a8 or fp8"
             )
-        group = match["group"]
-        kind = cast(Kind, match["other"] or "int")
-        return cls(
-            int(match["bits"]),
-            int(group) if group else None,
-            match["sym"] != "asym",
-            int(match["act"]),
-            kind,
-            match["nested"] is not None,
-        )
+        bits, group = int(match["bits"]), match["group"]
+        number = NAMED[match["other"]] if match["other"] else Int(bits, match["sym"] != "asym")
+        if number.bits != bits:
+            raise SchemeError(f"scheme {text}: {_demands(number)}")
+        return cls(number, int(group) if group else None, int(match["act"]), match["nested"] is not None)
 
     def __str__(self) -> str:
         grouping = "channel" if self.group_size is None else f"g{self.group_size}"
-        kind = ("sym" if self.symmetric else "asym") if self.kind == "int" else self.kind
+        number = self.number
+        kind = ("sym" if number.symmetric else "asym") if number.name == "int" else number.name
         return f"w{self.bits}a{self.activation_bits}-{grouping}-{kind}{'-dq' if self.nested else ''}"
 
     @property
-    def code_min(self) -> int:
-        """Smallest integer code: signed whatever the symmetry, as in compressed-tensors; an index for nf4."""
-        if self.kind == "absmax":
-            return -127
-        return 0 if self.kind == "nf4" else -(1 << (self.bits - 1))
+    def bits(self) -> int:
+        """Width of a weight's code."""
+        return self.number.bits
 
     @property
-    def code_max(self) -> int:
-        """Largest integer code."""
-        return 127 if self.kind == "absmax" else self.code_min + (1 << self.bits) - 1
+    def symmetric(self) -> bool:
+        """Whether there are no zero points."""
+        return self.number.symmetric
+
+    @property
+    def adjustable(self) -> bool:
+        """Whether there are others with more or fewer bits: integer weights with 16-bit activations."""
+        return self.number.even and self.activation_bits == 16
+
+    @property
+    def input_kind(self) -> InputKind | None:
+        """What runtimes quantize the inputs of such a linear to; None if they leave them alone."""
+        return None if self.activation_bits == 16 else self.number.input_kind
+
+    def with_bits(self, bits: int) -> Scheme:
+        """The same in another width."""
+        return replace(self, number=replace(self.number, bits=bits))
 
     def groups(self, columns: int) -> int:
         """Scales per row of a weight with ``columns`` input columns."""
@@ -157,8 +158,9 @@ def parse_scheme(text: str) -> SchemeOrMix:
         raise SchemeError(f"{error}; or a GGUF type: {', '.join(MIXES)}") from error
 
 
-def input_kind(scheme: Scheme) -> Literal["int8", "fp8"] | None:
-    """What runtimes quantize the inputs of such a linear to; None for schemes that leave them alone."""
-    if scheme.activation_bits == 16:
-        return None
-    return "fp8" if scheme.kind == "fp8" else "int8"
+def _demands(number: Number) -> str:
+    """What schemes with a number have to look like, in words."""
+    activations = ["8-bit activations"] if number.activations == (8,) else []
+    grouping = {True: ["a group size"], False: ["a scale per channel"], None: []}[number.grouped]
+    listed = ", ".join([f"{number.bits} bits", *activations, *grouping])
+    return f"{number.name} weights have {listed} and no zero point"

@@ -10,15 +10,23 @@ from dataclasses import dataclass
 
 import torch
 
-from llmconvert.quantize.codes import code_dtype, code_values
+from llmconvert.quantize.numbers import dynamic_levels
 from llmconvert.quantize.scheme import Scheme
 
-__all__ = ["NestedScales", "QuantizedTensor"]
+__all__ = ["NESTED_GROUP", "NestedScales", "QuantizedTensor"]
+
+#: Scales that share a scale of their own.
+NESTED_GROUP = 256
+# bitsandbytes divides by no less.
+_SMALLEST = 1e-38
+_STEPS = 65_535
 
 
 @dataclass(frozen=True, slots=True)
 class NestedScales:
-    """Scales that are quantized themselves, as bitsandbytes stores them; how, is :mod:`llmconvert.quantize.nf4`'s.
+    """Scales that are quantized themselves: the double quantization of QLoRA, bit for bit as bitsandbytes has it.
+
+    Less their mean, they are quantized :data:`NESTED_GROUP` at a time to 8-bit dynamic floats.
 
     Attributes:
         codes: uint8 ``[rows · groups]``, one per scale of the flattened weight.
@@ -30,17 +38,37 @@ class NestedScales:
     absmax: torch.Tensor
     offset: torch.Tensor
 
+    @classmethod
+    def quantize(cls, scale: torch.Tensor) -> NestedScales:
+        """Quantize scales, float32 of any shape; flattened."""
+        offset = scale.mean()
+        centred = (scale - offset).reshape(-1)
+        padded = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_GROUP)).view(-1, NESTED_GROUP)
+        absmax = padded.abs().amax(-1)
+        levels = dynamic_levels(scale.device)
+        values = padded * (1.0 / absmax.clamp(min=_SMALLEST)).unsqueeze(-1)
+        # bitsandbytes looks levels up in a table of 2¹⁶ steps; what lies next to a middle falls where its step does.
+        values = torch.floor((values + 1) * 0.5 * _STEPS + 0.5) / _STEPS * 2 - 1
+        middles = (levels[1:] + levels[:-1]) / 2
+        codes = torch.bucketize(values, middles).where(absmax.unsqueeze(-1) > 0, 0).to(torch.uint8)
+        return cls(codes.view(-1)[: len(centred)].contiguous(), absmax, offset)
+
+    def dequantize(self) -> torch.Tensor:
+        """The scales that were quantized, float32 ``[rows · groups]``."""
+        values = dynamic_levels(self.codes.device)[self.codes.int()]
+        return values * self.absmax.repeat_interleave(NESTED_GROUP)[: len(values)] + self.offset
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
     """A weight of shape ``[rows, columns]`` as codes.
 
     Attributes:
-        codes: ``[rows, columns]``: int8 in ``scheme.code_min … scheme.code_max`` (signed, also when asymmetric), or
-            E4M3 floats.
+        codes: ``[rows, columns]`` in the number's ``code_dtype``: int8, signed also when there are zero points, or E4M3
+            floats.
         scale: ``[rows, groups]`` in the dtype the format stores, so that what an algorithm saw is what is written.
         zero: int8 ``[rows, groups]`` in the range of the codes, or None for symmetric schemes.
-        scheme: bits, grouping, symmetry and kind.
+        scheme: number and grouping.
         nested: what ``scale`` is stored as, for schemes that quantize it too; None for all others.
     """
 
@@ -53,8 +81,9 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
         expected = (rows, self.scheme.groups(columns))
-        if self.codes.dtype != code_dtype(self.scheme):
-            raise ValueError(f"codes must be {str(code_dtype(self.scheme))[6:]}, found {self.codes.dtype}")
+        held_in = self.scheme.number.code_dtype
+        if self.codes.dtype != held_in:
+            raise ValueError(f"codes must be {str(held_in)[6:]}, found {self.codes.dtype}")
         if tuple(self.scale.shape) != expected:
             raise ValueError(f"scale must have shape {expected}, found {tuple(self.scale.shape)}")
         if (self.zero is None) != self.scheme.symmetric:
@@ -91,7 +120,7 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight these codes stand for, ``[rows, columns]``, computed in float32 and rounded once to ``dtype``."""
         rows, columns = self.codes.shape
-        grouped = code_values(self.codes, self.scheme).reshape(rows, self.scale.shape[1], -1)
+        grouped = self.scheme.number.values(self.codes).reshape(rows, self.scale.shape[1], -1)
         if self.zero is not None:
             grouped -= self.zero.unsqueeze(-1).float()
         grouped *= self.scale.unsqueeze(-1).float()

@@ -9,7 +9,7 @@ from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.base import FORMATS, Feature, Format, load_format
 from llmconvert.quantize.matrix import check_format, check_method
 from llmconvert.quantize.methods.base import METHODS, Method, ScalingQuantizer, load_method, needs_calibration
-from llmconvert.quantize.scheme import Scheme, SchemeOrMix, input_kind
+from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
 from llmconvert.recipes.stages.gguf import calibrates
 
@@ -87,7 +87,7 @@ def _who(settings: QuantizeSettings) -> str:
 
 def _chooses(scheme: object) -> bool:
     """Whether a budget can give layers other bits and groups in the place of this scheme's."""
-    return isinstance(scheme, Scheme) and scheme.kind == "int" and input_kind(scheme) is None
+    return isinstance(scheme, Scheme) and scheme.adjustable
 
 
 def _lacking(recipe: Recipe, settings: QuantizeSettings, layout: Format) -> Iterator[tuple[KeyPath, str]]:

@@ -170,10 +170,10 @@ def _steps(unit: Unit, accepts: Callable[[Scheme, tuple[int, int]], bool]) -> li
         return []
     found: list[tuple[Scheme | None, float]] = [(None, 0.0)]
     columns = unit.shapes[0][1]
-    if scheme.kind == "int" and scheme.activation_bits == 16:
+    if scheme.adjustable:
         more = next((bits for bits in _BITS if bits > scheme.bits), None)
         if more is not None:
-            found.append((replace(scheme, bits=more), 4.0 ** (scheme.bits - more)))
+            found.append((scheme.with_bits(more), 4.0 ** (scheme.bits - more)))
         size = scheme.columns_per_group(columns)
         smaller = size // 2 if scheme.group_size else min(_FIRST_GROUP, columns // 2)
         if smaller >= _SMALLEST_GROUP:

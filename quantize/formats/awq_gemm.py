@@ -23,6 +23,7 @@ from llmconvert.quantize.formats.base import (
     require_shape,
     settings,
 )
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.pack import pack_words, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -32,6 +33,7 @@ __all__ = ["AwqGemm"]
 
 _WORDS = ".qweight"
 _BITS = 4
+_NUMBER = Int(_BITS, symmetric=False)
 _LANES = 8
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -41,7 +43,7 @@ class AwqGemm(Format):
     """``qweight``, ``qzeros`` and ``scales`` and their configuration."""
 
     def check(self, scheme: Scheme) -> None:
-        if scheme.kind != "int" or scheme.bits != _BITS or scheme.activation_bits != 16 or scheme.symmetric:
+        if scheme.number != _NUMBER or scheme.activation_bits != 16:
             raise UnsupportedError(f"scheme {scheme}: awq stores asymmetric weights of 4 bits, w4a16-g128-asym for one")
         if scheme.group_size is None:
             raise UnsupportedError(f"scheme {scheme}: awq needs a group size, w4a16-g128-asym for one")
@@ -137,7 +139,7 @@ def _linear(checkpoint: Checkpoint, linear: str) -> _Awq:
         raise CheckpointError(
             f"quantized linear {linear!r} has {columns} inputs in {groups} groups, which do not divide"
         )
-    scheme = Scheme(4, columns // groups, symmetric=False)
+    scheme = Scheme(_NUMBER, columns // groups)
     parts = tuple(f"{linear}.{part}" for part in ("qweight", "qzeros", "scales"))
     return _Awq(linear, (rows, columns), model_dtype(checkpoint), scheme, parts)
 

@@ -20,21 +20,21 @@ from typing import Any
 import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.codes import NF4_LEVELS
 from llmconvert.quantize.formats.base import Format, StoredLinear, model_dtype, require_shape
-from llmconvert.quantize.nf4 import NESTED_GROUP, dynamic_levels, unnest_scales
+from llmconvert.quantize.numbers import FP4, LLM_INT8, NF4, Int, Levels, dynamic_levels
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.tensor import NestedScales, QuantizedTensor
+from llmconvert.quantize.tensor import NESTED_GROUP, NestedScales, QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 
 __all__ = ["BitsAndBytes"]
 
 _STATE = ".weight.quant_state.bitsandbytes__"
 _ROW_MAJOR = 0
+_FOUR_BITS: Mapping[str, Levels] = {number.name: number for number in (NF4, FP4)}
 _BLOCKS = (64, 128, 256, 512, 1024)
 # The encoding of bitsandbytes itself, and codes down to −128, which methods other than rounding choose.
-_LLM_INT8 = Scheme(8, activation_bits=8, kind="absmax")
-_INT8 = (_LLM_INT8, Scheme(8, activation_bits=8))
+_INT8 = Scheme(Int(8), activation_bits=8)
+_EIGHT_BITS = (Scheme(LLM_INT8, activation_bits=8), _INT8)
 # What dequantized weights are rounded to; activations of another dtype are computed in that all the same.
 _DTYPE = "bfloat16"
 # The JSON of a linear is as long whatever its offset: spaces follow, which no parser minds.
@@ -45,18 +45,18 @@ class BitsAndBytes(Format):
     """4-bit and 8-bit tensors and their configuration."""
 
     def check(self, scheme: Scheme) -> None:
-        if scheme in _INT8 or (scheme.kind == "nf4" and scheme.group_size in _BLOCKS):
+        if scheme in _EIGHT_BITS or (scheme.number == NF4 and scheme.group_size in _BLOCKS):
             return
         sizes = ", ".join(f"g{size}" for size in _BLOCKS)
         raise UnsupportedError(f"scheme {scheme}: bitsandbytes stores nf4 and nf4-dq (with {sizes}), llm.int8 and w8a8")
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         # 127 scales in bfloat16 are exact in float32, so the row's largest magnitude gives the scale back.
-        return torch.bfloat16 if scheme.kind == "int" else torch.float32
+        return torch.float32 if scheme.number.absmax else torch.bfloat16
 
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:
         rows, columns = shape
-        if scheme in _INT8:
+        if scheme in _EIGHT_BITS:
             return [
                 TensorSpec(f"{linear}.weight", torch.int8, shape),
                 TensorSpec(f"{linear}.SCB", torch.float32, (rows,)),
@@ -67,7 +67,7 @@ class BitsAndBytes(Format):
         specs = [
             TensorSpec(f"{linear}.weight", torch.uint8, (rows * columns // 2, 1)),
             TensorSpec(f"{linear}.weight.absmax", torch.uint8 if scheme.nested else torch.float32, (blocks,)),
-            TensorSpec(f"{linear}.weight.quant_map", torch.float32, (len(NF4_LEVELS),)),
+            TensorSpec(f"{linear}.weight.quant_map", torch.float32, (len(NF4.levels),)),
             TensorSpec(f"{linear}{_STATE}nf4", torch.uint8, (state,)),
         ]
         if scheme.nested:
@@ -77,10 +77,10 @@ class BitsAndBytes(Format):
         return specs
 
     def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
-        if tensor.scheme in _INT8:
+        if tensor.scheme in _EIGHT_BITS:
             return {
                 f"{linear}.weight": tensor.codes,
-                f"{linear}.SCB": _largest(tensor.scale.view(-1), half=tensor.scheme == _LLM_INT8),
+                f"{linear}.SCB": _largest(tensor.scale.view(-1), half=tensor.scheme.number == LLM_INT8),
                 f"{linear}.weight_format": torch.tensor(0, dtype=torch.uint8),
             }
         nested = tensor.nested
@@ -89,7 +89,7 @@ class BitsAndBytes(Format):
         stored = {
             f"{linear}.weight": (codes[:, 0] << 4 | codes[:, 1]).unsqueeze(1),
             f"{linear}.weight.absmax": tensor.scale.reshape(-1) if nested is None else nested.codes,
-            f"{linear}.weight.quant_map": torch.tensor(NF4_LEVELS, dtype=torch.float32),
+            f"{linear}.weight.quant_map": torch.tensor(NF4.levels, dtype=torch.float32),
             f"{linear}{_STATE}nf4": torch.tensor(list(state), dtype=torch.uint8),
         }
         if nested is not None:
@@ -98,7 +98,7 @@ class BitsAndBytes(Format):
         return stored
 
     def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
-        if scheme in _INT8:
+        if scheme in _EIGHT_BITS:
             scale = (stored[f"{linear}.SCB"] / 127).unsqueeze(1)
             return QuantizedTensor(stored[f"{linear}.weight"], scale, None, scheme)
         state = json.loads(bytes(stored[f"{linear}{_STATE}nf4"].tolist()))
@@ -110,7 +110,7 @@ class BitsAndBytes(Format):
             return QuantizedTensor(codes, absmax.view(rows, -1), None, scheme)
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
         nested = NestedScales(absmax, stored[f"{linear}.weight.nested_absmax"], offset)
-        return QuantizedTensor(codes, unnest_scales(nested).view(rows, -1), None, scheme, nested)
+        return QuantizedTensor(codes, nested.dequantize().view(rows, -1), None, scheme, nested)
 
     def quantization_config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
         used = sorted(set(schemes.values()), key=str)
@@ -119,7 +119,7 @@ class BitsAndBytes(Format):
                 f"schemes {', '.join(map(str, used))}: bitsandbytes has one scheme per model; give overrides that one "
                 "or none (scheme: none), or choose compressed-tensors or gptq"
             )
-        four = used[0].kind == "nf4"
+        four = used[0].number == NF4
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": four,
@@ -150,9 +150,8 @@ class BitsAndBytes(Format):
 
 @dataclass(frozen=True)
 class _FourBits(StoredLinear):
-    """``kind``: nf4 or fp4. ``block``: elements per scale. ``nested_block``, ``offset``: of quantized scales."""
+    """``block``: elements per scale. ``nested_block``, ``offset``: of quantized scales."""
 
-    kind: str
     block: int
     nested_block: int
     offset: float
@@ -169,9 +168,10 @@ class _FourBits(StoredLinear):
 
     def read(self, checkpoint: Checkpoint) -> QuantizedTensor:
         rows, columns = self.shape
-        if self.kind != "nf4" or columns % self.block:
+        if columns % self.block:
             raise UnsupportedError(
-                f"{self.linear}: {self.kind} in blocks of {self.block} over {columns} columns has no scheme here"
+                f"{self.linear}: {self.scheme.number.name} in blocks of {self.block} over {columns} columns has no "
+                "scheme here"
             )
         codes = self._codes(checkpoint, 0, rows * columns).view(torch.int8).view(rows, columns)
         nested = None
@@ -210,8 +210,8 @@ def _four_bits(checkpoint: Checkpoint, linear: str, kind: str) -> _FourBits:
         offset, nested_block = float(state.get("nested_offset", 0.0)), int(state.get("nested_blocksize", 256))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"tensor {name!r} does not hold the JSON that bitsandbytes writes: {error!r}") from error
-    if kind not in ("nf4", "fp4"):
-        raise UnsupportedError(f"{linear}: bitsandbytes type {kind!r}; this reader knows nf4 and fp4")
+    if kind not in _FOUR_BITS:
+        raise UnsupportedError(f"{linear}: bitsandbytes type {kind!r}; this reader knows {' and '.join(_FOUR_BITS)}")
     nested = f"{linear}.weight.nested_absmax" in checkpoint
     blocks = -(-rows * columns // block)
     require_shape(checkpoint, linear, "weight", (-(-rows * columns // 2), 1))
@@ -221,8 +221,8 @@ def _four_bits(checkpoint: Checkpoint, linear: str, kind: str) -> _FourBits:
         require_shape(checkpoint, linear, "weight.nested_absmax", (-(-blocks // nested_block),))
         names += ["weight.nested_absmax", "weight.nested_quant_map"]
     parts = tuple(require_shape(checkpoint, linear, part) for part in names)
-    scheme = Scheme(4, block, kind="nf4", nested=nested)
-    return _FourBits(linear, (rows, columns), dtype, scheme, parts, kind, block, nested_block, offset)
+    scheme = Scheme(_FOUR_BITS[kind], block, nested=nested)
+    return _FourBits(linear, (rows, columns), dtype, scheme, parts, block, nested_block, offset)
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _eight_bits(checkpoint: Checkpoint, linear: str) -> _EightBits:
     if info.dtype != torch.int8 or (layout in checkpoint and int(checkpoint[layout]) != _ROW_MAJOR):
         raise UnsupportedError(f"{linear}: stored as {info.dtype} in a tiled layout; this reader knows int8 row by row")
     parts = (f"{linear}.weight", f"{linear}.SCB", *([layout] if layout in checkpoint else []))
-    return _EightBits(linear, (rows, columns), model_dtype(checkpoint), Scheme(8, activation_bits=8), parts)
+    return _EightBits(linear, (rows, columns), model_dtype(checkpoint), _INT8, parts)
 
 
 def _state(shape: tuple[int, int], scheme: Scheme, nested: NestedScales | None) -> bytes:

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.codes import FP8
 from llmconvert.quantize.formats.base import Format, StoredLinear, require_shape
+from llmconvert.quantize.numbers import E4M3, Int, Number
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
-from llmconvert.quantize.scheme import Kind, Scheme
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 
 __all__ = ["CompressedTensors"]
 
 _PACKED = ".weight_packed"
-_CODES = (torch.int8, FP8)
+_INTS = tuple(Int(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False))
+_CODES = (torch.int8, E4M3.code_dtype)
 # Written by some producers beside the parts that a scheme needs; they say nothing that is not said otherwise.
 _SURPLUS = ("weight_zero_point", "weight_g_idx", "input_scale", "output_scale")
 
@@ -35,9 +36,11 @@ class CompressedTensors(Format):
     """``pack-quantized``, ``int-quantized`` and ``float-quantized`` tensors and their configuration."""
 
     def check(self, scheme: Scheme) -> None:
-        if scheme.kind in ("nf4", "absmax"):
-            raise UnsupportedError(f"scheme {scheme}: compressed-tensors has no {scheme.kind}; format bitsandbytes has")
-        if scheme.kind == "fp8":
+        if scheme.number not in (E4M3, *_INTS):
+            raise UnsupportedError(
+                f"scheme {scheme}: compressed-tensors has no {scheme.number.name}; format bitsandbytes has"
+            )
+        if scheme.number == E4M3:
             if scheme.group_size is not None:
                 raise UnsupportedError(
                     f"scheme {scheme}: runtimes read E4M3 weights with one scale per channel only (w8a8-channel-fp8)"
@@ -56,7 +59,7 @@ class CompressedTensors(Format):
         groups = scheme.groups(columns)
         scale = TensorSpec(f"{linear}.weight_scale", scale_dtype, (rows, groups))
         if _layout(scheme) != "pack-quantized":
-            return [TensorSpec(f"{linear}.weight", FP8 if scheme.kind == "fp8" else torch.int8, shape), scale]
+            return [TensorSpec(f"{linear}.weight", scheme.number.code_dtype, shape), scale]
         packed = (rows, packed_length(columns, scheme.bits))
         specs = [
             TensorSpec(f"{linear}.weight_packed", torch.int32, packed),
@@ -190,10 +193,8 @@ class _Group:
     @classmethod
     def parse(cls, group: Mapping[str, Any]) -> _Group:
         weights = group["weights"]
-        kinds: dict[tuple[str, int], Kind] = {("int", bits): "int" for bits in range(2, 9)}
-        kinds["float", 8] = "fp8"
-        kind = kinds.get((weights["type"], weights["num_bits"]))
-        if kind is None or weights["strategy"] not in ("group", "channel"):
+        number = _number(weights)
+        if number is None or weights["strategy"] not in ("group", "channel"):
             raise UnsupportedError(
                 f"compressed-tensors weights of {weights['num_bits']}-bit type {weights['type']!r} with strategy "
                 f"{weights['strategy']!r}; this reader knows int and 8-bit float weights by group or channel"
@@ -201,8 +202,7 @@ class _Group:
         activations = group.get("input_activations")
         size = weights["group_size"] if weights["strategy"] == "group" else None
         bits = activations["num_bits"] if activations else 16
-        scheme = Scheme(weights["num_bits"], size, weights["symmetric"], bits, kind)
-        return cls(tuple(group["targets"]), scheme)
+        return cls(tuple(group["targets"]), Scheme(number, size, bits))
 
     def names(self, linear: str) -> bool:
         """Whether the group names a linear. A checkpoint's names may lack the prefix that its modules' names have."""
@@ -212,6 +212,14 @@ class _Group:
             else target == linear or target.endswith(f".{linear}")
             for target in self.targets
         )
+
+
+def _number(weights: Mapping[str, Any]) -> Number | None:
+    """What a config's weights are; None for what is not read here."""
+    if weights["type"] == "float":
+        return E4M3 if (weights["num_bits"], weights["symmetric"]) == (E4M3.bits, True) else None
+    number = Int(weights["num_bits"], weights["symmetric"])
+    return number if weights["type"] == "int" and number in _INTS else None
 
 
 def _scheme_for(linear: str, groups: list[_Group]) -> Scheme:
@@ -226,13 +234,13 @@ def _scheme_for(linear: str, groups: list[_Group]) -> Scheme:
 
 
 def _layout(scheme: Scheme) -> str:
-    if scheme.kind == "fp8":
+    if scheme.number == E4M3:
         return "float-quantized"
     return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
 
 
 def _type(scheme: Scheme) -> str:
-    return "float" if scheme.kind == "fp8" else "int"
+    return "float" if scheme.number == E4M3 else "int"
 
 
 def _weight_args(scheme: Scheme) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from llmconvert.errors import CheckpointError
 from llmconvert.quantize.formats.base import find_linears
-from llmconvert.quantize.scheme import Scheme, input_kind
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, TensorInfo
 
@@ -82,7 +82,7 @@ class QuantizedView(CheckpointView):
                 found = self.quantized[weight]
                 infos[weight] = TensorInfo(weight, dtype or found.dtype, found.shape, info.shard)
         self.infos = infos
-        inputs = {weight: input_kind(found.scheme) for weight, found in self.quantized.items()}
+        inputs = {weight: found.scheme.input_kind for weight, found in self.quantized.items()}
         self.quantized_inputs = {weight: kind for weight, kind in inputs.items() if kind is not None}
 
     def scheme_of(self, name: str) -> Scheme | None:

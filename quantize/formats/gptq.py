@@ -34,6 +34,7 @@ from llmconvert.quantize.formats.base import (
     require_shape,
     settings,
 )
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -44,6 +45,7 @@ __all__ = ["GptqFormat", "stored_zeros", "unstored_zeros"]
 
 _WORDS = ".qweight"
 _BITS = (2, 3, 4, 8)
+_NUMBERS = tuple(Int(bits, symmetric) for bits in _BITS for symmetric in (True, False))
 _GROUP_SIZES = (None, 16, 32, 64, 128, 256, 512, 1024)
 # Both dimensions are packed, so both come in whole words of any of these widths.
 _MULTIPLE = 32
@@ -61,7 +63,7 @@ class GptqFormat(Format):
     """``qweight``, ``qzeros``, ``scales`` and ``g_idx``, and their configuration in both of its places."""
 
     def check(self, scheme: Scheme) -> None:
-        if scheme.kind != "int" or scheme.bits not in _BITS or scheme.activation_bits != 16:
+        if scheme.number not in _NUMBERS or scheme.activation_bits != 16:
             raise UnsupportedError(
                 f"scheme {scheme}: gptq stores integer weights of 2, 3, 4 or 8 bits with 16-bit activations"
             )
@@ -93,7 +95,7 @@ class GptqFormat(Format):
         groups = scheme.groups(columns)
         codes = unsigned_codes(tensor.codes, scheme.bits)
         if tensor.zero is None:
-            zeros = torch.full_like(tensor.scale, -scheme.code_min, dtype=torch.uint8)
+            zeros = torch.full_like(tensor.scale, 1 << (scheme.bits - 1), dtype=torch.uint8)
         else:
             zeros = unsigned_codes(tensor.zero, scheme.bits)
         scales = tensor.scale.T.to(torch.float16).contiguous()
@@ -224,7 +226,7 @@ def _linear(checkpoint: Checkpoint, declared: Mapping[str, Any], linear: str, *,
     rows, groups = words[1], scales[0]
     require_shape(checkpoint, linear, "qzeros", (groups, packed_length(rows, bits)))
     size = None if groups == 1 else -(-columns // groups)
-    scheme = Scheme(bits, size, bool(declared.get("sym", True)))
+    scheme = Scheme(Int(bits, bool(declared.get("sym", True))), size)
     parts = tuple(f"{linear}.{part}" for part in ("qweight", "qzeros", "scales", *(["g_idx"] if indexed else [])))
     return _Gptq(linear, (rows, columns), model_dtype(checkpoint), scheme, parts, plain, indexed)
 

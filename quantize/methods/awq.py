@@ -19,11 +19,10 @@ from typing import ClassVar, Literal
 import torch
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.methods.base import Calibration, ScaledEdge, Target
+from llmconvert.quantize.methods.base import Calibration, Numbers, ScaledEdge, Target
 from llmconvert.quantize.methods.nearest import Finish, Finishing
 from llmconvert.quantize.methods.rescale import share_by_channel
 from llmconvert.quantize.methods.rtn import round_to_codes
-from llmconvert.quantize.scheme import Kind
 from llmconvert.quantize.solve.hessian import quadratic_form
 from llmconvert.quantize.solve.scales import full_range_scales
 
@@ -50,7 +49,7 @@ class Awq(Finishing):
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"int"})
+    numbers: ClassVar[Numbers] = "even"
     moments: ClassVar[bool] = True
     sample_tokens: ClassVar[int] = 0
 

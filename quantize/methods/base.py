@@ -14,7 +14,7 @@ from llmconvert.engine.skeleton import BlockCall
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.ggml.blocks import Codec
-from llmconvert.quantize.scheme import Kind, Scheme
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Calibration",
     "GgmlQuantizer",
     "Method",
+    "Numbers",
     "Quantizer",
     "ScaledEdge",
     "ScalingQuantizer",
@@ -49,6 +50,10 @@ METHODS: Mapping[str, str] = {
 #: What a method wants to see of the running model: nothing; of its linears' inputs the mean squares, or all second
 #: moments; whole blocks.
 Calibration = Literal["none", "squares", "inputs", "block"]
+
+
+#: Which numbers a method can choose codes of: all there are, those whose levels lie evenly, or none but GGML's types.
+Numbers = Literal["any", "even", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +132,8 @@ class Method(Protocol):
     calibration: ClassVar[Calibration]
     #: Whether it also wants to see what the original, unquantized model makes of the text.
     original: ClassVar[bool]
-    #: The kinds of a scheme's codes that it can choose.
-    kinds: ClassVar[frozenset[Kind]]
+    #: Which numbers of a scheme's it can choose codes of.
+    numbers: ClassVar[Numbers]
 
 
 @runtime_checkable

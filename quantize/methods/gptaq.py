@@ -19,9 +19,8 @@ from typing import ClassVar
 import torch
 
 from llmconvert.engine.statistics import Hessian
-from llmconvert.quantize.methods.base import Calibration, Solution, Target
+from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
 from llmconvert.quantize.methods.gptq import Gptq
-from llmconvert.quantize.scheme import Kind
 from llmconvert.quantize.solve.hessian import with_damping
 
 __all__ = ["Gptaq"]
@@ -51,7 +50,7 @@ class Gptaq:
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = True
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"int"})
+    numbers: ClassVar[Numbers] = "even"
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype

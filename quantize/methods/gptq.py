@@ -20,8 +20,8 @@ import torch
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.engine.statistics import Hessian
-from llmconvert.quantize.methods.base import Calibration, Solution, Target
-from llmconvert.quantize.scheme import Kind, Scheme
+from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.hessian import (
     lower_factor_,
     lower_factor_nbytes,
@@ -98,7 +98,7 @@ class Gptq:
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[Kind]] = frozenset(("int",))
+    numbers: ClassVar[Numbers] = "even"
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
@@ -274,7 +274,7 @@ def _solve_block(
 ) -> None:
     """One block of columns; see :func:`~llmconvert.quantize.solve.kernels.solve_columns`."""
     arguments = errors, carried, scale, zero, codes, loss, order, added, factor, start
-    limits = float(scheme.code_min), float(scheme.code_max)
+    limits = scheme.number.limits
     if errors.device.type == "cpu":
         over_rows(solve_columns, errors.shape[1], *arguments, *limits)
     elif kernels := gpu_kernels(errors):

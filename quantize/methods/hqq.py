@@ -19,10 +19,9 @@ from typing import ClassVar
 import torch
 
 from llmconvert.engine.statistics import Hessian
-from llmconvert.quantize.codes import nearest_codes
-from llmconvert.quantize.methods.base import Calibration, Solution, Target
+from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
 from llmconvert.quantize.methods.rtn import round_rows
-from llmconvert.quantize.scheme import Kind, Scheme
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.scales import GroupScales, full_range_scales
 from llmconvert.quantize.tensor import QuantizedTensor
 
@@ -50,7 +49,7 @@ class Hqq:
 
     calibration: ClassVar[Calibration] = "none"
     original: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"int"})
+    numbers: ClassVar[Numbers] = "even"
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
@@ -76,7 +75,7 @@ class Hqq:
         least = torch.full_like(scale, torch.inf)
         beta = self.beta
         for _ in range(self.iterations):
-            level = nearest_codes(grouped / scale, scheme, zero).float()
+            level = scheme.number.nearest(grouped / scale, zero).float()
             error = grouped - (level - zero) * scale
             loss = error.abs().pow_(self.norm).sum(-1, keepdim=True)
             better = loss < least
@@ -85,7 +84,7 @@ class Hqq:
             best_zero = torch.where(better, zero, best_zero)
             fitted = grouped - self._shrink(error, beta)
             scale, zero = _fit(fitted, level, scale, zero, scheme)
-            scale = scale.to(scale_dtype).float()
+            scale = scheme.number.round_scale(scale, scale_dtype).float()
             beta *= self.growth
         stored = best_scale.squeeze(-1).to(scale_dtype)
         return GroupScales(stored, None if scheme.symmetric else best_zero.squeeze(-1).to(torch.int8))
@@ -112,7 +111,7 @@ def _fit(
     Groups for which there is no positive scale keep theirs.
     """
     if not scheme.symmetric:
-        zero = (level - fitted / scale).mean(-1, keepdim=True).round_().clamp_(scheme.code_min, scheme.code_max)
+        zero = (level - fitted / scale).mean(-1, keepdim=True).round_().clamp_(*scheme.number.limits)
     steps = level - zero
     energy = steps.square().sum(-1, keepdim=True)
     found = (steps * fitted).sum(-1, keepdim=True) / energy

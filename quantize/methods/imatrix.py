@@ -20,8 +20,7 @@ from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError
 from llmconvert.gguf.ggml.blocks import Codec
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.methods.base import Calibration
-from llmconvert.quantize.scheme import Kind
+from llmconvert.quantize.methods.base import Calibration, Numbers
 from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["Imatrix", "collect_importance"]
@@ -33,7 +32,7 @@ class Imatrix:
 
     calibration: ClassVar[Calibration] = "squares"
     original: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[Kind]] = frozenset()
+    numbers: ClassVar[Numbers] = "none"
 
     def encode(self, codec: Codec, rows: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
         """As :class:`~llmconvert.quantize.methods.base.GgmlQuantizer` says."""

@@ -12,14 +12,12 @@ from typing import ClassVar
 import torch
 
 from llmconvert.engine.statistics import Hessian
+from llmconvert.errors import CheckpointError
 from llmconvert.gguf.ggml.blocks import Codec
-from llmconvert.quantize.codes import nearest_codes
-from llmconvert.quantize.int8 import round_to_int8
-from llmconvert.quantize.methods.base import Calibration, Solution, Target
-from llmconvert.quantize.nf4 import round_to_nf4
-from llmconvert.quantize.scheme import Kind, Scheme
+from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.scales import GroupScales, full_range_scales, search_scales
-from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.quantize.tensor import NestedScales, QuantizedTensor
 
 __all__ = ["Rtn", "round_rows", "round_to_codes"]
 
@@ -39,7 +37,7 @@ class Rtn:
 
     calibration: ClassVar[Calibration] = "none"
     original: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[Kind]] = frozenset(("int", "fp8", "nf4", "absmax"))
+    numbers: ClassVar[Numbers] = "any"
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
@@ -56,10 +54,8 @@ class Rtn:
         return torch.from_numpy(codec.encode(rows.numpy()))
 
     def _round(self, target: Target, scale_dtype: torch.dtype) -> QuantizedTensor:
-        if target.scheme.kind == "nf4":
-            return round_to_nf4(target.name, target.weight.float(), target.scheme)
-        if target.scheme.kind == "absmax":
-            return round_to_int8(target.name, target.weight, target.scheme)
+        if target.scheme.number.absmax:
+            return _round_by_absmax(target)
 
         def choose(weight: torch.Tensor) -> GroupScales:
             if not self.search:
@@ -68,6 +64,24 @@ class Rtn:
             return search_scales(target.name, weight, importance, target.scheme, scale_dtype)
 
         return round_rows(target, choose, _WEIGHTS_AT_ONCE)
+
+
+def _round_by_absmax(target: Target) -> QuantizedTensor:
+    """Codes and scales as the number has them; there is nothing to choose."""
+    scheme, (rows, columns) = target.scheme, target.weight.shape
+    held = scheme.number.rounded_from
+    codes, scale = scheme.number.round_groups(target.weight.reshape(rows, scheme.groups(columns), -1))
+    if not torch.isfinite(scale).all():
+        where = "" if held == torch.float32 else f" in {str(held)[6:]}, to which bitsandbytes rounds"
+        advice = "" if held == torch.float32 else ", or take another scheme"
+        raise CheckpointError(
+            f"tensor {target.name!r} has values that are not finite{where}; the checkpoint is damaged{advice}"
+        )
+    codes = codes.reshape(rows, columns)
+    if not scheme.nested:
+        return QuantizedTensor(codes, scale, None, scheme)
+    nested = NestedScales.quantize(scale)
+    return QuantizedTensor(codes, nested.dequantize().view(scale.shape), None, scheme, nested)
 
 
 def round_rows(target: Target, choose: Callable[[torch.Tensor], GroupScales], weights_at_once: int) -> QuantizedTensor:
@@ -91,5 +105,5 @@ def round_to_codes(weight: torch.Tensor, scales: GroupScales, scheme: Scheme) ->
     """The nearest code of every weight, for given scales."""
     rows, columns = weight.shape
     grouped = weight.reshape(rows, scales.scale.shape[1], -1) / scales.scale.unsqueeze(-1).to(weight.dtype)
-    codes = nearest_codes(grouped, scheme, None if scales.zero is None else scales.zero.unsqueeze(-1))
+    codes = scheme.number.nearest(grouped, None if scales.zero is None else scales.zero.unsqueeze(-1))
     return QuantizedTensor(codes.reshape(rows, columns), scales.scale, scales.zero, scheme)

@@ -24,11 +24,10 @@ import torch
 from llmconvert.engine.edges import record_inputs
 from llmconvert.engine.skeleton import BlockCall
 from llmconvert.engine.statistics import Arrival, Hessian, HessianSum
-from llmconvert.quantize.methods.base import BlockData, Calibration, Solution, Target
+from llmconvert.quantize.methods.base import BlockData, Calibration, Numbers, Solution, Target
 from llmconvert.quantize.methods.gptaq import Gptaq
 from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.methods.rtn import Rtn
-from llmconvert.quantize.scheme import Kind
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["SignRound"]
@@ -66,7 +65,7 @@ class SignRound:
 
     calibration: ClassVar[Calibration] = "block"
     original: ClassVar[bool] = True
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"int"})
+    numbers: ClassVar[Numbers] = "even"
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
@@ -158,6 +157,7 @@ class _Learned:
     def __init__(self, target: Target, start: QuantizedTensor, parameter: str) -> None:
         self.parameter = parameter
         self.start = start
+        self._number = start.scheme.number
         rows, groups = start.scale.shape
         self._weight = target.weight.view(rows, groups, -1)
         self._scale = start.scale.float().unsqueeze(-1)
@@ -185,14 +185,14 @@ class _Learned:
         assert self.value.grad is not None
         gradient = self.value.grad.view_as(self.offset)
         self.value.grad = None
-        scheme = self.start.scheme
+        low, high = self._number.limits
         with torch.no_grad():
             for part in self._slices():
                 towards = gradient[part].float()
                 factor, scale = self.factor[part], self._scale[part]
                 raw = self._raw(part).round_()
-                inside = (raw >= scheme.code_min) & (raw <= scheme.code_max)
-                level = raw.clamp_(scheme.code_min, scheme.code_max).sub_(self._zero[part])
+                inside = (raw >= low) & (raw <= high)
+                level = raw.clamp_(low, high).sub_(self._zero[part])
                 # Rounding passes gradients straight through, clamping those of codes inside their range.
                 passed = towards * inside
                 by_factor = (towards * level).sum(-1, keepdim=True).mul_(scale)
@@ -220,12 +220,12 @@ class _Learned:
 
     def _codes(self, part: slice) -> torch.Tensor:
         """Codes as float32, ``[rows, groups, group size]``."""
-        scheme = self.start.scheme
-        return self._raw(part).round_().clamp_(scheme.code_min, scheme.code_max)
+        return self._raw(part).round_().clamp_(*self._number.limits)
 
     def _stored(self, part: slice) -> torch.Tensor:
         """Scales ``[rows, groups]`` as they will be stored."""
-        return (self._scale[part] * self.factor[part]).squeeze(-1).to(self.start.scale.dtype)
+        scale = (self._scale[part] * self.factor[part]).squeeze(-1)
+        return self._number.round_scale(scale, self.start.scale.dtype)
 
     def _write(self, part: slice) -> None:
         """Bring :attr:`value` up to date."""

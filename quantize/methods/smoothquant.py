@@ -18,11 +18,10 @@ import torch
 
 from llmconvert.compute.activations import quantize_input
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.methods.base import Calibration, ScaledEdge, Target
+from llmconvert.quantize.methods.base import Calibration, Numbers, ScaledEdge, Target
 from llmconvert.quantize.methods.nearest import Finish, Finishing
 from llmconvert.quantize.methods.rescale import share_by_channel
 from llmconvert.quantize.methods.rtn import round_to_codes
-from llmconvert.quantize.scheme import Kind, input_kind
 from llmconvert.quantize.solve.scales import full_range_scales
 
 __all__ = ["SmoothQuant"]
@@ -48,7 +47,7 @@ class SmoothQuant(Finishing):
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"int"})
+    numbers: ClassVar[Numbers] = "even"
     moments: ClassVar[bool] = False
     sample_tokens: ClassVar[int] = 1024
 
@@ -97,7 +96,7 @@ def _losses(
     height = max(1, _WEIGHTS_AT_ONCE // columns)
     errors = torch.zeros((len(candidates), len(sample)), device=sample.device)
     energy = torch.zeros(len(sample), device=sample.device)
-    kind = input_kind(target.scheme)
+    kind = target.scheme.input_kind
     for start in range(0, rows, height):
         weight = target.weight[start : start + height].float()
         expected = sample @ weight.T

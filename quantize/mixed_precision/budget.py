@@ -62,7 +62,7 @@ def candidates(unit: FusedUnit, scheme: Scheme, budget: Budget, storage: Storage
     Raises:
         SchemeError: there are none.
     """
-    every = [replace(scheme, bits=bits, group_size=size) for bits in budget.bits for size in budget.group_sizes]
+    every = [replace(scheme.with_bits(bits), group_size=size) for bits in budget.bits for size in budget.group_sizes]
     found = tuple(option for option in every if all(storage.accepts(option, shape, every[:1]) for shape in unit.shapes))
     if not found:
         tried = ", ".join(map(str, every))

@@ -95,7 +95,7 @@ def choose_schemes(
         LlmconvertError: see :func:`llmconvert.quantize.job.quantize_checkpoint`.
     """
     require_dense(source, "the source")
-    if scheme.kind != "int" or scheme.activation_bits != 16:
+    if not scheme.adjustable:
         raise SchemeError(f"scheme {scheme}: a budget chooses among integer weights with 16-bit activations (w4a16)")
     if not windows:
         raise CalibrationError("a budget measures sensitivity on calibration text and was given none")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from llmconvert.compute.rows import over_rows
+from llmconvert.quantize.numbers import Number
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.kernels import descend_columns, gpu_kernels
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -50,7 +51,7 @@ def refine(
             local = gradient[columns].clone()
             moved = _descend_group(local, within, codes[columns], scale[group], scheme)
             level = codes[columns].to(weight.dtype) - zero[group]
-            change = _scale_change(level, local, within, scale[group], tensor.scale.dtype)
+            change = _scale_change(level, local, within, scale[group], tensor.scale.dtype, scheme.number)
             scale[group] += change
             gradient.addmm_(hessian[columns].T, moved.addcmul_(level, change))
     stored = scale.T.to(tensor.scale.dtype).contiguous()
@@ -80,7 +81,7 @@ def _descend_group(
         how far the weights moved, ``[columns, rows]``.
     """
     moved = torch.empty_like(gradient)
-    limits = float(scheme.code_min), float(scheme.code_max)
+    limits = scheme.number.limits
     for start in range(0, len(codes), _COLUMNS):
         part = slice(start, start + _COLUMNS)
         within = hessian[part, part].contiguous()
@@ -97,12 +98,17 @@ def _descend_group(
 
 
 def _scale_change(
-    level: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, stored: torch.dtype
+    level: torch.Tensor,
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    stored: torch.dtype,
+    number: Number,
 ) -> torch.Tensor:
     """What to add to a group's scales ``[rows]`` for levels ``[columns, rows]``; where nothing helps, zero."""
     slope = (level * gradient).sum(0)
     curvature = level.mul(hessian @ level).sum(0)
-    wanted = (scale - slope / curvature).to(stored).to(scale.dtype)
+    wanted = number.round_scale(scale - slope / curvature, stored).to(scale.dtype)
     change = wanted - scale
     # The scale is stored in few digits: what rounding leaves of the improvement may be none. So may 0 / 0.
     helps = (wanted > 0) & (change * (2 * slope + change * curvature) < 0)

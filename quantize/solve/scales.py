@@ -13,7 +13,6 @@ import torch
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.errors import CheckpointError
-from llmconvert.quantize.codes import largest_value
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.kernels import best_candidates
 
@@ -105,17 +104,19 @@ def _candidates(
     low: torch.Tensor, high: torch.Tensor, ratios: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points ``[rows, groups, ratios]`` in the weight's dtype, scales rounded to the stored dtype."""
-    if scheme.symmetric:
-        span, levels = torch.maximum(-low, high), largest_value(scheme)
+    number = scheme.number
+    code_min, code_max = number.limits
+    if number.symmetric:
+        span, levels = torch.maximum(-low, high), number.largest
     else:
-        span, levels = high - low, scheme.code_max - scheme.code_min
-    scale = (span.unsqueeze(-1) * ratios / levels).to(scale_dtype).to(low.dtype)
+        span, levels = high - low, code_max - code_min
+    scale = number.round_scale(span.unsqueeze(-1) * ratios / levels, scale_dtype).to(low.dtype)
     # An all-zero group, or one whose scale vanishes in the stored dtype, needs some scale that is not zero.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     if scheme.symmetric:
         return scale.contiguous(), torch.zeros_like(scale)
-    zero = scheme.code_min - torch.round(low.unsqueeze(-1) * ratios / scale)
-    return scale.contiguous(), zero.clamp_(scheme.code_min, scheme.code_max).contiguous()
+    zero = code_min - torch.round(low.unsqueeze(-1) * ratios / scale)
+    return scale.contiguous(), zero.clamp_(code_min, code_max).contiguous()
 
 
 def _best(
@@ -127,10 +128,10 @@ def _best(
     stride: int = 1,
 ) -> torch.Tensor:
     """Index of the best candidate of each group, int64 ``[rows, groups]``."""
-    if weight.device.type == "cpu":
+    if weight.device.type == "cpu" and scheme.number.even:
         rows, groups, _ = weight.shape
         best = torch.zeros((rows, groups), dtype=torch.int64)
-        limits = (float(scheme.code_min), float(scheme.code_max))
+        limits = scheme.number.limits
         over_rows(best_candidates, rows, weight.contiguous(), scales, zeros, best, importance, stride, *limits)
         return best
     return _best_plain(weight, scales, zeros, importance, scheme, stride)
@@ -144,7 +145,9 @@ def _best_plain(
     scheme: Scheme,
     stride: int = 1,
 ) -> torch.Tensor:
-    """What the kernel does, in torch, for any device."""
+    """What the kernel does, in torch, for any device and any number."""
+    number = scheme.number
+    code_min, code_max = number.limits
     best = torch.zeros(weight.shape[:2], dtype=torch.int64, device=weight.device)
     least = torch.full(weight.shape[:2], torch.inf, dtype=weight.dtype, device=weight.device)
     last = scales.shape[-1] - 1
@@ -152,7 +155,10 @@ def _best_plain(
     def attempt(index: torch.Tensor) -> None:
         nonlocal best, least
         scale, zero = (values.gather(-1, index.unsqueeze(-1)) for values in (scales, zeros))
-        level = torch.clamp(torch.round(weight / scale), scheme.code_min - zero, scheme.code_max - zero)
+        if number.even:
+            level = torch.clamp(torch.round(weight / scale), code_min - zero, code_max - zero)
+        else:
+            level = number.values(number.nearest(weight / scale)).to(weight.dtype)
         loss = (importance * (weight - level * scale).square()).sum(-1)
         best = torch.where(loss < least, index, best)
         least = torch.minimum(loss, least)

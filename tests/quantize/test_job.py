@@ -29,6 +29,7 @@ from llmconvert.errors import (
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
 from llmconvert.quantize.methods.gptq import Gptq
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.plan import Override
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
@@ -261,7 +262,7 @@ def test_an_override_that_matches_nothing_is_refused(tiny: Tiny, tmp_path: Path)
 
 
 @pytest.mark.parametrize("pattern", ["*.q_proj", "*.1.mlp.up_proj"])
-@pytest.mark.parametrize("scheme", [None, Scheme(8)])
+@pytest.mark.parametrize("scheme", [None, Scheme(Int(8))])
 def test_fused_linears_are_not_split(tiny: Tiny, tmp_path: Path, pattern: str, scheme: Scheme | None) -> None:
     overrides = [Override(pattern, scheme)]
     refused(tmp_path, SchemeError, "share one input and are fused by runtimes", tiny("llama"), overrides=overrides)

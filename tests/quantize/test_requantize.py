@@ -19,13 +19,14 @@ from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layer
 from llmconvert.quantize.methods.base import BlockData, Solution, Target
 from llmconvert.quantize.methods.gptaq import Gptaq
 from llmconvert.quantize.methods.signround import SignRound
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.requantize import requantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
 WINDOWS = ids((32, 24, 32))
-W2, W4 = Scheme(2, 32), Scheme(4, 32)
+W2, W4 = Scheme(Int(2), 32), Scheme(Int(4), 32)
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 #: Changed in these tests: behind a block of two bits, and before one.

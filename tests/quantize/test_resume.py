@@ -16,6 +16,7 @@ from support.tiny_architectures import ids, tiny_model
 
 from llmconvert.errors import OutputError
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -165,7 +166,7 @@ def test_finished_blocks_are_not_done_again(
 
 
 def test_results_of_all_blocks_are_reported_after_resuming(half_done: Path, source: Path, tmp_path: Path) -> None:
-    request: dict[str, Any] = {"method": "gptq", "scheme": Scheme(4, 32), "windows": ids((16, 24))}
+    request: dict[str, Any] = {"method": "gptq", "scheme": Scheme(Int(4), 32), "windows": ids((16, 24))}
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -239,7 +240,11 @@ def test_a_second_run_on_the_same_output_is_refused(source: Path, expected: dict
         time.sleep(0.002)
     with pytest.raises(OutputError, match=r"another run \(process \d+\) is using it"):
         quantize_checkpoint(
-            SafetensorsCheckpoint(source), tmp_path / "out", method="gptq", scheme=Scheme(4, 32), windows=ids((16, 24))
+            SafetensorsCheckpoint(source),
+            tmp_path / "out",
+            method="gptq",
+            scheme=Scheme(Int(4), 32),
+            windows=ids((16, 24)),
         )
     assert process.is_alive()
     process.join()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.rotate import Rotation, rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
@@ -113,7 +114,7 @@ def test_an_artifact_of_a_rotated_model_runs_in_transformers(tiny: Tiny, tmp_pat
     """Tied embeddings became two tensors, and the config says so."""
     source = SafetensorsCheckpoint(tiny("llama-tied", torch.bfloat16))
     rotated = rotate_checkpoint(source)
-    quantize_checkpoint(rotated, tmp_path / "out", method="gptq", scheme=Scheme(8, 32), windows=WINDOWS)
+    quantize_checkpoint(rotated, tmp_path / "out", method="gptq", scheme=Scheme(Int(8), 32), windows=WINDOWS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
     with torch.no_grad():

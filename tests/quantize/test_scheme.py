@@ -7,23 +7,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmconvert.errors import SchemeError
+from llmconvert.quantize.numbers import E4M3, NF4, Int
 from llmconvert.quantize.scheme import Scheme
 
 integers = st.builds(
     Scheme,
-    bits=st.integers(2, 8),
+    st.builds(Int, st.integers(2, 8), st.booleans()),
     group_size=st.none() | st.integers(1, 4096),
-    symmetric=st.booleans(),
     activation_bits=st.sampled_from([8, 16]),
 )
 floats = st.builds(
     Scheme,
-    bits=st.just(8),
+    st.just(E4M3),
     group_size=st.none() | st.integers(1, 4096),
     activation_bits=st.sampled_from([8, 16]),
-    kind=st.just("fp8"),
 )
-levels = st.builds(Scheme, bits=st.just(4), group_size=st.integers(1, 4096), kind=st.just("nf4"), nested=st.booleans())
+levels = st.builds(Scheme, st.just(NF4), group_size=st.integers(1, 4096), nested=st.booleans())
 schemes = integers | floats | levels
 
 
@@ -36,16 +35,16 @@ def test_a_name_stands_for_its_scheme(scheme: Scheme) -> None:
 @pytest.mark.parametrize(
     ("name", "scheme", "canonical"),
     [
-        ("w4a16-g128", Scheme(4, 128), "w4a16-g128-sym"),
-        ("w4a16-g128-sym", Scheme(4, 128), "w4a16-g128-sym"),
-        ("w3a16-g64-asym", Scheme(3, 64, symmetric=False), "w3a16-g64-asym"),
-        ("w8a8", Scheme(8, activation_bits=8), "w8a8-channel-sym"),
-        ("w8a16-channel-asym", Scheme(8, symmetric=False), "w8a16-channel-asym"),
-        ("w2a16-asym", Scheme(2, symmetric=False), "w2a16-channel-asym"),
-        ("fp8", Scheme(8, activation_bits=8, kind="fp8"), "w8a8-channel-fp8"),
-        ("w8a16-fp8", Scheme(8, kind="fp8"), "w8a16-channel-fp8"),
-        ("nf4", Scheme(4, 64, kind="nf4"), "w4a16-g64-nf4"),
-        ("nf4-dq", Scheme(4, 64, kind="nf4", nested=True), "w4a16-g64-nf4-dq"),
+        ("w4a16-g128", Scheme(Int(4), 128), "w4a16-g128-sym"),
+        ("w4a16-g128-sym", Scheme(Int(4), 128), "w4a16-g128-sym"),
+        ("w3a16-g64-asym", Scheme(Int(3, symmetric=False), 64), "w3a16-g64-asym"),
+        ("w8a8", Scheme(Int(8), activation_bits=8), "w8a8-channel-sym"),
+        ("w8a16-channel-asym", Scheme(Int(8, symmetric=False)), "w8a16-channel-asym"),
+        ("w2a16-asym", Scheme(Int(2, symmetric=False)), "w2a16-channel-asym"),
+        ("fp8", Scheme(E4M3, activation_bits=8), "w8a8-channel-fp8"),
+        ("w8a16-fp8", Scheme(E4M3), "w8a16-channel-fp8"),
+        ("nf4", Scheme(NF4, 64), "w4a16-g64-nf4"),
+        ("nf4-dq", Scheme(NF4, 64, nested=True), "w4a16-g64-nf4-dq"),
     ],
 )
 def test_defaults_are_filled_in(name: str, scheme: Scheme, canonical: str) -> None:
@@ -73,6 +72,12 @@ def test_names_outside_the_grammar_are_refused_with_an_example(name: str) -> Non
         ("w3a16-g64-nf4", "nf4 weights have 4 bits, a group size and no zero point"),
         ("w4a16-nf4", "nf4 weights have 4 bits, a group size and no zero point"),
         ("w4a8-g64-nf4", "nf4 weights leave activations at 16 bits"),
+        (
+            "w8a16-channel-absmax",
+            "absmax weights have 8 bits, 8-bit activations, a scale per channel and no zero point",
+        ),
+        ("w8a8-g64-absmax", "absmax weights have 8 bits, 8-bit activations, a scale per channel"),
+        ("w8a8-channel-fp8-dq", "only nf4 weights have quantized scales"),
     ],
 )
 def test_numbers_out_of_range_are_named(name: str, message: str) -> None:
@@ -82,19 +87,20 @@ def test_numbers_out_of_range_are_named(name: str, message: str) -> None:
 
 @given(integers)
 def test_codes_fill_their_bits(scheme: Scheme) -> None:
-    assert scheme.code_max - scheme.code_min + 1 == 1 << scheme.bits
-    assert scheme.code_min == -scheme.code_max - 1
+    low, high = scheme.number.limits
+    assert high - low + 1 == 1 << scheme.bits
+    assert low == -high - 1
 
 
 def test_groups_of_a_weight() -> None:
-    assert (Scheme(4, 32).groups(96), Scheme(4, 32).columns_per_group(96)) == (3, 32)
-    assert (Scheme(4).groups(96), Scheme(4).columns_per_group(96)) == (1, 96)
+    assert (Scheme(Int(4), 32).groups(96), Scheme(Int(4), 32).columns_per_group(96)) == (3, 32)
+    assert (Scheme(Int(4)).groups(96), Scheme(Int(4)).columns_per_group(96)) == (1, 96)
 
 
 def test_a_group_size_that_does_not_divide_names_layer_and_fitting_sizes() -> None:
-    Scheme(4, 32).check_fits("layer", 96)
-    Scheme(4).check_fits("layer", 97)
+    Scheme(Int(4), 32).check_fits("layer", 96)
+    Scheme(Int(4)).check_fits("layer", 97)
     with pytest.raises(SchemeError, match=r"group size 64 does not divide the 96 columns of a\.b; .*fit it: 16, 32$"):
-        Scheme(4, 64).check_fits("a.b", 96)
+        Scheme(Int(4), 64).check_fits("a.b", 96)
     with pytest.raises(SchemeError, match=r"the 97 columns of a\.b; only per-channel scales fit it"):
-        Scheme(4, 64).check_fits("a.b", 97)
+        Scheme(Int(4), 64).check_fits("a.b", 97)

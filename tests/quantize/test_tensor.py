@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.quantized import random_tensor
 
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
@@ -23,7 +24,7 @@ def test_weights_are_scale_times_code_minus_zero(name: str) -> None:
 
 
 def test_rounding_to_the_target_happens_once() -> None:
-    tensor = random_tensor(Scheme(8, 16, symmetric=False), 32, 64, torch.bfloat16)
+    tensor = random_tensor(Scheme(Int(8, symmetric=False), 16), 32, 64, torch.bfloat16)
     assert torch.equal(tensor.dequantize(torch.bfloat16), tensor.dequantize(torch.float64).to(torch.bfloat16))
 
 
@@ -41,15 +42,15 @@ def test_rows_and_concatenation_are_inverse(name: str) -> None:
 def test_parts_that_do_not_belong_together_are_refused() -> None:
     codes, scale = torch.zeros((4, 32), dtype=torch.int8), torch.ones((4, 2))
     zero = torch.zeros((4, 2), dtype=torch.int8)
-    QuantizedTensor(codes, scale, None, Scheme(4, 16))
-    QuantizedTensor(codes, scale, zero, Scheme(4, 16, symmetric=False))
+    QuantizedTensor(codes, scale, None, Scheme(Int(4), 16))
+    QuantizedTensor(codes, scale, zero, Scheme(Int(4, symmetric=False), 16))
     with pytest.raises(ValueError, match=r"codes must be int8, found torch\.int32"):
-        QuantizedTensor(codes.int(), scale, None, Scheme(4, 16))
+        QuantizedTensor(codes.int(), scale, None, Scheme(Int(4), 16))
     with pytest.raises(ValueError, match=r"scale must have shape \(4, 1\), found \(4, 2\)"):
-        QuantizedTensor(codes, scale, None, Scheme(4))
+        QuantizedTensor(codes, scale, None, Scheme(Int(4)))
     with pytest.raises(ValueError, match="has no zero point"):
-        QuantizedTensor(codes, scale, zero, Scheme(4, 16))
+        QuantizedTensor(codes, scale, zero, Scheme(Int(4), 16))
     with pytest.raises(ValueError, match="needs a zero point"):
-        QuantizedTensor(codes, scale, None, Scheme(4, 16, symmetric=False))
+        QuantizedTensor(codes, scale, None, Scheme(Int(4, symmetric=False), 16))
     with pytest.raises(ValueError, match="zero must be int8"):
-        QuantizedTensor(codes, scale, zero.int(), Scheme(4, 16, symmetric=False))
+        QuantizedTensor(codes, scale, zero.int(), Scheme(Int(4, symmetric=False), 16))

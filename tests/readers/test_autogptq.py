@@ -12,10 +12,11 @@ from environments import SCRIPTS, interpreter
 from support.quantized import random_tensor
 
 from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
-SCHEMES = [Scheme(bits, 32, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
+SCHEMES = [Scheme(Int(bits, symmetric), 32) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
 
 
 @pytest.mark.slow
@@ -28,7 +29,7 @@ def test_the_product_is_ours(tmp_path: Path) -> None:
         tensor = random_tensor(scheme, 64, 128, torch.float16)
         if tensor.zero is not None:
             # Where a zero point is 0, AutoGPTQ and its successor disagree (see the format's description).
-            lowest = torch.tensor(scheme.code_min + 1, dtype=torch.int8)
+            lowest = torch.tensor(int(scheme.number.limits[0]) + 1, dtype=torch.int8)
             tensor = QuantizedTensor(tensor.codes, tensor.scale, tensor.zero.maximum(lowest), scheme)
         tensors[name] = tensor
         stored |= {f"{name}/{key[2:]}": part.numpy() for key, part in load_format("gptq").pack("l", tensor).items()}

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmconvert.errors import RecipeError
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.loading import load_recipe, make_recipe, parse_recipe, read_override, shipped_recipes
 from llmconvert.recipes.schema.quantities import parse_bytes, parse_share
@@ -37,8 +38,8 @@ def test_the_documented_recipe_is_understood() -> None:
     recipe = parse_recipe(FULL, "x.yaml", name="llama")
     assert recipe.name == "llama"
     assert recipe.attention is not None and recipe.attention.heal is not None and recipe.attention.heal.steps == 200
-    assert recipe.quantize is not None and recipe.quantize.scheme == Scheme(4, 128)
-    assert recipe.quantize.overrides[0].scheme == Scheme(8, 128)
+    assert recipe.quantize is not None and recipe.quantize.scheme == Scheme(Int(4), 128)
+    assert recipe.quantize.overrides[0].scheme == Scheme(Int(8), 128)
     assert recipe.validation is not None and recipe.validation.perplexity is not None
     assert recipe.validation.perplexity.max_increase == pytest.approx(0.05)
     assert recipe.validation.generation is not None and recipe.validation.attention is not None
@@ -131,8 +132,8 @@ def test_overrides_change_sections_lists_and_switches() -> None:
             "memory=4GB",
         ],
     )
-    assert recipe.quantize is not None and recipe.quantize.scheme == Scheme(3, 64)
-    assert recipe.quantize.overrides[0].scheme == Scheme(4, 64)
+    assert recipe.quantize is not None and recipe.quantize.scheme == Scheme(Int(3), 64)
+    assert recipe.quantize.overrides[0].scheme == Scheme(Int(4), 64)
     assert recipe.validation is not None and recipe.validation.generation is not None
     assert recipe.validation.generation.max_new_tokens == 8
     assert recipe.publish is None and recipe.memory == 4_000_000_000

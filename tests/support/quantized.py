@@ -5,11 +5,20 @@ from __future__ import annotations
 import torch
 
 from llmconvert.engine.statistics import Hessian
-from llmconvert.quantize.codes import FP8
+from llmconvert.quantize.numbers import Float, Levels, Number
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
-__all__ = ["hessian_of", "random_inputs", "random_tensor", "random_weight"]
+__all__ = ["every_code", "hessian_of", "random_inputs", "random_tensor", "random_weight"]
+
+
+def every_code(number: Number) -> torch.Tensor:
+    """All codes of a number, in the order of their bits."""
+    if isinstance(number, Float):
+        every = torch.arange(1 << number.bits).to(torch.uint8).view(number.dtype)
+        return every[torch.isfinite(every.float())]
+    low, high = (0, len(number.levels) - 1) if isinstance(number, Levels) else map(int, number.limits)
+    return torch.arange(low, high + 1).to(torch.int8)
 
 
 def random_tensor(
@@ -18,12 +27,13 @@ def random_tensor(
     """Codes, scales and zero points of every value their types allow."""
     generator = torch.Generator().manual_seed(seed)
     groups = scheme.groups(columns)
-    low, high = scheme.code_min, scheme.code_max + 1
-    codes = torch.randint(low, high, (rows, columns), generator=generator, dtype=torch.int64).to(torch.int8)
+    low, high = map(int, scheme.number.limits)
+    codes = torch.randint(low, high + 1, (rows, columns), generator=generator, dtype=torch.int64).to(torch.int8)
     scale = torch.rand((rows, groups), generator=generator).mul_(0.1).add_(0.01).to(dtype)
-    if scheme.kind == "fp8":
-        return QuantizedTensor(torch.randn((rows, columns), generator=generator).to(FP8), scale, None, scheme)
-    zero = torch.randint(low, high, (rows, groups), generator=generator, dtype=torch.int64).to(torch.int8)
+    if isinstance(scheme.number, Float):
+        codes = torch.randn((rows, columns), generator=generator).to(scheme.number.dtype)
+        return QuantizedTensor(codes, scale, None, scheme)
+    zero = torch.randint(low, high + 1, (rows, groups), generator=generator, dtype=torch.int64).to(torch.int8)
     return QuantizedTensor(codes, scale, None if scheme.symmetric else zero, scheme)
 
 

@@ -23,6 +23,7 @@ from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.progress import Progress
 from llmconvert.quantize.gguf_job import write_gguf
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.requantize import requantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage import artifact
@@ -36,7 +37,7 @@ _CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["llmconvert.quantize.job", "transformers.models.llama.modeling_llama"])
 _CPU = torch.device("cpu")
 _WINDOWS = ids((24,) * 6, seed=3)
-_W4, _W8 = Scheme(4, 32), Scheme(8, 32)
+_W4, _W8 = Scheme(Int(4), 32), Scheme(Int(8), 32)
 _CHANGED = "model.layers.1.mlp.down_proj"
 _SHARD_NBYTES = 40_000
 

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.report.report import Check, ModelInfo, Report
 from llmconvert.validate.repair import Unit, Upgrade, choose_upgrades, needed_share, sensitivities, unit_error
 
-W2, W3, W4 = (Scheme(bits, 32) for bits in (2, 3, 4))
-W4G128, W4G64 = Scheme(4, 128), Scheme(4, 64)
+W2, W3, W4 = (Scheme(Int(bits), 32) for bits in (2, 3, 4))
+W4G128, W4G64 = Scheme(Int(4), 128), Scheme(Int(4), 64)
 
 
 def nbytes(shape: tuple[int, int], scheme: Scheme | None) -> int:
@@ -66,7 +67,7 @@ def test_nothing_that_the_format_refuses_and_nothing_over_the_budget() -> None:
     assert [chosen.after for chosen in choose([unit("only", 1.0)], budget=1024)] == [W3]
     refused = choose_upgrades([unit("only", 1.0)], 0.5, 10**9, nbytes=nbytes, accepts=lambda scheme, shape: False)
     assert [chosen.after for chosen in refused] == [None]
-    eight = Scheme(8, None, activation_bits=8)
+    eight = Scheme(Int(8), None, activation_bits=8)
     assert [chosen.after for chosen in choose([unit("only", 1.0, eight)])] == [None]
 
 

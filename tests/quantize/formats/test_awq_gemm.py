@@ -11,6 +11,7 @@ from support.quantized import random_tensor
 
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 
 AWQ = load_format("awq")
@@ -34,7 +35,7 @@ def words(values: np.ndarray) -> np.ndarray:
     seed=st.integers(0, 1 << 16),
 )
 def test_the_layout(rows: int, groups: int, size: int, seed: int) -> None:
-    scheme = Scheme(4, size, symmetric=False)
+    scheme = Scheme(Int(4, symmetric=False), size)
     tensor = random_tensor(scheme, rows, groups * size, torch.float16, seed)
     assert tensor.zero is not None
     packed = AWQ.pack("l", tensor)
@@ -54,10 +55,10 @@ def test_other_schemes_are_refused(name: str) -> None:
 
 def test_shapes_that_no_word_holds_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedError, match=r"a\.b: a weight of shape \[36, 64\]; awq needs a multiple of 8"):
-        AWQ.specs("a.b", (36, 64), Scheme(4, 32, symmetric=False), torch.float16)
+        AWQ.specs("a.b", (36, 64), Scheme(Int(4, symmetric=False), 32), torch.float16)
 
 
 def test_two_schemes_in_one_model_are_refused() -> None:
-    schemes = {"a": Scheme(4, 32, symmetric=False), "b": Scheme(4, 64, symmetric=False)}
+    schemes = {"a": Scheme(Int(4, symmetric=False), 32), "b": Scheme(Int(4, symmetric=False), 64)}
     with pytest.raises(UnsupportedError, match=r"w4a16-g32-asym, w4a16-g64-asym: awq has one scheme per model"):
         AWQ.quantization_config(schemes, [])

@@ -17,14 +17,15 @@ from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.base import FORMATS, FileFormat, Format, load_format
 from llmconvert.quantize.matrix import check_format, check_method
 from llmconvert.quantize.methods.base import load_method
+from llmconvert.quantize.numbers import E4M3, Int
 from llmconvert.quantize.scheme import Scheme
 
 WEIGHT_ONLY = [
-    Scheme(bits, group, symmetric)
+    Scheme(Int(bits, symmetric), group)
     for bits, group, symmetric in itertools.product(range(2, 9), (None, 32), (True, False))
 ]
 FLOATS = [Scheme.parse("fp8"), Scheme.parse("w8a16-fp8")]
-SCHEMES = [*WEIGHT_ONLY, Scheme(8, activation_bits=8), *FLOATS]
+SCHEMES = [*WEIGHT_ONLY, Scheme(Int(8), activation_bits=8), *FLOATS]
 # What a format can hold of these; the rest it has to refuse, which is tested too.
 SHAPES = [(1, 64), (40, 96), (33, 192), (64, 128), (96, 64)]
 
@@ -166,13 +167,13 @@ def test_compressed_tensors_parses_the_config(scheme: Scheme) -> None:
     config = QuantizationConfig.model_validate(declared)
     assert config.quant_method == "compressed-tensors"
     assert config.ignore == ["lm_head"]
-    plain = "float-quantized" if scheme.kind == "fp8" else "int-quantized"
+    plain = "float-quantized" if scheme.number == E4M3 else "int-quantized"
     assert config.format == ("pack-quantized" if scheme in WEIGHT_ONLY else plain)
     (group,) = config.config_groups.values()
     assert group.targets == ["Linear"]
     weights = group.weights
     assert weights is not None
-    assert weights.type == ("float" if scheme.kind == "fp8" else "int")
+    assert weights.type == ("float" if scheme.number == E4M3 else "int")
     assert (weights.num_bits, weights.symmetric, weights.group_size) == (
         scheme.bits,
         scheme.symmetric,
@@ -183,7 +184,7 @@ def test_compressed_tensors_parses_the_config(scheme: Scheme) -> None:
 
 
 def test_several_schemes_become_groups_by_name() -> None:
-    four, eight, dynamic = Scheme(4, 32), Scheme(8, 32), Scheme(8, activation_bits=8)
+    four, eight, dynamic = Scheme(Int(4), 32), Scheme(Int(8), 32), Scheme(Int(8), activation_bits=8)
     schemes = {"a": four, "b": eight, "c": four, "d": dynamic, "e": four}
     declared = load_format("compressed-tensors").quantization_config(schemes, [])
     config = QuantizationConfig.model_validate(declared)

@@ -16,12 +16,11 @@ from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.methods.base import Target
 from llmconvert.quantize.methods.rtn import Rtn
-from llmconvert.quantize.nf4 import dynamic_levels, round_to_nf4
+from llmconvert.quantize.numbers import NF4, Int, dynamic_levels
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.tensor import QuantizedTensor
 
 BNB = load_format("bitsandbytes")
-INT8 = Scheme(8, activation_bits=8)
+INT8 = Scheme(Int(8), activation_bits=8)
 
 
 def test_the_levels_of_dynamic_floats() -> None:
@@ -44,7 +43,7 @@ def test_nf4_is_bitsandbytes_own(
     weight[0, :size] = 0
     codes, state = quantize_4bit(weight, blocksize=size, quant_type="nf4", compress_statistics=nested)
     expected = {"l.weight": codes, **{f"l.weight.{key}": part for key, part in state.as_dict(packed=True).items()}}
-    scheme = Scheme(4, size, kind="nf4", nested=nested)
+    scheme = Scheme(NF4, size, nested=nested)
     (solution,) = Rtn().quantize([Target("l", weight, scheme)], None, torch.float32).values()
     found = BNB.pack("l", solution.tensor)
     assert set(found) == set(expected)
@@ -102,7 +101,7 @@ def test_8_bits_are_stored_as_bitsandbytes_does(dtype: torch.dtype) -> None:
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"'a\.b' has values that are not finite"):
-        round_to_nf4("a.b", torch.full((1, 64), torch.inf), Scheme.parse("nf4"))
+        Rtn().quantize([Target("a.b", torch.full((1, 64), torch.inf), Scheme.parse("nf4"))], None, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["w4a16-g64", "w8a16-channel", "w4a16-g32-nf4", "fp8"])
@@ -120,7 +119,6 @@ def test_the_offset_does_not_change_the_size() -> None:
     scheme = Scheme.parse("nf4-dq")
     sizes = set()
     for factor in (1.0, 1e-30, 0.1234567):
-        tensor = round_to_nf4("l", factor * random_weight(4, 64), scheme)
-        assert isinstance(tensor, QuantizedTensor)
-        sizes.add(BNB.pack("l", tensor)["l.weight.quant_state.bitsandbytes__nf4"].shape)
+        (solution,) = Rtn().quantize([Target("l", factor * random_weight(4, 64), scheme)], None, torch.float32).values()
+        sizes.add(BNB.pack("l", solution.tensor)["l.weight.quant_state.bitsandbytes__nf4"].shape)
     assert len(sizes) == 1

@@ -22,6 +22,7 @@ from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.pack import pack_words
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
@@ -60,7 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 )
 def test_gptq(folders: Iterator[Path], bits: int, version: str, order: str, symmetric: bool, seed: int) -> None:
     """Versions 1 and 2, activation order, and checkpoints without ``g_idx``."""
-    scheme = Scheme(bits, 32, symmetric)
+    scheme = Scheme(Int(bits, symmetric), 32)
     tensor = random_tensor(scheme, 64, 96, torch.float16, seed)
     stored = load_format("gptq").pack("l", tensor)
     if version == "gptq_v2":
@@ -92,7 +93,7 @@ def test_gptq(folders: Iterator[Path], bits: int, version: str, order: str, symm
 
 def test_gptq_linears_of_several_widths(tmp_path: Path) -> None:
     """GPTQModel's ``dynamic`` rules are not looked up: the tensors show it."""
-    tensors = {name: random_tensor(Scheme(bits, 32), 64, 96, torch.float16) for name, bits in (("a", 4), ("b", 8))}
+    tensors = {name: random_tensor(Scheme(Int(bits), 32), 64, 96, torch.float16) for name, bits in (("a", 4), ("b", 8))}
     stored = {
         name: part for linear in tensors for name, part in load_format("gptq").pack(linear, tensors[linear]).items()
     }
@@ -103,7 +104,7 @@ def test_gptq_linears_of_several_widths(tmp_path: Path) -> None:
 @settings(max_examples=15, deadline=None)
 @given(start=st.integers(0, 63), length=st.integers(1, 64), seed=st.integers(0, 1 << 16))
 def test_awq(folders: Iterator[Path], start: int, length: int, seed: int) -> None:
-    tensor = random_tensor(Scheme(4, 32, symmetric=False), 64, 96, torch.float16, seed)
+    tensor = random_tensor(Scheme(Int(4, symmetric=False), 32), 64, 96, torch.float16, seed)
     declared = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True}
     view = open_dense(write(next(folders), load_format("awq").pack("l", tensor), declared))
     stop = min(64, start + length)
@@ -121,14 +122,14 @@ def test_awq(folders: Iterator[Path], start: int, length: int, seed: int) -> Non
     ],
 )
 def test_other_versions_are_refused_by_name(tmp_path: Path, declared: dict[str, Any], message: str) -> None:
-    stored = load_format("gptq").pack("l", random_tensor(Scheme(4, 32), 32, 32, torch.float16))
+    stored = load_format("gptq").pack("l", random_tensor(Scheme(Int(4), 32), 32, 32, torch.float16))
     with pytest.raises(UnsupportedError, match=message):
         open_dense(write(tmp_path / "m", stored, declared))
 
 
 @pytest.mark.parametrize("part", ["qzeros", "scales"])
 def test_a_missing_part_is_named(tmp_path: Path, part: str) -> None:
-    stored = load_format("gptq").pack("a.b", random_tensor(Scheme(4, 32), 32, 32, torch.float16))
+    stored = load_format("gptq").pack("a.b", random_tensor(Scheme(Int(4), 32), 32, 32, torch.float16))
     del stored[f"a.b.{part}"]
     with pytest.raises(CheckpointError, match=rf"quantized linear 'a\.b' has no tensor 'a\.b\.{part}'"):
         open_dense(write(tmp_path / "m", stored, {"quant_method": "gptq", "bits": 4}))
@@ -149,6 +150,7 @@ def test_bitsandbytes_4_bits(tiny_llama: Path, tmp_path: Path, kind: str, double
     options = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double}
     directory, model = bnb_artifact(tiny_llama, tmp_path / "out", **options)
     view = open_dense(SafetensorsCheckpoint(directory))
+    assert isinstance(view, QuantizedView)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
     assert len(linears) == 14
     for name, module in linears.items():
@@ -158,6 +160,8 @@ def test_bitsandbytes_4_bits(tiny_llama: Path, tmp_path: Path, kind: str, double
         assert view.infos[weight].dtype == expected.dtype
         assert torch.equal(view[weight], expected)
         assert torch.equal(view.read_rows(weight, 3, 20), expected[3:20])
+        assert str(view.scheme_of(weight)) == f"w4a16-g64-{kind}{'-dq' if double else ''}"
+        assert torch.equal(view.read_quantized(weight).dequantize(expected.dtype), expected)
 
 
 def test_bitsandbytes_blocks_run_over_rows(tmp_path: Path) -> None:

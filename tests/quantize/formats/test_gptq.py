@@ -14,6 +14,7 @@ from support.quantized import random_tensor
 from llmconvert import __version__
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
@@ -44,7 +45,7 @@ def minus_one(zeros: np.ndarray, bits: int) -> np.ndarray:
     seed=st.integers(0, 1 << 16),
 )
 def test_the_layout(bits: int, rows: int, columns: int, group: int | None, symmetric: bool, seed: int) -> None:
-    scheme = Scheme(bits, group, symmetric)
+    scheme = Scheme(Int(bits, symmetric), group)
     tensor = random_tensor(scheme, rows, columns, torch.float16, seed)
     packed = GPTQ.pack("l", tensor)
     half = 1 << (bits - 1)
@@ -60,7 +61,7 @@ def test_the_layout(bits: int, rows: int, columns: int, group: int | None, symme
 
 
 def test_symmetric_zero_points_are_the_middle() -> None:
-    packed = GPTQ.pack("l", random_tensor(Scheme(4, 32), 32, 64, torch.float16))
+    packed = GPTQ.pack("l", random_tensor(Scheme(Int(4), 32), 32, 64, torch.float16))
     assert set(packed["l.qzeros"].flatten().tolist()) == {0x77777777}
 
 
@@ -73,18 +74,18 @@ def test_other_schemes_are_refused(name: str) -> None:
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40)])
 def test_shapes_that_no_word_holds_are_refused_by_name(shape: tuple[int, int]) -> None:
     with pytest.raises(UnsupportedError, match=r"a\.b: a weight of shape .* multiples of 32 in both dimensions"):
-        GPTQ.specs("a.b", shape, Scheme(4), torch.float16)
+        GPTQ.specs("a.b", shape, Scheme(Int(4)), torch.float16)
 
 
 def test_a_scale_beyond_float16_is_named() -> None:
-    tensor = random_tensor(Scheme(4), 32, 32, torch.bfloat16)
+    tensor = random_tensor(Scheme(Int(4)), 32, 32, torch.bfloat16)
     beyond = QuantizedTensor(tensor.codes, tensor.scale * 1e7, None, tensor.scheme)
     with pytest.raises(CheckpointError, match=r"a\.b: a scale is beyond float16"):
         GPTQ.pack("a.b", beyond)
 
 
 def test_the_config_says_what_differs_by_linear() -> None:
-    four, eight = Scheme(4, 32), Scheme(8, 32)
+    four, eight = Scheme(Int(4), 32), Scheme(Int(8), 32)
     layer = "model.layers.1"
     schemes = {f"{layer}.mlp.down_proj": eight, f"{layer}.self_attn.q_proj": eight}
     schemes |= {f"{layer}.{leaf}": four for leaf in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")}
@@ -109,7 +110,7 @@ def test_the_config_says_what_differs_by_linear() -> None:
 
 def test_the_producer_is_named_first_and_zero_points_as_gptqmodel_stores_them_where_there_are_any() -> None:
     producers = {
-        symmetric: GPTQ.quantization_config({"a": Scheme(4, 32, symmetric)}, [])["meta"]["quantizer"]
+        symmetric: GPTQ.quantization_config({"a": Scheme(Int(4, symmetric), 32)}, [])["meta"]["quantizer"]
         for symmetric in (True, False)
     }
     assert producers[True] == [f"llmconvert:{__version__}"]
@@ -117,12 +118,12 @@ def test_the_producer_is_named_first_and_zero_points_as_gptqmodel_stores_them_wh
 
 
 def test_linears_that_a_runtime_fuses_are_found_under_its_name() -> None:
-    schemes = {"model.layers.0.mlp.gate_proj": Scheme(8, 32), "model.layers.0.mlp.up_proj": Scheme(8, 32)}
-    schemes |= {f"model.layers.{index}.mlp.down_proj": Scheme(4, 32) for index in range(3)}
+    schemes = {"model.layers.0.mlp.gate_proj": Scheme(Int(8), 32), "model.layers.0.mlp.up_proj": Scheme(Int(8), 32)}
+    schemes |= {f"model.layers.{index}.mlp.down_proj": Scheme(Int(4), 32) for index in range(3)}
     rules = GPTQ.quantization_config(schemes, [])["dynamic"]
     assert any(re.match(pattern[2:], "model.layers.0.mlp.gate_up_proj") for pattern in rules)
 
 
 def test_two_symmetries_in_one_model_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="one symmetry per model"):
-        GPTQ.quantization_config({"a": Scheme(4, 32), "b": Scheme(4, 32, symmetric=False)}, [])
+        GPTQ.quantization_config({"a": Scheme(Int(4), 32), "b": Scheme(Int(4, symmetric=False), 32)}, [])

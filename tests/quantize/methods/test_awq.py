@@ -21,6 +21,7 @@ from llmconvert.quantize.methods.awq import Awq
 from llmconvert.quantize.methods.base import ScaledEdge, Target, load_method
 from llmconvert.quantize.methods.nearest import NearestCodes
 from llmconvert.quantize.methods.rtn import Rtn
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.plan import Override
 from llmconvert.quantize.requantize import requantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
@@ -211,8 +212,10 @@ def test_single_linears_of_a_finished_artifact_cannot_change(tiny: Tiny, tmp_pat
             tmp_path / "again",
             method="awq",
             format="compressed-tensors",
-            before={name.removesuffix(".weight"): Scheme(4, 16, False) for name in source if "_proj" in name},
-            changes={"model.layers.0.mlp.down_proj": Scheme(8)},
+            before={
+                name.removesuffix(".weight"): Scheme(Int(4, symmetric=False), 16) for name in source if "_proj" in name
+            },
+            changes={"model.layers.0.mlp.down_proj": Scheme(Int(8))},
             windows=WINDOWS,
             device=torch.device("cpu"),
             record=tmp_path / "record.json",

@@ -15,6 +15,7 @@ from llmconvert.errors import CalibrationError, CheckpointError
 from llmconvert.quantize.methods import gptq as gptq_module
 from llmconvert.quantize.methods.base import Solution, Target
 from llmconvert.quantize.methods.gptq import Gptq
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.kernels import (
     best_candidates,
@@ -51,7 +52,7 @@ def textbook(weight: np.ndarray, hessian: np.ndarray, tensor: QuantizedTensor, d
     codes = np.zeros(weight.shape, dtype=np.int8)
     for column, place in enumerate(order):
         step, origin = scale[:, place], zero[:, place]
-        code = np.clip(np.rint(work[:, column] / step) + origin, scheme.code_min, scheme.code_max)
+        code = np.clip(np.rint(work[:, column] / step) + origin, *scheme.number.limits)
         error = (work[:, column] - (code - origin) * step) / upper[column, column]
         work[:, column:] -= np.outer(error, upper[column, column:])
         codes[:, place] = code
@@ -207,7 +208,7 @@ def test_the_error_is_the_relative_error_of_the_output(name: str, scale_dtype: t
 def test_gptq_beats_rounding_to_nearest() -> None:
     weight, inputs = random_weight(96, COLUMNS).double(), random_inputs(2000, COLUMNS)
     hessian = hessian_of(inputs, torch.float64)
-    scheme = Scheme(3, 32)
+    scheme = Scheme(Int(3), 32)
     ours = quantized(EXACT, weight, hessian, str(scheme)).tensor.dequantize(torch.float64)
     scales = search_scales("w", weight, hessian.matrix.diagonal(), scheme, torch.float32)
     scale = scales.scale.double().repeat_interleave(32, 1)
@@ -226,7 +227,7 @@ def test_kernel_and_plain_torch_agree(name: str, dtype: torch.dtype, monkeypatch
 
     def plain(work: torch.Tensor, *arguments: object) -> None:
         *tensors, scheme = arguments
-        gptq_module._solve_block_plain(work, *tensors, float(scheme.code_min), float(scheme.code_max))
+        gptq_module._solve_block_plain(work, *tensors, *scheme.number.limits)
 
     monkeypatch.setattr(gptq_module, "_solve_block", plain)
     other = quantized(method, weight, hessian, name)
@@ -241,7 +242,7 @@ def test_threads_change_nothing() -> None:
     hessian = hessian_of(random_inputs(400, columns))
     prepared = Gptq().prepare("layer", hessian)
     work = weight.T.contiguous().index_select(0, prepared.order)
-    scales = search_scales("w", weight, prepared.diagonal, Scheme(4, 32), torch.float32)
+    scales = search_scales("w", weight, prepared.diagonal, Scheme(Int(4), 32), torch.float32)
     results = []
     before = torch.get_num_threads()
     try:

@@ -19,6 +19,7 @@ from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.methods.awq import Awq
 from llmconvert.quantize.methods.base import ScaledEdge
 from llmconvert.quantize.methods.rescale import describe_edges, rescale_block, share_by_channel
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -47,7 +48,7 @@ def rescaled(directory: Path, method: RandomScales, **options: Any) -> dict[str,
     skeleton = Skeleton(SafetensorsCheckpoint(directory), CPU)
     plans = discover(skeleton, 24)
     edges = options.get("edges") or find_edges(skeleton, plans)
-    schemes = {name: Scheme(8) for linears in skeleton.linears for name in linears}
+    schemes = {name: Scheme(Int(8)) for linears in skeleton.linears for name in linears}
     stream = Stream(skeleton, WINDOWS, plans, mode="lockstep")
     found: dict[str, torch.Tensor] = {}
     for run in stream.blocks():

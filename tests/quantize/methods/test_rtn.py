@@ -6,7 +6,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
-from support.quantized import random_weight
+from support.quantized import every_code, random_weight
 
 from llmconvert.errors import CheckpointError
 from llmconvert.quantize.methods import rtn as rtn_module
@@ -52,7 +52,7 @@ def test_every_weight_is_at_its_nearest_level(name: str, dtype: torch.dtype) -> 
     size = ours.scheme.columns_per_group(96)
     scale = ours.scale.double().repeat_interleave(size, 1).unsqueeze(-1)
     zero = 0 if ours.zero is None else ours.zero.double().repeat_interleave(size, 1).unsqueeze(-1)
-    codes = torch.arange(ours.scheme.code_min, ours.scheme.code_max + 1, dtype=torch.float64)
+    codes = every_code(ours.scheme.number).double()
     nearest = (weight.double().unsqueeze(-1) - (codes - zero) * scale).abs().amin(-1)
     chosen = (weight.double() - ours.dequantize(torch.float64)).abs()
     torch.testing.assert_close(chosen, nearest, rtol=1e-4, atol=1e-7)

@@ -47,7 +47,7 @@ def by_autograd(target: Target, weight: _Learned, offset: torch.Tensor, factor: 
     first = weight.start.scale.unsqueeze(-1)
     zero = torch.zeros_like(first) if weight.start.zero is None else weight.start.zero.float().unsqueeze(-1)
     raw = target.weight.view(rows, groups, -1) / (first * factor) + zero + offset
-    codes = (raw + (raw.round() - raw).detach()).clamp(scheme.code_min, scheme.code_max)
+    codes = (raw + (raw.round() - raw).detach()).clamp(*scheme.number.limits)
     return ((codes - zero) * (first * factor)).flatten(1)
 
 

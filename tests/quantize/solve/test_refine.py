@@ -49,7 +49,7 @@ def one_sweep(row: np.ndarray, tensor: QuantizedTensor, hessian: np.ndarray) -> 
             error = (codes - zero.repeat(size)) * scale.repeat(size) - row
             others = hessian[column] @ error - hessian[column, column] * error[column]
             value = row[column] - others / hessian[column, column]
-            codes[column] = np.clip(np.rint(value / scale[group] + zero[group]), scheme.code_min, scheme.code_max)
+            codes[column] = np.clip(np.rint(value / scale[group] + zero[group]), *scheme.number.limits)
         levels = np.zeros(len(row))
         levels[columns] = codes[columns] - zero[group]
         rest = (codes - zero.repeat(size)) * scale.repeat(size) - row - levels * scale[group]
@@ -94,7 +94,7 @@ def test_many_sweeps_end_where_no_code_alone_could_be_better(name: str) -> None:
     for column in range(COLUMNS):
         for step in (-1, 1):
             codes = found.codes.clone()
-            codes[:, column] = (codes[:, column] + step).clamp(scheme.code_min, scheme.code_max)
+            codes[:, column] = (codes[:, column] + step).clamp(*scheme.number.limits)
             other = QuantizedTensor(codes, found.scale, found.zero, scheme)
             assert (form(weight, other, hessian) >= least * (1 - 1e-9)).all()
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.quantized import random_weight
 
 from llmconvert.errors import CheckpointError
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve import scales as scales_module
 from llmconvert.quantize.solve.scales import GroupScales, full_range_scales, search_scales
@@ -34,7 +35,7 @@ def per_column(found: GroupScales, columns: int, dtype: torch.dtype) -> tuple[to
 
 def loss_of(weight: np.ndarray, importance: np.ndarray, scale: float, zero: float, scheme: Scheme) -> float:
     """``Σ h (w - ŵ)²`` of one group."""
-    codes = np.clip(np.rint(weight / scale) + zero, scheme.code_min, scheme.code_max)
+    codes = np.clip(np.rint(weight / scale) + zero, *scheme.number.limits)
     return float((importance * (weight - (codes - zero) * scale) ** 2).sum())
 
 
@@ -50,7 +51,7 @@ def brute_force(
         scale = span * ratio / (2**scheme.bits - 1)
         zero = 0.0
         if not scheme.symmetric:
-            zero = float(np.clip(scheme.code_min - np.rint(low * ratio / scale), scheme.code_min, scheme.code_max))
+            zero = float(np.clip(scheme.number.limits[0] - np.rint(low * ratio / scale), *scheme.number.limits))
         loss = loss_of(weight, importance, scale, zero, scheme)
         if loss < best[0]:
             best = (loss, scale, zero)
@@ -100,7 +101,7 @@ def losses_of(
 ) -> torch.Tensor:
     scale = candidates.gather(-1, best.unsqueeze(-1)).double()
     zero = zeros.gather(-1, best.unsqueeze(-1)).double()
-    codes = (torch.round(grouped.double() / scale) + zero).clamp(scheme.code_min, scheme.code_max)
+    codes = (torch.round(grouped.double() / scale) + zero).clamp(*scheme.number.limits)
     return (importance.double() * (grouped.double() - (codes - zero) * scale).square()).sum(-1)
 
 
@@ -123,7 +124,7 @@ def test_slices_of_rows_and_threads_change_nothing(name: str, monkeypatch: pytes
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_full_range_scales_are_those_of_compressed_tensors(bits: int, symmetric: bool) -> None:
-    scheme = Scheme(bits, 16, symmetric)
+    scheme = Scheme(Int(bits, symmetric), 16)
     weight = random_weight(50, 64)
     ours = full_range_scales("w", weight, scheme, torch.float32)
     args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="group", group_size=16)
@@ -145,7 +146,7 @@ def test_a_coarse_search_costs_next_to_nothing(name: str) -> None:
     for stride in (1, 3):
         found = search_scales("w", weight, importance, scheme, torch.bfloat16, stride=stride)
         scale, zero = per_column(found, 64, torch.float32)
-        codes = (torch.round(weight / scale) + zero).clamp(scheme.code_min, scheme.code_max)
+        codes = (torch.round(weight / scale) + zero).clamp(*scheme.number.limits)
         losses.append(float((importance * (weight - (codes - zero) * scale).square()).sum()))
     assert losses[0] <= losses[1] * (1 + 1e-6) and losses[1] <= 1.01 * losses[0]
 
@@ -161,14 +162,14 @@ def test_a_coarse_search_costs_next_to_nothing(name: str) -> None:
 def test_a_search_is_never_worse_than_the_full_range(
     bits: int, symmetric: bool, dtype: torch.dtype, magnitude: int, seed: int
 ) -> None:
-    scheme = Scheme(bits, 16, symmetric)
+    scheme = Scheme(Int(bits, symmetric), 16)
     weight = random_weight(20, 32, seed) * 10.0**magnitude
     importance = importance_of(32, seed).float()
 
     def losses(found: GroupScales) -> torch.Tensor:
         scale, zero = per_column(found, 32, torch.float64)
         assert torch.isfinite(scale).all() and (scale > 0).all() and found.scale.dtype == dtype
-        codes = (torch.round(weight.double() / scale) + zero).clamp(scheme.code_min, scheme.code_max)
+        codes = (torch.round(weight.double() / scale) + zero).clamp(*scheme.number.limits)
         return (importance * (weight - (codes - zero) * scale).square()).reshape(20, 2, 16).sum(-1)
 
     searched = losses(search_scales("w", weight, importance, scheme, dtype))
@@ -181,7 +182,7 @@ def test_importance_decides_which_columns_suffer() -> None:
     weight[0, 5] = 3.0
     weight[0, ::2] = -0.25
     ignored = torch.ones(16).index_fill(0, torch.tensor([5]), 0.0)
-    scheme = Scheme(4, 16)
+    scheme = Scheme(Int(4), 16)
     narrow = search_scales("w", weight, ignored, scheme, torch.float32, narrowest=0.1)
     wide = search_scales("w", weight, torch.ones(16) * (1 - ignored) * 100 + 1, scheme, torch.float32, narrowest=0.1)
     assert float(narrow.scale) < 0.5 * float(wide.scale)
@@ -195,7 +196,7 @@ def test_a_group_of_zeros_stays_zero(name: str) -> None:
         search_scales("w", torch.zeros(3, 64), torch.ones(64), scheme, torch.bfloat16),
     ):
         scale, zero = per_column(found, 64, torch.float32)
-        codes = (torch.round(torch.zeros(3, 64) / scale) + zero).clamp(scheme.code_min, scheme.code_max)
+        codes = (torch.round(torch.zeros(3, 64) / scale) + zero).clamp(*scheme.number.limits)
         assert torch.equal((codes - zero) * scale, torch.zeros(3, 64))
 
 
@@ -203,7 +204,7 @@ def test_a_group_of_zeros_stays_zero(name: str) -> None:
 def test_values_that_are_not_finite_are_named(value: float) -> None:
     weight = random_weight(5, 32)
     weight[4, 31] = value
-    for scheme in (Scheme(4, 16), Scheme(4, symmetric=False)):
+    for scheme in (Scheme(Int(4), 16), Scheme(Int(4, symmetric=False))):
         with pytest.raises(CheckpointError, match=r"'a\.weight' has values that are not finite"):
             full_range_scales("a.weight", weight, scheme, torch.float32)
         with pytest.raises(CheckpointError, match=r"'a\.weight' has values that are not finite"):

@@ -1,0 +1,274 @@
+"""Number formats of weights, before any scale: integers of k bits, E4M3, NF4, FP4 and the integers of LLM.int8.
+
+A number says how many bits a code has, what codes stand for as multiples of their scale, how a value is rounded to one,
+and which scales it takes. Whatever rounds, solves, packs or reads weights asks it, so that one more number is one more
+value here, or one more class if its codes are of another sort.
+
+Sources: OCP 8-bit floating point (arXiv 2209.05433) for E4M3; QLoRA (Dettmers et al. 2023, arXiv 2305.14314) for NF4;
+LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339); bitsandbytes (https://github.com/bitsandbytes-foundation/bitsandbytes)
+for FP4, and bit for bit for the rounding of its three.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from llmconvert.compute.activations import InputKind
+
+__all__ = ["E4M3", "FP4", "LLM_INT8", "NAMED", "NF4", "Float", "Int", "Levels", "Number", "dynamic_levels"]
+
+# bitsandbytes divides by no less.
+_SMALLEST = 1e-38
+
+
+@dataclass(frozen=True, slots=True)
+class Number(ABC):
+    """What a code of so many bits stands for.
+
+    Attributes:
+        bits: width of a code, 2 to 8.
+        symmetric: whether there are no zero points: zero is a code's value itself.
+        name: what the names of schemes call it.
+        grouped: whether its scales are of groups of columns, or of whole output channels if False; either if None.
+        activations: bits that the activations beside it can have.
+        absmax: whether a group's scale is its largest magnitude over :attr:`largest` in float32, and nothing else will
+            do: the numbers of bitsandbytes.
+        rounded_from: for these, what weights are rounded to first.
+        nestable: whether its scales can be quantized themselves.
+    """
+
+    bits: int
+    symmetric: bool = True
+    name: str = "int"
+    grouped: bool | None = None
+    activations: tuple[int, ...] = (16, 8)
+    absmax: bool = False
+    rounded_from: torch.dtype = torch.float32
+    nestable: bool = False
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """What codes are held in."""
+        return torch.int8
+
+    @property
+    @abstractmethod
+    def limits(self) -> tuple[float, float]:
+        """The smallest and the largest value of a code; of integers the codes themselves, zero points not taken off."""
+
+    @property
+    def largest(self) -> float:
+        """What a group's largest magnitude comes to when the scale covers the group, without zero points."""
+        return self.limits[1]
+
+    @property
+    def even(self) -> bool:
+        """Whether codes are integers that stand for themselves, under any scale: what solvers work on."""
+        return False
+
+    @property
+    def input_kind(self) -> InputKind:
+        """What runtimes quantize activations of 8 bits beside it to."""
+        return "int8"
+
+    @property
+    def stored(self) -> Number:
+        """The number that its codes and scales are read as, once they are there."""
+        return self
+
+    @abstractmethod
+    def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+        """The code next to each value.
+
+        Args:
+            values: weights over their scales, any floating dtype.
+            zero: what codes are moved by, broadcast to ``values``; None for none, as for all but integers.
+
+        Returns:
+            codes of the same shape, in :attr:`code_dtype`.
+        """
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes stand for as multiples of their scale, float32; zero points are not taken off."""
+        return codes.float()
+
+    def round_scale(self, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Scales as they can be stored, in the dtype that a format stores."""
+        return scale.to(dtype)
+
+    def round_groups(self, grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of an :attr:`absmax` number, as bitsandbytes has them.
+
+        It multiplies by :attr:`largest` over a group's magnitude, where others divide by the scale: near ties that
+        makes a difference.
+
+        Args:
+            grouped: weights ``[rows, groups, group size]``, any floating dtype.
+
+        Returns:
+            codes of that shape, and scales float32 ``[rows, groups]``: zero where a group is, and not finite where
+            :attr:`rounded_from` does not hold its values.
+        """
+        values = grouped.to(self.rounded_from)
+        magnitude = values.abs().amax(-1, keepdim=True).float()
+        codes = self.nearest((values * (self.largest / magnitude.clamp(min=_SMALLEST))).where(magnitude > 0, 0))
+        # By a tensor: a GPU multiplies by the inverse of a number, which is off by a bit.
+        return codes, (magnitude / magnitude.new_tensor(self.largest)).squeeze(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Int(Number):
+    """Integers, signed whether or not there are zero points, as in compressed-tensors.
+
+    Attributes:
+        narrow: whether the smallest code goes unused, so that the range is symmetric.
+    """
+
+    narrow: bool = False
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        half = 1 << (self.bits - 1)
+        return float(self.narrow - half), float(half - 1)
+
+    @property
+    def largest(self) -> float:
+        """Half the range of all codes, −8 … 7 being 15 steps wide, as compressed-tensors has it."""
+        low, high = self.limits
+        return (high - low) / 2
+
+    @property
+    def even(self) -> bool:
+        return not self.absmax
+
+    @property
+    def stored(self) -> Number:
+        return Int(self.bits, self.symmetric)
+
+    def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+        """Half to even."""
+        codes = torch.round(values)
+        if zero is not None:
+            codes += zero
+        return codes.clamp_(*self.limits).to(torch.int8)
+
+
+@dataclass(frozen=True, slots=True)
+class Float(Number):
+    """Small floats that torch has a dtype for.
+
+    Attributes:
+        dtype: what codes are held in.
+    """
+
+    dtype: torch.dtype = torch.float8_e4m3fn
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        bound = torch.finfo(self.dtype).max
+        return -bound, bound
+
+    @property
+    def input_kind(self) -> InputKind:
+        return "fp8"
+
+    def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+        return values.clamp(*self.limits).to(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Levels(Number):
+    """Codes are indices into a table.
+
+    Attributes:
+        levels: the value of every code, in any order.
+    """
+
+    levels: tuple[float, ...] = ()
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return min(self.levels), max(self.levels)
+
+    def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+        """Between two levels the lower one wins a tie."""
+        levels, order = torch.tensor(self.levels, dtype=torch.float32, device=values.device).sort()
+        middles = (levels[1:] + levels[:-1]) / 2
+        return order[torch.bucketize(values.float(), middles)].to(torch.int8)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self.levels, dtype=torch.float32, device=codes.device)[codes.int()]
+
+
+#: Four exponent and three mantissa bits, no infinity, largest value 448.
+E4M3 = Float(8, name="fp8")
+
+#: Integers of −127 … 127, of which a row's largest magnitude is the last; weights are rounded to float16 first.
+LLM_INT8 = Int(8, name="absmax", grouped=False, activations=(8,), absmax=True, rounded_from=torch.float16, narrow=True)
+
+#: The 16 values of NF4, quantiles of a normal distribution scaled to −1 … 1, as bitsandbytes has them.
+NF4 = Levels(
+    4,
+    name="nf4",
+    grouped=True,
+    activations=(16,),
+    absmax=True,
+    nestable=True,
+    levels=(
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+)
+
+_FP4_SIZES = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
+
+#: The 4-bit floats of bitsandbytes, over their largest; the upper bit is the sign.
+FP4 = Levels(
+    4,
+    name="fp4",
+    grouped=True,
+    activations=(16,),
+    absmax=True,
+    nestable=True,
+    levels=(*_FP4_SIZES, *(-size for size in _FP4_SIZES)),
+)
+
+#: Those that schemes have a word for beside integers, by that word; FP4 is read alone.
+NAMED: Mapping[str, Number] = {number.name: number for number in (E4M3, NF4, LLM_INT8)}
+
+_EXPONENTS = 7
+
+
+def dynamic_levels(device: torch.device | None = None) -> torch.Tensor:
+    """The 256 values of 8-bit dynamic floats (Dettmers 2016, arXiv 1511.04561), ascending, float32.
+
+    The smaller one is, the fewer bits of it are left.
+    """
+    positive: list[float] = []
+    for exponent in range(_EXPONENTS):
+        edges = torch.linspace(0.1, 1, (1 << exponent) + 1, dtype=torch.float32)
+        positive += ((10 ** (exponent - _EXPONENTS + 1)) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
+    values = sorted([*positive, *(-value for value in positive), 0.0, 1.0])
+    return torch.tensor(values, dtype=torch.float32, device=device)
