@@ -76,7 +76,7 @@ class Inventory:
 
 @dataclass(frozen=True, slots=True)
 class InventoryCheck(Measurement):
-    """The measurement: tensors that are wrong, against an original."""
+    """The inventory as a measurement: how many tensors are missing, misshapen or not finite, against an original."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """One check, with the record of every tensor; none without an original."""

@@ -25,7 +25,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class SizeCheck(Measurement):
-    """The measurement.
+    """Bytes of the weight files, with a limit on them, and bits per weight.
 
     Attributes:
         max_bytes: what the weight files may take; None allows anything.

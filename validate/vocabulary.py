@@ -16,7 +16,7 @@ __all__ = ["VocabularyCheck"]
 
 @dataclass(frozen=True, slots=True)
 class VocabularyCheck(Measurement):
-    """The first measurement of all: a refusal, or nothing."""
+    """Refuses an original with other token ids than the artifact's, before long measurements begin."""
 
     def measure(self, subject: Subject) -> list[Check]:
         """No check.

@@ -37,7 +37,7 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class BehaviourCheck(Measurement):
-    """The measurement; without ``generation`` only loading and fidelity are measured, and these only on a text.
+    """Behaviour in transformers as a measurement; without ``generation`` loading and fidelity alone, which need a text.
 
     An artifact too large for the memory is continued by the streaming engine, a few tokens per prompt; one whose
     quantizer is not installed gives a check that says so and holds no number. An artifact that transformers refuses, or

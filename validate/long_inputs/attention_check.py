@@ -21,7 +21,7 @@ _SAME_ROUNDING = 2.0
 
 @dataclass(frozen=True, slots=True)
 class AttentionCheck(Measurement):
-    """The measurement, by its options."""
+    """Attention backends as a measurement: agreement with float32, greedy text, memory and time of reading a prompt."""
 
     options: AttentionOptions
 

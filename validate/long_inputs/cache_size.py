@@ -63,7 +63,12 @@ def measured_cache_nbytes(config: Mapping[str, Any], context: int, batch: int = 
 
 @dataclass(frozen=True, slots=True)
 class CacheCheck(Measurement):
-    """The measurement: contexts in tokens, and batch sizes."""
+    """Bytes of the key-value cache as a measurement.
+
+    Attributes:
+        contexts: tokens that the cache holds; those beyond the model's positions are left out.
+        batches: sequences in it.
+    """
 
     contexts: tuple[int, ...] = (2048, 8192, 32768)
     batches: tuple[int, ...] = (1, 8)

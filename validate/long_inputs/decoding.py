@@ -90,7 +90,7 @@ def _fill(model: Any, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class DecodingCheck(Measurement):
-    """The measurement.
+    """Tokens per second at long context as a measurement.
 
     Attributes:
         context: tokens in the cache.

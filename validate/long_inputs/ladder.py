@@ -113,7 +113,7 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class MemoryLadder(Measurement):
-    """The measurement.
+    """The memory ladder as a measurement, computed and where it fits run.
 
     Attributes:
         contexts: tokens to read and keep.

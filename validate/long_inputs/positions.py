@@ -83,7 +83,7 @@ def score_positions(
 
 @dataclass(frozen=True, slots=True)
 class PositionsCheck(Measurement):
-    """The measurement.
+    """Perplexity by position as a measurement.
 
     Attributes:
         dataset: text.

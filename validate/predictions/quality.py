@@ -38,7 +38,7 @@ _CONTEXT_TOKENS = 24
 
 @dataclass(frozen=True, slots=True)
 class QualityCheck(Measurement):
-    """The measurement, and what an artifact must keep to pass; None allows anything.
+    """Perplexity and divergence as a measurement, with what an artifact must keep to pass; None allows anything.
 
     Attributes:
         max_increase: of the perplexity, relative to the original's: 0.05 for 5 %.

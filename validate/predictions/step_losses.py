@@ -23,7 +23,7 @@ __all__ = ["StepLossesCheck"]
 
 @dataclass(frozen=True, slots=True)
 class StepLossesCheck(Measurement):
-    """The measurement.
+    """Perplexity after every step as a measurement.
 
     Attributes:
         between: directories of the dense models between original and artifact, by step, in order.

@@ -102,7 +102,7 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
 
 
 def too_large(dense: Checkpoint, device: torch.device) -> str:
-    """Why a model can't be loaded whole; empty if it can."""
+    """Why a model of these dense weights can't be loaded whole, with the bytes it takes; empty if it can."""
     free = available_nbytes(device)
     needed = round(_LOADING_FACTOR * dense.nbytes)
     return f"loading it whole takes about {needed:,} bytes, {free:,} are free" if needed > free else ""

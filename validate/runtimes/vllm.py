@@ -135,7 +135,7 @@ def compare_logprobs(found: Logprobs, logits: torch.Tensor) -> LogprobFidelity:
 
 @dataclass(frozen=True, slots=True)
 class VllmCheck(Measurement):
-    """The measurement: what vLLM makes of the artifact, where it is installed; nothing where it is not.
+    """Fidelity of vLLM as a measurement, where it is installed; nothing where it is not.
 
     vLLM reads fewer schemes than there are, so an artifact that it can't run is no failed check; one that it runs and
     computes something else from is.

@@ -15,7 +15,7 @@ from typing import Any
 
 
 def main(request_file: str, answer_file: str) -> None:
-    """Score every window of the request."""
+    """Score every window of the request, one at a time; see the module for both files."""
     import vllm  # type: ignore[import-not-found,unused-ignore]
 
     request = json.loads(Path(request_file).read_text())
