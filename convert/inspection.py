@@ -1,4 +1,4 @@
-"""What a model is and what it needs, from its config and its tensors' headers alone."""
+"""Model summary: parameters, attention, KV cache and bytes by dtype, from the config and the tensors' headers alone."""
 
 from __future__ import annotations
 

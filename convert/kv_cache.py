@@ -1,4 +1,4 @@
-"""What the key-value cache holds: its size by context, batch and dtype, from the config alone.
+"""KV cache size by context, batch and dtype, from the config alone: grouped, latent (MLA) and sliding-window attention.
 
 A layer caches keys and values for every token of the context (full attention), for the last ``window - 1`` of them
 (sliding window, as transformers keeps it: the newest token brings its own), a compressed latent (MLA, DeepSeek-V2,

@@ -1,5 +1,6 @@
-"""Stretching rotary positions over longer inputs: linear interpolation (Chen et al. 2023, arXiv 2306.15595), YaRN (Peng
-et al. 2023, arXiv 2309.00071) and dynamic NTK scaling.
+"""RoPE scaling to longer inputs: linear interpolation, YaRN and dynamic NTK.
+
+Linear interpolation is Chen et al. 2023 (arXiv 2306.15595), YaRN Peng et al. 2023 (arXiv 2309.00071).
 
 Only ``config.json`` changes: which scaling, its factor, and how long inputs may be. No weight is touched, so what the
 model makes of it has to be measured (:mod:`llmconvert.validate.long_inputs.positions`).

@@ -1,4 +1,4 @@
-"""``MODEL`` → checkpoint: where a model can come from, and how it is told apart.
+"""Sources: a Hub id, a directory, a GGUF file or a packaged file as a checkpoint, and how they are told apart.
 
 Four forms are understood: a directory in Hugging Face layout, a ``.gguf`` file, ``package:PKG/FILE`` (a file shipped
 inside an installed Python package), and a Hub id ``org/name[@revision]``. What exists on disk wins over the Hub.

@@ -1,4 +1,4 @@
-"""Where to compute, by name."""
+"""Devices by name: ``cpu``, ``cuda``, ``cuda:N``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of a job goes, by phase."""
+"""Profile of a job: seconds by phase."""
 
 from __future__ import annotations
 

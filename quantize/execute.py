@@ -1,4 +1,4 @@
-"""One pass over the blocks of a model, in the memory of one block, resumable to the bit.
+"""Block-by-block quantization in one pass, in the memory of one block, resumable to the bit.
 
 The pass knows nothing of files: it hands every linear's solution to sinks, one for each artifact that is made of it,
 and tells them when a block is complete. A block lasts once every sink has it on disk, and the activations that enter

@@ -1,4 +1,4 @@
-"""Which method, scheme and format go together, and what reads the result: for refusals, budgets and tables.
+"""Compatibility of methods, schemes, formats and runtimes: for refusals, budgets and tables.
 
 Nothing is listed twice: a method says which numbers it chooses codes of, a format which schemes it holds, and the
 runtimes' record (:mod:`llmconvert.quantize.runtimes`) what has been seen to read it.

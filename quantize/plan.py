@@ -1,4 +1,4 @@
-"""What will be quantized, and what the artifact will look like: settled from names and shapes, before any work."""
+"""Plan of a quantization: every linear's scheme and the artifact's layout, from names and shapes, before any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Giving some linears of a finished artifact another scheme, while every other tensor keeps its bytes.
+"""Requantization: other schemes for some linears of a finished artifact, while every other tensor keeps its bytes.
 
 The linears in question get back their original weights, everything else stays as the artifact has it, and this mixture
 is quantized as far as it changed: a linear is calibrated on what the artifact's linears before it give. Methods that

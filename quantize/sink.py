@@ -1,4 +1,4 @@
-"""What a pass over the blocks fills: an artifact packed in one format, journaled block by block, put in place whole."""
+"""Sinks of a pass over the blocks: an artifact packed in one format, journaled block by block, put in place whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways through a model, block after block: without running it, or with calibration text streaming through.
+"""The loop over blocks: data-free, or true-sequential with calibration text streaming through.
 
 A step is one block: what quantizes its linears, and what makes the activations that enter it last on disk. The
 sequential way shows each linear what those before it have become; methods that ask for it get a second stream beside

@@ -1,4 +1,4 @@
-"""Everything measured about a finished artifact: a list of measurements, made one after the other.
+"""Validation of a finished artifact: a list of measurements, made one after the other.
 
 The artifact is opened again from disk: its files, not what was in memory when they were written. Original and artifact
 are evaluated by the streaming engine side by side, block by block; the runtime loads one model at a time.

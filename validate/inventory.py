@@ -1,4 +1,4 @@
-"""What became of every tensor: the artifact's contents held against the source's.
+"""Inventory: every tensor of the original found again in the artifact, with its relative error.
 
 An artifact can load and compute nonsense because a tensor was dropped, reshaped or written from the wrong buffer, and
 loaders fill what is missing with random numbers. So every tensor of the source must be found again, and the relative

@@ -1,4 +1,4 @@
-"""What a measurement is, and what it is made on: everything in a report comes from a list of these.
+"""The protocol of a measurement, and the subject it is made on; everything in a report comes from a list of these.
 
 One file under ``validate/`` holds a frozen dataclass with its settings and the two methods of :class:`Measurement`; one
 line in ``recipes/stages/measurements.py`` makes it from the recipe. What it returns appears everywhere by itself: in

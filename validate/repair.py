@@ -1,4 +1,4 @@
-"""Which layers to give more bits when an artifact missed the gate: those with the most divergence per byte.
+"""Choice of upgrades after a missed gate: the units with the most estimated KL divergence per byte get more bits.
 
 Linears that runtimes fuse (they share an input) are one unit. What a unit is to blame for is estimated from what was
 measured before anything was repaired: the error of its block when it is entered with the original's state, so without

@@ -1,4 +1,4 @@
-"""Whether original and artifact have the same vocabulary: if not, nothing measured on token ids means anything."""
+"""Vocabulary check: models whose token ids mean different things can't be compared token by token."""
 
 from __future__ import annotations
 

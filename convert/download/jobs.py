@@ -1,4 +1,4 @@
-"""What can be done to a Hub model while it downloads: another dtype, or a quantization that needs no calibration."""
+"""Streaming conversion of a Hub model: another dtype, or data-free quantization, while it downloads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converting a Hub model while it downloads: each shard is worked on when it is there, and deleted when it is done.
+"""Shard by shard from the Hub: each shard is worked on when it is there, and deleted when it is done.
 
 The model's headers are read first, so the output is laid out, and its disk space reserved, before the first shard
 comes. From then on at most two source shards are on disk: one being worked on, one on its way. Finished shards are

@@ -1,4 +1,4 @@
-"""Merging attention block after block while calibration text streams through, and refitting what was merged.
+"""MHA to GQA block by block, while calibration text streams through: heads merged, then refitted to the original.
 
 Two models run side by side, the original and the merged one, each in the memory of one block. In every block the
 merge is solved on the second moments of the merged model's own attention input; queries and keys are refitted to the

@@ -1,4 +1,4 @@
-"""What the attention of each architecture looks like, as data; and why some architectures' heads cannot be merged.
+"""Attention of each architecture as data: which heads can be merged, and why some can't.
 
 An architecture that is not in the table is refused by name. Adding one whose attention is made of known parts is one
 line here and one disguised model in its test.

@@ -1,4 +1,4 @@
-"""Rewriting a checkpoint to fewer key-value heads, on disk."""
+"""MHA to GQA or MQA: rewriting a checkpoint to fewer key-value heads, on disk."""
 
 from __future__ import annotations
 

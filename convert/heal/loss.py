@@ -1,4 +1,4 @@
-"""What healing minimizes: the divergence of the student's predictions from the teacher's, and of its hidden states.
+"""Distillation loss of healing: KL divergence of the predictions, and the error of hidden states.
 
 Distillation on soft targets is Hinton et al. 2015 (arXiv 1503.02531), on hidden states Jiao et al. 2020, TinyBERT
 (arXiv 1909.10351). The divergence is KL(teacher ‖ student) in nats over the whole vocabulary; its gradient with respect

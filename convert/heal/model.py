@@ -1,4 +1,4 @@
-"""A model in memory as healing needs it: hidden states after every block, and logits for some positions at a time.
+"""Resident teacher and student of healing: hidden states after every block, logits for some positions at a time.
 
 Teacher and student differ in attention alone, so every other tensor is in memory once.
 """

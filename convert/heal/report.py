@@ -1,4 +1,4 @@
-"""The report's section on healing: how the losses went."""
+"""Sections of the report on healing: the losses by step."""
 
 from __future__ import annotations
 

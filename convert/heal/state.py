@@ -1,4 +1,4 @@
-"""Where healing stands, on disk: one safetensors file, there whole or not at all."""
+"""Checkpoint of healing's training state: one safetensors file, there whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Healing: the merged model learns from the original, attention weights alone, by gradient steps.
+"""Training loop of healing: attention weights of the merged model distilled from the original.
 
 The loop is short because its parts are libraries': clipping and autocast are torch's, the schedule is transformers',
 and the optimizer is Muon for heads (:mod:`llmconvert.convert.heal.muon`), which learned more than AdamW from a given

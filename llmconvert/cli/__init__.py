@@ -1,5 +1,6 @@
-"""The command line: parse, call, print. Each command is a module of its own and imports what it calls when called,
-so that ``--help`` answers at once.
+"""The command line: parse, call, print.
+
+Each command is a module of its own and imports what it calls when called, so that ``--help`` answers at once.
 
 Errors of this package end the program with one message on standard error and the exit code of their class
 (:mod:`llmconvert.errors`); anything else is a bug and shows its traceback.

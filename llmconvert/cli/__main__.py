@@ -1,4 +1,4 @@
-"""``python -m llmconvert.cli``, where the script is not on the path."""
+"""Entry point of ``python -m llmconvert.cli``, where the script is not on the path."""
 
 from llmconvert.cli import main
 

@@ -1,4 +1,4 @@
-"""``llmconvert convert``."""
+"""``llmconvert convert``: another dtype, or fewer key-value heads (MHA to GQA or MQA)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``llmconvert inspect``."""
+"""``llmconvert inspect``: what a model is and needs, from its headers."""
 
 from __future__ import annotations
 

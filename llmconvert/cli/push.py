@@ -1,4 +1,4 @@
-"""``llmconvert push``."""
+"""``llmconvert push``: an artifact to the Hub, in one commit."""
 
 from __future__ import annotations
 

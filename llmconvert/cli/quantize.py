@@ -1,4 +1,4 @@
-"""``llmconvert quantize``."""
+"""``llmconvert quantize``: a model to a quantized artifact, or to a GGUF file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``llmconvert report``."""
+"""``llmconvert report``: several artifacts' reports side by side."""
 
 from __future__ import annotations
 

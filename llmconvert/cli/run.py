@@ -1,4 +1,4 @@
-"""``llmconvert run``."""
+"""``llmconvert run``: recipes from start to end."""
 
 from __future__ import annotations
 

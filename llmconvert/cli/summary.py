@@ -1,4 +1,4 @@
-"""What a run prints at its end."""
+"""Tables that commands print at their end: reports, batches, comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``llmconvert validate``."""
+"""``llmconvert validate``: an artifact measured against its original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs of linears as runtimes quantize them while the model runs: dynamically, one scale per token.
+"""Dynamic activation quantization, one scale per token, as runtimes do it before each linear.
 
 What is computed are the values the codes stand for, in the dtype of the input: the product that follows then equals
 that of an integer or E4M3 kernel up to the rounding of its sums. The formula is compressed-tensors' (symmetric, the

@@ -1,4 +1,4 @@
-"""Attention for calibration, on processors where torch's own kernel is slow.
+"""Tiled causal attention for calibration, on processors where torch's own kernel is slow.
 
 Flash attention of torch multiplies small pieces through MKL. Without AMX that has no products of bfloat16: it converts,
 and neither 16 bits nor the half of the scores that a causal model ignores save anything.

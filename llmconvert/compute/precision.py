@@ -1,4 +1,4 @@
-"""How precisely, and in what, matrix products are computed."""
+"""Precision of matrix products: in which dtype they are multiplied and summed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows shared out among threads: compiled loops run outside the GIL."""
+"""Row-parallel loops: rows of a matrix shared out among threads, which compiled kernels run outside the GIL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the predictions answer to what each linear gives, found by going back through the model, block by block.
+"""Backward pass of a streamed model, block by block: the Fisher information of the output of every linear.
 
 A small error ``e`` of the logits moves the distribution over the next token by ``KL ≈ ½ eᵀ F e``, where
 ``F = diag(p) − p pᵀ`` is the Fisher information of its probabilities ``p``. ``v = √p ∘ ε − p (√p · ε)`` with normal

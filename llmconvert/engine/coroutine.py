@@ -1,4 +1,4 @@
-"""One batch inside the model's own ``forward``, standing still where the engine has business with it.
+"""A batch's forward pass as a coroutine (greenlet): it pauses at every block's entry and before linears.
 
 A greenlet, because the forward is not ours to write as a generator. It stops at the entry of decoder blocks and before
 linears, and whoever runs it decides there what it meets next.

@@ -1,4 +1,4 @@
-"""What a forward pass will do, found out without a single weight: one pass over shapes alone.
+"""Tracing a forward pass on fake tensors: the order of linears, which share an input, and what a batch keeps alive.
 
 The model runs once on fake tensors (shapes and dtypes, no data). That tells in which order every block calls its
 linears, which of them receive the very same tensor (and so share statistics), which add to the residual stream, what a

@@ -1,4 +1,4 @@
-"""Two models side by side over the same text, block by block in one pass: how far each block takes them apart.
+"""Drift of the hidden state between two models, streamed side by side over the same text: what each block adds to it.
 
 Both run in replay mode, one block ahead of the other at most, so that memory holds two blocks, both models' outer
 weights and a bounded part of their hidden states, whatever the models' sizes. What a block adds to the drift is partly

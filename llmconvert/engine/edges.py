@@ -1,4 +1,4 @@
-"""Which modules of a block feed which of its linears channel by channel, found out by running the block.
+"""Edges for scale migration (AWQ, SmoothQuant): norms and linears that feed a linear channel by channel.
 
 A scale can be moved from the input columns of linears to the module that produces them where every column is
 proportional to one channel of that module and nobody else sees it: a norm before q, k and v, ``up_proj`` before

@@ -1,4 +1,4 @@
-"""A transformers model without weights, whose decoder blocks are filled and emptied one at a time.
+"""A transformers model on the ``meta`` device, whose decoder blocks are filled and emptied one at a time.
 
 The model is built on the ``meta`` device from ``config.json`` alone; its forward is never changed. Each decoder
 block is put into a :class:`BlockSlot`, the only place where a batch can be held, skipped or given another input.

@@ -1,4 +1,4 @@
-"""Where every batch's hidden state is kept at the entry of the block to come: in memory, or on disk to resume from."""
+"""Hidden states of every batch at the entry of the next block: in memory, or on disk to resume from."""
 
 from __future__ import annotations
 

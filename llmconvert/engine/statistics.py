@@ -1,4 +1,4 @@
-"""Second moments of a linear's inputs, accumulated batch by batch.
+"""Second moments of a linear's inputs (GPTQ's Hessian, ``XᵀX``), accumulated batch by batch.
 
 The Hessian of a linear's squared output error with respect to one row of its weight is ``2 XᵀX``, the same for every
 row; dividing by the number of tokens instead changes neither codes nor relative damping.

@@ -1,4 +1,4 @@
-"""Batches on their way through a model, block by block: one coroutine per batch, one forward pass in all.
+"""Streaming batches through a model block by block: one coroutine per batch, one forward pass in all.
 
 Every batch runs the model's own, unmodified ``forward`` inside a greenlet. It stands still where the engine has
 business with it: at the entry of each decoder block, and at the linears whose inputs are asked for. Meanwhile the

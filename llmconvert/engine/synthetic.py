@@ -1,4 +1,4 @@
-"""A checkpoint's shapes with random contents: what an architecture computes shows without its weights."""
+"""Random weights in a checkpoint's shapes, for what an architecture computes whatever its weights."""
 
 from __future__ import annotations
 

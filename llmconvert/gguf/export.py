@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as llama.cpp wants it: tensor names, layout and metadata, the inverse of reading GGUF.
+"""GGUF export: a Hugging Face checkpoint in llama.cpp's tensor names, layout and metadata, the inverse of reading.
 
 What llama.cpp computes from a file must be what transformers computes from the checkpoint. Settings that its code for
 the architecture does not know are refused by name before anything is written.

@@ -1,4 +1,4 @@
-"""What each GGUF architecture's tensors are called, shaped and stored like in Hugging Face checkpoints.
+"""GGUF tensor names by architecture: what they are called, and how shaped and stored, in Hugging Face checkpoints.
 
 The names on the left are llama.cpp's (``gguf.constants.TENSOR_NAMES``), without ``blk.<layer>.`` and ``.weight``.
 llama.cpp stores two things differently from transformers, both undone on reading (``convert_hf_to_gguf.py``):

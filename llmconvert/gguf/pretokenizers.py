@@ -1,4 +1,4 @@
-"""How text is split before byte-level BPE, by the value of ``tokenizer.ggml.pre``.
+"""Pre-tokenizers of byte-level BPE, by the value of ``tokenizer.ggml.pre``.
 
 A vocabulary's merges are only right on the pieces they were learned on. The names are llama.cpp's
 (``llama-vocab.cpp``); the patterns are those of the models' own ``tokenizer.json``, which llama.cpp rewords.

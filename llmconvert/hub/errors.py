@@ -1,4 +1,4 @@
-"""One line for every way in which the Hub can fail, saying what to do, and never holding a token."""
+"""Hub errors as one line that says what to do, and never holds a token."""
 
 from __future__ import annotations
 

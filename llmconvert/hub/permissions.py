@@ -1,4 +1,4 @@
-"""What a push may do, found out before the work: token, namespace, names of branches and tags, visibility, storage."""
+"""Permissions of a push, checked before the work: token, namespace, branches and tags, visibility, storage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a push will send: known from the directory alone, without a token and without the network."""
+"""Plan of a push: files, sizes and card, from the directory alone, without a token and without the network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies in a repository, and whose it is: the artifact's, an earlier version's of it, or somebody else's."""
+"""Files of a repository, and whose they are: the artifact's, an earlier version's of it, or somebody else's."""
 
 from __future__ import annotations
 

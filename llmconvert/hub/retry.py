@@ -1,4 +1,4 @@
-"""Trying again what may work the second time: how often, after how long, and after which failures."""
+"""Retries with backoff: how often, after how long, and after which failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bringing single files of a repository to this disk: resumable, checked, and stoppable at any moment.
+"""Downloads of single files: resumable, checked, and stoppable at any moment.
 
 The Hub's own client starts a file anew when its process was killed; here the part that arrived stays beside the target
 as ``.NAME.incomplete`` and the rest is asked for with an HTTP range.

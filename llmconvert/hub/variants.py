@@ -1,4 +1,4 @@
-"""The card in the root of a repository with one variant of a model per folder: what there is, and how to load it.
+"""Root card of a repository with one variant of a model per folder: what there is, and how to load it.
 
 Its marker holds the hash of the text behind it, so that a card which nobody has changed since can be told from one that
 somebody has.

@@ -1,4 +1,4 @@
-"""Fetching published files again and comparing them with the ones on this disk, byte for byte."""
+"""Verification of a push: published files fetched again and compared with those on this disk, byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that differ in a few tensors, with all other tensors in memory once."""
+"""Views of checkpoints that share all tensors but a few, held in memory once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation, by name: built in, a local file, or a dataset of the Hub.
+"""Datasets for calibration and evaluation, by name: built in, a local file, or a dataset of the Hub.
 
 ========================================  =========================================================================
 ``pydoc-topics:train``, ``…:test``        prose of the standard library, no download (:mod:`llmconvert.text.topics`)

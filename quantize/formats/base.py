@@ -1,4 +1,4 @@
-"""What an on-disk format of quantized weights has to do, in both directions, and the table of those there are."""
+"""The protocol of an on-disk format of quantized weights, in both directions, and the table of those there are."""
 
 from __future__ import annotations
 

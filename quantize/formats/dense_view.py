@@ -1,4 +1,4 @@
-"""Our own reader of quantized artifacts: a checkpoint seen with dense weights, dequantized as rows are read."""
+"""Dequantizing reader of quantized artifacts: a checkpoint seen with dense weights, row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AWQ (Lin et al. 2023, arXiv 2306.00978): channels that matter are scaled up to be rounded, their sources down.
+"""AWQ (Lin et al. 2023, arXiv 2306.00978): salient input channels are scaled up before rounding, their producers down.
 
 For linears ``W`` with inputs ``X``, a grid of scales ``s = aᵅ`` is tried, ``a`` being the mean magnitude of each input
 channel, and the one with the least ``‖(Q(W s) / s − W) X‖²`` wins. All that this needs to know of ``X`` is its second

@@ -1,4 +1,4 @@
-"""What a quantization method is to the engine, and the table of those there are."""
+"""The protocol of a quantization method, and the table of those there are."""
 
 from __future__ import annotations
 

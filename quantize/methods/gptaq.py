@@ -1,4 +1,4 @@
-"""GPTAQ (Li et al. 2025, arXiv 2504.02692): GPTQ against what the original linear gives for its original inputs.
+"""GPTAQ (Li et al. 2025, arXiv 2504.02692): GPTQ with asymmetric calibration, toward the original's own output.
 
 GPTQ minimizes ``‖Ŵ X − W X‖²`` on the inputs ``X`` that the quantized model so far produces; what earlier layers lost
 is lost. Here the target is ``W O`` with the original model's inputs ``O``. That splits: with ``W* = W O Xᵀ (X Xᵀ)⁻¹``,

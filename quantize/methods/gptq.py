@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounding column by column, each error corrected by the columns after.
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): column by column, each rounding error compensated by later columns.
 
 With the Hessian ``H = L Lᵀ`` of the linear's inputs, ``L`` lower triangular, the squared error of the output is
 ``‖(W - Ŵ) L‖²``. Columns are solved from the last to the first: column ``k`` of that product is zero for

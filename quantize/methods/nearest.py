@@ -1,4 +1,4 @@
-"""The final rounding step of AWQ and SmoothQuant: what was moved between channels is rounded to nearest, or by GPTQ.
+"""Final rounding step of AWQ and SmoothQuant: what was moved between channels is rounded to nearest, or by GPTQ.
 
 Nearest means group scales of least squared error, weighted with the inputs' energy (AWQ's clipping).
 """

@@ -1,4 +1,4 @@
-"""Moving scales along a block's edges before it is quantized: producers are divided, linears behind them multiplied.
+"""Scale migration (AWQ, SmoothQuant): along a block's edges, producers are divided and the linears behind multiplied.
 
 The block computes what it computed, but where a channel was large in activations it is now large in weights (or the
 reverse), and rounding hurts less. Which channels get which scale is the method's business; here its statistics are

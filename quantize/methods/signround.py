@@ -1,4 +1,4 @@
-"""SignRound (Cheng et al. 2023, arXiv 2309.05516): rounding and scales learned block by block, by signed gradients.
+"""SignRound (Cheng et al. 2023, arXiv 2309.05516; AutoRound): rounding and scales learned by signed gradients.
 
 Every weight gets an offset that is added before rounding, and every group a factor on its scale. Both are trained to
 bring the block's output on the quantized model's activations to the original block's output on the original's. The

@@ -1,4 +1,4 @@
-"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): outliers of activations moved to the weights, for 8 bits in both.
+"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): activation outliers are migrated into the weights, for W8A8.
 
 A channel's inputs are divided, and its weights multiplied, by ``s = max|X|ᵅ / max|W|¹⁻ᵅ``. With ``α`` of one half both
 then have the same largest magnitude, and a token's scale is no longer that of its one huge channel.

@@ -1,4 +1,4 @@
-"""Which scheme every unit gets, for a mean number of bits per weight: least divergence for the bytes.
+"""Mixed precision under a budget: a scheme for every unit, with the least divergence for the bits per weight.
 
 What each scheme costs a unit in divergence was measured (:mod:`llmconvert.quantize.mixed_precision.sensitivity`); for
 small errors the divergences of units add up (Malinovskii et al. 2024, arXiv 2411.17525), so this is a knapsack with one

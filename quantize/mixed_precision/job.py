@@ -1,4 +1,4 @@
-"""From a mean number of bits per weight to a scheme for every linear: measured, chosen, and said."""
+"""Mixed-precision job: sensitivity measured, schemes chosen for a mean number of bits per weight, and recorded."""
 
 from __future__ import annotations
 

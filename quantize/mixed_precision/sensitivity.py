@@ -1,4 +1,4 @@
-"""What every scheme of every unit costs in divergence of the predictions, measured on calibration text.
+"""Sensitivity by Fisher information: the KL divergence that each scheme of each unit costs, on calibration text.
 
 Quantizing a linear moves its weight by ``Δ`` and its outputs by ``Δ x_t``. With ``g_t`` from the way back through the
 model (:mod:`llmconvert.engine.backward`), which say what errors of its outputs cost, that brings per token

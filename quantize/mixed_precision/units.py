@@ -1,4 +1,4 @@
-"""What is quantized as one: linears that runtimes fuse (they share an input) always have one scheme."""
+"""Units of mixed precision: linears that runtimes fuse (q/k/v, gate/up) always have one scheme."""
 
 from __future__ import annotations
 

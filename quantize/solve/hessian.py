@@ -1,4 +1,4 @@
-"""What solvers do with a Hessian: its triangular factor in place, enough damping for one, and its quadratic form.
+"""Hessians in solvers: damping, Cholesky factor in place, quadratic form of an error.
 
 ``H = L Lᵀ`` with ``L`` lower triangular: for wide layers these matrices are the largest thing in memory, so everything
 happens in the memory of ``H``, whose upper triangle stays as it is: panel by panel, with LAPACK on the diagonal and

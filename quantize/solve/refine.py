@@ -1,4 +1,4 @@
-"""Codes and scales improved in turn, each given all the others, on the quadratic form that GPTQ minimizes.
+"""Coordinate descent on GPTQ's objective (QuantEase): codes and scales improved in turn, each given all the others.
 
 GPTQ decides each column once, before it knows what becomes of the columns after it. Here every column is looked at
 again with the others in place: the code that is best for them is taken (coordinate descent, as in QuantEase, Behdin et

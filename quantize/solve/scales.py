@@ -1,4 +1,4 @@
-"""Scales and zero points before any rounding: chosen per group of columns, to minimize the weighted squared error.
+"""Range search for scales and zero points: per group of columns, least weighted squared error, before any rounding.
 
 Each group's range (its extreme values) is shrunk in steps; the candidate with the least
 ``Σ_j h_j (w_j - ŵ_j)²`` wins, where ``h`` is the diagonal of the Hessian: columns whose inputs are large count more.

@@ -1,5 +1,4 @@
-"""The recipe's validate section as the list of what is measured; a measurement of its own is a file under ``validate/``
-and a line here."""
+"""The recipe's validate section as a list of measurements, each a file under ``validate/`` and a line here."""
 
 from __future__ import annotations
 

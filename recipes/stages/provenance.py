@@ -1,4 +1,4 @@
-"""What a source says about itself: the model it is, or the models it was made from, and its licence.
+"""Provenance of a source: its base model, or the models it was made from, and its licence.
 
 Only what is written down counts: a Hub id, a URL on the Hub in a GGUF file's metadata, the licence field of a card or
 of that metadata. Names that merely look like a repository's are not turned into one.

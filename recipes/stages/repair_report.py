@@ -1,4 +1,4 @@
-"""What a repair did, as a check of the report: every change, a table of them in few words, and the way it went."""
+"""The repair as a check of the report: every change, a table of them in few words, and the way it went."""
 
 from __future__ import annotations
 

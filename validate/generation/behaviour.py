@@ -1,5 +1,4 @@
-"""The artifact in transformers, the runtime its users have: does it load, does it compute what our reader does, what
-does it write, and how fast.
+"""Behaviour in transformers: loading, logits against our reader's, greedy text against the original's, speed.
 
 One measurement, because loading is what takes long: the artifact is loaded once, and the original after it.
 """

@@ -1,4 +1,4 @@
-"""Continuations of models that don't fit in memory: each token costs one streamed pass, and judging them all one more.
+"""Greedy decoding by the streaming engine, for models larger than memory: one pass over the weights per token.
 
 The original is not made to write: it reads what the artifact wrote, and at each position one sees whether it would
 have gone on the same way.

@@ -1,5 +1,6 @@
-"""Whether every attention backend computes the same thing: logits, perplexity and greedy tokens against a float32
-reference. Runs in a process of its own.
+"""Agreement of attention backends: logits, perplexity and greedy tokens against eager attention in float32.
+
+Runs in a process of its own.
 
 Each backend runs twice: in float32, where anything above rounding would be another function, and in the artifact's own
 dtype, where rounding alone moves the logits; eager's own distance from the reference says by how much. Flash attention

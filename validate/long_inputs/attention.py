@@ -1,4 +1,4 @@
-"""Attention backends on an artifact: the same output, at what time and in how much memory, over growing lengths.
+"""Attention backends compared (eager, SDPA's math and flash, FlashAttention): time and memory of prefill by its length.
 
 One process per measurement, and logits of the last position only, so that the attention is what is measured. The
 exponent of a curve is the slope of its logarithm over that of the length, over the longest three lengths measured:

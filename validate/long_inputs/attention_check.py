@@ -1,4 +1,4 @@
-"""The measurement of attention backends (:mod:`.attention`) as checks and sections of the report."""
+"""The comparison of attention backends (:mod:`.attention`) as checks and sections of the report."""
 
 from __future__ import annotations
 

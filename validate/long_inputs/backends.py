@@ -1,4 +1,4 @@
-"""The implementations of attention that a model can run with, and whether a given model can run with them.
+"""Attention backends that transformers can run a model with, and whether a given model can run with them.
 
 ``eager`` writes out the matrix of scores, length × length for every head. ``math`` is the same inside PyTorch's
 ``scaled_dot_product_attention``. ``flash`` (Dao et al. 2022, arXiv 2205.14135; 2023, arXiv 2307.08691) computes the

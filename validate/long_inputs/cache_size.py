@@ -1,4 +1,4 @@
-"""The key-value cache, measured from a real cache object and held against the formula.
+"""KV cache size: transformers' own cache, filled on the ``meta`` device, against the formula.
 
 The model's own forward fills transformers' own cache on the ``meta`` device: every tensor has its shape and dtype and
 no memory, so any context and batch can be measured, whatever the machine.

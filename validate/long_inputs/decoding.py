@@ -1,4 +1,4 @@
-"""How fast a model writes with a long context behind it, original and artifact: each in processes of its own, in turns.
+"""Decoding speed at long context, original and artifact in turns, each in processes of its own.
 
 A token takes the reading of all weights and of the whole cache of keys and values, so fewer key-value heads show here.
 transformers writes, greedily, one sequence, with its default cache, which it copies for every token.

@@ -1,4 +1,4 @@
-"""The memory ladder: what this model needs in float32, bfloat16, 8 and 4 bits, to load and to run, and what fits where.
+"""Memory ladder: weights, KV cache and activations in float32, bfloat16, 8 and 4 bits, and which context fits where.
 
 Computed figures are the weights, the cache of one sequence, the activations of reading it in one piece with flash
 attention, and what an interpreter with its libraries takes. A model that flash can't run (soft-capping, ALiBi) writes

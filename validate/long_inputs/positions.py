@@ -1,4 +1,4 @@
-"""Positions and long inputs: perplexity by position in the window, up to the trained length and beyond it.
+"""Perplexity by position in the window, up to the trained length and beyond it.
 
 Rotary positions reach no further than training did unless they are scaled; ALiBi (Press et al. 2021, arXiv 2108.12409)
 was made to; learned positions end with their table. The curve shows what holds for a given model.

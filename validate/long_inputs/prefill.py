@@ -1,4 +1,4 @@
-"""What runs in the processes of their own: reading a prompt with one backend, for its time and memory."""
+"""Prefill of one prompt with one attention backend, for its time and peak memory; runs in a process of its own."""
 
 from __future__ import annotations
 

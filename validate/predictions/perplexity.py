@@ -1,4 +1,4 @@
-"""Perplexity, and how far the predictions of one model are from another's on the same text.
+"""Perplexity with its bootstrap interval, and KL divergence and top-1 agreement of two models on the same text.
 
 A window of ``L`` tokens gives ``L - 1`` predictions. Where windows overlap, those at its end are scored that no window
 before it has made, with the longest context there is. Perplexity is the exponential of the mean negative

@@ -1,4 +1,4 @@
-"""Quality on text: perplexity, divergence of the predictions, and the block that adds most to it.
+"""Quality on text: perplexity, KL divergence, top-1 agreement, and the drift of the hidden state block by block.
 
 Original and artifact run side by side, block by block, in one pass of the streaming engine; neither is ever in memory
 as a whole.

@@ -1,4 +1,4 @@
-"""What each step of a run did to the quality: perplexity after every one that changed the weights.
+"""Perplexity after every step that changed the weights (GQA, healing, quantization): what each of them cost.
 
 Losses of steps add up in nats: the logarithm of perplexity is the mean loss per token, and each step's share is the
 difference to the step before it. A step that repairs, healing, has a negative one.

@@ -1,4 +1,4 @@
-"""Which layers an artifact that lost too much should blame: which blocks and which linears err."""
+"""Blame for a missed gate: the blocks and linears with the largest errors."""
 
 from __future__ import annotations
 

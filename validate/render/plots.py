@@ -1,4 +1,4 @@
-"""The report's own plots; see :mod:`llmconvert.validate.render.section_plot` for those of sections."""
+"""Plots of quality, drift and layer errors; :mod:`llmconvert.validate.render.section_plot` has those of sections."""
 
 from __future__ import annotations
 

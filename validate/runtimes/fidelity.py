@@ -1,4 +1,4 @@
-"""Fidelity: does the runtime compute from the artifact's files what this package measured?
+"""Fidelity: the runtime's logits against our reader's, on the same tokens in the same dtype.
 
 All quality figures come from our own reader. They hold for users only if the runtime decodes the same weights, so the
 runtime's logits are compared with ours on the same tokens and in the same dtype.

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: its memory peak is its own, and running out of memory ends only it.
+"""A measurement in a subprocess: its memory peak is its own, and running out of memory ends only it.
 
 The parent sends the name of a function and its arguments as JSON; the child answers with what the function returns.
 A child that may only take so much memory gets that as a limit of the system, so an allocation beyond it fails in the

@@ -1,4 +1,4 @@
-"""The runtime users will load the artifact with: transformers, with its own quantizers.
+"""Loading a model directory with transformers and its own quantizers, as users will.
 
 Loading must be silent about nothing: weights that a file lacks are filled with random numbers by the loader, so what
 it reports as missing, unexpected or mismatched is kept.

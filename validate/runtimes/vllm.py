@@ -1,4 +1,4 @@
-"""Fidelity of vLLM: does it compute from the artifact's files what this package measured?
+"""Fidelity of vLLM: its log-probabilities of a prompt against our reader's.
 
 vLLM gives no logits but log-probabilities of the prompt's tokens, the most likely ones at each position and the one
 that came (``prompt_logprobs``). They are compared with those of our reader. Its kernels sum in other orders, and some

@@ -1,4 +1,4 @@
-"""Which heads to merge with which: groups of equal size at the least total loss."""
+"""Grouping of key-value heads: groups of equal size at the least total loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging key-value heads with the least loss, in closed form.
+"""Merging key-value heads by truncated SVD, modulo the symmetries of attention: least loss, in closed form.
 
 Attention stays the same under symmetries that fold into its weights: ``V → M V, O → O M⁻¹`` for any invertible M per
 head, and the like for queries and keys; under rotary embedding, where M has to commute with the rotation, it is one

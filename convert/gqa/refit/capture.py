@@ -1,4 +1,4 @@
-"""What the refits need of a running model: attention inputs, rotary angles, and how much a position's error counts."""
+"""Statistics for the refit of attention: its inputs, rotary angles, and how much a position's error counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refitting queries and keys, so that a merged layer attends where the original attended.
+"""Refit of queries and keys to the original's attention logits, weighted by its probabilities.
 
 The divergence between two attention distributions is, to second order, half the variance of the difference of their
 logits under the original distribution: adding a constant to a row of logits changes nothing, and what is not attended

@@ -1,4 +1,4 @@
-"""Which tensor type each tensor of a GGUF file gets: llama.cpp's mixes, ``q4_k_m`` and its kin.
+"""llama.cpp's mixes (``q4_k_m`` and its kin): the GGML type of each tensor of a GGUF file.
 
 A mix has a type for most matrices and better ones where an error costs more, by the rules of ``llama-quantize``
 (``llama_tensor_get_type``): the output matrix, some layers' ``attn_v`` and ``ffn_down``, fused ``attn_qkv``. Vectors

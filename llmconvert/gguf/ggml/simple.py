@@ -1,4 +1,4 @@
-"""What the block types of 32 weights share: parameters of a block, and codes for them.
+"""Legacy GGML blocks of 32 weights (Q4_0 … Q8_0): parameters of a block, and codes for them.
 
 Without importance these are those of llama.cpp and of the ``gguf`` package, to the bit: the extreme weight decides.
 With it, the parameters have the least weighted squared error.

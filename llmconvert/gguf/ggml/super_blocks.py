@@ -1,4 +1,4 @@
-"""What Q4_K and Q5_K share: super-blocks of 256 weights in 8 sub-blocks, and the search for their parameters.
+"""K-quants with minima (Q4_K, Q5_K): super-blocks of 256 weights in 8 sub-blocks, and the search for their parameters.
 
 A weight is ``scale · s · code - minimum · m``, ``s`` and ``m`` of 6 bits per sub-block, the others float16.
 Each sub-block's own best step and minimum come first (:func:`~llmconvert.gguf.ggml.fit.best_affine`). Rounding
