@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,45 +15,13 @@ from llmconvert.convert.rope_scaling import RopeScaling, scale_positions
 from llmconvert.errors import UnsupportedError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.dense_view import open_dense
+from llmconvert.report.steps import DtypeReport
 from llmconvert.storage.artifact import Artifact, build_artifact, job_key
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
 
-__all__ = ["DtypeReport", "convert_dtype"]
-
-
-@dataclass(frozen=True, slots=True)
-class DtypeReport:
-    """What a conversion did.
-
-    Attributes:
-        dtype: the target, as ``config.json`` spells it.
-        tensors: tensors written.
-        cast: those of them whose dtype changed.
-        bytes_read: bytes of tensor data read.
-        bytes_written: bytes of all files written.
-        seconds: wall time, until everything was on disk.
-        largest_relative_error: largest ``|cast(x) - x| / |x|``; 0 when nothing was rounded.
-        largest_error_tensor: where that was, None when nothing was rounded.
-        clipped: values beyond the target's range that were clipped.
-        underflows: values other than zero that became zero.
-        non_finite: NaN and infinities of the source, written as they were.
-        non_finite_tensor: the first tensor with such a value, or None.
-    """
-
-    dtype: str
-    tensors: int
-    cast: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    largest_relative_error: float
-    largest_error_tensor: str | None
-    clipped: int
-    underflows: int
-    non_finite: int
-    non_finite_tensor: str | None
+__all__ = ["convert_dtype"]
 
 
 def convert_dtype(

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmconvert.convert.dtype import DtypeReport
-from llmconvert.convert.gqa.job import AttentionReport
-from llmconvert.convert.heal.job import HealReport
 from llmconvert.errors import UsageError
 from llmconvert.hub import PushOptions, push_folder
 from llmconvert.interrupt import interruptible
@@ -21,8 +18,8 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.matrix import usual_method
 from llmconvert.recipes import single
 from llmconvert.recipes.loading import make_recipe
-from llmconvert.recipes.stages.attention import rewrite_model
 from llmconvert.report.report import Report
+from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
 
 __all__ = [
     "ConvertedModel",
@@ -67,15 +64,14 @@ class QuantizedModel:
         layers: number of quantized linears (of GGUF: tensors).
         nbytes: of the weight files.
         seconds: wall-clock time of this call; what an earlier, stopped one took is not counted.
-        details: everything else that the format's writer reports, as JSON values: ``linears`` with ``name``, ``scheme``
-            and ``error`` (squared output error over squared output on the calibration text), ``phases`` in seconds.
+        details: everything that was reported: linears with their errors, seconds by phase, what a budget chose.
     """
 
     path: Path
     layers: int
     nbytes: int
     seconds: float
-    details: Mapping[str, Any]
+    details: QuantizeReport
 
 
 def convert_model(
@@ -146,7 +142,7 @@ def convert_model(
         "heal": {"steps": heal_steps, "length": min(512, length)},
     }
     sections |= {"device": device, **_calibrate(calibration, samples, length, order, seed)}
-    merged, healed = rewrite_model(make_recipe(sections, "convert"), Path(output), progress=progress)
+    merged, healed = single.rewrite_model(make_recipe(sections, "convert"), Path(output), progress=progress)
     return ConvertedModel(Path(output), attention=merged, healing=healed)
 
 
@@ -225,8 +221,8 @@ def quantize_model(
         **_calibrate(calibration, samples, length, order, seed),
     }
     recipe = make_recipe(sections, "quantize")
-    details = single.quantize_model(recipe, Path(output), stream=stream, progress=progress)
-    return QuantizedModel(Path(output), details["layers"], details["bytes"], details["seconds"], details)
+    made = single.quantize_model(recipe, Path(output), stream=stream, progress=progress)
+    return QuantizedModel(Path(output), made.layers, made.bytes, made.seconds, made)
 
 
 def validate_model(

@@ -1,36 +1,63 @@
-"""The single steps, from a model named in any of its four forms: convert, quantize, validate."""
+"""The single steps, from a model named in any of its four forms: convert, rewrite attention, quantize, validate.
+
+Each is a run of few stages: the same builders, put straight into the output. Only healing, which needs the merged model
+beside the original, keeps its stages in a hidden directory beside the output until it is done.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from llmconvert.convert.cast import CastView
-from llmconvert.convert.dtype import DtypeReport
+from llmconvert.context import Context
 from llmconvert.convert.inspection import describe_model
-from llmconvert.convert.rope_scaling import RopeScalingView
-from llmconvert.convert.source import open_source, source_fingerprint
+from llmconvert.convert.source import open_source
 from llmconvert.device import open_device
 from llmconvert.errors import DatasetError, UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.formats.dense_view import open_dense
+from llmconvert.recipes.runner import perform
 from llmconvert.recipes.schema.recipe import Recipe
-from llmconvert.recipes.stages.artifact import REPORT_FILE, model_stem, public_name
+from llmconvert.recipes.stages.artifact import REPORT_FILE, public_name
+from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
+from llmconvert.recipes.stages.conversion import convert_stage, converted_view, open_remote, stream_stage
 from llmconvert.recipes.stages.gguf import GGUF, calibrates
+from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import measurements, require_measurable
-from llmconvert.recipes.stages.steps import DTYPES, convert, measure, quantize
-from llmconvert.recipes.stages.streaming import hub_model, open_remote, stream_model
-from llmconvert.recipes.stages.windows import WindowRequest
+from llmconvert.recipes.stages.measuring import measure
+from llmconvert.recipes.stages.quantization import quantize_stage
+from llmconvert.recipes.stages.stage import ORIGINAL, Place, Work
+from llmconvert.recipes.stages.windows import (
+    CALIBRATION,
+    HEALING_TEXT,
+    WindowRequest,
+    draw_text,
+    text_stage,
+)
 from llmconvert.report.report import ModelInfo, Report, environment
-from llmconvert.storage.checkpoint import Checkpoint
-from llmconvert.storage.writer import check_output_directory
+from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
+from llmconvert.storage.stages import StageStore
+from llmconvert.storage.writer import check_output_directory, publish_directory
 from llmconvert.text.tokens import TokenWindows
 
-__all__ = ["convert_model", "quantize_model", "validate_model"]
+__all__ = ["convert_model", "quantize_model", "rewrite_model", "validate_model"]
+
+_NOTHING = "nothing was written; run the same command again"
+
+
+@contextmanager
+def _opened(recipe: Recipe, progress: Progress) -> Iterator[Work]:
+    """The recipe's model, as a run has it when it has been fetched; where it is streamed, known from its headers."""
+    context = Context(open_device(recipe.device), recipe.memory, progress=progress)
+    source = (
+        open_remote(recipe)
+        if recipe.stream
+        else open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
+    )
+    with source.checkpoint:
+        yield Work(recipe, context, source, converted_view(recipe, source))
 
 
 def convert_model(recipe: Recipe, output: Path, *, stream: bool = False, progress: Progress = SILENT) -> DtypeReport:
@@ -44,29 +71,59 @@ def convert_model(recipe: Recipe, output: Path, *, stream: bool = False, progres
             :func:`llmconvert.convert.dtype.convert_dtype`.
     """
     check_output_directory(output)
-    if stream:
-        from llmconvert.convert.download.jobs import stream_convert
+    recipe = recipe.model_copy(update={"stream": stream, "quantize": None})
+    with interruptible(), _opened(recipe, progress) as work:
+        made = (stream_stage(recipe) if stream else convert_stage(recipe)).build(work, Place(output))
+    assert isinstance(made, DtypeReport)
+    return made
 
-        model_id, revision = hub_model(recipe)
-        settings = recipe.convert
-        with interruptible():
-            return stream_convert(
-                model_id,
-                output,
-                revision=revision,
-                dtype=DTYPES[settings.dtype],
-                overflow=settings.overflow,
-                progress=progress,
-            )
-    with interruptible():
-        source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
-        with source.checkpoint as checkpoint:
-            return convert(checkpoint, output, recipe.convert, progress=progress)
+
+def rewrite_model(
+    recipe: Recipe, output: Path, *, progress: Progress = SILENT
+) -> tuple[AttentionReport, HealReport | None]:
+    """Merge the key-value heads of ``recipe.model`` into the directory ``output``, by its attention section.
+
+    Weights are written in ``recipe.convert.dtype``; without a calibrate section the weights alone decide. Where the
+    section heals, a call that was stopped continues from what waits in a hidden directory beside the output.
+
+    Returns:
+        What the merge reports, and what healing does; None without healing.
+
+    Raises:
+        UsageError: the recipe has no attention section.
+        LlmconvertError: see :func:`llmconvert.convert.gqa.job.convert_attention` and
+            :func:`llmconvert.convert.heal.job.heal_attention`.
+    """
+    settings = recipe.attention
+    if settings is None:
+        raise UsageError("nothing to rewrite: the recipe has no attention section")
+    check_output_directory(output)
+    request, healing = heal_request(recipe), heal_settings(recipe)
+    recipe = recipe.model_copy(update={"stream": False})
+    with (
+        interruptible(),
+        _opened(recipe, progress) as work,
+    ):
+        with work.original.open() as checkpoint:
+            require_mergeable(checkpoint, settings)
+        if recipe.calibrate is not None:
+            draw_text(work, CALIBRATION, WindowRequest.calibration(recipe.calibrate))
+        merge = attention_stage(settings)
+        if healing is None or request is None:
+            return merge.build(work, Place(output)), None
+        with StageStore(output.with_name(f".{output.name}.healing"), progress=progress) as store:
+            stages = store.begin("convert")
+            perform(stages, work, text_stage(HEALING_TEXT, request))
+            merged = perform(stages, work, merge)
+            healed = perform(stages, work, heal_stage(healing, after=merge.name))
+            publish_directory(healed.model, output)
+        shutil.rmtree(store.work_dir)
+        return merged.details, healed.details
 
 
 def quantize_model(
     recipe: Recipe, output: Path, *, stream: bool = False, progress: Progress = SILENT
-) -> Mapping[str, Any]:
+) -> QuantizeReport:
     """Quantize ``recipe.model`` to the directory ``output``, by the recipe's quantize and calibrate sections.
 
     What stays unquantized is written in ``recipe.convert.dtype``. A call that was stopped continues. With ``stream``,
@@ -77,44 +134,20 @@ def quantize_model(
         UsageError: the recipe has no quantize section, or can't be streamed.
         LlmconvertError: see :func:`llmconvert.quantize.job.quantize_checkpoint`.
     """
-    if recipe.quantize is None:
+    settings = recipe.quantize
+    if settings is None:
         raise UsageError("nothing to quantize: the recipe has no quantize section")
-    if recipe.quantize.format != GGUF:  # which may be a file, and checks its output itself
+    if settings.format != GGUF:  # which may be a file, and checks its output itself
         check_output_directory(output)
-    device = open_device(recipe.device)
-    if stream:
-        with interruptible():
-            return stream_model(open_remote(recipe), output, recipe, device=device, progress=progress)
-    with interruptible():
-        source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
-        with source.checkpoint:
-            checkpoint = _to_quantize(source.checkpoint, recipe)
-            windows: Sequence[torch.Tensor] = ()
-            if recipe.calibrate is not None and calibrates(recipe.quantize):
-                request = WindowRequest.calibration(recipe.calibrate)
-                windows = request.draw(checkpoint, request.corpus()).windows
-            return quantize(
-                checkpoint,
-                output,
-                recipe.quantize,
-                name=model_stem(source.origin),
-                windows=windows,
-                identity=source_fingerprint(source),
-                device=device,
-                memory=recipe.memory,
-                progress=progress,
-            )
-
-
-def _to_quantize(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """The source in the recipe's dtype; a quantized one as it is, where its codes may be carried over."""
-    if recipe.quantize is not None and recipe.quantize.format == GGUF:
-        dense = open_dense(checkpoint)
-        if dense is not checkpoint:
-            return dense
-    view = CastView(checkpoint, DTYPES[recipe.convert.dtype])
-    scaling = recipe.convert.rope_scaling
-    return view if scaling is None else RopeScalingView(view, scaling)
+    recipe = recipe.model_copy(update={"stream": stream})
+    with interruptible(), _opened(recipe, progress) as work:
+        if stream:
+            streamed = stream_stage(recipe).build(work, Place(output))
+            assert isinstance(streamed, QuantizeReport)
+            return streamed
+        if recipe.calibrate is not None and calibrates(settings):
+            draw_text(work, CALIBRATION, WindowRequest.calibration(recipe.calibrate))
+        return quantize_stage(settings, after=ORIGINAL).build(work, Place(output))
 
 
 def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Progress = SILENT) -> Report:
@@ -129,8 +162,8 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
     if settings is None:
         raise UsageError("nothing to measure: the recipe has no validate section")
     require_measurable(settings)
-    device = open_device(recipe.device)
-    with interruptible("nothing was written; run the same command again"):
+    context = Context(open_device(recipe.device), recipe.memory, progress=progress)
+    with interruptible(_NOTHING):
         source = open_source(recipe.model, progress=progress)
         original = open_source(reference, progress=progress) if reference is not None else None
         with source.checkpoint as checkpoint:
@@ -142,14 +175,8 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
                 request = WindowRequest.evaluation(settings.perplexity)
                 windows = request.draw(checkpoint, request.corpus())
                 _require_other_text(source.path, windows)
-        checks = measure(
-            source.path,
-            original.checkpoint if original is not None else None,
-            measurements(settings),
-            windows,
-            device=device,
-            progress=progress,
-        )
+        against = original.checkpoint if original is not None else None
+        checks = measure(source.path, against, measurements(settings), windows, context=context)
     return Report(
         model=ModelInfo(
             name=public_name(source.origin),

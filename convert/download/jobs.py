@@ -14,7 +14,6 @@ import torch
 
 from llmconvert.convert.cast import CASTABLE, CastErrors, CastView, Overflow, check_overflow, with_dtype
 from llmconvert.convert.download.shards import StreamedModel, describe_remote, stream_shards
-from llmconvert.convert.dtype import DtypeReport
 from llmconvert.convert.pipeline import stream_tensors
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
@@ -24,6 +23,7 @@ from llmconvert.quantize.formats.base import Format, load_format
 from llmconvert.quantize.methods.base import Quantizer, Target, load_quantizer
 from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.report.steps import DtypeReport, LinearReport, QuantizeReport
 from llmconvert.storage.artifact import copy_tensor, job_key
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
@@ -82,6 +82,7 @@ def stream_convert(
         underflows=total.underflows,
         non_finite=total.non_finite,
         non_finite_tensor=next((shard.non_finite for shard in shards if shard.non_finite), None),
+        streamed=True,
     )
 
 
@@ -138,7 +139,7 @@ def stream_quantize(
     device: torch.device | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
-) -> Mapping[str, Any]:
+) -> QuantizeReport:
     """Quantize a Hub model while it downloads, by a method without calibration; the same bytes as fetching it first.
 
     Disk need is the output and two source shards. A call that was stopped continues.
@@ -151,9 +152,6 @@ def stream_quantize(
         method, scheme, format, overrides, options, device: see
             :func:`llmconvert.quantize.job.quantize_checkpoint`.
         progress: in bytes downloaded.
-
-    Returns:
-        ``layers`` quantized, ``linears`` with their schemes, ``bytes`` of the weight files, ``seconds`` of this call.
 
     Raises:
         UsageError: the method needs calibration, or the request cannot be done.
@@ -172,11 +170,13 @@ def stream_quantize(
     job = _QuantizeJob(model, dtype, overflow, quantizer, layout_format, scheme, overrides, where, max_shard_bytes)
     stream_shards(model, output, job, progress=progress)
     seconds = time.perf_counter() - begin
-    linears = [
-        {"name": job.plan.stored[name], "scheme": str(scheme), "error": None}
+    linears = tuple(
+        LinearReport(name=job.plan.stored[name], scheme=str(scheme), error=None)
         for name, scheme in job.plan.schemes.items()
-    ]
-    return {"layers": len(linears), "linears": linears, "bytes": job.layout.nbytes, "seconds": round(seconds, 3)}
+    )
+    return QuantizeReport(
+        layers=len(linears), linears=linears, bytes=job.layout.nbytes, seconds=round(seconds, 3), streamed=True
+    )
 
 
 class _QuantizeJob:

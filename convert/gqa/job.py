@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,75 +17,16 @@ from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.convert.gqa.weights import attention_tensors
 from llmconvert.errors import UnsupportedError
 from llmconvert.progress import SILENT, Progress, Task
+from llmconvert.report.steps import AttentionReport, LayerReport
 from llmconvert.storage.artifact import Artifact, build_artifact, job_key
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory, plan_layout
 
-__all__ = ["AttentionReport", "LayerReport", "convert_attention"]
+__all__ = ["convert_attention"]
 
 _MEMORIES = {"16 GB": 16e9, "24 GB": 24e9, "80 GB": 80e9}
 _BITS = {"bfloat16": 16.0, "4 bits": 4.25}
-
-
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """What happened to one layer.
-
-    Attributes:
-        groups: key-value heads that became one, by their old numbers.
-        key_loss: share of the attention logits' energy lost by the merge; None where the method doesn't say.
-        value_loss: likewise of the values.
-        output_loss: share of the attention output lost after the refit, on the calibration text; None without text.
-        output_loss_before: the same before the output refit.
-        divergence: of the attention from the original's, in nats, after the logit refit; None without one.
-        divergence_before: the same before it.
-        symmetric: whether keys were brought together by symmetries of the layer alone, see
-            :class:`~llmconvert.convert.gqa.merging.layer.MergedLayer`.
-    """
-
-    groups: tuple[tuple[int, ...], ...]
-    key_loss: float | None
-    value_loss: float | None
-    output_loss: float | None = None
-    output_loss_before: float | None = None
-    divergence: float | None = None
-    divergence_before: float | None = None
-    symmetric: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionReport:
-    """A finished rewrite.
-
-    Attributes:
-        method: of the merge.
-        kv_heads: key-value heads per layer, before and after.
-        kv_bytes_per_token: of a 16-bit cache over all layers, before and after.
-        contexts: longest context that fits with the weights, in tokens before and after, by memory and weight dtype;
-            0 where the weights alone don't fit. 4 bits count every matrix of the blocks with 4.25 bits per weight.
-        layers: in order.
-        left_out: what the architecture kept from being used.
-        nbytes: size of the weight files.
-        seconds: wall-clock time.
-    """
-
-    method: str
-    kv_heads: tuple[int, int]
-    kv_bytes_per_token: tuple[int, int]
-    contexts: Mapping[str, tuple[int, int]]
-    layers: tuple[LayerReport, ...]
-    left_out: tuple[str, ...]
-    nbytes: int
-    seconds: float
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> AttentionReport:
-        """What ``dataclasses.asdict`` made of a report, JSON in between or not."""
-        layers = tuple(_read_layer(layer) for layer in values["layers"])
-        pairs = {key: tuple(values[key]) for key in ("kv_heads", "kv_bytes_per_token", "left_out")}
-        contexts = {memory: tuple(tokens) for memory, tokens in values["contexts"].items()}
-        return cls(**{**values, **pairs, "contexts": contexts, "layers": layers})
 
 
 def convert_attention(
@@ -148,7 +88,7 @@ def convert_attention(
                 _write_refitted(artifact, view, windows, settings, place, task)
             else:
                 _write_merged(artifact, view, task)
-        layers = [_read_layer(artifact.done[_piece(layer)]) for layer in range(view.geometry.layers)]
+        layers = [LayerReport.model_validate(artifact.done[_piece(layer)]) for layer in range(view.geometry.layers)]
         attention = {n for i in range(view.geometry.layers) for n in attention_tensors(source, view.geometry, i)}
         artifact.copy(source, (name for name in source if name not in attention))
         artifact.publish(view.config, source.files)
@@ -192,16 +132,16 @@ def _write_refitted(
             divergence = layer.divergence or (None, None)
             merged = layer.merged
             report = LayerReport(
-                merged.groups,
-                merged.key_loss,
-                merged.value_loss,
-                after,
-                before,
-                divergence[1],
-                divergence[0],
-                merged.symmetric,
+                groups=merged.groups,
+                key_loss=merged.key_loss,
+                value_loss=merged.value_loss,
+                output_loss=after,
+                output_loss_before=before,
+                divergence=divergence[1],
+                divergence_before=divergence[0],
+                symmetric=merged.symmetric,
             )
-            artifact.finish(_piece(number), asdict(report))
+            artifact.finish(_piece(number), report.model_dump(mode="json"))
             task.advance(1, f"{after:.1%} of the attention output lost")
 
 
@@ -213,17 +153,18 @@ def _write_merged(artifact: Artifact, view: MergedAttention, task: Task) -> None
             for name in attention_tensors(view.base, view.geometry, layer):
                 if name in view:  # a norm of a single head goes with its head
                     artifact.writer.write(name, view[name])
-            report = LayerReport(merged.groups, merged.key_loss, merged.value_loss, symmetric=merged.symmetric)
-            artifact.finish(_piece(layer), asdict(report))
+            report = LayerReport(
+                groups=merged.groups,
+                key_loss=merged.key_loss,
+                value_loss=merged.value_loss,
+                symmetric=merged.symmetric,
+            )
+            artifact.finish(_piece(layer), report.model_dump(mode="json"))
         task.advance()
 
 
 def _piece(layer: int) -> str:
     return f"layer {layer}"
-
-
-def _read_layer(values: Mapping[str, Any]) -> LayerReport:
-    return LayerReport(**{**values, "groups": tuple(tuple(group) for group in values["groups"])})
 
 
 def _left_out(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llmconvert.convert.gqa.job import AttentionReport
 from llmconvert.report.section import Cell, Column, Plot, Section, Series
+from llmconvert.report.steps import AttentionReport
 
 __all__ = ["attention_sections"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,48 +19,19 @@ from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import CapacityError, DatasetError, UsageError
 from llmconvert.memory import available_nbytes, release_freed_memory
 from llmconvert.progress import SILENT, Progress
+from llmconvert.report.steps import HealReport
 from llmconvert.storage.artifact import build_artifact, job_key
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.shared import share_tensors
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory, plan_layout
 
-__all__ = ["HealOptions", "HealReport", "heal_attention"]
+__all__ = ["HealOptions", "heal_attention"]
 
 # What one token leaves for the backward pass, in copies of the block's widths.
 _HIDDEN_COPIES, _INNER_COPIES = 12, 4
 _USABLE = 0.9
 _STATE = "healing.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class HealReport:
-    """A finished healing.
-
-    Attributes:
-        steps: taken, of those that were asked for.
-        asked: steps asked for; fewer are taken when the held-out text stops getting better.
-        best_step: whose weights were written.
-        tokens: learned from, repetitions included.
-        trained: numbers in the trained tensors.
-        before, after: divergence of the predictions from the original's on the held-out text, in nats; None without.
-        history: ``step``, ``kl``, ``hidden`` (share of error in hidden states), ``rate`` of every step.
-        held_out: ``step``, ``kl`` of every look at the held-out text.
-        seconds: wall-clock time, that of earlier calls included when it was resumed.
-        resumed_at: the step that this call began with.
-    """
-
-    steps: int
-    asked: int
-    best_step: int
-    tokens: int
-    trained: int
-    before: float | None
-    after: float | None
-    history: tuple[Mapping[str, float], ...]
-    held_out: tuple[Mapping[str, float], ...]
-    seconds: float
-    resumed_at: int
 
 
 def heal_attention(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llmconvert.convert.heal.job import HealReport
 from llmconvert.report.section import Plot, Section, Series
+from llmconvert.report.steps import HealReport
 
 __all__ = ["healing_sections"]
 

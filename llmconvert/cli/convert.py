@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from llmconvert.convert.gqa.job import AttentionReport
-    from llmconvert.convert.heal.job import HealReport
+    from llmconvert.report.steps import AttentionReport, HealReport
 
 
 @click.command(short_help="Write MODEL in another dtype.")

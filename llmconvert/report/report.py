@@ -5,7 +5,7 @@ It is written to ``llmconvert/report.json`` of an artifact in the stable schema 
     {"schema": "llmconvert.report/1",
      "model": {"name", "source", "revision", "architecture", "parameters", ...},
      "environment": {"python": "3.12.1", "torch": "2.13.0", ...},
-     "steps": [{"name", "seconds", "peak_rss_bytes", "sections", ...}],
+     "steps": [{"name", "seconds", "peak_rss_bytes", "sections", "details", ...}],
      "checks": [{"name", "value", "reference", "limit", "ok", "unit", "detail", "sections"}]}
 
 ``value`` is the artifact's, ``reference`` the original's, and ``limit`` what the recipe allows; any of them may be
@@ -30,6 +30,7 @@ from pydantic import Field, ValidationError
 
 from llmconvert.errors import GateError, SourceError
 from llmconvert.report.section import Section, Value
+from llmconvert.report.steps import Step
 from llmconvert.storage.writer import write_file
 
 __all__ = ["Check", "ModelInfo", "Report", "Step", "environment", "json_schema", "require_passed"]
@@ -71,15 +72,6 @@ class ModelInfo(Value):
     format: str | None = None
     calibration: str | None = None
     calibration_digest: str | None = None
-
-
-class Step(Value):
-    """A stage of the run: wall-clock seconds, the process's peak resident memory at its end, what it has to show."""
-
-    name: str
-    seconds: float
-    peak_rss_bytes: int | None = None
-    sections: tuple[Section, ...] = Field(default=(), exclude_if=_is_empty)
 
 
 class Check(Value):

@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from llmconvert.convert.source import Source
 from llmconvert.errors import CapacityError
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.provenance import provenance
-from llmconvert.report.report import ModelInfo, Report
+from llmconvert.recipes.stages.stage import Place, Stage, Work
+from llmconvert.recipes.stages.windows import CALIBRATION
+from llmconvert.report.report import Check, ModelInfo, Report, environment
+from llmconvert.report.steps import StepDetails
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.directory import is_weight_file
 from llmconvert.storage.writer import write_file
@@ -37,6 +41,7 @@ from llmconvert.validate.render.section_plot import section_plot
 __all__ = [
     "REPORT_FILE",
     "artifact_name",
+    "artifact_stage",
     "assemble_artifact",
     "model_info",
     "model_stem",
@@ -159,6 +164,34 @@ def assemble_artifact(model: Path, artifact: Path, recipe: Recipe, source: Sourc
         section_plots=section_plots,
     )
     write_file(artifact / "README.md", card.encode())
+
+
+def artifact_stage(
+    model: str, measured: str | None, checks: Sequence[Check], more: Sequence[Check]
+) -> Stage[StepDetails]:
+    """Write up the model of a stage: its report, its card, and the recipe that repeats it.
+
+    Args:
+        measured: the stage that measured it, with ``checks``; None without one.
+        more: what else was found out on the way.
+    """
+
+    def build(work: Work, place: Place) -> StepDetails:
+        with work.original.open() as checkpoint:
+            info = model_info(work.recipe, work.source, checkpoint, work.texts.get(CALIBRATION))
+        report = Report(model=info, environment=environment(), steps=tuple(work.steps), checks=(*checks, *more))
+        assemble_artifact(work.finished[model].model, place.model, work.recipe, work.source, report)
+        return StepDetails()
+
+    def inputs(work: Work) -> Mapping[str, Any]:
+        return {
+            "measured": work.key(measured) if measured is not None else None,
+            "more": [check.model_dump(mode="json") for check in more],
+            "recipe": work.recipe.to_mapping(),
+            "source": f"{work.source.origin}@{work.source.revision}",
+        }
+
+    return Stage("artifact", {"model": model}, StepDetails.model_validate, build, inputs, reported=False)
 
 
 def _repository(recipe: Recipe, report: Report) -> str:

@@ -3,32 +3,69 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from llmconvert.progress import Progress
+import torch
+
+from llmconvert.context import Context
 from llmconvert.quantize.mixed_precision.budget import Budget, Choice
 from llmconvert.quantize.mixed_precision.job import Allocation, choose_schemes
+from llmconvert.quantize.plan import Override
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.recipes.schema.recipe import BudgetSettings
+from llmconvert.recipes.schema.recipe import BudgetSettings, QuantizeSettings
 from llmconvert.report.section import Column, Section
+from llmconvert.report.steps import BudgetReport, StepDetails, UniformReport, UnitReport
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["allocation_details", "choose_within", "forget_sensitivity"]
+__all__ = ["ChosenReport", "choose_within", "chosen_report", "forget_sensitivity", "layer_overrides"]
 
 
-def choose_within(settings: BudgetSettings, source: Checkpoint, output: Path, about: Mapping[str, Any]) -> Allocation:
+class ChosenReport(StepDetails):
+    """What a budget has to report of a quantization."""
+
+    budget: BudgetReport
+
+
+def choose_within(
+    settings: QuantizeSettings,
+    budget: BudgetSettings,
+    source: Checkpoint,
+    output: Path,
+    windows: Sequence[torch.Tensor],
+    context: Context,
+) -> Allocation:
     """Choose schemes for quantizing ``source`` to ``output``; what was measured stays beside it until it is forgotten.
 
-    Args:
-        about: the other arguments of :func:`llmconvert.quantize.job.quantize_checkpoint`.
+    Raises:
+        LlmconvertError: see :func:`llmconvert.quantize.mixed_precision.job.choose_schemes`.
     """
-    budget = Budget(settings.bits_per_weight, settings.bits, settings.group_sizes)
-    allocation = choose_schemes(source, _work(output), budget, **about)
-    progress: Progress = about["progress"]
-    progress.log(f"budget: {_words(settings, allocation)}")
+    assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
+    allocation = choose_schemes(
+        source,
+        _work(output),
+        Budget(budget.bits_per_weight, budget.bits, budget.group_sizes),
+        method=settings.method,
+        options=settings.options,
+        scheme=settings.scheme,
+        format=settings.format,
+        overrides=layer_overrides(settings),
+        windows=windows,
+        device=context.device,
+        memory_budget=context.memory,
+        identity=context.identity,
+        progress=context.progress,
+    )
+    context.progress.log(f"budget: {_words(budget, allocation)}")
     return allocation
+
+
+def layer_overrides(settings: QuantizeSettings) -> list[Override]:
+    """The section's overrides as the engine takes them."""
+    return [
+        Override(override.match, None if override.scheme == "none" else override.scheme)
+        for override in settings.overrides
+    ]
 
 
 def forget_sensitivity(output: Path) -> None:
@@ -36,27 +73,26 @@ def forget_sensitivity(output: Path) -> None:
     shutil.rmtree(_work(output), ignore_errors=True)
 
 
-def allocation_details(settings: BudgetSettings, allocation: Allocation) -> Mapping[str, Any]:
-    """What was chosen, as JSON values and as a section of the report."""
-    units = [
-        {
-            "linears": list(choice.unit.linears),
-            "scheme": str(choice.scheme),
-            "bytes": choice.nbytes,
-            "divergence": choice.divergence,
-        }
-        for choice in allocation.choices
-    ]
+def chosen_report(settings: BudgetSettings, allocation: Allocation) -> ChosenReport:
+    """What was chosen, and a section of the report on it."""
     uniform = allocation.uniform
-    details = {
-        "bits_per_weight": allocation.bits_per_weight,
-        "asked": settings.bits_per_weight,
-        "divergence": allocation.divergence,
-        "uniform": {"scheme": str(uniform[0]), "divergence": uniform[1]} if uniform is not None else None,
-        "tokens": allocation.tokens,
-        "units": units,
-    }
-    return {"budget": details, "sections": [_section(settings, allocation).model_dump(mode="json")]}
+    budget = BudgetReport(
+        bits_per_weight=allocation.bits_per_weight,
+        asked=settings.bits_per_weight,
+        divergence=allocation.divergence,
+        uniform=UniformReport(scheme=str(uniform[0]), divergence=uniform[1]) if uniform is not None else None,
+        tokens=allocation.tokens,
+        units=tuple(
+            UnitReport(
+                linears=choice.unit.linears,
+                scheme=str(choice.scheme),
+                bytes=choice.nbytes,
+                divergence=choice.divergence,
+            )
+            for choice in allocation.choices
+        ),
+    )
+    return ChosenReport(budget=budget, sections=(_section(settings, allocation),))
 
 
 def _work(output: Path) -> Path:

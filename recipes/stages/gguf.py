@@ -7,9 +7,9 @@ The scheme is one of llama.cpp's types (``q4_k_m``), or one whose codes a GGUF t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -21,6 +21,7 @@ from llmconvert.quantize.gguf_job import GgufResult, check_gguf_output, write_gg
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import METHODS, needs_calibration
 from llmconvert.recipes.schema.recipe import QuantizeSettings
+from llmconvert.report.steps import QuantizeReport
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 
 __all__ = ["GGUF", "calibrates", "quantize_gguf"]
@@ -45,16 +46,13 @@ def quantize_gguf(
     device: torch.device,
     memory: int | None,
     progress: Progress = SILENT,
-) -> Mapping[str, Any]:
+) -> QuantizeReport:
     """Write ``source`` as GGUF, or go on where an earlier call was stopped.
 
     Args:
         output: a ``.gguf`` file, or a directory for one.
         name: of the model.
-        windows, identity, device, memory: as in :func:`llmconvert.recipes.stages.steps.quantize`.
-
-    Returns:
-        What it reports, as JSON values.
+        windows, identity, device, memory: as in :func:`llmconvert.quantize.job.quantize_checkpoint`.
     """
     if isinstance(settings.scheme, GgmlMix):
         written = write_gguf(
@@ -68,7 +66,7 @@ def quantize_gguf(
             identity=identity,
             progress=progress,
         )
-        return _details(written)
+        return _report(written)
     # The codes come first, as an artifact of their own; it goes when the file is whole.
     mix = Gguf().mix_of(settings.scheme)
     check_gguf_output(output, name, mix)
@@ -89,15 +87,15 @@ def quantize_gguf(
     with SafetensorsCheckpoint(codes) as quantized:
         written = write_gguf(open_dense(quantized), output, mix=mix, name=name, identity=identity, progress=progress)
     shutil.rmtree(codes)
-    return _details(written)
+    return _report(written)
 
 
-def _details(written: GgufResult) -> Mapping[str, Any]:
-    return {
-        "file": written.path.name,
-        "layers": sum(count for kind, count in written.types.items() if kind not in ("F32", "F16", "BF16")),
-        "types": dict(written.types),
-        "bytes": written.nbytes,
-        "seconds": round(written.seconds, 3),
-        "resumed_tensors": written.resumed_tensors,
-    }
+def _report(written: GgufResult) -> QuantizeReport:
+    return QuantizeReport(
+        file=written.path.name,
+        layers=sum(count for kind, count in written.types.items() if kind not in ("F32", "F16", "BF16")),
+        types=dict(written.types),
+        bytes=written.nbytes,
+        seconds=round(written.seconds, 3),
+        resumed_tensors=written.resumed_tensors,
+    )

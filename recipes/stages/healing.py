@@ -1,30 +1,24 @@
-"""The recipe's ``attention.heal`` section: which text healing learns from, and doing it."""
+"""The recipe's ``attention.heal`` section: which text healing learns from, and the stage that heals."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from llmconvert.convert.heal.job import HealOptions, HealReport, heal_attention
+from llmconvert.convert.heal.job import HealOptions, heal_attention
 from llmconvert.convert.heal.report import healing_sections
 from llmconvert.errors import RecipeError
-from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.schema.recipe import HealSettings, Recipe
-from llmconvert.recipes.stages.windows import WindowRequest
-from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
-from llmconvert.storage.writer import write_json
+from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
+from llmconvert.recipes.stages.windows import HEALING_TEXT, WindowRequest
+from llmconvert.report.steps import HealReport
+from llmconvert.storage.writer import write_file
 
-__all__ = ["heal", "heal_request", "heal_settings", "heal_stage"]
+__all__ = ["heal_request", "heal_settings", "heal_stage"]
 
 _STATE = "healing.safetensors"
 _REPORT = "healing.json"
-_MODEL = "model"
 # Looks at the held-out text in a whole healing; each costs as much as a few steps.
 _LOOKS = 8
 
@@ -53,25 +47,45 @@ def heal_request(recipe: Recipe) -> WindowRequest | None:
     return WindowRequest("attention.heal", dataset, samples, settings.length, "shuffled", settings.seed)
 
 
-def heal(
-    original: Checkpoint,
-    merged: Checkpoint,
-    work: Path,
-    output: Path,
-    settings: HealSettings,
-    *,
-    windows: Sequence[torch.Tensor],
-    identity: str,
-    device: torch.device,
-    progress: Progress = SILENT,
-) -> HealReport:
-    """Heal ``merged``; a call that was stopped continues from what it left in ``work``.
+def heal_stage(settings: HealSettings, after: str) -> Stage[HealReport]:
+    """Heal the model of the stage ``after``, by distillation from the original; see
+    :func:`llmconvert.convert.heal.job.heal_attention`. What was trained survives a kill at any point."""
 
-    Raises:
-        LlmconvertError: see :func:`llmconvert.convert.heal.job.heal_attention`.
-    """
+    def build(work: Work, place: Place) -> HealReport:
+        assert place.notes is not None
+        state, record = place.notes / _STATE, place.notes / _REPORT
+        if place.model.exists() and record.exists():
+            report = HealReport.model_validate_json(record.read_bytes())
+        else:
+            if place.model.exists():
+                shutil.rmtree(place.model)
+            with work.original.open() as teacher, work.open(after) as student:
+                report = heal_attention(
+                    teacher,
+                    student,
+                    place.model,
+                    windows=work.windows(HEALING_TEXT),
+                    options=_options(settings),
+                    device=work.context.device,
+                    state=state,
+                    identity=work.key(after) or "",
+                    progress=work.context.progress,
+                )
+            report = report.model_copy(update={"sections": tuple(healing_sections(report))})
+            write_file(record, report.model_dump_json().encode())
+        state.unlink(missing_ok=True)
+        return report
+
+    def inputs(work: Work) -> Mapping[str, Any]:
+        return {"device": work.context.device.type, **settings.model_dump(mode="json")}
+
+    order = {"original": ORIGINAL, "model": after, "text": HEALING_TEXT}
+    return Stage("heal", order, HealReport.model_validate, build, inputs, resumable=True)
+
+
+def _options(settings: HealSettings) -> HealOptions:
     every = max(1, settings.steps // _LOOKS)
-    options = HealOptions(
+    return HealOptions(
         steps=settings.steps,
         batch=settings.batch,
         learning_rate=settings.learning_rate,
@@ -81,48 +95,3 @@ def heal(
         save_every=every,
         seed=settings.seed,
     )
-    return heal_attention(
-        original,
-        merged,
-        output,
-        windows=windows,
-        options=options,
-        device=device,
-        state=work / _STATE,
-        identity=identity,
-        progress=progress,
-    )
-
-
-def heal_stage(
-    original: Path,
-    merged: Path,
-    path: Path,
-    settings: HealSettings,
-    *,
-    windows: Sequence[torch.Tensor],
-    identity: str,
-    device: torch.device,
-    progress: Progress = SILENT,
-) -> Mapping[str, Any]:
-    """Heal the model of the stage ``merged`` into the stage ``path``, whatever is there already.
-
-    The three are directories with the model in their folder ``model``.
-
-    Returns:
-        What healing reports, as JSON values.
-    """
-    record, model = path / _REPORT, path / _MODEL
-    if model.exists() and record.exists():
-        details: Mapping[str, Any] = json.loads(record.read_bytes())
-    else:
-        if model.exists():
-            shutil.rmtree(model)
-        about: dict[str, Any] = {"windows": windows, "identity": identity, "device": device, "progress": progress}
-        with SafetensorsCheckpoint(original / _MODEL) as teacher, SafetensorsCheckpoint(merged / _MODEL) as student:
-            report = heal(teacher, student, path, model, settings, **about)
-        sections = [section.model_dump(mode="json") for section in healing_sections(report)]
-        details = {**asdict(report), "sections": sections}
-        write_json(record, details)
-    (path / _STATE).unlink(missing_ok=True)
-    return details

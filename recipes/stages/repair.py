@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 
-from llmconvert.device import open_device
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.progress import Progress
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.methods.base import load_quantizer
 from llmconvert.quantize.mixed_precision.units import Storage, fused_units
 from llmconvert.quantize.plan import Override, plan_quantization
 from llmconvert.quantize.requantize import Assignment, trace
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
+from llmconvert.recipes.schema.recipe import QuantizeSettings, RepairSettings
+from llmconvert.recipes.stages.budget import layer_overrides
+from llmconvert.recipes.stages.measuring import Measured
+from llmconvert.recipes.stages.quantization import change_schemes
 from llmconvert.recipes.stages.repair_report import repair_check
-from llmconvert.recipes.stages.steps import LAYERS_FILE, change_schemes, layer_overrides, recorded_layers
+from llmconvert.recipes.stages.run import RunStages
+from llmconvert.recipes.stages.stage import Finished, Place, Stage, Work
+from llmconvert.recipes.stages.windows import CALIBRATION
 from llmconvert.report.report import Check, ModelInfo, Report
-from llmconvert.storage.checkpoint import SafetensorsCheckpoint
-from llmconvert.storage.stages import StageResult
+from llmconvert.report.section import Value
+from llmconvert.report.steps import QuantizeReport
+from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.validate.render.display import format_bytes
 from llmconvert.validate.repair import (
     Unit,
@@ -35,71 +38,94 @@ from llmconvert.validate.repair import (
     unit_error,
 )
 
-__all__ = ["RepairTools", "repair"]
+__all__ = ["Perform", "repair", "repair_stage"]
 
 # A tensor's entry in a file's header may grow by as much.
 _HEADER_NBYTES = 32
-_MODEL = "model"
 _NO_MODEL = ModelInfo(name="", source="")
+D = TypeVar("D", bound=Value)
 
 
-@dataclass(frozen=True, slots=True)
-class RepairTools:
-    """What a run lends to its repair.
+class Perform(Protocol):
+    """Runs a stage in the run's work directory, or takes it over."""
 
-    Attributes:
-        windows: calibration token ids.
-        stage: runs a stage, or takes it over: its name, its inputs, what builds it.
-        measure: measures a stage's model in a stage of the name.
-        progress: where long work is shown.
-    """
-
-    windows: Sequence[torch.Tensor]
-    stage: Callable[[str, Mapping[str, Any], Callable[[Path], Mapping[str, Any]]], StageResult]
-    measure: Callable[[str, StageResult], StageResult | None]
-    progress: Progress
+    def __call__(self, stage: Stage[D]) -> Finished[D]: ...
 
 
 def repair(
-    recipe: Recipe, original: Path, model: StageResult, measured: StageResult, tools: RepairTools
-) -> tuple[StageResult, StageResult, Sequence[Check]]:
+    work: Work, ways: RunStages, settings: RepairSettings, measured: Finished[Measured], perform: Perform
+) -> tuple[str, Finished[Measured], Sequence[Check]]:
     """Give layers more bits or smaller groups until the artifact passes, or nothing more can be done.
 
     Args:
-        recipe: its limits, and whether it wants a repair at all.
-        original: directory of the dense model that was quantized.
-        model, measured: the artifact, and its checks.
+        ways: the stages that made the artifact.
+        settings: how far to go.
+        measured: the artifact's checks.
+        perform: runs the stages of the repair.
 
     Returns:
-        The last artifact, its checks, and a check on the repair itself; none if there was nothing to repair.
+        The stage of the last artifact, its checks, and a check on the repair itself; none if there was nothing to
+        repair.
     """
-    settings, validation = recipe.quantize, recipe.validation
-    if settings is None or validation is None or validation.repair is None or _checks(measured).verdict:
+    recipe = work.recipe
+    model = ways.model
+    if recipe.quantize is None or recipe.validation is None or _report(measured).verdict:
         return model, measured, ()
-    with SafetensorsCheckpoint(original) as source:
-        state = _State.begin(source, settings, model, open_device(recipe.device))
-        limit = validation.repair.max_bytes or validation.max_bytes or source.nbytes
-    limit = min(limit, validation.max_bytes or limit)
-    state.learn(model)
-    state.weigh(_checks(measured))
+    with work.open(ways.dense) as source:
+        state = _State.begin(source, recipe.quantize, work.finished[model].details, work.context.device)
+        limit = settings.max_bytes or recipe.validation.max_bytes or source.nbytes
+    limit = min(limit, recipe.validation.max_bytes or limit)
+    state.learn(work.finished[model].details)
+    state.weigh(_report(measured))
     rounds: list[Sequence[Upgrade]] = []
-    trail = [_checks(measured)]
+    trail = [_report(measured)]
     reason = ""
     while not reason and not trail[-1].verdict:
-        upgrades, reason = _next_round(state, trail[-1], limit, validation.repair.rounds - len(rounds))
+        upgrades, reason = _next_round(state, trail[-1], limit, settings.rounds - len(rounds))
         if reason:
             break
         changes = {name: upgrade.after for upgrade in upgrades for name in upgrade.linears}
         number = len(rounds) + 1
-        model = _requantize(recipe, original, model, state.assignment, changes, f"repair-{number}", tools)
-        again = tools.measure(f"validate-{number}", model)
+        made = perform(repair_stage(recipe.quantize, ways.dense, model, state.assignment, changes, number))
+        model = made.name
+        again = ways.measuring(model, f"validate-{number}")
         assert again is not None
-        measured = again
+        measured = perform(again)
         state = replace(state, assignment={**state.assignment, **changes})
-        state.learn(model)
+        state.learn(made.details)
         rounds.append(upgrades)
-        trail.append(_checks(measured))
+        trail.append(_report(measured))
     return model, measured, (repair_check(rounds, trail, reason, limit),)
+
+
+def repair_stage(
+    settings: QuantizeSettings, dense: str, last: str, before: Assignment, changes: Assignment, number: int
+) -> Stage[QuantizeReport]:
+    """Write the artifact of the stage ``last`` anew with other schemes for some linears, from the weights of
+    ``dense``."""
+
+    def build(work: Work, place: Place) -> QuantizeReport:
+        with work.open(dense) as source:
+            return change_schemes(
+                work.finished[last].model,
+                source,
+                place,
+                settings,
+                before=before,
+                changes=changes,
+                windows=work.windows(CALIBRATION),
+                context=work.context_of(last),
+            )
+
+    wanted = {linear: str(scheme) for linear, scheme in changes.items()}
+    return Stage(
+        f"repair-{number}",
+        {"model": last},
+        QuantizeReport.model_validate,
+        build,
+        lambda work: {"changes": wanted},
+        resumable=True,
+    )
 
 
 def _next_round(state: _State, report: Report, limit: int, left: int) -> tuple[list[Upgrade], str]:
@@ -123,41 +149,6 @@ def _next_round(state: _State, report: Report, limit: int, left: int) -> tuple[l
     return upgrades, ""
 
 
-def _requantize(
-    recipe: Recipe,
-    original: Path,
-    last: StageResult,
-    before: Assignment,
-    changes: Assignment,
-    name: str,
-    tools: RepairTools,
-) -> StageResult:
-    settings = recipe.quantize
-    assert settings is not None
-
-    def build(path: Path) -> Mapping[str, Any]:
-        if (path / _MODEL).exists():  # complete, and killed just then
-            return recorded_layers(path / LAYERS_FILE)
-        with SafetensorsCheckpoint(original) as source:
-            return change_schemes(
-                last.path / _MODEL,
-                source,
-                path / _MODEL,
-                settings,
-                before=before,
-                changes=changes,
-                record=path / LAYERS_FILE,
-                windows=tools.windows,
-                identity=last.key,
-                device=open_device(recipe.device),
-                memory=recipe.memory,
-                progress=tools.progress,
-            )
-
-    wanted = {linear: str(scheme) for linear, scheme in changes.items()}
-    return tools.stage(name, {"model": last.key, "changes": wanted}, build)
-
-
 @dataclass(frozen=True)
 class _State:
     """What the artifact is stored in now, and what is known about its linears: their errors, and what these cost."""
@@ -173,14 +164,14 @@ class _State:
 
     @classmethod
     def begin(
-        cls, source: SafetensorsCheckpoint, settings: QuantizeSettings, model: StageResult, device: torch.device
+        cls, source: Checkpoint, settings: QuantizeSettings, made: QuantizeReport, device: torch.device
     ) -> _State:
         skeleton, blocks = trace(source, device)
         layout = load_format(settings.format)
         assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
         quantizer, overrides = load_quantizer(settings.method, settings.options), layer_overrides(settings)
         if settings.budget is not None:
-            overrides = _as_made(skeleton, model)
+            overrides = _as_made(skeleton, made)
         plan = plan_quantization(skeleton, blocks, settings.scheme, overrides, quantizer, layout)
         shapes = {name: source.infos[f"{stored}.weight"].shape for name, stored in plan.stored.items()}
         return cls(
@@ -192,12 +183,12 @@ class _State:
             len(plan.specs),
         )
 
-    def learn(self, model: StageResult) -> None:
+    def learn(self, made: QuantizeReport) -> None:
         """Take note of the output errors that a stage reports."""
         names = {stored: name for name, stored in self.stored.items()}
-        for linear in model.details.get("linears", ()):
-            if linear["error"] is not None and linear["name"] in names:
-                self.errors[names[linear["name"]]] = linear["error"]
+        for linear in made.linears:
+            if linear.error is not None and linear.name in names:
+                self.errors[names[linear.name]] = linear.error
 
     def weigh(self, report: Report) -> None:
         """Take note of what errors cost, from the report on the artifact before any repair."""
@@ -231,12 +222,12 @@ class _State:
         return self.storage.accepts(scheme, shape, tuple(others.values()))
 
 
-def _as_made(skeleton: Skeleton, model: StageResult) -> list[Override]:
+def _as_made(skeleton: Skeleton, made: QuantizeReport) -> list[Override]:
     """What a budget has chosen, from what the artifact's stage reports of its linears."""
-    made = {f"{linear['name']}.weight": Scheme.parse(linear["scheme"]) for linear in model.details["linears"]}
+    schemes = {f"{linear.name}.weight": Scheme.parse(linear.scheme) for linear in made.linears}
     names = (name for linears in skeleton.linears for name in linears)
-    return [Override(glob.escape(name), made.get(skeleton.names[f"{name}.weight"])) for name in names]
+    return [Override(glob.escape(name), schemes.get(skeleton.names[f"{name}.weight"])) for name in names]
 
 
-def _checks(measured: StageResult) -> Report:
-    return Report(model=_NO_MODEL, checks=tuple(Check.model_validate(check) for check in measured.details["checks"]))
+def _report(measured: Finished[Measured]) -> Report:
+    return Report(model=_NO_MODEL, checks=measured.details.checks)

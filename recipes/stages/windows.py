@@ -1,10 +1,9 @@
-"""Token windows of a recipe: which text, which tokenizer, kept in a stage so that a run draws them once."""
+"""Token windows of a recipe: which text, which tokenizer, drawn by a stage so that a run draws them once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -13,13 +12,26 @@ from safetensors.torch import load_file, save
 from llmconvert.engine.architecture.config import declared_number
 from llmconvert.errors import UsageError
 from llmconvert.recipes.schema.recipe import CalibrateSettings, PerplexitySettings
+from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
+from llmconvert.report.section import Value
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import write_file
 from llmconvert.text.datasets import Corpus, load_dataset_text
 from llmconvert.text.tokenizer import load_tokenizer
-from llmconvert.text.tokens import TokenWindows, draw_windows
+from llmconvert.text.tokens import TokenWindows, check_disjoint, draw_windows
 
-__all__ = ["WindowRequest", "load_windows", "save_windows"]
+__all__ = [
+    "CALIBRATION",
+    "EVALUATION_TEXT",
+    "HEALING_TEXT",
+    "DrawnText",
+    "WindowRequest",
+    "draw_text",
+    "text_stage",
+]
+
+#: The stages that draw text.
+CALIBRATION, EVALUATION_TEXT, HEALING_TEXT = "calibrate", "evaluation-text", "heal-text"
 
 _FILE = "windows.safetensors"
 #: More windows than any text has.
@@ -83,31 +95,77 @@ class WindowRequest:
         )
 
 
-def save_windows(windows: TokenWindows, directory: Path) -> Mapping[str, Any]:
-    """Write windows into a stage's directory; returns the rest of what :func:`load_windows` needs."""
-    write_file(directory / _FILE, save({"ids": torch.cat(windows.windows)}))
-    return {
-        "requested": windows.requested,
-        "drawn": windows.drawn,
-        "tokens_total": windows.tokens_total,
-        "dataset": windows.dataset,
-        "corpus_digest": windows.corpus_digest,
-        "digest": windows.digest,
-        "bos": windows.bos,
-        "stride": windows.stride,
-    }
+class DrawnText(Value):
+    """What a text's stage says of its windows: all of :class:`~llmconvert.text.tokens.TokenWindows` but the ids."""
+
+    requested: int
+    drawn: int
+    tokens_total: int
+    dataset: str
+    corpus_digest: str
+    digest: str
+    bos: bool
+    stride: int
 
 
-def load_windows(directory: Path, details: Mapping[str, Any]) -> TokenWindows:
-    """What :func:`save_windows` wrote."""
-    ids = load_file(directory / _FILE)["ids"]
-    return TokenWindows(
-        tuple(row.unsqueeze(0).clone() for row in ids),
-        details["requested"],
-        details["tokens_total"],
-        details["dataset"],
-        details["corpus_digest"],
-        details["digest"],
-        details["bos"],
-        details["stride"],
-    )
+class _Text:
+    """Draws one text's windows. The text is held from when its digest is asked for until it is drawn."""
+
+    def __init__(self, name: str, request: WindowRequest) -> None:
+        self._name = name
+        self._request = request
+        self._corpus: Corpus | None = None
+
+    def settings(self, work: Work) -> Mapping[str, Any]:
+        self._corpus = self._corpus or self._request.corpus()
+        asked = asdict(self._request)
+        del asked["setting"]
+        return {"text": self._corpus.digest, **asked}
+
+    def build(self, work: Work, place: Place) -> DrawnText:
+        assert self._corpus is not None and place.notes is not None
+        with work.original.open() as checkpoint:
+            windows = self._request.draw(checkpoint, self._corpus)
+        write_file(place.notes / _FILE, save({"ids": torch.cat(windows.windows)}))
+        known = {field.name: getattr(windows, field.name) for field in fields(windows) if field.name != "windows"}
+        return DrawnText.model_validate({**known, "drawn": windows.drawn})
+
+    def finish(self, work: Work) -> None:
+        self._corpus = None
+        done = work.finished[self._name]
+        ids = load_file(done.directory / _FILE)["ids"]
+        about: DrawnText = done.details
+        windows = TokenWindows(
+            tuple(row.unsqueeze(0).clone() for row in ids),
+            about.requested,
+            about.tokens_total,
+            about.dataset,
+            about.corpus_digest,
+            about.digest,
+            about.bos,
+            about.stride,
+        )
+        work.texts[self._name] = windows
+        evaluation = work.texts.get(EVALUATION_TEXT)
+        taught = [work.texts.get(CALIBRATION)] if self._name == EVALUATION_TEXT else [windows]
+        for text in taught:
+            if text is not None and evaluation is not None:
+                check_disjoint(text, evaluation)
+
+
+def text_stage(name: str, request: WindowRequest) -> Stage[DrawnText]:
+    """Draw a text's windows; a text that is missing, or used twice, is found out now and not after the long work.
+
+    Raises:
+        DatasetError: when its settings are asked for, the text does not exist; when it is finished, it is the same as
+            that of the evaluation.
+    """
+    text = _Text(name, request)
+    after = {"tokenizer of": ORIGINAL}
+    return Stage(name, after, DrawnText.model_validate, text.build, text.settings, finish=text.finish)
+
+
+def draw_text(work: Work, name: str, request: WindowRequest) -> None:
+    """Draw a text's windows for stages that are built without a work directory."""
+    with work.original.open() as checkpoint:
+        work.texts[name] = request.draw(checkpoint, request.corpus())

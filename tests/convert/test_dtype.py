@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from support.bare_models import RowsOnly, make_model
 
 from llmconvert.convert.cast import CastView, cast_into, with_dtype
-from llmconvert.convert.dtype import DtypeReport, convert_dtype
+from llmconvert.convert.dtype import convert_dtype
 from llmconvert.errors import OutputError, UnsupportedError
+from llmconvert.report.steps import DtypeReport
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME
 

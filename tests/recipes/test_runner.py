@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from llmconvert.errors import DatasetError, GateError, OutputError, RunInterruptedError, SchemeError, UnsupportedError
 from llmconvert.progress import SILENT
-from llmconvert.recipes import runner
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.publishing import file_sizes
 from llmconvert.recipes.runner import RunResult, run_recipe
+from llmconvert.recipes.stages import quantization
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.stages import STAGE_FILE
 
@@ -203,18 +203,18 @@ def test_asked_to_stop_it_says_how_to_go_on(
     path = write_recipe()
     expected, _ = run(path, work_dir=path.parent / "other")
     before = signal.getsignal(number)
-    original = runner.quantize
+    original = quantization.quantize
 
     def stopped(*arguments: Any, **options: Any) -> Any:
         threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
         time.sleep(5)
         raise AssertionError("the signal did not arrive")
 
-    monkeypatch.setattr(runner, "quantize", stopped)
+    monkeypatch.setattr(quantization, "quantize", stopped)
     with pytest.raises(RunInterruptedError, match=f"stopped by {number.name}; run the same command to continue"):
         run(path)
     assert signal.getsignal(number) is before
-    monkeypatch.setattr(runner, "quantize", original)
+    monkeypatch.setattr(quantization, "quantize", original)
     result, log = run(path)
     assert "quantize: was interrupted, continuing" in log.lines
     assert weights(result.artifact) == weights(expected.artifact)

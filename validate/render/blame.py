@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmconvert.report.report import Report
+from llmconvert.report.steps import QuantizeReport
 
 __all__ = ["blame"]
 
@@ -27,10 +28,11 @@ def blame(report: Report) -> str:
     sentences = [f"the blocks that err most by themselves are {own}"] if own else []
     # What a repair quantized anew counts as it is now.
     errors = {
-        linear["name"]: linear["error"]
+        linear.name: linear.error
         for step in report.steps
-        for linear in (step.model_extra or {}).get("details", {}).get("linears", ())
-        if linear["error"] is not None
+        if isinstance(step.details, QuantizeReport)
+        for linear in step.details.linears
+        if linear.error is not None
     }
     outputs = [{"name": name, "error": math.sqrt(error)} for name, error in errors.items()]
     inventory = report.check("inventory")

@@ -188,7 +188,7 @@ def test_rounding_gives_the_same_bytes_as_fetching_first(
             return
     answer = streamer("quantize", tmp_path / "out", scheme=scheme, **settings)
     assert content(tmp_path / "out") == content(tmp_path / "expected")
-    assert (answer["layers"], answer["bytes"]) == (len(result.layers), result.nbytes)
+    assert (answer.layers, answer.bytes) == (len(result.layers), result.nbytes)
 
 
 @pytest.mark.parametrize("ahead", [1, 20_000, 1 << 26])

@@ -13,8 +13,9 @@ from support.disguised_heads import disguise, grouped_model, logits
 from support.tiny_architectures import ids
 
 from llmconvert.convert.gqa.blockwise import RefitOptions
-from llmconvert.convert.gqa.job import AttentionReport, convert_attention
+from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.errors import CheckpointError, OutputError, UnsupportedError
+from llmconvert.report.steps import AttentionReport
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME
 

@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.convert.gqa.weights import attention_tensors
-from llmconvert.convert.heal.job import HealOptions, HealReport, heal_attention
+from llmconvert.convert.heal.job import HealOptions, heal_attention
 from llmconvert.convert.heal.loss import hidden_divergence, prediction_divergence
 from llmconvert.convert.heal.model import ResidentModel
 from llmconvert.convert.heal.state import load_state
 from llmconvert.errors import CapacityError, DatasetError, UsageError
+from llmconvert.report.steps import HealReport
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME
 from llmconvert.storage.shared import share_tensors

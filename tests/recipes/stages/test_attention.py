@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,20 @@ import torch
 from click.testing import CliRunner
 
 from llmconvert.cli import main
+from llmconvert.context import Context
 from llmconvert.convert.gqa.job import convert_attention
+from llmconvert.convert.source import open_source
 from llmconvert.errors import RecipeError
-from llmconvert.recipes.loading import load_recipe
+from llmconvert.recipes.loading import load_recipe, make_recipe
 from llmconvert.recipes.runner import run_recipe
 from llmconvert.recipes.schema.recipe import DecodingSettings, HealSettings
+from llmconvert.recipes.stages.conversion import converted_view
 from llmconvert.recipes.stages.healing import heal_stage
+from llmconvert.recipes.stages.stage import Finished, Place, Work
+from llmconvert.recipes.stages.windows import HEALING_TEXT
+from llmconvert.report.steps import StepDetails
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.text.tokens import TokenWindows
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def test_merging_and_quantizing_in_one_run(write_quick: Any) -> None:
     steps = {step.name: step.model_dump() for step in result.report.steps}
     layers = steps["attention"]["details"]["layers"]
     assert len(layers) == 2 and all(0 < layer["output_loss"] < 1 for layer in layers)
-    assert steps["attention"]["details"]["kv_bytes_per_token"] == [256, 128]
+    assert steps["attention"]["details"]["kv_bytes_per_token"] == (256, 128)
     assert run_recipe(recipe).report == result.report  # nothing was done again
 
 
@@ -89,24 +95,23 @@ def test_a_recipe_that_heals_names_text(write_recipe: Any) -> None:
 
 def test_a_finished_healing_is_not_done_again(tiny_llama: Path, tmp_path: Path) -> None:
     """Killed after its model was written: what there is counts if the report is there, and is written again if not."""
-    settings = HealSettings(steps=2, length=16, held_out=1)
-    windows = [torch.randint(0, 300, (1, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-    (tmp_path / "merged").mkdir()
-    shutil.copytree(tiny_llama, tmp_path / "original" / "model")
+    ids = [torch.randint(0, 300, (1, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     with SafetensorsCheckpoint(tiny_llama) as original:
         convert_attention(original, tmp_path / "merged" / "model", kv_heads=1)
-
-    def stage() -> Any:
-        folders = tmp_path / "original", tmp_path / "merged", tmp_path / "stage"
-        return heal_stage(*folders, settings, windows=windows, identity="", device=torch.device("cpu"))
-
+    recipe = make_recipe({"model": str(tiny_llama), "convert": {"dtype": "float32"}})
+    source = open_source(recipe.model)
+    work = Work(recipe, Context(), source, converted_view(recipe, source))
+    work.texts[HEALING_TEXT] = TokenWindows(tuple(ids), 4, 64, "text", "", "", False, 16)
+    work.finished["attention"] = Finished("attention", "", tmp_path / "merged", StepDetails())
+    stage = heal_stage(HealSettings(steps=2, length=16, held_out=1), after="attention")
+    place = Place.stage(tmp_path / "stage")
     (tmp_path / "stage").mkdir()
-    first = stage()
-    written = (tmp_path / "stage" / "model" / "model.safetensors").read_bytes()
-    assert stage() == json.loads(json.dumps(first))
+    first = stage.build(work, place)
+    written = (place.model / "model.safetensors").read_bytes()
+    assert stage.build(work, place) == first
     (tmp_path / "stage" / "healing.json").unlink()
-    assert stage()["held_out"] == first["held_out"]
-    assert (tmp_path / "stage" / "model" / "model.safetensors").read_bytes() == written
+    assert stage.build(work, place).held_out == first.held_out
+    assert (place.model / "model.safetensors").read_bytes() == written
     assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["healing.json", "model"]
 
 

@@ -23,7 +23,8 @@ def test_blocks_by_what_they_err_alone_and_linears_by_their_output(report: Repor
         {"name": f"model.layers.{index}.mlp.up_proj", "scheme": "w4a16-g64-sym", "error": error}
         for index, error in enumerate((0.0004, 0.01, None))
     ]
-    step = Step.model_validate({"name": "quantize", "seconds": 1, "details": {"linears": linears}})
+    details = {"layers": len(linears), "linears": linears, "bytes": 1000, "seconds": 1}
+    step = Step.model_validate({"name": "quantize", "seconds": 1, "details": details})
     found = blame(failing(report, "perplexity").model_copy(update={"steps": (step,)}))
     assert found == (
         "the blocks that err most by themselves are model.layers.1 (3.5 %), model.layers.0 (3.0 %), model.layers.2 "

@@ -1,0 +1,176 @@
+"""The model in the recipe's dtype: written as a stage, or seen as it comes; of Hub models also while they download."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmconvert.convert.cast import CastView
+from llmconvert.convert.download.jobs import stream_convert, stream_quantize
+from llmconvert.convert.download.shards import describe_remote
+from llmconvert.convert.dtype import convert_dtype
+from llmconvert.convert.rope_scaling import RopeScalingView
+from llmconvert.convert.source import Source, parse_hub_id, source_fingerprint
+from llmconvert.errors import UsageError
+from llmconvert.quantize.formats.dense_view import open_dense
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.stages.budget import layer_overrides
+from llmconvert.recipes.stages.gguf import GGUF
+from llmconvert.recipes.stages.quantization import recovered
+from llmconvert.recipes.stages.stage import ORIGINAL, Original, Place, Stage, Work
+from llmconvert.report.steps import DtypeReport, StepDetails, read_details
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.dense import require_dense
+from llmconvert.storage.stages import stage_key
+
+__all__ = ["DTYPES", "convert_stage", "converted_view", "hub_model", "open_remote", "stream_stage"]
+
+#: The dtypes a recipe can name.
+DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+def convert_stage(recipe: Recipe) -> Stage[DtypeReport]:
+    """Write the model in the dtype of the recipe's convert section."""
+    settings = recipe.convert
+
+    def build(work: Work, place: Place) -> DtypeReport:
+        if place.notes is not None:
+            shutil.rmtree(place.model, ignore_errors=True)  # complete, and killed before it could report
+        # Closed at once: what was read stays mapped until then.
+        with work.source.checkpoint as checkpoint:
+            return convert_dtype(
+                checkpoint,
+                place.model,
+                dtype=DTYPES[settings.dtype],
+                overflow=settings.overflow,
+                rope_scaling=settings.rope_scaling,
+                identity=work.view.key,
+                progress=work.context.progress,
+            )
+
+    return Stage("convert", {}, DtypeReport.model_validate, build, lambda work: _settings(recipe, work.source), True)
+
+
+def _settings(recipe: Recipe, source: Source) -> Mapping[str, Any]:
+    return {"source": source_fingerprint(source), **recipe.convert.model_dump(mode="json")}
+
+
+def converted_view(recipe: Recipe, source: Source) -> Original:
+    """What :func:`convert_stage` would write; each tensor is cast, and of a Hub model downloaded, whenever it is read.
+
+    It identifies itself by the key that the stage would have.
+    """
+    settings, key = recipe.convert, stage_key("convert", _settings(recipe, source))
+    if recipe.quantize is not None and recipe.quantize.format == GGUF:
+        dense = open_dense(source.checkpoint)
+        if dense is not source.checkpoint:  # quantized, in codes that the file may take over as they are
+            return Original.seen(key, dense)
+    view: Checkpoint = CastView(source.checkpoint, DTYPES[settings.dtype], settings.overflow)
+    if settings.rope_scaling is not None:
+        view = RopeScalingView(view, settings.rope_scaling)
+    return Original.seen(key, view, _traffic(recipe, source))
+
+
+def _traffic(recipe: Recipe, source: Source) -> str:
+    validation = recipe.validation
+    if not recipe.stream or validation is None:
+        return ""
+    # The inventory, the predictions and the continuations each read every tensor once.
+    passes = 1 + (validation.perplexity is not None) + (validation.generation is not None)
+    traffic = passes * source.checkpoint.nbytes
+    return f"the original is not on this disk and is read from the Hub again, {traffic:,} bytes in all"
+
+
+def stream_stage(recipe: Recipe) -> Stage[StepDetails]:
+    """Quantize, or convert where the recipe quantizes nothing, while the model downloads."""
+    quantize = recipe.quantize
+
+    def build(work: Work, place: Place) -> StepDetails:
+        if place.notes is not None and place.model.exists():  # complete, and killed just then
+            if quantize is None:
+                return StepDetails()
+            found = recovered(place)
+            return found.model_copy(update={"streamed": True})
+        return _stream_dtype(work, place) if quantize is None else _stream_quantized(work, place)
+
+    def settings(work: Work) -> Mapping[str, Any]:
+        return {"streamed": True, **(quantize.model_dump(mode="json") if quantize is not None else {})}
+
+    name = "quantize" if quantize is not None else "convert"
+    return Stage(name, {"model": ORIGINAL}, partial(read_details, name), build, settings, resumable=True)
+
+
+def _stream_dtype(work: Work, place: Place) -> StepDetails:
+    settings = work.recipe.convert
+    return stream_convert(
+        work.source.origin,
+        place.model,
+        revision=work.source.revision,
+        dtype=DTYPES[settings.dtype],
+        overflow=settings.overflow,
+        progress=work.context.progress,
+    )
+
+
+def _stream_quantized(work: Work, place: Place) -> StepDetails:
+    """
+    Raises:
+        UsageError: the scheme is one of GGUF's.
+    """
+    settings = work.recipe.quantize
+    assert settings is not None
+    if not isinstance(settings.scheme, Scheme):
+        raise UsageError(f"quantize.scheme {settings.scheme}: a GGUF file is not streamed; leave out --stream")
+    return stream_quantize(
+        work.source.origin,
+        place.model,
+        revision=work.source.revision,
+        dtype=DTYPES[work.recipe.convert.dtype],
+        overflow=work.recipe.convert.overflow,
+        method=settings.method,
+        options=settings.options,
+        scheme=settings.scheme,
+        format=settings.format,
+        overrides=layer_overrides(settings),
+        device=work.context.device,
+        progress=work.context.progress,
+    )
+
+
+def hub_model(recipe: Recipe) -> tuple[str, str | None]:
+    """The repository and revision to stream from.
+
+    Raises:
+        UsageError: the model is no Hub id, or its positions shall be scaled.
+    """
+    if recipe.convert.rope_scaling is not None:
+        raise UsageError("--stream does not scale positions; leave it out, or scale the model that it wrote")
+    found = parse_hub_id(recipe.model) if not Path(recipe.model).expanduser().exists() else None
+    if found is None:
+        raise UsageError(
+            f"{recipe.model}: only a Hub model (org/name) downloads and can be streamed; leave out --stream"
+        )
+    return found
+
+
+def open_remote(recipe: Recipe) -> Source:
+    """The recipe's model, of which the headers and the small files are fetched; tensors are read from the Hub.
+
+    Raises:
+        UsageError: the model is no Hub id, or it is quantized.
+        HubError, CheckpointError: see :func:`llmconvert.convert.download.shards.describe_remote`.
+    """
+    model = describe_remote(*hub_model(recipe))
+    require_dense(model.checkpoint, recipe.model)
+    remote = model.remote
+    return Source("hub", remote.repo_id, remote.commit_hash, remote.directory, model.checkpoint)

@@ -1,0 +1,219 @@
+"""The recipe's quantize section: a stage that quantizes, and the pieces that repair quantizes anew with."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmconvert.context import Context
+from llmconvert.gguf.checkpoint import GgufCheckpoint, open_artifact
+from llmconvert.gguf.header import read_gguf_header
+from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
+from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers
+from llmconvert.quantize.requantize import Assignment, requantize_checkpoint
+from llmconvert.quantize.rotate import rotate_checkpoint
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.recipes.schema.recipe import QuantizeSettings
+from llmconvert.recipes.stages.artifact import model_stem
+from llmconvert.recipes.stages.budget import (
+    ChosenReport,
+    choose_within,
+    chosen_report,
+    forget_sensitivity,
+    layer_overrides,
+)
+from llmconvert.recipes.stages.gguf import GGUF, quantize_gguf
+from llmconvert.recipes.stages.stage import Place, Stage, Work
+from llmconvert.recipes.stages.windows import CALIBRATION
+from llmconvert.report.steps import LinearReport, QuantizeReport
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.writer import write_file
+from llmconvert.validate.inventory import measure_sizes
+
+__all__ = ["change_schemes", "quantize", "quantize_stage", "recovered"]
+
+# Kept beside a stage's model, for one that is killed between its artifact and its own record: what came of each
+# linear, and what a budget chose.
+_LAYERS_FILE = "layers.json"
+_BUDGET_FILE = "budget.json"
+_DENSE_TYPES = ("F32", "F16", "BF16")
+
+
+def quantize_stage(settings: QuantizeSettings, after: str) -> Stage[QuantizeReport]:
+    """Quantize the model of the stage ``after``."""
+
+    def build(work: Work, place: Place) -> QuantizeReport:
+        if place.notes is not None and place.model.exists():  # complete, and killed just then
+            forget_sensitivity(place.model)
+            return recovered(place)
+        with work.open(after) as checkpoint:
+            return quantize(
+                checkpoint,
+                place,
+                settings,
+                name=model_stem(work.source.origin),
+                windows=work.windows(CALIBRATION),
+                context=work.context_of(after),
+            )
+
+    def inputs(work: Work) -> Mapping[str, Any]:
+        return {"device": work.context.device.type, **settings.model_dump(mode="json")}
+
+    order = {"model": after, "calibration": CALIBRATION}
+    return Stage("quantize", order, QuantizeReport.model_validate, build, inputs, resumable=True)
+
+
+def quantize(
+    source: Checkpoint,
+    place: Place,
+    settings: QuantizeSettings,
+    *,
+    name: str = "model",
+    windows: Sequence[torch.Tensor] = (),
+    context: Context,
+) -> QuantizeReport:
+    """Quantize ``source``, or go on where an earlier call was stopped; see
+    :func:`llmconvert.quantize.job.quantize_checkpoint`.
+
+    Args:
+        name: of the model, for formats that store it.
+        windows: calibration token ids, ``[1, length]`` each.
+    """
+    if settings.rotate is not None:
+        source = rotate_checkpoint(source, **settings.rotate.model_dump())
+        context = replace(context, identity=f"{context.identity} rotated {settings.rotate.model_dump_json()}")
+    if settings.format == GGUF:
+        return quantize_gguf(
+            source,
+            place.model,
+            settings,
+            name=name,
+            windows=windows,
+            identity=context.identity,
+            device=context.device,
+            memory=context.memory,
+            progress=context.progress,
+        )
+    assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
+    scheme, overrides = settings.scheme, layer_overrides(settings)
+    chosen: ChosenReport | None = None
+    if settings.budget is not None:
+        allocation = choose_within(settings, settings.budget, source, place.model, windows, context)
+        scheme, overrides = allocation.scheme, list(allocation.overrides)
+        chosen = chosen_report(settings.budget, allocation)
+        if place.notes is not None:
+            write_file(place.notes / _BUDGET_FILE, chosen.model_dump_json().encode())
+    result = quantize_checkpoint(
+        source,
+        place.model,
+        method=settings.method,
+        options=settings.options,
+        scheme=scheme,
+        format=settings.format,
+        overrides=overrides,
+        windows=windows,
+        device=context.device,
+        memory_budget=context.memory,
+        identity=context.identity,
+        record=place.notes / _LAYERS_FILE if place.notes is not None else None,
+        progress=context.progress,
+    )
+    forget_sensitivity(place.model)
+    return QuantizeReport(
+        budget=chosen.budget if chosen is not None else None,
+        sections=chosen.sections if chosen is not None else (),
+        layers=len(result.layers),
+        linears=_linears(result.layers),
+        bytes=result.nbytes,
+        seconds=round(result.seconds, 3),
+        phases={name: round(seconds, 3) for name, seconds in result.phases.items()},
+        mode=result.memory.mode,
+        resumed_blocks=result.resumed_blocks,
+    )
+
+
+def recovered(place: Place) -> QuantizeReport:
+    """What a call that was killed after its artifact appeared had to say, from its notes and from the artifact."""
+    nbytes = measure_sizes(place.model).weights
+    with open_artifact(place.model) as stored:
+        if isinstance(stored, GgufCheckpoint):
+            types = Counter(tensor.qtype.name for tensor in read_gguf_header(stored.path).tensors.values())
+            layers = sum(count for kind, count in types.items() if kind not in _DENSE_TYPES)
+            return QuantizeReport(file=stored.path.name, layers=layers, types=types, bytes=nbytes, seconds=0.0)
+        linears = _stored_linears(stored)
+    notes = place.notes
+    if notes is None or not (notes / _LAYERS_FILE).exists():
+        return QuantizeReport(layers=len(linears), linears=linears, bytes=nbytes, seconds=0.0)
+    linears = _linears(read_layers(notes / _LAYERS_FILE))
+    found = QuantizeReport(layers=len(linears), linears=linears, bytes=nbytes, seconds=0.0)
+    if not (notes / _BUDGET_FILE).exists():
+        return found
+    chosen = ChosenReport.model_validate_json((notes / _BUDGET_FILE).read_bytes())
+    return found.model_copy(update={"budget": chosen.budget, "sections": chosen.sections})
+
+
+def _stored_linears(stored: Checkpoint) -> tuple[LinearReport, ...]:
+    dense = open_dense(stored)
+    if not isinstance(dense, QuantizedView):
+        return ()
+    schemes = {name: dense.scheme_of(name) for name in dense}
+    return tuple(
+        LinearReport(name=name.removesuffix(".weight"), scheme=str(scheme), error=None)
+        for name, scheme in schemes.items()
+        if scheme is not None
+    )
+
+
+def _linears(layers: Iterable[LayerResult]) -> tuple[LinearReport, ...]:
+    return tuple(LinearReport(name=layer.name, scheme=layer.scheme, error=layer.error) for layer in layers)
+
+
+def change_schemes(
+    artifact: Path,
+    source: Checkpoint,
+    place: Place,
+    settings: QuantizeSettings,
+    *,
+    before: Assignment,
+    changes: Assignment,
+    windows: Sequence[torch.Tensor] = (),
+    context: Context,
+) -> QuantizeReport:
+    """Write an artifact anew with other schemes for some linears; see
+    :func:`llmconvert.quantize.requantize.requantize_checkpoint`.
+
+    Returns:
+        what came of the linears that were quantized anew.
+    """
+    assert place.notes is not None
+    if place.model.exists():  # complete, and killed just then
+        return recovered(place)
+    begin = time.perf_counter()
+    layers = requantize_checkpoint(
+        artifact,
+        source,
+        place.model,
+        method=settings.method,
+        options=settings.options,
+        format=settings.format,
+        before=before,
+        changes=changes,
+        record=place.notes / _LAYERS_FILE,
+        windows=windows,
+        device=context.device,
+        memory_budget=context.memory,
+        identity=context.identity,
+        progress=context.progress,
+    )
+    return QuantizeReport(
+        layers=len(layers),
+        linears=_linears(layers),
+        bytes=measure_sizes(place.model).weights,
+        seconds=round(time.perf_counter() - begin, 3),
+    )

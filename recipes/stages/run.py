@@ -1,0 +1,93 @@
+"""Which stages a recipe's run has, in order. Repair adds its own where the gate fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.stages.attention import attention_stage
+from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
+from llmconvert.recipes.stages.gguf import calibrates
+from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
+from llmconvert.recipes.stages.measuring import Measured, validate_stage
+from llmconvert.recipes.stages.quantization import quantize_stage
+from llmconvert.recipes.stages.stage import ORIGINAL, Stage
+from llmconvert.recipes.stages.windows import (
+    CALIBRATION,
+    EVALUATION_TEXT,
+    HEALING_TEXT,
+    WindowRequest,
+    text_stage,
+)
+
+__all__ = ["RunStages", "reads_calibration", "stages_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunStages:
+    """The stages of a run.
+
+    Attributes:
+        making: up to the artifact's model, texts among them.
+        model: the one that makes the artifact's model.
+        dense: the last one before it is quantized, or the original.
+        between: those that change weights on the way to ``model``.
+        recipe: what they were made from.
+    """
+
+    making: tuple[Stage[Any], ...]
+    model: str
+    dense: str
+    between: tuple[str, ...]
+    recipe: Recipe
+
+    def measuring(self, model: str, name: str = "validate") -> Stage[Measured] | None:
+        """The stage that measures the model of a stage; None if the recipe measures nothing."""
+        settings = self.recipe.measured
+        between = tuple(step for step in self.between if step != model)
+        return validate_stage(settings, model, between, name) if settings is not None else None
+
+
+def reads_calibration(recipe: Recipe) -> bool:
+    """Whether anything that the recipe asks for reads its calibration text."""
+    return recipe.attention is not None or (recipe.quantize is not None and calibrates(recipe.quantize))
+
+
+def stages_of(recipe: Recipe) -> RunStages:
+    """The stages that a recipe asks for.
+
+    Raises:
+        RecipeError: it heals, and names no text to learn from.
+    """
+    if recipe.stream:
+        stage = stream_stage(recipe)
+        return RunStages((*_texts(recipe), stage), stage.name, ORIGINAL, (), recipe)
+    making: list[Stage[Any]] = [convert_stage(recipe), *_texts(recipe)]
+    model, between = making[0].name, []
+    dense = ORIGINAL
+    if recipe.attention is not None:
+        making.append(attention_stage(recipe.attention))
+        between.append(making[-1].name)
+        dense = model = making[-1].name
+        healing = heal_settings(recipe)
+        if healing is not None:
+            making.append(heal_stage(healing, after=model))
+            between.append(making[-1].name)
+            dense = model = making[-1].name
+    if recipe.quantize is not None:
+        making.append(quantize_stage(recipe.quantize, after=dense))
+        model = making[-1].name
+    return RunStages(tuple(making), model, dense, tuple(between), recipe)
+
+
+def _texts(recipe: Recipe) -> Iterator[Stage[Any]]:
+    """All texts, before the long work: a missing one, or one used twice, must not be found out after it."""
+    if recipe.calibrate is not None and reads_calibration(recipe):
+        yield text_stage(CALIBRATION, WindowRequest.calibration(recipe.calibrate))
+    if recipe.validation is not None and recipe.validation.perplexity is not None:
+        yield text_stage(EVALUATION_TEXT, WindowRequest.evaluation(recipe.validation.perplexity))
+    lessons = heal_request(recipe)
+    if lessons is not None:
+        yield text_stage(HEALING_TEXT, lessons)
