@@ -47,6 +47,7 @@ __all__ = [
     "Plot",
     "Progress",
     "PushPlan",
+    "QuantizeReport",
     "QuantizedModel",
     "QuantizedTensor",
     "Recipe",
@@ -89,7 +90,7 @@ __all__ = [
 
 _MODULES = {
     "SILENT": "progress",
-    "AttentionReport": "convert.gqa.job",
+    "AttentionReport": "report.steps",
     "CalibrationError": "errors",
     "CapacityError": "errors",
     "Check": "report.report",
@@ -98,9 +99,10 @@ _MODULES = {
     "Column": "report.section",
     "ConvertedModel": "api",
     "DatasetError": "errors",
-    "DtypeReport": "convert.dtype",
+    "QuantizeReport": "report.steps",
+    "DtypeReport": "report.steps",
     "GateError": "errors",
-    "HealReport": "convert.heal.job",
+    "HealReport": "report.steps",
     "HubError": "errors",
     "LlmconvertError": "errors",
     "Measurement": "validate.measurement",
@@ -153,9 +155,7 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from llmconvert.api import ConvertedModel, QuantizedModel, convert_model, push_model, quantize_model, validate_model
-    from llmconvert.convert.dtype import DtypeReport, convert_dtype
-    from llmconvert.convert.gqa.job import AttentionReport
-    from llmconvert.convert.heal.job import HealReport
+    from llmconvert.convert.dtype import convert_dtype
     from llmconvert.convert.inspection import ModelSummary, inspect_model
     from llmconvert.convert.source import Source, open_source
     from llmconvert.errors import (
@@ -186,6 +186,7 @@ if TYPE_CHECKING:
     from llmconvert.recipes.schema.recipe import Recipe
     from llmconvert.report.report import Check, ModelInfo, Report, Step, require_passed
     from llmconvert.report.section import Column, Plot, Section, Series
+    from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
     from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
     from llmconvert.validate.measurement import Measurement, Subject
     from llmconvert.validate.render.comparison import compare_reports, read_reports

@@ -34,7 +34,7 @@ from llmconvert.recipes.stages.windows import CALIBRATION
 from llmconvert.report.steps import LinearReport, QuantizeReport
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import write_file
-from llmconvert.validate.inventory import measure_sizes
+from llmconvert.validate.size import measure_sizes
 
 __all__ = ["change_schemes", "quantize", "quantize_stage", "recovered"]
 
