@@ -27,8 +27,7 @@ from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, artifact_stage
 from llmconvert.recipes.stages.attention import require_mergeable
 from llmconvert.recipes.stages.conversion import converted_view, open_remote
-from llmconvert.recipes.stages.measurements import require_measurable
-from llmconvert.recipes.stages.measuring import Measured
+from llmconvert.recipes.stages.measurements import Measured, require_measurable
 from llmconvert.recipes.stages.repair import repair
 from llmconvert.recipes.stages.run import RunStages, reads_calibration, stages_of
 from llmconvert.recipes.stages.stage import Finished, Place, Stage, Work

@@ -25,8 +25,7 @@ from llmconvert.recipes.stages.attention import attention_stage, require_mergeab
 from llmconvert.recipes.stages.conversion import convert_stage, converted_view, open_remote, stream_stage
 from llmconvert.recipes.stages.gguf import GGUF, calibrates
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
-from llmconvert.recipes.stages.measurements import measurements, require_measurable
-from llmconvert.recipes.stages.measuring import measure
+from llmconvert.recipes.stages.measurements import measure, measurements, require_measurable
 from llmconvert.recipes.stages.quantization import quantize_stage
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Work
 from llmconvert.recipes.stages.windows import (

@@ -18,7 +18,7 @@ from llmconvert.quantize.requantize import Assignment, trace
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.schema.recipe import QuantizeSettings, RepairSettings
 from llmconvert.recipes.stages.budget import layer_overrides
-from llmconvert.recipes.stages.measuring import Measured
+from llmconvert.recipes.stages.measurements import Measured
 from llmconvert.recipes.stages.quantization import change_schemes
 from llmconvert.recipes.stages.repair_report import repair_check
 from llmconvert.recipes.stages.run import RunStages

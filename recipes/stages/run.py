@@ -11,7 +11,7 @@ from llmconvert.recipes.stages.attention import attention_stage
 from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
 from llmconvert.recipes.stages.gguf import calibrates
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
-from llmconvert.recipes.stages.measuring import Measured, validate_stage
+from llmconvert.recipes.stages.measurements import Measured, validate_stage
 from llmconvert.recipes.stages.quantization import quantize_stage
 from llmconvert.recipes.stages.stage import ORIGINAL, Stage
 from llmconvert.recipes.stages.windows import (
