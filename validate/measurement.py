@@ -72,6 +72,7 @@ class Measurement(Protocol):
         Raises:
             UnsupportedError: with what is missing, and how to get it.
         """
+        return
 
     def measure(self, subject: Subject) -> Sequence[Check]:
         """Its checks, in order. A number that could not be had is a check without a value, whose text says why.
