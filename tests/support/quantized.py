@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import save_file
 
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.numbers import Float, Levels, Number
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
-__all__ = ["every_code", "hessian_of", "random_inputs", "random_tensor", "random_weight"]
+__all__ = ["every_code", "hessian_of", "random_inputs", "random_tensor", "random_weight", "write_quantized"]
 
 
 def every_code(number: Number) -> torch.Tensor:
@@ -58,3 +65,14 @@ def random_inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
 def hessian_of(inputs: torch.Tensor, dtype: torch.dtype = torch.float32) -> Hessian:
     """Their second moment, as the engine accumulates it but in any precision."""
     return Hessian((inputs.T @ inputs / len(inputs)).to(dtype), len(inputs))
+
+
+def write_quantized(
+    directory: Path, tensors: dict[str, torch.Tensor], declared: Mapping[str, Any]
+) -> SafetensorsCheckpoint:
+    """A checkpoint of these tensors alone, with a ``quantization_config``."""
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    config = {"dtype": "bfloat16", "quantization_config": declared}
+    (directory / "config.json").write_text(json.dumps(config))
+    return SafetensorsCheckpoint(directory)

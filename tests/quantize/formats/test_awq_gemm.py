@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.quantized import random_tensor
+from support.quantized import random_tensor, write_quantized
 
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 
@@ -62,3 +67,27 @@ def test_two_schemes_in_one_model_are_refused() -> None:
     schemes = {"a": Scheme(Int(4, symmetric=False), 32), "b": Scheme(Int(4, symmetric=False), 64)}
     with pytest.raises(UnsupportedError, match=r"w4a16-g32-asym, w4a16-g64-asym: awq has one scheme per model"):
         AWQ.quantization_config(schemes, [])
+
+
+@settings(max_examples=15, deadline=None)
+@given(start=st.integers(0, 63), length=st.integers(1, 64), seed=st.integers(0, 1 << 16))
+def test_rows_are_those_of_the_whole(folders: Iterator[Path], start: int, length: int, seed: int) -> None:
+    tensor = random_tensor(Scheme(Int(4, symmetric=False), 32), 64, 96, torch.float16, seed)
+    declared = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True}
+    view = open_dense(write_quantized(next(folders), AWQ.pack("l", tensor), declared))
+    stop = min(64, start + length)
+    assert view.infos["l.weight"].dtype == torch.bfloat16
+    assert torch.equal(view.read_rows("l.weight", start, stop), tensor.dequantize(torch.bfloat16)[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"quant_method": "awq", "version": "gemv", "bits": 4}, "version: gemv, bits: 4; this reader"),
+        ({"quant_method": "awq", "zero_point": False}, "zero_point: False; this reader"),
+    ],
+)
+def test_other_versions_are_refused_by_name(tmp_path: Path, declared: dict[str, Any], message: str) -> None:
+    stored = AWQ.pack("l", random_tensor(Scheme(Int(4, symmetric=False), 32), 32, 32, torch.float16))
+    with pytest.raises(UnsupportedError, match=message):
+        open_dense(write_quantized(tmp_path / "m", stored, declared))

@@ -1,25 +1,40 @@
-"""NF4 and 8-bit encodings against bitsandbytes itself."""
+"""NF4 and 8-bit encodings against bitsandbytes itself, and its own artifacts as they are read."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
-from bitsandbytes.functional import QuantState, create_dynamic_map, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.functional import (
+    QuantState,
+    create_dynamic_map,
+    dequantize_4bit,
+    dequantize_blockwise,
+    int8_vectorwise_quant,
+    quantize_4bit,
+)
 from bitsandbytes.nn import Int8Params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.quantized import random_weight
+from support.quantized import random_weight, write_quantized
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.methods.base import Target
 from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.numbers import NF4, Int, dynamic_levels
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 BNB = load_format("bitsandbytes")
+Tiny = Callable[..., Path]
 INT8 = Scheme(Int(8), activation_bits=8)
 
 
@@ -122,3 +137,59 @@ def test_the_offset_does_not_change_the_size() -> None:
         (solution,) = Rtn().quantize([Target("l", factor * random_weight(4, 64), scheme)], None, torch.float32).values()
         sizes.add(BNB.pack("l", solution.tensor)["l.weight.quant_state.bitsandbytes__nf4"].shape)
     assert len(sizes) == 1
+
+
+def artifact(source: Path, output: Path, **options: Any) -> tuple[Path, Any]:
+    """What transformers and bitsandbytes make of a model, on disk, and the loaded model."""
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=BitsAndBytesConfig(**options), device_map="cpu", dtype=torch.bfloat16
+    )
+    model.save_pretrained(output)
+    return output, model
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["", "double"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_4_bits_of_its_own_are_read(tiny_llama: Path, tmp_path: Path, kind: str, double: bool) -> None:
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double}
+    directory, model = artifact(tiny_llama, tmp_path / "out", **options)
+    view = open_dense(SafetensorsCheckpoint(directory))
+    assert isinstance(view, QuantizedView)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    assert len(linears) == 14
+    for name, module in linears.items():
+        weight = f"{name}.weight"
+        assert view.infos[weight].shape == (module.out_features, module.in_features)
+        expected = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert view.infos[weight].dtype == expected.dtype
+        assert torch.equal(view[weight], expected)
+        assert torch.equal(view.read_rows(weight, 3, 20), expected[3:20])
+        assert str(view.scheme_of(weight)) == f"w4a16-g64-{kind}{'-dq' if double else ''}"
+        assert torch.equal(view.read_quantized(weight).dequantize(expected.dtype), expected)
+
+
+def test_blocks_run_over_rows(tmp_path: Path) -> None:
+    """Of 96 columns a block of 64 takes two thirds. bitsandbytes' own CPU kernel (0.50) reads this wrong."""
+    weight = torch.randn(33, 96, generator=torch.Generator().manual_seed(0))
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    stored = {"l.weight": packed, **{f"l.weight.{key}": part for key, part in state.as_dict(packed=True).items()}}
+    view = open_dense(write_quantized(tmp_path / "m", stored, {"quant_method": "bitsandbytes", "load_in_4bit": True}))
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), -1).view(-1)
+    values = (state.code[codes.int()] * scales.float().repeat_interleave(64)[: codes.numel()]).view(33, 96)
+    assert torch.equal(view["l.weight"], values)
+    assert float((view["l.weight"] - weight).abs().mean()) < 0.08
+    assert torch.equal(view.read_rows("l.weight", 7, 20), values[7:20])
+
+
+def test_8_bits_of_its_own_are_read(tiny: Tiny, tmp_path: Path) -> None:
+    directory, model = artifact(tiny("llama"), tmp_path / "out", load_in_8bit=True)
+    view = open_dense(SafetensorsCheckpoint(directory), torch.float32)
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear8bitLt)
+    }
+    assert len(linears) == 21
+    for name, module in linears.items():
+        codes, largest = module.weight.CB, module.weight.SCB
+        assert torch.equal(view[f"{name}.weight"], codes.float() * (largest / 127).unsqueeze(1))
+    assert "lm_head.weight_format" not in view and not any(name.endswith((".SCB", "weight_format")) for name in view)

@@ -1,4 +1,4 @@
-"""Our reader against the real runtime: the logits of transformers with compressed-tensors are the engine's."""
+"""Compressed-tensors against the real runtime: the logits of transformers are those of the dense view."""
 
 from __future__ import annotations
 

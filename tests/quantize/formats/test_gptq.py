@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.quantized import random_tensor
+from support.quantized import random_tensor, write_quantized
 
 from llmconvert import __version__
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.numbers import Int
+from llmconvert.quantize.pack import pack_words
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
@@ -127,3 +132,74 @@ def test_linears_that_a_runtime_fuses_are_found_under_its_name() -> None:
 def test_two_symmetries_in_one_model_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="one symmetry per model"):
         GPTQ.quantization_config({"a": Scheme(Int(4), 32), "b": Scheme(Int(4, symmetric=False), 32)}, [])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    version=st.sampled_from(["gptq", "gptq_v2"]),
+    order=st.sampled_from(["groups", "scattered", "none"]),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
+def test_what_others_wrote_is_read(
+    folders: Iterator[Path], bits: int, version: str, order: str, symmetric: bool, seed: int
+) -> None:
+    """Versions 1 and 2, activation order, and checkpoints without ``g_idx``."""
+    scheme = Scheme(Int(bits, symmetric), 32)
+    tensor = random_tensor(scheme, 64, 96, torch.float16, seed)
+    stored = GPTQ.pack("l", tensor)
+    if version == "gptq_v2":
+        half = 1 << (bits - 1)
+        zero = torch.zeros(64, 3, dtype=torch.int8) if tensor.zero is None else tensor.zero
+        stored["l.qzeros"] = pack_words((zero.int() + half).to(torch.uint8).T.contiguous(), bits)
+    expected = tensor.dequantize(torch.float32)
+    if order == "scattered":
+        group = torch.randperm(96, generator=torch.Generator().manual_seed(seed)) // 32
+        stored["l.g_idx"] = group.to(torch.int32)
+        zero = 0.0 if tensor.zero is None else tensor.zero.float()[:, group]
+        expected = (tensor.codes.float() - zero) * tensor.scale.float()[:, group]
+    elif order == "none":
+        del stored["l.g_idx"]
+    declared = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": symmetric, "checkpoint_format": version}
+    view = open_dense(write_quantized(next(folders), stored, declared), torch.float32)
+    assert isinstance(view, QuantizedView)
+    assert list(view) == ["l.weight"] and view.scheme_of("l.weight") == scheme
+    assert torch.equal(view["l.weight"], expected)
+    assert torch.equal(view.read_rows("l.weight", 5, 33), expected[5:33])
+    if order == "scattered":
+        with pytest.raises(UnsupportedError, match="l: its groups are scattered columns"):
+            view.read_quantized("l.weight")
+    else:
+        found = view.read_quantized("l.weight")
+        assert torch.equal(found.codes, tensor.codes)
+        assert tensor.zero is None or (found.zero is not None and torch.equal(found.zero, tensor.zero))
+
+
+def test_linears_of_several_widths(tmp_path: Path) -> None:
+    """GPTQModel's ``dynamic`` rules are not looked up: the tensors show it."""
+    tensors = {name: random_tensor(Scheme(Int(bits), 32), 64, 96, torch.float16) for name, bits in (("a", 4), ("b", 8))}
+    stored = {name: part for linear in tensors for name, part in GPTQ.pack(linear, tensors[linear]).items()}
+    view = open_dense(write_quantized(tmp_path / "m", stored, {"quant_method": "gptq", "bits": 4, "sym": True}))
+    assert all(torch.equal(view[f"{name}.weight"], tensors[name].dequantize(torch.bfloat16)) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format: marlin; this reader"),
+        ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"}, "pack_dtype: int16; this reader"),
+    ],
+)
+def test_other_versions_are_refused_by_name(tmp_path: Path, declared: dict[str, Any], message: str) -> None:
+    stored = GPTQ.pack("l", random_tensor(Scheme(Int(4), 32), 32, 32, torch.float16))
+    with pytest.raises(UnsupportedError, match=message):
+        open_dense(write_quantized(tmp_path / "m", stored, declared))
+
+
+@pytest.mark.parametrize("part", ["qzeros", "scales"])
+def test_a_missing_part_is_named(tmp_path: Path, part: str) -> None:
+    stored = GPTQ.pack("a.b", random_tensor(Scheme(Int(4), 32), 32, 32, torch.float16))
+    del stored[f"a.b.{part}"]
+    with pytest.raises(CheckpointError, match=rf"quantized linear 'a\.b' has no tensor 'a\.b\.{part}'"):
+        open_dense(write_quantized(tmp_path / "m", stored, {"quant_method": "gptq", "bits": 4}))
