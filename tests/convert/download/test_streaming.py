@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,6 +277,31 @@ def test_killed_anywhere_it_goes_on_without_fetching_anything_twice(
         whole = convert_dtype(checkpoint, tmp_path / "again", dtype=torch.bfloat16)
     assert report["largest_relative_error"] == whole.largest_relative_error, "what earlier runs found is kept"
     assert hub.count("GET .*safetensors$") <= len(shard_sizes(model)) + 2, "only a shard just begun comes anew"
+
+
+def test_a_second_one_is_refused_and_disturbs_nothing(
+    hub: HubServer, streamer: Streamer, model: Path, tmp_path: Path
+) -> None:
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        go.wait(60)
+
+    third = sorted(path.name for path in model.glob("*.safetensors"))[2]
+    hub.faults.append(Fault(f"GET .*{third}$", hook=hold))
+    first = Streamer(hub.url, tmp_path / "home")
+    first.send("convert", tmp_path / "out")
+    assert held.wait(60)
+    refused = streamer("convert", tmp_path / "out")
+    assert (refused["error"], refused["code"]) == ("OutputError", 2)
+    assert f"out: another run (process {first.process.pid}) is using it; wait for it" in refused["text"]
+    go.set()
+    assert first.process.stdout is not None
+    assert "error" not in json.loads(first.process.stdout.readline())
+    first.close()
+    assert content(tmp_path / "out") == expected_cast(model, tmp_path / "expected")
+    assert sorted(os.listdir(tmp_path)) == ["expected", "home", "out"]
 
 
 def test_bad_requests_leave_nothing_behind(hub: HubServer, streamer: Streamer, model: Path, tmp_path: Path) -> None:
