@@ -15,6 +15,7 @@ from llmconvert.errors import CapacityError, OutputError
 from llmconvert.hub import PushOptions, check_push, push_folder
 from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.schema.recipe import PLACEHOLDERS, PublishSettings, Recipe
+from llmconvert.storage.lock import locked
 from llmconvert.storage.writer import check_output_directory, publish_directory, staging_directory, write_json
 
 __all__ = [
@@ -132,25 +133,26 @@ def publish_local(artifact: Path, directory: Path, recipe: str, *, progress: Pro
     """Copy ``artifact`` to ``directory``, replacing what this recipe published there before.
 
     Raises:
-        OutputError: see :func:`check_local_target`.
+        OutputError: see :func:`check_local_target`; or another process is publishing there.
         CapacityError: the disk is full.
     """
-    check_local_target(directory, recipe)
-    files = file_sizes(artifact)
-    staging = staging_directory(directory)
-    try:
-        shutil.rmtree(staging)
-        staging.mkdir()
-        with progress.task(f"publishing to {directory}", sum(files.values())) as task:
-            for name, size in files.items():
-                _copy(artifact / name, staging / name)
-                task.advance(size, name)
-        (staging / PUBLICATION_FILE).parent.mkdir(exist_ok=True)
-        write_json(staging / PUBLICATION_FILE, {"schema": _SCHEMA, "recipe": recipe, "files": files})
-        _replace(staging, directory)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    with locked(directory):
+        check_local_target(directory, recipe)
+        files = file_sizes(artifact)
+        staging = staging_directory(directory)
+        try:
+            shutil.rmtree(staging)
+            staging.mkdir()
+            with progress.task(f"publishing to {directory}", sum(files.values())) as task:
+                for name, size in files.items():
+                    _copy(artifact / name, staging / name)
+                    task.advance(size, name)
+            (staging / PUBLICATION_FILE).parent.mkdir(exist_ok=True)
+            write_json(staging / PUBLICATION_FILE, {"schema": _SCHEMA, "recipe": recipe, "files": files})
+            _replace(staging, directory)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
 
 
 def _copy(source: Path, target: Path) -> None:
