@@ -43,7 +43,8 @@ test-fast: $(VENV)/.installed
 	$(BIN)/pytest -m 'not slow'
 
 examples: $(VENV)/.installed
-	for script in examples/*.py; do $(BIN)/python $$script build/examples || exit; done
+	rm -rf build/examples
+	for script in examples/*.py; do $(BIN)/python $$script build/examples/$$(basename $$script .py) || exit; done
 
 # The runtimes that serve artifacts and the tools that make them, each in an environment of its own: they need other
 # versions of torch or transformers. READERS=DIR keeps them elsewhere; those that are there (DIR/NAME/.ready) are used.
