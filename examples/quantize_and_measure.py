@@ -50,7 +50,7 @@ def main() -> None:
     page = options.output / "report.html"
     page.write_text(llmconvert.render_html(report))
     print(f"everything that was measured, with plots: {page}")
-    llmconvert.require_passed(report)
+    llmconvert.require_passed(report.checks)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_model",
     "read_reports",
+    "render_comparison",
     "render_html",
     "require_passed",
     "run_batch",
@@ -145,6 +146,7 @@ _MODULES = {
     "quantize_checkpoint": "quantize.job",
     "quantize_model": "api",
     "read_reports": "validate.render.comparison",
+    "render_comparison": "validate.render.comparison",
     "render_html": "validate.render.html",
     "require_passed": "report.report",
     "run_batch": "recipes.batch",
@@ -189,7 +191,7 @@ if TYPE_CHECKING:
     from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
     from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
     from llmconvert.validate.measurement import Measurement, Subject
-    from llmconvert.validate.render.comparison import compare_reports, read_reports
+    from llmconvert.validate.render.comparison import compare_reports, read_reports, render_comparison
     from llmconvert.validate.render.html import render_html
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = {folder: name for name, folder in SETTINGS["tool"]["setuptools"]["package-dir"].items()}
+# Where the name of a package is not that of its import.
+IMPORTS = {"yaml": "pyyaml"}
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
@@ -60,6 +64,35 @@ def test_the_versions_that_are_pinned_are_allowed() -> None:
     for text in (*project["dependencies"], *project["optional-dependencies"]["dev"]):
         requirement = Requirement(text)
         assert requirement.specifier.contains(pinned[canonical(requirement.name)]), text
+
+
+def imported() -> set[str]:
+    """The packages of others that the code imports, by the name of the import."""
+    found: set[str] = set()
+    for path, _ in shipped():
+        for node in ast.walk(ast.parse(path.read_text())) if path.suffix == ".py" else ():
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+    return found - sys.stdlib_module_names - {"llmconvert"}
+
+
+def test_what_the_code_imports_is_declared() -> None:
+    project = SETTINGS["project"]
+    extras = (project["optional-dependencies"][name] for name in ("datasets", "bnb", "gptq", "lm-eval"))
+    declared = {canonical(Requirement(text).name) for part in (project["dependencies"], *extras) for text in part}
+    # torch's CUDA builds bring Triton; vLLM lives in an environment of its own.
+    assert {canonical(IMPORTS.get(name, name)) for name in imported()} <= declared | {"triton", "vllm"}
+
+
+def test_every_dependency_has_its_reason() -> None:
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    named = {canonical(name.strip()) for row in re.findall(r"^\| ([^|]+) \|", page, re.M) for name in row.split(",")}
+    project = SETTINGS["project"]
+    for part in (project["dependencies"], *project["optional-dependencies"].values()):
+        for text in part:
+            assert canonical(Requirement(text).name) in named, text
 
 
 def canonical(name: str) -> str:
