@@ -18,6 +18,7 @@ from llmconvert.quantize.execute import Sink, quantize_blocks, resumed_blocks
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import load_quantizer
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.plan import plan_quantization
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.sink import ArtifactSink
@@ -27,7 +28,7 @@ from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.writer import plan_layout
 
 FORMATS = ("compressed-tensors", "gptq")
-SCHEME = Scheme(4, 32)
+SCHEME = Scheme(Int(4), 32)
 WINDOWS = ids((24, 16))
 BLOCKS = 3
 
