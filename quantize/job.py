@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmconvert.engine.discovery import discover
+from llmconvert.engine.discovery import PROBE_LENGTH, discover
 from llmconvert.engine.edges import Edge, find_edges
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
@@ -34,9 +34,6 @@ from llmconvert.storage.dense import require_dense
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory, plan_layout, write_json
 
 __all__ = ["LayerResult", "QuantizeResult", "quantize_checkpoint", "read_layers", "write_layers"]
-
-# A data-free method needs no forward; the model's shapes are still looked at, for what shares an input.
-_PROBE_LENGTH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +134,7 @@ def quantize_checkpoint(
         raise CalibrationError(f"method {method!r} needs calibration text and was given none")
     skeleton = Skeleton(source, device or torch.device("cpu"), fast_products=True)
     lengths = [window.shape[1] for window in windows]
-    blocks = discover(skeleton, max(lengths) if calibrated else _PROBE_LENGTH)
+    blocks = discover(skeleton, max(lengths) if calibrated else PROBE_LENGTH)
     plan = plan_quantization(skeleton, blocks, scheme, overrides, quantizer, layout_format)
     needed = work_nbytes(skeleton, blocks, plan, quantizer, skeleton.dtype)
     streams = 2 if quantizer.original else 1
@@ -182,7 +179,7 @@ def quantize_checkpoint(
             sink = ArtifactSink(artifact, skeleton, layout_format, plan, phases)
             resumed = sink.blocks
             quantize_blocks(steps, skeleton.block_count, [sink], artifact.work, progress)
-            layers = _layers(skeleton, plan, sink)
+            layers = _layers(plan, sink)
             if record is not None:
                 write_layers(record, layers)
             sink.publish()
@@ -195,9 +192,9 @@ def quantize_checkpoint(
     return QuantizeResult(output, layers, memory, layout.nbytes, seconds, phases.seconds, resumed)
 
 
-def _layers(skeleton: Skeleton, plan: QuantizationPlan, sink: ArtifactSink) -> tuple[LayerResult, ...]:
+def _layers(plan: QuantizationPlan, sink: ArtifactSink) -> tuple[LayerResult, ...]:
     return tuple(
-        LayerResult(plan.stored[name], str(plan.schemes[name]), _shape(skeleton, name), error, damping)
+        LayerResult(plan.sites[name].stored, str(plan.schemes[name]), plan.sites[name].shape, error, damping)
         for name, (error, damping) in sink.results.items()
     )
 
@@ -210,8 +207,3 @@ def write_layers(record: Path, layers: Sequence[LayerResult]) -> None:
 def read_layers(record: Path) -> tuple[LayerResult, ...]:
     """What :func:`write_layers` kept."""
     return tuple(LayerResult(**{**entry, "shape": tuple(entry["shape"])}) for entry in json.loads(record.read_bytes()))
-
-
-def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:
-    rows, columns = skeleton.checkpoint.infos[skeleton.names[f"{name}.weight"]].shape
-    return rows, columns

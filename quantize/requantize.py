@@ -36,7 +36,6 @@ __all__ = ["Assignment", "requantize_checkpoint", "trace"]
 #: Module name of every linear in the blocks → its scheme, None for one that is dense.
 Assignment = Mapping[str, Scheme | None]
 
-_PROBE_LENGTH = 16
 _DENSE = "none"
 # The directory of what is quantized anew, while the output is built.
 _PART = "changed"
@@ -49,7 +48,7 @@ def trace(source: Checkpoint, device: torch.device) -> tuple[Skeleton, tuple[Blo
         UnsupportedError: see :func:`llmconvert.engine.discovery.discover`.
     """
     skeleton = Skeleton(source, device)
-    return skeleton, discover(skeleton, _PROBE_LENGTH)
+    return skeleton, discover(skeleton)
 
 
 def requantize_checkpoint(
@@ -123,7 +122,7 @@ def requantize_checkpoint(
             results: tuple[LayerResult, ...] = ()
             anew = {name: scheme for name, scheme in changes.items() if scheme is not None}
             if anew and not part.exists():
-                mixture = _Mixture(open_dense(stored), source, {f"{plan.stored[name]}.weight" for name in changes})
+                mixture = _Mixture(open_dense(stored), source, {plan.sites[name].tensor for name in changes})
                 try:
                     quantize_checkpoint(
                         mixture,
@@ -146,13 +145,10 @@ def requantize_checkpoint(
                         made.finish("linears quantized anew")
             if anew:
                 results = tuple(layer for layer in read_layers(record) if layer.scheme != _DENSE)
-            dense = (plan.stored[name] for name, scheme in changes.items() if scheme is None)
-            shapes = {linear: source.infos[f"{linear}.weight"].shape for linear in dense}
-            results += tuple(
-                LayerResult(name, _DENSE, (rows, cols), 0.0, None) for name, (rows, cols) in shapes.items()
-            )
+            dense = (plan.sites[name] for name, scheme in changes.items() if scheme is None)
+            results += tuple(LayerResult(site.stored, _DENSE, site.shape, 0.0, None) for site in dense)
             write_layers(record, results)
-            prefixes = tuple(f"{plan.stored[name]}." for name in changes)
+            prefixes = tuple(plan.sites[name].prefix for name in changes)
             _merge(made, stored, source, part if anew else None, prefixes)
             files = {**stored.files, **layout_format.files(plan.declared)}
             made.publish({**stored.config, "quantization_config": plan.declared}, files)

@@ -64,7 +64,7 @@ class ArtifactSink:
             self._changed.add(stored)
             return
         with self._phases.measure("packing"):
-            packed = self._format.pack(self._plan.stored[name], solution.tensor)
+            packed = self._format.pack(self._plan.sites[name].stored, solution.tensor)
         with self._phases.measure("writing"):
             for stored, tensor in packed.items():
                 self._artifact.writer.write(stored, tensor)
@@ -97,8 +97,8 @@ class ArtifactSink:
 
     def _inner_names(self, index: int) -> list[str]:
         """Checkpoint tensors of a block that are not quantized."""
-        linears, prefix = self._skeleton.linears[index], self._skeleton.prefix(index)
-        quantized = {f"{self._plan.stored[name]}.weight" for name in linears if name in self._plan.schemes}
+        prefix, sites = self._skeleton.prefix(index), self._skeleton.sites_of(index)
+        quantized = {site.tensor for site in sites if site.name in self._plan.schemes}
         inside = (stored for name, stored in self._skeleton.names.items() if name.startswith(prefix))
         return [stored for stored in inside if stored not in quantized]
 

@@ -57,8 +57,13 @@ class Site:
 
     @property
     def stored(self) -> str:
-        """What the names of its tensors in an artifact begin with, and reports call it: a checkpoint's module."""
+        """What artifacts and reports call it: the checkpoint's name of its module."""
         return self.tensor.removesuffix(f".{_WEIGHT}")
+
+    @property
+    def prefix(self) -> str:
+        """What the name of every tensor begins with that an artifact holds of it."""
+        return f"{self.stored}."
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         """Its values in a checkpoint of the model's names, ``[rows, columns]``, in CPU memory of the caller's own."""
