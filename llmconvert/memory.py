@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import resource
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 import torch
 
-__all__ = ["PeakMemory", "available_nbytes", "map_large_tensors", "release_freed_memory"]
+__all__ = [
+    "PeakMemory",
+    "available_nbytes",
+    "map_large_tensors",
+    "release_freed_memory",
+    "row_slices",
+    "rows_at_once",
+]
 
 _INTERVAL_SECONDS = 0.05
 # Smaller tensors are not worth pages of their own: fresh pages have to be cleared by the kernel, one by one.
@@ -124,3 +133,24 @@ def _glibc() -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     return library
+
+
+def rows_at_once(rows: int, width: int, limit: int, *, together: int = 1) -> int:
+    """How many of ``rows`` rows of ``width`` numbers to take at a time, so that they hold at most ``limit``.
+
+    At least one is taken, or as many as belong together.
+
+    Args:
+        together: rows that are never parted.
+    """
+    return min(rows, max(1, limit // max(1, width * together)) * together)
+
+
+def row_slices(shape: Sequence[int], limit: int, *, together: int = 1) -> Iterator[slice]:
+    """The rows of a tensor in slices of as many as hold ``limit`` numbers; see :func:`rows_at_once`.
+
+    The last one may have fewer. A tensor without dimensions is one row.
+    """
+    rows = shape[0] if shape else 1
+    step = max(1, rows_at_once(rows, math.prod(shape[1:]), limit, together=together))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

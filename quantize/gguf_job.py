@@ -16,6 +16,7 @@ from llmconvert.gguf.export import ExportedTensor, GgufExport, export_checkpoint
 from llmconvert.gguf.ggml.blocks import load_codec
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
 from llmconvert.gguf.layout import GgufSpec, plan_gguf
+from llmconvert.memory import row_slices
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.formats.gguf import Gguf
@@ -151,14 +152,11 @@ class _Job:
             _check_values(tensor.source, values, spec.qtype)
             self._writer.write(tensor.name, torch.from_numpy(codec.encode(values.numpy())))
             return
-        together = tensor.rows_together
-        step = max(1, _WEIGHTS_AT_ONCE // (columns * together)) * together
-        for start in range(0, spec.rows, step):
-            stop = min(start + step, spec.rows)
-            rows = tensor.store(self._source.read_rows(tensor.source, start, stop)).contiguous()
+        for part in row_slices((spec.rows, columns), _WEIGHTS_AT_ONCE, together=tensor.rows_together):
+            rows = tensor.store(self._source.read_rows(tensor.source, part.start, part.stop)).contiguous()
             _check_values(tensor.source, rows, spec.qtype)
             raw = codec.encode(rows.numpy(), weights.numpy() if weights is not None else None)
-            self._writer.write_rows(tensor.name, start, torch.from_numpy(raw))
+            self._writer.write_rows(tensor.name, part.start, torch.from_numpy(raw))
 
     def _carried(self, tensor: ExportedTensor, spec: GgufSpec) -> QuantizedTensor | None:
         """The source's own codes where the tensor's type holds them."""

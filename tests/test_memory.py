@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from llmconvert.memory import PeakMemory
+from llmconvert.memory import PeakMemory, row_slices, rows_at_once
 
 SIZE = 96 << 20
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -37,3 +39,14 @@ def test_below_the_mark_it_is_sampled() -> None:
         del held
     assert peak.method == "sampled"
     assert before + 0.9 * SIZE <= peak.nbytes < before + 2 * SIZE
+
+
+@given(rows=st.integers(0, 50), width=st.integers(0, 9), limit=st.integers(1, 60), together=st.integers(1, 4))
+def test_slices_are_all_rows_in_order_and_within_the_limit(rows: int, width: int, limit: int, together: int) -> None:
+    slices = list(row_slices((rows, width), limit, together=together))
+    assert [row for part in slices for row in range(part.start, part.stop)] == list(range(rows))
+    for part in slices:
+        taken = part.stop - part.start
+        assert 0 < taken <= max(1, rows_at_once(rows, width, limit, together=together))
+        assert taken * width <= limit or taken <= together
+        assert part.start % together == 0

@@ -21,6 +21,7 @@ from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.engine.architecture.config import declares_tied_embeddings
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.memory import row_slices
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import DTYPE_NAMES, Checkpoint
@@ -206,10 +207,8 @@ def _tied_to(name: str, source: Checkpoint, dense: Checkpoint) -> str | None:
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Row ranges of a tensor, a bounded number of elements each."""
-    rows = shape[0] if shape else 1
-    step = max(1, _CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+    for part in row_slices(shape, _CHUNK_ELEMENTS):
+        yield part.start, part.stop
 
 
 def _equal(first: str, second: str, source: Checkpoint) -> bool:

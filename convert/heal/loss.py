@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from llmconvert.convert.heal.model import ResidentModel
+from llmconvert.memory import row_slices
 
 __all__ = ["Losses", "hidden_divergence", "prediction_divergence"]
 
@@ -53,13 +54,12 @@ def prediction_divergence(
     """
     length = student_final.shape[1]
     vocabulary = student.skeleton.architecture.vocab_size
-    step = max(1, _CHUNK_ELEMENTS // vocabulary)
     total = 0.0
     gradients: list[torch.Tensor] = []
-    for start in range(0, length, step):
-        piece = student_final[:, start : start + step].detach().requires_grad_(gradient)
+    for part in row_slices((length, vocabulary), _CHUNK_ELEMENTS):
+        piece = student_final[:, part].detach().requires_grad_(gradient)
         with torch.no_grad():
-            expected = teacher.logits(teacher_final[:, start : start + step]).float().log_softmax(-1)
+            expected = teacher.logits(teacher_final[:, part]).float().log_softmax(-1)
         with torch.set_grad_enabled(gradient):
             logits = student.logits(piece)
         found = logits.detach().float().log_softmax(-1)

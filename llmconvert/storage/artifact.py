@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from llmconvert.errors import CapacityError, HubError, LlmconvertError, OutputError, SourceError, UsageError
+from llmconvert.memory import row_slices
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.journal import Journal
@@ -265,10 +266,8 @@ def build_artifact(
 def copy_tensor(writer: TensorWriter, source: Checkpoint, name: str) -> None:
     """Copy a tensor, as it is, in slices of rows."""
     info = source.infos[name]
-    rows = info.shape[0] if info.shape else 1
-    step = max(1, rows * _COPY_NBYTES // max(1, info.nbytes))
-    for start in range(0, rows, step):
-        writer.write_rows(name, start, source.read_rows(name, start, min(rows, start + step)))
+    for part in row_slices(info.shape, _COPY_NBYTES // info.dtype.itemsize):
+        writer.write_rows(name, part.start, source.read_rows(name, part.start, part.stop))
 
 
 def _pieces(journal: Journal) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 import torch
 
 from llmconvert.errors import UnsupportedError
+from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, ScaledEdge, Target
 from llmconvert.quantize.methods.nearest import Finish, Finishing
 from llmconvert.quantize.methods.rescale import share_by_channel
@@ -70,7 +71,7 @@ class Awq(Finishing):
 
     def scales_nbytes(self, rows: int, columns: int) -> int:
         """A slice of rows: weights, scaled weights, quotients and codes in float32, and the error's product with H."""
-        at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
+        at_once = rows_at_once(rows, columns, _WEIGHTS_AT_ONCE) * columns
         return at_once * 4 * 6
 
     def candidates(self, edge: ScaledEdge) -> Iterator[torch.Tensor]:
@@ -89,11 +90,9 @@ class Awq(Finishing):
 
 def _loss(target: Target, scale: torch.Tensor, hessian: torch.Tensor, scale_dtype: torch.dtype) -> float:
     """Squared output error per token of a weight rounded under a scale, over its groups' full range."""
-    rows, columns = target.weight.shape
-    height = max(1, _WEIGHTS_AT_ONCE // columns)
     loss = 0.0
-    for start in range(0, rows, height):
-        weight = target.weight[start : start + height].float()
+    for part in row_slices(target.weight.shape, _WEIGHTS_AT_ONCE):
+        weight = target.weight[part].float()
         scaled = weight * scale
         levels = full_range_scales(target.name, scaled, target.scheme, scale_dtype)
         rounded = round_to_codes(scaled, levels, target.scheme).dequantize(torch.float32)
@@ -106,7 +105,8 @@ def _used_range(targets: Sequence[Target]) -> torch.Tensor:
     columns = targets[0].weight.shape[1]
     total = torch.zeros(columns, device=targets[0].weight.device)
     for target in targets:
-        for part in target.weight.split(max(1, _WEIGHTS_AT_ONCE // columns)):
-            grouped = part.float().abs().reshape(len(part), target.scheme.groups(columns), -1)
-            total += (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).reshape(len(part), columns).sum(0)
+        for rows in row_slices(target.weight.shape, _WEIGHTS_AT_ONCE):
+            part = target.weight[rows].float().abs()
+            grouped = part.reshape(len(part), target.scheme.groups(columns), -1)
+            total += (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).reshape(part.shape).sum(0)
     return total / sum(len(target.weight) for target in targets)

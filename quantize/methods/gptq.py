@@ -20,6 +20,7 @@ import torch
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.engine.statistics import Hessian
+from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.hessian import (
@@ -129,7 +130,7 @@ class Gptq:
         scale candidates; one being refined its weights, gradients and errors, and a group's, if that is all columns.
         The Hessian is permuted and factorized in place, a panel of columns at a time.
         """
-        at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
+        at_once = rows_at_once(rows, columns, _WEIGHTS_AT_ONCE) * columns
         # Per group and step a scale and a zero of 4 bytes, for the smallest usual group.
         candidates = at_once // 32 * self.scale_steps * 8
         work = at_once * 8 + at_once // columns * min(self.block, columns) * 4 + candidates
@@ -226,9 +227,7 @@ class Gptq:
         solve: Callable[[torch.Tensor, slice], tuple[QuantizedTensor, torch.Tensor]],
     ) -> tuple[QuantizedTensor, torch.Tensor]:
         weight = torch.cat([target.weight for target in targets])
-        rows, columns = weight.shape
-        height = max(1, _WEIGHTS_AT_ONCE // columns)
-        slices = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+        slices = row_slices(weight.shape, _WEIGHTS_AT_ONCE)
         parts = [solve(weight[part].to(self.dtype), part) for part in slices]
         return QuantizedTensor.concatenate([part for part, _ in parts]), torch.cat([loss for _, loss in parts])
 

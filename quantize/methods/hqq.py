@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from llmconvert.engine.statistics import Hessian
+from llmconvert.memory import rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
 from llmconvert.quantize.methods.rtn import round_rows
 from llmconvert.quantize.scheme import Scheme
@@ -58,7 +59,7 @@ class Hqq:
 
     def nbytes(self, rows: int, columns: int) -> int:
         """A slice of rows in float32: weights, codes, errors, their shrunk parts and temporaries; all codes twice."""
-        at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
+        at_once = rows_at_once(rows, columns, _WEIGHTS_AT_ONCE) * columns
         return at_once * 4 * 8 + rows * columns * 2
 
     def search(self, name: str, weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupScales:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from llmconvert.engine.statistics import Hessian
+from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.quantize.methods.base import Solution, Target
 from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.methods.rtn import round_to_codes
@@ -40,7 +41,7 @@ class NearestCodes:
 
     def nbytes(self, rows: int, columns: int) -> int:
         """A slice of rows in float32: weights, scale candidates, quotients and errors; all codes twice."""
-        at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
+        at_once = rows_at_once(rows, columns, _WEIGHTS_AT_ONCE) * columns
         return at_once * 4 * 8 + rows * columns * 2
 
 
@@ -65,12 +66,10 @@ class Finishing:
 
 
 def _round(target: Target, hessian: torch.Tensor, scale_dtype: torch.dtype) -> Solution:
-    rows, columns = target.weight.shape
-    height = max(1, _WEIGHTS_AT_ONCE // columns)
     parts: list[QuantizedTensor] = []
     lost = energy = 0.0
-    for start in range(0, rows, height):
-        work = target.weight[start : start + height].float()
+    for rows in row_slices(target.weight.shape, _WEIGHTS_AT_ONCE):
+        work = target.weight[rows].float()
         scales = search_scales(target.name, work, hessian.diagonal(), target.scheme, scale_dtype)
         part = round_to_codes(work, scales, target.scheme)
         parts.append(part)

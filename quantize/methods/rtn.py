@@ -14,6 +14,7 @@ import torch
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import CheckpointError
 from llmconvert.gguf.ggml.blocks import Codec
+from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.scales import GroupScales, full_range_scales, search_scales
@@ -46,7 +47,7 @@ class Rtn:
 
     def nbytes(self, rows: int, columns: int) -> int:
         """A slice of rows in float32: its weights, their groups' candidates or quotients, and codes; all codes."""
-        at_once = min(rows, max(1, _WEIGHTS_AT_ONCE // columns)) * columns
+        at_once = rows_at_once(rows, columns, _WEIGHTS_AT_ONCE) * columns
         return at_once * 20 + rows * columns * 2
 
     def encode(self, codec: Codec, rows: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
@@ -92,11 +93,9 @@ def round_rows(target: Target, choose: Callable[[torch.Tensor], GroupScales], we
         choose: scales of some rows, float32 ``[rows, columns]``.
         weights_at_once: about how many weights a slice has.
     """
-    rows, columns = target.weight.shape
-    height = max(1, weights_at_once // columns)
     parts: list[QuantizedTensor] = []
-    for start in range(0, rows, height):
-        work = target.weight[start : start + height].float()
+    for rows in row_slices(target.weight.shape, weights_at_once):
+        work = target.weight[rows].float()
         parts.append(round_to_codes(work, choose(work), target.scheme))
     return QuantizedTensor.concatenate(parts)
 

@@ -24,6 +24,7 @@ import torch
 from llmconvert.engine.edges import record_inputs
 from llmconvert.engine.skeleton import BlockCall
 from llmconvert.engine.statistics import Arrival, Hessian, HessianSum
+from llmconvert.memory import row_slices
 from llmconvert.quantize.methods.base import BlockData, Calibration, Numbers, Solution, Target
 from llmconvert.quantize.methods.gptaq import Gptaq
 from llmconvert.quantize.methods.gptq import Gptq
@@ -209,9 +210,7 @@ class _Learned:
         return QuantizedTensor(codes.flatten(1), self._stored(slice(None)), self.start.zero, self.start.scheme)
 
     def _slices(self) -> Iterator[slice]:
-        rows, groups, size = self._weight.shape
-        height = max(1, _WEIGHTS_AT_ONCE // (groups * size))
-        return (slice(start, start + height) for start in range(0, rows, height))
+        return row_slices(self._weight.shape, _WEIGHTS_AT_ONCE)
 
     def _raw(self, part: slice) -> torch.Tensor:
         """What gets rounded, float32 ``[rows, groups, group size]``."""

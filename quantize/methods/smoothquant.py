@@ -18,6 +18,7 @@ import torch
 
 from llmconvert.compute.activations import quantize_input
 from llmconvert.errors import UnsupportedError
+from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, ScaledEdge, Target
 from llmconvert.quantize.methods.nearest import Finish, Finishing
 from llmconvert.quantize.methods.rescale import share_by_channel
@@ -69,7 +70,7 @@ class SmoothQuant(Finishing):
 
     def scales_nbytes(self, rows: int, columns: int) -> int:
         """A slice of rows: weights, scaled, quotients, codes in float32; the sample as it is rounded; outputs twice."""
-        height = min(rows, max(1, _WEIGHTS_AT_ONCE // columns))
+        height = rows_at_once(rows, columns, _WEIGHTS_AT_ONCE)
         tokens = 2 * self.sample_tokens
         return 4 * (height * columns * 6 + tokens * columns * 4 + tokens * height * 3) + rows * columns * 4
 
@@ -92,13 +93,11 @@ def _losses(
     Squared, over tokens, relative to what the token gives; what gives less than most counts as much as the median, for
     it is added to a stream in which it is small.
     """
-    rows, columns = target.weight.shape
-    height = max(1, _WEIGHTS_AT_ONCE // columns)
     errors = torch.zeros((len(candidates), len(sample)), device=sample.device)
     energy = torch.zeros(len(sample), device=sample.device)
     kind = target.scheme.input_kind
-    for start in range(0, rows, height):
-        weight = target.weight[start : start + height].float()
+    for part in row_slices(target.weight.shape, _WEIGHTS_AT_ONCE):
+        weight = target.weight[part].float()
         expected = sample @ weight.T
         energy += expected.square().sum(1)
         for candidate, error in zip(candidates, errors, strict=True):

@@ -15,6 +15,7 @@ import torch
 from llmconvert.compute.precision import bfloat16_products
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import CalibrationError
+from llmconvert.memory import row_slices, rows_at_once
 
 __all__ = [
     "lower_factor_",
@@ -121,11 +122,10 @@ def quadratic_form(weight: torch.Tensor, hessian: torch.Tensor) -> float:
         weight: ``[rows, columns]``, or an error of one; computed in the dtype of ``hessian``.
         hessian: symmetric, ``[columns, columns]``.
     """
-    rows, columns = weight.shape
-    height = max(1, _WEIGHTS_AT_ONCE // columns)
+    columns = weight.shape[1]
     total = 0.0
-    for top in range(0, rows, height):
-        part = weight[top : top + height].to(hessian.dtype)
+    for rows in row_slices(weight.shape, _WEIGHTS_AT_ONCE):
+        part = weight[rows].to(hessian.dtype)
         energy = part.new_zeros(len(part))
         for start in range(0, columns, _PANEL_COLUMNS):
             panel = slice(start, start + _PANEL_COLUMNS)
@@ -141,5 +141,5 @@ def quadratic_form(weight: torch.Tensor, hessian: torch.Tensor) -> float:
 
 def quadratic_nbytes(rows: int, columns: int) -> int:
     """Peak bytes of :func:`quadratic_form` in float32 beside its arguments."""
-    height = min(rows, max(1, _WEIGHTS_AT_ONCE // columns))
+    height = rows_at_once(rows, columns, _WEIGHTS_AT_ONCE)
     return 4 * height * (columns + _PANEL_COLUMNS)
