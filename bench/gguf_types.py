@@ -27,7 +27,6 @@ from llmconvert.engine.stream import stream_logits
 from llmconvert.gguf.export import export_checkpoint
 from llmconvert.gguf.ggml.blocks import load_codec
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
-from llmconvert.quantize.methods.imatrix import collect_importance
 from llmconvert.recipes.schema.recipe import CalibrateSettings, PerplexitySettings
 from llmconvert.recipes.stages.windows import WindowRequest
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
@@ -35,6 +34,7 @@ from llmconvert.validate.predictions.perplexity import perplexity
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from support.ggml_reference import ggml_quantize
+from support.importance import collect_importance
 
 Encoder = Callable[[str, np.ndarray, np.ndarray | None], np.ndarray]
 

@@ -15,7 +15,7 @@ import torch
 
 from llmconvert.memory import map_large_tensors
 from llmconvert.progress import Progress
-from llmconvert.quantize.methods.base import Solution
+from llmconvert.quantize.methods.base import InputSquares, Solution
 from llmconvert.quantize.steps import Steps
 
 __all__ = ["Sink", "quantize_blocks", "resumed_blocks"]
@@ -27,8 +27,8 @@ class Sink(Protocol):
     #: Blocks that it has, from this pass or an earlier one, without a gap from the first on.
     blocks: int
 
-    def take(self, name: str, solution: Solution | torch.Tensor) -> None:
-        """What has become of a linear, by its module name; or of another parameter, by its own, as a tensor."""
+    def take(self, name: str, solution: Solution | InputSquares | torch.Tensor) -> None:
+        """What has become of a linear, or is known of it, by its module name; or of another parameter, as a tensor."""
 
     def complete(self, index: int) -> None:
         """Everything of block ``index`` that is not as it was has been taken."""
@@ -68,7 +68,7 @@ def quantize_blocks(steps: Steps, count: int, sinks: Sequence[Sink], work: Path,
             for name, solution in step.solve():
                 for sink in sinks:
                     sink.take(name, solution)
-                if not isinstance(solution, torch.Tensor) and solution.error is not None:
+                if isinstance(solution, Solution) and solution.error is not None:
                     errors.append(solution.error)
                 del solution  # it would stand beside the next linear's statistics
             for sink in sinks:

@@ -22,7 +22,7 @@ from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQ
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import TensorSpec
 
-__all__ = ["Override", "QuantizationPlan", "plan_quantization", "work_nbytes"]
+__all__ = ["Override", "QuantizationPlan", "plan_encoding", "plan_quantization", "work_nbytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,11 @@ def plan_quantization(
     ]
     declared = layout.quantization_config(schemes, kept)
     return QuantizationPlan(schemes, sites, tuple(kept), tuple(specs), declared)
+
+
+def plan_encoding(skeleton: Skeleton) -> QuantizationPlan:
+    """A plan that chooses nothing: the artifact's container encodes every tensor in the type that it has there."""
+    return QuantizationPlan({}, skeleton.sites, (), (), {})
 
 
 def work_nbytes(

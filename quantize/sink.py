@@ -1,4 +1,4 @@
-"""Sinks of a pass over the blocks: an artifact packed in one format, journaled block by block, put in place whole."""
+"""Sinks of a pass over the blocks: an artifact in one format, journaled block by block, put in place whole."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.phases import Phases
-from llmconvert.quantize.formats.base import Format
-from llmconvert.quantize.methods.base import Solution
+from llmconvert.quantize.formats.container import Container
+from llmconvert.quantize.methods.base import InputSquares, Solution
 from llmconvert.quantize.plan import QuantizationPlan
-from llmconvert.storage.artifact import Artifact, copy_tensor
+from llmconvert.storage.artifact import Artifact
 
 __all__ = ["ArtifactSink", "finished_blocks"]
 
@@ -26,8 +26,8 @@ class ArtifactSink:
 
     Args:
         artifact: open.
-        skeleton: the model and its source, whose other tensors are copied.
-        layout_format: the format on disk.
+        skeleton: the model and its source, whose other tensors are taken over.
+        container: what the tensors go into; the artifact has its layout.
         plan: which linears are quantized into what; they must be those of the pass.
         phases: where time is counted.
     """
@@ -36,46 +36,52 @@ class ArtifactSink:
         self,
         artifact: Artifact,
         skeleton: Skeleton,
-        layout_format: Format,
+        container: Container,
         plan: QuantizationPlan,
         phases: Phases,
     ) -> None:
         self._artifact = artifact
         self._skeleton = skeleton
-        self._format = layout_format
+        self._container = container
         self._plan = plan
         self._phases = phases
         self._changed: set[str] = set()
+        self._squares: dict[str, torch.Tensor] = {}
         self.blocks = finished_blocks(artifact)
         #: Error and damping of every quantized linear so far, by its module name.
         self.results: dict[str, tuple[float | None, float | None]] = {}
         for index in range(self.blocks):
             self.results |= {name: (error, damping) for name, error, damping in artifact.done[_piece(index)]}
         with phases.measure("copying"):
-            artifact.copy(skeleton.checkpoint, self._outer_names())
+            container.begin(artifact.writer)
+            for name in self._outer_names():
+                if name not in artifact.done:
+                    artifact.finish(name, nbytes=container.copy(artifact.writer, name))
             artifact.sync()
 
-    def take(self, name: str, solution: Solution | torch.Tensor) -> None:
-        if isinstance(solution, torch.Tensor):
+    def take(self, name: str, solution: Solution | InputSquares | torch.Tensor) -> None:
+        if isinstance(solution, InputSquares):
+            self._squares[self._plan.sites[name].tensor] = solution.mean
+        elif isinstance(solution, torch.Tensor):
             stored = self._skeleton.names[name]
             with self._phases.measure("writing"):
-                dtype = self._skeleton.checkpoint.infos[stored].dtype
-                self._artifact.writer.write(stored, solution.to(dtype))
+                self._container.write_values(self._artifact.writer, stored, solution)
             self._changed.add(stored)
-            return
-        with self._phases.measure("packing"):
-            packed = self._format.pack(self._plan.sites[name].stored, solution.tensor)
-        with self._phases.measure("writing"):
-            for stored, tensor in packed.items():
-                self._artifact.writer.write(stored, tensor)
-        self.results[name] = (solution.error, solution.damping)
+        else:
+            with self._phases.measure("packing"):
+                packed = self._container.pack(self._plan.sites[name].stored, solution.tensor)
+            with self._phases.measure("writing"):
+                for stored, tensor in packed.items():
+                    self._artifact.writer.write(stored, tensor)
+            self.results[name] = (solution.error, solution.damping)
 
     def complete(self, index: int) -> None:
         with self._phases.measure("copying"):
             for name in self._inner_names(index):
                 if name not in self._changed:
-                    copy_tensor(self._artifact.writer, self._skeleton.checkpoint, name)
+                    self._container.copy(self._artifact.writer, name, self._squares.get(name))
         self._changed.clear()
+        self._squares.clear()
 
     def commit(self, index: int) -> None:
         prefix = self._skeleton.prefix(index)
@@ -90,10 +96,9 @@ class ArtifactSink:
         Raises:
             OutputError, CapacityError: see :meth:`llmconvert.storage.artifact.Artifact.publish`.
         """
-        source, declared = self._skeleton.checkpoint, self._plan.declared
+        container = self._container
         with self._phases.measure("writing"):
-            files = {**source.files, **self._format.files(declared)}
-            self._artifact.publish({**source.config, "quantization_config": declared}, files)
+            self._artifact.publish(container.config, container.files, single=container.single)
 
     def _inner_names(self, index: int) -> list[str]:
         """Checkpoint tensors of a block that are not quantized."""

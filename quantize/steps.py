@@ -26,13 +26,26 @@ from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Mode, Stream
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import Phases
-from llmconvert.quantize.methods.base import BlockData, BlockQuantizer, Quantizer, ScalingQuantizer, Solution, Target
+from llmconvert.quantize.methods.base import (
+    BlockData,
+    BlockQuantizer,
+    InputSquares,
+    Method,
+    Quantizer,
+    ScalingQuantizer,
+    Solution,
+    Target,
+)
+from llmconvert.quantize.methods.imatrix import mean_squares
 from llmconvert.quantize.methods.rescale import Rescaling, rescale_block
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["CalibratedSteps", "DataFreeSteps", "Step", "Steps"]
+
+#: What comes of a name in a block.
+Outcome = Solution | InputSquares | torch.Tensor
 
 _STREAMS = ("states", "originals")
 _AS_THEY_ARE = Rescaling({}, {}, {})
@@ -45,12 +58,13 @@ class Step:
     Attributes:
         index: of the block.
         solve: quantizes its linears, one after the other; each is put into the running model before the next. Other
-            parameters of the block that get new values come as tensors, under their names in the model.
+            parameters of the block that get new values come as tensors, under their names in the model. What an
+            importance matrix says of a linear comes instead of a solution.
         sync: forces the activations that enter the block to disk.
     """
 
     index: int
-    solve: Callable[[], Iterator[tuple[str, Solution | torch.Tensor]]]
+    solve: Callable[[], Iterator[tuple[str, Outcome]]]
     sync: Callable[[], None]
 
 
@@ -69,7 +83,7 @@ class DataFreeSteps:
     """Linears are read one at a time, without a forward pass."""
 
     skeleton: Skeleton
-    quantizer: Quantizer
+    method: Method
     plan: QuantizationPlan
     scale_dtype: torch.dtype
     phases: Phases
@@ -82,13 +96,16 @@ class DataFreeSteps:
             yield Step(index, partial(self._solve, index), _nothing)
 
     def _solve(self, index: int) -> Iterator[tuple[str, Solution]]:
+        if not self.plan.schemes:
+            return
+        assert isinstance(self.method, Quantizer)
         for site in self.skeleton.sites_of(index):
             if site.name in self.plan.schemes:
                 with self.phases.measure("reading"):
                     weight = site.read(self.skeleton.checkpoint)
                 targets = [Target(site.name, weight.to(self.skeleton.device), self.plan.schemes[site.name])]
                 with self.phases.measure("solving"):
-                    solutions = self.quantizer.quantize(targets, None, self.scale_dtype)
+                    solutions = self.method.quantize(targets, None, self.scale_dtype)
                 del weight, targets
                 yield from solutions.items()
                 del solutions
@@ -107,7 +124,7 @@ class CalibratedSteps:
     """
 
     skeleton: Skeleton
-    quantizer: Quantizer
+    method: Method
     plan: QuantizationPlan
     scale_dtype: torch.dtype
     phases: Phases
@@ -118,7 +135,7 @@ class CalibratedSteps:
     edges: Sequence[Sequence[Edge]] = ()
 
     def lost(self, work: Path, done: int) -> bool:
-        needed = _STREAMS if self.quantizer.original else _STREAMS[:1]
+        needed = _STREAMS if self.method.original else _STREAMS[:1]
         inside = 0 < done < self.skeleton.block_count
         return inside and not all(states_present(work, done, *self._shape, name=name) for name in needed)
 
@@ -133,7 +150,7 @@ class CalibratedSteps:
             states, stream = self._stream(stack, self.skeleton, work, _STREAMS[0], done)
             kept, original = [states], None
             other_runs: Iterator[BlockRun | None] = repeat(None)
-            if self.quantizer.original:
+            if self.method.original:
                 weights = self.skeleton.checkpoint if self.original is None else self.original
                 skeleton = Skeleton(weights, self.skeleton.device, self.skeleton.dtype, fast_products=True)
                 other_states, original = self._stream(stack, skeleton, work, _STREAMS[1], done)
@@ -143,11 +160,13 @@ class CalibratedSteps:
                 with self.phases.measure("forward"):
                     other = next(other_runs)
                 index = run.plan.index
-                solve: Callable[[], Iterator[tuple[str, Solution | torch.Tensor]]]
+                solve: Callable[[], Iterator[tuple[str, Outcome]]]
                 solve = partial(self._solve_stops, run, other, _AS_THEY_ARE)
-                if isinstance(self.quantizer, ScalingQuantizer):
-                    solve = partial(self._rescale, run, self.quantizer)
-                if original is not None and other is not None and self.quantizer.calibration == "block":
+                if isinstance(self.method, ScalingQuantizer):
+                    solve = partial(self._rescale, run, self.method)
+                if self.method.calibration == "squares":
+                    solve = partial(self._measure, run)
+                if original is not None and other is not None and self.method.calibration == "block":
                     solve = partial(self._solve_block, run, other, original, kept[1])
                 yield Step(index, solve, partial(_sync_all, kept, index))
 
@@ -167,12 +186,21 @@ class CalibratedSteps:
             mode=self.mode,
             states=states,
             start=start,
-            residuals=self.quantizer.original and self.quantizer.calibration == "inputs",
+            residuals=self.method.original and self.method.calibration == "inputs",
             phases=self.phases,
         )
         return states, stack.enter_context(closing(stream))
 
-    def _rescale(self, run: BlockRun, method: ScalingQuantizer) -> Iterator[tuple[str, Solution | torch.Tensor]]:
+    def _measure(self, run: BlockRun) -> Iterator[tuple[str, InputSquares]]:
+        """The importance matrix of a block, which keeps its weights."""
+        for stop in run.plan.stops:
+            inputs = self.phases.pull("forward", run.inputs(stop.linears[0]))
+            with self.phases.measure("importance"):
+                mean = mean_squares(stop.linears[0], inputs, stop.columns)
+            for name in stop.linears:
+                yield name, InputSquares(mean)
+
+    def _rescale(self, run: BlockRun, method: ScalingQuantizer) -> Iterator[tuple[str, Outcome]]:
         """Move scales along the edges of a block, and quantize its linears then."""
         index, batches = run.plan.index, len(self.windows)
         block, prefix = self.skeleton.blocks[index], self.skeleton.prefix(index)
@@ -185,8 +213,9 @@ class CalibratedSteps:
 
     def _solve_stops(
         self, run: BlockRun, original: BlockRun | None, scaling: Rescaling
-    ) -> Iterator[tuple[str, Solution | torch.Tensor]]:
+    ) -> Iterator[tuple[str, Outcome]]:
         """Quantize the linears of a block in the order the batches reach them, each on what the ones before give."""
+        assert isinstance(self.method, Quantizer)
         dtype = self.skeleton.dtype
         for stop in run.plan.stops:
             for name in stop.linears:
@@ -201,7 +230,7 @@ class CalibratedSteps:
             with self.phases.measure("releasing"):
                 release_freed_memory()
             with self.phases.measure("solving"):
-                solutions = self.quantizer.quantize(targets, hessian, self.scale_dtype)
+                solutions = self.method.quantize(targets, hessian, self.scale_dtype)
             del hessian, targets
             for name, solution in solutions.items():
                 yield name, solution
@@ -226,8 +255,8 @@ class CalibratedSteps:
         self, run: BlockRun, other: BlockRun, original: Stream, targets: DiskStates
     ) -> Iterator[tuple[str, Solution]]:
         """Quantize all linears of a block together, against what the original block gives for its own input."""
-        quantizer, index = self.quantizer, run.plan.index
-        assert isinstance(quantizer, BlockQuantizer)
+        method, index = self.method, run.plan.index
+        assert isinstance(method, BlockQuantizer)
         chosen = [tuple(name for name in stop.linears if name in self.plan.schemes) for stop in run.plan.stops]
         stops = tuple(replace(stop, linears=names) for stop, names in zip(run.plan.stops, chosen, strict=True) if names)
         if not stops:
@@ -249,7 +278,7 @@ class CalibratedSteps:
             outputs=outputs,
         )
         with self.phases.measure("solving"):
-            solutions = quantizer.quantize_block(self._targets(run, names, _AS_THEY_ARE), data, self.scale_dtype)
+            solutions = method.quantize_block(self._targets(run, names, _AS_THEY_ARE), data, self.scale_dtype)
         for name, solution in solutions.items():
             yield name, solution
             run.install(name, solution.tensor.dequantize(self.skeleton.dtype))

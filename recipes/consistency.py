@@ -11,7 +11,6 @@ from llmconvert.quantize.matrix import check_format, check_method
 from llmconvert.quantize.methods.base import METHODS, Method, ScalingQuantizer, load_method, needs_calibration
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
-from llmconvert.recipes.stages.gguf import calibrates
 
 __all__ = ["KeyPath", "contradictions"]
 
@@ -36,7 +35,7 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         return
     if settings.method not in METHODS:
         yield ("quantize", "method"), f"quantize.method: {_unknown(settings.method, METHODS)}"
-    elif calibrates(settings) and recipe.calibrate is None:
+    elif settings.calibrates and recipe.calibrate is None:
         yield (
             ("quantize", "method"),
             f"quantize.method: {_who(settings)} needs calibration text; add a calibrate section, for example "

@@ -18,12 +18,12 @@ from llmconvert.device import open_device
 from llmconvert.errors import DatasetError, UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.formats.base import load_format
 from llmconvert.recipes.runner import perform
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, public_name
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
 from llmconvert.recipes.stages.conversion import convert_stage, converted_view, open_remote, stream_stage
-from llmconvert.recipes.stages.gguf import GGUF, calibrates
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import measure, measurements, require_measurable
 from llmconvert.recipes.stages.quantization import quantize_stage
@@ -136,15 +136,14 @@ def quantize_model(
     settings = recipe.quantize
     if settings is None:
         raise UsageError("nothing to quantize: the recipe has no quantize section")
-    if settings.format != GGUF:  # which may be a file, and checks its output itself
-        check_output_directory(output)
+    load_format(settings.format).check_output(output)
     recipe = recipe.model_copy(update={"stream": stream})
     with interruptible(), _opened(recipe, progress) as work:
         if stream:
             streamed = stream_stage(recipe).build(work, Place(output))
             assert isinstance(streamed, QuantizeReport)
             return streamed
-        if recipe.calibrate is not None and calibrates(settings):
+        if recipe.calibrate is not None and settings.calibrates:
             draw_text(work, CALIBRATION, WindowRequest.calibration(recipe.calibrate))
         return quantize_stage(settings, after=ORIGINAL).build(work, Place(output))
 

@@ -21,7 +21,7 @@ from llmconvert.gguf.export_tokenizer import export_tokenizer
 from llmconvert.gguf.names import ARCHITECTURES, Place, Storage
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["ExportedTensor", "GgufExport", "export_checkpoint"]
+__all__ = ["ExportedTensor", "GgufExport", "check_exportable", "export_checkpoint"]
 
 #: transformers' ``model_type`` → GGUF architecture.
 GGUF_ARCHITECTURES: Final[Mapping[str, str]] = {
@@ -54,13 +54,14 @@ class ExportedTensor:
     def store(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of the checkpoint (whole heads) as rows of the file, in float32."""
         rows = rows.float()
-        if self.storage is Storage.PLUS_ONE:
-            return rows + 1
-        if self.heads:
-            size = self.rows_together
-            halves = rows.reshape(-1, 2, size // 2, *rows.shape[1:])
-            return halves.transpose(1, 2).reshape(rows.shape)
-        return rows
+        return rows + 1 if self.storage is Storage.PLUS_ONE else self.arrange(rows)
+
+    def arrange(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the checkpoint (whole heads), in values or encoded, in the file's order."""
+        if not self.heads:
+            return rows
+        halves = rows.reshape(-1, 2, self.rows_together // 2, *rows.shape[1:])
+        return halves.transpose(1, 2).reshape(rows.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +96,11 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         UnsupportedError: an architecture, setting, tensor or tokenizer that llama.cpp's class cannot express.
         CheckpointError: tensors are missing.
     """
-    model_type: str = source.config.get("model_type", "")
-    if model_type not in GGUF_ARCHITECTURES:
-        raise UnsupportedError(
-            f"architecture {model_type!r} cannot be written as GGUF; supported are {', '.join(GGUF_ARCHITECTURES)}"
-        )
-    arch = GGUF_ARCHITECTURES[model_type]
-    config = build_config(source.config)
-    # transformers fills in what config.json leaves out; llama.cpp is told all of it.
-    values: dict[str, Any] = config.to_dict()
+    arch, values = _architecture(source)
     tokens, rstrip = export_tokenizer(source, values)
     label = f"{name} (Phi-3)" if rstrip and "phi-3" not in name.lower() and "phi3" not in name.lower() else name
     general = {"general.architecture": arch, "general.type": "model", "general.name": label}
-    if model_type == "mistral":
+    if source.config["model_type"] == "mistral":
         general["general.basename"] = "Mistral"
     metadata = general | export_config(values, arch) | tokens
     return GgufExport(
@@ -118,6 +111,28 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         layers=values["num_hidden_layers"],
         tied=bool(values["tie_word_embeddings"]),
     )
+
+
+def check_exportable(source: Checkpoint) -> None:
+    """Refuse what :func:`export_checkpoint` would, as far as config and names of tensors tell; it costs nothing.
+
+    Raises:
+        UnsupportedError, CheckpointError: see there.
+    """
+    arch, values = _architecture(source)
+    export_config(values, arch)
+    _tensors(source, arch, values)
+
+
+def _architecture(source: Checkpoint) -> tuple[str, dict[str, Any]]:
+    """GGUF's name of the architecture, and the config as transformers completes it: llama.cpp is told all of it."""
+    model_type: str = source.config.get("model_type", "")
+    if model_type not in GGUF_ARCHITECTURES:
+        raise UnsupportedError(
+            f"architecture {model_type!r} cannot be written as GGUF; supported are {', '.join(GGUF_ARCHITECTURES)}"
+        )
+    values: dict[str, Any] = build_config(source.config).to_dict()
+    return GGUF_ARCHITECTURES[model_type], values
 
 
 def _tensors(source: Checkpoint, arch: str, values: Mapping[str, Any]) -> tuple[ExportedTensor, ...]:

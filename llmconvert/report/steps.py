@@ -210,7 +210,7 @@ class QuantizeReport(StepDetails):
 
     Attributes:
         layers: number of quantized linears (of GGUF: tensors).
-        linears: every one, in model order; of GGUF none.
+        linears: every one, in model order; of GGUF those whose codes a method chose, and not the file's type.
         bytes: of the weight files.
         seconds: wall-clock time of the call that finished it; what earlier, stopped ones took is not counted.
         phases: seconds of that call by phase.
@@ -219,7 +219,6 @@ class QuantizeReport(StepDetails):
         budget: what a budget chose; None without one.
         file: of GGUF, the file's name.
         types: of GGUF, how many tensors have each type.
-        resumed_tensors: of GGUF, tensors that an earlier, interrupted call had finished.
         streamed: whether the source was quantized while it downloaded.
     """
 
@@ -233,7 +232,6 @@ class QuantizeReport(StepDetails):
     phases: Mapping[str, float] = Field(default_factory=dict, exclude_if=_is_empty)
     mode: str | None = Field(default=None, exclude_if=_is_none)
     resumed_blocks: int | None = Field(default=None, exclude_if=_is_none)
-    resumed_tensors: int | None = Field(default=None, exclude_if=_is_none)
     streamed: bool = Field(default=False, exclude_if=_is_empty)
 
 

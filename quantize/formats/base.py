@@ -6,6 +6,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -13,12 +14,16 @@ import torch
 from llmconvert.engine.architecture.config import declared_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.ggml.mix import GgmlMix
+from llmconvert.quantize.formats.container import CheckpointContainer, Container
+from llmconvert.quantize.methods.base import Method
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory
 
 __all__ = [
     "FORMATS",
+    "ContainerRequest",
     "Feature",
     "FileFormat",
     "Format",
@@ -75,6 +80,27 @@ class StoredLinear(ABC):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class ContainerRequest:
+    """What a job has decided, for the container of its artifact.
+
+    Attributes:
+        method: what chooses codes.
+        scheme: what was asked for; single linears may have others.
+        specs: every tensor of the artifact as :meth:`Format.specs` gives them, in the order of the source.
+        declared: see :meth:`Format.quantization_config`.
+        name: of the model.
+        max_shard_bytes: size at which a new shard is begun.
+    """
+
+    method: Method
+    scheme: SchemeOrMix
+    specs: Sequence[TensorSpec]
+    declared: Mapping[str, Any]
+    name: str
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+
+
 class Format(Protocol):
     """Packs canonical quantized tensors into named tensors of a checkpoint, and back, bit for bit.
 
@@ -118,6 +144,38 @@ class Format(Protocol):
 
     def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
         """Files that readers want beside ``config.json``, by name; ``declared`` is :meth:`quantization_config`'s."""
+
+    def check_output(self, output: Path) -> None:
+        """Refuse a place that cannot become an artifact in this format: by default, no new or empty directory.
+
+        Raises:
+            OutputError: something is there, or it cannot be written.
+        """
+        check_output_directory(output)
+
+    def check_source(self, source: Checkpoint) -> None:
+        """Refuse a model that no runtime of the format has, as far as its config and names tell.
+
+        Raises:
+            UnsupportedError: with what it lacks.
+            CheckpointError: tensors are missing.
+        """
+        return
+
+    def container(self, source: Checkpoint, output: Path, request: ContainerRequest) -> Container:
+        """What the artifact's tensors go into.
+
+        Args:
+            source: dense weights, whose tensors are quantized or taken over.
+            output: what the artifact will be.
+            request: what else there is to know.
+
+        Raises:
+            UnsupportedError: the format's runtimes do not have such a model.
+        """
+        declared = request.declared
+        files = self.files(declared)
+        return CheckpointContainer(source, request.specs, self.pack, declared, files, request.max_shard_bytes)
 
     def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
         """The quantized linears of a checkpoint, whoever wrote it.

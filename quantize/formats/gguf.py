@@ -7,27 +7,38 @@ itself (:class:`~llmconvert.quantize.methods.base.GgmlQuantizer`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
 
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import OutputError, UnsupportedError
+from llmconvert.gguf.export import check_exportable
+from llmconvert.gguf.file import Encode, plan_file
 from llmconvert.gguf.ggml.blocks import BlockCodec, Blocks
 from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
 from llmconvert.gguf.ggml.q4_0 import CODEC as Q4_0
 from llmconvert.gguf.ggml.q8_0 import CODEC as Q8_0
-from llmconvert.quantize.formats.base import Feature, FileFormat, StoredLinear, half_scale_dtype
+from llmconvert.quantize.formats.base import ContainerRequest, Feature, FileFormat, StoredLinear, half_scale_dtype
+from llmconvert.quantize.formats.container import Container
+from llmconvert.quantize.formats.dense_view import QuantizedView
+from llmconvert.quantize.methods.base import GgmlQuantizer
+from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
+from llmconvert.storage.writer import TensorWriter, check_output_directory
 
-__all__ = ["Gguf"]
+__all__ = ["Gguf", "GgufContainer"]
 
 #: Scheme → the block type that holds its codes and scales as they are, and what is added to a code there. A scheme of
 #: another type joins here, with a method that chooses codes on that type's lattice.
 _CARRIERS: Final[Mapping[str, tuple[BlockCodec, int]]] = {"w4a16-g32-sym": (Q4_0, 8), "w8a16-g32-sym": (Q8_0, 0)}
+_SUFFIX = ".gguf"
 _MORE_BITS = "a GGUF type says itself which tensors get more bits"
 
 
@@ -60,20 +71,7 @@ class Gguf(FileFormat):
         return [TensorSpec(f"{linear}.weight", torch.uint8, (rows, columns // codec.size * codec.nbytes))]
 
     def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """The bytes of the blocks, uint8 ``[rows, row bytes]``; nothing is rounded.
-
-        Raises:
-            UnsupportedError: a scale is too large or too small for float16.
-        """
-        codec, shift = _CARRIERS[str(tensor.scheme)]
-        scale = tensor.scale.to(torch.float16)
-        if not torch.equal(scale.to(tensor.scale.dtype), tensor.scale):
-            raise UnsupportedError(
-                f"{linear}: its scales do not fit float16, which GGUF stores them in; quantize it anew"
-            )
-        codes = tensor.codes.cpu().numpy().reshape(-1, codec.size) + np.int8(shift)
-        raw = codec.pack(Blocks(codes.view(np.uint8), scale.cpu().numpy().reshape(-1)))
-        return {f"{linear}.weight": torch.from_numpy(raw.reshape(tensor.shape[0], -1))}
+        return {f"{linear}.weight": _blocks(linear, tensor)}
 
     def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
         codec, shift = _CARRIERS[str(scheme)]
@@ -99,7 +97,97 @@ class Gguf(FileFormat):
         """The types of a file's tensors; of a scheme, those of the mix whose base holds its codes."""
         return scheme if isinstance(scheme, GgmlMix) else MIXES[_CARRIERS[str(scheme)][0].name.lower()]
 
-    def carrier(self, scheme: Scheme) -> str | None:
-        """The tensor type that holds a scheme's codes; None if none does."""
-        found = _CARRIERS.get(str(scheme))
-        return found[0].name if found else None
+    def check_output(self, output: Path) -> None:
+        """A file ending in ``.gguf``, or a directory for one."""
+        if output.suffix == _SUFFIX and (output.exists() or output.is_symlink()):
+            raise OutputError(f"{output}: exists already; name another output or remove it first")
+        check_output_directory(output)
+
+    def check_source(self, source: Checkpoint) -> None:
+        check_exportable(source)
+
+    def container(self, source: Checkpoint, output: Path, request: ContainerRequest) -> Container:
+        return GgufContainer(source, output, request, self.mix_of(request.scheme))
+
+
+class GgufContainer:
+    """One GGUF file of a checkpoint.
+
+    Args:
+        source: dense weights; of a :class:`~llmconvert.quantize.formats.dense_view.QuantizedView` the codes are taken
+            over where the mix gives a tensor the type that holds them.
+        output: a ``.gguf`` file, or a directory to become one with ``NAME-MIX.gguf`` in it.
+        request: what was decided.
+        mix: the tensors' types.
+    """
+
+    config: Mapping[str, Any] | None = None
+    files: Mapping[str, Path | bytes] = {}
+
+    def __init__(self, source: Checkpoint, output: Path, request: ContainerRequest, mix: GgmlMix) -> None:
+        self.single = output.suffix == _SUFFIX
+        name = request.name.removesuffix(_SUFFIX)
+        file_name = output.name if self.single else f"{name}-{mix.name.upper()}{_SUFFIX}"
+        weighed = request.method.calibration == "squares"
+        self._source = source
+        self._file = plan_file(source, file_name, name, mix, importance=weighed)
+        # What a method leaves that chooses codes of schemes alone, the embedding for example, is rounded to nearest.
+        self._method = request.method if isinstance(request.method, GgmlQuantizer) else Rtn()
+        self.layout = self._file.layout
+        self.types: Mapping[str, int] = Counter(
+            ["F32"] * len(self._file.settings) + [planned.spec.qtype for planned in self._file.tensors.values()]
+        )
+
+    def begin(self, writer: TensorWriter) -> None:
+        self._file.write_settings(writer)
+
+    def pack(self, linear: str, tensor: QuantizedTensor) -> Mapping[str, torch.Tensor]:
+        planned = self._file.tensors[f"{linear}.weight"]
+        return {planned.spec.name: planned.exported.arrange(_blocks(linear, tensor))}
+
+    def write_values(self, writer: TensorWriter, name: str, values: torch.Tensor) -> None:
+        rounded = values.to(self._source.infos[name].dtype)
+        self._file.write_rows(writer, name, lambda start, stop: rounded[start:stop], self._encode(None))
+
+    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> int:
+        """Encode a tensor; those that the file does without (a tied head, computed buffers) are passed over."""
+        planned = self._file.tensors.get(name)
+        if planned is None:
+            return 0
+        codes = self._stored_codes(name, planned.spec.qtype)
+        if codes is not None:
+            for stored, raw in self.pack(name.removesuffix(".weight"), codes).items():
+                writer.write(stored, raw)
+        else:
+            self._file.write_rows(writer, name, partial(self._source.read_rows, name), self._encode(squares))
+        return planned.nbytes
+
+    def _encode(self, squares: torch.Tensor | None) -> Encode:
+        return lambda codec, rows: self._method.encode(codec, rows, squares)
+
+    def _stored_codes(self, name: str, qtype: str) -> QuantizedTensor | None:
+        """The source's own codes, where the type holds them."""
+        if not isinstance(self._source, QuantizedView):
+            return None
+        carrier = _CARRIERS.get(str(self._source.scheme_of(name)))
+        if carrier is None or carrier[0].name != qtype:
+            return None
+        try:
+            return self._source.read_quantized(name)
+        except UnsupportedError:  # groups of scattered columns: the weights are encoded anew
+            return None
+
+
+def _blocks(linear: str, tensor: QuantizedTensor) -> torch.Tensor:
+    """A quantized linear's bytes in the type that holds its codes, uint8 ``[rows, row bytes]``; nothing is rounded.
+
+    Raises:
+        UnsupportedError: a scale is too large or too small for float16.
+    """
+    codec, shift = _CARRIERS[str(tensor.scheme)]
+    scale = tensor.scale.to(torch.float16)
+    if not torch.equal(scale.to(tensor.scale.dtype), tensor.scale):
+        raise UnsupportedError(f"{linear}: its scales do not fit float16, which GGUF stores them in; quantize it anew")
+    codes = tensor.codes.cpu().numpy().reshape(-1, codec.size) + np.int8(shift)
+    raw = codec.pack(Blocks(codes.view(np.uint8), scale.cpu().numpy().reshape(-1)))
+    return torch.from_numpy(raw.reshape(tensor.shape[0], -1))

@@ -23,6 +23,7 @@ __all__ = [
     "BlockQuantizer",
     "Calibration",
     "GgmlQuantizer",
+    "InputSquares",
     "Method",
     "Numbers",
     "Quantizer",
@@ -79,6 +80,17 @@ class Solution:
     tensor: QuantizedTensor
     error: float | None = None
     damping: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InputSquares:
+    """What is known of a linear that the artifact's container encodes in a type of its own.
+
+    Attributes:
+        mean: float32 ``[columns]``, the mean squares of its inputs in the original model.
+    """
+
+    mean: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from llmconvert.quantize.methods.base import METHODS, needs_calibration
 from llmconvert.recipes.schema.named import OptionalScheme, ScalingField, SchemeOrMix
 from llmconvert.recipes.schema.quantities import Bytes, LeastShare, Share
 
@@ -186,6 +187,11 @@ class QuantizeSettings(_Section):
         if isinstance(values, Mapping) and values.get("budget") is not None and values.get("scheme") is None:
             return {**values, "scheme": "w4a16"}
         return values
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method or the budget reads calibration text."""
+        return self.budget is not None or (self.method in METHODS and needs_calibration(self.method))
 
     @property
     def label(self) -> str:

@@ -17,11 +17,11 @@ from llmconvert.convert.dtype import convert_dtype
 from llmconvert.convert.rope_scaling import RopeScalingView
 from llmconvert.convert.source import Source, parse_hub_id, source_fingerprint
 from llmconvert.errors import UsageError
+from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.budget import layer_overrides
-from llmconvert.recipes.stages.gguf import GGUF
 from llmconvert.recipes.stages.quantization import recovered
 from llmconvert.recipes.stages.stage import ORIGINAL, Original, Place, Stage, Work
 from llmconvert.report.steps import DtypeReport, StepDetails, read_details
@@ -71,7 +71,7 @@ def converted_view(recipe: Recipe, source: Source) -> Original:
     It identifies itself by the key that the stage would have.
     """
     settings, key = recipe.convert, stage_key("convert", _settings(recipe, source))
-    if recipe.quantize is not None and recipe.quantize.format == GGUF:
+    if recipe.quantize is not None and isinstance(load_format(recipe.quantize.format), FileFormat):
         dense = open_dense(source.checkpoint)
         if dense is not source.checkpoint:  # quantized, in codes that the file may take over as they are
             return Original.seen(key, dense)
@@ -125,12 +125,13 @@ def _stream_dtype(work: Work, place: Place) -> StepDetails:
 def _stream_quantized(work: Work, place: Place) -> StepDetails:
     """
     Raises:
-        UsageError: the scheme is one of GGUF's.
+        UsageError: the format is not written while a model downloads.
     """
     settings = work.recipe.quantize
     assert settings is not None
-    if not isinstance(settings.scheme, Scheme):
-        raise UsageError(f"quantize.scheme {settings.scheme}: a GGUF file is not streamed; leave out --stream")
+    lacking = load_format(settings.format).lacks.get("streaming")
+    if lacking is not None or not isinstance(settings.scheme, Scheme):
+        raise UsageError(f"quantize.format {settings.format}: {lacking}; leave out --stream")
     return stream_quantize(
         work.source.origin,
         place.model,

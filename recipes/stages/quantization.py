@@ -13,12 +13,12 @@ import torch
 
 from llmconvert.context import Context
 from llmconvert.gguf.checkpoint import GgufCheckpoint, open_artifact
+from llmconvert.gguf.ggml.mix import FLOATS
 from llmconvert.gguf.header import read_gguf_header
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers
 from llmconvert.quantize.requantize import Assignment, requantize_checkpoint
 from llmconvert.quantize.rotate import rotate_checkpoint
-from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.schema.recipe import QuantizeSettings
 from llmconvert.recipes.stages.artifact import model_stem
 from llmconvert.recipes.stages.budget import (
@@ -28,7 +28,6 @@ from llmconvert.recipes.stages.budget import (
     forget_sensitivity,
     layer_overrides,
 )
-from llmconvert.recipes.stages.gguf import GGUF, quantize_gguf
 from llmconvert.recipes.stages.stage import Place, Stage, Work
 from llmconvert.recipes.stages.windows import CALIBRATION
 from llmconvert.report.steps import LinearReport, QuantizeReport
@@ -42,7 +41,6 @@ __all__ = ["change_schemes", "quantize", "quantize_stage", "recovered"]
 # linear, and what a budget chose.
 _LAYERS_FILE = "layers.json"
 _BUDGET_FILE = "budget.json"
-_DENSE_TYPES = ("F32", "F16", "BF16")
 
 
 def quantize_stage(settings: QuantizeSettings, after: str) -> Stage[QuantizeReport]:
@@ -88,19 +86,6 @@ def quantize(
     if settings.rotate is not None:
         source = rotate_checkpoint(source, **settings.rotate.model_dump())
         context = replace(context, identity=f"{context.identity} rotated {settings.rotate.model_dump_json()}")
-    if settings.format == GGUF:
-        return quantize_gguf(
-            source,
-            place.model,
-            settings,
-            name=name,
-            windows=windows,
-            identity=context.identity,
-            device=context.device,
-            memory=context.memory,
-            progress=context.progress,
-        )
-    assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
     scheme, overrides = settings.scheme, layer_overrides(settings)
     chosen: ChosenReport | None = None
     if settings.budget is not None:
@@ -122,14 +107,17 @@ def quantize(
         memory_budget=context.memory,
         identity=context.identity,
         record=place.notes / _LAYERS_FILE if place.notes is not None else None,
+        name=name,
         progress=context.progress,
     )
     forget_sensitivity(place.model)
     return QuantizeReport(
         budget=chosen.budget if chosen is not None else None,
         sections=chosen.sections if chosen is not None else (),
-        layers=len(result.layers),
+        file=result.files[0] if result.types else None,
+        layers=result.quantized,
         linears=_linears(result.layers),
+        types=result.types,
         bytes=result.nbytes,
         seconds=round(result.seconds, 3),
         phases={name: round(seconds, 3) for name, seconds in result.phases.items()},
@@ -140,18 +128,19 @@ def quantize(
 
 def recovered(place: Place) -> QuantizeReport:
     """What a call that was killed after its artifact appeared had to say, from its notes and from the artifact."""
-    nbytes = measure_sizes(place.model).weights
+    nbytes, notes = measure_sizes(place.model).weights, place.notes
+    noted = notes is not None and (notes / _LAYERS_FILE).exists()
+    linears = _linears(read_layers(notes / _LAYERS_FILE)) if notes is not None and noted else ()
     with open_artifact(place.model) as stored:
         if isinstance(stored, GgufCheckpoint):
             types = Counter(tensor.qtype.name for tensor in read_gguf_header(stored.path).tensors.values())
-            layers = sum(count for kind, count in types.items() if kind not in _DENSE_TYPES)
-            return QuantizeReport(file=stored.path.name, layers=layers, types=types, bytes=nbytes, seconds=0.0)
-        linears = _stored_linears(stored)
-    notes = place.notes
-    if notes is None or not (notes / _LAYERS_FILE).exists():
-        return QuantizeReport(layers=len(linears), linears=linears, bytes=nbytes, seconds=0.0)
-    linears = _linears(read_layers(notes / _LAYERS_FILE))
+            count = sum(number for kind, number in types.items() if kind not in FLOATS)
+            name = stored.path.name
+            return QuantizeReport(file=name, layers=count, linears=linears, types=types, bytes=nbytes, seconds=0.0)
+        linears = linears if noted else _stored_linears(stored)
     found = QuantizeReport(layers=len(linears), linears=linears, bytes=nbytes, seconds=0.0)
+    if notes is None or not noted:
+        return found
     if not (notes / _BUDGET_FILE).exists():
         return found
     chosen = ChosenReport.model_validate_json((notes / _BUDGET_FILE).read_bytes())

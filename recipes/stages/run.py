@@ -9,7 +9,6 @@ from typing import Any
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.attention import attention_stage
 from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
-from llmconvert.recipes.stages.gguf import calibrates
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import Measured, validate_stage
 from llmconvert.recipes.stages.quantization import quantize_stage
@@ -52,7 +51,7 @@ class RunStages:
 
 def reads_calibration(recipe: Recipe) -> bool:
     """Whether anything that the recipe asks for reads its calibration text."""
-    return recipe.attention is not None or (recipe.quantize is not None and calibrates(recipe.quantize))
+    return recipe.attention is not None or (recipe.quantize is not None and recipe.quantize.calibrates)
 
 
 def stages_of(recipe: Recipe) -> RunStages:

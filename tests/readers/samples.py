@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from support.tiny_models import VOCABULARY, tiny_llama_dir
 
-from llmconvert.gguf.ggml.mix import GgmlMix
-from llmconvert.quantize.gguf_job import write_gguf
+from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.quantize.job import quantize_checkpoint
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import parse_scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 __all__ = ["PROMPTS", "VOCABULARY", "artifact", "sample_model"]
@@ -36,8 +35,7 @@ def sample_model(directory: Path, dtype: torch.dtype) -> Path:
 def artifact(source: Path, output: Path, layout: str, scheme: str) -> Path:
     """``source`` rounded to a scheme and stored in a format: a directory, or a GGUF file."""
     with SafetensorsCheckpoint(source) as checkpoint:
-        if layout == "gguf":
-            path = output.parent / f"{output.name}.gguf"
-            return write_gguf(checkpoint, path, mix=GgmlMix.parse(scheme)).path
-        quantize_checkpoint(checkpoint, output, method="rtn", scheme=Scheme.parse(scheme), format=layout)
+        if isinstance(load_format(layout), FileFormat):
+            output = output.parent / f"{output.name}.{layout}"
+        quantize_checkpoint(checkpoint, output, method="rtn", scheme=parse_scheme(scheme), format=layout)
     return output

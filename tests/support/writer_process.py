@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from support.disguised_heads import grouped_model
@@ -19,9 +20,8 @@ from llmconvert.convert.dtype import convert_dtype
 from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.convert.heal.job import HealOptions, heal_attention
 from llmconvert.errors import OutputError
-from llmconvert.gguf.ggml.mix import GgmlMix
+from llmconvert.gguf.ggml.mix import MIXES
 from llmconvert.progress import Progress
-from llmconvert.quantize.gguf_job import write_gguf
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.requantize import requantize_checkpoint
@@ -95,8 +95,14 @@ def _requantize(sources: Path, output: Path, progress: Progress) -> None:
 
 def _gguf(sources: Path, output: Path, progress: Progress) -> None:
     source = SafetensorsCheckpoint(sources / "model")
-    mix = GgmlMix.parse("q8_0")
-    write_gguf(source, output, mix=mix, name="tiny", windows=_WINDOWS, progress=progress)
+    settings: dict[str, Any] = {"method": "imatrix", "scheme": MIXES["q8_0"], "format": "gguf", "name": "tiny"}
+    quantize_checkpoint(source, output, windows=_WINDOWS, progress=progress, **settings)
+
+
+def _carried(sources: Path, output: Path, progress: Progress) -> None:
+    source = SafetensorsCheckpoint(sources / "model")
+    settings: dict[str, Any] = {"method": "gptq", "scheme": _W4, "format": "gguf", "name": "tiny"}
+    quantize_checkpoint(source, output, windows=_WINDOWS, progress=progress, **settings)
 
 
 WRITERS: Mapping[str, Callable[[Path, Path, Progress], None]] = {
@@ -107,6 +113,7 @@ WRITERS: Mapping[str, Callable[[Path, Path, Progress], None]] = {
     "quantization": _quantize,
     "requantization": _requantize,
     "GGUF": _gguf,
+    "GGUF of gptq": _carried,
 }
 
 

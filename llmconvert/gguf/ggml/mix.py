@@ -15,11 +15,12 @@ from typing import Final
 from llmconvert.errors import SchemeError
 from llmconvert.gguf.ggml.blocks import load_codec
 
-__all__ = ["MIXES", "GgmlMix", "MixContext"]
+__all__ = ["FLOATS", "MIXES", "GgmlMix", "MixContext"]
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _FALLBACKS: Final[Mapping[str, str]] = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_FLOATS: Final = ("F32", "F16", "BF16")
+#: Types without blocks, which round as a cast does.
+FLOATS: Final = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class GgmlMix:
         """
         if len(shape) < 2:
             return "F32"
-        if self.base in _FLOATS:
+        if self.base in FLOATS:
             return self.base
         match = _LAYER.match(name)
         chosen = self._in_layer(name, int(match[1]), context) if match else self._outer(name, context)

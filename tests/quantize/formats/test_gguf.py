@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.gguf_models import IDS, built, next_token, round_inputs
+from support.importance import collect_importance
 from support.llama_cpp import LlamaCpp
 from support.tiny_gguf import FAMILIES, tiny_model
 from support.tiny_models import tiny_tokenizer
@@ -24,24 +25,21 @@ from transformers import AutoModelForCausalLM
 from llmconvert.convert.cast import CastView
 from llmconvert.errors import CheckpointError, OutputError, UnsupportedError
 from llmconvert.gguf.checkpoint import open_gguf
-from llmconvert.gguf.ggml.mix import MIXES, GgmlMix, MixContext
+from llmconvert.gguf.ggml.mix import MIXES, MixContext
 from llmconvert.gguf.header import Metadata
 from llmconvert.gguf.tokenizer import build_tokenizer, tokenizer_files
-from llmconvert.quantize import gguf_job
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
-from llmconvert.quantize.gguf_job import write_gguf
-from llmconvert.quantize.job import quantize_checkpoint
-from llmconvert.quantize.methods.imatrix import collect_importance
-from llmconvert.quantize.scheme import Scheme
-from llmconvert.recipes.schema.recipe import QuantizeSettings
-from llmconvert.recipes.stages.gguf import quantize_gguf
-from llmconvert.storage import artifact
-from llmconvert.storage.checkpoint import CheckpointView, SafetensorsCheckpoint
+from llmconvert.quantize.formats.gguf import GgufContainer
+from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
+from llmconvert.quantize.plan import Override
+from llmconvert.quantize.scheme import Scheme, parse_scheme
+from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
 from llmconvert.storage.writer import write_json
 
 VOCABULARY = 320
 #: Root mean square over log probabilities that llama.cpp's attention, in less than float32, is off by.
 ATTENTION = 0.01
+WINDOWS = [torch.randint(3, VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(i)) for i in range(4)]
 SIZES = {"hidden_size": 256, "intermediate_size": 512}
 
 
@@ -60,9 +58,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-def written(directory: Path, path: Path, mix: str, **options: object) -> Path:
+def write(source: Checkpoint, path: Path, scheme: str, **options: Any) -> QuantizeResult:
+    settings: dict[str, Any] = {"method": "imatrix" if options.get("windows") else "rtn", **options}
+    return quantize_checkpoint(source, path, scheme=parse_scheme(scheme), format="gguf", **settings)
+
+
+def written(directory: Path, path: Path, mix: str, **options: Any) -> Path:
     with SafetensorsCheckpoint(directory) as source:
-        return write_gguf(source, path, mix=GgmlMix.parse(mix), **options).path  # type: ignore[arg-type]
+        return write(source, path, mix, **options).output
 
 
 CASES = [(family, "q4_k_m") for family in FAMILIES] + [("llama", mix) for mix in MIXES if mix != "q4_k_m"]
@@ -105,11 +108,10 @@ def test_floats_come_back_as_they_were(family: str, models: Path, tmp_path: Path
 
 def test_importance_changes_the_blocks_and_lowers_the_weighted_error(models: Path, tmp_path: Path) -> None:
     directory = hugging_face(models, "llama")
-    windows = [torch.randint(3, VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(i)) for i in range(4)]
     plain = written(directory, tmp_path / "plain.gguf", "q4_k_s")
-    weighed = written(directory, tmp_path / "weighed.gguf", "q4_k_s", windows=windows)
+    weighed = written(directory, tmp_path / "weighed.gguf", "q4_k_s", windows=WINDOWS)
     with SafetensorsCheckpoint(directory) as source:
-        importance = collect_importance(source, windows)
+        importance = collect_importance(source, WINDOWS)
         assert set(importance) == {name for name in source if name.startswith("model.layers") and "proj" in name}
         for name, weights in importance.items():
             errors = []
@@ -142,21 +144,12 @@ def test_importance_is_the_diagonal_of_the_hessian(models: Path) -> None:
 
 @pytest.mark.parametrize(("scheme", "qtype"), [("w4a16-g32-sym", "Q4_0"), ("w8a16-g32-sym", "Q8_0")])
 def test_codes_of_gptq_carry_over_exactly(scheme: str, qtype: str, models: Path, tmp_path: Path) -> None:
-    windows = [torch.randint(3, VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(i)) for i in range(4)]
     directory = hugging_face(models, "llama")
-    settings = QuantizeSettings(method="gptq", scheme=scheme, format="gguf")
     with SafetensorsCheckpoint(directory) as source:
         bfloat16 = CastView(source, torch.bfloat16)
-        quantize_checkpoint(bfloat16, tmp_path / "st", method="gptq", scheme=Scheme.parse(scheme), windows=windows)
-        quantize_gguf(
-            bfloat16,
-            tmp_path / "tiny.gguf",
-            settings,
-            name="tiny",
-            windows=windows,
-            device=torch.device("cpu"),
-            memory=None,
-        )
+        quantize_checkpoint(bfloat16, tmp_path / "st", method="gptq", scheme=Scheme.parse(scheme), windows=WINDOWS)
+        result = write(bfloat16, tmp_path / "tiny.gguf", scheme, method="gptq", windows=WINDOWS)
+    assert len(result.layers) == 14 and all(layer.error is not None for layer in result.layers)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["st", "tiny.gguf"]
     with SafetensorsCheckpoint(tmp_path / "st") as stored, open_gguf(tmp_path / "tiny.gguf") as found:
         dense = open_dense(stored)
@@ -171,28 +164,49 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.parametrize("imatrix", [False, True])
 def test_a_resumed_run_takes_finished_tensors_over(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    imatrix: bool, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = hugging_face(models, "llama")
-    expected = written(directory, tmp_path / "whole.gguf", "q4_k_m", name="tiny").read_bytes()
-    monkeypatch.setattr(artifact, "_SYNC_NBYTES", 1)
-    encode, count = gguf_job._Job._write, iter(range(11))
+    directory, options = hugging_face(models, "llama"), {"name": "tiny", "windows": WINDOWS if imatrix else ()}
+    expected = written(directory, tmp_path / "whole.gguf", "q4_k_m", **options).read_bytes()
+    copy, count = GgufContainer.copy, iter(range(15))  # three tensors outside the blocks, nine in each
 
-    def failing(self: Any, tensor: Any) -> None:
+    def failing(self: Any, *arguments: Any) -> int:
         if next(count, None) is None:
             raise StoppedError
-        encode(self, tensor)
+        return copy(self, *arguments)
 
-    monkeypatch.setattr(gguf_job._Job, "_write", failing)
+    monkeypatch.setattr(GgufContainer, "copy", failing)
     with pytest.raises(StoppedError):
-        written(directory, tmp_path / "tiny.gguf", "q4_k_m")
-    monkeypatch.setattr(gguf_job._Job, "_write", encode)
+        written(directory, tmp_path / "tiny.gguf", "q4_k_m", **options)
+    monkeypatch.setattr(GgufContainer, "copy", copy)
     with SafetensorsCheckpoint(directory) as source:
-        result = write_gguf(source, tmp_path / "tiny.gguf", mix=GgmlMix.parse("q4_k_m"))
-    assert result.resumed_tensors == 11
-    assert result.path.read_bytes() == expected
+        result = write(source, tmp_path / "tiny.gguf", "q4_k_m", **options)
+    assert result.resumed_blocks == 1
+    assert result.output.read_bytes() == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.gguf", "whole.gguf"]
+
+
+def test_codes_of_a_quantized_source_are_taken_over(models: Path, tmp_path: Path) -> None:
+    with SafetensorsCheckpoint(hugging_face(models, "llama")) as source:
+        bfloat16 = CastView(source, torch.bfloat16)
+        settings: dict[str, Any] = {"method": "gptq", "scheme": Scheme.parse("w4a16-g32"), "windows": WINDOWS}
+        quantize_checkpoint(bfloat16, tmp_path / "gptq", format="gptq", **settings)
+        write(bfloat16, tmp_path / "direct.gguf", "w4a16-g32", name="tiny", method="gptq", windows=WINDOWS)
+    with SafetensorsCheckpoint(tmp_path / "gptq") as stored:
+        dense = open_dense(stored)
+        write(dense, tmp_path / "taken.gguf", "q4_0", name="tiny")
+        with open_gguf(tmp_path / "taken.gguf") as taken, open_gguf(tmp_path / "direct.gguf") as direct:
+            assert isinstance(dense, QuantizedView)
+            for name in dense.quantized:
+                assert torch.equal(taken[name], direct[name])
+
+
+def test_overrides_are_refused(models: Path, tmp_path: Path) -> None:
+    directory, overrides = hugging_face(models, "llama"), [Override("*.v_proj", Scheme.parse("w8a16-g32"))]
+    with pytest.raises(UnsupportedError, match=r"says itself which tensors get more bits; leave them out"):
+        written(directory, tmp_path / "tiny.gguf", "q8_0", overrides=overrides)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +227,7 @@ def test_what_llama_cpp_would_compute_differently_is_refused(
         view = CheckpointView(source)
         view.config = {**source.config, **changes}
         with pytest.raises(UnsupportedError, match=message):
-            write_gguf(view, tmp_path / "tiny.gguf", mix=GgmlMix.parse("q8_0"))
+            write(view, tmp_path / "tiny.gguf", "q8_0")
     assert not list(tmp_path.iterdir())
 
 
@@ -222,7 +236,7 @@ def test_tensors_without_a_place_are_refused_by_name(models: Path, tmp_path: Pat
         view = CheckpointView(source)
         view.infos = {**source.infos, "model.mtp.weight": source.infos["model.norm.weight"]}
         with pytest.raises(UnsupportedError, match=r"'model.mtp.weight' has no place in a GGUF file of architecture"):
-            write_gguf(view, tmp_path / "tiny.gguf", mix=GgmlMix.parse("q8_0"))
+            write(view, tmp_path / "tiny.gguf", "q8_0")
 
 
 class Spoiled(CheckpointView):
@@ -251,7 +265,7 @@ def test_values_out_of_range_are_refused_and_nothing_is_left(
         view = Spoiled(source)
         view.value = value
         with pytest.raises(error, match=message):
-            write_gguf(view, tmp_path / "tiny.gguf", mix=GgmlMix.parse("q4_k_m"))
+            write(view, tmp_path / "tiny.gguf", "q4_k_m")
     assert not list(tmp_path.iterdir())
 
 

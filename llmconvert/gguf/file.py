@@ -1,0 +1,121 @@
+"""A GGUF file to be written from a checkpoint: its header, the type of each tensor, and rows as the file has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.gguf.export import ExportedTensor, export_checkpoint
+from llmconvert.gguf.ggml.blocks import Codec, load_codec
+from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
+from llmconvert.gguf.layout import GgufSpec, plan_gguf
+from llmconvert.memory import row_slices
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.writer import Layout, TensorWriter
+
+__all__ = ["Encode", "GgufFile", "PlannedTensor", "plan_file"]
+
+#: Bytes, uint8 ``[rows, row bytes]``, of finite float32 ``[rows, columns]`` in a type.
+Encode = Callable[[Codec, torch.Tensor], torch.Tensor]
+
+# Weights encoded at a time.
+_WEIGHTS_AT_ONCE = 1 << 22
+_HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the file: where its values come from, and what they are stored in."""
+
+    exported: ExportedTensor
+    spec: GgufSpec
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.spec.rows * self.spec.row_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """The plan of a file, and how its tensors are written, in any order.
+
+    Attributes:
+        layout: where everything goes; its one shard's header is the file's.
+        tensors: by the name in the checkpoint.
+        settings: float32 tensors that hold settings, by the name in the file.
+    """
+
+    layout: Layout
+    tensors: Mapping[str, PlannedTensor]
+    settings: Mapping[str, np.ndarray]
+
+    def write_settings(self, writer: TensorWriter) -> None:
+        """Write the tensors that come from the config."""
+        for name, values in self.settings.items():
+            writer.write(name, torch.from_numpy(load_codec("F32").encode(values[None])))
+
+    def write_rows(
+        self, writer: TensorWriter, name: str, read: Callable[[int, int], torch.Tensor], encode: Encode
+    ) -> None:
+        """Encode a tensor and write it, some rows at a time.
+
+        Args:
+            name: in the checkpoint.
+            read: rows ``start:stop`` of the checkpoint's tensor.
+            encode: what makes bytes of them, put in the file's order.
+
+        Raises:
+            CheckpointError: values that are not finite.
+            UnsupportedError: values beyond the type's range.
+        """
+        planned = self.tensors[name]
+        exported, spec = planned.exported, planned.spec
+        codec, length = load_codec(spec.qtype), exported.shape[0]
+        together = length if len(spec.shape) == 1 else exported.rows_together
+        for part in row_slices(exported.shape, _WEIGHTS_AT_ONCE, together=together):
+            rows = exported.store(read(part.start, part.stop)).contiguous()
+            _check_values(name, rows, spec.qtype)
+            writer.write_rows(spec.name, part.start, encode(codec, rows.reshape(-1, spec.shape[-1])))
+
+
+def plan_file(source: Checkpoint, file_name: str, name: str, mix: GgmlMix, *, importance: bool) -> GgufFile:
+    """Settle everything about a file but its weights.
+
+    Args:
+        source: dense weights under Hugging Face names.
+        file_name: in the directory that it is built in.
+        name: of the model, for the file's metadata.
+        mix: the tensors' types.
+        importance: whether an importance matrix weighs errors, which gives some tensors other types.
+
+    Raises:
+        UnsupportedError: an architecture, setting, tensor or tokenizer that llama.cpp does not have.
+        CheckpointError: tensors are missing.
+    """
+    export = export_checkpoint(source, name)
+    context = MixContext(export.layers, export.tied, importance)
+    tensors = {
+        tensor.source: PlannedTensor(
+            tensor, GgufSpec(tensor.name, mix.type_of(tensor.name, tensor.shape, context), tensor.shape)
+        )
+        for tensor in export.tensors
+    }
+    settings = [GgufSpec(stored, "F32", values.shape) for stored, values in export.settings.items()]
+    types = {"general.file_type": mix.file_type, "general.quantization_version": 2}
+    specs = [*settings, *(planned.spec for planned in tensors.values())]
+    return GgufFile(plan_gguf(file_name, {**export.metadata, **types}, specs), tensors, export.settings)
+
+
+def _check_values(name: str, values: torch.Tensor, qtype: str) -> None:
+    largest = values.abs().max().item() if values.numel() else 0.0
+    if not largest < float("inf"):
+        raise CheckpointError(f"tensor {name!r} holds NaN or infinity; it cannot be written as {qtype}")
+    if largest > _HALF_MAX and qtype not in ("F32", "BF16"):
+        raise UnsupportedError(
+            f"tensor {name!r} holds {largest:g}, {qtype} reaches to {_HALF_MAX:g}; write bf16 or f32"
+        )

@@ -1,0 +1,92 @@
+"""What an artifact's tensors are written into: a directory of safetensors, or what another format has instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.artifact import copy_tensor
+from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
+from llmconvert.storage.writer import Layout, TensorWriter, plan_layout
+
+__all__ = ["CheckpointContainer", "Container"]
+
+
+class Container(Protocol):
+    """The files of an artifact, filled tensor by tensor in any order. Names are those of the source."""
+
+    #: Of the weight files.
+    layout: Layout
+    #: ``config.json``; None if there is none.
+    config: Mapping[str, Any] | None
+    #: Small files beside the weights: file name → a path to copy, or the bytes themselves.
+    files: Mapping[str, Path | bytes]
+    #: Whether the artifact is the layout's one file, without a directory around it.
+    single: bool
+    #: Tensor type → how many tensors have it, where the file says it of each.
+    types: Mapping[str, int]
+
+    def begin(self, writer: TensorWriter) -> None:
+        """Store what stands for no tensor of the source."""
+
+    def pack(self, linear: str, tensor: QuantizedTensor) -> Mapping[str, torch.Tensor]:
+        """What a linear's codes are stored as, by the layout's names. ``linear`` is its name without ``.weight``."""
+
+    def write_values(self, writer: TensorWriter, name: str, values: torch.Tensor) -> None:
+        """Store new values for a tensor that is not quantized."""
+
+    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> int:
+        """Store a tensor of the source that nothing was said of; gives its bytes.
+
+        Args:
+            squares: float32 ``[columns]``, the mean squares of its inputs where they were measured, for containers that
+                encode it.
+        """
+
+
+class CheckpointContainer:
+    """Safetensors in Hugging Face layout, with a ``quantization_config``.
+
+    Args:
+        source: whose other tensors, config and files are taken over.
+        specs: every tensor, in order.
+        pack: see :meth:`llmconvert.quantize.formats.base.Format.pack`.
+        declared: the ``quantization_config``.
+        files: what the format wants beside the source's files.
+        max_shard_bytes: size at which a new shard is begun.
+    """
+
+    single = False
+    types: Mapping[str, int] = {}
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        specs: Sequence[TensorSpec],
+        pack: Callable[[str, QuantizedTensor], Mapping[str, torch.Tensor]],
+        declared: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        max_shard_bytes: int,
+    ) -> None:
+        self._source = source
+        self._pack = pack
+        self.layout = plan_layout(specs, max_shard_bytes)
+        self.config: Mapping[str, Any] | None = {**source.config, "quantization_config": declared}
+        self.files: Mapping[str, Path | bytes] = {**source.files, **files}
+
+    def begin(self, writer: TensorWriter) -> None:
+        """There is nothing."""
+
+    def pack(self, linear: str, tensor: QuantizedTensor) -> Mapping[str, torch.Tensor]:
+        return self._pack(linear, tensor)
+
+    def write_values(self, writer: TensorWriter, name: str, values: torch.Tensor) -> None:
+        writer.write(name, values.to(self._source.infos[name].dtype))
+
+    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> int:
+        copy_tensor(writer, self._source, name)
+        return self.layout.specs[name].nbytes
