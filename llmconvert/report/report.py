@@ -78,6 +78,13 @@ class Check(Value):
     """One measurement, the limit it had to keep, and whether it did.
 
     Attributes:
+        name: what was measured, ``perplexity`` or ``speed.decode``; ``docs/report.md`` lists them.
+        value: the artifact's; None where it could not be had, and ``detail`` says why.
+        reference: the original's; None without one.
+        limit: what the recipe allows: at least this for shares, at most this for everything else.
+        ok: whether the limit was kept; without one False only if something is broken.
+        unit: of value, reference and limit: ``bytes``, ``nats``, ``share`` (0 to 1), …; empty for plain numbers.
+        detail: what belongs to it as JSON values: ``text``, ``low`` and ``high`` of a 95 % interval, and more.
         label: the name in words, where the package has none of its own for it.
         quiet: whether terminal and model card leave it out unless it fails.
         sections: what it has to show besides a number.
@@ -101,7 +108,15 @@ class Check(Value):
 
 
 class Report(Value):
-    """Everything measured about one artifact; the JSON schema is in the module's docstring."""
+    """Everything measured about one artifact: ``report["perplexity"]`` is a check by its name.
+
+    Attributes:
+        schema_: name and version of the JSON schema.
+        model: what was made of what.
+        environment: name → version of what the numbers depend on.
+        steps: stages of the run, in order; empty for an artifact that was measured alone.
+        checks: what was measured, in order.
+    """
 
     schema_: Literal["llmconvert.report/1"] = Field(default="llmconvert.report/1", alias="schema")
     model: ModelInfo
