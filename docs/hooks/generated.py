@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from commands import markdown_commands
+
 from llmconvert.quantize.matrix import markdown_matrix
 from llmconvert.quantize.runtimes import markdown_table, recorded_runs
 from llmconvert.recipes.schema.reference import markdown_reference
@@ -19,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 #: Page and name of a part → what makes it.
 PARTS: Mapping[tuple[str, str], Callable[[], str]] = {
     ("README.md", "runtimes"): lambda: markdown_table(recorded_runs()),
+    ("docs/commands.md", "commands"): markdown_commands,
     ("docs/methods.md", "matrix"): markdown_matrix,
     ("docs/recipe.md", "recipe"): markdown_reference,
 }

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import test_architecture
 from support.pages import PAGES, ROOT, prose
 
 _FILE = re.compile(r"`((?:llmconvert|quantize|convert|validate|recipes|tests|bench|docs)/[\w./-]*)`")
@@ -48,3 +49,8 @@ def test_every_page_of_results_is_in_its_index() -> None:
 
 def test_the_readme_is_read_in_two_minutes() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
+def test_contributing_gives_the_order_of_imports() -> None:
+    text = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+    assert f"`{' ← '.join(test_architecture.ORDER)}`" in text
