@@ -52,7 +52,8 @@ def parse(words: list[str]) -> None:
 @pytest.mark.parametrize("block", CONSOLE, ids=str)
 def test_commands_parse(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "DIR").mkdir()  # what is pushed has to be there
+    for name in ("DIR", "out/demo"):
+        (tmp_path / name).mkdir(parents=True)  # what is pushed has to be there
     found = commands(block)
     assert found, "a console block without a command"
     for words in found:
