@@ -101,7 +101,7 @@ def pages_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("REF", "PLAIN", "org/name"):
         shutil.copytree(here / "MODEL", here / name)
     texts = [topics[key] for key in sorted(topics)]
-    (here / "FILE").write_text("\n".join(texts[:20])[:40_000])
+    (here / "FILE").write_text("\n".join(texts[:20])[:16_000])
     (here / "TEST").write_text("\n".join(texts[-20:])[:8_000])
     validate = {"perplexity": {"dataset": "TEST", "window": 64, "max_windows": 2, "max_increase": "900%"}}
     recipe = {"model": "MODEL", "quantize": {"method": "rtn", "scheme": "w4a16-g64"}, "validate": validate}
