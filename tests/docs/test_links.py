@@ -9,7 +9,7 @@ import pytest
 import test_architecture
 from support.pages import PAGES, ROOT, prose
 
-_FILE = re.compile(r"`((?:llmconvert|quantize|convert|validate|recipes|tests|bench|docs)/[\w./-]*)`")
+_FILE = re.compile(r"`((?:llmconvert|quantize|convert|validate|recipes|tests|bench|docs|examples)/[\w./-]*)`")
 # Pages of results say what the code of their day was called.
 _HISTORY = {"CHANGELOG.md", *(path.name for path in (ROOT / "bench" / "results").glob("2026-*.md"))}
 
