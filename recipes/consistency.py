@@ -165,18 +165,20 @@ def _limits_without_text(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _asymmetric_mixture(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """What transformers (seen: 5.23) dequantizes all by one scheme: linears with zero points, in this format."""
+    """Linears with zero points in several schemes, where the runtime that validation asks can't load them."""
     settings, checks = recipe.quantize, recipe.validation
-    if settings is None or checks is None or settings.format != "compressed-tensors":
+    if settings is None or checks is None or settings.format not in FORMATS:
+        return
+    lacking = load_format(settings.format).lacks.get("mixed zero points")
+    if lacking is None:
         return
     schemes = {settings.scheme, *(override.scheme for override in settings.overrides)} - {"none"}
     mixed = len(schemes) > 1 or settings.budget is not None or checks.repair is not None
     if mixed and any(isinstance(scheme, Scheme) and not scheme.symmetric for scheme in schemes):
         yield (
             ("quantize", "scheme"),
-            "quantize.scheme: transformers can't load asymmetric weights of several schemes (a budget, overrides and "
-            "repair make such), so the artifact could not pass; take a symmetric scheme, or one for all linears, or "
-            "leave out validate for another runtime",
+            f"quantize.scheme: {lacking} (a budget, overrides and repair make such), so the artifact could not pass; "
+            "take a symmetric scheme, or one for all linears, or leave out validate for another runtime",
         )
 
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.storage.directory import is_weight_file
@@ -76,5 +75,4 @@ def measure_sizes(directory: Path) -> Sizes:
 def bits_per_weight(source: Checkpoint, stored: Checkpoint) -> float:
     """Bits that ``stored`` spends per number of the source, over all tensors: scales, zero points, embeddings too."""
     numbers = sum(math.prod(info.shape) for info in source.infos.values())
-    nbytes = stored.stored_nbytes if isinstance(stored, GgufCheckpoint) else stored.nbytes
-    return 8 * nbytes / numbers
+    return 8 * stored.stored_nbytes / numbers

@@ -18,7 +18,7 @@ from llmconvert.gguf.header import GgufHeader, Metadata
 from llmconvert.gguf.names import Architecture
 from llmconvert.gguf.rope import llama3_parameters, rope_parameters, shortest
 
-__all__ = ["Geometry", "build_config", "build_generation_config", "read_geometry"]
+__all__ = ["Geometry", "build_config", "build_generation_config", "gemma2_query_scalar", "read_geometry"]
 
 # Settings that change what a model computes and that none of the supported classes has.
 _REFUSED: Final = (
@@ -36,8 +36,6 @@ _REFUSED: Final = (
     "embedding_scale",
     "nextn_predict_layers",
 )
-# Of Gemma 2's sizes only the 27B does not scale queries by its head size, and the file does not say so;
-# llama.cpp, too, knows it by its number of layers.
 _GEMMA2_27B_LAYERS: Final = 46
 _GEMMA2_WINDOW: Final = 4096
 
@@ -290,17 +288,27 @@ def _factors(header: GgufHeader, name: str, rotary_dim: int, read_tensor: Callab
     return [shortest(value) for value in read_tensor(name).tolist()]
 
 
+def gemma2_query_scalar(hidden: int, heads: int, layers: int, head_dim: int) -> int:
+    """What Gemma 2 scales queries by, under a root.
+
+    Of its sizes only the 27B does not take its head size, and the file does not say so; llama.cpp, too, knows it by its
+    number of layers.
+    """
+    return hidden // heads if layers == _GEMMA2_27B_LAYERS else head_dim
+
+
 def _gemma2(
     header: GgufHeader, geometry: Geometry, config: dict[str, Any], read_tensor: Callable[[str], np.ndarray]
 ) -> dict[str, Any]:
     metadata = header.metadata
-    large = geometry.layers == _GEMMA2_27B_LAYERS
     return {
         "head_dim": geometry.head_dim,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
-        "query_pre_attn_scalar": geometry.hidden // geometry.heads if large else geometry.head_dim,
+        "query_pre_attn_scalar": gemma2_query_scalar(
+            geometry.hidden, geometry.heads, geometry.layers, geometry.head_dim
+        ),
         "sliding_window": _positive(metadata, "gemma2.attention.sliding_window", _GEMMA2_WINDOW),
         "attn_logit_softcapping": shortest(metadata.number("gemma2.attn_logit_softcapping", 50.0)),
         "final_logit_softcapping": shortest(metadata.number("gemma2.final_logit_softcapping", 30.0)),

@@ -16,9 +16,10 @@ import torch
 
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.gguf.export_config import export_config, export_rope_tensors
+from llmconvert.gguf.export_config import export_config
 from llmconvert.gguf.export_tokenizer import export_tokenizer
 from llmconvert.gguf.names import ARCHITECTURES, Place, Storage
+from llmconvert.gguf.rope import export_rope_tensors
 from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["ExportedTensor", "GgufExport", "check_exportable", "export_checkpoint"]

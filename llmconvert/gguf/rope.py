@@ -1,4 +1,4 @@
-"""Rotary position settings: from GGUF metadata to transformers' ``rope_parameters``.
+"""RoPE settings, both ways between GGUF metadata and transformers' ``rope_parameters``.
 
 Llama 3's frequency scaling is not in the metadata: llama.cpp stores what it works out to, one divisor per frequency,
 as the tensor ``rope_freqs.weight``. The parameters are recovered from it (:func:`llama3_parameters`) and proven by
@@ -8,6 +8,7 @@ computing the divisors from them again.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,23 @@ import numpy as np
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.header import Metadata
 
-__all__ = ["llama3_divisors", "llama3_parameters", "rope_parameters", "shortest"]
+__all__ = [
+    "export_rope_tensors",
+    "head_dim_of",
+    "llama3_divisors",
+    "llama3_parameters",
+    "rope_metadata",
+    "rope_parameters",
+    "rope_settings",
+    "shortest",
+]
 
 # Divisors are stored in float32; the original's were computed in it too.
 _TOLERANCE = 1e-5
 # Meta's own values of Llama 3.1 to 3.3. Only the ratios of the three matter, so they also serve as the scale.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
+# Of YaRN, in either's words.
+_BETAS = ("beta_fast", "beta_slow")
 
 
 def shortest(value: float) -> float:
@@ -66,11 +78,90 @@ def _yarn(metadata: Metadata, prefix: str, factor: float) -> dict[str, Any]:
     }
     if (scale := shortest(metadata.number(f"{prefix}.attn_factor", 1.0))) != 1.0:
         # llama.cpp multiplies it with YaRN's own temperature, transformers takes it instead.
-        yarn["attention_factor"] = scale * (1.0 + 0.1 * math.log(factor))
-    for key in ("beta_fast", "beta_slow"):
+        yarn["attention_factor"] = scale * _temperature(factor)
+    for key in _BETAS:
         if f"{prefix}.yarn_{key}" in metadata:
             yarn[key] = shortest(metadata.number(f"{prefix}.yarn_{key}"))
     return yarn
+
+
+def _temperature(factor: float) -> float:
+    """What YaRN itself multiplies attention logits' scale with."""
+    return 1.0 + 0.1 * math.log(factor)
+
+
+def rope_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``rope_parameters`` of a completed config, with a ``rope_type``."""
+    rope: Mapping[str, Any] = config.get("rope_parameters") or {}
+    return {"rope_type": "default", **rope}
+
+
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """Dimensions of a head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def rope_metadata(config: Mapping[str, Any], arch: str) -> dict[str, Any]:
+    """The metadata's keys on the scaling of positions, without the architecture's name before them.
+
+    Raises:
+        UnsupportedError: a kind of scaling that llama.cpp's class of this architecture does not know.
+    """
+    rope = rope_settings(config)
+    kind = rope["rope_type"]
+    if kind == "default":
+        return (
+            {"rope.scaling.original_context_length": config["original_max_position_embeddings"]}
+            if arch == "phi3"
+            else {}
+        )
+    if kind == "llama3" and arch == "llama":
+        return {}
+    if kind == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn" and not {"mscale", "mscale_all_dim", "truncate"} & {k for k, v in rope.items() if v is not None}:
+        return _yarn_metadata(rope)
+    if kind == "longrope" and arch == "phi3":
+        original = config["original_max_position_embeddings"]
+        stretch = config["max_position_embeddings"] / original
+        attention = rope.get("attention_factor")
+        if attention is None:
+            attention = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+        return {
+            "rope.scaling.type": "longrope",
+            "rope.scaling.original_context_length": original,
+            "rope.scaling.attn_factor": float(attention),
+        }
+    raise UnsupportedError(f"config.json: RoPE scaling {kind!r} cannot be written for GGUF architecture {arch!r}")
+
+
+def _yarn_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(rope["factor"]),
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+    }
+    if rope.get("attention_factor") is not None:
+        # llama.cpp multiplies it with YaRN's own temperature, transformers takes it instead.
+        values["rope.scaling.attn_factor"] = rope["attention_factor"] / _temperature(rope["factor"])
+    for key in _BETAS:
+        if rope.get(key) is not None:
+            values[f"rope.scaling.yarn_{key}"] = float(rope[key])
+    return values
+
+
+def export_rope_tensors(config: Mapping[str, Any], arch: str) -> dict[str, np.ndarray]:
+    """What llama.cpp keeps of RoPE scalings as tensors: Llama 3's divisors, Phi-3's long and short factors."""
+    rope = rope_settings(config)
+    head_dim = head_dim_of(config)
+    if rope["rope_type"] == "llama3":
+        return {"rope_freqs.weight": llama3_divisors(dict(rope), head_dim).astype(np.float32)}
+    if rope["rope_type"] == "longrope":
+        return {
+            f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)
+            for length in ("long", "short")
+        }
+    return {}
 
 
 def llama3_divisors(parameters: dict[str, Any], head_dim: int) -> np.ndarray:

@@ -129,6 +129,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """Total size of all tensors in bytes."""
         return sum(info.nbytes for info in self.infos.values())
 
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes that the tensors take where they are stored; as they are read, by default."""
+        return self.nbytes
+
     def read_file(self, name: str) -> bytes:
         """The bytes of a non-weight file in :attr:`files`."""
         content = self.files[name]

@@ -46,7 +46,7 @@ FORMATS: Mapping[str, str] = {
 }
 
 #: What may be asked for beside method, scheme and format, and does not go with every format.
-Feature = Literal["overrides", "budget", "repair", "rotations", "streaming", "generation"]
+Feature = Literal["overrides", "budget", "repair", "mixed zero points", "rotations", "streaming", "generation"]
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.base import Format, StoredLinear, require_shape
+from llmconvert.quantize.formats.base import Feature, Format, StoredLinear, require_shape
 from llmconvert.quantize.numbers import E4M3, Int, Number
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
@@ -34,6 +34,11 @@ _SURPLUS = ("weight_zero_point", "weight_g_idx", "input_scale", "output_scale")
 
 class CompressedTensors(Format):
     """``pack-quantized``, ``int-quantized`` and ``float-quantized`` tensors and their configuration."""
+
+    lacks: ClassVar[Mapping[Feature, str]] = {
+        # Seen: 5.23. It dequantizes all of them by one scheme.
+        "mixed zero points": "transformers can't load asymmetric weights of several schemes",
+    }
 
     def check(self, scheme: Scheme) -> None:
         if scheme.number not in (E4M3, *_INTS):
