@@ -3,25 +3,122 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from llmconvert.context import Context
 from llmconvert.convert.cast import CASTABLE, TARGETS, CastErrors, Overflow, check_overflow, with_dtype
-from llmconvert.convert.pipeline import stream_tensors
+from llmconvert.convert.pipeline import BUFFER_NBYTES, stream_tensors
 from llmconvert.convert.rope_scaling import RopeScaling, scale_positions
+from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import UnsupportedError
+from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.steps import DtypeReport
-from llmconvert.storage.artifact import Artifact, build_artifact, job_key
+from llmconvert.storage.artifact import Artifact, build_artifact, job_key, output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
 
-__all__ = ["convert_dtype"]
+__all__ = ["DtypePlan", "DtypeRequest", "convert_dtype", "plan_dtype"]
+
+
+@dataclass(frozen=True, slots=True)
+class DtypeRequest:
+    """What is asked for when a checkpoint is converted.
+
+    Attributes:
+        dtype: ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
+        overflow: ``"error"`` refuses finite values beyond the target's range, ``"clip"`` writes its largest value.
+        rope_scaling: how the config shall stretch rotary positions over longer inputs.
+        max_shard_bytes: shards are filled up to this many bytes.
+    """
+
+    dtype: torch.dtype
+    overflow: Overflow = "error"
+    rope_scaling: RopeScaling | None = None
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class DtypePlan:
+    """A conversion that was settled from headers; :func:`plan_dtype` makes one.
+
+    Attributes:
+        request: what was asked for.
+        layout: of the output's weight files.
+        config: of the output.
+        needs: what running it takes.
+    """
+
+    request: DtypeRequest
+    layout: Layout
+    config: Mapping[str, Any]
+    needs: Needs
+    _source: Checkpoint
+    _output: Path
+    _context: Context
+
+    def run(self) -> DtypeReport:
+        """Write the output, or go on behind the last tensor that an interrupted run of the same plan has on disk.
+
+        Raises:
+            UnsupportedError: a value is out of range, with the tensor's name.
+            OutputError: the output can't be written, or is being written by another process.
+            CheckpointError: the source is damaged.
+            CapacityError: the disk can't hold the result.
+        """
+        begin = time.perf_counter()
+        source, layout, request = self._source, self.layout, self.request
+        settings = {"dtype": str(request.dtype), "overflow": request.overflow, "config of the output": self.config}
+        key = job_key(source, layout, settings, identity=self._context.identity)
+        with build_artifact(self._output, layout, key, progress=self._context.progress) as artifact:
+            _write_weights(source, artifact, request.dtype, request.overflow, self._context.progress)
+            per_tensor = {name: CastErrors(**artifact.done[name]) for name in source if name in artifact.done}
+            written = artifact.publish(self.config, source.files)
+        return _report(source, layout, per_tensor, request.dtype, written, time.perf_counter() - begin)
+
+
+def plan_dtype(source: Checkpoint, output: Path, request: DtypeRequest, *, context: Context | None = None) -> DtypePlan:
+    """Settle a conversion to another dtype; nothing but headers is read, nothing written.
+
+    Quantized weights are dequantized in float32 and rounded once. Integer and bool tensors, and tensors that have the
+    dtype already, are copied bit for bit, as are the files beside the weights; ``config.json`` declares the new dtype.
+    ``output`` appears whole or not at all.
+
+    Args:
+        source: any checkpoint; one in safetensors is read fastest.
+        output: a directory that does not exist yet or is empty.
+        request: the dtype, and the rest.
+        context: progress in bytes read, and the source's identity.
+
+    Raises:
+        UnsupportedError: another dtype, a source quantized in a format that is not known, or positions that can't be
+            scaled.
+        OutputError: ``output`` exists and is not empty, or can't be written.
+    """
+    dtype = request.dtype
+    if dtype not in TARGETS:
+        raise UnsupportedError(f"{dtype} is no target; convert to float32, float16 or bfloat16")
+    origin = str(getattr(source, "directory", "the model"))
+    source = open_dense(source, dtype)
+    require_dense(source, origin)
+    check_output_directory(output)
+    config = with_dtype(source.config, dtype)
+    if request.rope_scaling is not None:
+        config = scale_positions(config, request.rope_scaling)
+    layout = plan_layout(
+        (TensorSpec(i.name, dtype if i.dtype in CASTABLE else i.dtype, i.shape) for i in source.infos.values()),
+        request.max_shard_bytes,
+    )
+    needs = Needs(memory=BASE_NBYTES + BUFFER_NBYTES, disk=output_nbytes(layout, config, source.files))
+    return DtypePlan(request, layout, config, needs, source, output, context or Context())
 
 
 def convert_dtype(
@@ -35,50 +132,19 @@ def convert_dtype(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> DtypeReport:
-    """Write ``source`` to the directory ``output`` with its floating-point tensors in ``dtype``.
-
-    Quantized weights are dequantized in float32 and rounded once. Integer and bool tensors, and tensors that have the
-    dtype already, are copied bit for bit, as are the files beside the weights; ``config.json`` declares the new dtype.
-    ``output`` appears whole or not at all; a call that was stopped continues behind the last tensor that is on disk.
+    """Write ``source`` to the directory ``output`` in ``dtype``: :func:`plan_dtype` and its run in one call.
 
     Args:
-        source: any checkpoint; one in safetensors is read fastest.
-        output: a directory that does not exist yet or is empty.
-        dtype: ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
-        overflow: ``"error"`` refuses finite values beyond the target's range, ``"clip"`` writes its largest value.
-        rope_scaling: how the config shall stretch rotary positions over longer inputs.
+        source, output: see :func:`plan_dtype`.
+        dtype, overflow, rope_scaling, max_shard_bytes: see :class:`DtypeRequest`.
         identity: tells sources apart that look alike; what is known of the source's files by default.
-        max_shard_bytes: shards are filled up to this many bytes.
         progress: where to report, in bytes read.
 
     Raises:
-        UnsupportedError: another dtype, a source quantized in a format that is not known, positions that can't be
-            scaled, or a value out of range, with the tensor's name.
-        OutputError: ``output`` exists and is not empty, can't be written, or is being written by another process.
-        CheckpointError: the source is damaged.
-        CapacityError: the disk can't hold the result.
+        LlmconvertError: see :func:`plan_dtype` and :meth:`DtypePlan.run`.
     """
-    if dtype not in TARGETS:
-        raise UnsupportedError(f"{dtype} is no target; convert to float32, float16 or bfloat16")
-    origin = str(getattr(source, "directory", "the model"))
-    source = open_dense(source, dtype)
-    require_dense(source, origin)
-    check_output_directory(output)
-    config = with_dtype(source.config, dtype)
-    if rope_scaling is not None:
-        config = scale_positions(config, rope_scaling)
-    begin = time.perf_counter()
-    layout = plan_layout(
-        (TensorSpec(i.name, dtype if i.dtype in CASTABLE else i.dtype, i.shape) for i in source.infos.values()),
-        max_shard_bytes,
-    )
-    settings = {"dtype": str(dtype), "overflow": overflow, "config of the output": config}
-    key = job_key(source, layout, settings, identity=identity)
-    with build_artifact(output, layout, key, progress=progress) as artifact:
-        _write_weights(source, artifact, dtype, overflow, progress)
-        per_tensor = {name: CastErrors(**artifact.done[name]) for name in source if name in artifact.done}
-        written = artifact.publish(config, source.files)
-    return _report(source, layout, per_tensor, dtype, written, time.perf_counter() - begin)
+    request = DtypeRequest(dtype, overflow, rope_scaling, max_shard_bytes)
+    return plan_dtype(source, output, request, context=Context(identity=identity, progress=progress)).run()
 
 
 def _write_weights(

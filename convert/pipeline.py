@@ -20,7 +20,10 @@ from llmconvert.progress import Task
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.storage.writer import TensorWriter
 
-__all__ = ["stream_tensors"]
+__all__ = ["BUFFER_NBYTES", "stream_tensors"]
+
+#: What its buffers take, at most.
+BUFFER_NBYTES = 100_000_000
 
 # Elements per block: large enough for sequential disk speed, small enough that all buffers stay below 100 MB.
 _BLOCK = 1 << 20

@@ -12,30 +12,48 @@ from typing import Any
 
 import torch
 
-from llmconvert.engine.discovery import PROBE_LENGTH, discover
+from llmconvert.context import Context
+from llmconvert.engine.discovery import PROBE_LENGTH, BlockPlan, discover
 from llmconvert.engine.edges import Edge, find_edges
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, CapacityError, UnsupportedError
 from llmconvert.gguf.ggml.mix import FLOATS
+from llmconvert.needs import Needs
 from llmconvert.phases import Phases
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.execute import quantize_blocks
 from llmconvert.quantize.formats.base import ContainerRequest, load_format
+from llmconvert.quantize.formats.container import Container
 from llmconvert.quantize.matrix import check_combination
-from llmconvert.quantize.methods.base import Quantizer, ScalingQuantizer, load_method
+from llmconvert.quantize.methods.base import Method, Quantizer, ScalingQuantizer, load_method
 from llmconvert.quantize.methods.rescale import describe_edges
-from llmconvert.quantize.plan import Override, QuantizationPlan, plan_encoding, plan_quantization, work_nbytes
+from llmconvert.quantize.plan import (
+    Override,
+    QuantizationPlan,
+    QuantizeRequest,
+    plan_encoding,
+    plan_quantization,
+    work_nbytes,
+)
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.sink import ArtifactSink, finished_blocks
 from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Steps
-from llmconvert.storage.artifact import Artifact, build_artifact, job_key
+from llmconvert.storage.artifact import Artifact, build_artifact, job_key, output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, write_json
 
-__all__ = ["LayerResult", "QuantizeResult", "quantize_checkpoint", "read_layers", "write_layers"]
+__all__ = [
+    "LayerResult",
+    "QuantizePlan",
+    "QuantizeResult",
+    "plan_quantize",
+    "quantize_checkpoint",
+    "read_layers",
+    "write_layers",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +107,198 @@ class QuantizeResult:
         return sum(count for kind, count in self.types.items() if kind not in FLOATS) or len(self.layers)
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizePlan:
+    """A quantization that was settled from headers; :func:`plan_quantize` makes one.
+
+    Attributes:
+        request: what was asked for.
+        decisions: the scheme of every linear, and every tensor of the artifact.
+        memory: what it is expected to need where it computes, and the mode chosen.
+        container: of the artifact, with its layout.
+        needs: what running it takes.
+    """
+
+    request: QuantizeRequest
+    decisions: QuantizationPlan
+    memory: MemoryEstimate
+    container: Container
+    needs: Needs
+    _inputs: _Inputs
+
+    def run(self) -> QuantizeResult:
+        """Write the artifact, or go on where an interrupted run of the same plan was stopped.
+
+        Raises:
+            CalibrationError: activations or statistics are unusable.
+            CapacityError: memory or disk does not suffice.
+        """
+        begin = time.perf_counter()
+        inputs, container, decisions = self._inputs, self.container, self.decisions
+        skeleton, progress = inputs.skeleton, inputs.context.progress
+        phases = Phases(partial(torch.cuda.synchronize, skeleton.device) if skeleton.device.type == "cuda" else None)
+        steps = self._steps(phases)
+
+        def lost(artifact: Artifact) -> str:
+            gone = steps.lost(artifact.work, finished_blocks(artifact))
+            return "the activations of an interrupted run are gone or cut short" if gone else ""
+
+        try:
+            with build_artifact(inputs.output, container.layout, self._key(), lost=lost, progress=progress) as artifact:
+                sink = ArtifactSink(artifact, skeleton, container, decisions, phases)
+                resumed = sink.blocks
+                quantize_blocks(steps, skeleton.block_count, [sink], artifact.work, progress)
+                layers = _layers(decisions, sink)
+                if inputs.record is not None:
+                    write_layers(inputs.record, layers)
+                sink.publish()
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"{skeleton.device} ran out of memory ({str(error).partition('. ')[0]}), {self.memory} was expected; "
+                "stop what else runs there, or allow less (memory), so that batches wait in files. The same command "
+                "continues"
+            ) from error
+        return QuantizeResult(
+            output=inputs.output,
+            layers=layers,
+            memory=self.memory,
+            nbytes=container.layout.nbytes,
+            seconds=time.perf_counter() - begin,
+            phases=phases.seconds,
+            resumed_blocks=resumed,
+            files=tuple(shard.name for shard in container.layout.shards),
+            types=container.types,
+        )
+
+    def _key(self) -> str:
+        inputs, request = self._inputs, self.request
+        identity, original = inputs.context.identity, inputs.original
+        return job_key(
+            inputs.source,
+            self.container.layout,
+            {
+                "method": request.method,
+                "options": repr(inputs.method),
+                "format": request.format,
+                "device": inputs.skeleton.device.type,
+                "schemes": {linear: str(planned) for linear, planned in self.decisions.schemes.items()},
+                "original": original.identity if original is not None and not identity else "",
+            },
+            identity=identity,
+            windows=inputs.windows,
+        )
+
+    def _steps(self, phases: Phases) -> Steps:
+        inputs, decisions = self._inputs, self.decisions
+        skeleton, blocks, method = inputs.skeleton, inputs.blocks, inputs.method
+        if method.calibration == "none":
+            return DataFreeSteps(skeleton, method, decisions, inputs.scale_dtype, phases)
+        kinds = {linear: planned.input_kind for linear, planned in decisions.schemes.items()}
+        skeleton.quantize_inputs({linear: kind for linear, kind in kinds.items() if kind is not None})
+        edges: tuple[tuple[Edge, ...], ...] = ()
+        if isinstance(method, ScalingQuantizer):
+            edges = find_edges(skeleton, blocks)
+            kind = skeleton.architecture.model_type
+            described = describe_edges(edges, blocks, kind, skeleton.prefix(0))
+            inputs.context.progress.log(f"{self.request.method}: {described}")
+        return CalibratedSteps(
+            skeleton,
+            method,
+            decisions,
+            inputs.scale_dtype,
+            phases,
+            blocks,
+            inputs.windows,
+            self.memory.mode,
+            inputs.original,
+            edges,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What a plan was made from."""
+
+    source: Checkpoint
+    output: Path
+    windows: tuple[torch.Tensor, ...]
+    context: Context
+    original: Checkpoint | None
+    record: Path | None
+    skeleton: Skeleton
+    blocks: tuple[BlockPlan, ...]
+    method: Method
+    scale_dtype: torch.dtype
+
+
+def plan_quantize(
+    source: Checkpoint,
+    output: Path,
+    request: QuantizeRequest,
+    *,
+    windows: Sequence[torch.Tensor] = (),
+    context: Context | None = None,
+    original: Checkpoint | None = None,
+    record: Path | None = None,
+) -> QuantizePlan:
+    """Settle the quantization of the linears of every decoder block; nothing but headers is read, nothing written.
+
+    Args:
+        source: dense weights. Codes of a :class:`~llmconvert.quantize.formats.dense_view.QuantizedView` are taken over
+            where the format has a type of its own for every tensor, and this is the type that holds them.
+        output: directory or file to create; it appears when it is complete.
+        request: method, scheme, format, …
+        windows: calibration token ids, each ``[1, length]``; one batch each.
+        context: device, memory and progress, one unit per block. Its identity stands for ``original`` too.
+        original: dense weights whose outputs the methods with a second stream aim at, where the source has lost some
+            already; the source by default.
+        record: file for :attr:`QuantizeResult.layers`, written before the artifact appears, so that who finds the one
+            can read the other (:func:`read_layers`).
+
+    Raises:
+        UsageError: something in the request cannot be done; see its subclasses.
+        CalibrationError: the method needs text and was given none, or the forward never calls one of the linears.
+        CapacityError: memory does not suffice, with what would fit.
+    """
+    context = context or Context()
+    chosen, layout_format = load_method(request.method, request.options), load_format(request.format)
+    layout_format.check_output(output)
+    check_combination(chosen, request.scheme, layout_format)
+    if request.overrides and "overrides" in layout_format.lacks:
+        raise UnsupportedError(f"overrides: {layout_format.lacks['overrides']}; leave them out")
+    require_dense(source, "the source")
+    layout_format.check_source(source)
+    calibrated = chosen.calibration != "none"
+    if calibrated and not windows:
+        raise CalibrationError(f"method {request.method!r} needs calibration text and was given none")
+    skeleton = Skeleton(source, context.device, fast_products=True)
+    lengths = [window.shape[1] for window in windows] if calibrated else []
+    blocks = discover(skeleton, max(lengths) if lengths else PROBE_LENGTH)
+    decisions, work, scale_dtype = plan_encoding(skeleton), 0, skeleton.dtype
+    if isinstance(request.scheme, Scheme):
+        assert isinstance(chosen, Quantizer)  # it chooses codes of schemes
+        decisions = plan_quantization(skeleton, blocks, request.scheme, request.overrides, chosen, layout_format)
+        work = work_nbytes(skeleton, blocks, decisions, chosen, skeleton.dtype)
+        # Formats with several schemes in one model have one dtype for all their scales.
+        scale_dtype = layout_format.scale_dtype(next(iter(decisions.schemes.values())), skeleton.dtype)
+    streams = 2 if chosen.original else 1
+    memory = choose_mode(skeleton, blocks, lengths, work, context.memory, request.mode, streams=streams)
+    wanted = ContainerRequest(
+        chosen,
+        request.scheme,
+        decisions.specs,
+        decisions.declared,
+        request.name or output.name,
+        request.max_shard_bytes,
+    )
+    container = layout_format.container(source, output, wanted)
+    # Hidden states of every batch at two blocks' entries, for every stream.
+    states = 2 * streams * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
+    disk = output_nbytes(container.layout, container.config, container.files) + states
+    inputs = _Inputs(source, output, tuple(windows), context, original, record, skeleton, blocks, chosen, scale_dtype)
+    return QuantizePlan(request, decisions, memory, container, memory.needs(skeleton.device, disk=disk), inputs)
+
+
 def quantize_checkpoint(
     source: Checkpoint,
     output: Path,
@@ -109,118 +319,22 @@ def quantize_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
-    """Quantize the linears of every decoder block and write the artifact.
+    """Quantize the linears of every decoder block and write the artifact: :func:`plan_quantize` and its run in one.
 
     Args:
-        source: dense weights. Codes of a :class:`~llmconvert.quantize.formats.dense_view.QuantizedView` are taken over
-            where the format has a type of its own for every tensor, and this is the type that holds them.
-        output: directory or file to create; it appears when it is complete.
-        method: a name in :data:`~llmconvert.quantize.methods.base.METHODS`.
-        scheme: for every linear that no override names; or, in formats that have such, a mix of tensor types.
-        format: a name in :data:`~llmconvert.quantize.formats.base.FORMATS`.
-        overrides: other schemes by name pattern, first match wins.
-        windows: calibration token ids, each ``[1, length]``; one batch each.
-        device: where to compute, the CPU by default.
-        memory_budget: bytes the process may use; what is free by default.
-        mode: lockstep or replay; chosen by the budget when None. The result is the same.
-        identity: tells sources apart that look alike (a fingerprint of their files); an interrupted run is continued
-            only if it, and everything else that matters, is unchanged. It stands for ``original`` too.
-        options: of the method.
-        original: dense weights whose outputs the methods with a second stream aim at, where the source has lost some
-            already; the source by default.
-        record: file for :attr:`QuantizeResult.layers`, written before the artifact appears, so that who finds the one
-            can read the other (:func:`read_layers`).
-        name: of the model, for formats that store it; the output's by default.
-        max_shard_bytes: size at which a new shard is begun.
-        progress: one unit per block.
+        source, output, windows, original, record: see :func:`plan_quantize`.
+        method, scheme, format, overrides, options, mode, name, max_shard_bytes: see
+            :class:`~llmconvert.quantize.plan.QuantizeRequest`.
+        device, memory_budget, identity, progress: see :class:`~llmconvert.context.Context`.
 
     Raises:
-        UsageError: something in the request cannot be done; see its subclasses.
-        CalibrationError: activations or statistics are unusable.
-        CapacityError: memory or disk does not suffice.
+        LlmconvertError: see :func:`plan_quantize` and :meth:`QuantizePlan.run`.
     """
-    begin = time.perf_counter()
-    chosen, layout_format = load_method(method, options or {}), load_format(format)
-    layout_format.check_output(output)
-    check_combination(chosen, scheme, layout_format)
-    if overrides and "overrides" in layout_format.lacks:
-        raise UnsupportedError(f"overrides: {layout_format.lacks['overrides']}; leave them out")
-    require_dense(source, "the source")
-    layout_format.check_source(source)
-    calibrated = chosen.calibration != "none"
-    if calibrated and not windows:
-        raise CalibrationError(f"method {method!r} needs calibration text and was given none")
-    skeleton = Skeleton(source, device or torch.device("cpu"), fast_products=True)
-    lengths = [window.shape[1] for window in windows]
-    blocks = discover(skeleton, max(lengths) if calibrated else PROBE_LENGTH)
-    plan, needed, scale_dtype = plan_encoding(skeleton), 0, skeleton.dtype
-    if isinstance(scheme, Scheme):
-        assert isinstance(chosen, Quantizer)  # it chooses codes of schemes
-        plan = plan_quantization(skeleton, blocks, scheme, overrides, chosen, layout_format)
-        needed = work_nbytes(skeleton, blocks, plan, chosen, skeleton.dtype)
-        # Formats with several schemes in one model have one dtype for all their scales.
-        scale_dtype = layout_format.scale_dtype(next(iter(plan.schemes.values())), skeleton.dtype)
-    streams = 2 if chosen.original else 1
-    memory = choose_mode(skeleton, blocks, lengths if calibrated else [], needed, memory_budget, mode, streams=streams)
-    request = ContainerRequest(chosen, scheme, plan.specs, plan.declared, name or output.name, max_shard_bytes)
-    container = layout_format.container(source, output, request)
-    key = job_key(
-        source,
-        container.layout,
-        {
-            "method": method,
-            "options": repr(chosen),
-            "format": format,
-            "device": skeleton.device.type,
-            "schemes": {linear: str(planned) for linear, planned in plan.schemes.items()},
-            "original": original.identity if original is not None and not identity else "",
-        },
-        identity=identity,
-        windows=windows,
-    )
-    phases = Phases(partial(torch.cuda.synchronize, skeleton.device) if skeleton.device.type == "cuda" else None)
-    steps: Steps = DataFreeSteps(skeleton, chosen, plan, scale_dtype, phases)
-    if calibrated:
-        kinds = {linear: planned.input_kind for linear, planned in plan.schemes.items()}
-        skeleton.quantize_inputs({linear: kind for linear, kind in kinds.items() if kind is not None})
-        edges: tuple[tuple[Edge, ...], ...] = ()
-        if isinstance(chosen, ScalingQuantizer):
-            edges = find_edges(skeleton, blocks)
-            kind = skeleton.architecture.model_type
-            progress.log(f"{method}: {describe_edges(edges, blocks, kind, skeleton.prefix(0))}")
-        steps = CalibratedSteps(
-            skeleton, chosen, plan, scale_dtype, phases, blocks, tuple(windows), memory.mode, original, edges
-        )
-
-    def lost(artifact: Artifact) -> str:
-        gone = steps.lost(artifact.work, finished_blocks(artifact))
-        return "the activations of an interrupted run are gone or cut short" if gone else ""
-
-    try:
-        with build_artifact(output, container.layout, key, lost=lost, progress=progress) as artifact:
-            sink = ArtifactSink(artifact, skeleton, container, plan, phases)
-            resumed = sink.blocks
-            quantize_blocks(steps, skeleton.block_count, [sink], artifact.work, progress)
-            layers = _layers(plan, sink)
-            if record is not None:
-                write_layers(record, layers)
-            sink.publish()
-    except torch.OutOfMemoryError as error:
-        raise CapacityError(
-            f"{skeleton.device} ran out of memory ({str(error).partition('. ')[0]}), {memory} was expected; stop what "
-            "else runs there, or allow less (memory), so that batches wait in files. The same command continues"
-        ) from error
-    return QuantizeResult(
-        output=output,
-        layers=layers,
-        memory=memory,
-        nbytes=container.layout.nbytes,
-        seconds=time.perf_counter() - begin,
-        phases=phases.seconds,
-        resumed_blocks=resumed,
-        files=tuple(shard.name for shard in container.layout.shards),
-        types=container.types,
-    )
+    request = QuantizeRequest(method, scheme, format, tuple(overrides), options or {}, mode, name, max_shard_bytes)
+    context = Context(device or torch.device("cpu"), memory_budget, identity, progress)
+    return plan_quantize(
+        source, output, request, windows=windows, context=context, original=original, record=record
+    ).run()
 
 
 def _layers(plan: QuantizationPlan, sink: ArtifactSink) -> tuple[LayerResult, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,14 +15,16 @@ from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.statistics import hessian_nbytes
+from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQuantizer
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.storage.checkpoint import TensorSpec
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES
 
-__all__ = ["Override", "QuantizationPlan", "plan_encoding", "plan_quantization", "work_nbytes"]
+__all__ = ["Override", "QuantizationPlan", "QuantizeRequest", "plan_encoding", "plan_quantization", "work_nbytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,31 @@ class Override:
 
     match: str
     scheme: Scheme | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeRequest:
+    """What is asked for when a checkpoint is quantized.
+
+    Attributes:
+        method: a name in :data:`~llmconvert.quantize.methods.base.METHODS`.
+        scheme: for every linear that no override names; or, in formats that have such, a mix of tensor types.
+        format: a name in :data:`~llmconvert.quantize.formats.base.FORMATS`.
+        overrides: other schemes by name pattern, first match wins.
+        options: of the method.
+        mode: lockstep or replay; chosen by the memory when None. The result is the same.
+        name: of the model, for formats that store it; the output's by default.
+        max_shard_bytes: size at which a new shard is begun.
+    """
+
+    method: str
+    scheme: SchemeOrMix
+    format: str = "compressed-tensors"
+    overrides: tuple[Override, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    mode: Mode | None = None
+    name: str | None = None
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,26 +12,29 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmconvert.context import Context
 from llmconvert.engine.discovery import BlockPlan, discover
+from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CheckpointError, SchemeError, UnsupportedError
-from llmconvert.progress import SILENT, Progress
+from llmconvert.needs import Needs
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.formats.dense_view import open_dense
-from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers, write_layers
+from llmconvert.quantize.job import LayerResult, QuantizePlan, plan_quantize, read_layers, write_layers
 from llmconvert.quantize.methods.base import ScalingQuantizer, load_quantizer
-from llmconvert.quantize.plan import Override, plan_quantization
+from llmconvert.quantize.plan import Override, QuantizationPlan, QuantizeRequest, plan_quantization
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.storage.artifact import Artifact, build_artifact, job_key
+from llmconvert.storage.artifact import Artifact, build_artifact, job_key, output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
-from llmconvert.storage.writer import check_output_directory, plan_layout
+from llmconvert.storage.writer import Layout, check_output_directory, plan_layout
 
-__all__ = ["Assignment", "requantize_checkpoint", "trace"]
+__all__ = ["Assignment", "RequantizePlan", "RequantizeRequest", "plan_requantize", "trace"]
 
 #: Module name of every linear in the blocks → its scheme, None for one that is dense.
 Assignment = Mapping[str, Scheme | None]
@@ -51,108 +54,170 @@ def trace(source: Checkpoint, device: torch.device) -> tuple[Skeleton, tuple[Blo
     return skeleton, discover(skeleton)
 
 
-def requantize_checkpoint(
+@dataclass(frozen=True, slots=True)
+class RequantizeRequest:
+    """What is asked for when linears of an artifact get other schemes.
+
+    Attributes:
+        method: of those that are quantized anew.
+        format: of the artifact.
+        before: what the artifact is stored in.
+        changes: linears to change. Those that share an input must change together.
+        options: of the method.
+    """
+
+    method: str
+    format: str
+    before: Assignment
+    changes: Assignment
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def anew(self) -> Mapping[str, Scheme]:
+        """The linears that are quantized anew; the other changed ones become dense."""
+        return {name: scheme for name, scheme in self.changes.items() if scheme is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class RequantizePlan:
+    """A requantization that was settled from headers; :func:`plan_requantize` makes one.
+
+    Attributes:
+        request: what was asked for.
+        decisions: the scheme of every linear, and every tensor of the output.
+        layout: of the output's weight files.
+        needs: what running it takes: beside the output, the model's dense weights once more.
+    """
+
+    request: RequantizeRequest
+    decisions: QuantizationPlan
+    layout: Layout
+    needs: Needs
+    _artifact: Path
+    _source: Checkpoint
+    _output: Path
+    _record: Path
+    _windows: Sequence[torch.Tensor]
+    _context: Context
+
+    def run(self) -> tuple[LayerResult, ...]:
+        """Write the output, or go on where an interrupted run of the same plan was stopped.
+
+        Returns:
+            what came of each linear that was changed; one that became dense has no error.
+
+        Raises:
+            CheckpointError: the artifact is not stored as the request says.
+            LlmconvertError: see :meth:`llmconvert.quantize.job.QuantizePlan.run`.
+        """
+        request, source, record, sites = self.request, self._source, self._record, self.decisions.sites
+        with SafetensorsCheckpoint(self._artifact) as stored:
+            key = job_key(
+                source, self.layout, self._settings(stored), identity=self._context.identity, windows=self._windows
+            )
+            with build_artifact(self._output, self.layout, key, progress=self._context.progress) as made:
+                part = made.work / _PART
+                results: tuple[LayerResult, ...] = ()
+                if request.anew and not part.exists():
+                    try:
+                        self._plan_part(stored, part).run()
+                    finally:
+                        if any(made.work.glob(f"*{_PART}*")):  # what it leaves to continue from is worth keeping
+                            made.finish("linears quantized anew")
+                if request.anew:
+                    results = tuple(layer for layer in read_layers(record) if layer.scheme != _DENSE)
+                dense = (sites[name] for name, scheme in request.changes.items() if scheme is None)
+                results += tuple(LayerResult(site.stored, _DENSE, site.shape, 0.0, None) for site in dense)
+                write_layers(record, results)
+                prefixes = tuple(sites[name].prefix for name in request.changes)
+                _merge(made, stored, source, part if request.anew else None, prefixes)
+                declared = self.decisions.declared
+                files = {**stored.files, **load_format(request.format).files(declared)}
+                made.publish({**stored.config, "quantization_config": declared}, files)
+        return results
+
+    def _plan_part(self, stored: Checkpoint, part: Path) -> QuantizePlan:
+        """The quantization of what is quantized anew, in the midst of everything else as the artifact has it."""
+        request, context = self.request, self._context
+        originals = {self.decisions.sites[name].tensor for name in request.changes}
+        identity = context.identity or f"{stored.identity} {self._source.identity}"
+        overrides = (*_overrides(request.anew), Override("*", None))
+        first = next(iter(request.anew.values()))
+        return plan_quantize(
+            _Mixture(open_dense(stored), self._source, originals),
+            part,
+            QuantizeRequest(request.method, first, request.format, overrides, request.options),
+            windows=self._windows,
+            context=replace(context, identity=identity),
+            original=self._source,
+            record=self._record,
+        )
+
+    def _settings(self, stored: Checkpoint) -> Mapping[str, Any]:
+        request = self.request
+        return {
+            "method": request.method,
+            "options": repr(load_quantizer(request.method, request.options)),
+            "format": request.format,
+            "device": self._context.device.type,
+            "artifact": stored.identity,
+            "before": {name: str(scheme) for name, scheme in request.before.items()},
+            "changes": {name: str(scheme) for name, scheme in request.changes.items()},
+        }
+
+
+def plan_requantize(
     artifact: Path,
     source: Checkpoint,
     output: Path,
+    request: RequantizeRequest,
     *,
-    method: str,
-    format: str,
-    before: Assignment,
-    changes: Assignment,
     record: Path,
     windows: Sequence[torch.Tensor] = (),
-    device: torch.device,
-    memory_budget: int | None = None,
-    identity: str = "",
-    options: Mapping[str, Any] | None = None,
-    progress: Progress = SILENT,
-) -> tuple[LayerResult, ...]:
-    """Write ``artifact`` anew to ``output``, with ``changes``.
-
-    Beside the output, the disk must hold the model's dense weights once more while this runs.
+    context: Context | None = None,
+) -> RequantizePlan:
+    """Settle writing ``artifact`` anew to ``output``, with changes; nothing but headers is read, nothing written.
 
     Args:
-        artifact: a finished artifact of ``source``, in ``format``.
+        artifact: a finished artifact of ``source``.
         source: the original, dense.
-        before: what the artifact is stored in.
-        changes: linears to change. Those that share an input must change together.
-        record: file for what is returned, written before ``output`` appears; see
+        output: directory to create; it appears when it is complete.
+        request: the changes, and how.
+        record: file for what the run returns, written before ``output`` appears; see
             :func:`~llmconvert.quantize.job.read_layers`.
-        windows, memory_budget, identity, options: as for :func:`llmconvert.quantize.job.quantize_checkpoint`, which
-            continues an interrupted run.
-
-    Returns:
-        what came of each linear that was changed; one that became dense has no error.
+        windows, context: as for :func:`llmconvert.quantize.job.plan_quantize`.
 
     Raises:
-        CheckpointError: the artifact is not stored as ``before`` says.
         SchemeError: nothing would be quantized any more.
         UnsupportedError: the method changes more than linears.
-        LlmconvertError: see :func:`llmconvert.quantize.job.quantize_checkpoint`.
+        LlmconvertError: see :func:`llmconvert.quantize.job.plan_quantize`.
     """
+    context = context or Context()
     check_output_directory(output)
-    skeleton, blocks = trace(source, device)
-    layout_format = load_format(format)
-    after = {**before, **changes}
+    skeleton, blocks = trace(source, context.device)
+    layout_format = load_format(request.format)
+    after = {**request.before, **request.changes}
     some = next((scheme for scheme in after.values() if scheme is not None), None)
     if some is None:
         raise SchemeError("the changes leave no linear quantized")
-    quantizer = load_quantizer(method, options or {})
+    quantizer = load_quantizer(request.method, request.options)
     if isinstance(quantizer, ScalingQuantizer):
         raise UnsupportedError(
-            f"method {method!r} changes norms along with the linears, so single linears of a finished artifact can't "
-            "be given another scheme; quantize the model anew, with overrides"
+            f"method {request.method!r} changes norms along with the linears, so single linears of a finished artifact "
+            "can't be given another scheme; quantize the model anew, with overrides"
         )
-    plan = plan_quantization(skeleton, blocks, some, _overrides(after), quantizer, layout_format)
-    layout = plan_layout(plan.specs)
+    decisions = plan_quantization(skeleton, blocks, some, _overrides(after), quantizer, layout_format)
+    layout = plan_layout(decisions.specs)
+    plan = RequantizePlan(request, decisions, layout, Needs(), artifact, source, output, record, windows, context)
     with SafetensorsCheckpoint(artifact) as stored:
-        settings = {
-            "method": method,
-            "options": repr(quantizer),
-            "format": format,
-            "device": device.type,
-            "artifact": stored.identity,
-            "before": {name: str(scheme) for name, scheme in before.items()},
-            "changes": {name: str(scheme) for name, scheme in changes.items()},
-        }
-        key = job_key(source, layout, settings, identity=identity, windows=windows)
-        with build_artifact(output, layout, key, progress=progress) as made:
-            part = made.work / _PART
-            results: tuple[LayerResult, ...] = ()
-            anew = {name: scheme for name, scheme in changes.items() if scheme is not None}
-            if anew and not part.exists():
-                mixture = _Mixture(open_dense(stored), source, {plan.sites[name].tensor for name in changes})
-                try:
-                    quantize_checkpoint(
-                        mixture,
-                        part,
-                        method=method,
-                        scheme=next(iter(anew.values())),
-                        format=format,
-                        overrides=[*_overrides(anew), Override("*", None)],
-                        windows=windows,
-                        device=device,
-                        memory_budget=memory_budget,
-                        identity=identity or f"{stored.identity} {source.identity}",
-                        options=options,
-                        original=source,
-                        record=record,
-                        progress=progress,
-                    )
-                finally:
-                    if any(made.work.glob(f"*{_PART}*")):  # what it leaves to continue from is worth keeping
-                        made.finish("linears quantized anew")
-            if anew:
-                results = tuple(layer for layer in read_layers(record) if layer.scheme != _DENSE)
-            dense = (plan.sites[name] for name, scheme in changes.items() if scheme is None)
-            results += tuple(LayerResult(site.stored, _DENSE, site.shape, 0.0, None) for site in dense)
-            write_layers(record, results)
-            prefixes = tuple(plan.sites[name].prefix for name in changes)
-            _merge(made, stored, source, part if anew else None, prefixes)
-            files = {**stored.files, **layout_format.files(plan.declared)}
-            made.publish({**stored.config, "quantization_config": plan.declared}, files)
-    return results
+        config = {**stored.config, "quantization_config": decisions.declared}
+        files = {**stored.files, **layout_format.files(decisions.declared)}
+        needs = Needs(memory=BASE_NBYTES, disk=output_nbytes(layout, config, files))
+        if request.anew:
+            # Beside the output, as a directory that does not exist: where it will be is not known before the run.
+            part = plan._plan_part(stored, output.with_name(f".{output.name}.{_PART}"))
+            needs = needs.then(part.needs)
+    return replace(plan, needs=needs)
 
 
 def _overrides(assignment: Assignment) -> list[Override]:

@@ -14,6 +14,7 @@ from support.tiny_architectures import ARCHITECTURES, ids
 from support.tiny_models import tiny_llama_dir
 from transformers import AutoModelForCausalLM
 
+from llmconvert.context import Context
 from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.convert.heal.job import HealOptions, heal_attention
 from llmconvert.engine.statistics import Hessian
@@ -31,7 +32,8 @@ from llmconvert.quantize.methods.base import (
     needs_calibration,
 )
 from llmconvert.quantize.mixed_precision.budget import Budget
-from llmconvert.quantize.mixed_precision.job import choose_schemes
+from llmconvert.quantize.mixed_precision.job import plan_choice
+from llmconvert.quantize.plan import QuantizeRequest
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
@@ -132,9 +134,12 @@ def test_every_architecture_is_quantized(tiny: Tiny, name: str, tmp_path: Path) 
 
 def test_a_budget_chooses_alike(tiny: Tiny, tmp_path: Path) -> None:
     source = SafetensorsCheckpoint(tiny("llama", torch.bfloat16))
-    about: dict[str, Any] = {"method": "gptq", "scheme": Scheme.parse("w4a16"), "windows": WINDOWS}
+    request = QuantizeRequest("gptq", Scheme.parse("w4a16"))
     own, other = (
-        choose_schemes(source, tmp_path / device.type, Budget(5.5), device=device, **about) for device in (CPU, CUDA)
+        plan_choice(
+            source, tmp_path / device.type, Budget(5.5), request, windows=WINDOWS, context=Context(device)
+        ).run()
+        for device in (CPU, CUDA)
     )
     assert other.bits_per_weight == pytest.approx(own.bits_per_weight, abs=0.25)
 

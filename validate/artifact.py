@@ -7,13 +7,20 @@ are evaluated by the streaming engine side by side, block by block; the runtime 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from llmconvert.context import Context
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.memory import BASE_NBYTES, MemoryEstimate, activation_nbytes
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.states import STATES_IN_MEMORY_NBYTES
+from llmconvert.errors import CapacityError, LlmconvertError
 from llmconvert.gguf.checkpoint import open_artifact
 from llmconvert.memory import release_freed_memory
+from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Check
@@ -21,7 +28,123 @@ from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.measurement import Measurement, Subject
 
-__all__ = ["validate_artifact"]
+__all__ = ["ValidationPlan", "plan_validation", "validate_artifact"]
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationPlan:
+    """A validation that was settled from headers; :func:`plan_validation` makes one.
+
+    Attributes:
+        measurements: what to measure, in this order; each sees the checks of those before it.
+        needs: what running it takes. Runtimes that load a model whole keep to the memory by themselves: one that does
+            not fit is not measured, and the check says so.
+    """
+
+    measurements: tuple[Measurement, ...]
+    needs: Needs
+    _artifact: Path
+    _reference: Checkpoint | None
+    _windows: TokenWindows | None
+    _dtype: torch.dtype | None
+    _seed: int
+    _context: Context
+
+    def run(self) -> list[Check]:
+        """Measure.
+
+        Returns:
+            All checks. Limits that are missed are failed checks; :func:`llmconvert.report.report.require_passed` is
+            the gate.
+
+        Raises:
+            CheckpointError: files cannot be read.
+            CalibrationError: the reference computes NaN or infinity. (The artifact doing so is a failed check.)
+            UsageError: the reference has another vocabulary.
+        """
+        reference = self._reference
+        with open_artifact(self._artifact) as stored:
+            subject = Subject(
+                artifact=self._artifact,
+                stored=stored,
+                dense=open_dense(stored),
+                reference=reference,
+                original=open_dense(reference) if reference is not None else None,
+                windows=self._windows,
+                device=self._context.device,
+                dtype=self._dtype,
+                memory=self._context.memory,
+                seed=self._seed,
+                progress=self._context.progress,
+            )
+            for measurement in self.measurements:
+                checks = measurement.measure(subject)
+                subject = replace(subject, checks=(*subject.checks, *checks))
+                release_freed_memory()
+        return list(subject.checks)
+
+
+def plan_validation(
+    artifact: Path,
+    measurements: Sequence[Measurement],
+    *,
+    reference: Checkpoint | None,
+    windows: TokenWindows | None = None,
+    context: Context | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> ValidationPlan:
+    """Settle what is measured on an artifact, against the original where there is one; nothing but headers is read.
+
+    Args:
+        artifact: directory in Hugging Face layout, quantized or not; or a GGUF file, or a directory with one.
+        measurements: what to measure, in this order.
+        reference: the original, as stored. Its continuations need it to be a directory on disk.
+        windows: evaluation text; without it no perplexity, divergence and fidelity.
+        context: device, memory and progress.
+        dtype: what evaluation computes in; the checkpoints' own by default.
+        seed: of the bootstrap, and of whatever else is drawn.
+
+    Raises:
+        UnsupportedError: a measurement can't be made in this environment.
+        CheckpointError: files cannot be read.
+        CapacityError: not even a block of each model at a time fits the memory that may be used.
+    """
+    context = context or Context()
+    for measurement in measurements:
+        measurement.require()
+    needs = Needs(memory=BASE_NBYTES)
+    if windows is not None:
+        with open_artifact(artifact) as stored:
+            model = open_dense(reference if reference is not None else stored)
+            needs = _streaming_needs(model, windows, 1 if reference is None else 2, context, dtype)
+    needed = needs.memory if context.device.type == "cpu" else needs.device_memory
+    if context.memory is not None and needed > context.memory:
+        raise CapacityError(
+            f"evaluation needs about {needed / 1e6:,.0f} MB, {context.memory / 1e6:,.0f} MB may be used; allow that "
+            "much (memory), or use shorter windows (validate.perplexity.window)"
+        )
+    return ValidationPlan(tuple(measurements), needs, artifact, reference, windows, dtype, seed, context)
+
+
+def _streaming_needs(
+    model: Checkpoint, windows: TokenWindows, models: int, context: Context, dtype: torch.dtype | None
+) -> Needs:
+    """Of ``models`` like this one that run side by side, a block of each at a time."""
+    try:
+        skeleton = Skeleton(model, context.device, dtype)
+        plans = discover(skeleton, windows.length)
+    except LlmconvertError:  # a broken artifact is for the measurements to tell
+        return Needs(memory=BASE_NBYTES)
+    lengths = [windows.length] * windows.drawn
+    states = sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
+    kept = min(states, STATES_IN_MEMORY_NBYTES)
+    blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
+    # The logits of a window, as computed and as the model may scale them.
+    logits = 2 * windows.length * skeleton.architecture.vocab_size * skeleton.dtype.itemsize
+    each = skeleton.outer_nbytes(head=True) + blocks + activation_nbytes(plans, skeleton, lengths, "replay") + logits
+    parts = {"base": BASE_NBYTES, "two blocks": blocks, "models": models * (each + kept) - blocks}
+    return MemoryEstimate("replay", parts).needs(context.device, disk=models * (states - kept))
 
 
 def validate_artifact(
@@ -31,44 +154,21 @@ def validate_artifact(
     reference: Checkpoint | None,
     windows: TokenWindows | None = None,
     device: torch.device,
+    memory: int | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> list[Check]:
-    """Measure an artifact, against the original where there is one.
+    """Measure an artifact, against the original where there is one: :func:`plan_validation` and its run in one call.
 
     Args:
-        artifact: directory in Hugging Face layout, quantized or not; or a GGUF file, or a directory with one.
-        measurements: what to measure, in this order; each sees the checks of those before it.
-        reference: the original, as stored. Its continuations need it to be a directory on disk.
-        windows: evaluation text; without it no perplexity, divergence and fidelity.
-        dtype: what evaluation computes in; the checkpoints' own by default.
-        seed: of the bootstrap, and of whatever else is drawn.
-
-    Returns:
-        All checks. Limits that are missed are failed checks; :func:`llmconvert.report.report.require_passed` is the
-        gate.
+        artifact, measurements, reference, windows, dtype, seed: see :func:`plan_validation`.
+        device, memory, progress: see :class:`~llmconvert.context.Context`.
 
     Raises:
-        CheckpointError: files cannot be read.
-        CalibrationError: the reference computes NaN or infinity. (The artifact doing so is a failed check.)
-        UsageError: the reference has another vocabulary.
+        LlmconvertError: see :func:`plan_validation` and :meth:`ValidationPlan.run`.
     """
-    with open_artifact(artifact) as stored:
-        subject = Subject(
-            artifact=artifact,
-            stored=stored,
-            dense=open_dense(stored),
-            reference=reference,
-            original=open_dense(reference) if reference is not None else None,
-            windows=windows,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            progress=progress,
-        )
-        for measurement in measurements:
-            checks = measurement.measure(subject)
-            subject = replace(subject, checks=(*subject.checks, *checks))
-            release_freed_memory()
-    return list(subject.checks)
+    context = Context(device, memory, progress=progress)
+    return plan_validation(
+        artifact, measurements, reference=reference, windows=windows, context=context, dtype=dtype, seed=seed
+    ).run()

@@ -36,6 +36,7 @@ class Subject:
         windows: evaluation text; None if the recipe names none.
         device: where to compute.
         dtype: what to compute in; the checkpoints' own if None.
+        memory: bytes that may be used; what is free if None.
         seed: of whatever is drawn.
         progress: where long work is shown.
         checks: what was measured before, in order.
@@ -49,6 +50,7 @@ class Subject:
     windows: TokenWindows | None
     device: torch.device
     dtype: torch.dtype | None = None
+    memory: int | None = None
     seed: int = 0
     progress: Progress = SILENT
     checks: tuple[Check, ...] = ()

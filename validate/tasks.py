@@ -69,12 +69,14 @@ class Tasks(Measurement):
 
     def measure(self, subject: Subject) -> Sequence[Check]:
         """A check for each task, with its first metric; all metrics are in the section of the first check."""
-        note = too_large(subject.dense, subject.device)
+        note = too_large(subject.dense, subject.device, subject.memory)
         if note:
             return [Check(name=f"task.{name}", detail={"text": f"not measured: {note}"}) for name in self.names]
         ours = self._run(subject.artifact, subject)
         theirs: Mapping[str, list[_Score]] = {}
-        if isinstance(subject.reference, SafetensorsCheckpoint) and not too_large(subject.reference, subject.device):
+        if isinstance(subject.reference, SafetensorsCheckpoint) and not too_large(
+            subject.reference, subject.device, subject.memory
+        ):
             theirs = self._run(subject.reference.directory, subject)
         checks = [self._check(name, scores[0], _same(theirs.get(name, ()), scores[0])) for name, scores in ours.items()]
         if checks:

@@ -15,17 +15,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 from arguments import run_parser
 
 import llmconvert
-from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.job import plan_quantize
 from llmconvert.quantize.mixed_precision.budget import Budget
-from llmconvert.quantize.mixed_precision.job import choose_schemes
-from llmconvert.quantize.plan import Override
+from llmconvert.quantize.mixed_precision.job import plan_choice
+from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
@@ -44,19 +44,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     windows = [torch.from_numpy(row).unsqueeze(0) for row in np.load(options.ids)]
     scheme = Scheme.parse(options.scheme or f"w{options.bits}a16-g{options.group_size}-sym")
-    about: dict[str, Any] = {"method": options.method, "options": options.options, "format": options.format}
     pairs = [text.rpartition("=") for text in options.override]
-    overrides = [Override(pattern, Scheme.parse(text)) for pattern, _, text in pairs]
-    about |= {"scheme": scheme, "windows": windows, "overrides": overrides}
+    overrides = tuple(Override(pattern, Scheme.parse(text)) for pattern, _, text in pairs)
+    request = QuantizeRequest(options.method, scheme, options.format, overrides, options.options)
     begin = time.perf_counter()
     with SafetensorsCheckpoint(options.model) as original:
         source = rotate_checkpoint(original) if rotate else original
         if options.bits_per_weight is not None:
             work = options.output.with_name(f"{options.output.name}.sensitivity")
-            allocation = choose_schemes(source, work, Budget(options.bits_per_weight), **about)
-            about |= {"scheme": allocation.scheme, "overrides": allocation.overrides}
+            allocation = plan_choice(source, work, Budget(options.bits_per_weight), request, windows=windows).run()
+            request = replace(request, scheme=allocation.scheme, overrides=allocation.overrides)
             shutil.rmtree(work)
-        result = quantize_checkpoint(source, options.output, **about)
+        result = plan_quantize(source, options.output, request, windows=windows).run()
     seconds = time.perf_counter() - begin
     report = {
         "version": llmconvert.__version__,

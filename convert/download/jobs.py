@@ -6,33 +6,119 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmconvert.context import Context
 from llmconvert.convert.cast import CASTABLE, CastErrors, CastView, Overflow, check_overflow, with_dtype
 from llmconvert.convert.download.shards import StreamedModel, describe_remote, stream_shards
-from llmconvert.convert.pipeline import stream_tensors
+from llmconvert.convert.dtype import DtypeRequest
+from llmconvert.convert.pipeline import BUFFER_NBYTES, stream_tensors
 from llmconvert.engine.discovery import discover
+from llmconvert.engine.memory import BASE_NBYTES, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UsageError
+from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import Format, load_format
 from llmconvert.quantize.methods.base import Quantizer, Target, load_quantizer
-from llmconvert.quantize.plan import Override, QuantizationPlan, plan_quantization
+from llmconvert.quantize.plan import Override, QuantizationPlan, QuantizeRequest, plan_quantization, work_nbytes
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.report.steps import DtypeReport, LinearReport, QuantizeReport
-from llmconvert.storage.artifact import copy_tensor, job_key
+from llmconvert.storage.artifact import copy_tensor, job_key, output_nbytes
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, TensorWriter, check_output_directory, plan_layout
 
-__all__ = ["stream_convert", "stream_quantize"]
+__all__ = ["plan_stream_convert", "plan_stream_quantize", "stream_convert", "stream_quantize"]
 
 # Linears are looked at in a forward of shapes alone; its length doesn't matter.
 _PROBE_LENGTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedDtypePlan:
+    """A conversion while the model downloads, settled from its headers; :func:`plan_stream_convert` makes one."""
+
+    request: DtypeRequest
+    needs: Needs
+    _model: StreamedModel
+    _output: Path
+    _job: _CastJob
+    _context: Context
+
+    def run(self) -> DtypeReport:
+        """Convert; the same bytes as fetching the model first. What an interrupted run left is continued.
+
+        Raises:
+            LlmconvertError: see :func:`llmconvert.convert.download.shards.stream_shards`.
+        """
+        begin = time.perf_counter()
+        job, checkpoint = self._job, self._model.checkpoint
+        results = stream_shards(self._model, self._output, job, progress=self._context.progress)
+        shards = [_ShardErrors(**result) for result in results]
+        total = sum((shard.total for shard in shards), CastErrors())
+        largest = total.largest_relative
+        infos = checkpoint.infos.values()
+        return DtypeReport(
+            dtype=str(self.request.dtype).removeprefix("torch."),
+            tensors=len(infos),
+            cast=sum(info.dtype != job.layout.specs[info.name].dtype for info in infos),
+            bytes_read=checkpoint.nbytes,
+            bytes_written=sum(path.stat().st_size for path in self._output.iterdir()),
+            seconds=time.perf_counter() - begin,
+            largest_relative_error=largest,
+            largest_error_tensor=next((s.worst for s in shards if s.total.largest_relative == largest), None)
+            if largest
+            else None,
+            clipped=total.overflows,
+            underflows=total.underflows,
+            non_finite=total.non_finite,
+            non_finite_tensor=next((shard.non_finite for shard in shards if shard.non_finite), None),
+            streamed=True,
+        )
+
+
+def plan_stream_convert(
+    model_id: str,
+    output: Path,
+    request: DtypeRequest,
+    *,
+    revision: str | None = None,
+    context: Context | None = None,
+) -> StreamedDtypePlan:
+    """Settle converting a Hub model to another dtype while it downloads, from its headers.
+
+    Disk need is the output and two source shards.
+
+    Args:
+        model_id: ``org/name``.
+        output: a directory that does not exist yet or is empty.
+        request: the dtype, and the rest.
+        revision: branch, tag or commit.
+        context: progress, in bytes downloaded.
+
+    Raises:
+        UsageError: positions shall be scaled, the model is quantized, or the output is not empty.
+        HubError, CheckpointError: see :func:`llmconvert.convert.download.shards.describe_remote`.
+    """
+    check_output_directory(output)
+    if request.rope_scaling is not None:
+        raise UsageError("positions are not scaled while a model downloads; scale those of the model that was written")
+    model = describe_remote(model_id, revision)
+    require_dense(model.checkpoint, model_id)
+    job = _CastJob(model, request.dtype, request.overflow, request.max_shard_bytes)
+    needs = _needs(model, output_nbytes(job.layout, job.config, job.files), BUFFER_NBYTES)
+    return StreamedDtypePlan(request, needs, model, output, job, context or Context())
+
+
+def _needs(model: StreamedModel, output: int, work: int) -> Needs:
+    """The output and two source shards on disk, and the download of all."""
+    sizes = sorted((file.size for file in model.remote.shards), reverse=True)
+    return Needs(memory=BASE_NBYTES + work, disk=output + sum(sizes[:2]), download=sum(sizes))
 
 
 def stream_convert(
@@ -45,45 +131,14 @@ def stream_convert(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> DtypeReport:
-    """Convert a Hub model to another dtype while it downloads; the same bytes as fetching it first.
-
-    Disk need is the output and two source shards. A call that was stopped continues.
-
-    Args:
-        model_id: ``org/name``.
-        output: a directory that does not exist yet or is empty.
-        revision: branch, tag or commit.
-        dtype, overflow, max_shard_bytes: see :func:`llmconvert.convert.dtype.convert_dtype`.
-        progress: in bytes downloaded.
+    """Convert a Hub model while it downloads: :func:`plan_stream_convert` and its run in one call.
 
     Raises:
-        LlmconvertError: see :func:`llmconvert.convert.download.shards.stream_shards`.
+        LlmconvertError: see :func:`plan_stream_convert` and :meth:`StreamedDtypePlan.run`.
     """
-    check_output_directory(output)
-    begin = time.perf_counter()
-    model = describe_remote(model_id, revision)
-    require_dense(model.checkpoint, model_id)
-    job = _CastJob(model, dtype, overflow, max_shard_bytes)
-    shards = [_ShardErrors(**result) for result in stream_shards(model, output, job, progress=progress)]
-    total = sum((shard.total for shard in shards), CastErrors())
-    infos = model.checkpoint.infos.values()
-    return DtypeReport(
-        dtype=str(dtype).removeprefix("torch."),
-        tensors=len(infos),
-        cast=sum(info.dtype != job.layout.specs[info.name].dtype for info in infos),
-        bytes_read=model.checkpoint.nbytes,
-        bytes_written=sum(path.stat().st_size for path in output.iterdir()),
-        seconds=time.perf_counter() - begin,
-        largest_relative_error=total.largest_relative,
-        largest_error_tensor=next((s.worst for s in shards if s.total.largest_relative == total.largest_relative), None)
-        if total.largest_relative
-        else None,
-        clipped=total.overflows,
-        underflows=total.underflows,
-        non_finite=total.non_finite,
-        non_finite_tensor=next((shard.non_finite for shard in shards if shard.non_finite), None),
-        streamed=True,
-    )
+    request = DtypeRequest(dtype, overflow, None, max_shard_bytes)
+    context = Context(progress=progress)
+    return plan_stream_convert(model_id, output, request, revision=revision, context=context).run()
 
 
 class _ShardErrors:
@@ -124,6 +179,76 @@ class _CastJob:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class StreamedQuantizePlan:
+    """A quantization while the model downloads, settled from its headers; :func:`plan_stream_quantize` makes one."""
+
+    request: QuantizeRequest
+    needs: Needs
+    _model: StreamedModel
+    _output: Path
+    _job: _QuantizeJob
+    _context: Context
+
+    def run(self) -> QuantizeReport:
+        """Quantize; the same bytes as fetching the model first. What an interrupted run left is continued.
+
+        Raises:
+            LlmconvertError: see :func:`llmconvert.convert.download.shards.stream_shards`.
+        """
+        begin = time.perf_counter()
+        job = self._job
+        stream_shards(self._model, self._output, job, progress=self._context.progress)
+        linears = tuple(
+            LinearReport(name=job.plan.stored[name], scheme=str(scheme), error=None)
+            for name, scheme in job.plan.schemes.items()
+        )
+        seconds = round(time.perf_counter() - begin, 3)
+        return QuantizeReport(
+            layers=len(linears), linears=linears, bytes=job.layout.nbytes, seconds=seconds, streamed=True
+        )
+
+
+def plan_stream_quantize(
+    model_id: str,
+    output: Path,
+    request: QuantizeRequest,
+    *,
+    rest: DtypeRequest,
+    revision: str | None = None,
+    context: Context | None = None,
+) -> StreamedQuantizePlan:
+    """Settle quantizing a Hub model while it downloads, by a method without calibration, from its headers.
+
+    Disk need is the output and two source shards.
+
+    Args:
+        model_id: ``org/name``.
+        output: a directory that does not exist yet or is empty.
+        request: method, scheme, format, …
+        rest: the dtype of what stays unquantized, and what to do with values too large for it.
+        revision: branch, tag or commit.
+        context: device, and progress in bytes downloaded.
+
+    Raises:
+        UsageError: the method needs calibration, or the request cannot be done.
+        HubError, CheckpointError: see :func:`llmconvert.convert.download.shards.describe_remote`.
+        CapacityError: memory does not suffice.
+    """
+    context = context or Context()
+    check_output_directory(output)
+    quantizer, layout_format = load_quantizer(request.method, request.options), load_format(request.format)
+    if quantizer.calibration != "none":
+        raise UsageError(
+            f"method {request.method!r} needs the model's activations, so it can't be streamed; leave out --stream"
+        )
+    model = describe_remote(model_id, revision)
+    require_dense(model.checkpoint, model_id)
+    job = _QuantizeJob(model, rest, request, quantizer, layout_format, context)
+    needs = _needs(model, output_nbytes(job.layout, job.config, job.files), job.memory.total - BASE_NBYTES)
+    return StreamedQuantizePlan(request, needs, model, output, job, context)
+
+
 def stream_quantize(
     model_id: str,
     output: Path,
@@ -140,43 +265,15 @@ def stream_quantize(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> QuantizeReport:
-    """Quantize a Hub model while it downloads, by a method without calibration; the same bytes as fetching it first.
-
-    Disk need is the output and two source shards. A call that was stopped continues.
-
-    Args:
-        model_id: ``org/name``.
-        output: a directory that does not exist yet or is empty.
-        revision: branch, tag or commit.
-        dtype, overflow: what stays unquantized is written in this dtype; what to do with values too large for it.
-        method, scheme, format, overrides, options, device: see
-            :func:`llmconvert.quantize.job.quantize_checkpoint`.
-        progress: in bytes downloaded.
+    """Quantize a Hub model while it downloads: :func:`plan_stream_quantize` and its run in one call.
 
     Raises:
-        UsageError: the method needs calibration, or the request cannot be done.
-        LlmconvertError: see :func:`llmconvert.convert.download.shards.stream_shards`.
+        LlmconvertError: see :func:`plan_stream_quantize` and :meth:`StreamedQuantizePlan.run`.
     """
-    check_output_directory(output)
-    begin = time.perf_counter()
-    quantizer, layout_format = load_quantizer(method, options or {}), load_format(format)
-    if quantizer.calibration != "none":
-        raise UsageError(
-            f"method {method!r} needs the model's activations, so it can't be streamed; leave out --stream"
-        )
-    model = describe_remote(model_id, revision)
-    require_dense(model.checkpoint, model_id)
-    where = device or torch.device("cpu")
-    job = _QuantizeJob(model, dtype, overflow, quantizer, layout_format, scheme, overrides, where, max_shard_bytes)
-    stream_shards(model, output, job, progress=progress)
-    seconds = time.perf_counter() - begin
-    linears = tuple(
-        LinearReport(name=job.plan.stored[name], scheme=str(scheme), error=None)
-        for name, scheme in job.plan.schemes.items()
-    )
-    return QuantizeReport(
-        layers=len(linears), linears=linears, bytes=job.layout.nbytes, seconds=round(seconds, 3), streamed=True
-    )
+    request = QuantizeRequest(method, scheme, format, tuple(overrides), options or {}, max_shard_bytes=max_shard_bytes)
+    context = Context(device or torch.device("cpu"), progress=progress)
+    rest = DtypeRequest(dtype, overflow)
+    return plan_stream_quantize(model_id, output, request, rest=rest, revision=revision, context=context).run()
 
 
 class _QuantizeJob:
@@ -187,19 +284,22 @@ class _QuantizeJob:
     def __init__(
         self,
         model: StreamedModel,
-        dtype: torch.dtype,
-        overflow: Overflow,
+        rest: DtypeRequest,
+        request: QuantizeRequest,
         quantizer: Quantizer,
         layout_format: Format,
-        scheme: Scheme,
-        overrides: Sequence[Override],
-        device: torch.device,
-        max_shard_bytes: int,
+        context: Context,
     ) -> None:
+        dtype, overflow, device = rest.dtype, rest.overflow, context.device
         skeleton = Skeleton(CastView(model.checkpoint, dtype), device)
         blocks = discover(skeleton, _PROBE_LENGTH)
-        self.plan = plan_quantization(skeleton, blocks, scheme, overrides, quantizer, layout_format)
-        self.layout = plan_layout(self.plan.specs, max_shard_bytes)
+        if not isinstance(request.scheme, Scheme):
+            raise UsageError(f"scheme {request.scheme}: a GGUF file is not streamed; leave out --stream")
+        self.plan = plan_quantization(skeleton, blocks, request.scheme, request.overrides, quantizer, layout_format)
+        work = work_nbytes(skeleton, blocks, self.plan, quantizer, skeleton.dtype)
+        #: What it is expected to need.
+        self.memory = choose_mode(skeleton, blocks, [], work, context.memory)
+        self.layout = plan_layout(self.plan.specs, request.max_shard_bytes)
         declared = self.plan.declared
         self.config: Mapping[str, Any] = {**skeleton.checkpoint.config, "quantization_config": declared}
         self.files: Mapping[str, Path | bytes] = {**model.checkpoint.files, **layout_format.files(declared)}

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from llmconvert.compute.precision import compute_dtype
+from llmconvert.context import Context
 from llmconvert.convert.gqa.geometry import AttentionGeometry
 from llmconvert.convert.gqa.merging.layer import MergedLayer, Method, merge_layer
 from llmconvert.convert.gqa.refit.capture import PositionWeights, RotaryAngles, keep_inputs
@@ -31,14 +32,15 @@ from llmconvert.engine.states import DiskStates
 from llmconvert.engine.statistics import accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Stream
 from llmconvert.memory import available_nbytes
+from llmconvert.needs import Needs
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.shared import share_tensors
 
-__all__ = ["RefitLayer", "RefitOptions", "stream_merge"]
+__all__ = ["WORK_NBYTES", "RefitLayer", "RefitOptions", "refit_needs", "stream_merge"]
 
 
-# What solving a layer holds besides the models and their batches: samples, second moments, weights in float64.
-_WORK_NBYTES = 600_000_000
+#: What solving a layer holds besides the models and their batches: samples, second moments, weights in float64.
+WORK_NBYTES = 600_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ def stream_merge(
     method: Method,
     windows: Sequence[torch.Tensor],
     options: RefitOptions,
-    device: torch.device,
+    context: Context,
     work: Path,
 ) -> Generator[RefitLayer, None, None]:
     """Merge ``source`` layer by layer.
@@ -99,7 +101,7 @@ def stream_merge(
         method: of the merge.
         windows: calibration token ids, each ``[1, length]``.
         options: how much is refitted.
-        device: where to compute.
+        context: where to compute, and in how much memory.
         work: an existing directory for activations.
 
     Yields:
@@ -112,14 +114,37 @@ def stream_merge(
     """
     view = MergedAttention(source, kv_heads, "first")
     apart = frozenset(name for name in source.infos if name.startswith(view.geometry.blocks))
-    wide, narrow = share_tensors((source, view), apart, device, _refit_dtype(device))
+    wide, narrow = share_tensors((source, view), apart, context.device, _refit_dtype(context.device))
     with (
-        _Side(wide, windows, device, work / "original", replayed=True) as original,
-        _Side(narrow, windows, device, work / "merged") as merged,
+        _Side(wide, windows, context, work / "original", replayed=True) as original,
+        _Side(narrow, windows, context, work / "merged") as merged,
     ):
         for before, after in zip(original.stream.blocks(), merged.stream.blocks(), strict=True):
             block = _Block(view, original, merged, before, after, options)
             yield block.solve(method)
+
+
+def refit_needs(view: MergedAttention, windows: Sequence[torch.Tensor], context: Context) -> Needs:
+    """What :func:`stream_merge` takes, activations on disk among it; nothing but headers is read.
+
+    Raises:
+        CapacityError: the memory does not suffice, with what would fit.
+    """
+    lengths = [window.shape[1] for window in windows]
+    total = Needs()
+    for checkpoint in (view.base, view):
+        skeleton = Skeleton(checkpoint, context.device, _refit_dtype(context.device))
+        memory = choose_mode(skeleton, discover(skeleton, max(lengths)), lengths, WORK_NBYTES, _share(context))
+        states = 2 * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize if memory.mode == "replay" else 0
+        total += memory.needs(context.device, disk=states)
+    return total
+
+
+def _share(context: Context) -> int:
+    """Memory for one of the two models; of what is free, a third is left alone."""
+    if context.memory is not None:
+        return context.memory // 2
+    return available_nbytes(context.device) // 3
 
 
 def _refit_dtype(device: torch.device) -> torch.dtype | None:
@@ -137,21 +162,18 @@ class _Side:
         self,
         checkpoint: Checkpoint,
         windows: Sequence[torch.Tensor],
-        device: torch.device,
+        context: Context,
         work: Path,
         *,
         replayed: bool = False,
     ) -> None:
         work.mkdir(parents=True, exist_ok=True)
-        self.skeleton = Skeleton(checkpoint, device, _refit_dtype(device))
+        self.skeleton = Skeleton(checkpoint, context.device, _refit_dtype(context.device))
         self.windows = windows
         self.modules = {stored: name for name, stored in self.skeleton.names.items()}
         lengths = [window.shape[1] for window in windows]
         plans = discover(self.skeleton, max(lengths))
-        # Two models share what is free.
-        mode = choose_mode(
-            self.skeleton, plans, lengths, _WORK_NBYTES, available_nbytes(self.skeleton.device) // 3
-        ).mode
+        mode = choose_mode(self.skeleton, plans, lengths, WORK_NBYTES, _share(context)).mode
         shape = lengths, self.skeleton.hidden_size, self.skeleton.dtype
         self._states = DiskStates(work, *shape) if mode == "replay" else None
         self.stream = Stream(self.skeleton, windows, plans, mode="replay" if replayed else mode, states=self._states)

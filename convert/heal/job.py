@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from llmconvert.compute.precision import compute_dtype
+from llmconvert.context import Context
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.weights import attention_tensors
 from llmconvert.convert.heal.model import ResidentModel
@@ -18,20 +19,135 @@ from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import CapacityError, DatasetError, UsageError
 from llmconvert.memory import available_nbytes, release_freed_memory
+from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.steps import HealReport
-from llmconvert.storage.artifact import build_artifact, job_key
+from llmconvert.storage.artifact import build_artifact, job_key, output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.shared import share_tensors
-from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory, plan_layout
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
 
-__all__ = ["HealOptions", "heal_attention"]
+__all__ = ["HealOptions", "HealPlan", "heal_attention", "plan_heal"]
 
 # What one token leaves for the backward pass, in copies of the block's widths.
 _HIDDEN_COPIES, _INNER_COPIES = 12, 4
 _USABLE = 0.9
 _STATE = "healing.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class HealPlan:
+    """A healing that was settled from headers; :func:`plan_heal` makes one.
+
+    Attributes:
+        options: how.
+        layout: of the output's weight files.
+        needs: what running it takes.
+    """
+
+    options: HealOptions
+    layout: Layout
+    needs: Needs
+    _original: Checkpoint
+    _merged: Checkpoint
+    _output: Path
+    _windows: Sequence[torch.Tensor]
+    _state: Path | None
+    _context: Context
+
+    def run(self) -> HealReport:
+        """Train, and write the output; what an interrupted run of the same plan has saved is continued.
+
+        Raises:
+            CalibrationError: a loss is not finite.
+            CapacityError: the disk does not suffice.
+            OutputError: the output is in use.
+        """
+        merged, original, context = self._merged, self._original, self._context
+        names = _attention_of(merged)
+        apart = frozenset((*names, *_attention_of(original)))
+        dtype = compute_dtype(context.device)
+        identity = context.identity
+        about = {
+            "original": original.identity if not identity else "",
+            "dtype": str(dtype),
+            "options": asdict(self.options),
+        }
+        job = job_key(merged, self.layout, about, identity=identity, windows=self._windows)
+        with build_artifact(self._output, self.layout, job, progress=context.progress) as artifact:
+            kept = self._state or artifact.work / _STATE
+            found = load_state(kept, job)
+            start = found.step if found is not None else 0
+            shared = share_tensors((original, merged), apart, context.device, dtype)
+            teacher, student = (ResidentModel(view, context.device, dtype) for view in shared)
+            healing = Healing(teacher, student, names, self._windows, self.options)
+
+            def save(current: HealState) -> None:
+                save_state(kept, current)
+                artifact.finish(f"step {current.step}")
+
+            with context.progress.task("Healing attention", self.options.steps) as task:
+                final = healing.run(found, job, save, task)
+            best = final.best or final.weights
+            tokens = sum(self._windows[0].shape[1] * self.options.batch for _ in final.history)
+            del healing, teacher, student, shared
+            release_freed_memory()
+            for name in names:
+                artifact.writer.write(name, best[name].to(merged.infos[name].dtype))
+            artifact.copy(merged, (name for name in merged if name not in set(names)))
+            artifact.publish(merged.config, merged.files)
+        return _report(final, self.options, tokens, start)
+
+
+def plan_heal(
+    original: Checkpoint,
+    merged: Checkpoint,
+    output: Path,
+    options: HealOptions,
+    *,
+    windows: Sequence[torch.Tensor],
+    context: Context | None = None,
+    state: Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> HealPlan:
+    """Settle a healing: attention weights of ``merged`` that learn from ``original``; nothing but headers is read.
+
+    Both models will be in memory, everything but attention once. Nothing but attention changes.
+
+    Args:
+        original: dense weights, the teacher.
+        merged: the same model with other attention weights, the student.
+        output: a directory that does not exist yet or is empty; it appears whole or not at all.
+        options: how.
+        windows: token ids, each ``[1, length]``; the last ``options.held_out`` are kept for measuring.
+        context: device, memory, progress (one unit per step), and what tells these two models from others that look
+            alike; what is known of their files by default.
+        state: a file to keep the state in; a run that finds its own continues from there. It
+            stays when the run is over: whoever has the report safe removes it. By default it lies in the hidden
+            directory that the output is built in, and goes with it.
+        max_shard_bytes: size at which a new shard is begun.
+
+    Raises:
+        UsageError: models that don't go together, or an output directory that is unusable.
+        DatasetError: too few windows.
+        CapacityError: memory does not suffice.
+    """
+    context = context or Context()
+    check_output_directory(output)
+    require_dense(original, "the original")
+    require_dense(merged, "the merged model")
+    names = _attention_of(merged)
+    _require_kin(original, merged, frozenset((*names, *_attention_of(original))))
+    _check_windows(windows, options)
+    memory = _require_memory(merged, names, max(window.shape[1] for window in windows), context)
+    layout = plan_layout((TensorSpec(i.name, i.dtype, i.shape) for i in merged.infos.values()), max_shard_bytes)
+    trained = sum(info.nbytes // info.dtype.itemsize for info in (merged.infos[name] for name in names))
+    # The trained weights, their running means and the best so far, in float32; twice while a state replaces the last.
+    disk = output_nbytes(layout, merged.config, merged.files) + 2 * 3 * 4 * trained
+    on_host = context.device.type == "cpu"
+    needs = Needs(memory if on_host else BASE_NBYTES + merged.nbytes, 0 if on_host else memory - BASE_NBYTES, disk)
+    return HealPlan(options, layout, needs, original, merged, output, windows, state, context)
 
 
 def heal_attention(
@@ -47,67 +163,26 @@ def heal_attention(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> HealReport:
-    """Write ``merged`` with attention weights that have learned from ``original`` to the directory ``output``.
-
-    Both models are in memory, everything but attention once. Nothing but attention changes.
+    """Heal ``merged`` by distillation from ``original``: :func:`plan_heal` and its run in one call.
 
     Args:
-        original: dense weights, the teacher.
-        merged: the same model with other attention weights, the student.
-        output: a directory that does not exist yet or is empty; it appears whole or not at all.
-        windows: token ids, each ``[1, length]``; the last ``options.held_out`` are kept for measuring.
-        options: how.
-        device: where to compute, the CPU by default.
-        state: a file to keep the state in; a call that finds its own continues from there. It
-            stays when this returns: whoever has the report safe removes it. By default it lies in the hidden directory
-            that the output is built in, and goes with it.
-        identity: tells these two models from others that look alike; what is known of their files by default.
-        progress: one unit per step.
+        original, merged, output, windows, options, state, max_shard_bytes: see :func:`plan_heal`.
+        device, identity, progress: see :class:`~llmconvert.context.Context`.
 
     Raises:
-        UsageError: models that don't go together, or an output directory that is unusable or in use.
-        DatasetError: too few windows.
-        CalibrationError: a loss is not finite.
-        CapacityError: memory or disk do not suffice.
+        LlmconvertError: see :func:`plan_heal` and :meth:`HealPlan.run`.
     """
-    chosen = options or HealOptions()
-    place = device or torch.device("cpu")
-    check_output_directory(output)
-    require_dense(original, "the original")
-    require_dense(merged, "the merged model")
-    names = _attention_of(merged)
-    apart = frozenset((*names, *_attention_of(original)))
-    _require_kin(original, merged, apart)
-    _check_windows(windows, chosen)
-    dtype = compute_dtype(place)
-    _check_memory(merged, names, max(window.shape[1] for window in windows), dtype, place)
-    layout = plan_layout((TensorSpec(i.name, i.dtype, i.shape) for i in merged.infos.values()), max_shard_bytes)
-    about = {"original": original.identity if not identity else "", "dtype": str(dtype), "options": asdict(chosen)}
-    job = job_key(merged, layout, about, identity=identity, windows=windows)
-    with build_artifact(output, layout, job, progress=progress) as artifact:
-        kept = state or artifact.work / _STATE
-        found = load_state(kept, job)
-        start = found.step if found is not None else 0
-        teacher, student = (
-            ResidentModel(view, place, dtype) for view in share_tensors((original, merged), apart, place, dtype)
-        )
-        healing = Healing(teacher, student, names, windows, chosen)
-
-        def save(current: HealState) -> None:
-            save_state(kept, current)
-            artifact.finish(f"step {current.step}")
-
-        with progress.task("Healing attention", chosen.steps) as task:
-            final = healing.run(found, job, save, task)
-        best = final.best or final.weights
-        tokens = sum(windows[0].shape[1] * chosen.batch for _ in final.history)
-        del healing, teacher, student
-        release_freed_memory()
-        for name in names:
-            artifact.writer.write(name, best[name].to(merged.infos[name].dtype))
-        artifact.copy(merged, (name for name in merged if name not in set(names)))
-        artifact.publish(merged.config, merged.files)
-    return _report(final, chosen, tokens, start)
+    context = Context(device or torch.device("cpu"), None, identity, progress)
+    return plan_heal(
+        original,
+        merged,
+        output,
+        options or HealOptions(),
+        windows=windows,
+        context=context,
+        state=state,
+        max_shard_bytes=max_shard_bytes,
+    ).run()
 
 
 def _report(state: HealState, options: HealOptions, tokens: int, start: int) -> HealReport:
@@ -157,10 +232,9 @@ def _check_windows(windows: Sequence[torch.Tensor], options: HealOptions) -> Non
         )
 
 
-def _check_memory(
-    merged: Checkpoint, names: Sequence[str], length: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Refuse, before any work, what does not fit."""
+def _require_memory(merged: Checkpoint, names: Sequence[str], length: int, context: Context) -> int:
+    """Bytes that healing takes; refuses, before any work, what does not fit."""
+    dtype = compute_dtype(context.device)
     numel = {name: info.nbytes // info.dtype.itemsize for name, info in merged.infos.items()}
     trained = sum(numel[name] for name in names)
     rest = sum(numel.values()) - trained
@@ -169,10 +243,12 @@ def _check_memory(
     activations = length * model.layers * widths * dtype.itemsize
     # Teacher's attention; the student's with its gradient, its running mean, and the best so far.
     needed = BASE_NBYTES + (rest + 2 * trained) * dtype.itemsize + 4 * 4 * trained + activations
-    free = available_nbytes(device)
-    if needed > _USABLE * free:
+    free = context.memory if context.memory is not None else available_nbytes(context.device)
+    words = "may be used" if context.memory is not None else "are free"
+    if needed > (free if context.memory is not None else _USABLE * free):
         raise CapacityError(
             f"healing needs about {needed / 1e6:,.0f} MB (both models with what they share held once, the optimizer, "
-            f"{activations / 1e6:,.0f} MB of activations), {free / 1e6:,.0f} MB are free; "
+            f"{activations / 1e6:,.0f} MB of activations), {free / 1e6:,.0f} MB {words}; "
             "use shorter windows or a machine with more memory, or leave out attention.heal"
         )
+    return needed

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import CapacityError
 from llmconvert.memory import available_nbytes
+from llmconvert.needs import Needs
 
 __all__ = ["BASE_NBYTES", "MemoryEstimate", "activation_nbytes", "choose_mode"]
 
@@ -29,6 +32,16 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    def needs(self, device: torch.device, *, disk: int) -> Needs:
+        """As what a job on ``device`` needs of the machine, with the bytes of disk that come to it.
+
+        Beside an accelerator, the process holds what it is itself and the weights that it reads.
+        """
+        if device.type == "cpu":
+            return Needs(memory=self.total, disk=disk)
+        host = self.parts["base"] + self.parts.get("two blocks", 0)
+        return Needs(memory=host, device_memory=self.total - self.parts["base"], disk=disk)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in self.parts.items())

@@ -12,11 +12,20 @@ import torch
 
 from llmconvert.errors import CapacityError
 
-__all__ = ["DiskStates", "MemoryStates", "ScratchStates", "States", "TapeStates", "passing_states", "states_present"]
+__all__ = [
+    "STATES_IN_MEMORY_NBYTES",
+    "DiskStates",
+    "MemoryStates",
+    "ScratchStates",
+    "States",
+    "TapeStates",
+    "passing_states",
+    "states_present",
+]
 
 _PARITIES = ("even", "odd")
-# Beside an evaluation's weights; hidden states beyond that go to a temporary file.
-_IN_MEMORY_NBYTES = 256 << 20
+#: Beside an evaluation's weights; hidden states beyond that go to a temporary file.
+STATES_IN_MEMORY_NBYTES = 256 << 20
 
 
 class States(Protocol):
@@ -213,7 +222,7 @@ def passing_states(lengths: Sequence[int], hidden_size: int, dtype: torch.dtype)
     Args:
         lengths, hidden_size, dtype: as for :class:`DiskStates`.
     """
-    if sum(lengths) * hidden_size * dtype.itemsize <= _IN_MEMORY_NBYTES:
+    if sum(lengths) * hidden_size * dtype.itemsize <= STATES_IN_MEMORY_NBYTES:
         return MemoryStates()
     return ScratchStates(lengths, hidden_size, dtype)
 

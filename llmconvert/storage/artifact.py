@@ -29,6 +29,7 @@ from llmconvert.storage.writer import (
     Layout,
     TensorWriter,
     check_output_directory,
+    json_bytes,
     publish_directory,
     staging_directory,
     write_json,
@@ -36,7 +37,7 @@ from llmconvert.storage.writer import (
 )
 from llmconvert.version import __version__
 
-__all__ = ["Artifact", "build_artifact", "copy_tensor", "job_key"]
+__all__ = ["Artifact", "build_artifact", "copy_tensor", "job_key", "output_nbytes"]
 
 #: Of a staging directory: what goes before the artifact appears, the journal among it.
 WORK = ".work"
@@ -80,6 +81,12 @@ def job_key(
     for window in windows:
         digest.update(window.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def output_nbytes(layout: Layout, config: Mapping[str, Any] | None, files: Mapping[str, Path | bytes]) -> int:
+    """Bytes of all files of an output, before it is begun; what :meth:`Artifact.publish` will have written."""
+    small = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
+    return layout.nbytes + small + (len(json_bytes(dict(config))) if config is not None else 0)
 
 
 class Artifact:

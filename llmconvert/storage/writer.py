@@ -33,6 +33,7 @@ __all__ = [
     "TensorWriter",
     "check_output_directory",
     "check_output_file",
+    "json_bytes",
     "plan_layout",
     "publish_directory",
     "staging_directory",
@@ -97,7 +98,7 @@ def plan_layout(specs: Iterable[TensorSpec], max_shard_bytes: int = DEFAULT_SHAR
     if count > 1:
         total = sum(spec.nbytes for spec in by_name.values())
         weight_map = {name: shard_of[name].name for name in sorted(shard_of)}
-        index = _json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
+        index = json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
     return Layout(shards, by_name, shard_of, index)
 
 
@@ -259,7 +260,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as indented JSON, with :func:`write_file`'s guarantees."""
-    write_file(path, _json_bytes(value))
+    write_file(path, json_bytes(value))
 
 
 def write_side_files(directory: Path, files: Mapping[str, Path | bytes]) -> int:
@@ -286,7 +287,8 @@ def _copy_file(source: Path, path: Path) -> None:
         raise _disk_error(error, path, source.stat().st_size) from error
 
 
-def _json_bytes(value: object) -> bytes:
+def json_bytes(value: object) -> bytes:
+    """Indented JSON with a newline at its end, as :func:`write_json` writes it."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -13,22 +13,28 @@ from typing import Any
 
 import torch
 
+from llmconvert.context import Context
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CalibrationError, SchemeError
-from llmconvert.progress import SILENT, Progress
+from llmconvert.needs import Needs
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.methods.base import load_quantizer
 from llmconvert.quantize.mixed_precision.budget import Budget, Choice, Options, allocate, candidates
-from llmconvert.quantize.mixed_precision.sensitivity import Subject, enough_windows, measure_sensitivity
+from llmconvert.quantize.mixed_precision.sensitivity import (
+    Subject,
+    enough_windows,
+    measure_sensitivity,
+    sensitivity_needs,
+)
 from llmconvert.quantize.mixed_precision.units import FusedUnit, Storage, fused_units
-from llmconvert.quantize.plan import Override, plan_quantization
+from llmconvert.quantize.plan import Override, QuantizeRequest, plan_quantization
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
 from llmconvert.version import __version__
 
-__all__ = ["Allocation", "choose_schemes"]
+__all__ = ["Allocation", "ChoicePlan", "plan_choice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,46 +67,91 @@ class Allocation:
         return max(weights, key=lambda scheme: weights[scheme])
 
 
-def choose_schemes(
+@dataclass(frozen=True, slots=True)
+class ChoicePlan:
+    """A choice of schemes that was settled from headers; :func:`plan_choice` makes one.
+
+    Attributes:
+        budget: what is asked for.
+        subject: what is measured.
+        needs: what running it takes.
+    """
+
+    budget: Budget
+    subject: Subject
+    needs: Needs
+    _request: QuantizeRequest
+    _storage: Storage
+    _fixed: tuple[tuple[int, int], ...]
+    _source: Checkpoint
+    _work: Path
+    _context: Context
+
+    def run(self) -> Allocation:
+        """Measure how sensitive the model is where, and choose.
+
+        Raises:
+            CalibrationError: the text is unusable.
+            CapacityError: memory or disk does not suffice.
+        """
+        request, subject, context, storage = self._request, self.subject, self._context, self._storage
+        key = _key(self._source, subject, {"identity": context.identity, "format": request.format})
+        divergences = measure_sensitivity(
+            subject, self._work, key, memory_budget=context.memory, progress=context.progress
+        )
+        every = [
+            Options(
+                unit, {option: (_nbytes(unit, option, storage), found) for option, found in divergences[unit].items()}
+            )
+            for unit in subject.schemes
+        ]
+        choices = allocate(every, self.budget, self._fixed)
+        weights = sum(unit.weights for unit in subject.schemes) + sum(count for count, _ in self._fixed)
+        nbytes = sum(choice.nbytes for choice in choices) + sum(size for _, size in self._fixed)
+        return Allocation(
+            choices,
+            tuple(_chosen(request.overrides, {choice.unit: choice.scheme for choice in choices})),
+            8 * nbytes / weights,
+            sum(choice.divergence for choice in choices),
+            _uniform(every, sum(choice.nbytes for choice in choices)),
+            sum(window.shape[1] for window in subject.windows),
+        )
+
+
+def plan_choice(
     source: Checkpoint,
     work: Path,
     budget: Budget,
+    request: QuantizeRequest,
     *,
-    method: str,
-    scheme: Scheme,
-    format: str = "compressed-tensors",
-    overrides: Sequence[Override] = (),
     windows: Sequence[torch.Tensor] = (),
-    device: torch.device | None = None,
-    memory_budget: int | None = None,
-    identity: str = "",
-    options: Mapping[str, Any] | None = None,
-    progress: Progress = SILENT,
-) -> Allocation:
-    """Measure how sensitive the model is where, and choose.
+    context: Context | None = None,
+) -> ChoicePlan:
+    """Settle measuring sensitivity and choosing schemes by it; nothing but headers is read, nothing written.
 
     Args:
         source: dense weights.
-        work: a directory of this call's own. What an interrupted call left there is continued, what a finished one
+        work: a directory of this job's own. What an interrupted run left there is continued, what a finished one
             found is taken over; to be removed when the artifact is there.
         budget: what is asked for.
-        scheme: gives what is not chosen: symmetry.
-        overrides: linears that are not up for choice. Quantized ones count into the mean, dense ones don't.
-        method, format, windows, device, memory_budget, identity, options, progress: as for
-            :func:`llmconvert.quantize.job.quantize_checkpoint`.
+        request: its scheme gives what is not chosen, symmetry; its overrides name linears that are not up for choice:
+            quantized ones count into the mean, dense ones don't.
+        windows, context: as for :func:`llmconvert.quantize.job.plan_quantize`.
 
     Raises:
         SchemeError: the schemes to choose from don't fit the model, or the budget is too small for them.
-        CalibrationError: there is no text, or it is unusable.
-        LlmconvertError: see :func:`llmconvert.quantize.job.quantize_checkpoint`.
+        CalibrationError: there is no text.
+        CapacityError: memory does not suffice.
     """
+    context = context or Context()
     require_dense(source, "the source")
-    if not scheme.adjustable:
+    scheme, overrides = request.scheme, request.overrides
+    if not isinstance(scheme, Scheme) or not scheme.adjustable:
         raise SchemeError(f"scheme {scheme}: a budget chooses among integer weights with 16-bit activations (w4a16)")
     if not windows:
         raise CalibrationError("a budget measures sensitivity on calibration text and was given none")
-    quantizer, layout = load_quantizer(method, options or {}), load_format(format)
-    skeleton = Skeleton(source, device or torch.device("cpu"), fast_products=True)
+    quantizer, layout = load_quantizer(request.method, request.options), load_format(request.format)
+    skeleton = Skeleton(source, context.device, fast_products=True)
     blocks = discover(skeleton, max(window.shape[1] for window in windows))
     storage = Storage(quantizer, layout, skeleton.dtype)
     units, given = _split(fused_units(skeleton, blocks), overrides)
@@ -111,29 +162,13 @@ def choose_schemes(
     smallest = {unit: min(found, key=lambda option: _nbytes(unit, option, storage)) for unit, found in schemes.items()}
     first = next(iter(smallest.values()))
     plan_quantization(skeleton, blocks, first, _chosen(overrides, smallest), quantizer, layout)
-    fixed = [(unit.weights, _nbytes(unit, fixed_scheme, storage)) for unit, fixed_scheme in given.items()]
+    fixed = tuple((unit.weights, _nbytes(unit, fixed_scheme, storage)) for unit, fixed_scheme in given.items())
     least = [Options(unit, {option: (_nbytes(unit, option, storage), 0.0)}) for unit, option in smallest.items()]
     allocate(least, budget, fixed)
     taken = enough_windows(windows, units)
-    scale_dtype = layout.scale_dtype(first, skeleton.dtype)
-    subject = Subject(skeleton, blocks, schemes, quantizer, scale_dtype, taken)
-    key = _key(source, subject, {"identity": identity, "format": format})
-    divergences = measure_sensitivity(subject, work, key, memory_budget=memory_budget, progress=progress)
-    every = [
-        Options(unit, {option: (_nbytes(unit, option, storage), found) for option, found in divergences[unit].items()})
-        for unit in units
-    ]
-    choices = allocate(every, budget, fixed)
-    weights = sum(unit.weights for unit in units) + sum(count for count, _ in fixed)
-    nbytes = sum(choice.nbytes for choice in choices) + sum(size for _, size in fixed)
-    return Allocation(
-        choices,
-        tuple(_chosen(overrides, {choice.unit: choice.scheme for choice in choices})),
-        8 * nbytes / weights,
-        sum(choice.divergence for choice in choices),
-        _uniform(every, sum(choice.nbytes for choice in choices)),
-        sum(window.shape[1] for window in taken),
-    )
+    subject = Subject(skeleton, blocks, schemes, quantizer, layout.scale_dtype(first, skeleton.dtype), taken)
+    needs = sensitivity_needs(subject, context.memory)
+    return ChoicePlan(budget, subject, needs, request, storage, fixed, source, work, context)
 
 
 def _split(

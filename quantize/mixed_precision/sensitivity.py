@@ -30,6 +30,7 @@ from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, TapeStates, states_present
 from llmconvert.engine.statistics import accumulate_hessian, hessian_nbytes
 from llmconvert.engine.stream import Mode, Stream
+from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.methods.base import Quantizer, Target
 from llmconvert.quantize.methods.gptq import Gptq
@@ -38,7 +39,7 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.journal import Journal
 from llmconvert.storage.lock import locked
 
-__all__ = ["Divergences", "Subject", "enough_windows", "measure_sensitivity"]
+__all__ = ["Divergences", "Subject", "enough_windows", "measure_sensitivity", "sensitivity_needs"]
 
 #: Unit → scheme → divergence per token, in nats.
 Divergences = Mapping[FusedUnit, Mapping[Scheme, float]]
@@ -95,6 +96,19 @@ def enough_windows(windows: Sequence[torch.Tensor], units: Sequence[FusedUnit]) 
             taken.append(window)
             needed -= window.shape[1]
     return tuple(taken)
+
+
+def sensitivity_needs(subject: Subject, memory_budget: int | None) -> Needs:
+    """What :func:`measure_sensitivity` takes: on disk the hidden states at every block, and two blocks' gradients.
+
+    Raises:
+        CapacityError: memory does not suffice.
+    """
+    lengths, hidden_size, dtype = subject.shape
+    skeleton = subject.skeleton
+    memory = choose_mode(skeleton, subject.blocks, lengths, _work_nbytes(subject), memory_budget, "replay")
+    states = sum(lengths) * hidden_size * dtype.itemsize
+    return memory.needs(skeleton.device, disk=(skeleton.block_count + 1 + 2) * states)
 
 
 def measure_sensitivity(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmconvert.convert.gqa.geometry import read_geometry, require_kv_heads
-from llmconvert.convert.gqa.job import convert_attention
+from llmconvert.convert.gqa.job import AttentionRequest, plan_attention
 from llmconvert.convert.gqa.report import attention_sections
 from llmconvert.recipes.schema.recipe import AttentionSettings
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
@@ -30,23 +30,19 @@ def require_mergeable(checkpoint: Checkpoint, settings: AttentionSettings) -> No
 
 def attention_stage(settings: AttentionSettings) -> Stage[AttentionReport]:
     """Merge the original's key-value heads, on the calibration text where there is one; see
-    :func:`llmconvert.convert.gqa.job.convert_attention`."""
+    :func:`llmconvert.convert.gqa.job.plan_attention`."""
 
     def build(work: Work, place: Place) -> AttentionReport:
         if place.notes is not None:
             shutil.rmtree(place.model, ignore_errors=True)  # complete, and killed before it could report
         with work.original.open() as checkpoint:
-            report = convert_attention(
+            report = plan_attention(
                 checkpoint,
                 place.model,
-                kv_heads=settings.kv_heads,
-                method=settings.method,
+                AttentionRequest(settings.kv_heads, settings.method, settings.refit),
                 windows=work.windows(CALIBRATION),
-                refit=settings.refit,
-                device=work.context.device,
-                identity=work.original.key,
-                progress=work.context.progress,
-            )
+                context=work.context_of(ORIGINAL),
+            ).run()
         return report.model_copy(update={"sections": tuple(attention_sections(report))})
 
     def inputs(work: Work) -> Mapping[str, Any]:

@@ -10,8 +10,8 @@ import torch
 
 from llmconvert.context import Context
 from llmconvert.quantize.mixed_precision.budget import Budget, Choice
-from llmconvert.quantize.mixed_precision.job import Allocation, choose_schemes
-from llmconvert.quantize.plan import Override
+from llmconvert.quantize.mixed_precision.job import Allocation, plan_choice
+from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.schema.recipe import BudgetSettings, QuantizeSettings
 from llmconvert.report.section import Column, Section
@@ -38,24 +38,18 @@ def choose_within(
     """Choose schemes for quantizing ``source`` to ``output``; what was measured stays beside it until it is forgotten.
 
     Raises:
-        LlmconvertError: see :func:`llmconvert.quantize.mixed_precision.job.choose_schemes`.
+        LlmconvertError: see :func:`llmconvert.quantize.mixed_precision.job.plan_choice`.
     """
     assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
-    allocation = choose_schemes(
+    overrides = tuple(layer_overrides(settings))
+    allocation = plan_choice(
         source,
         _work(output),
         Budget(budget.bits_per_weight, budget.bits, budget.group_sizes),
-        method=settings.method,
-        options=settings.options,
-        scheme=settings.scheme,
-        format=settings.format,
-        overrides=layer_overrides(settings),
+        QuantizeRequest(settings.method, settings.scheme, settings.format, overrides, settings.options),
         windows=windows,
-        device=context.device,
-        memory_budget=context.memory,
-        identity=context.identity,
-        progress=context.progress,
-    )
+        context=context,
+    ).run()
     context.progress.log(f"budget: {_words(budget, allocation)}")
     return allocation
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import torch
 
 from llmconvert.convert.cast import CastView
-from llmconvert.convert.download.jobs import stream_convert, stream_quantize
+from llmconvert.convert.download.jobs import plan_stream_convert, plan_stream_quantize
 from llmconvert.convert.download.shards import describe_remote
-from llmconvert.convert.dtype import convert_dtype
+from llmconvert.convert.dtype import DtypeRequest, plan_dtype
 from llmconvert.convert.rope_scaling import RopeScalingView
 from llmconvert.convert.source import Source, parse_hub_id, source_fingerprint
 from llmconvert.errors import UsageError
 from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.quantize.formats.dense_view import open_dense
+from llmconvert.quantize.plan import QuantizeRequest
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.budget import layer_overrides
@@ -41,22 +43,14 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 def convert_stage(recipe: Recipe) -> Stage[DtypeReport]:
     """Write the model in the dtype of the recipe's convert section."""
-    settings = recipe.convert
 
     def build(work: Work, place: Place) -> DtypeReport:
         if place.notes is not None:
             shutil.rmtree(place.model, ignore_errors=True)  # complete, and killed before it could report
         # Closed at once: what was read stays mapped until then.
         with work.source.checkpoint as checkpoint:
-            return convert_dtype(
-                checkpoint,
-                place.model,
-                dtype=DTYPES[settings.dtype],
-                overflow=settings.overflow,
-                rope_scaling=settings.rope_scaling,
-                identity=work.view.key,
-                progress=work.context.progress,
-            )
+            context = replace(work.context, identity=work.view.key)
+            return plan_dtype(checkpoint, place.model, _unquantized(work), context=context).run()
 
     return Stage("convert", {}, DtypeReport.model_validate, build, lambda work: _settings(recipe, work.source), True)
 
@@ -111,41 +105,37 @@ def stream_stage(recipe: Recipe) -> Stage[StepDetails]:
 
 
 def _stream_dtype(work: Work, place: Place) -> StepDetails:
-    settings = work.recipe.convert
-    return stream_convert(
-        work.source.origin,
-        place.model,
-        revision=work.source.revision,
-        dtype=DTYPES[settings.dtype],
-        overflow=settings.overflow,
-        progress=work.context.progress,
-    )
+    source = work.source
+    return plan_stream_convert(
+        source.origin, place.model, _unquantized(work), revision=source.revision, context=work.context
+    ).run()
 
 
 def _stream_quantized(work: Work, place: Place) -> StepDetails:
-    """
+    """Quantize while the model downloads.
+
     Raises:
-        UsageError: the format is not written while a model downloads.
+        UsageError: the scheme is one of GGUF's.
     """
-    settings = work.recipe.quantize
+    source, settings = work.source, work.recipe.quantize
     assert settings is not None
-    lacking = load_format(settings.format).lacks.get("streaming")
-    if lacking is not None or not isinstance(settings.scheme, Scheme):
-        raise UsageError(f"quantize.format {settings.format}: {lacking}; leave out --stream")
-    return stream_quantize(
-        work.source.origin,
+    if not isinstance(settings.scheme, Scheme):
+        raise UsageError(f"quantize.scheme {settings.scheme}: a GGUF file is not streamed; leave out --stream")
+    overrides = tuple(layer_overrides(settings))
+    request = QuantizeRequest(settings.method, settings.scheme, settings.format, overrides, settings.options)
+    return plan_stream_quantize(
+        source.origin,
         place.model,
-        revision=work.source.revision,
-        dtype=DTYPES[work.recipe.convert.dtype],
-        overflow=work.recipe.convert.overflow,
-        method=settings.method,
-        options=settings.options,
-        scheme=settings.scheme,
-        format=settings.format,
-        overrides=layer_overrides(settings),
-        device=work.context.device,
-        progress=work.context.progress,
-    )
+        request,
+        rest=_unquantized(work),
+        revision=source.revision,
+        context=work.context,
+    ).run()
+
+
+def _unquantized(work: Work) -> DtypeRequest:
+    settings = work.recipe.convert
+    return DtypeRequest(DTYPES[settings.dtype], settings.overflow, settings.rope_scaling)
 
 
 def hub_model(recipe: Recipe) -> tuple[str, str | None]:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from llmconvert.convert.heal.job import HealOptions, heal_attention
+from llmconvert.convert.heal.job import HealOptions, plan_heal
 from llmconvert.convert.heal.report import healing_sections
 from llmconvert.errors import RecipeError
 from llmconvert.recipes.schema.recipe import HealSettings, Recipe
@@ -49,7 +49,7 @@ def heal_request(recipe: Recipe) -> WindowRequest | None:
 
 def heal_stage(settings: HealSettings, after: str) -> Stage[HealReport]:
     """Heal the model of the stage ``after``, by distillation from the original; see
-    :func:`llmconvert.convert.heal.job.heal_attention`. What was trained survives a kill at any point."""
+    :func:`llmconvert.convert.heal.job.plan_heal`. What was trained survives a kill at any point."""
 
     def build(work: Work, place: Place) -> HealReport:
         assert place.notes is not None
@@ -60,17 +60,15 @@ def heal_stage(settings: HealSettings, after: str) -> Stage[HealReport]:
             if place.model.exists():
                 shutil.rmtree(place.model)
             with work.original.open() as teacher, work.open(after) as student:
-                report = heal_attention(
+                report = plan_heal(
                     teacher,
                     student,
                     place.model,
+                    _options(settings),
                     windows=work.windows(HEALING_TEXT),
-                    options=_options(settings),
-                    device=work.context.device,
+                    context=work.context_of(after),
                     state=state,
-                    identity=work.key(after) or "",
-                    progress=work.context.progress,
-                )
+                ).run()
             report = report.model_copy(update={"sections": tuple(healing_sections(report))})
             write_file(record, report.model_dump_json().encode())
         state.unlink(missing_ok=True)

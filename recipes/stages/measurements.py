@@ -19,7 +19,7 @@ from llmconvert.report.report import Check
 from llmconvert.report.section import Value
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.text.tokens import TokenWindows, check_disjoint
-from llmconvert.validate.artifact import validate_artifact
+from llmconvert.validate.artifact import plan_validation
 from llmconvert.validate.generation.behaviour import BehaviourCheck, GenerationOptions
 from llmconvert.validate.generation.greedy import PROMPTS
 from llmconvert.validate.inventory import InventoryCheck
@@ -85,15 +85,14 @@ def measure(
     *,
     context: Context,
 ) -> list[Check]:
-    """Measure an artifact; see :func:`llmconvert.validate.artifact.validate_artifact`."""
-    return validate_artifact(
+    """Measure an artifact; see :func:`llmconvert.validate.artifact.plan_validation`."""
+    return plan_validation(
         artifact,
         wanted,
         reference=reference,
         windows=replace(windows, dataset=public_name(windows.dataset)) if windows is not None else None,
-        device=context.device,
-        progress=context.progress,
-    )
+        context=context,
+    ).run()
 
 
 def measurements(

@@ -16,8 +16,9 @@ from llmconvert.gguf.checkpoint import GgufCheckpoint, open_artifact
 from llmconvert.gguf.ggml.mix import FLOATS
 from llmconvert.gguf.header import read_gguf_header
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
-from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers
-from llmconvert.quantize.requantize import Assignment, requantize_checkpoint
+from llmconvert.quantize.job import LayerResult, plan_quantize, read_layers
+from llmconvert.quantize.plan import QuantizeRequest
+from llmconvert.quantize.requantize import Assignment, RequantizeRequest, plan_requantize
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.recipes.schema.recipe import QuantizeSettings
 from llmconvert.recipes.stages.artifact import model_stem
@@ -77,7 +78,7 @@ def quantize(
     context: Context,
 ) -> QuantizeReport:
     """Quantize ``source``, or go on where an earlier call was stopped; see
-    :func:`llmconvert.quantize.job.quantize_checkpoint`.
+    :func:`llmconvert.quantize.job.plan_quantize`.
 
     Args:
         name: of the model, for formats that store it.
@@ -94,22 +95,14 @@ def quantize(
         chosen = chosen_report(settings.budget, allocation)
         if place.notes is not None:
             write_file(place.notes / _BUDGET_FILE, chosen.model_dump_json().encode())
-    result = quantize_checkpoint(
+    result = plan_quantize(
         source,
         place.model,
-        method=settings.method,
-        options=settings.options,
-        scheme=scheme,
-        format=settings.format,
-        overrides=overrides,
+        QuantizeRequest(settings.method, scheme, settings.format, tuple(overrides), settings.options, name=name),
         windows=windows,
-        device=context.device,
-        memory_budget=context.memory,
-        identity=context.identity,
+        context=context,
         record=place.notes / _LAYERS_FILE if place.notes is not None else None,
-        name=name,
-        progress=context.progress,
-    )
+    ).run()
     forget_sensitivity(place.model)
     return QuantizeReport(
         budget=chosen.budget if chosen is not None else None,
@@ -175,7 +168,7 @@ def change_schemes(
     context: Context,
 ) -> QuantizeReport:
     """Write an artifact anew with other schemes for some linears; see
-    :func:`llmconvert.quantize.requantize.requantize_checkpoint`.
+    :func:`llmconvert.quantize.requantize.plan_requantize`.
 
     Returns:
         what came of the linears that were quantized anew.
@@ -184,22 +177,15 @@ def change_schemes(
     if place.model.exists():  # complete, and killed just then
         return recovered(place)
     begin = time.perf_counter()
-    layers = requantize_checkpoint(
+    layers = plan_requantize(
         artifact,
         source,
         place.model,
-        method=settings.method,
-        options=settings.options,
-        format=settings.format,
-        before=before,
-        changes=changes,
+        RequantizeRequest(settings.method, settings.format, before, changes, settings.options),
         record=place.notes / _LAYERS_FILE,
         windows=windows,
-        device=context.device,
-        memory_budget=context.memory,
-        identity=context.identity,
-        progress=context.progress,
-    )
+        context=context,
+    ).run()
     return QuantizeReport(
         layers=len(layers),
         linears=_linears(layers),

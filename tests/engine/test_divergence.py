@@ -123,7 +123,7 @@ def unnamed_files() -> int:
 def test_states_in_a_file_give_the_same(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = changed(original, tmp_path / "other", "model.layers.1.mlp.down_proj.weight", 1.3)
     in_memory = compare(original, other)
-    monkeypatch.setattr("llmconvert.engine.states._IN_MEMORY_NBYTES", 0)
+    monkeypatch.setattr("llmconvert.engine.states.STATES_IN_MEMORY_NBYTES", 0)
     before = unnamed_files()
     in_a_file = compare(original, other)
     assert in_a_file[1] == in_memory[1]

@@ -20,7 +20,7 @@ from llmconvert.quantize.methods.base import BlockData, Solution, Target
 from llmconvert.quantize.methods.gptaq import Gptaq
 from llmconvert.quantize.methods.signround import SignRound
 from llmconvert.quantize.numbers import Int
-from llmconvert.quantize.requantize import requantize_checkpoint
+from llmconvert.quantize.requantize import RequantizeRequest, plan_requantize
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -46,19 +46,9 @@ def artifact(source: Path, output: Path, method: str, options: Mapping[str, Any]
 def change(
     stored: Path, source: Path, output: Path, method: str, options: Mapping[str, Any], **changes: Scheme | None
 ) -> tuple[LayerResult, ...]:
-    return requantize_checkpoint(
-        stored,
-        SafetensorsCheckpoint(source),
-        output,
-        method=method,
-        format="compressed-tensors",
-        before=BEFORE,
-        changes=changes or {CHANGED: W4},
-        record=output.with_suffix(".json"),
-        windows=WINDOWS,
-        device=CPU,
-        options=options,
-    )
+    request = RequantizeRequest(method, "compressed-tensors", BEFORE, changes or {CHANGED: W4}, options)
+    record = output.with_suffix(".json")
+    return plan_requantize(stored, SafetensorsCheckpoint(source), output, request, record=record, windows=WINDOWS).run()
 
 
 def resident(source: Path, weights: Mapping[str, torch.Tensor] | None = None) -> torch.nn.Module:

@@ -16,6 +16,7 @@ from support.quantize_process import FileLog, FileSteps
 from support.tiny_architectures import ids
 from support.tiny_models import tiny_tokenizer
 
+from llmconvert.context import Context
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.convert.heal.job import HealOptions, heal_attention
@@ -24,7 +25,7 @@ from llmconvert.gguf.ggml.mix import MIXES
 from llmconvert.progress import Progress
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.numbers import Int
-from llmconvert.quantize.requantize import requantize_checkpoint
+from llmconvert.quantize.requantize import RequantizeRequest, plan_requantize
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage import artifact
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
@@ -78,19 +79,16 @@ def _quantize(sources: Path, output: Path, progress: Progress) -> None:
 
 
 def _requantize(sources: Path, output: Path, progress: Progress) -> None:
-    requantize_checkpoint(
+    before = dict.fromkeys(_linears(sources), _W4)
+    plan_requantize(
         sources / "quantized",
         SafetensorsCheckpoint(sources / "model"),
         output,
-        method="gptq",
-        format="compressed-tensors",
-        before=dict.fromkeys(_linears(sources), _W4),
-        changes={_CHANGED: _W8},
+        RequantizeRequest("gptq", "compressed-tensors", before, {_CHANGED: _W8}),
         record=output.with_name("layers.json"),
         windows=_WINDOWS,
-        device=_CPU,
-        progress=progress,
-    )
+        context=Context(progress=progress),
+    ).run()
 
 
 def _gguf(sources: Path, output: Path, progress: Progress) -> None:

@@ -59,7 +59,7 @@ class BehaviourCheck(Measurement):
         # The runtime computes in the probe's dtype, in that of the config without one.
         if subject.dtype is None and probe is not None:
             subject = replace(subject, dtype=probe.logits.dtype)
-        if oversized := too_large(subject.dense, subject.device):
+        if oversized := too_large(subject.dense, subject.device, subject.memory):
             loading = Check(name="runtime", detail={"text": f"not measured: {oversized}"})
             return [loading] if options is None else [loading, *_streamed(subject, options)]
         try:
@@ -85,7 +85,7 @@ def _against_original(
     if subject.original is None:
         return [*_alone(ours.continuations, about, options), *_pace(ours, None)]
     try:
-        note = too_large(subject.original, subject.device)
+        note = too_large(subject.original, subject.device, subject.memory)
         if isinstance(subject.reference, SafetensorsCheckpoint) and not note:
             with runtime(subject.reference.directory, device=subject.device, dtype=subject.dtype) as loaded:
                 theirs = _generate(loaded, options, subject)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmconvert.report.report import Check
@@ -30,8 +30,13 @@ class AttentionCheck(Measurement):
         if not subject.loadable:
             return [_not_run("the artifact is GGUF, whose runtime has attention of its own")]
         windows = subject.windows.windows if subject.windows is not None else ()
+        memory = self.options.memory if self.options.memory is not None else subject.memory
         result = measure_attention(
-            subject.artifact, self.options, windows, device=subject.device, progress=subject.progress
+            subject.artifact,
+            replace(self.options, memory=memory),
+            windows,
+            device=subject.device,
+            progress=subject.progress,
         )
         return attention_checks(result, self.options)
 

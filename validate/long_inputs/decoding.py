@@ -136,7 +136,7 @@ class DecodingCheck(Measurement):
             limit = describe_model(dense).position_limit
             if limit is not None and self.context + _WARMUP + self.tokens > limit:
                 raise UnmeasuredError(f"{directory.name} takes {limit:,} positions")
-            if reason := too_large(dense, subject.device):
+            if reason := too_large(dense, subject.device, subject.memory):
                 raise UnmeasuredError(reason)
         found: dict[str, list[dict[str, float]]] = {model: [] for model in models}
         with subject.progress.task("decoding", self.rounds * len(models)) as task:

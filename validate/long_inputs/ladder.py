@@ -192,7 +192,8 @@ class MemoryLadder(Measurement):
             raise UnmeasuredError("the artifact is GGUF, which transformers does not run as it is")
         if summary.position_limit and context > summary.position_limit:
             raise UnmeasuredError(f"the model has learned {summary.position_limit:,} positions")
-        budget = self.memory if self.memory is not None else int(_USABLE * available_nbytes(subject.device))
+        allowed = self.memory if self.memory is not None else subject.memory
+        budget = allowed if allowed is not None else int(_USABLE * available_nbytes(subject.device))
         if need.running(context) > budget:
             raise UnmeasuredError(f"needs about {need.running(context):,} bytes, {budget:,} may be used")
         found: dict[str, Any] = run_isolated(

@@ -134,8 +134,9 @@ class PositionsCheck(Measurement):
         return length
 
     def _budget(self, subject: Subject) -> int:
-        if self.memory is not None:
-            return self.memory
+        allowed = self.memory if self.memory is not None else subject.memory
+        if allowed is not None:
+            return allowed
         return int(_USABLE * available_nbytes(subject.device))
 
     def _draw(self, subject: Subject, length: int, notes: list[str]) -> TokenWindows:

@@ -101,8 +101,9 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
         release_freed_memory()
 
 
-def too_large(dense: Checkpoint, device: torch.device) -> str:
-    """Why a model of these dense weights can't be loaded whole, with the bytes it takes; empty if it can."""
-    free = available_nbytes(device)
+def too_large(dense: Checkpoint, device: torch.device, memory: int | None = None) -> str:
+    """Why a checkpoint can't be loaded whole in ``memory`` bytes, or in what is free on ``device``; empty if it can."""
+    free = available_nbytes(device) if memory is None else memory
     needed = round(_LOADING_FACTOR * dense.nbytes)
-    return f"loading it whole takes about {needed:,} bytes, {free:,} are free" if needed > free else ""
+    words = "are free" if memory is None else "may be used"
+    return f"loading it whole takes about {needed:,} bytes, {free:,} {words}" if needed > free else ""

@@ -23,7 +23,7 @@ from llmconvert.quantize.methods.nearest import NearestCodes
 from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.plan import Override
-from llmconvert.quantize.requantize import requantize_checkpoint
+from llmconvert.quantize.requantize import RequantizeRequest, plan_requantize
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -205,21 +205,13 @@ def test_single_linears_of_a_finished_artifact_cannot_change(tiny: Tiny, tmp_pat
     """Their originals don't go with the artifact's norms any more."""
     quantize(tiny("llama"), tmp_path / "out")
     source = SafetensorsCheckpoint(tiny("llama"))
+    linears = (name.removesuffix(".weight") for name in source if "_proj" in name)
+    before = dict.fromkeys(linears, Scheme(Int(4, symmetric=False), 16))
+    changes = {"model.layers.0.mlp.down_proj": Scheme(Int(8))}
+    request = RequantizeRequest("awq", "compressed-tensors", before, changes)
+    again, record = tmp_path / "again", tmp_path / "record.json"
     with pytest.raises(UnsupportedError, match="'awq' changes norms along with the linears"):
-        requantize_checkpoint(
-            tmp_path / "out",
-            source,
-            tmp_path / "again",
-            method="awq",
-            format="compressed-tensors",
-            before={
-                name.removesuffix(".weight"): Scheme(Int(4, symmetric=False), 16) for name in source if "_proj" in name
-            },
-            changes={"model.layers.0.mlp.down_proj": Scheme(Int(8))},
-            windows=WINDOWS,
-            device=torch.device("cpu"),
-            record=tmp_path / "record.json",
-        )
+        plan_requantize(tmp_path / "out", source, again, request, record=record, windows=WINDOWS)
     assert not (tmp_path / "again").exists()
 
 

@@ -13,6 +13,7 @@ import torch
 from support.tiny_architectures import ids, tiny_model
 from transformers import AutoModelForCausalLM
 
+from llmconvert.context import Context
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CalibrationError, CapacityError, SchemeError
@@ -21,10 +22,10 @@ from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import Target
 from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.mixed_precision.budget import Budget
-from llmconvert.quantize.mixed_precision.job import Allocation, choose_schemes
+from llmconvert.quantize.mixed_precision.job import Allocation, plan_choice
 from llmconvert.quantize.mixed_precision.sensitivity import Divergences, Subject, enough_windows, measure_sensitivity
 from llmconvert.quantize.mixed_precision.units import fused_units
-from llmconvert.quantize.plan import Override
+from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -144,8 +145,11 @@ def test_what_belongs_to_another_key_or_lost_its_files_is_measured_anew(source: 
 
 def choose(source: Path, work: Path, mean: float, **options: Any) -> Allocation:
     budget = Budget(mean, **{key: options.pop(key) for key in ("bits", "group_sizes") if key in options})
-    settings: dict[str, Any] = {"method": "gptq", "scheme": Scheme.parse("w4a16"), "windows": WINDOWS, **options}
-    return choose_schemes(SafetensorsCheckpoint(source), work, budget, **settings)
+    context = Context(memory=options.pop("memory_budget", None), progress=options.pop("progress", SILENT))
+    windows = options.pop("windows", WINDOWS)
+    options["overrides"] = tuple(options.get("overrides", ()))
+    request = QuantizeRequest(**{"method": "gptq", "scheme": Scheme.parse("w4a16"), **options})
+    return plan_choice(SafetensorsCheckpoint(source), work, budget, request, windows=windows, context=context).run()
 
 
 def test_what_was_chosen_is_what_is_written(source: Path, tmp_path: Path) -> None:
