@@ -147,6 +147,18 @@ class StageStore:
         self.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A stage as a run asks for it; see :meth:`StageRun.run`."""
+
+    name: str
+    key: str
+    path: Path
+    inputs: Mapping[str, Any]
+    build: Callable[[Path], Mapping[str, Any]]
+    resumable: bool
+
+
 class StageRun:
     """The stages of one run, in order; see :meth:`StageStore.begin`. ``results`` grows as they finish."""
 
@@ -183,71 +195,55 @@ class StageRun:
             was stopped by anything else keeps its hidden directory.
         """
         key = stage_key(name, inputs)
-        path = self.store.work_dir / f"{name}-{key[:12]}"
+        wanted = _Wanted(name, key, self.store.work_dir / f"{name}-{key[:12]}", inputs, build, resumable)
         fresh = self._fresh and key not in self.store.built
-        result = None if fresh else self.store.find(path, name, key)
+        result = None if fresh else self.store.find(wanted.path, name, key)
         if result is None:
-            result = self._build_locked(name, key, path, inputs, build, resumable, fresh)
+            result = self._build_locked(wanted, fresh)
         if result.reused:
-            self._log(f"{name}: unchanged, reusing {path.name}")
-            self._remember(name, path, inputs)
+            self._log(f"{name}: unchanged, reusing {wanted.path.name}")
+            self._remember(wanted)
         self.results.append(result)
         return result
 
-    def _build_locked(
-        self,
-        name: str,
-        key: str,
-        path: Path,
-        inputs: Mapping[str, Any],
-        build: Callable[[Path], Mapping[str, Any]],
-        resumable: bool,
-        fresh: bool,
-    ) -> StageResult:
+    def _build_locked(self, wanted: _Wanted, fresh: bool) -> StageResult:
         """Build the stage, unless another run does: then wait for it, and take what it has built."""
         waited = False
 
         def wait(reason: str) -> None:
             nonlocal waited
             waited = True
-            self._log(f"{name}: {reason}")
+            self._log(f"{wanted.name}: {reason}")
 
-        with locked(path, wait=wait):
+        with locked(wanted.path, wait=wait):
             if fresh and not waited:
-                self.store.discard(path)
-            result = self.store.find(path, name, key)
+                self.store.discard(wanted.path)
+            result = self.store.find(wanted.path, wanted.name, wanted.key)
             if result is None:
-                self._announce(name, path, inputs)
-                result = self._build(name, key, path, inputs, build, resumable)
-                self.store.built.add(key)
-                self._log(f"{name}: done in {result.seconds:.1f} s, peak memory {result.peak_rss_bytes / 1e9:.2f} GB")
+                self._announce(wanted)
+                result = self._build(wanted)
+                self.store.built.add(wanted.key)
+                took = f"{result.seconds:.1f} s, peak memory {result.peak_rss_bytes / 1e9:.2f} GB"
+                self._log(f"{wanted.name}: done in {took}")
         return result
 
-    def _build(
-        self,
-        name: str,
-        key: str,
-        path: Path,
-        inputs: Mapping[str, Any],
-        build: Callable[[Path], Mapping[str, Any]],
-        resumable: bool,
-    ) -> StageResult:
-        staging = _staging(path)
-        resumed = resumable and staging.exists()
+    def _build(self, wanted: _Wanted) -> StageResult:
+        name, path, staging = wanted.name, wanted.path, _staging(wanted.path)
+        resumed = wanted.resumable and staging.exists()
         if not resumed:
             _remove(staging)
         _remove(path)  # incomplete, or its stage.json is unreadable
         try:
             staging.mkdir(parents=True, exist_ok=True)
-            self._remember(name, path, inputs)
+            self._remember(wanted)
             begin = time.perf_counter()
             with PeakMemory() as memory:
-                details = build(staging)
+                details = wanted.build(staging)
             record = {
                 "schema": _SCHEMA,
                 "name": name,
-                "key": key,
-                "inputs": inputs,
+                "key": wanted.key,
+                "inputs": wanted.inputs,
                 "resumed": resumed,
                 "seconds": round(time.perf_counter() - begin, 3),
                 "peak_rss_bytes": memory.nbytes,
@@ -258,17 +254,18 @@ class StageRun:
         except BaseException as error:
             # A lost connection says nothing against the input.
             refused = isinstance(error, UsageError | SourceError) and not isinstance(error, HubError)
-            if not resumable or refused:
+            if not wanted.resumable or refused:
                 _remove(staging)
                 self._forget(name)
             raise
         publish_directory(staging, path)
-        result = self.store.find(path, name, key)
+        result = self.store.find(path, name, wanted.key)
         if result is None:
             raise OutputError(f"{path}: was changed by someone else while it was put in place")
         return replace(result, reused=False)
 
-    def _announce(self, name: str, path: Path, inputs: Mapping[str, Any]) -> None:
+    def _announce(self, wanted: _Wanted) -> None:
+        name, path, inputs = wanted.name, wanted.path, wanted.inputs
         previous = self.previous.get(name)
         if previous is not None and previous["stage"] != path.name:
             changes = describe_changes(previous["inputs"], inputs) or f"version of llmconvert → {__version__}"
@@ -282,8 +279,8 @@ class StageRun:
         elif _staging(path).exists():
             self._log(f"{name}: was interrupted, continuing")
 
-    def _remember(self, name: str, path: Path, inputs: Mapping[str, Any]) -> None:
-        self._current[name] = {"stage": path.name, "inputs": inputs}
+    def _remember(self, wanted: _Wanted) -> None:
+        self._current[wanted.name] = {"stage": wanted.path.name, "inputs": wanted.inputs}
         self._save()
 
     def _forget(self, name: str) -> None:

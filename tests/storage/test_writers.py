@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.writer_process import REFUSED, WRITERS, make_sources, start
+
+QUICK = ("dtype", "quantization")
+EACH = [pytest.param(writer, marks=() if writer in QUICK else pytest.mark.slow) for writer in WRITERS]
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +23,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, bytes], int]]:
-    """What each writer makes undisturbed, and in how many steps."""
-    found = {}
-    for writer in WRITERS:
+def whole(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict[str, bytes], int]]:
+    """What a writer makes undisturbed, and in how many steps."""
+
+    @functools.cache
+    def found(writer: str) -> tuple[dict[str, bytes], int]:
         place = tmp_path_factory.mktemp("whole")
         assert run(writer, sources, place) == 0, lines(place)
-        found[writer] = content(place / "out"), int(lines(place)[-1].removeprefix("steps "))
+        return content(place / "out"), int(lines(place)[-1].removeprefix("steps "))
+
     return found
 
 
@@ -47,12 +54,12 @@ def left_in(place: Path) -> set[str]:
     return {path.name for path in place.iterdir()} - {"log", "held", "layers.json"}
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", EACH)
 def test_a_second_one_is_refused_and_disturbs_nothing(
-    sources: Path, whole: dict[str, tuple[dict[str, bytes], int]], tmp_path: Path, writer: str
+    sources: Path, whole: Callable[[str], tuple[dict[str, bytes], int]], tmp_path: Path, writer: str
 ) -> None:
     """The first is held in its middle, and again just before its output appears."""
-    expected, steps = whole[writer]
+    expected, steps = whole(writer)
     for hold_at in (steps // 2, steps - 3):
         place = tmp_path / str(hold_at)
         place.mkdir()
@@ -72,12 +79,12 @@ def test_a_second_one_is_refused_and_disturbs_nothing(
         assert left_in(place) == {"out"}
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", EACH)
 def test_a_killed_one_is_continued_to_the_same_bytes(
-    sources: Path, whole: dict[str, tuple[dict[str, bytes], int]], tmp_path: Path, writer: str
+    sources: Path, whole: Callable[[str], tuple[dict[str, bytes], int]], tmp_path: Path, writer: str
 ) -> None:
     """One chain: each run is killed at a later step than the one before; the last one gets through."""
-    expected, steps = whole[writer]
+    expected, steps = whole(writer)
     for share in (0.3, 0.6, 0.9):
         if (tmp_path / "out").exists():
             break
