@@ -164,7 +164,7 @@ def _write_weights(
                 check_overflow(name, found, dtype)
             errors += found
             if last:
-                artifact.finish(name, asdict(errors), nbytes=artifact.layout.specs[name].nbytes)
+                artifact.finish(name, asdict(errors), batched=True)
                 errors = CastErrors()
 
 

@@ -56,7 +56,8 @@ class ArtifactSink:
             container.begin(artifact.writer)
             for name in self._outer_names():
                 if name not in artifact.done:
-                    artifact.finish(name, nbytes=container.copy(artifact.writer, name))
+                    container.copy(artifact.writer, name)
+                    artifact.finish(name, batched=True)
             artifact.sync()
 
     def take(self, name: str, solution: Solution | InputSquares | torch.Tensor) -> None:

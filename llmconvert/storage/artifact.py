@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,8 +43,8 @@ __all__ = ["Artifact", "build_artifact", "copy_tensor", "job_key", "output_nbyte
 #: Of a staging directory: what goes before the artifact appears, the journal among it.
 WORK = ".work"
 JOURNAL = "journal.jsonl"
-# Bytes of pieces that come in quick succession, after which they are forced to disk together.
-_SYNC_NBYTES = 1 << 28
+# Pieces that come in quick succession are forced to disk together, this often: so much a killed run does again.
+_SYNC_SECONDS = 5.0
 _COPY_NBYTES = 1 << 26
 
 
@@ -106,7 +107,7 @@ class Artifact:
         self.work = self.staging / WORK
         self.work.mkdir(exist_ok=True)
         self._unsynced: list[tuple[str, Any]] = []
-        self._unsynced_nbytes = 0
+        self._synced = time.monotonic()
         self._whole = False
         self._journal = Journal(self.work / JOURNAL)
         self.done = _pieces(self._journal)
@@ -136,19 +137,18 @@ class Artifact:
         """
         self._writer = TensorWriter(self.staging, self.layout)
 
-    def finish(self, name: str, detail: Any = None, *, nbytes: int | None = None) -> None:
+    def finish(self, name: str, detail: Any = None, *, batched: bool = False) -> None:
         """Say that a piece is written.
 
         Args:
             name: of the piece.
             detail: JSON value to be found in :attr:`done` by a run that continues this one.
-            nbytes: its size, where pieces come in quick succession: they are then made last together. Without it the
+            batched: pieces come in quick succession, and those of some seconds are made last together. Otherwise the
                 piece is on disk when this returns.
         """
         self.done[name] = detail
         self._unsynced.append((name, detail))
-        self._unsynced_nbytes += nbytes or 0
-        if nbytes is None or self._unsynced_nbytes >= _SYNC_NBYTES:
+        if not batched or time.monotonic() - self._synced >= _SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
@@ -156,14 +156,14 @@ class Artifact:
         if self._unsynced:
             self.writer.sync()
             self._journal.append({"done": self._unsynced})
-            self._unsynced, self._unsynced_nbytes = [], 0
+            self._unsynced, self._synced = [], time.monotonic()
 
     def copy(self, source: Checkpoint, names: Iterable[str]) -> None:
         """Copy tensors that stay as they are; each is a piece of its name, and those that are done are left out."""
         for name in names:
             if name not in self.done:
                 copy_tensor(self.writer, source, name)
-                self.finish(name, nbytes=self.layout.specs[name].nbytes)
+                self.finish(name, batched=True)
 
     def publish(
         self, config: Mapping[str, Any] | None, files: Mapping[str, Path | bytes], *, single: bool = False

@@ -63,7 +63,7 @@ def locked(path: Path, *, wait: Callable[[str], None] | None = None) -> Iterator
 @contextmanager
 def unread(path: Path) -> Iterator[bool]:
     """Whether no :class:`Readers` hold the file ``path``; if so, none can begin to while the block runs."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # network file systems want it writable
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -166,13 +166,13 @@ def test_the_writer_may_say_that_finished_pieces_are_of_no_use(tmp_path: Path) -
 
 
 def test_pieces_in_quick_succession_are_made_last_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact_module, "_SYNC_NBYTES", 100)
     with build_artifact(tmp_path / "out", LAYOUT, "key") as artifact:
         journal = artifact.work / artifact_module.JOURNAL
         counts = []
         for name in VALUES:
             artifact.writer.write(name, VALUES[name])
-            artifact.finish(name, nbytes=48)
+            monkeypatch.setattr(artifact_module, "_SYNC_SECONDS", 0 if name == "c" else 3600)
+            artifact.finish(name, batched=True)
             counts.append(len(journal.read_text().splitlines()))
         assert counts == [1, 1, 2]
 
@@ -216,7 +216,7 @@ def test_work_files_alone_are_worth_keeping(tmp_path: Path) -> None:
 def test_pieces_finished_before_an_interrupt_are_kept_though_not_yet_journaled(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), build_artifact(tmp_path / "out", LAYOUT, "key") as artifact:
         artifact.writer.write("a", VALUES["a"])
-        artifact.finish("a", nbytes=48)
+        artifact.finish("a", batched=True)
         raise KeyboardInterrupt
     with build_artifact(tmp_path / "out", LAYOUT, "key") as artifact:
         assert list(artifact.done) == ["a"]

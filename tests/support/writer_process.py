@@ -137,7 +137,7 @@ def start(
 
 def _run(writer: str, sources: Path, output: Path, log: Path, kill_at: int, hold_at: int, held: Path | None) -> None:
     torch.set_num_threads(1)
-    artifact._SYNC_NBYTES = 30_000  # so that tiny pieces are journaled at all
+    artifact._SYNC_SECONDS = 0  # so that quick pieces are journaled at all
     progress = FileLog(log)
     steps = FileSteps(kill_at, hold_at, held)
     try:
