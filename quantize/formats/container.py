@@ -39,8 +39,8 @@ class Container(Protocol):
     def write_values(self, writer: TensorWriter, name: str, values: torch.Tensor) -> None:
         """Store new values for a tensor that is not quantized."""
 
-    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> int:
-        """Store a tensor of the source that nothing was said of; gives its bytes.
+    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> None:
+        """Store a tensor of the source that nothing was said of.
 
         Args:
             squares: float32 ``[columns]``, the mean squares of its inputs where they were measured, for containers that
@@ -87,6 +87,5 @@ class CheckpointContainer:
     def write_values(self, writer: TensorWriter, name: str, values: torch.Tensor) -> None:
         writer.write(name, values.to(self._source.infos[name].dtype))
 
-    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> int:
+    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> None:
         copy_tensor(writer, self._source, name)
-        return self.layout.specs[name].nbytes

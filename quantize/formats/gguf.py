@@ -149,18 +149,17 @@ class GgufContainer:
         rounded = values.to(self._source.infos[name].dtype)
         self._file.write_rows(writer, name, lambda start, stop: rounded[start:stop], self._encode(None))
 
-    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> int:
+    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> None:
         """Encode a tensor; those that the file does without (a tied head, computed buffers) are passed over."""
         planned = self._file.tensors.get(name)
         if planned is None:
-            return 0
+            return
         codes = self._stored_codes(name, planned.spec.qtype)
         if codes is not None:
             for stored, raw in self.pack(name.removesuffix(".weight"), codes).items():
                 writer.write(stored, raw)
         else:
             self._file.write_rows(writer, name, partial(self._source.read_rows, name), self._encode(squares))
-        return planned.nbytes
 
     def _encode(self, squares: torch.Tensor | None) -> Encode:
         return lambda codec, rows: self._method.encode(codec, rows, squares)
