@@ -34,13 +34,17 @@ $(VENV)/.installed: $(VENV)/.ready pyproject.toml build/files
 demo: $(VENV)/.installed
 	$(BIN)/llmconvert run recipes/demo.yaml
 
-# pytest by its own name: `python -m pytest` puts the working directory before what is installed.
+# pytest by its own name: `python -m pytest` puts the working directory before what is installed. Fast tests run side
+# by side, each in one thread; slow ones measure memory and time, or compute in all threads, and run alone.
+FAST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 -m 'not slow'
+
 test: $(VENV)/.installed
-	$(BIN)/pytest --cov
+	$(FAST) --cov --cov-report=
+	$(BIN)/pytest -m slow --cov --cov-append
 	$(BIN)/python .ci/low_coverage.py
 
 test-fast: $(VENV)/.installed
-	$(BIN)/pytest -m 'not slow'
+	$(FAST)
 
 examples: $(VENV)/.installed
 	rm -rf build/examples
