@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ def make_models(directory: Path) -> dict[str, Path]:
     }
     for path in models.values():
         tiny_tokenizer().save_pretrained(path)
-    wide = {"hidden_size": 256, "intermediate_size": 512, "dtype": torch.bfloat16}
+    wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "dtype": torch.bfloat16}
     return {**models, "llama256": tiny_llama_dir(directory / "llama256", **wide)}
 
 

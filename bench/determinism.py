@@ -42,8 +42,17 @@ def main() -> None:
     for name, threads in RUNS.items():
         output = scratch / name.replace(" ", "-").replace(",", "")
         shutil.rmtree(output, ignore_errors=True)
-        command = [sys.executable, HERE / "quantize_once.py", "--model", model, "--output", output, "--method", "gptq"]
-        command += ["--scheme", "w4a16-g64", "--threads", threads, "--report", scratch / "report.json"]
+        command: list[str | Path] = [sys.executable, HERE / "quantize_once.py", "--model", model, "--output", output]
+        command += [
+            "--method",
+            "gptq",
+            "--scheme",
+            "w4a16-g64",
+            "--threads",
+            str(threads),
+            "--report",
+            scratch / "report.json",
+        ]
         run_measured(command, threads=threads, log=scratch / "log.txt")
         outputs.append(output)
         compared = subprocess.run(

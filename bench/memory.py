@@ -85,7 +85,8 @@ def make_model(options: argparse.Namespace) -> Path:
     model: Path = options.work / f"llama-{options.layers}"
     if not (model / "config.json").exists():
         shutil.rmtree(model, ignore_errors=True)
-        command = [sys.executable, _HERE / "random_llama.py", model, "--layers", str(options.layers)]
+        command: list[str | Path] = [sys.executable, _HERE / "random_llama.py", model]
+        command += ["--layers", str(options.layers)]
         run_measured(command, threads=options.threads, log=options.work / "make.log")
     return model
 

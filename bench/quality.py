@@ -220,7 +220,11 @@ class Bench:
             yield result
 
     def _measured(self, entry: Entry, command: Sequence[str], *how: str) -> Result:
-        settings = {"entry": entry.name, "artifact": str(entry.artifact), "model": str(self._model.resolve())}
+        settings: dict[str, Any] = {
+            "entry": entry.name,
+            "artifact": str(entry.artifact),
+            "model": str(self._model.resolve()),
+        }
         settings |= {"texts": self._texts, "command": [str(part) for part in command[2:]]}
         path = self._work / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', entry.name)}.json"
         known = json.loads(path.read_text()) if path.exists() else {}

@@ -41,7 +41,8 @@ def main() -> None:
         reports[scheme] = result.report
 
     for scheme, report in reports.items():
-        print(f"{scheme:15} {report['size_bytes'].value / 1e6:7.1f} MB  perplexity {report['perplexity'].value:.2f}")
+        size, perplexity = report["size_bytes"].value or 0, report["perplexity"].value
+        print(f"{scheme:15} {size / 1e6:7.1f} MB  perplexity {perplexity:.2f}")
     page = options.output / "schemes.html"
     page.write_text(llmconvert.render_comparison(llmconvert.compare_reports(reports)))
     print(f"side by side, with plots: {page}")

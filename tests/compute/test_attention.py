@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ Tiny = Callable[..., Path]
 def arguments(length: int, heads: int, kv_heads: int) -> tuple[nn.Module, list[torch.Tensor]]:
     torch.manual_seed(length)
     module = nn.Module()
-    module.num_key_value_groups, module.is_causal = heads // kv_heads, True
+    vars(module).update(num_key_value_groups=heads // kv_heads, is_causal=True)
     # As models lay them: heads beside each other in every token.
     parts = [torch.randn(1, length, count, 16).bfloat16().transpose(1, 2) for count in (heads, kv_heads, kv_heads)]
     return module, parts
@@ -47,8 +48,9 @@ def test_attention_in_float32_is_the_exact_one_rounded(mask: str, kv_heads: int)
         allowed = allowed.triu(-8)
     given = {"causal": None, "bool": allowed[None, None], "float": torch.zeros(1, 1, 33, 33).bfloat16()}[mask]
     if mask == "float":
+        assert given is not None
         given.masked_fill_(~allowed, torch.finfo(torch.bfloat16).min)
-    found, _ = _wide_attention(module, *parts, given, scaling=0.3)
+    found, _ = _wide_attention(module, parts[0], parts[1], parts[2], given, scaling=0.3)
     exact = exact_attention(parts, allowed, 0.3)
     assert found.dtype == torch.bfloat16 and found.shape == (1, 33, 4, 16)
     assert ((found.double() - exact).abs() <= exact.abs() * torch.finfo(torch.bfloat16).eps / 2 + 1e-5).all()
@@ -70,7 +72,7 @@ def test_attention_in_tiles_is_as_near_as_eager_attention(
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_module, "_TILE_SCORES", scores)
-        found, _ = _tiled_attention(module, *parts, None, scaling=scaling)
+        found, _ = _tiled_attention(module, parts[0], parts[1], parts[2], None, scaling=scaling)
     exact = exact_attention(parts, ~future, scaling or 0.25)
     mask = torch.zeros(1, 1, length, length).masked_fill(future, -torch.inf).bfloat16()
     eager, _ = eager_attention_forward(module, *parts, mask, scaling or 0.25)
@@ -83,7 +85,8 @@ def test_what_tiles_cannot_do_is_left_to_sdpa(case: str) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     module, (query, key, value) = arguments(20, 4, 2)
-    mask, settings_ = None, {}
+    mask: torch.Tensor | None = None
+    settings_: dict[str, Any] = {}
     if case == "mask":
         mask = torch.ones(20, 20, dtype=torch.bool).tril().triu(-4)[None, None]
     elif case == "not causal":

@@ -15,7 +15,7 @@ from llmconvert.engine.architecture.decoder import Architecture
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 4, "vocab_size": 100}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (found.model_type, found.config) for name, found in ARCHITECTURES.items()},
+    **{name: (found.model_type, dict(found.config)) for name, found in ARCHITECTURES.items()},
     "mqa": ("llama", {**SMALL, "num_key_value_heads": 1}),
     "bloom": ("bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": 100}),
     "gpt2": ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 100}),

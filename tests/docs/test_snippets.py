@@ -135,7 +135,7 @@ def runnable(block: Block) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", filter(runnable, CONSOLE), ids=str)
+@pytest.mark.parametrize("block", [block for block in CONSOLE if runnable(block)], ids=str)
 def test_commands_run(block: Block, world: Path) -> None:
     for _, *words in commands(block):
         small = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]

@@ -60,6 +60,7 @@ def resident(directory: Path) -> Mapping[str, Passage]:
             passage = found.setdefault(name, Passage(squares=torch.zeros(gradient.shape[-1])))
             passage.inputs.append(inputs[0].detach())
             passage.gradients.append(gradient[0])
+            assert passage.squares is not None
             passage.squares = passage.squares + gradient[0].square().sum(0)
     return found
 
@@ -104,7 +105,8 @@ def test_it_goes_on_from_a_block_with_the_gradients_that_reached_it(tiny: Tiny, 
         begin -= 1
         for name, passage in seen.items():
             assert passage.squares is not None
-            assert torch.equal(passage.squares, whole[index][name])
+            expected = whole[index][name]
+            assert expected is not None and torch.equal(passage.squares, expected)
     assert begin == -1
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.stream import Stream
+from llmconvert.engine.stream import Arrival, Stream
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -90,7 +90,7 @@ def test_held_bytes_are_those_a_waiting_batch_really_holds(
     for run in stream.blocks():
         assert run.plan.stops
         for stop in run.plan.stops:
-            waiting = run.arrivals(stop)
+            waiting = cast("Generator[Arrival]", run.arrivals(stop))
             next(waiting)
             held = live_nbytes(skeleton)
             assert held <= stop.held_nbytes + 1024

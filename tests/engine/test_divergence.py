@@ -107,11 +107,12 @@ def test_blocks_are_run_alone_on_the_first_windows(original: Path, tmp_path: Pat
     other = changed(original, tmp_path / "other", "model.layers.1.mlp.down_proj.weight", 1.3)
     tried: list[int] = []
     try_block = Stream.try_block
-    monkeypatch.setattr(
-        Stream,
-        "try_block",
-        lambda self, index, batch, hidden: tried.append(batch) or try_block(self, index, batch, hidden),
-    )
+
+    def noted(self: Stream, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        tried.append(batch)
+        return try_block(self, index, batch, hidden)
+
+    monkeypatch.setattr(Stream, "try_block", noted)
     assert compare(original, other)[1][1].own > 0 and tried == [0] * LAYERS
 
 

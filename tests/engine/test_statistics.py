@@ -126,7 +126,7 @@ def test_inputs_whose_squares_overflow_are_named() -> None:
 
 
 def test_settings_of_the_process_are_left_as_they_were() -> None:
-    settings_ = torch.backends.mkldnn.matmul
+    settings_ = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings_.fp32_precision
     accumulate_hessian("layer", batches([64], 600, torch.bfloat16), 600, CPU)
     assert settings_.fp32_precision == before

@@ -67,9 +67,7 @@ def test_tensors_and_config_are_the_original_models(family: str, tmp_path: Path)
             assert checkpoint.infos[name].shape == tensor.shape
             # Gemma's norms were rounded when one was added to them.
             rounding = 1e-6 if model.config.model_type == "gemma2" and "norm" in name else 0.0
-            torch.testing.assert_close(
-                tensor, state[name], rtol=0, atol=rounding, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(tensor, state[name], rtol=0, atol=rounding, msg=name)
         config, original = AutoConfig.for_model(**checkpoint.config), model.config
         differing = {
             key: (value, config_settings(config)[key])

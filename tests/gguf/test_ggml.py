@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -21,7 +23,7 @@ COLUMNS = 768
 
 def weights(kind: str, rows: int = 96) -> np.ndarray:
     random = np.random.default_rng(0)
-    shapes = {
+    shapes: dict[str, Callable[[tuple[int, int]], np.ndarray]] = {
         "normal": random.standard_normal,
         "heavy tails": lambda shape: random.standard_t(3, shape),
         "one sign": lambda shape: random.gamma(2.0, 1.0, shape),

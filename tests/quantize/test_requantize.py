@@ -27,7 +27,7 @@ from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 CPU = torch.device("cpu")
 WINDOWS = ids((32, 24, 32))
 W2, W4 = Scheme(Int(2), 32), Scheme(Int(4), 32)
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LINEARS: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 #: Changed in these tests: behind a block of two bits, and before one.
 CHANGED = "model.layers.1.mlp.down_proj"
@@ -94,7 +94,7 @@ def test_a_second_stream_runs_the_original_and_not_the_mixture(tiny: Tiny, tmp_p
     stored = artifact(source, tmp_path / "w2", "gptaq", {})
     change(stored, source, tmp_path / "out", "gptaq", {})
     original, mixed = resident(source), mixture(source, stored)
-    weight = original.get_submodule(CHANGED).weight.detach()
+    weight = original.get_parameter(f"{CHANGED}.weight").detach()
 
     def solved(other: torch.nn.Module) -> torch.Tensor:
         total = HessianSum(CHANGED, weight.shape[1], CPU, original=True, drift=len(weight))

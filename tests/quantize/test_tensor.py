@@ -35,7 +35,10 @@ def test_rows_and_concatenation_are_inverse(name: str) -> None:
     whole = QuantizedTensor.concatenate(parts)
     assert [part.shape for part in parts] == [(3, 48), (1, 48), (6, 48)]
     assert torch.equal(whole.codes, tensor.codes) and torch.equal(whole.scale, tensor.scale)
-    assert (whole.zero is None) if tensor.zero is None else torch.equal(whole.zero, tensor.zero)
+    if tensor.zero is None:
+        assert whole.zero is None
+    else:
+        assert whole.zero is not None and torch.equal(whole.zero, tensor.zero)
     assert QuantizedTensor.concatenate([tensor]) is tensor
 
 

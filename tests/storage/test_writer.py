@@ -62,7 +62,7 @@ def test_the_reference_library_reads_what_is_written(
         for name in order:
             writer.write(name, tensors[name])
         writer.sync()
-    loaded = {}
+    loaded: dict[str, torch.Tensor] = {}
     for shard in layout.shards:
         assert (directory / shard.name).stat().st_size == shard.nbytes
         loaded |= load_file(directory / shard.name)

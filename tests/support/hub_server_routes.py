@@ -265,8 +265,8 @@ class Routes:
                 raise RefusalError(422, f"{path}: belongs into a large object")
             tree[path] = Blob(content, lfs=False)
         elif key == "lfsFile":
-            if value["oid"] not in repo.objects and (content := self.xet.read(value["oid"])) is not None:
-                self.state.store(repo, value["oid"], content)
+            if value["oid"] not in repo.objects and (sent := self.xet.read(value["oid"])) is not None:
+                self.state.store(repo, value["oid"], sent)
             if len(repo.objects.get(value["oid"], b"")) != value["size"]:
                 raise RefusalError(422, f"{path}: its object was never uploaded")
             tree[path] = Blob(repo.objects[value["oid"]], lfs=True)

@@ -87,7 +87,7 @@ class Fault:
     status: int = 0
     message: str = ""
     times: int = 1_000_000
-    hook: Callable[[], None] | None = None
+    hook: Callable[[], object] | None = None
     retry_after: str | None = None
     drop_after: int | None = None
     lose_response: bool = False
@@ -133,7 +133,7 @@ class HubState:
         #: Of the answer to whoami: ``orgs``, and what to say of the ``token``.
         self.account: dict[str, Any] = {}
 
-    def add_repo(self, repo_id: str, files: dict[str, bytes], **settings: bool) -> Repo:
+    def add_repo(self, repo_id: str, files: dict[str, bytes], **settings: Any) -> Repo:
         repo = self.repos[repo_id] = Repo(**settings)
         repo.commit("main", {path: Blob(data, len(data) >= LFS_BYTES) for path, data in files.items()})
         return repo

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from support.quantized import hessian_of, random_inputs, random_weight
@@ -23,10 +24,10 @@ LIMITS = -8.0, 7.0
 def main() -> None:
     agreed = []
     for rows, block, groups in ((16, 32, 2), (37, 24, 1), (5, 1, 3)):
-        compare(lambda kernel, case=(rows, block, groups): solved(kernel, *case), _SOLVERS)
+        compare(partial(solved, rows=rows, block=block, groups=groups), _SOLVERS)
         agreed.append("solve_columns")
     for rows, count in ((16, 32), (37, 24), (5, 1)):
-        compare(lambda kernel, case=(rows, count): descended(kernel, *case), _DESCENTS)
+        compare(partial(descended, rows=rows, count=count), _DESCENTS)
         agreed.append("descend_columns")
     sys.stdout.write("\n".join(agreed))
 

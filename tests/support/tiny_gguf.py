@@ -62,13 +62,16 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
+Stored = np.ndarray | tuple[np.ndarray, QType]
+
+
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """What llama.cpp does to the rows of Llama's query and key projections."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def stored_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
+def stored_tensors(model: PreTrainedModel) -> dict[str, Stored]:
     """A model's tensors under llama.cpp's names and in its layout, in float32."""
     config = model.config
     arch = "llama" if config.model_type == "mistral" else config.model_type
@@ -78,7 +81,7 @@ def stored_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    stored = {}
+    stored: dict[str, Stored] = {}
     for name, value in state.items():
         stem, _, suffix = name.rpartition(".")
         if arch == "llama" and ".q_proj." in name:
@@ -143,7 +146,7 @@ def byte_level_metadata(pre: str = "gpt-2") -> Metadata:
 def write_gguf(
     path: Path,
     metadata: Metadata,
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Stored],
     qtype: Callable[[str, np.ndarray], QType] = lambda name, value: QType.F32,
 ) -> Path:
     """Write a GGUF file.

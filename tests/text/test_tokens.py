@@ -229,7 +229,7 @@ def test_shuffled_documents_follow_the_seed() -> None:
         (([{"role": "user", "content": "hi"}],), {"samples": 1, "length": 2}, "no chat template"),
     ],
 )
-def test_useless_text_is_refused(documents: tuple[Any, ...], options: dict[str, int], message: str) -> None:
+def test_useless_text_is_refused(documents: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         draw_windows(byte_tokenizer(), corpus(*documents), **options)
 

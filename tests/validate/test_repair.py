@@ -131,7 +131,7 @@ def test_what_a_block_inherits_does_not_lead_to_eight_bits_before_others_have_fo
     """Round after round, with errors that quarter by the bit: alike units are raised alike."""
     names = [(f"layers.{index}.up",) for index in range(8)]
     own = [0.10, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17]
-    schemes = dict.fromkeys(names, W3)
+    schemes: dict[tuple[str, ...], Scheme] = dict.fromkeys(names, W3)
     errors = {name[0]: 0.02 for name in names}
     costs = sensitivities(report_on(*own), names, errors)
     budget = len(names) * 64 * 128 // 8 - 1  # one byte less than four bits for all

@@ -178,7 +178,7 @@ def test_conversion_gives_the_same_bytes_as_fetching_first(
 def test_rounding_gives_the_same_bytes_as_fetching_first(
     hub: HubServer, streamer: Streamer, model: Path, tmp_path: Path, method: str, scheme: str, layout_format: str
 ) -> None:
-    settings = {"method": method, "format": layout_format}
+    settings: dict[str, Any] = {"method": method, "format": layout_format}
     with SafetensorsCheckpoint(model) as checkpoint:
         cast = CastView(checkpoint, torch.bfloat16)
         try:
@@ -189,7 +189,7 @@ def test_rounding_gives_the_same_bytes_as_fetching_first(
             return
     answer = streamer("quantize", tmp_path / "out", scheme=scheme, **settings)
     assert content(tmp_path / "out") == content(tmp_path / "expected")
-    assert (answer.layers, answer.bytes) == (len(result.layers), result.nbytes)
+    assert (answer["layers"], answer["bytes"]) == (len(result.layers), result.nbytes)
 
 
 @pytest.mark.parametrize("ahead", [1, 20_000, 1 << 26])

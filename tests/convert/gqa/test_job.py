@@ -70,7 +70,7 @@ def test_refits_bring_attention_closer(tmp_path: Path) -> None:
     """Each refit lowers what it is meant to lower, and each the loss of attention output on top of the one before."""
     model = grouped_model(tmp_path / "model", "llama", kv_heads=4, head_dim=8)
     windows = ids((32,) * 24, seed=5)
-    variants = {
+    variants: dict[str, dict[str, Any]] = {
         "none": {"refit": False},
         "outputs": {"options": RefitOptions(logits=False)},
         "all": {"options": RefitOptions(rounds=2)},

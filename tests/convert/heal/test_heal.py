@@ -147,7 +147,7 @@ def _run(original: Path, merged: Path, output: Path, state: Path, kill_at: int) 
             os.kill(os.getpid(), signal.SIGKILL)
         replace(*names)
 
-    os.replace = counted
+    os.replace = counted  # type: ignore[assignment]
     heal(original, merged, output, state=state)
 
 

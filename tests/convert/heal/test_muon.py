@@ -50,4 +50,4 @@ def test_every_head_moves_by_itself() -> None:
             head.grad = gradient.clone()
         Muon([] if columns else [whole], [whole] if columns else [], head_dim=4, lr=0.1).step()
         Muon([] if columns else heads, heads if columns else [], head_dim=4, lr=0.1).step()
-        torch.testing.assert_close(whole, torch.cat(heads, cut))
+        torch.testing.assert_close(whole, torch.cat(tuple(heads), cut))

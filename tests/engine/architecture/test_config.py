@@ -46,7 +46,7 @@ def test_fewer_key_value_heads_are_declared_as_the_family_does(
 
 
 def test_the_language_model_in_a_config_with_parts() -> None:
-    whole = {"model_type": "gemma3", "vocab_size": 7, "text_config": {"vocab_size": 9}}
+    whole: dict[str, Any] = {"model_type": "gemma3", "vocab_size": 7, "text_config": {"vocab_size": 9}}
     assert declared_number(whole, "vocab_size") == 9
     assert declared_number(whole, "hidden_size") is None
     assert language_model({"text_config": None, "vocab_size": 7}) == {"text_config": None, "vocab_size": 7}

@@ -83,7 +83,7 @@ def test_8_bits_are_bitsandbytes_own(dtype: torch.dtype) -> None:
     weight[2] *= 1e-6
     weight[3, :2] = torch.tensor([60000.0, 0.5])
     weight = weight.to(dtype)
-    theirs = Int8Params(weight.clone(), requires_grad=False).to("cpu")
+    theirs = Int8Params(weight.clone(), requires_grad=False).to("cpu")  # type: ignore[misc]
     found = Rtn().quantize([Target("l", weight, Scheme.parse("llm.int8"))], None, torch.float32)["l"].tensor
     packed = BNB.pack("l", found)
     specs = {spec.name: spec for spec in BNB.specs("l", (512, 192), found.scheme, torch.float32)}
@@ -160,7 +160,7 @@ def test_4_bits_of_its_own_are_read(tiny_llama: Path, tmp_path: Path, kind: str,
     for name, module in linears.items():
         weight = f"{name}.weight"
         assert view.infos[weight].shape == (module.out_features, module.in_features)
-        expected = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        expected = dequantize_4bit(module.weight.data, module.weight.quant_state)  # type: ignore[attr-defined]
         assert view.infos[weight].dtype == expected.dtype
         assert torch.equal(view[weight], expected)
         assert torch.equal(view.read_rows(weight, 3, 20), expected[3:20])
@@ -190,6 +190,6 @@ def test_8_bits_of_its_own_are_read(tiny: Tiny, tmp_path: Path) -> None:
     }
     assert len(linears) == 21
     for name, module in linears.items():
-        codes, largest = module.weight.CB, module.weight.SCB
+        codes, largest = module.weight.CB, module.weight.SCB  # type: ignore[attr-defined]
         assert torch.equal(view[f"{name}.weight"], codes.float() * (largest / 127).unsqueeze(1))
     assert "lm_head.weight_format" not in view and not any(name.endswith((".SCB", "weight_format")) for name in view)

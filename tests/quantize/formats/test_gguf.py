@@ -154,7 +154,7 @@ def test_codes_of_gptq_carry_over_exactly(scheme: str, qtype: str, models: Path,
     with SafetensorsCheckpoint(tmp_path / "st") as stored, open_gguf(tmp_path / "tiny.gguf") as found:
         dense = open_dense(stored)
         assert isinstance(dense, QuantizedView) and len(dense.quantized) == 14
-        kinds = {place.name: tensor.qtype.name for tensor, place in found._sources.values()}
+        kinds = {place.name: tensor.qtype.name for tensor, place in vars(found)["_sources"].values()}
         for name in dense.quantized:
             assert kinds[name] == qtype
             assert torch.equal(found[name], dense.read_quantized(name).dequantize(torch.float32))

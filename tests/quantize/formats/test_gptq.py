@@ -157,8 +157,8 @@ def test_what_others_wrote_is_read(
     if order == "scattered":
         group = torch.randperm(96, generator=torch.Generator().manual_seed(seed)) // 32
         stored["l.g_idx"] = group.to(torch.int32)
-        zero = 0.0 if tensor.zero is None else tensor.zero.float()[:, group]
-        expected = (tensor.codes.float() - zero) * tensor.scale.float()[:, group]
+        offset = 0.0 if tensor.zero is None else tensor.zero.float()[:, group]
+        expected = (tensor.codes.float() - offset) * tensor.scale.float()[:, group]
     elif order == "none":
         del stored["l.g_idx"]
     declared = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": symmetric, "checkpoint_format": version}

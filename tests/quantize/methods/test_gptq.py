@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,7 +170,12 @@ def test_stacked_linears_get_what_they_get_alone(name: str) -> None:
 def test_linears_of_different_schemes_share_a_factorization(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     factorize: Callable[[torch.Tensor], bool] = gptq_module.lower_factor_
-    monkeypatch.setattr(gptq_module, "lower_factor_", lambda matrix: calls.append(len(matrix)) or factorize(matrix))
+
+    def counted(matrix: torch.Tensor) -> bool:
+        calls.append(len(matrix))
+        return factorize(matrix)
+
+    monkeypatch.setattr(gptq_module, "lower_factor_", counted)
     hessian = hessian_of(random_inputs(400, 128), torch.float64)
     names = ["w4a16-g32", "w8a16-channel", "w4a16-g32"]
     targets = [Target(f"l{i}", random_weight(16, 128, i).double(), Scheme.parse(name)) for i, name in enumerate(names)]
@@ -225,7 +231,7 @@ def test_kernel_and_plain_torch_agree(name: str, dtype: torch.dtype, monkeypatch
     method = Gptq(dtype=dtype, sweeps=0)
     kernel = quantized(method, weight, hessian, name)
 
-    def plain(work: torch.Tensor, *arguments: object) -> None:
+    def plain(work: torch.Tensor, *arguments: Any) -> None:
         *tensors, scheme = arguments
         gptq_module._solve_block_plain(work, *tensors, *scheme.number.limits)
 

@@ -32,6 +32,7 @@ class RandomScales(Awq):
     """Scales between a quarter and four, and a note of what was seen."""
 
     sample_tokens: ClassVar[int] = 20
+    seen: list[ScaledEdge]
 
     def __init__(self) -> None:
         super().__init__()

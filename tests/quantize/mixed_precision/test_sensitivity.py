@@ -59,11 +59,11 @@ class StopAfter:
         self._left = steps
 
     @contextmanager
-    def task(self, *args: Any) -> Iterator[StopAfter]:
+    def task(self, description: str, total: float) -> Iterator[StopAfter]:
         yield self
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self._left -= steps
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self._left -= int(amount)
         if self._left < 0:
             raise StoppedError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -104,7 +106,7 @@ def test_kernel_and_plain_torch_agree(name: str, monkeypatch: pytest.MonkeyPatch
     weight, tensor, hessian = start(name, rows=100)
     kernel, loss = refine(weight, tensor, hessian, 2)
 
-    def plain(_: object, __: int, *arguments: object) -> None:
+    def plain(_: object, __: int, *arguments: Any) -> None:
         refine_module._descend_plain(*arguments)
 
     monkeypatch.setattr(refine_module, "over_rows", plain)

@@ -36,10 +36,17 @@ def write_quick(write_recipe: Any, texts: tuple[Path, Path]) -> Any:
     return partial(write_recipe, validate={"perplexity": perplexity, "decoding": False})
 
 
+def decoding(recipe: Path) -> DecodingSettings | None:
+    """What a recipe asks for about the speed of decoding."""
+    asked = load_recipe(recipe).measured
+    assert asked is not None
+    return asked.decoding
+
+
 def test_decoding_is_measured_where_attention_is_rewritten(write_recipe: Any, write_quick: Any) -> None:
-    assert load_recipe(write_recipe(attention={"kv_heads": 1})).measured.decoding == DecodingSettings()
-    assert load_recipe(write_quick(attention={"kv_heads": 1})).measured.decoding is None
-    assert load_recipe(write_recipe()).measured.decoding is None
+    assert decoding(write_recipe(attention={"kv_heads": 1})) == DecodingSettings()
+    assert decoding(write_quick(attention={"kv_heads": 1})) is None
+    assert decoding(write_recipe()) is None
 
 
 def test_merging_and_quantizing_in_one_run(write_quick: Any) -> None:

@@ -54,9 +54,9 @@ def test_a_recipe_makes_a_measured_gguf_artifact(tmp_path: Path) -> None:
     result = run_recipe(parse_recipe(text, "x.yaml"), work_dir=tmp_path / "work")
     (file,) = result.artifact.glob("*.gguf")
     assert file.name == "Tiny-1M-Q4_K_M.gguf"
-    assert result.report.check("size_bytes").value == file.stat().st_size
-    assert 4 < (result.report.check("bits_per_weight").value or 0) < 8
-    assert result.report.check("inventory").ok and result.report.check("perplexity").value
+    assert result.report["size_bytes"].value == file.stat().st_size
+    assert 4 < (result.report["bits_per_weight"].value or 0) < 8
+    assert result.report["inventory"].ok and result.report["perplexity"].value
     card = (result.artifact / "README.md").read_text()
     assert "llama-server -m FILE.gguf" in card and "AutoModelForCausalLM" not in card
     assert "library_name: gguf" in card
@@ -69,7 +69,7 @@ def test_the_command_line_writes_a_file_or_a_directory(output: str, file: str, t
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     with open_gguf(tmp_path / file) as checkpoint:
-        assert checkpoint.general["general.file_type"] == 7
+        assert vars(checkpoint)["general"]["general.file_type"] == 7
     converted = CliRunner().invoke(main, ["convert", str(tmp_path / output), str(tmp_path / "back")])
     assert converted.exit_code == 0, converted.output
     assert (tmp_path / "back" / "model.safetensors").exists() and (tmp_path / "back" / "tokenizer.json").exists()

@@ -131,5 +131,7 @@ def test_a_gguf_artifact_is_computed_and_not_run(mha: Path, monkeypatch: pytest.
     monkeypatch.setattr(Subject, "loadable", property(lambda self: False))
     check = measure(mha, MemoryLadder(measured_contexts=(64,)))
     assert check.ok and check.value and "GGUF" in check.detail["not_measured"][0]
-    (attention,) = AttentionCheck(AttentionOptions()).measure(Subject(mha, *[None] * 5, torch.device("cpu")))  # type: ignore[arg-type]
+    with SafetensorsCheckpoint(mha) as stored:
+        subject = Subject(mha, stored, stored, None, None, None, torch.device("cpu"))
+        (attention,) = AttentionCheck(AttentionOptions()).measure(subject)
     assert attention.ok and attention.value is None and "GGUF" in attention.text

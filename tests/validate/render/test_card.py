@@ -35,7 +35,7 @@ def test_metadata(report: Report) -> None:
         "tags": ["llmconvert", "gptq", "compressed-tensors", "4-bit", "w4a16"],
     }
     data = ModelCard(card).data
-    assert data.base_model == ["maker/Tiny"] and data.license == "apache-2.0"
+    assert (data.get("base_model"), data.get("license")) == (["maker/Tiny"], "apache-2.0")
 
 
 def test_the_originals_licence_is_kept(report: Report) -> None:

@@ -85,7 +85,7 @@ def test_what_does_not_compare_is_said(report: Report) -> None:
 )
 def test_no_number_is_best_where_numbers_do_not_compare(report: Report, what: str, kept: set[str]) -> None:
     other = variant(report, "other", "w8a16-g64-sym", size_bytes=1e6, perplexity=99.0, **{"speed.decode": 1.0})
-    changed: dict[str, Any] = {
+    changes: dict[str, dict[str, Any]] = {
         "nothing": {},
         "text": {
             "checks": tuple(
@@ -97,8 +97,8 @@ def test_no_number_is_best_where_numbers_do_not_compare(report: Report, what: st
         },
         "original": {"model": other.model.model_copy(update={"source": "maker/Other"})},
         "machine": {"environment": {"torch": "2.12.0"}},
-    }[what]
-    rows = {row.label: row for row in compare_reports({"a": report, "b": other.model_copy(update=changed)}).rows}
+    }
+    rows = {row.label: row for row in compare_reports({"a": report, "b": other.model_copy(update=changes[what])}).rows}
     named = {"Weights on disk", "Perplexity", "Speed of writing"}
     assert {label for label in named if rows[label].best} == kept
 
