@@ -15,7 +15,7 @@ from llmconvert.engine.skeleton import Skeleton
 from llmconvert.phases import Phases
 from llmconvert.progress import SILENT
 from llmconvert.quantize.execute import Sink, quantize_blocks, resumed_blocks
-from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.formats.base import ContainerRequest, load_format
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import load_quantizer
 from llmconvert.quantize.numbers import Int
@@ -25,7 +25,6 @@ from llmconvert.quantize.sink import ArtifactSink
 from llmconvert.quantize.steps import CalibratedSteps
 from llmconvert.storage.artifact import build_artifact
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
-from llmconvert.storage.writer import plan_layout
 
 FORMATS = ("compressed-tensors", "gptq")
 SCHEME = Scheme(Int(4), 32)
@@ -79,13 +78,19 @@ def one_pass(source: Path, place: Path, formats: Sequence[str], stop: int | None
         steps = CalibratedSteps(
             skeleton, quantizer, plans[0], torch.bfloat16, phases, blocks, tuple(WINDOWS), "lockstep"
         )
-        artifacts = [
-            stack.enter_context(build_artifact(place / name, plan_layout(plan.specs), name))
+        containers = [
+            load_format(name).container(
+                checkpoint, place / name, ContainerRequest(quantizer, SCHEME, plan.specs, plan.declared, name)
+            )
             for name, plan in zip(formats, plans, strict=True)
         ]
+        artifacts = [
+            stack.enter_context(build_artifact(place / name, container.layout, name))
+            for name, container in zip(formats, containers, strict=True)
+        ]
         sinks = [
-            ArtifactSink(artifact, skeleton, load_format(name), plan, phases)
-            for name, plan, artifact in zip(formats, plans, artifacts, strict=True)
+            ArtifactSink(artifact, skeleton, container, plan, phases)
+            for container, plan, artifact in zip(containers, plans, artifacts, strict=True)
         ]
         done = resumed_blocks(sinks)
         into: list[Sink] = list(sinks)
