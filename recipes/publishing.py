@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from llmconvert.errors import CapacityError, OutputError
+from llmconvert.errors import CapacityError, OutputError, RecipeError
 from llmconvert.hub import PushOptions, check_push, push_folder
 from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.schema.recipe import PLACEHOLDERS, PublishSettings, Recipe
@@ -37,6 +37,9 @@ def fill_target(recipe: Recipe) -> Recipe:
 
     ``{name}`` is the recipe's, ``{model}`` the last part of the model's, and ``{scheme}`` the dtype if nothing is
     quantized.
+
+    Raises:
+        RecipeError: the artifact would take the place of the model that it is made from.
     """
     settings, quantize = recipe.publish, recipe.quantize
     if settings is None:
@@ -53,7 +56,20 @@ def fill_target(recipe: Recipe) -> Recipe:
         for key in ("to", "revision", "folder", "tag", "message")
         if (value := getattr(settings, key)) is not None
     }
-    return recipe.model_copy(update={"publish": settings.model_copy(update=filled)})
+    target = settings.model_copy(update=filled)
+    _refuse_own_source(recipe.model, target)
+    return recipe.model_copy(update={"publish": target})
+
+
+def _refuse_own_source(model: str, target: PublishSettings) -> None:
+    """Whoever loads the original from there would get other weights under the same name."""
+    origin, _, revision = model.partition("@")
+    onto = target.to.lower() == origin.lower() and (target.revision or "main") == (revision or "main")
+    if onto and target.folder is None:
+        raise RecipeError(
+            f"publish.to: found {target.to!r}, which is the model itself; its weights would be replaced. Name another "
+            "repository, or give publish.revision or publish.folder, which leave the original where it is"
+        )
 
 
 def check_target(settings: PublishSettings, recipe: str) -> None:

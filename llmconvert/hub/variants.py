@@ -10,6 +10,8 @@ import hashlib
 import re
 from collections.abc import Mapping
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from llmconvert.errors import HubError
 from llmconvert.hub.plan import PushPlan
 from llmconvert.hub.repository import MANIFEST, Content, Listing
@@ -19,7 +21,6 @@ __all__ = ["ROOT_CARD", "variants_card"]
 
 ROOT_CARD = "README.md"
 _MARK = re.compile(r"<!-- llmconvert: one variant per folder(?:, sha256 ([0-9a-f]{64}))? -->\n")
-_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
 def variants_card(
@@ -34,8 +35,10 @@ def variants_card(
         HubError: ours was changed since it was published.
     """
     present = listing.get(ROOT_CARD)
+    before = ""
     if present is not None:
-        state = _state(b"".join(iterate_content(present)).decode(errors="replace"))
+        before = b"".join(iterate_content(present)).decode(errors="replace")
+        state = _state(before)
         if state == "foreign":
             return None
         if state == "edited" and not replace:
@@ -69,8 +72,7 @@ def variants_card(
         "```",
         "",
     ]
-    matter = _FRONT_MATTER.match(plan.card or "")
-    front, text = matter[0] if matter else "", "\n".join(lines)
+    front, text = _front_matter(before, plan.card or ""), "\n".join(lines)
     return f"{front}<!-- llmconvert: one variant per folder, sha256 {_digest(front, text)} -->\n{text}".encode()
 
 
@@ -80,6 +82,17 @@ def _state(card: str) -> str:
     if mark is None:
         return "foreign"
     return "ours" if mark[1] == _digest(card[: mark.start()], card[mark.end() :]) else "edited"
+
+
+def _front_matter(before: str, card: str) -> str:
+    """The new variant's metadata with the tags of all; what they disagree on is said in their own cards."""
+    cards = [ModelCard(text, ignore_metadata_errors=True) for text in (before, card)]
+    older, newer = (dict(found.data.to_dict()) for found in cards)
+    if not newer and not older:
+        return ""
+    tags = [*(older.get("tags") or ()), *(newer.get("tags") or ())]
+    merged = {**older, **newer, **({"tags": list(dict.fromkeys(tags))} if tags else {})}
+    return f"---\n{ModelCardData(**merged).to_yaml()}\n---\n"
 
 
 def _digest(front: str, text: str) -> str:

@@ -33,7 +33,7 @@ from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.directory import is_weight_file
 from llmconvert.storage.writer import write_file
 from llmconvert.text.tokens import TokenWindows
-from llmconvert.validate.render.card import render_card
+from llmconvert.validate.render.card import Address, render_card
 from llmconvert.validate.render.html import render_html
 from llmconvert.validate.render.plots import divergence_plot, layer_error_plot, quality_plot
 from llmconvert.validate.render.section_plot import section_plot
@@ -96,7 +96,7 @@ def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration
         revision=source.revision,
         architecture=summary.architecture,
         parameters=summary.parameters,
-        license=origin.license_fields.get("license"),
+        license=origin.license,
         base_model=recipe.card.base_model or origin.base_model,
         parents=origin.parents,
         method=settings.method if settings is not None else None,
@@ -156,9 +156,9 @@ def assemble_artifact(model: Path, artifact: Path, recipe: Recipe, source: Sourc
             write_file(artifact / section_plots[section.name], picture)
     card = render_card(
         report,
-        repository=_repository(recipe, report),
+        address=_address(recipe),
         recipe=text,
-        license_fields=provenance(source).license_fields,
+        inherited=provenance(source).inherited,
         chat=any(name.startswith("chat_template") for name in source.checkpoint.files),
         plots=plots,
         section_plots=section_plots,
@@ -194,10 +194,13 @@ def artifact_stage(
     return Stage("artifact", {"model": model}, StepDetails.model_validate, build, inputs, reported=False)
 
 
-def _repository(recipe: Recipe, report: Report) -> str:
-    """Where users will load the artifact from."""
-    target = recipe.publish.to if recipe.publish is not None else ""
-    return report.model.name if not target or target.startswith("file:") else target
+def _address(recipe: Recipe) -> Address:
+    """Where users will load the artifact from; from a directory that may be moved, as the one that the card lies in."""
+    target = recipe.publish
+    if target is None or target.to.startswith("file:"):
+        return Address(".")
+    revision = target.revision if (target.revision or "main") != "main" else None
+    return Address(target.to, target.folder, revision)
 
 
 def _take(source: Path, target: Path) -> None:

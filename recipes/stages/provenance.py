@@ -14,7 +14,7 @@ from typing import Any
 
 from llmconvert.convert.source import Source
 from llmconvert.gguf.checkpoint import GgufCheckpoint
-from llmconvert.validate.render.card import inherited_license
+from llmconvert.validate.render.card import inherited_metadata
 
 __all__ = ["Provenance", "provenance"]
 
@@ -34,12 +34,19 @@ class Provenance:
     Attributes:
         base_model: Hub id of the very model it holds.
         parents: Hub ids of the models which that one was made from.
-        license_fields: ``license``, ``license_name`` and ``license_link``, those that there are.
+        inherited: what it says for every artifact made from it: ``license``, ``license_name``, ``license_link``,
+            ``language`` and ``tags``, those that there are.
     """
 
     base_model: str | None = None
     parents: tuple[str, ...] = ()
-    license_fields: Mapping[str, str] = field(default_factory=dict)
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def license(self) -> str | None:
+        """The licence, or several with commas between."""
+        found = self.inherited.get("license")
+        return ", ".join(found) if isinstance(found, list) else found
 
 
 def provenance(source: Source) -> Provenance:
@@ -48,7 +55,7 @@ def provenance(source: Source) -> Provenance:
     if isinstance(checkpoint, GgufCheckpoint):
         return _of_gguf(checkpoint.general)
     readme = checkpoint.read_file("README.md") if "README.md" in checkpoint.files else None
-    return Provenance(source.origin if source.kind == "hub" else None, (), inherited_license(readme))
+    return Provenance(source.origin if source.kind == "hub" else None, (), inherited_metadata(readme))
 
 
 def _of_gguf(general: Mapping[str, Any]) -> Provenance:

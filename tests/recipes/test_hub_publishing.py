@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,6 +120,59 @@ def test_a_token_that_may_not_write_is_found_out_before_the_work(
         assert text in done.stderr
         assert not list((tmp_path / "work").glob("convert-*"))
         assert token not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "publish",
+    [
+        {"to": "me/{name}"},
+        {"to": "me/{name}", "revision": "{scheme}"},
+        {"to": "me/{name}", "folder": "{scheme}"},
+        {"to": "file:published"},
+    ],
+    ids=lambda publish: "-".join(publish) + "-" + publish["to"].partition(":")[0].replace("/", "-"),
+)
+def test_the_lines_on_a_card_load_what_was_published(
+    publish: dict[str, str], hub: HubServer, write_recipe: Any, tmp_path: Path
+) -> None:
+    quick = {"quantize": {"method": "rtn", "scheme": "w8a16-g32"}, "validate": None, "calibrate": None}
+    done = run(hub, tmp_path / "home", "run", str(write_recipe("tiny", publish=publish, **quick)))
+    assert done.returncode == 0, done.stderr
+    where = tmp_path
+    if publish["to"].startswith("file:"):
+        where = tmp_path / "published"
+        card = (where / "README.md").read_text()
+    else:
+        folder = "w8a16-g32-sym/" if "folder" in publish else ""
+        files = hub.files("me/tiny", "w8a16-g32-sym" if "revision" in publish else "main")
+        card = files[f"{folder}README.md"].decode()
+        if folder:  # the root's card as well
+            card += files["README.md"].decode()
+    snippets = [text for text in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "AutoModel" in text]
+    assert len(snippets) == (2 if "folder" in publish else 1)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    for number, snippet in enumerate(snippets):
+        loaded = subprocess.run(
+            [sys.executable, "-c", snippet],
+            env={**environment, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / f"reader-{number}")},
+            cwd=where,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert loaded.returncode == 0, f"{snippet}\n{loaded.stderr}"
+
+
+@pytest.mark.parametrize(
+    "target", [{"to": "org/llama"}, {"to": "org/{model}"}, {"to": "org/llama", "revision": "main"}]
+)
+def test_an_artifact_does_not_take_the_place_of_its_source(target: dict[str, str], write_recipe: Any) -> None:
+    recipe = load_recipe(write_recipe(publish=target), ["model=org/llama"])
+    with pytest.raises(RecipeError, match="is the model itself; its weights would be replaced"):
+        fill_target(recipe)
+    for more in ({"revision": "w4"}, {"folder": "w4"}):
+        assert fill_target(load_recipe(write_recipe(publish={**target, **more}), ["model=org/llama"])).publish
 
 
 def test_placeholders_stand_for_the_recipes_values(write_recipe: Any) -> None:

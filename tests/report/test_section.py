@@ -22,7 +22,7 @@ from llmconvert.report.section import Column, Plot, Section, Series
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.artifact import validate_artifact
 from llmconvert.validate.measurement import Subject
-from llmconvert.validate.render.card import render_card
+from llmconvert.validate.render.card import Address, render_card
 from llmconvert.validate.render.display import section_table
 from llmconvert.validate.render.html import render_html
 from llmconvert.validate.render.section_plot import section_plot
@@ -72,7 +72,9 @@ def test_a_check_carries_a_section_into_every_rendering(report: Report) -> None:
     shown = terminal(found)
     assert "Memory by <length>" in shown and "23.1 MB" in shown and "Counted, not guessed." in shown
     assert "Fits the memory" not in shown
-    card = render_card(found, repository="x/y", recipe="model: x", section_plots={"memory-ladder": "llmconvert/m.png"})
+    card = render_card(
+        found, address=Address("x/y"), recipe="model: x", section_plots={"memory-ladder": "llmconvert/m.png"}
+    )
     assert "## Memory by <length>\n\nCounted, not guessed.\n\n| tokens | cache | mode | why |" not in card
     assert re.search(
         r"\| tokens \| cache \| mode \\\| why \|\n\|---:\|---:\|---\|\n\| 1,024 \| 23\.1 MB \| eager\\\|slow \|\n", card
@@ -89,7 +91,7 @@ def test_a_section_without_rows_still_says_why(report: Report) -> None:
 def test_a_section_appears_only_where_it_wants_to(report: Report) -> None:
     found = carried(report, ladder(shown=()))
     assert "Memory by" not in terminal(found)
-    assert "Memory by" not in render_card(found, repository="x/y", recipe="model: x")
+    assert "Memory by" not in render_card(found, address=Address("x/y"), recipe="model: x")
     assert "Memory by" in render_html(found)
 
 

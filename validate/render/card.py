@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -19,15 +20,46 @@ from llmconvert.report.report import Report
 from llmconvert.validate.render.display import rows, section_table
 from llmconvert.validate.render.html import template_environment
 
-__all__ = ["inherited_license", "render_card"]
+__all__ = ["Address", "inherited_metadata", "render_card"]
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+# What an original's card says of the model itself, and so of every artifact made from it.
+_INHERITED = ("license", "license_name", "license_link", "language", "tags")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where users load an artifact from.
+
+    Attributes:
+        repository: ``user/name`` on the Hub, or a directory; ``.`` is the one that the card itself lies in.
+        folder: of the repository, for one of several variants.
+        revision: branch or tag, where it is not the main branch.
+    """
+
+    repository: str
+    folder: str | None = None
+    revision: str | None = None
+
+    @property
+    def hub(self) -> bool:
+        """Whether that is a repository on the Hub, which runtimes fetch by its name."""
+        return _REPOSITORY.fullmatch(self.repository) is not None
+
+    def arguments(self, *, folder: bool = True) -> str:
+        """What ``from_pretrained`` gets: ``"user/name", revision="w4"``."""
+        given = {"revision": self.revision, "subfolder": self.folder if folder else None}
+        return ", ".join([f'"{self.repository}"', *(f'{key}="{value}"' for key, value in given.items() if value)])
 
 
 def render_card(
     report: Report,
     *,
-    repository: str,
+    address: Address,
     recipe: str,
-    license_fields: Mapping[str, str] | None = None,
+    inherited: Mapping[str, Any] | None = None,
     chat: bool = False,
     plots: Sequence[tuple[str, str]] = (),
     section_plots: Mapping[str, str] | None = None,
@@ -36,9 +68,9 @@ def render_card(
     """``README.md`` of an artifact, parsed once by ``huggingface_hub`` before it is returned.
 
     Args:
-        repository: where users will load it from: ``user/name``, or a directory.
+        address: where users will load it from.
         recipe: the resolved recipe as YAML.
-        license_fields: ``license``, ``license_name``, ``license_link`` of the original (:func:`inherited_license`).
+        inherited: what the original's card says of the model (:func:`inherited_metadata`).
         chat: whether the tokenizer has a chat template, for the example.
         plots: (caption, path inside the repository).
         section_plots: name of a section → path of its plot.
@@ -55,7 +87,7 @@ def render_card(
         title=model.name,
         model=model,
         base=base,
-        repository=repository,
+        address=address,
         rows=[row for row in rows(report) if row.value and not row.quiet],
         sections=[
             (section, section_table(section), section_plots.get(section.name, ""))
@@ -74,7 +106,7 @@ def render_card(
         limitations=limitations,
         environment=report.environment,
     )
-    card = f"---\n{_metadata(report, license_fields or {}).to_yaml()}\n---\n\n{body}"
+    card = f"---\n{_metadata(report, inherited or {}).to_yaml()}\n---\n\n{body}"
     try:
         ModelCard(card)
     except (ValueError, yaml.YAMLError) as error:
@@ -82,17 +114,17 @@ def render_card(
     return card
 
 
-def _metadata(report: Report, license_fields: Mapping[str, str]) -> ModelCardData:
+def _metadata(report: Report, inherited: Mapping[str, Any]) -> ModelCardData:
     model = report.model
     tags = ["llmconvert"]
     if model.scheme:
         bits = re.match(r"w(\d+)a(\d+)", model.scheme)
         tags += [tag for tag in (model.method, model.format, bits and f"{bits[1]}-bit", bits and bits[0]) if tag]
     fields: dict[str, Any] = {
-        **{key: license_fields[key] for key in ("license", "license_name", "license_link") if key in license_fields},
+        **{key: inherited[key] for key in _INHERITED if key in inherited and key != "tags"},
         "library_name": _library(model.format),
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys(tags)),
+        "tags": list(dict.fromkeys([*tags, *inherited.get("tags", ())])),
     }
     if model.license and "license" not in fields:
         fields["license"] = model.license
@@ -110,23 +142,27 @@ def _library(format: str | None) -> str:
     return load_format(format).library if format is not None and format in FORMATS else "transformers"
 
 
-def inherited_license(readme: bytes | str | None) -> dict[str, str]:
-    """The licence fields of an original's card: ``license``, and ``license_name`` and ``license_link`` if it has them.
+def inherited_metadata(readme: bytes | str | None) -> dict[str, Any]:
+    """What an original's card says of the model in its front matter: licence (one or several), languages and tags.
 
-    Empty without a card, or with one that can't be parsed.
+    Empty without a card, or with one whose front matter can't be parsed.
     """
     if readme is None:
         return {}
     text = readme.decode("utf-8", errors="replace") if isinstance(readme, bytes) else readme
-    match = re.match(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", text, re.DOTALL)
     try:
-        fields = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        fields = ModelCard(text.lstrip("\N{BOM}"), ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, yaml.YAMLError, RecursionError):
         return {}
-    if not isinstance(fields, dict):
-        return {}
-    keys = ("license", "license_name", "license_link")
-    return {key: fields[key] for key in keys if isinstance(fields.get(key), str)}
+    found: dict[str, Any] = {}
+    for key in _INHERITED:
+        value = fields.get(key)
+        names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else value
+        if names and isinstance(names, str | list):
+            found[key] = names
+    if isinstance(found.get("tags"), str):
+        found["tags"] = [found["tags"]]
+    return found
 
 
 def _detail(report: Report, name: str) -> Mapping[str, Any]:

@@ -45,11 +45,11 @@ def test_gguf_metadata_that_names_a_repository(
 
 
 def test_gguf_licence(tmp_path: Path) -> None:
-    assert of_gguf(tmp_path, general__license="apache-2.0").license_fields == {"license": "apache-2.0"}
+    assert of_gguf(tmp_path, general__license="apache-2.0").inherited == {"license": "apache-2.0"}
     named = {"general__license": "other", "general__license__name": "tiny-community"}
-    found = of_gguf(tmp_path, **named, general__license__link="LICENSE.txt").license_fields
+    found = of_gguf(tmp_path, **named, general__license__link="LICENSE.txt").inherited
     assert found == {"license": "other", "license_name": "tiny-community", "license_link": "LICENSE.txt"}
-    assert of_gguf(tmp_path, general__license="See the LICENSE file").license_fields == {}
+    assert of_gguf(tmp_path, general__license="See the LICENSE file").inherited == {}
 
 
 def test_a_directory_and_a_hub_model(tmp_path: Path) -> None:

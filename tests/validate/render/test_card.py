@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from llmconvert.report.report import Check, Report
-from llmconvert.validate.render.card import inherited_license, render_card
+from llmconvert.validate.render.card import Address, inherited_metadata, render_card
 
 RECIPE = "model: maker/Tiny\nquantize: {method: gptq, scheme: w4a16-g64}\n"
 
@@ -24,7 +24,7 @@ def front_matter(card: str) -> dict[str, object]:
 
 
 def test_metadata(report: Report) -> None:
-    card = render_card(report, repository="user/Tiny-W4A16", recipe=RECIPE)
+    card = render_card(report, address=Address("user/Tiny-W4A16"), recipe=RECIPE)
     found = front_matter(card)
     assert found == {
         "base_model": ["maker/Tiny"],
@@ -40,22 +40,36 @@ def test_metadata(report: Report) -> None:
 
 def test_the_originals_licence_is_kept(report: Report) -> None:
     readme = b"---\nlicense: other\nlicense_name: tiny-community\nlicense_link: LICENSE.txt\ntags: [x]\n---\n# Tiny\n"
-    fields = inherited_license(readme)
-    assert fields == {"license": "other", "license_name": "tiny-community", "license_link": "LICENSE.txt"}
-    found = front_matter(render_card(report, repository="user/x", recipe=RECIPE, license_fields=fields))
-    assert {key: found[key] for key in fields} == fields
+    fields = inherited_metadata(readme)
+    assert fields == {
+        "license": "other",
+        "license_name": "tiny-community",
+        "license_link": "LICENSE.txt",
+        "tags": ["x"],
+    }
+    found = front_matter(render_card(report, address=Address("user/x"), recipe=RECIPE, inherited=fields))
+    assert {key: found[key] for key in fields if key != "tags"} == {k: v for k, v in fields.items() if k != "tags"}
+    assert found["tags"][-1] == "x" and "4-bit" in found["tags"]
+
+
+def test_several_licences_languages_and_a_blank_line_before_them_are_kept(report: Report) -> None:
+    readme = "\n---\nlicense: [mit, apache-2.0]\nlanguage:\n- en\n- de\n---\n# Tiny\n"
+    fields = inherited_metadata(readme)
+    assert fields == {"license": ["mit", "apache-2.0"], "language": ["en", "de"]}
+    found = front_matter(render_card(report, address=Address("user/x"), recipe=RECIPE, inherited=fields))
+    assert (found["license"], found["language"]) == (["mit", "apache-2.0"], ["en", "de"])
 
 
 @pytest.mark.parametrize(
     "readme", [None, "# No front matter", "---\n- a list\n---\n", "---\n{: broken\n---\n", b"\xff"]
 )
 def test_no_licence_is_invented(readme: str | bytes | None) -> None:
-    assert inherited_license(readme) == {}
+    assert inherited_metadata(readme) == {}
 
 
 def test_numbers_and_how_they_were_measured(report: Report) -> None:
     card = render_card(
-        report, repository="user/x", recipe=RECIPE, plots=[("Size and quality.", "llmconvert/quality.png")]
+        report, address=Address("user/x"), recipe=RECIPE, plots=[("Size and quality.", "llmconvert/quality.png")]
     )
     assert "| Perplexity | 12.11 (11.02 to 13.38) | 13.42 (12.21 to 14.93) | +10.8 % (+9.7 % to +12.1 %) |" in card
     assert "| Weights on disk | 269.1 MB | 113.2 MB | \N{MINUS SIGN}57.9 % |" in card
@@ -68,7 +82,7 @@ def test_numbers_and_how_they_were_measured(report: Report) -> None:
 
 def card_of(report: Report, **model: object) -> dict[str, object]:
     changed = report.model_copy(update={"model": report.model.model_copy(update=model)})
-    return front_matter(render_card(changed, repository="x", recipe=RECIPE))
+    return front_matter(render_card(changed, address=Address("x"), recipe=RECIPE))
 
 
 def test_a_base_model_is_only_what_somebody_said(report: Report) -> None:
@@ -83,18 +97,20 @@ def test_a_base_model_is_only_what_somebody_said(report: Report) -> None:
 
 def test_failed_checks_are_not_hidden(report: Report) -> None:
     failed = Check(name="kl_mean", value=0.5, limit=0.1, ok=False, detail={"text": "KL is 0.5"})
-    card = render_card(report.model_copy(update={"checks": (failed,)}), repository="x", recipe=RECIPE)
+    card = render_card(report.model_copy(update={"checks": (failed,)}), address=Address("x"), recipe=RECIPE)
     assert "**It did not pass all checks:** KL is 0.5." in card
     about = {"dataset": "d", "windows": 1, "window": 4, "text": "not finite"}
     nan = Check(name="perplexity", ok=False, detail=about)
-    assert "not finite" in render_card(report.model_copy(update={"checks": (nan,)}), repository="x", recipe=RECIPE)
+    assert "not finite" in render_card(
+        report.model_copy(update={"checks": (nan,)}), address=Address("x"), recipe=RECIPE
+    )
 
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_transformers_snippet_runs(
     chat: bool, report: Report, quantized: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    card = render_card(report, repository=str(quantized), recipe=RECIPE, chat=chat)
+    card = render_card(report, address=Address(str(quantized)), recipe=RECIPE, chat=chat)
     snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert [("vllm" in snippet, "transformers" in snippet) for snippet in snippets] == [(False, True), (True, False)]
     exec(compile(snippets[0], "README.md", "exec"), {})

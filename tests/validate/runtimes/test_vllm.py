@@ -29,7 +29,7 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.report.report import Report
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.measurement import Subject
-from llmconvert.validate.render.card import render_card
+from llmconvert.validate.render.card import Address, render_card
 from llmconvert.validate.runtimes.vllm import VllmCheck, compare_logprobs, vllm_is_installed, vllm_logprobs
 
 BUILT = Path(os.environ.get("LLMCONVERT_READERS") or "nowhere") / "vllm" / "bin" / "python"
@@ -77,7 +77,7 @@ def test_vllm_computes_what_our_reader_computes(artifact: Path, tmp_path: Path) 
 @pytest.mark.slow
 @with_vllm
 def test_the_cards_snippet_runs(artifact: Path, report: Report, tmp_path: Path) -> None:
-    card = render_card(report, repository=str(artifact), recipe="model: x", chat=True)
+    card = render_card(report, address=Address(str(artifact)), recipe="model: x", chat=True)
     (snippet,) = [text for text in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "from vllm" in text]
     (tmp_path / "snippet.py").write_text(snippet)
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
