@@ -69,7 +69,7 @@ for line in sys.stdin:
         report = {"convert": stream_convert, "quantize": stream_quantize, "read": stream_read}[kind](
             "org/model", Path(output), progress=console_progress(), **settings
         )
-        answer = report if isinstance(report, dict) else {key: getattr(report, key) for key in report.__slots__}
+        answer = report if isinstance(report, dict) else report.model_dump(mode="json")
     except LlmconvertError as error:
         answer = {"error": type(error).__name__, "code": error.exit_code, "text": str(error)}
     print(json.dumps(answer), flush=True)
