@@ -78,11 +78,6 @@ class QuantizationPlan:
     specs: tuple[TensorSpec, ...]
     declared: Mapping[str, Any]
 
-    @property
-    def stored(self) -> Mapping[str, str]:
-        """Name of every linear in the blocks → its name in the checkpoint."""
-        return {name: site.stored for name, site in self.sites.items()}
-
 
 def plan_quantization(
     skeleton: Skeleton,

@@ -35,9 +35,6 @@ from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, TensorWriter,
 
 __all__ = ["plan_stream_convert", "plan_stream_quantize", "stream_convert", "stream_quantize"]
 
-# Linears are looked at in a forward of shapes alone; its length doesn't matter.
-_PROBE_LENGTH = 16
-
 
 @dataclass(frozen=True, slots=True)
 class StreamedDtypePlan:
@@ -200,7 +197,7 @@ class StreamedQuantizePlan:
         job = self._job
         stream_shards(self._model, self._output, job, progress=self._context.progress)
         linears = tuple(
-            LinearReport(name=job.plan.stored[name], scheme=str(scheme), error=None)
+            LinearReport(name=job.plan.sites[name].stored, scheme=str(scheme), error=None)
             for name, scheme in job.plan.schemes.items()
         )
         seconds = round(time.perf_counter() - begin, 3)
@@ -292,7 +289,7 @@ class _QuantizeJob:
     ) -> None:
         dtype, overflow, device = rest.dtype, rest.overflow, context.device
         skeleton = Skeleton(CastView(model.checkpoint, dtype), device)
-        blocks = discover(skeleton, _PROBE_LENGTH)
+        blocks = discover(skeleton)
         if not isinstance(request.scheme, Scheme):
             raise UsageError(f"scheme {request.scheme}: a GGUF file is not streamed; leave out --stream")
         self.plan = plan_quantization(skeleton, blocks, request.scheme, request.overrides, quantizer, layout_format)
@@ -311,7 +308,7 @@ class _QuantizeJob:
             "config": json.dumps(declared, sort_keys=True),
         }
         self.key = _key(model, self.layout, settings)
-        self._linears = {f"{self.plan.stored[name]}.weight": name for name in self.plan.schemes}
+        self._linears = {self.plan.sites[name].tensor: name for name in self.plan.schemes}
         self._quantizer = quantizer
         self._format = layout_format
         self._dtype = dtype
@@ -333,7 +330,7 @@ class _QuantizeJob:
         target = Target(linear, weight.to(self._device), self.plan.schemes[linear])
         scale_dtype = self._format.scale_dtype(target.scheme, self._model_dtype)
         solution = self._quantizer.quantize([target], None, scale_dtype)[linear]
-        for stored, tensor in self._format.pack(self.plan.stored[linear], solution.tensor).items():
+        for stored, tensor in self._format.pack(self.plan.sites[linear].stored, solution.tensor).items():
             writer.write(stored, tensor)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from llmconvert.engine.architecture.config import build_config
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.export_config import export_config
 from llmconvert.gguf.export_tokenizer import export_tokenizer
@@ -97,20 +98,20 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         UnsupportedError: an architecture, setting, tensor or tokenizer that llama.cpp's class cannot express.
         CheckpointError: tensors are missing.
     """
-    arch, values = _architecture(source)
+    arch, model, values = _architecture(source)
     tokens, rstrip = export_tokenizer(source, values)
     label = f"{name} (Phi-3)" if rstrip and "phi-3" not in name.lower() and "phi3" not in name.lower() else name
     general = {"general.architecture": arch, "general.type": "model", "general.name": label}
     if source.config["model_type"] == "mistral":
         general["general.basename"] = "Mistral"
-    metadata = general | export_config(values, arch) | tokens
+    metadata = general | export_config(values, model, arch) | tokens
     return GgufExport(
         arch=arch,
         metadata=metadata,
-        tensors=_tensors(source, arch, values),
+        tensors=_tensors(source, arch, model),
         settings=export_rope_tensors(values, arch),
-        layers=values["num_hidden_layers"],
-        tied=bool(values["tie_word_embeddings"]),
+        layers=model.layers,
+        tied=model.tied,
     )
 
 
@@ -120,26 +121,27 @@ def check_exportable(source: Checkpoint) -> None:
     Raises:
         UnsupportedError, CheckpointError: see there.
     """
-    arch, values = _architecture(source)
-    export_config(values, arch)
-    _tensors(source, arch, values)
+    arch, model, values = _architecture(source)
+    export_config(values, model, arch)
+    _tensors(source, arch, model)
 
 
-def _architecture(source: Checkpoint) -> tuple[str, dict[str, Any]]:
+def _architecture(source: Checkpoint) -> tuple[str, Architecture, dict[str, Any]]:
     """GGUF's name of the architecture, and the config as transformers completes it: llama.cpp is told all of it."""
     model_type: str = source.config.get("model_type", "")
     if model_type not in GGUF_ARCHITECTURES:
         raise UnsupportedError(
             f"architecture {model_type!r} cannot be written as GGUF; supported are {', '.join(GGUF_ARCHITECTURES)}"
         )
-    values: dict[str, Any] = build_config(source.config).to_dict()
-    return GGUF_ARCHITECTURES[model_type], values
+    config = build_config(source.config)
+    values: dict[str, Any] = config.to_dict()
+    return GGUF_ARCHITECTURES[model_type], Architecture.of(config), values
 
 
-def _tensors(source: Checkpoint, arch: str, values: Mapping[str, Any]) -> tuple[ExportedTensor, ...]:
+def _tensors(source: Checkpoint, arch: str, model: Architecture) -> tuple[ExportedTensor, ...]:
     architecture = ARCHITECTURES[arch]
     placed: list[tuple[str, Place]] = list(architecture.outer.items())
-    for layer in range(values["num_hidden_layers"]):
+    for layer in range(model.layers):
         placed += [
             (f"blk.{layer}.{stem}", Place(place.name.format(layer), place.shape, place.storage, place.required))
             for stem, place in architecture.layer.items()
@@ -147,24 +149,21 @@ def _tensors(source: Checkpoint, arch: str, values: Mapping[str, Any]) -> tuple[
     found: list[ExportedTensor] = []
     for stored, place in placed:
         info = source.infos.get(place.name)
-        if stored == "output.weight" and values["tie_word_embeddings"]:
+        if stored == "output.weight" and model.tied:
             continue
         if info is None:
             if place.required or stored == "output.weight":
                 raise CheckpointError(f"the checkpoint has no tensor {place.name!r}, which {arch} models need")
             continue
-        heads = {
-            Storage.QUERY_ROWS: values["num_attention_heads"],
-            Storage.KEY_ROWS: values.get("num_key_value_heads"),
-        }.get(place.storage, 0)
-        found.append(ExportedTensor(stored, place.name, info.shape, place.storage, heads or 0))
-    _check_all_placed(source, found, arch, values)
+        heads = {Storage.QUERY_ROWS: model.query_heads, Storage.KEY_ROWS: model.kv_heads}.get(place.storage, 0)
+        found.append(ExportedTensor(stored, place.name, info.shape, place.storage, heads))
+    _check_all_placed(source, found, arch, tied=model.tied)
     return tuple(found)
 
 
-def _check_all_placed(source: Checkpoint, found: list[ExportedTensor], arch: str, values: Mapping[str, Any]) -> None:
+def _check_all_placed(source: Checkpoint, found: list[ExportedTensor], arch: str, *, tied: bool) -> None:
     used = {tensor.source for tensor in found}
-    if values["tie_word_embeddings"]:
+    if tied:
         used.add("lm_head.weight")
     for name in source:
         if name not in used and not _COMPUTED.fullmatch(name):

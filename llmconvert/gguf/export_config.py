@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.config import gemma2_query_scalar
-from llmconvert.gguf.rope import head_dim_of, rope_metadata, rope_settings
+from llmconvert.gguf.rope import rope_metadata, rope_settings
 
 __all__ = ["export_config"]
 
 _ACTIVATIONS: Final[Mapping[str, str]] = {"gemma2": "gelu_pytorch_tanh"}
 
 
-def export_config(config: Mapping[str, Any], arch: str) -> dict[str, Any]:
+def export_config(config: Mapping[str, Any], model: Architecture, arch: str) -> dict[str, Any]:
     """The architecture's part of the metadata.
 
     Args:
         config: with transformers' defaults filled in.
+        model: what it says.
         arch: the GGUF architecture.
 
     Raises:
         UnsupportedError: a setting that llama.cpp's class of this architecture does not know.
     """
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    head_dim = head_dim_of(config)
+    head_dim = model.head_dim
     _check_activation(config, arch)
     rotary = int(head_dim * rope_settings(config).get("partial_rotary_factor", 1.0))
     if rotary != head_dim and arch != "phi3":
@@ -33,13 +34,13 @@ def export_config(config: Mapping[str, Any], arch: str) -> dict[str, Any]:
             f"config.json: RoPE turns {rotary} of {head_dim} dimensions; llama.cpp's {arch} turns all"
         )
     metadata: dict[str, Any] = {
-        "vocab_size": config["vocab_size"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": hidden,
-        "block_count": config["num_hidden_layers"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": heads,
-        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        "vocab_size": model.vocab_size,
+        "context_length": model.context,
+        "embedding_length": model.hidden_size,
+        "block_count": model.layers,
+        "feed_forward_length": model.inner_size,
+        "attention.head_count": model.query_heads,
+        "attention.head_count_kv": model.kv_heads,
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
@@ -49,7 +50,7 @@ def export_config(config: Mapping[str, Any], arch: str) -> dict[str, Any]:
         **_window(config, arch),
     }
     if arch == "gemma2":
-        metadata |= _gemma2(config, head_dim)
+        metadata |= _gemma2(config, model)
     return {f"{arch}.{key}": value for key, value in metadata.items()}
 
 
@@ -64,9 +65,8 @@ def _window(config: Mapping[str, Any], arch: str) -> dict[str, Any]:
     return {}
 
 
-def _gemma2(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-    assumed = gemma2_query_scalar(config["hidden_size"], heads, layers, head_dim)
+def _gemma2(config: Mapping[str, Any], model: Architecture) -> dict[str, Any]:
+    assumed = gemma2_query_scalar(model.hidden_size, model.query_heads, model.layers, model.head_dim)
     if config["query_pre_attn_scalar"] != assumed:
         raise UnsupportedError(
             f"config.json: query_pre_attn_scalar is {config['query_pre_attn_scalar']}; llama.cpp scales queries "

@@ -17,6 +17,7 @@ from llmconvert.recipes.schema.recipe import BudgetSettings, QuantizeSettings
 from llmconvert.report.section import Column, Section
 from llmconvert.report.steps import BudgetReport, StepDetails, UniformReport, UnitReport
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.validate.render.display import format_runs
 
 __all__ = ["ChosenReport", "choose_within", "chosen_report", "forget_sensitivity", "layer_overrides"]
 
@@ -147,14 +148,4 @@ def _short_names(choices: list[Choice]) -> list[str]:
     for choice in choices:
         kind = "+".join(name.rpartition(".")[2] for name in choice.unit.linears)
         blocks.setdefault(kind, []).append(choice.unit.block)
-    return [f"{kind} {_ranges(numbers)}" for kind, numbers in blocks.items()]
-
-
-def _ranges(numbers: list[int]) -> str:
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return " ".join(str(first) if first == last else f"{first}–{last}" for first, last in parts)
+    return [f"{kind} {' '.join(format_runs(numbers))}" for kind, numbers in blocks.items()]

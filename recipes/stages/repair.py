@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.methods.base import load_quantizer
@@ -155,8 +156,7 @@ class _State:
 
     storage: Storage
     assignment: Mapping[str, Scheme | None]
-    stored: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, int]]
+    sites: Mapping[str, Site]
     fused: tuple[tuple[str, ...], ...]
     tensors: int
     errors: dict[str, float] = field(default_factory=dict)
@@ -173,19 +173,17 @@ class _State:
         if settings.budget is not None:
             overrides = _as_made(skeleton, made)
         plan = plan_quantization(skeleton, blocks, settings.scheme, overrides, quantizer, layout)
-        shapes = {name: source.infos[f"{stored}.weight"].shape for name, stored in plan.stored.items()}
         return cls(
             Storage(quantizer, layout, skeleton.dtype),
-            {name: plan.schemes.get(name) for name in plan.stored},
-            plan.stored,
-            {name: (shape[0], shape[1]) for name, shape in shapes.items()},
+            {name: plan.schemes.get(name) for name in plan.sites},
+            plan.sites,
             tuple(unit.linears for unit in fused_units(skeleton, blocks)),
             len(plan.specs),
         )
 
     def learn(self, made: QuantizeReport) -> None:
         """Take note of the output errors that a stage reports."""
-        names = {stored: name for name, stored in self.stored.items()}
+        names = {site.stored: site.name for site in self.sites.values()}
         for linear in made.linears:
             if linear.error is not None and linear.name in names:
                 self.errors[names[linear.name]] = linear.error
@@ -200,7 +198,7 @@ class _State:
         return [
             Unit(
                 unit,
-                tuple(self.shapes[name] for name in unit),
+                tuple(self.sites[name].shape for name in unit),
                 self.assignment[unit[0]],
                 cost * unit_error(unit, errors),
             )
@@ -214,7 +212,7 @@ class _State:
         inventory = report.check("inventory")
         tensors = inventory.detail.get("tensors", ()) if inventory is not None else ()
         by_weight = {record["name"]: (record["error"] or 0.0) ** 2 for record in tensors}
-        return {name: by_weight.get(f"{stored}.weight", 0.0) for name, stored in self.stored.items()}
+        return {name: by_weight.get(site.tensor, 0.0) for name, site in self.sites.items()}
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> bool:
         """Whether a linear of that shape can have the scheme beside what the others have."""
@@ -224,9 +222,8 @@ class _State:
 
 def _as_made(skeleton: Skeleton, made: QuantizeReport) -> list[Override]:
     """What a budget has chosen, from what the artifact's stage reports of its linears."""
-    schemes = {f"{linear.name}.weight": Scheme.parse(linear.scheme) for linear in made.linears}
-    names = (name for linears in skeleton.linears for name in linears)
-    return [Override(glob.escape(name), schemes.get(skeleton.names[f"{name}.weight"])) for name in names]
+    schemes = {linear.name: Scheme.parse(linear.scheme) for linear in made.linears}
+    return [Override(glob.escape(site.name), schemes.get(site.stored)) for site in skeleton.sites.values()]
 
 
 def _report(measured: Finished[Measured]) -> Report:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmconvert.report.report import Check, Report
 from llmconvert.report.section import Cell, Column, Plot, Section, Series
-from llmconvert.validate.render.display import format_bytes
+from llmconvert.validate.render.display import format_bytes, format_runs
 from llmconvert.validate.repair import Upgrade
 
 __all__ = ["repair_check"]
@@ -87,18 +87,7 @@ def _in_short(upgrades: Sequence[Upgrade]) -> str:
             match[2].rpartition(".")[2] if match else name for match, name in zip(matches, upgrade.linears, strict=True)
         )
         blocks.setdefault(kind, []).extend({int(match[1]) for match in matches if match})
-    return "; ".join(f"{kind} of {_ranges(sorted(found))}" if found else kind for kind, found in blocks.items())
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``0–4, 7`` for ``[0, 1, 2, 3, 4, 7]``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return "; ".join(f"{kind} of {', '.join(format_runs(found))}" if found else kind for kind, found in blocks.items())
 
 
 def _plot(trail: Sequence[Report]) -> Plot | None:

@@ -21,6 +21,7 @@ from llmconvert.report.section import Column, Plot, Section, Series
 from llmconvert.validate.render.display import (
     format_bytes,
     format_count,
+    format_runs,
     format_seconds,
     format_value,
     known_names,
@@ -185,6 +186,7 @@ def test_other_formats() -> None:
     ]
     assert [format_count(value) for value in (12, 134_515_008, 6.7e9)] == ["12", "134.5 M", "6.7 B"]
     assert format_bytes(2.5e12) == "2.5 TB"
+    assert format_runs([7, 0, 2, 1, 9, 8, 5]) == ["0–2", "5", "7–9"] and format_runs([]) == []
 
 
 def test_rows_show_change_interval_and_limit(report: Report) -> None:

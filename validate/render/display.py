@@ -7,7 +7,7 @@ better than one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = [
     "TextTable",
     "format_bytes",
     "format_count",
+    "format_runs",
     "format_seconds",
     "format_spacing",
     "format_value",
@@ -168,6 +169,17 @@ def format_bytes(value: float) -> str:
         value /= 1000
         power += 1
     return f"{value:.0f} {_PREFIXES[power]}" if power == 0 else f"{value:.1f} {_PREFIXES[power]}"
+
+
+def format_runs(numbers: Iterable[int]) -> list[str]:
+    """Whole numbers, neighbours together: ``0–4`` and ``7`` for 0, 1, 2, 3, 4 and 7."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return [f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
 
 
 def format_count(value: float) -> str:
