@@ -17,6 +17,7 @@ from llmconvert.errors import HubError
 from llmconvert.quantize.formats.base import FORMATS, load_format
 from llmconvert.quantize.runtimes import runtimes_of
 from llmconvert.report.report import Report
+from llmconvert.report.steps import QuantizeReport
 from llmconvert.validate.render.display import rows, section_table
 from llmconvert.validate.render.html import template_environment
 
@@ -101,6 +102,7 @@ def render_card(
         recipe=recipe.strip(),
         chat=chat,
         library=_library(model.format),
+        gguf=_file(report),
         vllm=model.format is None or any(runtime.script == "vllm" for runtime in runtimes_of(model.format)),
         plots=plots,
         limitations=limitations,
@@ -135,6 +137,12 @@ def _metadata(report: Report, inherited: Mapping[str, Any]) -> ModelCardData:
         # The artifact is not a quantization of these; how it relates to them is more than anyone has said.
         fields["base_model"] = list(model.parents)
     return ModelCardData(**fields)
+
+
+def _file(report: Report) -> str:
+    """The artifact's only weight file, where its format has one and a step says its name; empty otherwise."""
+    files = (step.details.file for step in report.steps if isinstance(step.details, QuantizeReport))
+    return next((file for file in files if file is not None), "")
 
 
 def _library(format: str | None) -> str:

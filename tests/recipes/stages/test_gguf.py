@@ -58,7 +58,7 @@ def test_a_recipe_makes_a_measured_gguf_artifact(tmp_path: Path) -> None:
     assert 4 < (result.report["bits_per_weight"].value or 0) < 8
     assert result.report["inventory"].ok and result.report["perplexity"].value
     card = (result.artifact / "README.md").read_text()
-    assert "llama-server -m FILE.gguf" in card and "AutoModelForCausalLM" not in card
+    assert f"llama-server -m {file.name}" in card and "AutoModelForCausalLM" not in card
     assert "library_name: gguf" in card
 
 
