@@ -176,7 +176,7 @@ def test_killed_before_the_parts_were_merged_it_knows_what_came_of_them(
             change(stored, source, tmp_path / "out", "gptq", {})
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(requantize, "quantize_checkpoint", killed)  # which is done
+        patch.setattr(requantize.QuantizePlan, "run", killed)  # which is done
         assert change(stored, source, tmp_path / "out", "gptq", {}) == expected
     assert read_layers(tmp_path / "out.json") == expected
     files = [(path / "model.safetensors").read_bytes() for path in (tmp_path / "out", tmp_path / "whole")]

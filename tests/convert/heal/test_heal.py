@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.disguised_heads import grouped_model
+from support.healing import QUICK, WINDOWS, heal, heal_until_killed
 from support.tiny_architectures import ids
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
@@ -19,18 +19,14 @@ from transformers import AutoModelForCausalLM
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.convert.gqa.weights import attention_tensors
-from llmconvert.convert.heal.job import HealOptions, heal_attention
+from llmconvert.convert.heal.job import HealOptions
 from llmconvert.convert.heal.loss import hidden_divergence, prediction_divergence
 from llmconvert.convert.heal.model import ResidentModel
 from llmconvert.convert.heal.state import load_state
 from llmconvert.errors import CapacityError, DatasetError, UsageError
-from llmconvert.report.steps import HealReport
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME
 from llmconvert.storage.shared import share_tensors
-
-WINDOWS = ids((24,) * 20, seed=3)
-QUICK = HealOptions(steps=6, held_out=4, evaluate_every=3, save_every=2)
 
 
 def pair(directory: Path, kind: str = "llama", **config: Any) -> tuple[Path, Path]:
@@ -39,12 +35,6 @@ def pair(directory: Path, kind: str = "llama", **config: Any) -> tuple[Path, Pat
     with SafetensorsCheckpoint(original) as checkpoint:
         convert_attention(checkpoint, directory / "merged", kv_heads=1)
     return original, directory / "merged"
-
-
-def heal(original: Path, merged: Path, output: Path, **options: Any) -> HealReport:
-    settings = {"windows": WINDOWS, "options": QUICK, **options}
-    with SafetensorsCheckpoint(original) as teacher, SafetensorsCheckpoint(merged) as student:
-        return heal_attention(teacher, student, output, **settings)
 
 
 def trained(directory: Path) -> list[str]:
@@ -135,22 +125,6 @@ def test_the_best_weights_are_written_and_steps_in_vain_are_not_taken(tmp_path: 
     assert (tmp_path / "healed" / SINGLE_NAME).read_bytes() == (merged / SINGLE_NAME).read_bytes()
 
 
-def _run(original: Path, merged: Path, output: Path, state: Path, kill_at: int) -> None:
-    """In a process of its own; ends by SIGKILL when the state is being replaced for the ``kill_at``-th time."""
-    torch.set_num_threads(1)
-    replace, count = os.replace, 0
-
-    def counted(*names: Any) -> None:
-        nonlocal count
-        count += str(names[1]) == str(state)
-        if kill_at and count == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*names)
-
-    os.replace = counted  # type: ignore[assignment]
-    heal(original, merged, output, state=state)
-
-
 @pytest.mark.slow
 def test_a_killed_healing_continues_to_the_bit(tmp_path: Path) -> None:
     original, merged = pair(tmp_path, head_dim=8)
@@ -158,7 +132,8 @@ def test_a_killed_healing_continues_to_the_bit(tmp_path: Path) -> None:
 
     def run(name: str, kill_at: int) -> int | None:
         process = context.Process(
-            target=_run, args=(original, merged, tmp_path / name, tmp_path / f"{name}.safetensors", kill_at)
+            target=heal_until_killed,
+            args=(original, merged, tmp_path / name, tmp_path / f"{name}.safetensors", kill_at),
         )
         process.start()
         process.join()

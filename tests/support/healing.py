@@ -1,0 +1,42 @@
+"""Quick healing of tiny merged models, also in a process of its own that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.tiny_architectures import ids
+
+from llmconvert.convert.heal.job import HealOptions, heal_attention
+from llmconvert.report.steps import HealReport
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+
+__all__ = ["QUICK", "WINDOWS", "heal", "heal_until_killed"]
+
+WINDOWS = ids((24,) * 20, seed=3)
+QUICK = HealOptions(steps=6, held_out=4, evaluate_every=3, save_every=2)
+
+
+def heal(original: Path, merged: Path, output: Path, **options: Any) -> HealReport:
+    settings = {"windows": WINDOWS, "options": QUICK, **options}
+    with SafetensorsCheckpoint(original) as teacher, SafetensorsCheckpoint(merged) as student:
+        return heal_attention(teacher, student, output, **settings)
+
+
+def heal_until_killed(original: Path, merged: Path, output: Path, state: Path, kill_at: int) -> None:
+    """In a process of its own; ends by SIGKILL when the state is being replaced for the ``kill_at``-th time."""
+    torch.set_num_threads(1)
+    replace, count = os.replace, 0
+
+    def counted(*names: Any) -> None:
+        nonlocal count
+        count += str(names[1]) == str(state)
+        if kill_at and count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*names)
+
+    os.replace = counted  # type: ignore[assignment]
+    heal(original, merged, output, state=state)
