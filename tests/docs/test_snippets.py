@@ -29,6 +29,8 @@ CONSOLE, PYTHON, YAML = ([*blocks(language)] for language in ("console", "python
 SMALLER = {"--samples": "4", "--length": "64", "--window": "64", "--stride": "32", "--heal-steps": "2"}
 # Not run: what needs the Hub. What opens artifacts in other runtimes is run by tests/readers and tests/gguf.
 OF_THE_HUB = ("--stream", "--private")
+# Run at shorter lengths by tests/validate/long_inputs: each length and backend in a process of its own takes minutes.
+MEASURED_FOR_MINUTES = ("--attention", "--memory")
 RUNTIMES = ("vllm", "gptqmodel", "xllamacpp")
 
 
@@ -138,6 +140,8 @@ def runnable(block: Block) -> bool:
 @pytest.mark.parametrize("block", [block for block in CONSOLE if runnable(block)], ids=str)
 def test_commands_run(block: Block, world: Path) -> None:
     for _, *words in commands(block):
+        if words[0] == "validate" and set(words) & set(MEASURED_FOR_MINUTES):
+            continue
         small = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
         done = CliRunner().invoke(main, small)
         assert done.exit_code == 0, f"{' '.join(words)}\n{done.output}\n{done.exception}"
