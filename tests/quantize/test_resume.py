@@ -134,16 +134,18 @@ def test_killed_at_random_times(source: Path, expected: dict[str, bytes], tmp_pa
 
 @pytest.mark.slow
 def test_killed_at_each_of_the_last_steps(run: Run, expected: dict[str, bytes], total: int, tmp_path: Path) -> None:
-    """Side files, the removal of work files, and the rename that makes the artifact appear."""
-    # The very last step comes after the rename; a run is then complete, and a second one would be refused.
-    assert run("out0", kill_at=total) == -signal.SIGKILL
-    assert artifact(tmp_path / "out0") == expected
-    for left in range(1, 9):
+    """Side files, the removal of work files, the rename that makes the artifact appear, and what follows it."""
+    complete = []
+    for left in range(10):
         output = f"out{left}"
         assert run(output, kill_at=total - left) == -signal.SIGKILL
-        assert not (tmp_path / output).exists()
-        assert run(output) == 0
+        if (tmp_path / output).exists():
+            complete.append(left)
+        else:
+            assert run(output) == 0
         assert artifact(tmp_path / output) == expected
+    # Behind the rename its folder is forced to disk and the lock goes; a second run would be refused.
+    assert complete == list(range(len(complete))) and 1 <= len(complete) <= 3
 
 
 @pytest.fixture

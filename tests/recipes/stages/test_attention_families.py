@@ -70,7 +70,7 @@ def test_fewer_heads_then_four_bits_in_one_run(kind: str, write_recipe: Any, tmp
         assert any(name.endswith("weight_packed") for name in checkpoint)
     steps = {step.name: step.model_dump() for step in result.report.steps}
     details = steps["attention"]["details"]
-    assert details["kv_heads"] == [4, 2]
+    assert tuple(details["kv_heads"]) == (4, 2)
     assert details["kv_bytes_per_token"][0] == 2 * details["kv_bytes_per_token"][1]
     assert all(0 <= layer["output_loss"] < 1 for layer in details["layers"])
     checks = {check.name: check for check in result.report.checks}
