@@ -105,9 +105,9 @@ def type_check(program: Path, site: Path, cache: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_users_program_passes_the_type_checker(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_users_program_passes_the_type_checker(tmp_path: Path) -> None:
     assert (ROOT / "llmconvert" / "py.typed").is_file()
-    site, cache = installed(tmp_path / "site"), request.config.cache.mkdir("mypy")
+    site, cache = installed(tmp_path / "site"), tmp_path / "cache"
     assert type_check(PROGRAM, site, cache).startswith("Success")
     wrong = tmp_path / "wrong.py"
     wrong.write_text('import llmconvert\n\nllmconvert.quantize_model("a", "b", shceme="w4a16")\n')

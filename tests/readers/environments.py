@@ -49,7 +49,9 @@ def run_script(script: str, environment: str, folder: Path, job: dict[str, Any])
     python = interpreter(environment)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job))
-    settings = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | SETTINGS
+    # With PYTHONSAFEPATH the scripts would not find what lies beside them.
+    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    settings = inherited | SETTINGS
     result = subprocess.run(
         [python, str(SCRIPTS / f"{script}.py"), str(folder / "job.json")],
         cwd=folder,
