@@ -20,7 +20,7 @@ import click
 import yaml
 from support.hub_server import WRITE_TOKEN, HubServer
 
-REPOSITORY, TAG = "ci/SmolLM2-135M-Instruct-W4A16", "v1"
+REPOSITORY, TAG = "me/SmolLM2-135M-Instruct-W4A16", "v1"
 
 
 def main() -> None:
