@@ -96,15 +96,16 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
         UnsupportedError: transformers does not know its ``model_type``.
     """
     found = Architecture.of(checkpoint.config)
+    found.check_layers(checkpoint.infos)
     quantization = checkpoint.config.get("quantization_config")
     embedding = max((info.shape[0] for info in _matrices(checkpoint) if _is_embedding(info.name)), default=0)
     return ModelSummary(
         architecture=(checkpoint.config.get("architectures") or [found.model_type])[0],
         layers=found.layers,
         hidden_size=found.hidden_size,
-        query_heads=found.query_heads,
-        kv_heads=found.kv_heads,
-        head_dim=found.head_dim,
+        query_heads=found.query_heads if found.has_attention else 0,
+        kv_heads=found.kv_heads if found.has_attention else 0,
+        head_dim=found.head_dim if found.has_attention else 0,
         attention=_attention_kind(found),
         positions=_positions(found, checkpoint),
         windows=_windows(found),
@@ -121,6 +122,8 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
 
 
 def _attention_kind(architecture: Architecture) -> str:
+    if not architecture.has_attention:
+        return "none"
     if architecture.latent_size:
         return "MLA"
     if architecture.kv_heads == architecture.query_heads:

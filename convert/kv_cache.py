@@ -43,17 +43,19 @@ class CacheLayout:
 
 
 def cache_layout(architecture: Architecture, kv_heads: int | None = None) -> CacheLayout:
-    """The layout of a decoder's cache.
+    """The layout of a decoder's cache; without attention it is empty.
 
     Args:
         kv_heads: another number of key-value heads than the config's, for what would be.
     """
-    values = architecture.latent_size or 2 * (kv_heads or architecture.kv_heads) * architecture.head_dim
+    if not architecture.has_attention:
+        return CacheLayout(())
     kinds = architecture.layer_kinds[: architecture.caching_layers]
-    return CacheLayout(tuple(_layer(architecture, kind, values) for kind in kinds))
+    return CacheLayout(tuple(_layer(architecture.layer(index), kind, kv_heads) for index, kind in enumerate(kinds)))
 
 
-def _layer(architecture: Architecture, kind: str, values: int) -> CacheLayer:
+def _layer(architecture: Architecture, kind: str, kv_heads: int | None) -> CacheLayer:
+    values = architecture.latent_size or 2 * (kv_heads or architecture.kv_heads) * architecture.head_dim
     grows = kind.endswith("attention") and not kind.startswith("linear")
     reach = architecture.reach(kind)
     return CacheLayer(values if grows else 0, None if reach is None else reach - 1)

@@ -40,7 +40,18 @@ __all__ = [
     "SourceError",
     "UnsupportedError",
     "UsageError",
+    "one_line",
 ]
+
+_LONGEST_REASON = 300
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's exception says, with its kind, in one line of bounded length for a message of ours."""
+    reason = " ".join(str(error).split())
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]}…"
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
 class LlmconvertError(Exception):

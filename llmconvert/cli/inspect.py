@@ -35,11 +35,12 @@ def inspect(model: str, as_json: bool) -> None:
 
 def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
     shared = "" if summary.attention in ("MHA", "MLA") else f" over {summary.kv_heads} key-value heads"
+    heads = f"{summary.attention}, {summary.query_heads} heads of {summary.head_dim}{shared}"
     rows = [
         ("architecture", summary.architecture),
         ("parameters", f"{summary.parameters:,}{', embeddings tied' if summary.tied else ''}"),
         ("layers", f"{summary.layers} of width {summary.hidden_size:,}"),
-        ("attention", f"{summary.attention}, {summary.query_heads} heads of {summary.head_dim}{shared}"),
+        ("attention", heads if summary.query_heads else "none"),
         ("positions", summary.positions),
         ("vocabulary", f"{summary.vocabulary:,}"),
     ]

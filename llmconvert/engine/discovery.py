@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.model import build_meta_model
 from llmconvert.engine.skeleton import Skeleton
@@ -94,12 +95,8 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
         for recorder, block, linears in zip(recorders, blocks, skeleton.linears, strict=True):
             recorder.attach(block, skeleton.prefix(recorder.index), linears, order)
         ids = torch.zeros((1, length), dtype=torch.long, device=skeleton.device)
-        try:
-            with tracker:
-                model(input_ids=ids, use_cache=False)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UnsupportedError(f"architecture {kind!r} cannot be traced: {reason}") from error
+        with foreign_settings(f"architecture {kind!r} cannot be traced"), tracker:
+            model(input_ids=ids, use_cache=False)
     if order != list(range(len(blocks))):
         raise UnsupportedError(
             f"architecture {kind!r}: its forward passes the blocks in the order {order[:8]}…, expected each once, "

@@ -6,6 +6,7 @@ block is put into a :class:`BlockSlot`, the only place where a batch can be held
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,12 +20,13 @@ from llmconvert.compute.activations import InputKind, quantize_inputs_of
 from llmconvert.compute.attention import use_attention
 from llmconvert.compute.dot_products import use_dot_products
 from llmconvert.compute.precision import Scratch, WideLinear, compute_dtype
+from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.model import build_meta_model, find_blocks
 from llmconvert.engine.architecture.names import map_names
 from llmconvert.engine.sites import Site, find_sites
-from llmconvert.errors import CheckpointError
+from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["BlockCall", "BlockSlot", "Gate", "Skeleton"]
@@ -87,6 +89,30 @@ class BlockSlot(nn.Module):
             return getattr(super().__getattr__("block"), name)
 
 
+# Tables of a million positions are smaller than this.
+_LARGEST_BUFFER = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Blank:
+    """Memory for a buffer that is still to be computed: NaN, or where a dtype has none, watched for being written."""
+
+    tensor: torch.Tensor
+    version: int
+
+    @classmethod
+    def like(cls, buffer: torch.Tensor, device: torch.device) -> _Blank:
+        missing = math.nan if buffer.is_floating_point() or buffer.is_complex() else 0
+        tensor = torch.full_like(buffer, missing, device=device)
+        return cls(tensor, tensor._version)
+
+    def is_left(self, found: torch.Tensor | None) -> bool:
+        """Whether the module that has it holds ``found`` now, and so nothing was computed, or not all of it."""
+        if found is None or found.numel() == 0:
+            return False
+        return bool(found.isnan().any()) or (found is self.tensor and found._version == self.version)
+
+
 class Skeleton:
     """A model on ``meta`` with its blocks in slots, and the means to fill it from a checkpoint.
 
@@ -117,6 +143,7 @@ class Skeleton:
         config = build_config(checkpoint.config)
         self.dtype = dtype or _checkpoint_dtype(checkpoint)
         self.architecture = Architecture.of(config)
+        self.architecture.check_layers(checkpoint.infos)
         attention = "eager" if self.architecture.eager_only else "sdpa"
         self.model = build_meta_model(config, self.dtype, attention)
         self.names = map_names(self.model, checkpoint)
@@ -179,19 +206,43 @@ class Skeleton:
                 self.blocks[index].set_submodule(self.inside(index, name), linears[name])
 
     def restore_buffers(self) -> None:
-        """Compute the non-persistent buffers (rotary frequencies, embedding scales), which no checkpoint holds."""
-        for module in self.model.modules():
-            transient = {
-                name: buffer
-                for name, buffer in module.named_buffers(recurse=False)
-                if name in module._non_persistent_buffers_set
-            }
-            if not transient:
-                continue
-            for name, buffer in transient.items():
-                module.register_buffer(name, torch.empty_like(buffer, device=self.device), persistent=False)
-            with torch.no_grad():
-                self.model._init_weights(module)
+        """Compute the non-persistent buffers (rotary frequencies, embedding scales), which no checkpoint holds.
+
+        transformers computes them where it initializes weights: in a module's own turn, or in its parent's. So all
+        modules take their turn here, with the weights marked as initialized.
+
+        Raises:
+            UnsupportedError: the model's class leaves some as they were.
+        """
+        transient: list[tuple[str, nn.Module, str, _Blank]] = []
+        kind = self.architecture.model_type
+        self._check_buffers()
+        with foreign_settings(f"architecture {kind!r}: its buffers cannot be computed"):
+            for path, module in self.model.named_modules():
+                module._is_hf_initialized = False  # type: ignore[assignment]
+                for weight in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+                for name in sorted(module._non_persistent_buffers_set):
+                    if (buffer := module._buffers[name]) is not None:
+                        blank = _Blank.like(buffer, self.device)
+                        module._buffers[name] = blank.tensor
+                        transient.append((f"{path}.{name}", module, name, blank))
+            self.model.initialize_weights()
+        for path, module, name, blank in transient:
+            if blank.is_left(module._buffers[name]):
+                raise UnsupportedError(
+                    f"architecture {kind!r}: nothing computes {path!r}, which no checkpoint holds, from these "
+                    "settings; the streaming engine cannot run it"
+                )
+
+    def _check_buffers(self) -> None:
+        """Buffers grow with the positions that a config allows, some with their square; weights don't."""
+        for name, buffer in self.model.named_buffers():
+            if buffer.nbytes > max(_LARGEST_BUFFER, self.checkpoint.nbytes):
+                raise CheckpointError(
+                    f"config.json asks for a buffer of {buffer.nbytes:,} bytes, {name!r}; the whole checkpoint has "
+                    f"{self.checkpoint.nbytes:,}"
+                )
 
     def load_block(self, index: int) -> None:
         """Read a block's weights from the checkpoint into fresh memory on :attr:`device`."""

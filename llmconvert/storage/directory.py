@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llmconvert.errors import CheckpointError
+from llmconvert.errors import CheckpointError, one_line
+from llmconvert.storage.parsing import read_json
 
 __all__ = [
     "INDEX_NAME",
@@ -39,7 +39,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
     try:
-        config = json.loads(path.read_bytes())
+        config = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory}: has no config.json; a model directory in Hugging Face layout was expected"
@@ -61,13 +61,13 @@ def read_index(directory: Path, name: str = INDEX_NAME) -> dict[str, str] | None
     """The index's tensor → shard map, or None without an index. Shard names are checked to stay in the directory."""
     path = directory / name
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         if not all(isinstance(text, str) for entry in weight_map.items() for text in entry):
             raise TypeError("weight_map must map strings to strings")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is not an index of weight files: {error!r}") from error
+        raise CheckpointError(f"{path}: is not an index of weight files: {one_line(error)}") from error
     for tensor, shard in weight_map.items():
         if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
             raise CheckpointError(f"{path}: tensor {tensor!r} is placed in {shard!r}, outside the model's directory")

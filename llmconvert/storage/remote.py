@@ -6,7 +6,6 @@ Safetensors headers are read with HTTP range requests
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from pathlib import Path
@@ -18,6 +17,7 @@ from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingE
 from llmconvert.errors import CheckpointError
 from llmconvert.hub import RemoteFile, hub_errors, iterate_content, list_files
 from llmconvert.storage.checkpoint import DTYPES, Checkpoint, TensorInfo
+from llmconvert.storage.parsing import read_json
 
 __all__ = ["RemoteCheckpoint"]
 
@@ -47,7 +47,7 @@ class RemoteCheckpoint(Checkpoint):
                 metadata = huggingface_hub.get_safetensors_metadata(model_id, revision=revision)
             # The cache files a download under the commit that the revision stood for.
             self.commit_hash = config.parent.name
-            self.config = json.loads(config.read_bytes())
+            self.config = read_json(config)
         except (NotASafetensorsRepoError, SafetensorsParsingError, ValueError) as error:
             raise CheckpointError(f"{model_id}: {str(error).splitlines()[0]}") from error
         self.files = {}

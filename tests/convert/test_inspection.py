@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.every_architecture import save_tiny
 from support.tiny_models import tiny_llama, tiny_llama_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,6 +106,22 @@ def test_a_compressed_cache() -> None:
     }
     found = summary("deepseek_v3", **settings, **sizes)
     assert found.attention == "MLA" and found.kv_bytes_per_token == 4 * (16 + 8) * 2 and found.experts == 8
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "rwkv", "xlstm"])
+def test_models_without_attention(tmp_path: Path, model_type: str) -> None:
+    found = inspect_model(str(save_tiny(tmp_path, model_type)))
+    assert (found.attention, found.query_heads, found.kv_heads, found.kv_bytes_per_token) == ("none", 0, 0, 0)
+    assert found.layers == 3 and found.parameters > 0
+
+
+def test_heads_that_differ_between_layers(tmp_path: Path) -> None:
+    """Gemma 4's layers of full attention have larger heads than those with a sliding window."""
+    save_tiny(tmp_path, "gemma4_text")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    cache = model(input_ids=torch.zeros((1, 1), dtype=torch.long)).past_key_values
+    values = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert inspect_model(str(tmp_path)).kv_bytes_per_token == 2 * values
 
 
 def test_a_quantized_model_says_so(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.families import CONTEXT, QUIRKS, Quirks
+from llmconvert.engine.architecture.settings import check_counts, check_settings
 from llmconvert.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ __all__ = [
 
 _PARTS = ("text_config",)
 _TIED = "tie_word_embeddings"
+_FLOAT, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
 _LAYERS, _VOCABULARY = "num_hidden_layers", "vocab_size"
 
 
@@ -44,21 +47,30 @@ def read_config(config: Mapping[str, Any]) -> PretrainedConfig:
 
     Raises:
         UnsupportedError: unknown ``model_type``, remote code, or settings that the config's class refuses.
+        CheckpointError: settings that no model can have.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         remote = "; it needs code from its repository, which is never run" if "auto_map" in config else ""
         raise UnsupportedError(f"architecture {model_type!r} is not known to the installed transformers{remote}")
+    check_counts(config)
     # The classes complete nested settings in place.
     values = copy.deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
-    try:
-        built: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
-    except Exception as error:  # config classes check their values with exceptions of many kinds
-        reason = " ".join(str(error).split())
-        raise UnsupportedError(f"config.json: model type {model_type!r}: {reason}") from error
+    with foreign_settings(f"config.json: model type {model_type!r}"):
+        built: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(_with_floats(values))
+        check_settings(built.get_text_config().to_dict())
     return built
+
+
+def _with_floats(value: Any) -> Any:
+    """``value`` with the floats that JSON lacks, which transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        if value.keys() == {_FLOAT} and value[_FLOAT] in _FLOATS:
+            return float(value[_FLOAT])
+        return {key: _with_floats(part) for key, part in value.items()}
+    return [_with_floats(part) for part in value] if isinstance(value, list) else value
 
 
 def build_config(config: Mapping[str, Any]) -> PretrainedConfig:

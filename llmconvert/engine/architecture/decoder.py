@@ -6,7 +6,7 @@ Everything that depends on the kind of model is asked here. The families' own na
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,18 @@ class Architecture:
         built = read_config(config) if isinstance(config, Mapping) else config
         return cls(built.get_text_config())
 
+    def check_layers(self, tensors: Sized) -> None:
+        """Hold the number of layers against a checkpoint's tensors, before as many modules are made.
+
+        Raises:
+            CheckpointError: there are fewer tensors than that.
+        """
+        if self.layers > len(tensors):
+            raise CheckpointError(
+                f"config.json says {self.layers:,} layers, the checkpoint has {len(tensors):,} tensors; they do not "
+                "belong together"
+            )
+
     @property
     def model_type(self) -> str:
         """transformers' name of the family."""
@@ -72,6 +84,11 @@ class Architecture:
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self._number("vocab_size")
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether any layer attends; models of state spaces or recurrences alone have no heads of this kind."""
+        return self._get("num_attention_heads") is not None
 
     @property
     def query_heads(self) -> int:
@@ -225,11 +242,22 @@ class Architecture:
     def _quirks(self) -> Quirks:
         return QUIRKS.get(self.model_type, Quirks())
 
+    def layer(self, index: int) -> Architecture:
+        """The decoder as one of its layers has it, where layers differ in their heads or widths."""
+        layers = getattr(self.config, "per_layer_config", None)
+        return self if layers is None else Architecture(layers[index])
+
     def _get(self, name: str, default: Any = None) -> Any:
-        return getattr(self.config, name, default)
+        try:
+            return getattr(self.config, name, default)
+        except RuntimeError:  # layers differ in it: the first one's
+            return getattr(self.config.per_layer_config[0], name, default)
 
     def _number(self, name: str) -> int:
-        try:
-            return int(getattr(self.config, name))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"config.json of model type {self.model_type!r}: {name}: {error}") from error
+        value = self._get(name)
+        if not isinstance(value, int):
+            found = "missing" if value is None else f"{value!r:.40}"
+            raise CheckpointError(
+                f"config.json of model type {self.model_type!r}: {name} is {found}, expected a whole number"
+            )
+        return value

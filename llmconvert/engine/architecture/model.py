@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import UnsupportedError
 
@@ -21,19 +22,16 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: st
         attention: transformers' name of an implementation; eager takes its place where the class has no such.
 
     Raises:
-        UnsupportedError: the class can't be built.
+        UnsupportedError: the class can't be built with these settings.
     """
     config.use_cache = False
-    try:
-        with torch.device("meta"):
-            try:
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-            except ValueError as error:
-                if attention == "eager" or "attention" not in str(error):
-                    raise
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        raise UnsupportedError(f"architecture {config.model_type!r} cannot be built: {error}") from error
+    with foreign_settings(f"architecture {config.model_type!r} cannot be built"), torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        except ValueError as error:
+            if attention == "eager" or "attention" not in str(error):
+                raise
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     return model.eval()
 
 

@@ -1,0 +1,37 @@
+"""Where transformers works on settings that somebody else wrote: whatever it raises is one of our errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from llmconvert.errors import CapacityError, LlmconvertError, UnsupportedError, one_line
+
+__all__ = ["foreign_settings"]
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+
+
+@contextmanager
+def foreign_settings(what: str) -> Iterator[None]:
+    """Let nothing but errors of this package out of the block.
+
+    Configs hold any value, and classes meet them with exceptions of every kind, from ``AssertionError`` to
+    ``ZeroDivisionError``; the block holds calls into transformers only, so that none of our own faults is taken for a
+    config's.
+
+    Args:
+        what: what the message begins with: ``architecture 'llama' cannot be built``.
+
+    Raises:
+        CapacityError: memory ran out.
+        UnsupportedError: anything else.
+    """
+    try:
+        yield
+    except LlmconvertError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
+            raise CapacityError(f"{what}: {one_line(error)}") from error
+        raise UnsupportedError(f"{what}: {one_line(error)}") from error

@@ -1,0 +1,92 @@
+"""Settings that no model can have, found before a model is built of them.
+
+transformers takes a RoPE factor of zero or an infinite epsilon as it comes, and computes nothing but NaN; and makes a
+list with an entry for each of a billion layers. What its classes refuse themselves isn't checked here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llmconvert.errors import CheckpointError
+
+__all__ = ["check_counts", "check_settings"]
+
+# Lists are as long as these are large. No model comes near.
+_COUNTED = re.compile(r"(?:.*_)?(?:layers?|labels|blocks|depth|stages)")
+_MOST = 10_000
+# What a division or a root needs.
+_POSITIVE = re.compile(
+    r"hidden_size|vocab_size|num_hidden_layers|num_attention_heads|num_key_value_heads|num_kv_heads|head_dim"
+    r"|max_position_embeddings|.*logit_?softcapping|logits_scaling|query_pre_attn_scalar|rope_theta|factor"
+    r"|.*_factor|original_max_position_embeddings|beta_fast|beta_slow"
+)
+_NOT_NEGATIVE = re.compile(r".*_eps|eps|.*epsilon|rotary_dim|partial_rotary_factor")
+_FINITE = re.compile(r".*_multiplier|.*_scale|.*_scaling|mscale.*")
+_ROPE = ("rope_parameters", "rope_scaling")
+
+
+def check_counts(config: Mapping[str, Any], path: str = "") -> None:
+    """Look at a parsed ``config.json`` before it is given to any class.
+
+    Raises:
+        CheckpointError: it counts more layers, labels or the like than any model has.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_counts(value, f"{path}{name}.")
+        elif isinstance(value, int) and value > _MOST and _COUNTED.fullmatch(name):
+            raise CheckpointError(f"config.json: {path}{name} is {_short(value)}, {_MOST:,} at most were expected")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Look at a decoder's settings, those that its config's class filled in included.
+
+    Raises:
+        CheckpointError: a number that has to be positive or finite is not.
+    """
+    for path, name, value in _numbers(settings):
+        if _NOT_NEGATIVE.fullmatch(name):
+            wanted, right = "a number, zero or above", math.isfinite(value) and value >= 0
+        elif _POSITIVE.fullmatch(name):
+            wanted, right = "a number above zero", math.isfinite(value) and value > 0
+        elif _FINITE.fullmatch(name):
+            wanted, right = "a number", math.isfinite(value)
+        else:
+            continue
+        if not right:
+            raise CheckpointError(f"config.json: {path} is {_short(value)}, expected {wanted}")
+
+
+def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, int | float]]:
+    """Every number with its path and name: settings of the model, and what RoPE's parameters nest."""
+    for name, value in settings.items():
+        if name in _ROPE and isinstance(value, Mapping):
+            yield from _nested(value, name)
+        elif _is_number(value):
+            yield name, name, value
+
+
+def _nested(values: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, int | float]]:
+    for name, value in values.items():
+        inside = f"{path}.{name}"
+        if isinstance(value, Mapping):
+            yield from _nested(value, inside)
+        for index, part in enumerate(value) if isinstance(value, list) else ():
+            if _is_number(part):
+                yield f"{inside}[{index}]", name, part
+        if _is_number(value):
+            yield inside, name, value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _short(value: float) -> str:
+    """A number as it is, or by its size where it is long."""
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:8]}… ({len(text)} digits)"

@@ -1,0 +1,102 @@
+"""Buffers that no checkpoint holds, and every architecture whose numbers are the resident model's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.every_architecture import STREAMED, save_tiny
+from support.tiny_architectures import ids
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.stream import stream_logits
+from llmconvert.errors import UnsupportedError
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+
+CPU = torch.device("cpu")
+WINDOW = ids((24,))
+
+
+def resident_logits(directory: Path) -> torch.Tensor:
+    """What transformers computes with the whole model, by the attention that the engine takes."""
+    attention = "eager" if Architecture.of(SafetensorsCheckpoint(directory).config).eager_only else "sdpa"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=attention).eval()
+    except ValueError:  # the class has no other
+        model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=WINDOW[0], use_cache=False).logits
+    return logits
+
+
+def assert_streams(directory: Path) -> None:
+    (streamed,) = stream_logits(SafetensorsCheckpoint(directory), WINDOW, device=CPU)
+    assert torch.equal(streamed, resident_logits(directory))
+
+
+@pytest.mark.parametrize("model_type", ["falcon_h1", "bamba"])
+def test_buffers_that_a_parent_computes_are_there(tmp_path: Path, model_type: str) -> None:
+    """Falcon-H1's ``mup_vector`` is set by its mixer's parent. Its config, and Bamba's, hold an infinite number."""
+    save_tiny(tmp_path, model_type)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {"__float__": "Infinity"} in config["time_step_limit"]
+    assert_streams(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", STREAMED)
+def test_streamed_logits_are_those_of_the_resident_model(tmp_path: Path, model_type: str) -> None:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("the installed transformers doesn't know it")
+    assert_streams(save_tiny(tmp_path, model_type))
+
+
+class Half(nn.Module):
+    """A module with one buffer that the model's class knows nothing of, or half of which it computes."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table, persistent=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_a_buffer_that_nothing_computes_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    skeleton = Skeleton(SafetensorsCheckpoint(save_tiny(tmp_path, "llama")), CPU)
+    skeleton.model.extra = Half(torch.empty(4, dtype=dtype, device="meta"))
+    with pytest.raises(UnsupportedError, match=r"nothing computes 'extra\.table', which no checkpoint holds"):
+        skeleton.restore_buffers()
+
+
+def test_a_buffer_that_is_half_computed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton = Skeleton(SafetensorsCheckpoint(save_tiny(tmp_path, "llama")), CPU)
+    skeleton.model.extra = Half(torch.empty(4, device="meta"))
+    original = type(skeleton.model)._init_weights
+
+    def half(self: nn.Module, module: nn.Module) -> None:
+        original(self, module)
+        if isinstance(module, Half):
+            module.table[:2] = 1.0
+
+    monkeypatch.setattr(type(skeleton.model), "_init_weights", half)
+    with pytest.raises(UnsupportedError, match=r"nothing computes 'extra\.table'"):
+        skeleton.restore_buffers()
+
+
+def test_buffers_are_the_same_when_restored_again_and_weights_stay(tmp_path: Path) -> None:
+    skeleton = Skeleton(SafetensorsCheckpoint(save_tiny(tmp_path, "llama")), CPU)
+    skeleton.restore_buffers()
+    skeleton.load_outer(head=True)
+    frequencies = skeleton.model.model.rotary_emb.inv_freq.clone()
+    embedding = skeleton.model.model.embed_tokens.weight.clone()
+    state = torch.get_rng_state()
+    skeleton.model.model.rotary_emb.inv_freq.zero_()  # as dynamic scaling leaves it after a long input
+    skeleton.restore_buffers()
+    assert torch.equal(skeleton.model.model.rotary_emb.inv_freq, frequencies)
+    assert torch.equal(skeleton.model.model.embed_tokens.weight, embedding)
+    assert torch.equal(torch.get_rng_state(), state)
