@@ -219,9 +219,9 @@ class Skeleton:
         self._check_buffers()
         with foreign_settings(f"architecture {kind!r}: its buffers cannot be computed"):
             for path, module in self.model.named_modules():
-                module._is_hf_initialized = False  # type: ignore[assignment]
+                module._is_hf_initialized = False
                 for weight in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+                    weight._is_hf_initialized = True
                 for name in sorted(module._non_persistent_buffers_set):
                     if (buffer := module._buffers[name]) is not None:
                         blank = _Blank.like(buffer, self.device)
