@@ -14,7 +14,8 @@
     │   ├── DatasetError                      calibration or evaluation text
     │   ├── CalibrationError                  activations or statistics no quantizer can work with
     │   └── HubError                          the Hub refused or could not be reached
-    ├── CapacityError                     5   does not fit this machine's memory or disk
+    ├── MachineError                      5   this machine failed: its disk, its memory, a process that was killed
+    │   └── CapacityError                     the job does not fit its memory or disk
     └── RunInterruptedError               6   stopped on request; the same command continues
 
 Messages name the tensor, file or key, say what was found and what was expected, and what to do about it.
@@ -33,6 +34,7 @@ __all__ = [
     "GateError",
     "HubError",
     "LlmconvertError",
+    "MachineError",
     "OutputError",
     "RecipeError",
     "RunInterruptedError",
@@ -110,10 +112,17 @@ class HubError(SourceError):
     """The Hub refused a request or could not be reached."""
 
 
-class CapacityError(LlmconvertError):
-    """The job does not fit the memory or the disk of this machine."""
+class MachineError(LlmconvertError):
+    """This machine failed: its disk, its memory, or a process that was killed. Says nothing about what was asked for.
+
+    What was finished before stays, and the same command continues.
+    """
 
     exit_code = 5
+
+
+class CapacityError(MachineError):
+    """The job does not fit the memory or the disk of this machine."""
 
 
 class RunInterruptedError(LlmconvertError):

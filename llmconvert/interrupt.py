@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as an exception that says how to go on."""
+"""How a job ends that is stopped from outside: Ctrl-C, SIGTERM and failures of the machine as errors in one line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 from llmconvert.errors import RunInterruptedError
+from llmconvert.machine import machine_errors
 
 __all__ = ["interruptible"]
 
 
 @contextmanager
 def interruptible(advice: str = "run the same command to continue") -> Iterator[None]:
-    """End the block with :class:`RunInterruptedError` when the process is asked to stop.
+    """End the block with :class:`RunInterruptedError` when the process is asked to stop, and with
+    :class:`~llmconvert.errors.MachineError` when a file operation fails or memory is out.
 
     Outside the main thread, which alone may handle signals, only a ``KeyboardInterrupt`` raised inside is translated.
     """
@@ -30,7 +32,8 @@ def interruptible(advice: str = "run the same command to continue") -> Iterator[
     own = threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)} if own else {}
     try:
-        yield
+        with machine_errors():
+            yield
     except KeyboardInterrupt:
         raise RunInterruptedError(f"stopped by {received.name}; {advice}") from None
     finally:

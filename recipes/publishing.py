@@ -1,7 +1,8 @@
 """Publishing an artifact where its recipe says: to a local directory here, to the Hub through ``llmconvert.hub``.
 
 A local directory appears whole. One that holds files is replaced only if it is an earlier publication of the same
-recipe and nobody has added to it or changed it since: ``llmconvert/publication.json`` lists what was put there.
+recipe and nobody has added to it or changed it since: ``llmconvert/publication.json`` lists what was put there, with
+the hash of each file. Only the files that the artifact's stage wrote are published, and only as it wrote them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import os
 import shutil
 from pathlib import Path
 
-from llmconvert.errors import CapacityError, OutputError, RecipeError
+from llmconvert.errors import MachineError, OutputError, RecipeError
 from llmconvert.hub import PushOptions, check_push, push_folder
 from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.schema.recipe import PLACEHOLDERS, PublishSettings, Recipe
+from llmconvert.storage.contents import Contents, Hashes
+from llmconvert.storage.disk import disk_error
 from llmconvert.storage.lock import locked
 from llmconvert.storage.writer import check_output_directory, publish_directory, staging_directory, write_json
 
@@ -22,14 +25,13 @@ __all__ = [
     "PUBLICATION_FILE",
     "check_local_target",
     "check_target",
-    "file_sizes",
     "fill_target",
     "publish_artifact",
     "publish_local",
 ]
 
 PUBLICATION_FILE = Path("llmconvert") / "publication.json"
-_SCHEMA = "llmconvert.publication/1"
+_SCHEMA = "llmconvert.publication/2"
 
 
 def fill_target(recipe: Recipe) -> Recipe:
@@ -72,7 +74,7 @@ def _refuse_own_source(model: str, target: PublishSettings) -> None:
         )
 
 
-def check_target(settings: PublishSettings, recipe: str) -> None:
+def check_target(settings: PublishSettings, recipe: str, hashes: Hashes) -> None:
     """Refuse, before any work, a target that could not be published to.
 
     Raises:
@@ -80,21 +82,35 @@ def check_target(settings: PublishSettings, recipe: str) -> None:
         HubError: see :func:`llmconvert.hub.check_push`.
     """
     if settings.to.startswith("file:"):
-        check_local_target(_directory(settings), recipe)
+        check_local_target(_directory(settings), recipe, hashes)
     else:
         check_push(settings.to, _options(settings))
 
 
-def publish_artifact(artifact: Path, settings: PublishSettings, recipe: str, *, progress: Progress = SILENT) -> str:
+def publish_artifact(
+    artifact: Path,
+    contents: Contents,
+    settings: PublishSettings,
+    recipe: str,
+    hashes: Hashes,
+    *,
+    progress: Progress = SILENT,
+) -> str:
     """Publish to where the recipe says; returns the place.
 
+    Args:
+        artifact: its directory.
+        contents: of its files when they were written.
+
     Raises:
-        OutputError, CapacityError: see :func:`publish_local`.
+        OutputError, MachineError: see :func:`publish_local`.
         HubError: the Hub refused or could not be reached.
     """
     if settings.to.startswith("file:"):
-        publish_local(artifact, _directory(settings), recipe, progress=progress)
+        publish_local(artifact, contents, _directory(settings), recipe, hashes, progress=progress)
         return settings.to
+    if damage := hashes.damage(artifact, contents):
+        raise _damaged(artifact, damage)
     return push_folder(artifact, settings.to, _options(settings), progress=progress)
 
 
@@ -115,7 +131,7 @@ def _directory(settings: PublishSettings) -> Path:
     return Path(settings.to.removeprefix("file:")).expanduser()
 
 
-def check_local_target(directory: Path, recipe: str) -> None:
+def check_local_target(directory: Path, recipe: str, hashes: Hashes) -> None:
     """Refuse a directory that :func:`publish_local` could not write or would not replace.
 
     Raises:
@@ -124,47 +140,67 @@ def check_local_target(directory: Path, recipe: str) -> None:
     if not directory.is_dir() or not any(directory.iterdir()):
         check_output_directory(directory)
         return
+    path = directory / PUBLICATION_FILE
     try:
-        value = json.loads((directory / PUBLICATION_FILE).read_bytes())
-        publisher, files = str(value["recipe"]), dict(value["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        value = json.loads(path.read_bytes())
+        publisher, files = str(value["recipe"]), Contents.from_mapping(value["files"])
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise MachineError(f"{path}: cannot be read: {error.strerror}; run the same command again") from error
+        files = None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        files = None
+    if files is None:
         raise OutputError(
             f"{directory}: is not empty and was not published by llmconvert; name another directory or empty it"
-        ) from None
+        )
     if publisher != recipe:
         raise OutputError(
             f"{directory}: holds what recipe {publisher!r} published, not {recipe!r}; name another, or remove it"
         )
-    found = file_sizes(directory)
-    found.pop(str(PUBLICATION_FILE), None)
-    changed = sorted(name for name in {**found, **files} if found.get(name) != files.get(name))
-    if changed:
+    if damage := hashes.damage(directory, files, but=str(PUBLICATION_FILE), hidden=True):
         raise OutputError(
-            f"{directory}: {changed[0]} was added, changed or removed since it was published; "
-            "move your changes away, or name another directory"
+            f"{directory}: is not as it was published, {damage}; move your changes away, or name another directory"
         )
 
 
-def publish_local(artifact: Path, directory: Path, recipe: str, *, progress: Progress = SILENT) -> None:
+def publish_local(
+    artifact: Path,
+    contents: Contents,
+    directory: Path,
+    recipe: str,
+    hashes: Hashes,
+    *,
+    progress: Progress = SILENT,
+) -> None:
     """Copy ``artifact`` to ``directory``, replacing what this recipe published there before.
+
+    Args:
+        contents: of the artifact's files when they were written; these are copied, and what lies in ``directory``
+            afterwards is what was written.
 
     Raises:
         OutputError: see :func:`check_local_target`; or another process is publishing there.
-        CapacityError: the disk is full.
+        MachineError: a file of the artifact was changed since it was written, or the disk fails or is full.
     """
     with locked(directory):
-        check_local_target(directory, recipe)
-        files = file_sizes(artifact)
+        check_local_target(directory, recipe, hashes)
         staging = staging_directory(directory)
         try:
             shutil.rmtree(staging)
             staging.mkdir()
-            with progress.task(f"publishing to {directory}", sum(files.values())) as task:
-                for name, size in files.items():
+            with progress.task(
+                f"publishing to {directory}", sum(content.nbytes for content in contents.files.values())
+            ) as task:
+                for name, content in contents.files.items():
                     _copy(artifact / name, staging / name)
-                    task.advance(size, name)
+                    task.advance(content.nbytes, name)
+            if damage := hashes.damage(staging, contents):
+                raise _damaged(artifact, damage)
             (staging / PUBLICATION_FILE).parent.mkdir(exist_ok=True)
-            write_json(staging / PUBLICATION_FILE, {"schema": _SCHEMA, "recipe": recipe, "files": files})
+            write_json(
+                staging / PUBLICATION_FILE, {"schema": _SCHEMA, "recipe": recipe, "files": contents.to_mapping()}
+            )
             _replace(staging, directory)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -178,8 +214,15 @@ def _copy(source: Path, target: Path) -> None:
         with target.open("rb") as file:
             os.fsync(file.fileno())
     except OSError as error:
-        free = shutil.disk_usage(target.parent).free
-        raise CapacityError(f"{target}: cannot be written: {error.strerror}; {free:,} bytes are free") from error
+        if not source.exists():
+            raise _damaged(source.parent, f"{source.name} is missing") from error
+        raise disk_error(error, target) from error
+
+
+def _damaged(artifact: Path, damage: str) -> MachineError:
+    return MachineError(
+        f"{artifact}: is not as it was written, {damage}; nothing was published, run it again to build it anew"
+    )
 
 
 def _replace(staging: Path, directory: Path) -> None:
@@ -198,9 +241,3 @@ def _replace(staging: Path, directory: Path) -> None:
             os.rename(old, directory)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def file_sizes(directory: Path) -> dict[str, int]:
-    """Relative name → bytes of every file below ``directory``, in order."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.stat().st_size for path in paths}

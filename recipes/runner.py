@@ -30,7 +30,7 @@ from llmconvert.recipes.stages.conversion import converted_view, open_remote
 from llmconvert.recipes.stages.measurements import Measured, require_measurable
 from llmconvert.recipes.stages.repair import repair
 from llmconvert.recipes.stages.run import RunStages, reads_calibration, stages_of
-from llmconvert.recipes.stages.stage import Finished, Place, Stage, Work
+from llmconvert.recipes.stages.stage import MODEL, Finished, Place, Stage, Work
 from llmconvert.report.report import Check, Report, Step, require_passed
 from llmconvert.report.section import Value
 from llmconvert.report.steps import StepDetails
@@ -92,7 +92,7 @@ def _run(recipe: Recipe, target: PublishSettings | None, stages: StageRun, progr
     context = Context(open_device(recipe.device), recipe.memory, progress=progress)
     require_measurable(recipe.measured)
     if target is not None:
-        check_target(target, recipe.name)
+        check_target(target, recipe.name, stages.store.hashes)
     todo = stages_of(recipe)
     source, fetched = _fetch(recipe, progress)
     if recipe.quantize is not None:
@@ -104,7 +104,8 @@ def _run(recipe: Recipe, target: PublishSettings | None, stages: StageRun, progr
     work = Work(recipe, context, source, converted_view(recipe, source), steps=[fetched])
     for stage in todo.making:
         perform(stages, work, stage)
-    artifact = _write_up(stages, work, todo)
+    made = _write_up(stages, work, todo)
+    artifact = made.model
     report = Report.read(artifact / REPORT_FILE)
     try:
         require_passed(report.checks, blame(report))
@@ -112,7 +113,8 @@ def _run(recipe: Recipe, target: PublishSettings | None, stages: StageRun, progr
         raise GateError(f"{error}; the artifact is in {artifact}") from error
     published = None
     if target is not None:
-        published = publish_artifact(artifact, target, recipe.name, progress=progress)
+        contents = made.contents.below(MODEL)
+        published = publish_artifact(artifact, contents, target, recipe.name, stages.store.hashes, progress=progress)
     return RunResult(recipe, report, artifact, published)
 
 
@@ -127,8 +129,8 @@ def _fetch(recipe: Recipe, progress: Progress) -> tuple[Source, Step]:
     return source, Step(name="fetch", seconds=seconds, peak_rss_bytes=memory.nbytes)
 
 
-def _write_up(stages: StageRun, work: Work, todo: RunStages) -> Path:
-    """Measure what was made, repair it if the recipe says so, and assemble the artifact; gives its directory."""
+def _write_up(stages: StageRun, work: Work, todo: RunStages) -> Finished[StepDetails]:
+    """Measure what was made, repair it if the recipe says so, and assemble the artifact; gives its stage."""
     measuring = todo.measuring(todo.model)
     settings = work.recipe.validation
     model = todo.model
@@ -140,7 +142,7 @@ def _write_up(stages: StageRun, work: Work, todo: RunStages) -> Path:
             model, measured, more = repair(work, todo, settings.repair, measured, partial(perform, stages, work))
     checks = measured.details.checks if measured is not None else ()
     last = artifact_stage(model, measured.name if measured is not None else None, checks, more)
-    return perform(stages, work, last).model
+    return perform(stages, work, last)
 
 
 def perform(stages: StageRun, work: Work, stage: Stage[D]) -> Finished[D]:
@@ -154,7 +156,7 @@ def perform(stages: StageRun, work: Work, stage: Stage[D]) -> Finished[D]:
         return stage.build(work, Place.stage(directory)).model_dump(mode="json", by_alias=True)
 
     found = stages.run(stage.name, stage.inputs(work), build, resumable=stage.resumable)
-    done = Finished(stage.name, found.key, found.path, stage.read(found.details))
+    done = Finished(stage.name, found.key, found.path, stage.read(found.details), found.contents)
     work.finished[stage.name] = done
     stage.finish(work)
     if not stage.reported:

@@ -21,6 +21,7 @@ from llmconvert.cli.report import report
 from llmconvert.cli.run import run
 from llmconvert.cli.validate import validate
 from llmconvert.errors import LlmconvertError, RunInterruptedError
+from llmconvert.machine import machine_errors
 from llmconvert.version import __version__
 
 __all__ = ["main"]
@@ -41,7 +42,8 @@ class _Failure(click.ClickException):
 class _Main(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with machine_errors():
+                return super().invoke(ctx)
         except LlmconvertError as error:
             raise _Failure(error) from error
         except KeyboardInterrupt:
@@ -62,7 +64,7 @@ def main() -> None:
 
     \b
     Exit codes: 0 done, 2 usage or recipe error, 3 quality gate failed, 4 source or Hub error,
-    5 does not fit this machine, 6 interrupted (the same command continues), 1 a bug.
+    5 this machine's memory or disk, 6 interrupted (the same command continues), 1 a bug.
     """
     # Idle threads of torch's OpenMP spin for milliseconds before they sleep, on cores that compiled kernels could use.
     # The runtime reads this when torch is loaded, which is after this line.

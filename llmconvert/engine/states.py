@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from llmconvert.errors import CapacityError
+from llmconvert.errors import CapacityError, MachineError
 
 __all__ = [
     "STATES_IN_MEMORY_NBYTES",
@@ -66,21 +67,25 @@ class _File:
         self._offsets = [0]
         for length in lengths:
             self._offsets.append(self._offsets[-1] + length * row)
-        self._fd = _unnamed() if path is None else os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._path = path
+        try:
+            self._fd = _unnamed() if path is None else os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise self._failed(error, "created") from error
         try:
             os.posix_fallocate(self._fd, 0, self._offsets[-1])
         except OSError as error:
             os.close(self._fd)
-            where = path or f"{tempfile.gettempdir()} (set TMPDIR to a directory on a larger disk)"
-            raise CapacityError(
-                f"{where}: no space for {self._offsets[-1]:,} bytes of activations: {error.strerror}"
-            ) from error
+            raise self._failed(error, "reserved") from error
 
     def put(self, batch: int, hidden: torch.Tensor) -> None:
         data = hidden.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         position = self._offsets[batch]
         while data:
-            count = os.pwrite(self._fd, data, position)
+            try:
+                count = os.pwrite(self._fd, data, position)
+            except OSError as error:
+                raise self._failed(error, "written") from error
             position += count
             data = data[count:]
 
@@ -89,14 +94,31 @@ class _File:
         view = hidden.reshape(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(view):
-            count = os.preadv(self._fd, [view[done:]], self._offsets[batch] + done)
+            try:
+                count = os.preadv(self._fd, [view[done:]], self._offsets[batch] + done)
+            except OSError as error:
+                raise self._failed(error, "read") from error
             if count == 0:
-                raise EOFError(f"state of batch {batch} ended early")
+                raise MachineError(f"{self._where}: the activations of batch {batch} end early; another process cut it")
             done += count
         return hidden
 
     def sync(self) -> None:
-        os.fdatasync(self._fd)
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise self._failed(error, "forced to disk") from error
+
+    @property
+    def _where(self) -> str:
+        return str(self._path or f"{tempfile.gettempdir()} (set TMPDIR to a directory on a larger disk)")
+
+    def _failed(self, error: OSError, what: str) -> MachineError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return CapacityError(
+                f"{self._where}: no space for {self._offsets[-1]:,} bytes of activations: {error.strerror}"
+            )
+        return MachineError(f"{self._where}: activations cannot be {what}: {error.strerror}")
 
     def close(self) -> None:
         os.close(self._fd)
@@ -123,7 +145,7 @@ class DiskStates:
         try:
             for parity in _PARITIES:
                 self._files.append(_File(directory / f"{name}-{parity}.bin", lengths, hidden_size, dtype))
-        except CapacityError:
+        except MachineError:
             self.close()
             raise
 

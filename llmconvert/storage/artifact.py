@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,10 +19,12 @@ from typing import Any
 
 import torch
 
-from llmconvert.errors import CapacityError, HubError, LlmconvertError, OutputError, SourceError, UsageError
+from llmconvert.errors import CapacityError, HubError, LlmconvertError, SourceError, UsageError
+from llmconvert.machine import of_machine
 from llmconvert.memory import row_slices
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.disk import put_in_place, sync_directory
 from llmconvert.storage.journal import Journal
 from llmconvert.storage.lock import locked
 from llmconvert.storage.writer import (
@@ -154,9 +155,11 @@ class Artifact:
     def sync(self) -> None:
         """Make every finished piece last: force it to disk, then say so in the journal."""
         if self._unsynced:
+            # Forgotten first: the kernel reports a lost write once, and a second attempt would seem to succeed.
+            pieces, self._unsynced = self._unsynced, []
             self.writer.sync()
-            self._journal.append({"done": self._unsynced})
-            self._unsynced, self._synced = [], time.monotonic()
+            self._journal.append({"done": pieces})
+            self._synced = time.monotonic()
 
     def copy(self, source: Checkpoint, names: Iterable[str]) -> None:
         """Copy tensors that stay as they are; each is a piece of its name, and those that are done are left out."""
@@ -222,12 +225,12 @@ class Artifact:
             self._writer.close()
         if error is None or self._whole:
             return
-        if isinstance(error, UsageError | SourceError) and not isinstance(error, HubError):
+        if isinstance(error, UsageError | SourceError) and not isinstance(error, HubError) and not of_machine(error):
             worth = self.resumed  # what an earlier run achieved is not thrown away because this one was refused
         elif isinstance(error, CapacityError):
             worth = bool(self.done)
         else:
-            worth = bool(self.done) or any(path.name != JOURNAL for path in self.work.iterdir())
+            worth = bool(self.done) or any(path.name != JOURNAL for path in self.work.glob("*"))
         if not worth:
             shutil.rmtree(self.staging, ignore_errors=True)
 
@@ -290,8 +293,6 @@ def _remove_contents(directory: Path, *, but: str = "") -> None:
 
 
 def _publish_file(staging: Path, name: str, output: Path) -> None:
-    try:
-        os.rename(staging / name, output.absolute())
-        staging.rmdir()
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be put in place: {error.strerror}; the result is in {staging}") from error
+    put_in_place(staging / name, output.absolute())
+    staging.rmdir()
+    sync_directory(output.absolute().parent)

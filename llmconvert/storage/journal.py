@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmconvert.storage.disk import disk_error, sync_directory
+
 __all__ = ["Journal"]
 
 
@@ -21,25 +23,39 @@ class Journal:
 
     Args:
         path: the file; created if missing. A damaged tail is cut off.
+
+    Raises:
+        MachineError: it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        content = path.read_bytes() if path.exists() else b""
-        self.entries, good = _parse(content)
-        if good < len(content):
-            os.truncate(path, good)
+        try:
+            content = path.read_bytes() if path.exists() else b""
+            self.entries, good = _parse(content)
+            if good < len(content):
+                os.truncate(path, good)
+        except OSError as error:
+            raise disk_error(error, path) from error
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add an entry; it is on disk when this returns."""
+        """Add an entry; it is on disk when this returns.
+
+        Raises:
+            MachineError: the disk fails, or it is full.
+        """
         body = json.dumps(entry, sort_keys=True, separators=(",", ":"))
+        line = f"{zlib.crc32(body.encode()):08x} {body}\n".encode()
         created = not self._path.exists()
-        with self._path.open("ab") as file:
-            file.write(f"{zlib.crc32(body.encode()):08x} {body}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._path.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise disk_error(error, self._path, len(line)) from error
         if created:
-            _sync_directory(self._path.parent)
+            sync_directory(self._path.parent)
         self.entries.append(dict(entry))
 
 
@@ -54,11 +70,3 @@ def _parse(content: bytes) -> tuple[list[dict[str, Any]], int]:
         entries.append(json.loads(body))
         position += len(line)
     return entries, position
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

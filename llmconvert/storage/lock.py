@@ -6,16 +6,18 @@ left behind blocks nobody.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llmconvert.errors import OutputError
+from llmconvert.errors import MachineError, OutputError
+from llmconvert.storage.disk import NOT_ALLOWED
 
 __all__ = ["Readers", "lock_path", "locked", "unread"]
 
@@ -38,7 +40,8 @@ def locked(path: Path, *, wait: Callable[[str], None] | None = None) -> Iterator
             lock that is held is refused.
 
     Raises:
-        OutputError: another process holds it, or its file cannot be written.
+        OutputError: another process holds it, or its file may not be written.
+        MachineError: the disk fails.
     """
     file = lock_path(path)
     lock = FileLock(file, thread_local=False, fallback_to_soft=False, on_acquired=_sign)
@@ -51,12 +54,16 @@ def locked(path: Path, *, wait: Callable[[str], None] | None = None) -> Iterator
             while not _try(lock):
                 time.sleep(_POLL_SECONDS)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be used: {error.strerror or error}") from error
+        text = f"{path}: cannot be used: its lock {file.name} cannot be taken: {error.strerror or error}"
+        if error.errno in (*NOT_ALLOWED, errno.EEXIST):
+            raise OutputError(text) from error
+        raise MachineError(f"{text}; run the same command again") from error
     try:
         yield
     finally:
         # Removed while it is held: who waits for this very file sees that it is gone, and makes a new one.
-        file.unlink(missing_ok=True)
+        with suppress(OSError):  # one that stays blocks nobody
+            file.unlink()
         lock.release()
 
 
@@ -82,13 +89,19 @@ class Readers:
         self._fds: dict[Path, int] = {}
 
     def hold(self, path: Path) -> bool:
-        """Take part in reading ``path``, once however often; False if it is not there."""
+        """Take part in reading ``path``, once however often; False if it is not there.
+
+        Raises:
+            MachineError: it is there and cannot be read.
+        """
         if path in self._fds:
             return True
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            raise MachineError(f"{path}: cannot be read: {error.strerror}; run the same command again") from error
         fcntl.flock(fd, fcntl.LOCK_SH)
         if os.fstat(fd).st_nlink == 0:  # removed just now
             os.close(fd)

@@ -14,17 +14,18 @@ import errno
 import json
 import math
 import os
-import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from llmconvert.errors import CapacityError, OutputError
+from llmconvert.errors import CheckpointError, OutputError
 from llmconvert.storage.checkpoint import DTYPE_NAMES, TensorSpec
 from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME
+from llmconvert.storage.disk import disk_error, put_in_place, sync_directory
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
@@ -44,6 +45,7 @@ __all__ = [
 
 #: Shards are filled up to this many bytes, transformers' own default.
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_COPY_NBYTES = 1 << 20
 # Data starts at a multiple of this, as the reference writer pads its header.
 _HEADER_ALIGNMENT = 8
 
@@ -158,7 +160,7 @@ class TensorWriter:
             _write_all(fd, memoryview(shard.header), 0)
         except OSError as error:
             os.close(fd)
-            raise _disk_error(error, path, shard.nbytes) from error
+            raise disk_error(error, path, shard.nbytes) from error
         return fd
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -192,7 +194,7 @@ class TensorWriter:
         try:
             _write_all(self._fds[shard.name], data, shard.offsets[name] + offset)
         except OSError as error:
-            raise _disk_error(error, self.directory / shard.name, len(data)) from error
+            raise disk_error(error, self.directory / shard.name, len(data)) from error
 
     def drop_cache(self, name: str, offset: int, nbytes: int) -> None:
         """Start writing these bytes to disk; pages that are there already leave the page cache."""
@@ -202,9 +204,18 @@ class TensorWriter:
             os.posix_fadvise(self._fds[shard.name], start, nbytes, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
-        """Force everything written so far to disk."""
-        for fd in self._fds.values():
-            os.fsync(fd)
+        """Force everything written so far to disk.
+
+        Raises:
+            MachineError: the disk fails.
+            CapacityError: it is full.
+        """
+        for shard, fd in self._fds.items():
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                path = self.directory / shard
+                raise disk_error(error, path, os.fstat(fd).st_size) from error
 
     def close(self) -> None:
         """Close the files; call :meth:`sync` before to have them on disk."""
@@ -234,16 +245,6 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(fd, data[done:], offset + done)
 
 
-def _disk_error(error: OSError, path: Path, nbytes: int) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(path.parent).free
-        return CapacityError(
-            f"{path}: no space for {nbytes:,} bytes ({error.strerror}), {free:,} bytes are free; "
-            "free some, or write to another disk"
-        )
-    return OutputError(f"{path}: cannot be written: {error.strerror}")
-
-
 def write_file(path: Path, content: bytes) -> None:
     """Write a small file so that it is there whole or not at all, and on disk when this returns."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -254,8 +255,9 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _disk_error(error, path, len(content)) from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise disk_error(error, path, len(content)) from error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -278,13 +280,24 @@ def write_side_files(directory: Path, files: Mapping[str, Path | bytes]) -> int:
 
 def _copy_file(source: Path, path: Path) -> None:
     try:
-        with source.open("rb") as reader, path.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+        with path.open("wb") as writer:
+            for piece in _pieces(source):
+                writer.write(piece)
             writer.flush()
             os.fsync(writer.fileno())
     except OSError as error:
-        path.unlink(missing_ok=True)
-        raise _disk_error(error, path, source.stat().st_size) from error
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise disk_error(error, path, source.stat().st_size) from error
+
+
+def _pieces(source: Path) -> Iterator[bytes]:
+    try:
+        with source.open("rb") as reader:
+            while piece := reader.read(_COPY_NBYTES):
+                yield piece
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
 
 
 def json_bytes(value: object) -> bytes:
@@ -336,20 +349,13 @@ def staging_directory(path: Path) -> Path:
 
 
 def publish_directory(staging: Path, path: Path) -> None:
-    """Make a finished directory appear under its final name: sync its entries, then one rename."""
-    fd = os.open(staging, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    """Make a finished directory appear under its final name: sync its entries, then one rename.
+
+    Raises:
+        OutputError: something is in its place.
+        MachineError: the disk fails, or the directory is gone.
+    """
+    sync_directory(staging)
     absolute = path.absolute()
-    try:
-        # rename(2) replaces an empty directory and refuses a filled one.
-        os.rename(staging, absolute)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be put in place: {error.strerror}; the result is in {staging}") from error
-    fd = os.open(absolute.parent, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    put_in_place(staging, absolute)  # rename(2) replaces an empty directory and refuses a filled one
+    sync_directory(absolute.parent)

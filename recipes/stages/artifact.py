@@ -22,7 +22,6 @@ import yaml
 
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.source import Source
-from llmconvert.errors import CapacityError
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.provenance import provenance
 from llmconvert.recipes.stages.stage import Place, Stage, Work
@@ -30,7 +29,9 @@ from llmconvert.recipes.stages.windows import CALIBRATION
 from llmconvert.report.report import Check, ModelInfo, Report, environment
 from llmconvert.report.steps import StepDetails
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.contents import listing
 from llmconvert.storage.directory import is_weight_file
+from llmconvert.storage.disk import disk_error
 from llmconvert.storage.writer import write_file
 from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.render.card import Address, render_card
@@ -129,15 +130,18 @@ def assemble_artifact(model: Path, artifact: Path, recipe: Recipe, source: Sourc
     Weight files are linked rather than copied where the file system can: they are never written to again.
 
     Raises:
-        CapacityError: the disk is full.
+        MachineError: the disk fails or is full.
     """
     folder = artifact / "llmconvert"
+    path = folder
     try:
         folder.mkdir(parents=True)
-        for path in sorted(path for path in model.iterdir() if path.is_file()):
-            _take(path, artifact / path.name)
+        for name in listing(model):
+            path = artifact / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _take(model / name, path)
     except OSError as error:
-        raise CapacityError(f"{artifact}: cannot be written: {error.strerror}") from error
+        raise disk_error(error, path) from error
     text = resolved_recipe(recipe, source, report)
     report.write(artifact / REPORT_FILE)
     write_file(folder / "recipe.yaml", text.encode())

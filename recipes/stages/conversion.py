@@ -29,7 +29,7 @@ from llmconvert.recipes.stages.stage import ORIGINAL, Original, Place, Stage, Wo
 from llmconvert.report.steps import DtypeReport, StepDetails, read_details
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
-from llmconvert.storage.stages import stage_key
+from llmconvert.storage.stage_record import stage_key
 
 __all__ = ["DTYPES", "convert_stage", "converted_view", "hub_model", "open_remote", "stream_stage"]
 

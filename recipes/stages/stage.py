@@ -20,6 +20,7 @@ from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.report.report import Step
 from llmconvert.report.section import Value
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
+from llmconvert.storage.contents import Contents
 from llmconvert.text.tokens import TokenWindows
 
 __all__ = ["MODEL", "ORIGINAL", "Finished", "Original", "Place", "Stage", "Work"]
@@ -77,12 +78,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Finished(Generic[D]):
-    """A finished stage: its key, its directory, and what its builder said."""
+    """A finished stage: its key, its directory, what its builder said, and what its files hold."""
 
     name: str
     key: str
     directory: Path
     details: D
+    contents: Contents
 
     @property
     def model(self) -> Path:

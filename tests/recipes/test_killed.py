@@ -15,7 +15,7 @@ import pytest
 import yaml
 from support.tiny_models import tiny_llama_dir
 
-from llmconvert.storage.stages import STAGE_FILE
+from llmconvert.storage.stage_record import STAGE_FILE
 
 pytestmark = pytest.mark.slow
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

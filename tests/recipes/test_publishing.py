@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llmconvert.errors import CapacityError, OutputError
+from llmconvert.errors import CapacityError, MachineError, OutputError
 from llmconvert.recipes import publishing
-from llmconvert.recipes.publishing import PUBLICATION_FILE, check_local_target, file_sizes, publish_local
+from llmconvert.recipes.publishing import PUBLICATION_FILE, check_local_target
+from llmconvert.recipes.publishing import publish_local as publish
+from llmconvert.storage.contents import Contents, Hashes, listing
 
 
 @pytest.fixture
@@ -22,8 +24,12 @@ def artifact(tmp_path: Path) -> Path:
     return directory
 
 
+def publish_local(artifact: Path, directory: Path, recipe: str) -> None:
+    publish(artifact, Hashes().read(artifact), directory, recipe, Hashes())
+
+
 def content(directory: Path) -> dict[str, bytes]:
-    return {name: (directory / name).read_bytes() for name in file_sizes(directory) if name != str(PUBLICATION_FILE)}
+    return {name: (directory / name).read_bytes() for name in listing(directory) if name != str(PUBLICATION_FILE)}
 
 
 def test_it_is_a_copy_that_says_what_it_is(artifact: Path, tmp_path: Path) -> None:
@@ -31,7 +37,7 @@ def test_it_is_a_copy_that_says_what_it_is(artifact: Path, tmp_path: Path) -> No
     publish_local(artifact, target, "demo")
     assert content(target) == content(artifact)
     record = json.loads((target / PUBLICATION_FILE).read_text())
-    assert record["recipe"] == "demo" and record["files"] == file_sizes(artifact)
+    assert record["recipe"] == "demo" and Contents.from_mapping(record["files"]) == Hashes().read(artifact)
     assert os.listdir(target.parent) == ["demo"]
 
 
@@ -55,27 +61,30 @@ def test_an_empty_directory_is_used(artifact: Path, tmp_path: Path) -> None:
     ("spoil", "reason"),
     [
         (lambda target: (target / "notes.txt").write_text("mine"), "notes.txt was added"),
-        (lambda target: (target / "model.safetensors").write_bytes(b"edited weights"), "model.safetensors was added"),
-        (lambda target: (target / "model.safetensors").unlink(), "model.safetensors was added"),
+        (lambda target: (target / ".notes").write_text("mine"), ".notes was added"),
+        (lambda target: (target / "model.safetensors").write_bytes(b"edited weights"), "has 14 bytes, 7 were written"),
+        (lambda target: (target / "model.safetensors").write_bytes(b"weightz"), "holds other bytes than were written"),
+        (lambda target: (target / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda target: (target / PUBLICATION_FILE).unlink(), "was not published by llmconvert"),
         (lambda target: (target / PUBLICATION_FILE).write_text("[]"), "was not published by llmconvert"),
+        (lambda target: (target / PUBLICATION_FILE).write_text("[" * 99_999), "was not published by llmconvert"),
     ],
 )
 def test_what_others_put_there_is_never_replaced(artifact: Path, tmp_path: Path, spoil: object, reason: str) -> None:
     target = tmp_path / "demo"
     publish_local(artifact, target, "demo")
     spoil(target)  # type: ignore[operator]
-    before = {name: (target / name).read_bytes() for name in file_sizes(target)}
+    before = {name: (target / name).read_bytes() for name in listing(target)}
     with pytest.raises(OutputError, match=reason):
         publish_local(artifact, target, "demo")
-    assert {name: (target / name).read_bytes() for name in file_sizes(target)} == before
+    assert {name: (target / name).read_bytes() for name in listing(target)} == before
     assert sorted(os.listdir(tmp_path)) == ["artifact", "demo"]
 
 
 def test_another_recipes_publication_stays(artifact: Path, tmp_path: Path) -> None:
     publish_local(artifact, tmp_path / "demo", "demo")
     with pytest.raises(OutputError, match="recipe 'demo' published, not 'other'"):
-        check_local_target(tmp_path / "demo", "other")
+        check_local_target(tmp_path / "demo", "other", Hashes())
 
 
 def test_a_full_disk_leaves_the_old_one(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,4 +127,24 @@ def test_killed_between_the_renames_the_next_run_puts_it_there(artifact: Path, t
     (tmp_path / "demo").rename(tmp_path / ".demo.replaced")  # as a kill leaves it
     publish_local(artifact, tmp_path / "demo", "demo")
     assert content(tmp_path / "demo") == content(artifact)
+    assert sorted(os.listdir(tmp_path)) == ["artifact", "demo"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda artifact: (artifact / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda artifact: (artifact / "model.safetensors").write_bytes(b"weightz"), "holds other bytes"),
+    ],
+)
+def test_only_what_was_written_is_published(artifact: Path, tmp_path: Path, spoil: object, reason: str) -> None:
+    contents = Hashes().read(artifact)
+    (artifact / "llmconvert" / "report.json").chmod(0o600)
+    (artifact / ".DS_Store").write_bytes(b"a file manager's")
+    publish(artifact, contents, tmp_path / "demo", "demo", Hashes())
+    assert content(tmp_path / "demo") == {"model.safetensors": b"weights", "llmconvert/report.json": b"{}"}
+    spoil(artifact)  # type: ignore[operator]
+    with pytest.raises(MachineError, match=reason):
+        publish(artifact, contents, tmp_path / "demo", "demo", Hashes())
+    assert content(tmp_path / "demo")["model.safetensors"] == b"weights"
     assert sorted(os.listdir(tmp_path)) == ["artifact", "demo"]

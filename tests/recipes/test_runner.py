@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from llmconvert.errors import DatasetError, GateError, OutputError, RunInterruptedError, SchemeError, UnsupportedError
 from llmconvert.progress import SILENT
 from llmconvert.recipes.loading import load_recipe
-from llmconvert.recipes.publishing import file_sizes
 from llmconvert.recipes.runner import RunResult, run_recipe
 from llmconvert.recipes.stages import quantization
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
-from llmconvert.storage.stages import STAGE_FILE
+from llmconvert.storage.contents import listing
+from llmconvert.storage.stage_record import STAGE_FILE
 
 
 class Log:
@@ -106,7 +106,7 @@ def test_the_resolved_recipe_repeats_the_run(write_recipe: Any, tmp_path: Path, 
 def test_no_path_of_this_machine_is_published(write_recipe: Any, tmp_path: Path, tiny_llama: Path) -> None:
     result, _ = run(write_recipe(publish={"to": f"file:{tmp_path}/out"}))
     assert result.published is not None
-    for name in file_sizes(tmp_path / "out"):
+    for name in listing(tmp_path / "out"):
         content = (tmp_path / "out" / name).read_bytes()
         for private in (tmp_path, tiny_llama.parent, Path.home()):
             assert str(private).encode() not in content or private == Path("/"), f"{name} names {private}"
@@ -118,6 +118,32 @@ def test_nothing_is_done_twice(write_recipe: Any) -> None:
     second, log = run(path)
     assert not log.tasks and all("unchanged, reusing" in line for line in log.lines)
     assert second.artifact == first.artifact and second.report == first.report
+
+
+@pytest.mark.parametrize("stage", ["artifact", "quantize"])
+@pytest.mark.parametrize("spoil", ["delete", "overwrite"])
+def test_weights_that_are_not_as_they_were_written_are_never_published(
+    write_recipe: Any, tmp_path: Path, stage: str, spoil: str
+) -> None:
+    path = write_recipe(publish={"to": f"file:{tmp_path}/out"})
+    first, _ = run(path)
+    expected = weights(tmp_path / "out")
+    (file,) = (tmp_path / "work").glob(f"{stage}-*/model/model.safetensors")
+    if spoil == "delete":
+        file.unlink()
+    else:
+        status, content = file.stat(), bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    second, log = run(path)
+    assert weights(tmp_path / "out") == weights(second.artifact) == expected
+    assert second.report.checks == first.report.checks
+    found = "is missing" if spoil == "delete" else "holds other bytes than were written"
+    said = f"is not as it was written, model/model.safetensors {found}; building it anew"
+    # The file is one and the same where the artifact links it, so both stages see what was written over it.
+    spoiled = {stage} if spoil == "delete" else {"artifact", "quantize"}
+    assert {line.split(":")[0] for line in log.lines if said in line} == spoiled
 
 
 def test_only_what_changed_is_done_again(write_recipe: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from llmconvert.errors import CapacityError, OutputError, SchemeError
-from llmconvert.storage.stages import STAGE_FILE, StageStore, describe_changes, stage_key
+from llmconvert.errors import CapacityError, CheckpointError, MachineError, OutputError, SchemeError
+from llmconvert.storage.stage_record import STAGE_FILE, describe_changes, stage_key, write_run
+from llmconvert.storage.stages import StageStore
 
 
 class Log:
@@ -124,12 +127,116 @@ def test_an_unfinished_stage_goes_when_its_inputs_change(tmp_path: Path) -> None
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_a_stage_with_a_torn_description_is_built_again(tmp_path: Path) -> None:
+def keep_times(path: Path, content: bytes) -> None:
+    """Overwrite a file so that its size and its time of modification stay."""
+    status = path.stat()
+    assert len(content) == status.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def edit_record(path: Path) -> None:
+    record = json.loads((path / STAGE_FILE).read_text())
+    record["details"]["length"] = 7
+    (path / STAGE_FILE).write_text(json.dumps(record))
+
+
+def drop_key(path: Path) -> None:
+    record = json.loads((path / STAGE_FILE).read_text())
+    del record["seconds"]
+    (path / STAGE_FILE).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda path: (path / "out.txt").unlink(), "out.txt is missing"),
+        (lambda path: (path / "out.txt").write_text("a longer one"), "out.txt has 12 bytes, 5 were written"),
+        (lambda path: keep_times(path / "out.txt", b"hellO"), "out.txt holds other bytes than were written"),
+        (lambda path: (path / "more.txt").write_text(""), "more.txt was added"),
+        (lambda path: (path / STAGE_FILE).write_text('{"schema": "llmconv'), "its stage.json can't be trusted"),
+        (lambda path: (path / STAGE_FILE).write_text("[" * 99_999), "its stage.json can't be trusted"),
+        (lambda path: (path / STAGE_FILE).unlink(), "its stage.json can't be trusted"),
+        (edit_record, "its stage.json can't be trusted"),
+        (drop_key, "its stage.json can't be trusted"),
+    ],
+)
+def test_a_stage_that_is_not_as_it_was_written_is_built_anew_and_said_so(
+    tmp_path: Path, spoil: Callable[[Path], object], reason: str
+) -> None:
+    log = Log()
     with StageStore(tmp_path) as store:
-        result = store.begin("demo").run("convert", {}, writing("a"))
-        (result.path / STAGE_FILE).write_text('{"schema": "llmconv')
-        again = store.begin("demo").run("convert", {}, writing("b"))
-    assert not again.reused and (again.path / "out.txt").read_text() == "b"
+        path = store.begin("demo").run("convert", {}, writing("hello")).path
+    spoil(path)
+    for built in (True, False):
+        with StageStore(tmp_path, progress=log) as store:
+            result = store.begin("demo").run("convert", {}, writing("hello") if built else never)
+        assert result.reused is not built and (result.path / "out.txt").read_text() == "hello"
+    assert log.lines[0] == f"convert: {path.name} is not as it was written, {reason}; building it anew"
+    assert not (path / "more.txt").exists()
+
+
+def test_what_is_hidden_is_nobodys(tmp_path: Path) -> None:
+    with StageStore(tmp_path) as store:
+        path = store.begin("demo").run("convert", {}, writing("hello")).path
+        (path / ".DS_Store").write_text("a file manager's")
+        store.begin("demo").run("convert", {}, never)
+
+
+def test_what_was_made_from_a_stage_that_came_out_otherwise_is_built_anew(tmp_path: Path) -> None:
+    """The same inputs may give other bytes: another number of threads sums in another order."""
+    log = Log()
+    for text in ("one", "one", "two", "two"):
+        with StageStore(tmp_path, progress=log) as store:
+            run = store.begin("demo")
+            made = run.run("convert", {}, writing(text))
+            run.run("validate", {"artifact": {"model": made.key}}, writing(f"measured on {text}"))
+        (made.path / "out.txt").unlink()
+    rebuilt = [line.partition(" is not")[2] for line in log.lines if line.startswith("validate: ") and "anew" in line]
+    assert rebuilt == [" as it was written, made from another convert; building it anew"]
+    (measured,) = tmp_path.glob("validate-*/out.txt")
+    assert measured.read_text() == "measured on two"
+
+
+def test_a_stage_that_cannot_be_read_now_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with StageStore(tmp_path) as store:
+        result = store.begin("demo").run("convert", {}, writing("hello"))
+
+    def broken(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for name in ("contents.hashlib.file_digest", "contents.os.scandir", "lock.os.open", "stage_record.Path.read_bytes"):
+        with monkeypatch.context() as patched, StageStore(tmp_path) as store:
+            patched.setattr(f"llmconvert.storage.{name}", broken)
+            with pytest.raises(MachineError, match="Input/output error"):
+                store.begin("demo").run("convert", {}, never)
+    with StageStore(tmp_path) as store:
+        assert store.begin("demo").run("convert", {}, never).path == result.path
+
+
+def test_a_disk_that_fails_leaves_what_a_stage_can_continue_from(tmp_path: Path) -> None:
+    error = CheckpointError("reading weights: Input/output error")
+    error.__cause__ = OSError(errno.EIO, "Input/output error")
+    with StageStore(tmp_path) as store, pytest.raises(CheckpointError):
+        store.begin("demo").run("quantize", {}, failing(error), resumable=True)
+    assert len(list(tmp_path.glob(".quantize-*.partial/half"))) == 1
+
+
+def test_fresh_removes_no_directory_that_a_damaged_record_names(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    work = tmp_path / "work"
+    with StageStore(work) as store:
+        store.begin("demo").run("convert", {}, writing("hello"))
+    record = work / "runs" / "demo.json"
+    for stage in ("../mine", str(mine), "", "."):
+        write_run(record, {"convert": {"stage": stage, "inputs": {}}})
+        with StageStore(work) as store:
+            store.begin("demo", fresh=True)
+        assert mine.is_dir() and len(list(work.glob("convert-*"))) == 1
+    record.write_text(json.dumps({"schema": "llmconvert.stage/2", "stages": {"convert": {}}}))
+    with StageStore(work) as store:
+        store.begin("demo").run("convert", {}, never)
 
 
 def test_fresh_builds_everything_anew_but_once_per_batch(tmp_path: Path) -> None:

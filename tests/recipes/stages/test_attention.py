@@ -26,6 +26,7 @@ from llmconvert.recipes.stages.stage import Finished, Place, Work
 from llmconvert.recipes.stages.windows import HEALING_TEXT
 from llmconvert.report.steps import StepDetails
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.storage.contents import Contents
 from llmconvert.text.tokens import TokenWindows
 
 
@@ -109,7 +110,7 @@ def test_a_finished_healing_is_not_done_again(tiny_llama: Path, tmp_path: Path) 
     source = open_source(recipe.model)
     work = Work(recipe, Context(), source, converted_view(recipe, source))
     work.texts[HEALING_TEXT] = TokenWindows(tuple(ids), 4, 64, "text", "", "", False, 16)
-    work.finished["attention"] = Finished("attention", "", tmp_path / "merged", StepDetails())
+    work.finished["attention"] = Finished("attention", "", tmp_path / "merged", StepDetails(), Contents({}))
     stage = heal_stage(HealSettings(steps=2, length=16, held_out=1), after="attention")
     place = Place.stage(tmp_path / "stage")
     (tmp_path / "stage").mkdir()
