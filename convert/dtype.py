@@ -106,8 +106,8 @@ def plan_dtype(source: Checkpoint, output: Path, request: DtypeRequest, *, conte
     dtype = request.dtype
     if dtype not in TARGETS:
         raise UnsupportedError(f"{dtype} is no target; convert to float32, float16 or bfloat16")
-    origin = str(getattr(source, "directory", "the model"))
-    source = open_dense(source, dtype)
+    origin, context = str(getattr(source, "directory", "the model")), context or Context()
+    source = open_dense(source, dtype, progress=context.progress)
     require_dense(source, origin)
     check_output_directory(output)
     config = with_dtype(source.config, dtype)
@@ -118,7 +118,7 @@ def plan_dtype(source: Checkpoint, output: Path, request: DtypeRequest, *, conte
         request.max_shard_bytes,
     )
     needs = Needs(memory=BASE_NBYTES + BUFFER_NBYTES, disk=output_nbytes(layout, config, source.files))
-    return DtypePlan(request, layout, config, needs, source, output, context or Context())
+    return DtypePlan(request, layout, config, needs, source, output, context)
 
 
 def convert_dtype(

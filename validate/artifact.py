@@ -67,7 +67,7 @@ class ValidationPlan:
             subject = Subject(
                 artifact=self._artifact,
                 stored=stored,
-                dense=open_dense(stored),
+                dense=open_dense(stored, progress=self._context.progress),
                 reference=reference,
                 original=open_dense(reference) if reference is not None else None,
                 windows=self._windows,

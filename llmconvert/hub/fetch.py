@@ -32,6 +32,9 @@ __all__ = ["FetchedModel", "RemoteModel", "fetch", "fetch_without_weights"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# AutoGPTQ's names, of which there is one; what it did lies in a file of its own, as with AutoAWQ.
+_OLD_INDEX = "gptq_model-*.safetensors.index.json"
+_OLD_SINGLE = "gptq_model-*.safetensors"
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
 _PICKLE_SINGLE = "pytorch_model.bin"
 #: Root files besides the weights that a converted model needs or must keep (licences travel with the weights, and the
@@ -39,6 +42,8 @@ _PICKLE_SINGLE = "pytorch_model.bin"
 _NEEDED = (
     "config.json",
     "generation_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -279,7 +284,8 @@ def _choose(model_id: str, names: dict[str, int], directory: Path, allow_pickle:
     if "config.json" not in names:
         raise HubError(f"{model_id}: has no config.json, so it is no transformers model")
     chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in _NEEDED)]
-    for index, single in ((_INDEX, _SINGLE), (_PICKLE_INDEX, _PICKLE_SINGLE)):
+    old_index, old_single = (next(iter(fnmatch.filter(names, old)), old) for old in (_OLD_INDEX, _OLD_SINGLE))
+    for index, single in ((_INDEX, _SINGLE), (old_index, old_single), (_PICKLE_INDEX, _PICKLE_SINGLE)):
         if index not in names and single not in names:
             continue
         if single == _PICKLE_SINGLE and not allow_pickle:

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 import torch
 
 from llmconvert.errors import CheckpointError
-from llmconvert.storage.directory import INDEX_NAME, identity_of, other_files, read_config, read_index, shard_names
+from llmconvert.storage.directory import identity_of, index_name, other_files, read_config, read_index, shard_names
 from llmconvert.storage.parsing import parse_json
 
 __all__ = [
@@ -341,7 +341,8 @@ def _open_readonly(path: Path) -> int:
 
 
 def _check_index(directory: Path, infos: Mapping[str, TensorInfo]) -> None:
-    for name, shard in (read_index(directory) or {}).items():
+    index = index_name(directory)
+    for name, shard in (read_index(directory, index) or {}).items():
         # Entries of tensors that are nowhere, a head that is tied, for example, are left behind by some writers.
         if name in infos and infos[name].shard != shard:
-            raise CheckpointError(f"{directory / INDEX_NAME}: places {name!r} in {shard}, which does not hold it")
+            raise CheckpointError(f"{directory / index}: places {name!r} in {shard}, which does not hold it")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 
-__all__ = ["require_dense"]
+__all__ = ["holds_codes", "require_dense"]
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -44,11 +44,17 @@ def require_dense(checkpoint: Checkpoint, origin: str) -> None:
     if method is not None:
         raise UnsupportedError(f"{origin}: is already quantized ({method}, says config.json); {advice}")
     for name, info in checkpoint.infos.items():
-        codes = info.dtype in _FLOAT8 or (info.dtype in _INTEGERS and len(info.shape) >= 2 and name.endswith(".weight"))
-        if codes or name.endswith(_COMPANIONS):
+        if holds_codes(info) or name.endswith(_COMPANIONS):
             raise UnsupportedError(
                 f"{origin}: is already quantized (tensor {name} is {info.dtype} {list(info.shape)}); {advice}"
             )
+
+
+def holds_codes(info: TensorInfo) -> bool:
+    """Whether a tensor's values are codes: 8-bit floats, or a weight matrix of integers."""
+    if info.dtype in _FLOAT8:
+        return True
+    return info.dtype in _INTEGERS and len(info.shape) >= 2 and info.name.endswith(".weight")
 
 
 def _declared(config: Mapping[str, Any]) -> str | None:

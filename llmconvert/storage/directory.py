@@ -15,6 +15,7 @@ __all__ = [
     "INDEX_NAME",
     "SINGLE_NAME",
     "identity_of",
+    "index_name",
     "is_weight_file",
     "other_files",
     "read_config",
@@ -24,6 +25,10 @@ __all__ = [
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+
+# AutoGPTQ's names of weight files: gptq_model-4bit-128g.safetensors, or shards with an index beside them.
+_OLD_SINGLE = "gptq_model-*.safetensors"
+_OLD_INDEX = "gptq_model-*.safetensors.index.json"
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt")
 
@@ -74,24 +79,37 @@ def read_index(directory: Path, name: str = INDEX_NAME) -> dict[str, str] | None
     return dict(weight_map)
 
 
+def index_name(directory: Path) -> str:
+    """What the index of a model directory's weight files is called, if there is one: by transformers, or AutoGPTQ."""
+    old = sorted(path.name for path in directory.glob(_OLD_INDEX))
+    new = (directory / INDEX_NAME).exists() or (directory / SINGLE_NAME).exists()
+    return old[0] if old and not new else INDEX_NAME
+
+
 def shard_names(directory: Path) -> list[str]:
     """The safetensors files that hold a model directory's weights.
 
     Raises:
         CheckpointError: some are missing, or there are none.
     """
-    weight_map = read_index(directory)
+    index = index_name(directory)
+    weight_map = read_index(directory, index)
     if weight_map is not None:
         shards = sorted(set(weight_map.values()))
         missing = [shard for shard in shards if not (directory / shard).is_file()]
         if missing:
             raise CheckpointError(
-                f"{directory / INDEX_NAME}: names {len(missing)} missing shard(s), first {missing[0]}; "
+                f"{directory / index}: names {len(missing)} missing shard(s), first {missing[0]}; "
                 "the download is incomplete, fetch it again"
             )
         return shards
     if (directory / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
+    old = sorted(path.name for path in directory.glob(_OLD_SINGLE))
+    if len(old) == 1:
+        return old
+    if old:
+        raise CheckpointError(f"{directory}: {' and '.join(old[:2])}; name the one to read {SINGLE_NAME}")
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     if pickles:
         raise CheckpointError(

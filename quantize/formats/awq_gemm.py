@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,6 +23,7 @@ from llmconvert.quantize.formats.base import (
     require_shape,
     settings,
 )
+from llmconvert.quantize.formats.reading import Declared
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.pack import pack_words, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
@@ -37,6 +38,36 @@ _NUMBER = Int(_BITS, symmetric=False)
 _LANES = 8
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+class _Config(Declared):
+    """What is read of a config. The tensors tell the size of groups, and which linears have none."""
+
+    silent: ClassVar[frozenset[str]] = frozenset(
+        (
+            *("quant_method", "group_size", "q_group_size", "modules_to_not_convert", "meta", "dynamic", "lm_head"),
+            *("backend", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "exllama_config", "use_exllama"),
+            *(
+                "method",
+                "desc_act",
+                "model_name_or_path",
+                "model_file_base_name",
+                "dataset",
+                "tokenizer",
+                "damp_percent",
+            ),
+            *("true_sequential", "act_group_aware", "static_groups", "batch_size", "model_seqlen", "pad_token_id"),
+        )
+    )
+
+    version: str | None = None
+    checkpoint_format: str | None = None
+    format: str | None = None
+    bits: int | None = None
+    w_bit: int | None = None
+    zero_point: bool = True
+    sym: bool = False
+    pack_dtype: str | None = "int32"
 
 
 class AwqGemm(Format):
@@ -100,11 +131,14 @@ class AwqGemm(Format):
         return {}
 
     def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
-        version = str(declared.get("version") or declared.get("checkpoint_format") or declared.get("format") or "gemm")
-        if version.lower() != "gemm" or int(declared.get("bits", 4)) != 4 or not declared.get("zero_point", True):
+        found = _Config.read(declared)
+        version = (found.version or found.checkpoint_format or found.format or "gemm").lower()
+        bits, known = found.bits or found.w_bit or _BITS, found.zero_point and not found.sym
+        if version != "gemm" or bits != _BITS or not known or found.pack_dtype != "int32":
+            keys = ("version", "checkpoint_format", "format", "bits", "w_bit", "zero_point", "sym", "pack_dtype")
             raise UnsupportedError(
-                f"an AWQ checkpoint with {settings(declared, 'version', 'checkpoint_format', 'bits', 'zero_point')}; "
-                "this reader knows version gemm with 4 bits and zero points"
+                f"an AWQ checkpoint with {settings(declared, *keys)}; this reader knows version gemm with 4 bits and "
+                "zero points"
             )
         for name in checkpoint.infos:
             if name.endswith(_WORDS):

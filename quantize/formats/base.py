@@ -15,6 +15,7 @@ from llmconvert.engine.architecture.config import declared_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.quantize.formats.container import CheckpointContainer, Container
+from llmconvert.quantize.formats.reading import left_out
 from llmconvert.quantize.methods.base import Method
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -28,10 +29,10 @@ __all__ = [
     "FileFormat",
     "Format",
     "StoredLinear",
-    "find_linears",
     "half_scale_dtype",
     "load_format",
     "model_dtype",
+    "read_quantized",
     "require_shape",
     "settings",
 ]
@@ -220,17 +221,24 @@ def load_format(name: str) -> Format:
     return instance
 
 
-def find_linears(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
+def read_quantized(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> tuple[list[StoredLinear], tuple[str, ...]]:
     """Every quantized linear of a checkpoint whose ``quantization_config`` is ``declared``.
 
+    Returns:
+        The linears, and the tensors that are no part of the model's weights.
+
     Raises:
-        UnsupportedError: stored in a way that no format here knows.
+        UnsupportedError: stored in a way that no format here knows, or with keys or tensors that its reader does not.
         CheckpointError: the tensors contradict the config.
     """
-    method = declared.get("quant_method", "")
+    method = str(declared.get("quant_method", "")).lower()
     if method not in FORMATS:
         raise UnsupportedError(f"quantized with {method!r}; this reader knows {', '.join(FORMATS)}")
-    return load_format(method).find(checkpoint, declared)
+    linears = list(load_format(method).find(checkpoint, declared))
+    # What compressed-tensors decompressed may be saved without its scales, and is dense then.
+    if not linears and str(declared.get("quantization_status")).lower() != "decompressed":
+        raise CheckpointError(f"config.json says quantized with {method!r}, and no tensor is")
+    return linears, left_out(checkpoint, {found.linear: found.parts for found in linears})
 
 
 def require_shape(checkpoint: Checkpoint, linear: str, part: str, shape: tuple[int, ...] | None = None) -> str:

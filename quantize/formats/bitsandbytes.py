@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.base import Format, StoredLinear, model_dtype, require_shape
+from llmconvert.quantize.formats.base import Format, StoredLinear, model_dtype, require_shape, settings
+from llmconvert.quantize.formats.reading import Declared
 from llmconvert.quantize.numbers import FP4, LLM_INT8, NF4, Int, Levels, dynamic_levels
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import NESTED_GROUP, NestedScales, QuantizedTensor
@@ -39,6 +40,21 @@ _EIGHT_BITS = (Scheme(LLM_INT8, activation_bits=8), _INT8)
 _DTYPE = "bfloat16"
 # The JSON of a linear is as long whatever its offset: spaces follow, which no parser minds.
 _OFFSET_LENGTH = 25
+
+
+class _Config(Declared):
+    """What is read of a config; all else of a linear stands beside it."""
+
+    silent: ClassVar[frozenset[str]] = frozenset(
+        (
+            *("quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"),
+            *("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "llm_int8_skip_modules"),
+            *("llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload"),
+        )
+    )
+
+    bnb_4bit_quant_storage: str | None = None
+    llm_int8_has_fp16_weight: bool = False
 
 
 class BitsAndBytes(Format):
@@ -140,6 +156,12 @@ class BitsAndBytes(Format):
         return {}
 
     def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
+        found = _Config.read(declared)
+        if found.bnb_4bit_quant_storage not in (None, "uint8", "torch.uint8") or found.llm_int8_has_fp16_weight:
+            keys = ("bnb_4bit_quant_storage", "llm_int8_has_fp16_weight")
+            raise UnsupportedError(
+                f"a bitsandbytes checkpoint with {settings(declared, *keys)}; this reader knows codes in uint8 and int8"
+            )
         for name in checkpoint.infos:
             if _STATE in name:
                 linear, _, kind = name.partition(_STATE)

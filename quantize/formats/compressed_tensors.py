@@ -8,7 +8,6 @@ without E4M3 activations. Artifacts of llm-compressor and others are read in all
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +16,8 @@ import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import Feature, Format, StoredLinear, require_shape
-from llmconvert.quantize.numbers import E4M3, Int, Number
+from llmconvert.quantize.formats.compressed_config import INTS, Config, read_config, stored_layout, written_config
+from llmconvert.quantize.numbers import E4M3
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -26,10 +26,13 @@ from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 __all__ = ["CompressedTensors"]
 
 _PACKED = ".weight_packed"
-_INTS = tuple(Int(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False))
 _CODES = (torch.int8, E4M3.code_dtype)
-# Written by some producers beside the parts that a scheme needs; they say nothing that is not said otherwise.
-_SURPLUS = ("weight_zero_point", "weight_g_idx", "input_scale", "output_scale")
+_SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ORDER = "weight_g_idx"
+_ZEROS = "weight_zero_point"
+# Written by some producers beside the parts that a scheme needs. Inputs are quantized with scales of their own here,
+# which no file has; zero points and orders say nothing new, or else they contradict the config.
+_SURPLUS = (_ZEROS, _ORDER, "input_scale", "input_zero_point")
 
 
 class CompressedTensors(Format):
@@ -41,7 +44,7 @@ class CompressedTensors(Format):
     }
 
     def check(self, scheme: Scheme) -> None:
-        if scheme.number not in (E4M3, *_INTS):
+        if scheme.number not in (E4M3, *INTS):
             raise UnsupportedError(
                 f"scheme {scheme}: compressed-tensors has no {scheme.number.name}; format bitsandbytes has"
             )
@@ -63,7 +66,7 @@ class CompressedTensors(Format):
         rows, columns = shape
         groups = scheme.groups(columns)
         scale = TensorSpec(f"{linear}.weight_scale", scale_dtype, (rows, groups))
-        if _layout(scheme) != "pack-quantized":
+        if stored_layout(scheme) != "pack-quantized":
             return [TensorSpec(f"{linear}.weight", scheme.number.code_dtype, shape), scale]
         packed = (rows, packed_length(columns, scheme.bits))
         specs = [
@@ -78,7 +81,7 @@ class CompressedTensors(Format):
 
     def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         scheme = tensor.scheme
-        if _layout(scheme) != "pack-quantized":
+        if stored_layout(scheme) != "pack-quantized":
             return {f"{linear}.weight": tensor.codes, f"{linear}.weight_scale": tensor.scale}
         stored = {
             f"{linear}.weight_packed": pack_words(unsigned_codes(tensor.codes, scheme.bits), scheme.bits),
@@ -92,7 +95,7 @@ class CompressedTensors(Format):
 
     def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
         scale = stored[f"{linear}.weight_scale"]
-        if _layout(scheme) != "pack-quantized":
+        if stored_layout(scheme) != "pack-quantized":
             return QuantizedTensor(stored[f"{linear}.weight"], scale, None, scheme)
         words = stored[f"{linear}.weight_packed"]
         rows, columns = words.shape[0], int(stored[f"{linear}.weight_shape"][1])
@@ -105,51 +108,36 @@ class CompressedTensors(Format):
         return QuantizedTensor(codes, scale, zero, scheme)
 
     def quantization_config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
-        by_scheme: dict[Scheme, list[str]] = {}
-        for linear, scheme in schemes.items():
-            by_scheme.setdefault(scheme, []).append(linear)
-        # The commonest scheme is for every linear that nothing else names; names win over classes in every reader.
-        ordered = sorted(by_scheme, key=lambda scheme: -len(by_scheme[scheme]))
-        groups = {
-            f"group_{index}": {
-                "targets": ["Linear"] if index == 0 else by_scheme[scheme],
-                "weights": _weight_args(scheme),
-                "input_activations": _activation_args(scheme),
-                "output_activations": None,
-                "format": _layout(scheme),
-            }
-            for index, scheme in enumerate(ordered)
-        }
-        layouts = {_layout(scheme) for scheme in ordered}
-        return {
-            "quant_method": "compressed-tensors",
-            "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
-            "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": list(kept),
-            "kv_cache_scheme": None,
-            "global_compression_ratio": None,
-        }
+        return written_config(schemes, kept)
 
     def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
         return {}
 
     def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
-        groups = [_Group.parse(value) for value in declared["config_groups"].values()]
+        config = read_config(declared)
         for name, info in checkpoint.infos.items():
+            linear = name.rpartition(".")[0]
             if name.endswith(_PACKED):
-                linear = name.removesuffix(_PACKED)
                 rows, columns = checkpoint[require_shape(checkpoint, linear, "weight_shape", (2,))].tolist()
-                yield _linear(checkpoint, linear, (rows, columns), groups)
+                yield _linear(checkpoint, linear, (rows, columns), config)
             elif name.endswith(".weight") and info.dtype in _CODES:
-                yield _linear(checkpoint, name.removesuffix(".weight"), (info.shape[0], info.shape[1]), groups)
+                if len(info.shape) != 2:
+                    raise UnsupportedError(f"tensor {name!r} has shape {list(info.shape)}; this reader knows matrices")
+                yield _linear(checkpoint, linear, (info.shape[0], info.shape[1]), config)
+            elif name.endswith(".weight") and f"{linear}.weight_scale" in checkpoint:
+                yield _decompressed(checkpoint, linear, config, str(declared.get("quantization_status")))
 
 
 @dataclass(frozen=True)
 class _Compressed(StoredLinear):
-    """``needed``: the parts that hold the weight; ``parts`` may have others."""
+    """``needed``: the parts that hold the weight. ``order``: holds the group of every column; None if they stand in it.
+
+    ``zeros``: is stored although the scheme has none, and has to be zero; None if it isn't stored.
+    """
 
     needed: tuple[str, ...]
+    order: str | None
+    zeros: str | None
 
     def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         stored: dict[str, torch.Tensor] = {}
@@ -160,9 +148,14 @@ class _Compressed(StoredLinear):
                 stored[part] = self._zero_rows(checkpoint[part], start, stop)
             else:
                 stored[part] = checkpoint.read_rows(part, start, stop)
-        return CompressedTensors().unpack(self.linear, stored, self.scheme).dequantize(dtype)
+        self._check_zeros(checkpoint)
+        tensor = CompressedTensors().unpack(self.linear, stored, self.scheme)
+        return tensor.dequantize(dtype) if self.order is None else _scattered(tensor, checkpoint, self.order, dtype)
 
     def read(self, checkpoint: Checkpoint) -> QuantizedTensor:
+        if self.order is not None:
+            raise UnsupportedError(f"{self.linear}: its groups are scattered columns (activation order)")
+        self._check_zeros(checkpoint)
         stored = {part: checkpoint[part] for part in self.needed}
         return CompressedTensors().unpack(self.linear, stored, self.scheme)
 
@@ -171,10 +164,55 @@ class _Compressed(StoredLinear):
         every = unpack_words(packed.T.contiguous(), self.scheme.bits, self.shape[0])
         return pack_words(every[:, start:stop].contiguous(), self.scheme.bits).T.contiguous()
 
+    def _check_zeros(self, checkpoint: Checkpoint) -> None:
+        if self.zeros is not None and bool(checkpoint[self.zeros].float().any()):
+            raise CheckpointError(f"{self.linear}: config.json says symmetric, tensor {self.zeros!r} says otherwise")
 
-def _linear(checkpoint: Checkpoint, linear: str, shape: tuple[int, int], groups: list[_Group]) -> _Compressed:
-    scheme = _scheme_for(linear, groups)
+
+def _scattered(tensor: QuantizedTensor, checkpoint: Checkpoint, order: str, dtype: torch.dtype) -> torch.Tensor:
+    """The weight of a tensor whose columns are in groups as ``order`` says; see :meth:`QuantizedTensor.dequantize`."""
+    group = checkpoint[order].long()
+    weight = tensor.scheme.number.values(tensor.codes)
+    if tensor.zero is not None:
+        weight -= tensor.zero.float()[:, group]
+    return weight.mul_(tensor.scale.float()[:, group]).to(dtype)
+
+
+@dataclass(frozen=True)
+class _Decompressed(StoredLinear):
+    """A weight that was decompressed and saved with its scales beside it: it is dense, its inputs may not be."""
+
+    def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        return checkpoint.read_rows(f"{self.linear}.weight", start, stop).to(dtype)
+
+    def read(self, checkpoint: Checkpoint) -> QuantizedTensor:
+        raise UnsupportedError(f"{self.linear}: it was decompressed, and its codes are gone")
+
+
+def _decompressed(checkpoint: Checkpoint, linear: str, config: Config, status: str) -> _Decompressed:
+    info = checkpoint.infos[f"{linear}.weight"]
+    if not config.decompressed:
+        raise UnsupportedError(
+            f"tensor {info.name!r} is {str(info.dtype).removeprefix('torch.')} with scales beside it, and "
+            f"quantization_status is {status!r}: it is quantized while the model runs; compress the model, or save it "
+            "decompressed"
+        )
+    if len(info.shape) != 2:
+        raise UnsupportedError(f"tensor {info.name!r} has shape {list(info.shape)}; this reader knows matrices")
+    scheme = config.group_of(linear).scheme
+    beside = ("weight_scale", "weight_shape", *_SURPLUS)
+    parts = tuple(name for part in beside if (name := f"{linear}.{part}") in checkpoint)
+    return _Decompressed(linear, (info.shape[0], info.shape[1]), info.dtype, scheme, (info.name, *parts))
+
+
+def _linear(checkpoint: Checkpoint, linear: str, shape: tuple[int, int], config: Config) -> _Compressed:
+    group = config.group_of(linear)
+    scheme = group.scheme
     scale = checkpoint.infos[require_shape(checkpoint, linear, "weight_scale")]
+    if scale.dtype not in _SCALES:
+        raise UnsupportedError(
+            f"tensor {scale.name!r} is {str(scale.dtype).removeprefix('torch.')}; this reader knows floating scales"
+        )
     specs = CompressedTensors().specs(linear, shape, scheme, scale.dtype)
     for spec in specs:
         stored = checkpoint.infos[require_shape(checkpoint, linear, spec.name.removeprefix(f"{linear}."))]
@@ -185,94 +223,30 @@ def _linear(checkpoint: Checkpoint, linear: str, shape: tuple[int, int], groups:
             )
     needed = tuple(spec.name for spec in specs)
     surplus = tuple(name for part in _SURPLUS if (name := f"{linear}.{part}") in checkpoint and name not in needed)
-    return _Compressed(linear, shape, scale.dtype, scheme, needed + surplus, needed)
+    zeros = next((name for name in surplus if name.endswith(_ZEROS)), None)
+    order = _order(checkpoint, linear, shape[1], scheme, declared=group.ordered)
+    return _Compressed(linear, shape, scale.dtype, scheme, needed + surplus, needed, order, zeros)
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """A config group: the linears it names, by pattern or by class, and their scheme."""
-
-    targets: tuple[str, ...]
-    scheme: Scheme
-
-    @classmethod
-    def parse(cls, group: Mapping[str, Any]) -> _Group:
-        weights = group["weights"]
-        number = _number(weights)
-        if number is None or weights["strategy"] not in ("group", "channel"):
-            raise UnsupportedError(
-                f"compressed-tensors weights of {weights['num_bits']}-bit type {weights['type']!r} with strategy "
-                f"{weights['strategy']!r}; this reader knows int and 8-bit float weights by group or channel"
-            )
-        activations = group.get("input_activations")
-        size = weights["group_size"] if weights["strategy"] == "group" else None
-        bits = activations["num_bits"] if activations else 16
-        return cls(tuple(group["targets"]), Scheme(number, size, bits))
-
-    def names(self, linear: str) -> bool:
-        """Whether the group names a linear. A checkpoint's names may lack the prefix that its modules' names have."""
-        return any(
-            re.match(target[3:], linear) is not None
-            if target.startswith("re:")
-            else target == linear or target.endswith(f".{linear}")
-            for target in self.targets
-        )
-
-
-def _number(weights: Mapping[str, Any]) -> Number | None:
-    """What a config's weights are; None for what is not read here."""
-    if weights["type"] == "float":
-        return E4M3 if (weights["num_bits"], weights["symmetric"]) == (E4M3.bits, True) else None
-    number = Int(weights["num_bits"], weights["symmetric"])
-    return number if weights["type"] == "int" and number in _INTS else None
-
-
-def _scheme_for(linear: str, groups: list[_Group]) -> Scheme:
-    """Names and patterns come before classes, as in every reader of the format."""
-    for group in groups:
-        if group.names(linear):
-            return group.scheme
-    for group in groups:
-        if "Linear" in group.targets:
-            return group.scheme
-    raise CheckpointError(f"linear {linear!r} is stored quantized, but no config group of config.json names it")
-
-
-def _layout(scheme: Scheme) -> str:
-    if scheme.number == E4M3:
-        return "float-quantized"
-    return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
-
-
-def _type(scheme: Scheme) -> str:
-    return "float" if scheme.number == E4M3 else "int"
-
-
-def _weight_args(scheme: Scheme) -> dict[str, Any]:
-    return {
-        "num_bits": scheme.bits,
-        "type": _type(scheme),
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
-        "dynamic": False,
-        "actorder": None,
-        "block_structure": None,
-        "observer": "minmax",
-        "observer_kwargs": {},
-    }
-
-
-def _activation_args(scheme: Scheme) -> dict[str, Any] | None:
-    if scheme.activation_bits == 16:
+def _order(checkpoint: Checkpoint, linear: str, columns: int, scheme: Scheme, *, declared: bool) -> str | None:
+    """The tensor with the group of every column, where that isn't the one in which the columns stand."""
+    name = f"{linear}.{_ORDER}"
+    if name not in checkpoint:
+        if declared:
+            raise CheckpointError(f"quantized linear {linear!r} has no tensor {name!r}; its groups hold other columns")
         return None
-    return {
-        "num_bits": 8,
-        "type": _type(scheme),
-        "symmetric": True,
-        "strategy": "token",
-        "group_size": None,
-        "dynamic": True,
-        "observer": None,
-        "observer_kwargs": {},
-    }
+    group = checkpoint[require_shape(checkpoint, linear, _ORDER, (columns,))].long()
+    # The library's mark of an order that was never chosen.
+    if bool((group == -1).any()):
+        return None
+    size = scheme.columns_per_group(columns)
+    if torch.equal(group, torch.arange(columns) // size):
+        return None
+    if not declared:
+        raise CheckpointError(
+            f"tensor {name!r} puts columns into groups of its own, and config.json declares no actorder 'group'"
+        )
+    count = scheme.groups(columns)
+    if int(group.min()) < 0 or not torch.equal(torch.bincount(group), torch.full((count,), size)):
+        raise CheckpointError(f"tensor {name!r} does not put {size} columns into each of {count} groups")
+    return name

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from llmconvert.errors import CheckpointError
-from llmconvert.quantize.formats.base import find_linears
+from llmconvert.progress import SILENT, Progress
+from llmconvert.quantize.formats.base import read_quantized
+from llmconvert.quantize.formats.reading import declared_quantization
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, TensorInfo
@@ -19,18 +20,27 @@ __all__ = ["QuantizedView", "open_dense"]
 _QUANTIZER_FILES = ("quantize_config.json", "quant_config.json")
 
 
-def open_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
+def open_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, progress: Progress = SILENT) -> Checkpoint:
     """The checkpoint itself if it is dense, a dequantizing view of it if it is quantized.
 
     Args:
         dtype: of the weights that are dequantized, which are rounded once; by default what the artifact itself says.
+        progress: told of what is stored and not seen.
 
     Raises:
-        UnsupportedError: quantized in a format that this reader does not know.
+        UnsupportedError: quantized in a format that this reader does not know, or in a way.
         CheckpointError: the tensors contradict the config.
     """
-    declared = checkpoint.config.get("quantization_config")
-    return QuantizedView(checkpoint, declared, dtype) if declared else checkpoint
+    declared = declared_quantization(checkpoint)
+    if not declared:
+        return checkpoint
+    view = QuantizedView(checkpoint, declared, dtype)
+    if view.left_out:
+        progress.log(
+            f"{len(view.left_out)} scales of a quantized key-value cache are left out ({view.left_out[0]}, …); what "
+            "is measured and written here has none"
+        )
+    return view
 
 
 class _LastRead(CheckpointView):
@@ -61,6 +71,10 @@ class QuantizedView(CheckpointView):
         base: the checkpoint as stored.
         declared: its ``quantization_config``.
         dtype: see :func:`open_dense`.
+
+    Attributes:
+        left_out: tensors that are stored and no weights: see
+            :func:`~llmconvert.quantize.formats.reading.left_out`.
     """
 
     def __init__(self, base: Checkpoint, declared: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
@@ -68,14 +82,15 @@ class QuantizedView(CheckpointView):
         self._last = _LastRead(base)
         self.config = {key: value for key, value in base.config.items() if key != "quantization_config"}
         self.files = {name: content for name, content in base.files.items() if name not in _QUANTIZER_FILES}
+        linears, self.left_out = read_quantized(base, declared)
         #: Weight name → its quantized linear.
-        self.quantized = {f"{found.linear}.weight": found for found in find_linears(base, declared)}
-        if not self.quantized:
-            raise CheckpointError(f"config.json says quantized with {declared.get('quant_method')!r}, and no tensor is")
+        self.quantized = {f"{found.linear}.weight": found for found in linears}
         owners = {part: weight for weight, found in self.quantized.items() for part in found.parts}
         infos: dict[str, TensorInfo] = {}
         for name, info in base.infos.items():
             weight = owners.get(name)
+            if name in self.left_out:
+                continue
             if weight is None:
                 infos[name] = info
             elif weight not in infos:

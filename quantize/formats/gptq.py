@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,6 +34,7 @@ from llmconvert.quantize.formats.base import (
     require_shape,
     settings,
 )
+from llmconvert.quantize.formats.reading import Declared
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
@@ -57,6 +58,34 @@ _FUSED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+
+
+class _Config(Declared):
+    """What is read of a config. Of ``dynamic`` it is the tensors that tell, and ``lm_head`` is among them."""
+
+    silent: ClassVar[frozenset[str]] = frozenset(
+        (
+            *("quant_method", "meta", "dynamic", "lm_head", "group_size", "version", "producer", "quantizer"),
+            # How codes were chosen, by AutoGPTQ, optimum, GPTQModel and AutoRound.
+            *("damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "mse", "v2", "v2_alpha"),
+            *("gptaq", "gptaq_alpha", "act_group_aware", "foem", "method", "fallback", "failsafe", "hessian"),
+            *("dataset", "tokenizer", "model_seqlen", "batch_size", "pad_token_id", "cache_block_outputs", "iters"),
+            *("seqlen", "nsamples", "lr", "minmax_lr", "autoround_version", "enable_quanted_input"),
+            *("low_gpu_mem_usage", "enable_minmax_tuning", "block_name_to_quantize", "offload_to_disk"),
+            *("module_name_preceding_first_block", "modules_in_block_to_quantize", "modules_to_not_convert"),
+            # How they are run.
+            *("use_exllama", "disable_exllama", "exllama_config", "max_input_length", "use_cuda_fp16", "backend"),
+            *("model_name_or_path", "model_file_base_name", "data_type"),
+        )
+    )
+
+    bits: int
+    sym: bool = True
+    desc_act: bool = False
+    checkpoint_format: str | None = None
+    format: str | None = None
+    pack_dtype: str | None = "int32"
+    is_marlin_format: bool = False
 
 
 class GptqFormat(Format):
@@ -152,15 +181,17 @@ class GptqFormat(Format):
         return {"quantize_config.json": (json.dumps(declared, indent=2) + "\n").encode()}
 
     def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
-        version = str(declared.get("checkpoint_format") or declared.get("format") or "gptq").lower()
-        if version not in ("gptq", "gptq_v2") or str(declared.get("pack_dtype", "int32")) != "int32":
+        found = _Config.read(declared)
+        version = (found.checkpoint_format or found.format or "gptq").lower()
+        if version not in ("gptq", "gptq_v2") or str(found.pack_dtype) != "int32" or found.is_marlin_format:
+            keys = ("checkpoint_format", "format", "pack_dtype", "is_marlin_format")
             raise UnsupportedError(
-                f"a GPTQ checkpoint with {settings(declared, 'checkpoint_format', 'format', 'pack_dtype')}; "
-                "this reader knows gptq and gptq_v2, packed in int32"
+                f"a GPTQ checkpoint with {settings(declared, *keys)}; this reader knows gptq and gptq_v2, packed in "
+                "int32"
             )
         for name in checkpoint.infos:
             if name.endswith(_WORDS):
-                yield _linear(checkpoint, declared, name.removesuffix(_WORDS), plain=version == "gptq_v2")
+                yield _linear(checkpoint, found, name.removesuffix(_WORDS), plain=version == "gptq_v2")
 
 
 @dataclass(frozen=True)
@@ -208,16 +239,18 @@ class _Gptq(StoredLinear):
         return group
 
 
-def _linear(checkpoint: Checkpoint, declared: Mapping[str, Any], linear: str, *, plain: bool) -> _Gptq:
+def _linear(checkpoint: Checkpoint, declared: _Config, linear: str, *, plain: bool) -> _Gptq:
     words = checkpoint.infos[f"{linear}{_WORDS}"].shape
     scales = checkpoint.infos[require_shape(checkpoint, linear, "scales")].shape
     indexed = f"{linear}.g_idx" in checkpoint
-    bits = int(declared["bits"])
+    bits = declared.bits
+    if declared.desc_act and not indexed:
+        raise CheckpointError(f"quantized linear {linear!r} has no tensor '{linear}.g_idx', and desc_act is true")
     if indexed:
         (columns,) = checkpoint.infos[f"{linear}.g_idx"].shape
         bits = next((width for width in _BITS if packed_length(columns, width) == words[0]), 0)
     else:
-        columns = words[0] * 32 // bits
+        columns = words[0] * 32 // bits if bits in _BITS else 0
     if bits not in _BITS or len(scales) != 2 or scales[1] != words[1]:
         raise CheckpointError(
             f"quantized linear {linear!r}: qweight {list(words)}, scales {list(scales)} and {columns} inputs do not "
@@ -226,7 +259,7 @@ def _linear(checkpoint: Checkpoint, declared: Mapping[str, Any], linear: str, *,
     rows, groups = words[1], scales[0]
     require_shape(checkpoint, linear, "qzeros", (groups, packed_length(rows, bits)))
     size = None if groups == 1 else -(-columns // groups)
-    scheme = Scheme(Int(bits, bool(declared.get("sym", True))), size)
+    scheme = Scheme(Int(bits, declared.sym), size)
     parts = tuple(f"{linear}.{part}" for part in ("qweight", "qzeros", "scales", *(["g_idx"] if indexed else [])))
     return _Gptq(linear, (rows, columns), model_dtype(checkpoint), scheme, parts, plain, indexed)
 

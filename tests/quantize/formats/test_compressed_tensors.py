@@ -221,7 +221,10 @@ def test_other_formats_are_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_quantization_that_no_tensor_shows_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
     directory = artifact(tiny("llama"), tmp_path / "out", "w4a16-g32")
-    checkpoint = changed(directory, lambda config: config.update(quant_method="bitsandbytes"))
+    (directory / "config.json").write_text(
+        json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}})
+    )
+    checkpoint = SafetensorsCheckpoint(directory)
     with pytest.raises(CheckpointError, match=r"config\.json says quantized with 'bitsandbytes', and no tensor is"):
         open_dense(checkpoint)
 

@@ -1,0 +1,318 @@
+"""The ``quantization_config`` of compressed-tensors, both ways: groups of linears and their schemes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.quantize.formats.reading import Declared, spell
+from llmconvert.quantize.numbers import E4M3, Int, Number
+from llmconvert.quantize.scheme import Scheme
+
+__all__ = ["INTS", "Config", "Group", "read_config", "stored_layout", "written_config"]
+
+INTS = tuple(Int(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False))
+
+_WHERE = "quantization_config"
+_LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized")
+# "naive-quantized" is what a version of the library called the two unpacked ones; "dense" is what was decompressed.
+_READ = (*_LAYOUTS, "naive-quantized", "mixed-precision", "dense")
+_CLASS = "Linear"
+# Of a rotation: fused into the weights, so that nothing is left of it. All other places turn what the model computes.
+_FUSED = ("weight_input", "weight_output")
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+_Word = Annotated[str, BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)]
+
+
+class _Numbers(Declared):
+    """What weights or activations are quantized to, with the library's defaults."""
+
+    silent: ClassVar[frozenset[str]] = frozenset(("observer", "observer_kwargs", "zp_dtype"))
+
+    num_bits: int = 8
+    type: _Word = "int"
+    symmetric: bool = True
+    strategy: _Word | None = None
+    group_size: int | None = None
+    dynamic: bool | str = False
+    actorder: bool | _Word | None = None
+    block_structure: Any = None
+    scale_dtype: str | None = None
+
+    @property
+    def grouping(self) -> str:
+        """The strategy; where none is declared, the one that the group size implies."""
+        if self.strategy is not None:
+            return self.strategy
+        return {None: "tensor", -1: "channel"}.get(self.group_size, "group")
+
+    @property
+    def ordered(self) -> bool:
+        """Whether groups are of columns in another order, which each linear has beside it."""
+        return self.actorder in (True, "group", "dynamic")
+
+
+class _Group(Declared):
+    targets: list[str]
+    weights: _Numbers | None = None
+    input_activations: _Numbers | None = None
+    output_activations: _Numbers | None = None
+    format: str | None = None
+
+
+class _Rotated(Declared):
+    silent: ClassVar[frozenset[str]] = frozenset(("ignore", "inverse"))
+
+    targets: tuple[str, ...] | str = ()
+    location: _Word = ""
+
+
+class _Rotation(Declared):
+    silent: ClassVar[frozenset[str]] = frozenset(("type", "randomize", "requires_grad", "head_dim", "precision"))
+
+    apply: tuple[_Rotated, ...] = ()
+
+
+class _Rotations(Declared):
+    config_groups: dict[str, _Rotation] = Field(default_factory=dict)
+
+
+class _Sparsity(Declared):
+    silent: ClassVar[frozenset[str]] = frozenset(
+        ("registry_requires_subclass", "targets", "ignore", "global_sparsity", "sparsity_structure")
+    )
+
+    format: str = "dense"
+
+
+class _Config(Declared):
+    silent: ClassVar[frozenset[str]] = frozenset(
+        (
+            *("quant_method", "global_compression_ratio", "version", "kv_cache_scheme"),
+            # Of transformers, which writes how it was asked to load.
+            *("run_compressed", "dequantize", "use_optimized_inference"),
+        )
+    )
+
+    config_groups: dict[str, _Group]
+    format: str | None = None
+    quantization_status: _Word = "initialized"
+    ignore: list[str] | None = None
+    sparsity_config: _Sparsity | None = None
+    transform_config: _Rotations | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A config group: the linears it names, by pattern or by class, and their scheme.
+
+    Attributes:
+        ordered: whether each linear has the group of every column beside it (``weight_g_idx``).
+    """
+
+    targets: tuple[str, ...]
+    scheme: Scheme
+    ordered: bool
+
+    def names(self, linear: str) -> bool:
+        """Whether the group names a linear. A checkpoint's names may lack the prefix that its modules' names have."""
+        return any(
+            re.match(target[3:], linear) is not None
+            if target.startswith("re:")
+            else target == linear or target.endswith(f".{linear}")
+            for target in self.targets
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A config as it is understood.
+
+    Attributes:
+        groups: in their order.
+        status: of the weights: ``decompressed`` ones are dense again, and have their scales beside them.
+    """
+
+    groups: tuple[Group, ...]
+    status: str
+
+    @property
+    def decompressed(self) -> bool:
+        """Whether dense weights with scales beside them have their final values."""
+        return self.status == "decompressed"
+
+    def group_of(self, linear: str) -> Group:
+        """The group of a linear. Names and patterns come before classes, as in every reader of the format.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        named = (group for group in self.groups if group.names(linear))
+        classed = (group for group in self.groups if _CLASS in group.targets)
+        found = next(named, None) or next(classed, None)
+        if found is None:
+            raise CheckpointError(f"linear {linear!r} is stored quantized, but no config group of config.json names it")
+        return found
+
+
+def read_config(declared: Mapping[str, Any]) -> Config:
+    """Understand a config, whoever wrote it.
+
+    Raises:
+        UnsupportedError: something in it is not understood, or is and can't be read: by name.
+        CheckpointError: a value is of the wrong kind, or missing.
+    """
+    found = _Config.read(declared)
+    for layout in (found.format, *(group.format for group in found.config_groups.values())):
+        if layout is not None and layout not in _READ:
+            raise UnsupportedError(
+                f"config.json: compressed-tensors format {spell(layout)}; this reader knows {', '.join(_LAYOUTS)}"
+            )
+    if found.sparsity_config is not None and found.sparsity_config.format != "dense":
+        raise UnsupportedError(
+            f"config.json: {_WHERE}.sparsity_config.format is {spell(found.sparsity_config.format)}; this reader knows "
+            "no sparse weights"
+        )
+    _check_rotations(found.transform_config)
+    groups = tuple(_group(f"{_WHERE}.config_groups.{name}", group) for name, group in found.config_groups.items())
+    return Config(groups, found.quantization_status)
+
+
+def _check_rotations(rotations: _Rotations | None) -> None:
+    """Refuse those that turn activations while the model runs: its weights alone compute something else."""
+    for name, rotation in rotations.config_groups.items() if rotations else ():
+        for place in rotation.apply:
+            if place.location not in _FUSED:
+                raise UnsupportedError(
+                    f"config.json: {_WHERE}.transform_config.config_groups.{name} turns what the model computes while "
+                    f"it runs (location {spell(place.location)} of {spell(place.targets)}); this reader knows "
+                    f"rotations that are fused into the weights ({' and '.join(_FUSED)}) alone"
+                )
+
+
+def _group(where: str, group: _Group) -> Group:
+    weights = group.weights
+    if weights is None:
+        raise UnsupportedError(
+            f"config.json: {where} quantizes activations of {spell(group.targets)} and no weights; this reader knows "
+            "activations beside quantized weights"
+        )
+    number = _number(weights)
+    if number is None or weights.grouping not in ("group", "channel"):
+        raise UnsupportedError(
+            f"compressed-tensors weights of {weights.num_bits}-bit type {weights.type!r} with strategy "
+            f"{weights.grouping!r}; this reader knows int and 8-bit float weights by group or channel"
+        )
+    if weights.scale_dtype is not None and weights.scale_dtype.removeprefix("torch.") not in _FLOATS:
+        raise UnsupportedError(
+            f"config.json: {where}.weights.scale_dtype is {weights.scale_dtype}; this reader knows scales in "
+            f"{', '.join(_FLOATS)}"
+        )
+    size = weights.group_size if weights.grouping == "group" else None
+    if weights.grouping == "group" and (size is None or size < 1):
+        raise CheckpointError(f"config.json: {where}.weights.group_size: expected a positive number, found {size}")
+    if group.output_activations is not None:
+        raise UnsupportedError(f"config.json: {where}.output_activations: this reader knows no quantized outputs")
+    scheme = Scheme(number, size, 16 if group.input_activations is None else 8)
+    if group.input_activations is not None:
+        _check_inputs(f"{where}.input_activations", group.input_activations, scheme)
+    return Group(tuple(group.targets), scheme, weights.ordered and weights.grouping == "group")
+
+
+def _check_inputs(where: str, inputs: _Numbers, scheme: Scheme) -> None:
+    """Refuse others than those of :func:`_activation_args`: what is measured would not be what a runtime computes."""
+    wanted = _Numbers.read({key: value for key, value in (_activation_args(scheme) or {}).items() if value is not None})
+    for key in ("num_bits", "type", "symmetric", "strategy", "dynamic"):
+        given, known = getattr(inputs, key), getattr(wanted, key)
+        if given != known:
+            raise UnsupportedError(
+                f"config.json: {where}.{key} is {spell(given)}; this reader knows inputs of {scheme.number.name} "
+                f"weights that are quantized with {key} {spell(known)}"
+            )
+
+
+def _number(weights: _Numbers) -> Number | None:
+    """What a config's weights are; None for what is not read here."""
+    if weights.dynamic is not False:
+        return None
+    if weights.type == "float":
+        return E4M3 if (weights.num_bits, weights.symmetric) == (E4M3.bits, True) else None
+    number = Int(weights.num_bits, weights.symmetric)
+    return number if weights.type == "int" and number in INTS else None
+
+
+def stored_layout(scheme: Scheme) -> str:
+    """How weights of a scheme are written."""
+    if scheme.number == E4M3:
+        return "float-quantized"
+    return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
+
+
+def written_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
+    """The config to write: schemes by linear, and the linears left unquantized."""
+    by_scheme: dict[Scheme, list[str]] = {}
+    for linear, scheme in schemes.items():
+        by_scheme.setdefault(scheme, []).append(linear)
+    # The commonest scheme is for every linear that nothing else names. It comes last: names win over classes in every
+    # reader, but transformers looks for the first match and warns of each name that it found to be a Linear before.
+    ordered = sorted(by_scheme, key=lambda scheme: -len(by_scheme[scheme]))
+    groups = {
+        f"group_{index}": {
+            "targets": [_CLASS] if scheme == ordered[0] else by_scheme[scheme],
+            "weights": _weight_args(scheme),
+            "input_activations": _activation_args(scheme),
+            "output_activations": None,
+            "format": stored_layout(scheme),
+        }
+        for index, scheme in enumerate((*ordered[1:], ordered[0]))
+    }
+    layouts = {stored_layout(scheme) for scheme in ordered}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(kept),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _type(scheme: Scheme) -> str:
+    return "float" if scheme.number == E4M3 else "int"
+
+
+def _weight_args(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": _type(scheme),
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size is None else "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def _activation_args(scheme: Scheme) -> dict[str, Any] | None:
+    if scheme.activation_bits == 16:
+        return None
+    return {
+        "num_bits": 8,
+        "type": _type(scheme),
+        "symmetric": True,
+        "strategy": "token",
+        "group_size": None,
+        "dynamic": True,
+        "observer": None,
+        "observer_kwargs": {},
+    }

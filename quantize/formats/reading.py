@@ -1,0 +1,145 @@
+"""What a reader of quantized checkpoints understands of their config and their tensors; it refuses the rest by name.
+
+A key or a tensor that is passed over can change every weight: a column order, a rotation that runs with the model, a
+second scale. So nothing is passed over. What says nothing of how weights are stored is listed as such.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Final, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
+from llmconvert.storage.dense import holds_codes
+
+__all__ = ["Declared", "declared_quantization", "left_out", "spell"]
+
+#: Scales of a quantized key-value cache. No weight depends on them.
+_CACHE_SCALES: Final = ("k_scale", "v_scale", "kv_scale", "k_zero_point", "v_zero_point")
+# Where compressed-tensors kept these once: as what the outputs of two linears are quantized with.
+_CACHED_LINEARS: Final = (".k_proj", ".v_proj")
+_OUTPUTS: Final = ("output_scale", "output_zero_point")
+# What formats of quantized weights call their parts. None may be left when every linear has its own.
+_PARTS: Final = frozenset(
+    (
+        *("qweight", "qzeros", "scales", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"),
+        *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx", "weight_shape"),
+        *("weight_global_scale", "weight_bitmask", "input_scale", "input_zero_point", "input_global_scale"),
+        *(*_OUTPUTS, "q_scale", "q_zero_point", "prob_scale"),
+    )
+)
+# Files in which producers of GPTQ and AWQ said before 2024 what config.json says now, and the method they meant.
+_OLD_FILES: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_UNSET: Final[Sequence[Any]] = (None, False, "", [], {})
+_SHOWN = 80
+
+
+class Declared(BaseModel):
+    """Settings as a reader understands them; a subclass has a field for each.
+
+    Keys that have neither a field nor a place in :attr:`silent` are refused, unless they are unset (null, false, zero,
+    empty).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    #: Keys that say nothing of how weights are stored.
+    silent: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _heard(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        told = {key: value for key, value in values.items() if key not in cls.silent}
+        return {key: value for key, value in told.items() if key in cls.model_fields or value not in _UNSET}
+
+    @classmethod
+    def read(cls, declared: Mapping[str, Any], where: str = "quantization_config") -> Self:
+        """Understand what ``config.json`` has at ``where``.
+
+        Raises:
+            UnsupportedError: there is a key that is not understood.
+            CheckpointError: a value is of the wrong kind, or missing.
+        """
+        try:
+            return cls.model_validate(declared)
+        except ValidationError as error:
+            found = error.errors()[0]
+        path = ".".join((where, *map(str, found["loc"])))
+        if found["type"] == "extra_forbidden":
+            raise UnsupportedError(
+                f"config.json: {path} is {spell(found['input'])}, and this reader does not know that key; the weights "
+                "might be read wrongly. Dequantize the model with the library that wrote it, or remove the key if it "
+                "says nothing of how they are stored"
+            )
+        given = "" if found["type"] == "missing" else f", found {spell(found['input'])}"
+        raise CheckpointError(f"config.json: {path}: {found['msg'][:1].lower()}{found['msg'][1:]}{given}")
+
+
+def spell(value: object) -> str:
+    """A value of a config for an error, in one short line."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def declared_quantization(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """What a checkpoint says of how it is quantized; None where it says nothing, and is dense.
+
+    That is the ``quantization_config`` of ``config.json``, or a file of its own as AutoGPTQ and AutoAWQ wrote it.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    declared: Any = checkpoint.config.get("quantization_config")
+    where = "config.json: quantization_config"
+    for name, method in _OLD_FILES.items() if not declared else ():
+        if name in checkpoint.files:
+            where = name
+            try:
+                declared = json.loads(checkpoint.read_file(name))
+            except (ValueError, OSError) as error:
+                raise CheckpointError(f"{name}: cannot be read: {error}") from error
+            if isinstance(declared, Mapping):
+                declared = {"quant_method": method, **declared}
+            break
+    if not declared:
+        return None
+    if not isinstance(declared, Mapping):
+        raise CheckpointError(f"{where} holds a JSON {type(declared).__name__}, expected an object")
+    return declared
+
+
+def left_out(checkpoint: Checkpoint, owned: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """Tensors of a quantized checkpoint that no weight depends on: the scales of its key-value cache.
+
+    Args:
+        checkpoint: as stored.
+        owned: the quantized linears, and the tensors that each is made of.
+
+    Raises:
+        UnsupportedError: a tensor that looks like part of a quantized weight is part of none.
+    """
+    parts = {part for linear in owned.values() for part in linear}
+    cached: list[str] = []
+    for name, info in checkpoint.infos.items():
+        if name in parts:
+            continue
+        module, _, leaf = name.rpartition(".")
+        if leaf in _CACHE_SCALES or (leaf in _OUTPUTS and module.endswith(_CACHED_LINEARS)):
+            cached.append(name)
+        elif _is_part(info, module, leaf, owned):
+            raise UnsupportedError(
+                f"tensor {name!r} ({str(info.dtype).removeprefix('torch.')} {list(info.shape)}) looks like part of a "
+                "quantized weight, and this reader does not know what it does there; dequantize the model with the "
+                "library that wrote it"
+            )
+    return tuple(cached)
+
+
+def _is_part(info: TensorInfo, module: str, leaf: str, owned: Mapping[str, Iterable[str]]) -> bool:
+    beside = module in owned or module.removesuffix(".weight") in owned
+    return (beside and leaf != "bias") or leaf in _PARTS or holds_codes(info)
