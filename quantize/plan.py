@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from llmconvert.engine.architecture.model import served_class, served_model
+from llmconvert.engine.architecture.names import module_names
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
@@ -23,6 +25,8 @@ from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQ
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.storage.checkpoint import TensorSpec
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES
+
+_WEIGHT = ".weight"
 
 __all__ = ["Override", "QuantizationPlan", "QuantizeRequest", "plan_encoding", "plan_quantization", "work_nbytes"]
 
@@ -67,7 +71,8 @@ class QuantizationPlan:
     Attributes:
         schemes: module name of a linear → its scheme, in model order; linears left dense are not in it.
         sites: all linears in the blocks by their module names, dense ones too.
-        kept: module names of all linears left dense, the output head included.
+        kept: what runtimes call all linears left dense, the output head included, and whatever else of the checkpoint
+            could be taken for one.
         specs: every tensor of the artifact, in the order of the source.
         declared: what ``config.json`` says about them.
     """
@@ -124,15 +129,67 @@ def plan_quantization(
             specs += layout.specs(site.stored, site.shape, chosen, layout.scale_dtype(chosen, skeleton.dtype))
         else:
             specs.append(TensorSpec(name, info.dtype, info.shape))
-    kept = [name for name, chosen in assigned.items() if chosen is None]
-    inside = f"{skeleton.list_name}."
-    kept += [
-        name
-        for name, module in skeleton.model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(inside)
-    ]
-    declared = layout.quantization_config(schemes, kept)
-    return QuantizationPlan(schemes, sites, tuple(kept), tuple(specs), declared)
+    names = _DeclaredNames.of(skeleton)
+    declared = {names.of_site(sites[name]): chosen for name, chosen in schemes.items()}
+    kept = names.kept([sites[name] for name, chosen in assigned.items() if chosen is None], declared)
+    return QuantizationPlan(schemes, sites, kept, tuple(specs), layout.quantization_config(declared, kept))
+
+
+@dataclass(frozen=True, slots=True)
+class _DeclaredNames:
+    """What runtimes call the linears of a checkpoint, and which of its tensors a config has to speak of.
+
+    They load the class that ``config.json`` names. It may hold more than the decoder that is quantized, a vision tower
+    for one, and call the decoder's own modules otherwise; and a checkpoint may hold more than its class, layers that
+    predict several tokens for one, which other runtimes load. A config that says all linears are quantized has to name
+    every one that is not.
+
+    Attributes:
+        skeleton: the decoder, and its checkpoint.
+        model: of the class that runtimes load; the decoder itself where it is the same.
+        modules: tensor → module, of the tensors that the model loads.
+    """
+
+    skeleton: Skeleton
+    model: nn.Module
+    modules: Mapping[str, str]
+
+    @classmethod
+    def of(cls, skeleton: Skeleton) -> _DeclaredNames:
+        config, own = skeleton.checkpoint.config, skeleton.model
+        known = served_class(config)
+        served = served_model(config) if known is not None and known is not type(own) else None
+        if served is None:
+            names = {tensor: parameter for parameter, tensor in skeleton.names.items()}
+        else:
+            names = dict(module_names(served, skeleton.checkpoint))
+        return cls(skeleton, served or own, {tensor: name.removesuffix(_WEIGHT) for tensor, name in names.items()})
+
+    def of_site(self, site: Site) -> str:
+        """What runtimes call a linear of the decoder."""
+        return self.modules.get(site.tensor, site.name)
+
+    def kept(self, dense: Iterable[Site], quantized: Collection[str]) -> tuple[str, ...]:
+        """All that could be taken for quantized linears and are none.
+
+        Args:
+            dense: linears of the decoder that are left so.
+            quantized: the names of the others.
+        """
+        names = dict.fromkeys(self.of_site(site) for site in dense)
+        inside = f"{self.skeleton.list_name}." if self.model is self.skeleton.model else None
+        embeddings: set[str] = set()
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Embedding):
+                embeddings.add(name)
+            elif isinstance(module, nn.Linear) and name not in quantized and not (inside and name.startswith(inside)):
+                names[name] = None
+        for tensor, info in self.skeleton.checkpoint.infos.items():
+            name = self.modules.get(tensor, tensor.removesuffix(_WEIGHT))
+            matrix = tensor.endswith(_WEIGHT) and len(info.shape) == 2 and info.dtype.is_floating_point
+            if matrix and name not in quantized and name not in embeddings:
+                names.setdefault(name)
+        return tuple(names)
 
 
 def plan_encoding(skeleton: Skeleton) -> QuantizationPlan:

@@ -14,7 +14,7 @@ from llmconvert.quantize.formats.reading import Declared, spell
 from llmconvert.quantize.numbers import E4M3, Int, Number
 from llmconvert.quantize.scheme import Scheme
 
-__all__ = ["INTS", "Config", "Group", "read_config", "stored_layout", "written_config"]
+__all__ = ["INTS", "Config", "Group", "has_zero_points", "read_config", "stored_layout", "written_config"]
 
 INTS = tuple(Int(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False))
 
@@ -182,6 +182,15 @@ def read_config(declared: Mapping[str, Any]) -> Config:
     _check_rotations(found.transform_config)
     groups = tuple(_group(f"{_WHERE}.config_groups.{name}", group) for name, group in found.config_groups.items())
     return Config(groups, found.quantization_status)
+
+
+def has_zero_points(declared: object) -> bool:
+    """Whether what a config declares is compressed weights that are packed with zero points."""
+    if not isinstance(declared, Mapping) or declared.get("quant_method") != "compressed-tensors":
+        return False
+    groups = declared.get("config_groups")
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
+    return any(isinstance(entry, Mapping) and entry.get("symmetric") is False for entry in weights)
 
 
 def _check_rotations(rotations: _Rotations | None) -> None:

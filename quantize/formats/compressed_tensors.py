@@ -233,7 +233,7 @@ def _order(checkpoint: Checkpoint, linear: str, columns: int, scheme: Scheme, *,
     name = f"{linear}.{_ORDER}"
     if name not in checkpoint:
         if declared:
-            raise CheckpointError(f"quantized linear {linear!r} has no tensor {name!r}; its groups hold other columns")
+            raise CheckpointError(f"quantized linear {linear!r} has no tensor {name!r}, and actorder is 'group'")
         return None
     group = checkpoint[require_shape(checkpoint, linear, _ORDER, (columns,))].long()
     # The library's mark of an order that was never chosen.

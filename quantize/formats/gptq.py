@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from llmconvert.engine.architecture.families import HEADS
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import (
     Format,
@@ -155,9 +156,9 @@ class GptqFormat(Format):
             raise UnsupportedError(
                 f"schemes {used}: gptq readers take one symmetry per model; make all of them symmetric, or none"
             )
-        # Readers look for quantized linears inside the blocks alone; the output head needs no mention.
-        lists = {match[1] for name in schemes if (match := re.match(r"(.*?\.)\d+\.", name))}
-        dynamic: dict[str, Any] = {f"-:^{_pattern(name)}$": {} for name in kept if name.startswith(tuple(lists))}
+        # Readers leave the output head dense without being told.
+        named = (name for name in kept if not f"{name}.weight".endswith(HEADS))
+        dynamic: dict[str, Any] = {f"-:^{_pattern(name)}$": {} for name in named}
         dynamic |= {f"+:^{_pattern(name)}$": _settings(scheme) for name, scheme in schemes.items() if scheme != common}
         producers = [f"llmconvert:{__version__}"]
         if not common.symmetric:

@@ -17,7 +17,9 @@ import torch
 
 from llmconvert.errors import UnsupportedError
 from llmconvert.memory import available_nbytes, release_freed_memory
+from llmconvert.quantize.formats.compressed_config import has_zero_points
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.directory import read_config
 
 __all__ = ["Runtime", "runtime", "too_large"]
 
@@ -64,19 +66,27 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
 
     Raises:
         UnsupportedError: transformers cannot load it, with its reason.
+        CheckpointError: there is no ``config.json``, or it is damaged.
     """
     release_freed_memory()
     # Imported here, and before standard error is replaced: its log handler keeps the stream it finds.
     import transformers
 
+    from llmconvert.engine.architecture.model import served_class
+
+    config = read_config(directory)
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    loading: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, **options}
+    if has_zero_points(config.get("quantization_config")):
+        # What compressed-tensors prepares for the first forward has no room for zero points that are packed.
+        loading["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    # Users get what config.json names: with a vision tower, where the class that is asked for text has none.
+    model_class: Any = served_class(config) or transformers.AutoModelForCausalLM
     try:
         # Progress bars of the loader and of compressed-tensors, which have no other switch, go to the buffer.
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype or "auto", output_loading_info=True, **options
-            )
+            model, info = model_class.from_pretrained(directory, **loading)
             model = model.to(device).eval()
             # Quantized weights are unpacked by the first forward, which belongs to loading and not to what is timed.
             with torch.inference_mode():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from llmconvert.engine.architecture.boundary import foreign_settings
+from llmconvert.engine.architecture.config import read_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import UnsupportedError
 
-__all__ = ["build_meta_model", "find_blocks"]
+__all__ = ["build_meta_model", "find_blocks", "served_class", "served_model"]
 
 
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -33,6 +38,33 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: st
                 raise
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     return model.eval()
+
+
+def served_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
+    """The class that ``architectures`` of a parsed ``config.json`` names, which runtimes load; None for one without a
+    language model's head, or that transformers doesn't have.
+    """
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if isinstance(found, type) and issubclass(found, PreTrainedModel) and issubclass(found, GenerationMixin):
+        return found
+    return None
+
+
+def served_model(config: Mapping[str, Any]) -> PreTrainedModel | None:
+    """A model of :func:`served_class` on the ``meta`` device: beside the language model it may hold a vision tower.
+
+    None where there is no such class, or it can't be built.
+    """
+    found = served_class(config)
+    if found is None:
+        return None
+    try:
+        with foreign_settings(f"architecture {found.__name__} cannot be built"), torch.device("meta"):
+            return found(read_config(config))
+    except UnsupportedError:
+        return None
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

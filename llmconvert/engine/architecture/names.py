@@ -7,7 +7,7 @@ can run such modules. Results are always written under checkpoint names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from llmconvert.errors import CheckpointError, UnsupportedError
 
-__all__ = ["map_names"]
+__all__ = ["map_names", "module_names"]
 
 
 def map_names(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mapping[str, str]:
@@ -30,15 +30,10 @@ def map_names(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mappin
         UnsupportedError: transformers would merge or split tensors of this checkpoint.
         CheckpointError: two tensors claim one parameter, or a parameter has no tensor.
     """
-    names = list(checkpoint_names)
-    transforms = get_model_conversion_mapping(model)
-    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
-    converters = [item for item in transforms if isinstance(item, WeightConverter)]
-    states: dict[str, torch.Tensor] = model.state_dict()
+    states = model.state_dict()
     mapping: dict[str, str] = {}
-    for name in names:
-        target, converted_by = rename_source_key(name, renamings, converters, model.base_model_prefix, states)
-        if converted_by is not None:
+    for name, target, converted in _renamed(model, checkpoint_names):
+        if converted:
             raise UnsupportedError(
                 f"{type(model).__name__}: tensor {name!r} is merged with others when transformers loads it "
                 "(a mixture of experts, usually); the streaming engine cannot run such models yet"
@@ -56,3 +51,21 @@ def map_names(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mappin
             + "; config.json and the weights do not belong together"
         )
     return mapping
+
+
+def module_names(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mapping[str, str]:
+    """Checkpoint tensor name → parameter name, for every tensor that ``model`` loads as it is."""
+    states = model.state_dict()
+    renamed = _renamed(model, checkpoint_names)
+    return {name: target for name, target, converted in renamed if not converted and target in states}
+
+
+def _renamed(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """Each tensor's name, the one that transformers loads it under, and whether it is merged with others there."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
+    converters = [item for item in transforms if isinstance(item, WeightConverter)]
+    states: dict[str, torch.Tensor] = model.state_dict()
+    for name in checkpoint_names:
+        target, converted_by = rename_source_key(name, renamings, converters, model.base_model_prefix, states)
+        yield name, target, converted_by is not None
