@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 from llmconvert.storage.dense import holds_codes
+from llmconvert.storage.parsing import parse_json
 
 __all__ = ["Declared", "declared_quantization", "left_out", "spell"]
 
@@ -100,7 +101,7 @@ def declared_quantization(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
         if name in checkpoint.files:
             where = name
             try:
-                declared = json.loads(checkpoint.read_file(name))
+                declared = parse_json(checkpoint.read_file(name))
             except (ValueError, OSError) as error:
                 raise CheckpointError(f"{name}: cannot be read: {error}") from error
             if isinstance(declared, Mapping):
