@@ -172,7 +172,7 @@ def test_everything_that_is_not_quantized_is_carried_over(tmp_path: Path, method
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"a": 1}'
     declared = new.config["quantization_config"]
     assert {**new.config, "quantization_config": None} == {**old.config, "quantization_config": None}
-    assert declared["ignore"] == ["lm_head"]
+    assert declared["ignore"] == ["lm_head", "model.mtp"]
     assert sorted(files(tmp_path / "out")) == sorted({*files(source)})
 
 
