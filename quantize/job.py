@@ -89,6 +89,7 @@ class QuantizeResult:
         resumed_blocks: blocks that an earlier, interrupted run had finished.
         files: names of the weight files.
         types: how many tensors have each type, in formats whose files say it of every tensor (GGUF).
+        notes: what is otherwise than asked for, or otherwise in the runtime than in transformers, a sentence each.
     """
 
     output: Path
@@ -100,6 +101,7 @@ class QuantizeResult:
     resumed_blocks: int
     files: tuple[str, ...] = ()
     types: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> int:
@@ -138,6 +140,8 @@ class QuantizePlan:
         skeleton, progress = inputs.skeleton, inputs.context.progress
         phases = Phases(partial(torch.cuda.synchronize, skeleton.device) if skeleton.device.type == "cuda" else None)
         steps = self._steps(phases)
+        for note in container.notes:
+            progress.log(f"note: {note}")
 
         def lost(artifact: Artifact) -> str:
             gone = steps.lost(artifact.work, finished_blocks(artifact))
@@ -168,6 +172,7 @@ class QuantizePlan:
             resumed_blocks=resumed,
             files=tuple(shard.name for shard in container.layout.shards),
             types=container.types,
+            notes=container.notes,
         )
 
     def _key(self) -> str:

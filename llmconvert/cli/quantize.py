@@ -61,3 +61,5 @@ def quantize(model: str, output: Path, **options: Any) -> None:
 
     made = quantize_model(model, output, progress=console_progress(), **options)
     click.echo(f"{output}: {made.layers} layers quantized, {made.nbytes:,} bytes, {made.seconds:.1f} s")
+    if made.details.types:
+        click.echo("types: " + ", ".join(f"{count} {kind}" for kind, count in made.details.types.items()))

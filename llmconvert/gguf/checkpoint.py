@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,7 @@ from llmconvert.gguf.tokenizer import tokenizer_files
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.storage.directory import identity_of
 
-__all__ = ["GgufCheckpoint", "can_dequantize", "open_artifact", "open_gguf"]
+__all__ = ["GgufCheckpoint", "GgufModel", "can_dequantize", "describe_model", "open_artifact", "open_gguf"]
 
 #: Stored types that need no arithmetic.
 _DIRECT: Final[Mapping[GGMLQuantizationType, torch.dtype]] = {
@@ -65,6 +66,51 @@ def open_artifact(path: Path) -> Checkpoint:
     return SafetensorsCheckpoint(path)
 
 
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """What a file's header says of its model, in Hugging Face terms.
+
+    Attributes:
+        geometry: the sizes.
+        places: GGUF tensor name → where it goes.
+        config: ``config.json``.
+        files: the other small files, by name.
+    """
+
+    geometry: Geometry
+    places: Mapping[str, Place]
+    config: Mapping[str, Any]
+    files: Mapping[str, bytes]
+
+
+def describe_model(header: GgufHeader, read_setting: Callable[[GgufTensor], np.ndarray]) -> GgufModel:
+    """Translate a header, and check that it describes a whole model that can be read.
+
+    Args:
+        header: of the file.
+        read_setting: the float32 values of a tensor that holds settings rather than weights.
+
+    Raises:
+        CheckpointError: it is incomplete or contradicts itself.
+        UnsupportedError: an architecture, tensor type, setting or tokenizer that cannot be restored; it is named.
+    """
+    arch = header.metadata.text("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{header.path}: GGUF architecture {arch!r} is not supported; "
+            f"supported are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    _check_types(header)
+    architecture = ARCHITECTURES[arch]
+    geometry = read_geometry(header, arch)
+    places = place_tensors(header, architecture, geometry.layers, geometry.symbols)
+    config = build_config(header, arch, architecture, geometry, lambda name: read_setting(header.tensors[name]))
+    files = tokenizer_files(header.metadata, geometry.vocab)
+    generation = build_generation_config(config, header.metadata)
+    files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
+    return GgufModel(geometry, places, config, files)
+
+
 class GgufCheckpoint(Checkpoint):
     """See :func:`open_gguf`. The descriptor stays open until :meth:`close`."""
 
@@ -74,31 +120,21 @@ class GgufCheckpoint(Checkpoint):
         header = read_gguf_header(path)
         #: The file's metadata about the model as a whole, ``general.*``.
         self.general = {key: value for key, value in header.metadata.items() if key.startswith("general.")}
-        arch = header.metadata.text("general.architecture")
-        if arch not in ARCHITECTURES:
-            raise UnsupportedError(
-                f"{path}: GGUF architecture {arch!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
-            )
-        _check_types(header)
-        architecture = ARCHITECTURES[arch]
-        self._geometry = read_geometry(header, arch)
-        places = place_tensors(header, architecture, self._geometry.layers, self._geometry.symbols)
-        self._sources = {place.name: (header.tensors[stored], place) for stored, place in places.items()}
-        self.infos = {name: self._info(*source) for name, source in self._sources.items()}
         self.identity = identity_of([path])
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
         try:
-            config = build_config(header, arch, architecture, self._geometry, self._setting_reader(header))
-            files = tokenizer_files(header.metadata, self._geometry.vocab)
+            described = describe_model(header, self._read_setting)
         except BaseException:
             self.close()
             raise
-        generation = build_generation_config(config, header.metadata)
-        self.config: Mapping[str, Any] = config
-        self.files = files | {"generation_config.json": (json.dumps(generation, indent=2) + "\n").encode()}
+        self._geometry = described.geometry
+        self._sources = {place.name: (header.tensors[stored], place) for stored, place in described.places.items()}
+        self.infos = {name: self._info(*source) for name, source in self._sources.items()}
+        self.config = described.config
+        self.files = described.files
 
     @property
     def geometry(self) -> Geometry:
@@ -133,13 +169,9 @@ class GgufCheckpoint(Checkpoint):
         dtype = torch.float32 if place.storage is Storage.PLUS_ONE else _DIRECT.get(tensor.qtype, torch.float32)
         return TensorInfo(place.name, dtype, tensor.shape, self.path.name)
 
-    def _setting_reader(self, header: GgufHeader) -> Callable[[str], np.ndarray]:
-        def read(name: str) -> np.ndarray:
-            tensor = header.tensors[name]
-            values: np.ndarray = self._stored_rows(tensor, 0, tensor.shape[0]).float().numpy()
-            return values
-
-        return read
+    def _read_setting(self, tensor: GgufTensor) -> np.ndarray:
+        values: np.ndarray = self._stored_rows(tensor, 0, tensor.shape[0]).float().numpy()
+        return values
 
     def _deinterleaved(self, tensor: GgufTensor, start: int, stop: int) -> torch.Tensor:
         """Rows of a query or key projection in transformers' order.

@@ -17,10 +17,12 @@ import torch
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.gguf.export_config import export_config
+from llmconvert.gguf.config import Geometry
+from llmconvert.gguf.export_config import export_config, export_geometry, window_notes
 from llmconvert.gguf.export_tokenizer import export_tokenizer
-from llmconvert.gguf.names import ARCHITECTURES, Place, Storage
+from llmconvert.gguf.names import ARCHITECTURES, Storage
 from llmconvert.gguf.rope import export_rope_tensors
+from llmconvert.memory import row_slices
 from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["ExportedTensor", "GgufExport", "check_exportable", "export_checkpoint"]
@@ -34,6 +36,8 @@ GGUF_ARCHITECTURES: Final[Mapping[str, str]] = {
     "phi3": "phi3",
     "gemma2": "gemma2",
 }
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED_AT_ONCE = 1 << 24
 # Buffers that old checkpoints hold and every runtime computes for itself.
 _COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.masked_bias")
 
@@ -71,20 +75,20 @@ class GgufExport:
     """What will be in a file, but for the weights themselves.
 
     Attributes:
-        arch: ``general.architecture``.
         metadata: all of it, in order, without ``general.file_type``.
         tensors: in file order.
         settings: float32 tensors that llama.cpp keeps settings in, by name.
         layers: decoder blocks.
         tied: the embedding is the output matrix too.
+        notes: what llama.cpp does otherwise although the model can be used, a sentence each.
     """
 
-    arch: str
     metadata: Mapping[str, Any]
     tensors: tuple[ExportedTensor, ...]
     settings: Mapping[str, np.ndarray]
     layers: int
     tied: bool
+    notes: tuple[str, ...]
 
 
 def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
@@ -99,19 +103,21 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         CheckpointError: tensors are missing.
     """
     arch, model, values = _architecture(source)
-    tokens, rstrip = export_tokenizer(source, values)
-    label = f"{name} (Phi-3)" if rstrip and "phi-3" not in name.lower() and "phi3" not in name.lower() else name
-    general = {"general.architecture": arch, "general.type": "model", "general.name": label}
+    settings = export_config(values, model, arch)
+    sizes = export_geometry(values, model)
+    tied = model.tied and not _has_own_head(source)
+    tensors = _tensors(source, arch, sizes, tied=tied)
+    tokenizer = export_tokenizer(source, values, name)
+    general = {"general.architecture": arch, "general.type": "model", "general.name": tokenizer.name}
     if source.config["model_type"] == "mistral":
         general["general.basename"] = "Mistral"
-    metadata = general | export_config(values, model, arch) | tokens
     return GgufExport(
-        arch=arch,
-        metadata=metadata,
-        tensors=_tensors(source, arch, model),
+        metadata={**general, **settings, **tokenizer.metadata},
+        tensors=tensors,
         settings=export_rope_tensors(values, arch),
         layers=model.layers,
-        tied=model.tied,
+        tied=tied,
+        notes=(*window_notes(model, arch), *tokenizer.notes),
     )
 
 
@@ -123,7 +129,7 @@ def check_exportable(source: Checkpoint) -> None:
     """
     arch, model, values = _architecture(source)
     export_config(values, model, arch)
-    _tensors(source, arch, model)
+    _tensors(source, arch, export_geometry(values, model), tied=model.tied)
 
 
 def _architecture(source: Checkpoint) -> tuple[str, Architecture, dict[str, Any]]:
@@ -138,34 +144,54 @@ def _architecture(source: Checkpoint) -> tuple[str, Architecture, dict[str, Any]
     return GGUF_ARCHITECTURES[model_type], Architecture.of(config), values
 
 
-def _tensors(source: Checkpoint, arch: str, model: Architecture) -> tuple[ExportedTensor, ...]:
-    architecture = ARCHITECTURES[arch]
-    placed: list[tuple[str, Place]] = list(architecture.outer.items())
-    for layer in range(model.layers):
-        placed += [
-            (f"blk.{layer}.{stem}", Place(place.name.format(layer), place.shape, place.storage, place.required))
-            for stem, place in architecture.layer.items()
-        ]
+def _has_own_head(source: Checkpoint) -> bool:
+    """Whether a head is stored that is not the embedding, though the config says that both are one.
+
+    transformers then computes with the stored one. Equal rows are read to the end, others to the first that differs.
+    """
+    head, embedding = source.infos.get(_HEAD), source.infos.get(_EMBEDDING)
+    if head is None or embedding is None:
+        return False
+    if head.shape != embedding.shape:
+        return True
+    return not all(
+        torch.equal(source.read_rows(_HEAD, part.start, part.stop), source.read_rows(_EMBEDDING, part.start, part.stop))
+        for part in row_slices(head.shape, _COMPARED_AT_ONCE)
+    )
+
+
+def _tensors(source: Checkpoint, arch: str, sizes: Geometry, *, tied: bool) -> tuple[ExportedTensor, ...]:
+    symbols = sizes.symbols
     found: list[ExportedTensor] = []
-    for stored, place in placed:
+    for stored, place in ARCHITECTURES[arch].places(sizes.layers):
         info = source.infos.get(place.name)
-        if stored == "output.weight" and model.tied:
+        if stored == "output.weight" and tied:
             continue
         if info is None:
             if place.required or stored == "output.weight":
                 raise CheckpointError(f"the checkpoint has no tensor {place.name!r}, which {arch} models need")
             continue
-        heads = {Storage.QUERY_ROWS: model.query_heads, Storage.KEY_ROWS: model.kv_heads}.get(place.storage, 0)
+        expected = tuple(symbols[symbol] for symbol in place.shape)
+        if info.shape != expected:
+            raise CheckpointError(
+                f"tensor {place.name!r} has shape {list(info.shape)}, config.json asks for {list(expected)} "
+                f"({' × '.join(place.shape)})"
+            )
+        heads = {Storage.QUERY_ROWS: sizes.heads, Storage.KEY_ROWS: sizes.kv_heads}.get(place.storage, 0)
         found.append(ExportedTensor(stored, place.name, info.shape, place.storage, heads))
-    _check_all_placed(source, found, arch, tied=model.tied)
+    _check_all_placed(source, found, arch, tied=tied)
     return tuple(found)
 
 
 def _check_all_placed(source: Checkpoint, found: list[ExportedTensor], arch: str, *, tied: bool) -> None:
     used = {tensor.source for tensor in found}
     if tied:
-        used.add("lm_head.weight")
+        used.add(_HEAD)
     for name in source:
+        if name == _HEAD and name not in used:
+            raise UnsupportedError(
+                f"tensor {name!r} is not the embedding; llama.cpp's {arch} has no head of its own and would differ"
+            )
         if name not in used and not _COMPUTED.fullmatch(name):
             raise UnsupportedError(
                 f"tensor {name!r} has no place in a GGUF file of architecture {arch!r}, and cannot be left out"

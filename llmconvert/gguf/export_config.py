@@ -7,12 +7,34 @@ from typing import Any, Final
 
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import UnsupportedError
-from llmconvert.gguf.config import gemma2_query_scalar
+from llmconvert.gguf.config import Geometry, gemma2_query_scalar
 from llmconvert.gguf.rope import rope_metadata, rope_settings
 
-__all__ = ["export_config"]
+__all__ = ["export_config", "export_geometry", "window_notes"]
 
+#: Architectures whose class in llama.cpp knows no sliding window, and those where it does not keep to it.
+_UNWINDOWED: Final = ("qwen2", "qwen3")
+_IGNORED_WINDOWS: Final = ("llama", "phi3")
 _ACTIVATIONS: Final[Mapping[str, str]] = {"gemma2": "gelu_pytorch_tanh"}
+
+
+def export_geometry(config: Mapping[str, Any], model: Architecture) -> Geometry:
+    """The sizes that a config gives its model.
+
+    Args:
+        config: with transformers' defaults filled in.
+        model: what it says.
+    """
+    return Geometry(
+        vocab=model.vocab_size,
+        hidden=model.hidden_size,
+        inner=model.inner_size,
+        layers=model.layers,
+        heads=model.query_heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        rotary_dim=int(model.head_dim * rope_settings(config).get("partial_rotary_factor", 1.0)),
+    )
 
 
 def export_config(config: Mapping[str, Any], model: Architecture, arch: str) -> dict[str, Any]:
@@ -26,43 +48,64 @@ def export_config(config: Mapping[str, Any], model: Architecture, arch: str) -> 
     Raises:
         UnsupportedError: a setting that llama.cpp's class of this architecture does not know.
     """
-    head_dim = model.head_dim
+    sizes = export_geometry(config, model)
     _check_activation(config, arch)
-    rotary = int(head_dim * rope_settings(config).get("partial_rotary_factor", 1.0))
-    if rotary != head_dim and arch != "phi3":
+    if sizes.rotary_dim != sizes.head_dim and arch != "phi3":
         raise UnsupportedError(
-            f"config.json: RoPE turns {rotary} of {head_dim} dimensions; llama.cpp's {arch} turns all"
+            f"config.json: RoPE turns {sizes.rotary_dim} of {sizes.head_dim} dimensions; llama.cpp's {arch} turns all"
         )
+    _check_windows(config, model, arch)
+    window = config.get("sliding_window") if arch not in _UNWINDOWED else None
     metadata: dict[str, Any] = {
-        "vocab_size": model.vocab_size,
+        "vocab_size": sizes.vocab,
         "context_length": model.context,
-        "embedding_length": model.hidden_size,
-        "block_count": model.layers,
-        "feed_forward_length": model.inner_size,
-        "attention.head_count": model.query_heads,
-        "attention.head_count_kv": model.kv_heads,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
+        "embedding_length": sizes.hidden,
+        "block_count": sizes.layers,
+        "feed_forward_length": sizes.inner,
+        "attention.head_count": sizes.heads,
+        "attention.head_count_kv": sizes.kv_heads,
+        "attention.key_length": sizes.head_dim,
+        "attention.value_length": sizes.head_dim,
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "rope.dimension_count": rotary,
+        "rope.dimension_count": sizes.rotary_dim,
         "rope.freq_base": float(rope_settings(config).get("rope_theta", 10000.0)),
         **rope_metadata(config, arch),
-        **_window(config, arch),
+        **({"attention.sliding_window": window} if window else {}),
     }
     if arch == "gemma2":
         metadata |= _gemma2(config, model)
     return {f"{arch}.{key}": value for key, value in metadata.items()}
 
 
-def _window(config: Mapping[str, Any], arch: str) -> dict[str, Any]:
-    window = config.get("sliding_window")
-    if arch not in ("qwen2", "qwen3"):
-        return {"attention.sliding_window": window} if window else {}
-    if window and config.get("use_sliding_window"):
+def window_notes(model: Architecture, arch: str) -> tuple[str, ...]:
+    """A sentence on a sliding window that llama.cpp's class is told of and does not keep to."""
+    if arch not in _IGNORED_WINDOWS or model.window is None or model.window >= (model.context or 0):
+        return ()
+    return (
+        f"llama.cpp's {arch} attends to everything, the model to the last {model.window:,} tokens: both compute the "
+        "same up to that length",
+    )
+
+
+def _check_windows(config: Mapping[str, Any], model: Architecture, arch: str) -> None:
+    """Refuse layers that see another part of the text in llama.cpp, and other kinds of layers."""
+    if arch in _UNWINDOWED and config.get("sliding_window") and config.get("use_sliding_window"):
         raise UnsupportedError(
             f"config.json: use_sliding_window is set; llama.cpp's {arch} attends to everything and would differ"
         )
-    return {}
+    every: tuple[str, ...] = ("full_attention",) * model.layers
+    if arch == "gemma2":
+        every = tuple(("sliding_attention", "full_attention")[layer % 2] for layer in range(model.layers))
+    elif arch in _IGNORED_WINDOWS and model.window is not None:
+        every = ("sliding_attention",) * model.layers
+    differing = next(
+        (i for i, kinds in enumerate(zip(model.layer_kinds, every, strict=False)) if len(set(kinds)) > 1), None
+    )
+    if differing is not None:
+        raise UnsupportedError(
+            f"config.json: layer_types[{differing}] is {model.layer_kinds[differing]!r}; "
+            f"llama.cpp's {arch} computes {every[differing]!r}"
+        )
 
 
 def _gemma2(config: Mapping[str, Any], model: Architecture) -> dict[str, Any]:

@@ -1,87 +1,140 @@
-"""From ``tokenizer.json`` to GGUF metadata, proven by tokenizing with both.
+"""From the tokenizer that transformers builds to GGUF metadata, proven by tokenizing with both.
 
 llama.cpp knows splitting rules by name only (``tokenizer.ggml.pre``). The name is found by behaviour: the rule that
 splits probing texts as the tokenizer does. In the end the metadata is read back as any reader would, and must give the
-same ids for the same texts; a tokenizer that cannot be told to llama.cpp is refused rather than told wrong.
+same ids for the same texts (:mod:`~llmconvert.gguf.proof`); a tokenizer that cannot be told to llama.cpp is refused
+rather than told wrong.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Final
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.gguf.header import Metadata
+from llmconvert.errors import CheckpointError, SourceError, UnsupportedError
 from llmconvert.gguf.pretokenizers import PRE_TOKENIZERS
-from llmconvert.gguf.tokenizer import TokenType, build_tokenizer
+from llmconvert.gguf.proof import PROBES, prove_tokenizer
+from llmconvert.gguf.tokenizer import PHI3_KEEPING_SPACE, PHI3_TOKENS, TokenType, is_phi3
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.text.tokenizer import load_tokenizer
 
-__all__ = ["export_tokenizer"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-#: Texts on which splitting rules differ. Composed characters only: llama.cpp does not normalize.
-PROBES: Final = (
-    "Hello world, it's 2024 and I'LL don't they're We'Ve 'S",
-    "  two   spaces\tand\ttabs  \n\n\nnewlines \r\n \n end   ",
-    "1 12 123 1234 12345 1234567 3.14159 0xFF 1,000,000 10:30",
-    "def f(x):\n    return x ** 2 + [1, 2, 3][0]  # ok\n\n\treturn\n",
-    "na\u00efve caf\u00e9 \u00dcn\u00efc\u00f6d\u00e9 \u0391\u0392 \u03b1\u03b2\u03b3 \u041f\u0440\u0438",
-    "\u65e5\u672c\u8a9e \u4e2d\u6587\u5b57 \ud55c\uad6d \u0627\u0644\u0639 \u0661\u0662",
-    "a/b/c http://x.org/?q=1&r=2 C:\\dir\\file.txt user@example.com --flag=-1 ++i; //x",
-    "camelCase PascalCase HTTPServer snake_case kebab-case ALLCAPS iPhone McDonald",
-    "'s 't 're 've 'm 'll 'd x's  'x ''s 's's $100 50% #tag !!! ??? ...",
-    "\u00a0non\u2003breaking\u3000space \U0001f600\U0001f44d \u201cquotes\u201d \u2026 \u2014 \u2013",
-    "(((nested))) {a: [b]} ^~`|<>=+\n",
-    "a",
-    " a ",
-)
+__all__ = ["ExportedTokenizer", "export_tokenizer"]
+
+_SENTENCEPIECE: Final = ("sentencepiece", "google.protobuf")
+_TEMPLATES: Final = "additional_chat_templates/"
 
 
-def export_tokenizer(source: Checkpoint, config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+@dataclass(frozen=True, slots=True)
+class ExportedTokenizer:
+    """A tokenizer as GGUF metadata.
+
+    Attributes:
+        name: of the model: llama.cpp reads from it how Phi-3's tokens behave.
+        metadata: the tokenizer's keys.
+        notes: where llama.cpp gives other ids than transformers although the model can be used, a sentence each.
+    """
+
+    name: str
+    metadata: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def export_tokenizer(source: Checkpoint, config: Mapping[str, Any], name: str) -> ExportedTokenizer:
     """The tokenizer's part of the metadata.
 
     Args:
         source: the checkpoint, for its tokenizer files.
         config: with transformers' defaults filled in.
-
-    Returns:
-        The metadata, and whether special tokens swallow the white space after them, which llama.cpp does for models
-        with Phi-3 in their name.
+        name: of the model.
 
     Raises:
         UnsupportedError: a kind of tokenizer that llama.cpp does not have.
-        CheckpointError: there is no ``tokenizer.json``, or it has more tokens than the embedding.
+        SourceError: there is none, or transformers cannot load it.
+        CheckpointError: it has more tokens than the embedding has rows.
     """
-    if "tokenizer.json" not in source.files:
-        raise CheckpointError("the checkpoint has no tokenizer.json; a GGUF file needs its tokenizer")
-    raw = source.read_file("tokenizer.json")
-    tokenizer, parts = Tokenizer.from_str(raw.decode()), json.loads(raw)
+    _require_sentencepiece(source)
+    loaded = load_tokenizer(source)
+    tokenizer = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(tokenizer, Tokenizer):
+        raise UnsupportedError(
+            f"the model's tokenizer is a {type(loaded).__name__}, which runs in Python alone; "
+            "llama.cpp is told BPE that the tokenizers library runs"
+        )
+    parts: dict[str, Any] = json.loads(tokenizer.to_str())
     if parts["model"]["type"] != "BPE":
         raise UnsupportedError(
-            f"tokenizer.json: model {parts['model']['type']!r}; llama.cpp is told BPE, byte-level or SentencePiece"
+            f"the tokenizer's model is {parts['model']['type']!r}; llama.cpp is told BPE, byte-level or SentencePiece"
         )
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     rows = config["vocab_size"]
-    if max(vocabulary.values()) >= rows:
-        raise CheckpointError(f"tokenizer.json: has the id {max(vocabulary.values()):,}, the embedding {rows:,} rows")
-    tokens = [f"[PAD{index}]" for index in range(rows)]
-    for token, index in vocabulary.items():
-        tokens[index] = token
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if max(vocabulary.values(), default=-1) >= rows:
+        raise CheckpointError(f"the tokenizer has the id {max(vocabulary.values()):,}, the embedding {rows:,} rows")
+    tokens = _tokens(tokenizer, vocabulary, rows)
     byte_level = "ByteLevel" in json.dumps(parts.get("pre_tokenizer"))
+    label = _name(name, parts, vocabulary)
     metadata = {
-        **(_byte_level(tokenizer, parts) if byte_level else _sentencepiece(parts, tokens)),
+        **(_byte_level(tokenizer, parts) if byte_level else _sentencepiece(tokenizer, parts, tokens)),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": _types(parts, vocabulary, rows),
-        **_special_ids(source, config, vocabulary),
+        **_special_ids(source, loaded, config, vocabulary),
     }
-    metadata |= _ends(tokenizer, metadata) | _templates(source)
-    swallow = any(token["rstrip"] and token["special"] for token in parts.get("added_tokens", ()))
-    _prove(tokenizer, metadata, rows, swallow)
-    return metadata, swallow
+    metadata |= _ends(loaded, metadata) | _templates(source)
+    notes = prove_tokenizer(loaded, parts, {"general.name": label, **metadata}, rows)
+    return ExportedTokenizer(label, metadata, notes)
+
+
+def _require_sentencepiece(source: Checkpoint) -> None:
+    lacking = [package.rpartition(".")[2] for package in _SENTENCEPIECE if _absent(package)]
+    if "tokenizer.model" in source.files and "tokenizer.json" not in source.files and lacking:
+        raise SourceError(
+            "the model's tokenizer is tokenizer.model alone, which transformers reads with "
+            f"{' and '.join(lacking)}: pip install sentencepiece protobuf, or put its tokenizer.json there"
+        )
+
+
+def _absent(package: str) -> bool:
+    try:
+        return find_spec(package) is None
+    except ModuleNotFoundError:  # the package around it
+        return True
+
+
+def _tokens(tokenizer: Tokenizer, vocabulary: Mapping[str, int], rows: int) -> list[str]:
+    """The text of every id. Rows that no token names get a name that no token has."""
+    tokens = []
+    for index in range(rows):
+        token = tokenizer.id_to_token(index)
+        if token is None:
+            token = f"[PAD{index}]"
+            while token in vocabulary:
+                token = f"[{token}]"
+        tokens.append(token)
+    return tokens
+
+
+def _name(name: str, parts: Mapping[str, Any], vocabulary: Mapping[str, int]) -> str:
+    """The model's name, so that llama.cpp sees Phi-3 in it where special tokens swallow white space, and only there."""
+    swallowing = [token for token in parts.get("added_tokens", ()) if token["rstrip"] and token["special"]]
+    swallowing = [token["content"] for token in swallowing if token["content"] not in PHI3_KEEPING_SPACE]
+    if not swallowing:
+        return re.sub(r"(?i)(phi)-?3", r"\1 3", name)
+    missing = [token for token in PHI3_TOKENS if token not in vocabulary]
+    if missing:
+        raise UnsupportedError(
+            f"the tokenizer's added token {swallowing[0]!r} takes white space after it along (rstrip), which llama.cpp "
+            f"does for Phi-3's vocabulary alone; this one has no {' and no '.join(map(repr, missing))}"
+        )
+    return name if is_phi3(name) else f"{name} (Phi-3)"
 
 
 def _byte_level(tokenizer: Tokenizer, parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,30 +148,31 @@ def _byte_level(tokenizer: Tokenizer, parts: Mapping[str, Any]) -> dict[str, Any
     name = next(matching, None)
     if name is None:
         raise UnsupportedError(
-            "tokenizer.json: splits text in a way that has no name in llama.cpp (tokenizer.ggml.pre); "
+            "the tokenizer splits text in a way that has no name in llama.cpp (tokenizer.ggml.pre); "
             f"known are {', '.join(PRE_TOKENIZERS)}"
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"]["merges"]]
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
 
 
-def _sentencepiece(parts: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
+def _sentencepiece(tokenizer: Tokenizer, parts: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
     """Scores from the order of merges: llama.cpp joins the pair that makes the token with the highest score."""
     if not parts["model"].get("byte_fallback"):
-        raise UnsupportedError("tokenizer.json: neither byte-level nor with byte fallback; llama.cpp has no such BPE")
+        raise UnsupportedError(
+            "the tokenizer is BPE, neither byte-level nor with byte fallback; llama.cpp has no such tokenizer"
+        )
     merged: dict[str, int] = {}
     for rank, merge in enumerate(parts["model"]["merges"]):
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         merged.setdefault(left + right, rank)
     count = len(parts["model"]["merges"])
     scores = np.array([-float(merged.get(token, count)) for token in tokens], np.float32)
-    normalizer = json.dumps([parts.get("normalizer"), parts.get("pre_tokenizer")], ensure_ascii=False)
-    prefix = '"Prepend"' in normalizer or '"prepend_scheme": "first"' in normalizer or '"always"' in normalizer
+    first = tokenizer.encode("a", add_special_tokens=False).tokens
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.add_space_prefix": prefix,
+        "tokenizer.ggml.add_space_prefix": bool(first) and first[0].startswith("\u2581"),
     }
 
 
@@ -137,8 +191,9 @@ def _types(parts: Mapping[str, Any], vocabulary: Mapping[str, int], rows: int) -
     return types
 
 
-def _special_ids(source: Checkpoint, config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, Any]:
-    declared = _json(source, "tokenizer_config.json")
+def _special_ids(
+    source: Checkpoint, loaded: PreTrainedTokenizerBase, config: Mapping[str, Any], vocabulary: Mapping[str, int]
+) -> dict[str, Any]:
     ids: dict[str, Any] = {}
     for name, key, fallback in (
         ("bos", "bos_token", "bos_token_id"),
@@ -146,25 +201,26 @@ def _special_ids(source: Checkpoint, config: Mapping[str, Any], vocabulary: Mapp
         ("unknown", "unk_token", None),
         ("padding", "pad_token", "pad_token_id"),
     ):
-        token = declared.get(key)
-        index = vocabulary.get(token["content"] if isinstance(token, Mapping) else token) if token else None
-        if index is None and fallback is not None and token is None:
+        token = getattr(loaded, key, None)
+        index: Any = vocabulary.get(str(token)) if token is not None else None
+        if token is None and fallback is not None:
             value = config.get(fallback)
-            index = value[0] if isinstance(value, list) else value
-        if index is not None and 0 <= index < config["vocab_size"]:
+            index = value[0] if isinstance(value, list) and value else value
+        if isinstance(index, int) and 0 <= index < config["vocab_size"]:
             ids[f"tokenizer.ggml.{name}_token_id"] = index
     # Generation may end at more tokens than one: the end of a turn is llama.cpp's name for the second.
     ends = _json(source, "generation_config.json").get("eos_token_id")
-    others = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
-    others = [end for end in others if end != ids.get("tokenizer.ggml.eos_token_id") and end < config["vocab_size"]]
+    others = [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
+    taken = ids.get("tokenizer.ggml.eos_token_id")
+    others = [end for end in others if end != taken and 0 <= end < config["vocab_size"]]
     for name, end in zip(("eot", "eom"), others, strict=False):
         ids[f"tokenizer.ggml.{name}_token_id"] = end
     return ids
 
 
-def _ends(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> dict[str, bool]:
+def _ends(loaded: PreTrainedTokenizerBase, metadata: Mapping[str, Any]) -> dict[str, bool]:
     """Whether the tokenizer marks the ends of a text, seen from what it does."""
-    plain, marked = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    plain, marked = loaded("a", add_special_tokens=False).input_ids, loaded("a").input_ids
     bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
     return {
         "tokenizer.ggml.add_bos_token": bos is not None and marked[: 1 + len(plain)] == [bos, *plain],
@@ -173,37 +229,35 @@ def _ends(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _templates(source: Checkpoint) -> dict[str, str]:
-    if "chat_template.jinja" in source.files:
-        return {"tokenizer.chat_template": source.read_file("chat_template.jinja").decode()}
+    """The chat templates: of newer checkpoints files, of older ones an entry of the tokenizer's config."""
     declared = _json(source, "tokenizer_config.json").get("chat_template")
+    named: dict[str, str] = {}
     if isinstance(declared, str):
-        return {"tokenizer.chat_template": declared}
-    named = {entry["name"]: entry["template"] for entry in declared or ()}
+        named["default"] = declared
+    elif isinstance(declared, list):
+        named = {entry["name"]: entry["template"] for entry in declared if {"name", "template"} <= entry.keys()}
+    for file in source.files:
+        if file == "chat_template.jinja":
+            named["default"] = _text(source, file)
+        elif file.startswith(_TEMPLATES) and file.endswith(".jinja"):
+            named[file.removeprefix(_TEMPLATES).removesuffix(".jinja")] = _text(source, file)
     return {"tokenizer.chat_template" + ("" if name == "default" else f".{name}"): text for name, text in named.items()}
 
 
-def _prove(tokenizer: Tokenizer, metadata: Mapping[str, Any], rows: int, swallow: bool) -> None:
-    """Refuse metadata that tokenizes differently when it is read back."""
-    named = {**metadata, "general.name": "phi-3" if swallow else ""}
-    again = build_tokenizer(Metadata(Path("tokenizer.json"), named), rows)
-    texts = [*PROBES, *(f"{text}{token}{text}" for token in _marks(metadata)[:8] for text in PROBES[:2])]
-    for text in texts:
-        for special in (False, True):
-            expected = tokenizer.encode(text, add_special_tokens=special).ids
-            found = again.encode(text, add_special_tokens=special).ids
-            if expected != found:
-                first = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), 0)
-                raise UnsupportedError(
-                    f"tokenizer.json: {text!r} would have other ids in llama.cpp, {found[first:][:4]} instead of "
-                    f"{expected[first:][:4]} at {first}; this tokenizer cannot be written as GGUF"
-                )
-
-
-def _marks(metadata: Mapping[str, Any]) -> list[str]:
-    types = metadata["tokenizer.ggml.token_type"]
-    return [metadata["tokenizer.ggml.tokens"][index] for index in np.flatnonzero(types == TokenType.CONTROL)]
+def _text(source: Checkpoint, name: str) -> str:
+    try:
+        return source.read_file(name).decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{name}: is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def _json(source: Checkpoint, name: str) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(source.read_file(name)) if name in source.files else {}
+    if name not in source.files:
+        return {}
+    try:
+        values = json.loads(source.read_file(name))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: is not JSON that can be read: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{name}: holds a JSON {type(values).__name__}, expected an object")
     return values

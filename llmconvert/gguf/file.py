@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.gguf.checkpoint import describe_model
 from llmconvert.gguf.export import ExportedTensor, export_checkpoint
 from llmconvert.gguf.ggml.blocks import Codec, load_codec
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
+from llmconvert.gguf.header import parse_gguf_header
 from llmconvert.gguf.layout import GgufSpec, plan_gguf
 from llmconvert.memory import row_slices
 from llmconvert.storage.checkpoint import Checkpoint
@@ -48,11 +52,13 @@ class GgufFile:
         layout: where everything goes; its one shard's header is the file's.
         tensors: by the name in the checkpoint.
         settings: float32 tensors that hold settings, by the name in the file.
+        notes: what is otherwise than asked for, or in llama.cpp than in transformers, a sentence each.
     """
 
     layout: Layout
     tensors: Mapping[str, PlannedTensor]
     settings: Mapping[str, np.ndarray]
+    notes: tuple[str, ...]
 
     def write_settings(self, writer: TensorWriter) -> None:
         """Write the tensors that come from the config."""
@@ -108,7 +114,39 @@ def plan_file(source: Checkpoint, file_name: str, name: str, mix: GgmlMix, *, im
     settings = [GgufSpec(stored, "F32", values.shape) for stored, values in export.settings.items()]
     types = {"general.file_type": mix.file_type, "general.quantization_version": 2}
     specs = [*settings, *(planned.spec for planned in tensors.values())]
-    return GgufFile(plan_gguf(file_name, {**export.metadata, **types}, specs), tensors, export.settings)
+    layout = plan_gguf(file_name, {**export.metadata, **types}, specs)
+    _read_back(layout, export.settings)
+    return GgufFile(layout, tensors, export.settings, (*_fallbacks(tensors.values(), mix, context), *export.notes))
+
+
+def _read_back(layout: Layout, settings: Mapping[str, np.ndarray]) -> None:
+    """Refuse a file that would be refused when it is opened."""
+    (shard,) = layout.shards
+    header = parse_gguf_header(Path(shard.name), shard.header, shard.nbytes)
+    try:
+        describe_model(header, lambda tensor: settings[tensor.name])
+    except (CheckpointError, UnsupportedError) as error:
+        raise UnsupportedError(
+            f"this model cannot be written as GGUF; read back, it would be refused: {error}"
+        ) from error
+
+
+def _fallbacks(tensors: Iterable[PlannedTensor], mix: GgmlMix, context: MixContext) -> Iterator[str]:
+    """A sentence on the tensors whose rows are no whole blocks of the type that the mix has for them."""
+    changed: Counter[tuple[str, str]] = Counter()
+    widths: set[int] = set()
+    for tensor in tensors:
+        spec = tensor.spec
+        wanted = mix.wanted(spec.name, spec.shape, context)
+        if wanted != spec.qtype:
+            changed[wanted, spec.qtype] += 1
+            widths.add(spec.shape[-1])
+    if changed:
+        counts = ", ".join(f"{number} {found} for {wanted}" for (wanted, found), number in sorted(changed.items()))
+        yield (
+            f"{mix}: rows of {', '.join(map(str, sorted(widths)))} weights are no whole blocks of its types, so as "
+            f"llama-quantize does, others take their place: {counts}"
+        )
 
 
 def _check_values(name: str, values: torch.Tensor, qtype: str) -> None:

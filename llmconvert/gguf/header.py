@@ -9,6 +9,7 @@ The reader of the ``gguf`` package maps the whole file into memory; this one rea
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import struct
@@ -23,7 +24,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llmconvert.errors import CheckpointError, UnsupportedError
 
-__all__ = ["GgufHeader", "GgufTensor", "Metadata", "read_gguf_header"]
+__all__ = ["GgufHeader", "GgufTensor", "Metadata", "parse_gguf_header", "read_gguf_header"]
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -187,6 +188,17 @@ def read_gguf_header(path: Path) -> GgufHeader:
             return _parse(path, _Cursor(path, file, os.fstat(file.fileno()).st_size))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def parse_gguf_header(path: Path, raw: bytes, size: int) -> GgufHeader:
+    """The header of a file that does not exist yet: what :func:`read_gguf_header` would find at ``path``.
+
+    Args:
+        path: named in errors.
+        raw: the header's bytes.
+        size: of the whole file.
+    """
+    return _parse(path, _Cursor(path, io.BytesIO(raw), size))
 
 
 class _Cursor:

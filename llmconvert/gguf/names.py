@@ -8,8 +8,8 @@ the rows of Llama's query and key projections are reordered for interleaved RoPE
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
@@ -59,13 +59,22 @@ class Architecture:
     layer: Mapping[str, Place]
     consumed: frozenset[str] = field(default_factory=frozenset)
 
+    def places(self, layers: int) -> Iterator[tuple[str, Place]]:
+        """GGUF name and place of every tensor that a model of so many layers may have, in file order."""
+        yield from self.outer.items()
+        for layer in range(layers):
+            for stem, place in self.layer.items():
+                yield f"blk.{layer}.{stem}", replace(place, name=place.name.format(layer))
 
-def _outer(norm: Storage = Storage.PLAIN) -> dict[str, Place]:
-    return {
+
+def _outer(norm: Storage = Storage.PLAIN, *, head: bool = True) -> dict[str, Place]:
+    places = {
         "token_embd.weight": Place("model.embed_tokens.weight", ("vocab", "hidden")),
         "output_norm.weight": Place("model.norm.weight", ("hidden",), norm),
-        "output.weight": Place("lm_head.weight", ("vocab", "hidden"), required=False),
     }
+    if head:
+        places["output.weight"] = Place("lm_head.weight", ("vocab", "hidden"), required=False)
+    return places
 
 
 def _layer(entries: Mapping[str, tuple[str, tuple[str, ...]]], **changes: Storage) -> dict[str, Place]:
@@ -151,7 +160,8 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "gemma2": Architecture(
         "gemma2",
         "Gemma2ForCausalLM",
-        _outer(Storage.PLUS_ONE),
+        # llama.cpp's class always takes the embedding, and does not load a file with a head of its own.
+        _outer(Storage.PLUS_ONE, head=False),
         _layer(
             _QKV
             | _OUT
@@ -219,14 +229,11 @@ def _place(architecture: Architecture, name: str, layers: int) -> Place | None:
     place = architecture.layer.get(match[2])
     if place is None or int(match[1]) >= layers:
         return None
-    return Place(place.name.format(match[1]), place.shape, place.storage, place.required)
+    return replace(place, name=place.name.format(match[1]))
 
 
 def _check_complete(header: GgufHeader, architecture: Architecture, layers: int, places: Mapping[str, Place]) -> None:
-    wanted = [name for name, place in architecture.outer.items() if place.required]
-    for layer in range(layers):
-        wanted += [f"blk.{layer}.{stem}" for stem, place in architecture.layer.items() if place.required]
-    missing = [name for name in wanted if name not in places]
+    missing = [name for name, place in architecture.places(layers) if place.required and name not in places]
     if missing:
         raise CheckpointError(
             f"{header.path}: {len(missing)} of {architecture.model_class}'s tensors are missing, first {missing[0]!r}; "

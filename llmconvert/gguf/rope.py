@@ -31,8 +31,8 @@ __all__ = [
 _TOLERANCE = 1e-5
 # Meta's own values of Llama 3.1 to 3.3. Only the ratios of the three matter, so they also serve as the scale.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
-# Of YaRN, in either's words.
-_BETAS = ("beta_fast", "beta_slow")
+# Of YaRN, in either's words, with the defaults of both.
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def shortest(value: float) -> float:
@@ -144,9 +144,11 @@ def _yarn_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("attention_factor") is not None:
         # llama.cpp multiplies it with YaRN's own temperature, transformers takes it instead.
         values["rope.scaling.attn_factor"] = rope["attention_factor"] / _temperature(rope["factor"])
-    for key in _BETAS:
-        if rope.get(key) is not None:
-            values[f"rope.scaling.yarn_{key}"] = float(rope[key])
+    for key, default in _BETAS.items():
+        if rope.get(key) is not None and float(rope[key]) != default:
+            raise UnsupportedError(
+                f"config.json: YaRN's {key} is {rope[key]}; llama.cpp computes with {default:g} whatever a file says"
+            )
     return values
 
 
@@ -213,16 +215,47 @@ def llama3_parameters(divisors: np.ndarray, plain: dict[str, Any], head_dim: int
 
 
 def _fitted(divisors: np.ndarray, meta: dict[str, Any], head_dim: int) -> dict[str, Any] | None:
-    """Least squares over the ramp. Two of its frequencies determine it, up to the common scale of the parameters."""
+    """Parameters whose ramp goes through the divisors: ``smooth`` is a line over the frequencies, cut off at 0 and 1.
+
+    The least divided frequency may be on the ramp and so may the most divided: the line is the same for every factor
+    that the largest divisor is taken for. Few frequencies on it leave room, which any line that passes the others on
+    their right sides may use.
+    """
     factor = meta["factor"]
-    ramp = (divisors > 1.0 + _TOLERANCE) & (divisors < factor * (1 - _TOLERANCE))
-    if factor <= 1.0 or ramp.sum() < 2:
+    if factor <= 1.0:
         return None
-    smooth = (1.0 / divisors[ramp] - 1.0 / factor) / (1.0 - 1.0 / factor)
-    frequencies = (meta["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim))[ramp] / (2 * math.pi)
-    slope, intercept = np.polyfit(frequencies, smooth, 1)
+    frequencies = meta["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    smooth = (1.0 / divisors - 1.0 / factor) / (1.0 - 1.0 / factor)
+    plain, scaled = smooth > 1.0 - _TOLERANCE, smooth < _TOLERANCE
+    ramp = ~plain & ~scaled
+    if ramp.sum() >= 2:
+        slope, intercept = np.polyfit(frequencies[ramp], smooth[ramp], 1)
+    else:
+        slope, intercept = _steep_line(frequencies, smooth, plain, scaled)
     if slope <= 0 or intercept >= 0:
         return None
-    # smooth = (context × frequency − low) / (high − low), with low held at 1.
-    span = -1.0 / intercept
-    return meta | {"high_freq_factor": 1.0 + span, "original_max_position_embeddings": round(slope * span)}
+    # smooth = (context × frequency − low) / (high − low): the context is a whole number, the others make up for it.
+    context = max(1, round(-slope / intercept))
+    span = context / slope
+    low = -intercept * span
+    return meta | {
+        "low_freq_factor": low,
+        "high_freq_factor": low + span,
+        "original_max_position_embeddings": context,
+    }
+
+
+def _steep_line(
+    frequencies: np.ndarray, smooth: np.ndarray, plain: np.ndarray, scaled: np.ndarray
+) -> tuple[float, float]:
+    """Slope and intercept of a line that is above 1 at the plain, below 0 at the scaled frequencies, and through the
+    one between them, if there is one."""
+    lowest_plain = frequencies[plain].min() if plain.any() else 2 * frequencies.max()
+    highest_scaled = frequencies[scaled].max()
+    between = ~plain & ~scaled
+    if between.any():
+        at, value = frequencies[between][0], smooth[between][0]
+    else:
+        at, value = math.sqrt(lowest_plain * highest_scaled), 0.5
+    slope = 1.1 * max((1.0 - value) / (lowest_plain - at), value / (at - highest_scaled))
+    return float(slope), float(value - slope * at)

@@ -21,7 +21,7 @@ from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.header import Metadata
 from llmconvert.gguf.pretokenizers import find_pre_tokenizer
 
-__all__ = ["TokenType", "build_tokenizer", "tokenizer_files"]
+__all__ = ["PHI3_KEEPING_SPACE", "PHI3_TOKENS", "TokenType", "build_tokenizer", "is_phi3", "tokenizer_files"]
 
 
 class TokenType(IntEnum):
@@ -41,8 +41,10 @@ _ALWAYS_CONTROL: Final = frozenset(
     {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>"}
     | {"</s>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"}
 )
-# Phi-3's special tokens swallow the white space after them, except these.
-_PHI3_KEEPING_SPACE: Final = frozenset(("<unk>", "<s>", "<|endoftext|>"))
+#: Phi-3's special tokens swallow the white space after them, except these.
+PHI3_KEEPING_SPACE: Final = frozenset(("<unk>", "<s>", "<|endoftext|>"))
+#: Tokens that llama.cpp cannot load a model with Phi-3 in its name without.
+PHI3_TOKENS: Final = ("<unk>", "<s>", "</s>", "<|endoftext|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,11 @@ class _Vocabulary:
     @property
     def ids(self) -> dict[str, int]:
         return {token: index for index, token in enumerate(self.tokens)}
+
+
+def is_phi3(name: str) -> bool:
+    """Whether llama.cpp takes a model of this name for Phi-3, and lets its special tokens swallow white space."""
+    return "phi-3" in name.lower() or "phi3" in name.lower()
 
 
 def tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
@@ -168,12 +175,12 @@ def _merges_by_score(ids: Mapping[str, int], scores: np.ndarray) -> list[tuple[s
 
 def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata, vocabulary: _Vocabulary) -> None:
     """Tokens that are matched in the text before anything else: control tokens, and plain ones users defined."""
-    swallow = "phi-3" in (name := metadata.text("general.name", "").lower()) or "phi3" in name
+    swallow = is_phi3(metadata.text("general.name", ""))
     special: list[AddedToken] = []
     for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
         control = kind in (TokenType.CONTROL, TokenType.UNKNOWN) or token in _ALWAYS_CONTROL
         if control or kind == TokenType.USER_DEFINED:
-            rstrip = swallow and token not in _PHI3_KEEPING_SPACE
+            rstrip = swallow and token not in PHI3_KEEPING_SPACE
             special.append(AddedToken(token, normalized=False, special=control, rstrip=rstrip))
     before = tokenizer.get_vocab_size(with_added_tokens=False)
     tokenizer.add_tokens(special)

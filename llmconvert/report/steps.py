@@ -219,6 +219,7 @@ class QuantizeReport(StepDetails):
         budget: what a budget chose; None without one.
         file: of GGUF, the file's name.
         types: of GGUF, how many tensors have each type.
+        notes: what is otherwise than asked for, or otherwise in the runtime than in transformers, a sentence each.
         streamed: whether the source was quantized while it downloaded.
     """
 
@@ -227,6 +228,7 @@ class QuantizeReport(StepDetails):
     layers: int
     linears: tuple[LinearReport, ...] = Field(default=(), exclude_if=_is_empty)
     types: Mapping[str, int] = Field(default_factory=dict, exclude_if=_is_empty)
+    notes: tuple[str, ...] = Field(default=(), exclude_if=_is_empty)
     bytes: int
     seconds: float
     phases: Mapping[str, float] = Field(default_factory=dict, exclude_if=_is_empty)

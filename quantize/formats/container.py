@@ -29,6 +29,8 @@ class Container(Protocol):
     single: bool
     #: Tensor type → how many tensors have it, where the file says it of each.
     types: Mapping[str, int]
+    #: What is otherwise than asked for, or otherwise in the runtime than in transformers, a sentence each.
+    notes: tuple[str, ...]
 
     def begin(self, writer: TensorWriter) -> None:
         """Store what stands for no tensor of the source."""
@@ -62,6 +64,7 @@ class CheckpointContainer:
 
     single = False
     types: Mapping[str, int] = {}
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -134,6 +134,7 @@ class GgufContainer:
         # What a method leaves that chooses codes of schemes alone, the embedding for example, is rounded to nearest.
         self._method = request.method if isinstance(request.method, GgmlQuantizer) else Rtn()
         self.layout = self._file.layout
+        self.notes = self._file.notes
         self.types: Mapping[str, int] = Counter(
             ["F32"] * len(self._file.settings) + [planned.spec.qtype for planned in self._file.tensors.values()]
         )

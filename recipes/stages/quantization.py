@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,17 +32,19 @@ from llmconvert.recipes.stages.budget import (
 )
 from llmconvert.recipes.stages.stage import Place, Stage, Work
 from llmconvert.recipes.stages.windows import CALIBRATION
+from llmconvert.report.section import Column, Section
 from llmconvert.report.steps import LinearReport, QuantizeReport
 from llmconvert.storage.checkpoint import Checkpoint
-from llmconvert.storage.writer import write_file
+from llmconvert.storage.writer import write_file, write_json
 from llmconvert.validate.size import measure_sizes
 
 __all__ = ["change_schemes", "quantize", "quantize_stage", "recovered"]
 
 # Kept beside a stage's model, for one that is killed between its artifact and its own record: what came of each
-# linear, and what a budget chose.
+# linear, what a budget chose, and what there is to note.
 _LAYERS_FILE = "layers.json"
 _BUDGET_FILE = "budget.json"
+_NOTES_FILE = "notes.json"
 
 
 def quantize_stage(settings: QuantizeSettings, after: str) -> Stage[QuantizeReport]:
@@ -95,22 +98,26 @@ def quantize(
         chosen = chosen_report(settings.budget, allocation)
         if place.notes is not None:
             write_file(place.notes / _BUDGET_FILE, chosen.model_dump_json().encode())
-    result = plan_quantize(
+    plan = plan_quantize(
         source,
         place.model,
         QuantizeRequest(settings.method, scheme, settings.format, tuple(overrides), settings.options, name=name),
         windows=windows,
         context=context,
         record=place.notes / _LAYERS_FILE if place.notes is not None else None,
-    ).run()
+    )
+    if place.notes is not None:
+        write_json(place.notes / _NOTES_FILE, list(plan.container.notes))
+    result = plan.run()
     forget_sensitivity(place.model)
     return QuantizeReport(
         budget=chosen.budget if chosen is not None else None,
-        sections=chosen.sections if chosen is not None else (),
+        sections=(*(chosen.sections if chosen is not None else ()), *_types_section(result.types, result.notes)),
         file=result.files[0] if result.types else None,
         layers=result.quantized,
         linears=_linears(result.layers),
         types=result.types,
+        notes=result.notes,
         bytes=result.nbytes,
         seconds=round(result.seconds, 3),
         phases={name: round(seconds, 3) for name, seconds in result.phases.items()},
@@ -129,7 +136,18 @@ def recovered(place: Place) -> QuantizeReport:
             types = Counter(tensor.qtype.name for tensor in read_gguf_header(stored.path).tensors.values())
             count = sum(number for kind, number in types.items() if kind not in FLOATS)
             name = stored.path.name
-            return QuantizeReport(file=name, layers=count, linears=linears, types=types, bytes=nbytes, seconds=0.0)
+            said = notes is not None and (notes / _NOTES_FILE).exists()
+            remarks = tuple(json.loads((notes / _NOTES_FILE).read_bytes())) if notes is not None and said else ()
+            return QuantizeReport(
+                sections=_types_section(types, remarks),
+                file=name,
+                layers=count,
+                linears=linears,
+                types=types,
+                notes=remarks,
+                bytes=nbytes,
+                seconds=0.0,
+            )
         linears = linears if noted else _stored_linears(stored)
     found = QuantizeReport(layers=len(linears), linears=linears, bytes=nbytes, seconds=0.0)
     if notes is None or not noted:
@@ -138,6 +156,20 @@ def recovered(place: Place) -> QuantizeReport:
         return found
     chosen = ChosenReport.model_validate_json((notes / _BUDGET_FILE).read_bytes())
     return found.model_copy(update={"budget": chosen.budget, "sections": chosen.sections})
+
+
+def _types_section(types: Mapping[str, int], notes: Sequence[str]) -> tuple[Section, ...]:
+    """How many tensors of a file have each type; none where files don't say it."""
+    if not types:
+        return ()
+    text = " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes)
+    rows = tuple((kind, count) for kind, count in sorted(types.items(), key=lambda item: -item[1]))
+    columns = (Column(heading="type"), Column(heading="tensors"))
+    return (
+        Section(
+            name="types", title="Types of tensors", text=text, columns=columns, rows=rows, shown=("terminal", "card")
+        ),
+    )
 
 
 def _stored_linears(stored: Checkpoint) -> tuple[LinearReport, ...]:

@@ -78,15 +78,19 @@ class GgmlMix:
             shape: slowest dimension first.
             context: what else decides.
         """
+        chosen = self.wanted(name, shape, context)
+        if shape[-1] % load_codec(chosen).size:
+            chosen = _FALLBACKS.get(chosen, chosen)
+        return chosen if shape[-1] % load_codec(chosen).size == 0 else "F16"
+
+    def wanted(self, name: str, shape: tuple[int, ...], context: MixContext) -> str:
+        """The type that the mix has for a tensor, be its rows whole blocks of it or not; see :meth:`type_of`."""
         if len(shape) < 2:
             return "F32"
         if self.base in FLOATS:
             return self.base
         match = _LAYER.match(name)
-        chosen = self._in_layer(name, int(match[1]), context) if match else self._outer(name, context)
-        if shape[-1] % load_codec(chosen).size:
-            chosen = _FALLBACKS.get(chosen, chosen)
-        return chosen if shape[-1] % load_codec(chosen).size == 0 else "F16"
+        return self._in_layer(name, int(match[1]), context) if match else self._outer(name, context)
 
     def _outer(self, name: str, context: MixContext) -> str:
         is_output = name == "output.weight" or (name == "token_embd.weight" and context.tied)
