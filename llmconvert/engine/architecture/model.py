@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.config import read_config
@@ -41,15 +41,18 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: st
 
 
 def served_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
-    """The class that ``architectures`` of a parsed ``config.json`` names, which runtimes load; None for one without a
-    language model's head, or that transformers doesn't have.
+    """The class that ``architectures`` of a parsed ``config.json`` names, which runtimes load.
+
+    None for one without a language model's head, of another ``model_type``, or that transformers doesn't have.
     """
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if isinstance(found, type) and issubclass(found, PreTrainedModel) and issubclass(found, GenerationMixin):
-        return found
-    return None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and issubclass(found, GenerationMixin)):
+        return None
+    model_type = config.get("model_type")
+    fitting = model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] is found.config_class
+    return found if fitting else None
 
 
 def served_model(config: Mapping[str, Any]) -> PreTrainedModel | None:
