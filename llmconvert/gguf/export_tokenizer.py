@@ -23,6 +23,7 @@ from llmconvert.gguf.pretokenizers import PRE_TOKENIZERS
 from llmconvert.gguf.proof import PROBES, prove_tokenizer
 from llmconvert.gguf.tokenizer import PHI3_KEEPING_SPACE, PHI3_TOKENS, TokenType, is_phi3
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.text_file import universal_newlines
 from llmconvert.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def _templates(source: Checkpoint) -> dict[str, str]:
 
 def _text(source: Checkpoint, name: str) -> str:
     try:
-        return source.read_file(name).decode()
+        return universal_newlines(source.read_file(name).decode())
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{name}: is not UTF-8 ({error.reason} at byte {error.start})") from None
 

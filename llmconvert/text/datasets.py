@@ -2,7 +2,7 @@
 
 ========================================  =========================================================================
 ``pydoc-topics:train``, ``…:test``        prose of the standard library, no download (:mod:`llmconvert.text.topics`)
-``notes.txt`` (any UTF-8 file)            one document
+``notes.txt`` (any UTF-8 file)            one document; lines end in ``\\n``, whatever they end in on disk
 ``chats.jsonl``                           one document per line, from field ``text`` or ``messages``
 ``wikitext-2[:split]``                    ``Salesforce/wikitext``, ``wikitext-2-raw-v1``; the test split by default
 ``org/name[/config][:split]``             a Hub dataset with a column ``text`` or ``messages``; train by default
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.errors import DatasetError
+from llmconvert.storage.text_file import local_path, read_text
 from llmconvert.text.topics import SPLITS, topics_text
 
 __all__ = ["Corpus", "Document", "Messages", "load_dataset_text"]
@@ -33,6 +34,8 @@ Document = str | Messages
 _TOPICS = "pydoc-topics"
 _WIKITEXT_CONFIG = "wikitext-2-raw-v1"
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.+-]+))?")
+# Far more than anyone calibrates or evaluates on; it is held and tokenized whole.
+_MAX_FILE_NBYTES = 1 << 30
 _FILE_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".json", ".csv", ".parquet", ".raw", ".log")
 
 
@@ -43,7 +46,7 @@ class Corpus:
     Attributes:
         dataset: the name in its full form, split included.
         documents: the texts or conversations; sequences over Hub datasets read from disk on access.
-        digest: hex SHA-256 of the content, or the Hub library's fingerprint of it.
+        digest: hex SHA-256 of the text, or the Hub library's fingerprint of it.
     """
 
     dataset: str
@@ -60,7 +63,7 @@ def load_dataset_text(dataset: str) -> Corpus:
     name, _, split = dataset.partition(":")
     if name == _TOPICS:
         return _load_topics(split)
-    path = Path(dataset).expanduser()
+    path = local_path(dataset)
     if _looks_like_file(dataset, path):
         return _load_file(dataset, path)
     if name in ("wikitext-2", "wikitext2"):
@@ -90,33 +93,29 @@ def _load_topics(split: str) -> Corpus:
 
 
 def _looks_like_file(dataset: str, path: Path) -> bool:
-    return path.exists() or dataset.startswith(("/", "./", "../", "~")) or dataset.lower().endswith(_FILE_SUFFIXES)
+    return os.path.exists(path) or dataset.startswith(("/", "./", "../", "~")) or dataset.lower().endswith(_FILE_SUFFIXES)
 
 
 def _load_file(dataset: str, path: Path) -> Corpus:
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except OSError as error:
-        raise DatasetError(f"dataset {dataset}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"dataset {dataset}: byte {error.start:,} is not UTF-8 text; convert the file to UTF-8"
-        ) from error
+        text = read_text(path, _MAX_FILE_NBYTES)
+    except ValueError as error:
+        raise DatasetError(f"dataset {dataset}: {error}") from error
     documents: Sequence[Document] = _parse_jsonl(dataset, text) if path.suffix.lower() == ".jsonl" else (text,)
     if not any(documents) or not text.strip():
         raise DatasetError(f"dataset {dataset}: the file holds no text")
-    return Corpus(os.fspath(path.resolve()), documents, _digest([raw]))
+    return Corpus(os.fspath(path.resolve()), documents, _digest([text.encode()]))
 
 
 def _parse_jsonl(dataset: str, text: str) -> tuple[Document, ...]:
     documents: list[Document] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: JSON's strings may hold other separators, U+2028 for example.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DatasetError(f"dataset {dataset}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise DatasetError(f"dataset {dataset}, line {number}: a JSON {type(row).__name__}, expected an object")

@@ -87,10 +87,62 @@ def test_files(tmp_path: Path) -> None:
     assert load_dataset_text(str(chats)).documents == (messages, "plain")
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_line_ends_are_no_text(tmp_path: Path, end: str) -> None:
+    """The same text from another system gives the same tokens, and is known for the same text."""
+    lines = ["", " = Robert Boulter = ", "", " Robert is an actor . ", "\u2028 no line end \x0b\x0c\x85"]
+    plain, foreign = tmp_path / "plain.txt", tmp_path / "foreign.txt"
+    plain.write_bytes("\n".join(lines).encode())
+    foreign.write_bytes(b"\xef\xbb\xbf" + end.join(lines).encode())
+    one, other = load_dataset_text(str(plain)), load_dataset_text(str(foreign))
+    assert one.documents == other.documents == ("\n".join(lines),)
+    assert one.digest == other.digest
+    tokenizer = byte_tokenizer()
+    first, second = (draw_windows(tokenizer, text, samples=4, length=8, order="sequential") for text in (one, other))
+    assert first.digest == second.digest
+    with pytest.raises(DatasetError, match="the same text"):
+        check_disjoint(first, second)
+
+
+def test_the_text_is_that_of_the_datasets_library(tmp_path: Path) -> None:
+    """What Hugging Face's loader of text files makes of carriage returns, document by document."""
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one\r\n\r\ntwo \rthree\nfour")
+    rows = datasets.load_dataset(
+        "text", data_files=str(path), split="train", sample_by="document", cache_dir=str(tmp_path / "cache")
+    )
+    assert load_dataset_text(str(path)).documents == tuple(rows["text"])
+
+
+def test_lines_of_json_keep_what_their_strings_hold(tmp_path: Path) -> None:
+    """A line ends at a line end; separators inside a string, escaped or not, are the author's."""
+    texts = ["one\r\ntwo", "a\u2028b\x85c", "end"]
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes("\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts).encode())
+    assert load_dataset_text(str(path)).documents == tuple(texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/dev/zero", "is a device"),
+        ("./" + "n" * 300, "cannot be read: File name too long"),
+        ("./a\0b", "cannot be read"),
+        ("~no-such-user-here/text.txt", "cannot be read"),
+        ("./", "is a directory"),
+    ],
+)
+def test_what_is_no_file_costs_nothing(name: str, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        load_dataset_text(name)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("missing.txt", None, "cannot be read"),
+        ("nested.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("empty.txt", b"  \n", "no text"),
         ("latin.txt", b"caf\xe9", "byte 3 is not UTF-8"),
         ("bad.jsonl", b'{"text": "a"}\n{', "line 2: not JSON"),
