@@ -323,6 +323,7 @@ def push_model(
     message: str | None = None,
     replace: bool = False,
     verify_download: bool = False,
+    unmeasured: bool = False,
     progress: Progress = SILENT,
 ) -> str:
     """Push an artifact to the Hub in one commit; :func:`llmconvert.plan_push` says what it would send.
@@ -342,16 +343,20 @@ def push_model(
         message: the commit's title.
         replace: remove files that are there and don't belong to the artifact.
         verify_download: fetch what was published again and compare it byte for byte.
+        unmeasured: push even where no report in the directory tells how well the artifact predicts.
         progress: where to report, in bytes.
 
     Returns:
         The URL of the commit, or of the pull request.
 
     Raises:
+        UsageError: nothing tells how well the artifact predicts, and it was not said that it may go ``unmeasured``.
         HubError: there is no token, or the Hub refused or could not be reached.
         SourceError: the directory is no artifact.
         RunInterruptedError: the process was asked to stop; files already sent are not sent again.
     """
+    if not unmeasured:
+        single.require_measured(Path(directory))
     options = PushOptions(private, revision, folder, create_pr, tag, message, replace, verify_download)
     with interruptible("files already sent are not sent again; run the same command to continue"):
         return push_folder(Path(directory), repository, options, progress=progress)

@@ -27,6 +27,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _limits_without_text(recipe)
     yield from _repair_of_nothing(recipe)
     yield from _asymmetric_mixture(recipe)
+    yield from _unmeasured(recipe)
 
 
 def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -180,6 +181,18 @@ def _asymmetric_mixture(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             f"quantize.scheme: {lacking} (a budget, overrides and repair make such), so the artifact could not pass; "
             "take a symmetric scheme, or one for all linears, or leave out validate for another runtime",
         )
+
+
+def _unmeasured(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """To the Hub goes what was measured, unless the recipe says that it doesn't have to be."""
+    target = recipe.publish
+    if target is None or target.to.startswith("file:") or target.unmeasured or recipe.predictions_measured:
+        return
+    yield (
+        ("publish", "to"),
+        "publish.to: nothing in validate tells how well the artifact predicts; add a measurement, for example "
+        "validate.perplexity: {dataset: pydoc-topics:test}, or say publish.unmeasured: true",
+    )
 
 
 def _repair_of_nothing(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

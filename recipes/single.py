@@ -20,7 +20,7 @@ from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.recipes.runner import perform
-from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.schema.recipe import Recipe, ValidateSettings
 from llmconvert.recipes.stages.artifact import REPORT_FILE, public_name
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
 from llmconvert.recipes.stages.conversion import convert_stage, converted_view, open_remote, stream_stage
@@ -41,7 +41,7 @@ from llmconvert.storage.stages import StageStore
 from llmconvert.storage.writer import check_output_directory, publish_directory
 from llmconvert.text.tokens import TokenWindows
 
-__all__ = ["convert_model", "quantize_model", "rewrite_model", "validate_model"]
+__all__ = ["convert_model", "quantize_model", "require_measured", "rewrite_model", "validate_model"]
 
 _NOTHING = "nothing was written; run the same command again"
 
@@ -152,13 +152,16 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
     """Measure ``recipe.model``, by the recipe's validate section, against the model that ``reference`` names.
 
     Raises:
-        UsageError: the recipe has no validate section, or the model is no directory.
+        UsageError: the recipe has no validate section, or limits that need a reference where none is named; or the
+            model is no directory.
         DatasetError: the text is what the model was calibrated on, as its own report says.
         LlmconvertError: see :func:`llmconvert.validate.artifact.validate_artifact`.
     """
     settings = recipe.validation
     if settings is None:
         raise UsageError("nothing to measure: the recipe has no validate section")
+    if reference is None:
+        _require_no_comparison(settings)
     require_measurable(settings)
     context = Context(open_device(recipe.device), recipe.memory, progress=progress)
     with interruptible(_NOTHING):
@@ -186,6 +189,43 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
         environment=environment(),
         checks=tuple(checks),
     )
+
+
+def require_measured(artifact: Path) -> None:
+    """Refuse an artifact whose own report doesn't tell how well it predicts.
+
+    Raises:
+        UsageError: it has no report, or one in which nothing of the kind was measured.
+        SourceError: its report cannot be read.
+    """
+    report = artifact / REPORT_FILE
+    if not report.is_file():
+        found = f"has no {REPORT_FILE}: nothing tells how well it predicts"
+    elif Report.read(report).outcome == "not measured":
+        found = f"nothing in its {REPORT_FILE} tells how well it predicts"
+    else:
+        return
+    raise UsageError(
+        f"{artifact}: {found}; measure it (llmconvert validate {artifact} --reference MODEL --text FILE "
+        f"--json {report}), or say that it goes unmeasured (--unmeasured)"
+    )
+
+
+def _require_no_comparison(settings: ValidateSettings) -> None:
+    perplexity, generation, tasks = settings.perplexity, settings.generation, settings.tasks
+    limits = {
+        "max_increase": perplexity.max_increase if perplexity is not None else None,
+        "max_kl": settings.max_kl,
+        "min_top1": settings.min_top1,
+        "min_agreement": generation.min_agreement if generation is not None else None,
+        "max_drop": tasks.max_drop if tasks is not None else None,
+    }
+    for name, limit in limits.items():
+        if limit is not None:
+            raise UsageError(
+                f"{name} (--{name.replace('_', '-')}) compares with the original, which is not named: "
+                "give it (--reference), or leave the limit out"
+            )
 
 
 def _require_other_text(artifact: Path, windows: TokenWindows) -> None:

@@ -174,13 +174,40 @@ def test_an_artifact_is_not_scored_on_the_text_it_was_calibrated_on(tiny_llama: 
     assert call("validate", artifact, "--text", "other.txt", *options).exit_code == 0
 
 
+def test_nothing_measured_is_not_passed(tiny_llama: Path, here: Path) -> None:
+    """Neither alone nor in a run; what goes to the Hub unmeasured is said to be."""
+    alone = call("validate", tiny_llama, "--json", "alone.json")
+    assert alone.exit_code == 0 and "✓" not in alone.stdout and "not measured: nothing here tells" in alone.stdout
+    assert json.loads((here / "alone.json").read_text())["outcome"] == "not measured"
+    (here / "bare.yaml").write_text(yaml.safe_dump({"model": str(tiny_llama), "publish": {"to": "file:out"}}))
+    ran = call("run", "bare.yaml")
+    assert ran.exit_code == 0 and "✓" not in ran.stdout and "not measured: nothing here tells" in ran.stdout
+    assert "How well it predicts was not measured" in (here / "out" / "README.md").read_text()
+    assert "publish.unmeasured: true" in fails(2, "run", "bare.yaml", "--set", "publish.to=me/bare")
+    assert "nothing in its llmconvert/report.json tells" in fails(2, "push", "out", "me/bare")
+    assert "has no llmconvert/report.json" in fails(2, "push", tiny_llama, "me/bare")
+    artifact = here / "copied"
+    shutil.copytree(tiny_llama, artifact)
+    report = artifact / "llmconvert" / "report.json"
+    assert call("validate", artifact, "--generation", "--json", report).exit_code == 0
+    assert "HF_TOKEN" in fails(4, "push", artifact, "me/bare")
+
+
+@pytest.mark.parametrize(
+    "limit", [("--max-increase", "1%"), ("--max-kl", "1"), ("--min-top1", "5%"), ("--min-agreement", "5%")]
+)
+def test_a_limit_needs_something_to_compare_with(tiny_llama: Path, text: Path, limit: tuple[str, str]) -> None:
+    options = ["--text", text, "--window", 64, "--max-windows", 1, *limit]
+    assert f"({limit[0]}) compares with the original" in fails(2, "validate", tiny_llama, *options)
+
+
 def test_a_batch_ends_with_its_first_failure(tiny_llama: Path, here: Path) -> None:
     (here / "good.yaml").write_text(yaml.safe_dump({"model": str(tiny_llama)}))
     (here / "bad.yaml").write_text("model: a\nquantise: {}\n")
     (here / "gone.yaml").write_text("model: ./gone.gguf\n")
     result = call("run", "gone.yaml", "bad.yaml", "good.yaml")
     assert result.exit_code == 4
-    assert "failed (4)" in result.stdout and "failed (2)" in result.stdout and "done" in result.stdout
+    assert "failed (4)" in result.stdout and "failed (2)" in result.stdout and "done, not" in result.stdout
     assert "did you mean quantize?" in result.stderr
 
 
@@ -199,7 +226,7 @@ def test_mistakes_leave_nothing_behind(tiny_llama: Path, here: Path, text: Path)
     assert "gone.txt" in fails(4, "quantize", tiny_llama, "out", *missing)
     assert "no such" in fails(4, "inspect", "./gone")
     assert "no such" in fails(4, "convert", "./gone", "out")
-    assert "HF_TOKEN" in fails(4, "push", tiny_llama, "someone/something")
+    assert "HF_TOKEN" in fails(4, "push", tiny_llama, "someone/something", "--unmeasured")
     assert sorted(os.listdir(here)) == before
 
 

@@ -71,7 +71,7 @@ class Tasks(Measurement):
         """A check for each task, with its first metric; all metrics are in the section of the first check."""
         note = too_large(subject.dense, subject.device, subject.memory)
         if note:
-            return [Check(name=f"task.{name}", detail={"text": f"not measured: {note}"}) for name in self.names]
+            return [Check.unmeasured(f"task.{name}", note, asked=True) for name in self.names]
         ours = self._run(subject.artifact, subject)
         theirs: Mapping[str, list[_Score]] = {}
         if isinstance(subject.reference, SafetensorsCheckpoint) and not too_large(
@@ -117,23 +117,29 @@ class Tasks(Measurement):
         return TaskManager(include_path=str(self.include) if self.include is not None else None)
 
     def _check(self, name: str, ours: _Score, theirs: _Score | None) -> Check:
-        limit = None
-        if self.max_drop is not None and theirs is not None and ours.higher_is_better:
-            limit = theirs.value - self.max_drop
-        ok = limit is None or ours.value >= limit
+        limit, why = None, ""
         detail: dict[str, Any] = {"metric": ours.metric, "samples": ours.samples, "error": ours.error}
-        if not ok and theirs is not None:
-            detail["text"] = (
-                f"{name}: {ours.metric} fell from {100 * theirs.value:.1f} to {100 * ours.value:.1f} %, "
-                f"allowed are {100 * (self.max_drop or 0):g} points"
-            )
+        if self.max_drop is None:
+            pass
+        elif theirs is None or not ours.higher_is_better:  # a limit that can't be judged is not kept
+            why = "the original could not be measured" if theirs is None else f"{ours.metric} is no score that falls"
+            why = f"max_drop can't be judged: {why}; leave it out to do without"
+        else:
+            limit = theirs.value - self.max_drop
+            if ours.value < limit:
+                why = (
+                    f"{ours.metric} fell from {100 * theirs.value:.1f} to {100 * ours.value:.1f} %, "
+                    f"allowed are {100 * self.max_drop:g} points"
+                )
+        if why:
+            detail["text"] = f"{name}: {why}"
         return Check(
             name=f"task.{name}",
             label=f"{name}, {ours.metric}",
             value=ours.value,
             reference=theirs.value if theirs is not None else None,
             limit=limit,
-            ok=ok,
+            ok=not why,
             unit="share" if ours.metric.startswith(("acc", "exact_match", "f1")) else "",
             detail=detail,
         )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--message", help="Commit message.")
 @click.option("--replace", is_flag=True, help="Remove files that are there and don't belong to the artifact.")
 @click.option("--verify-download", is_flag=True, help="Fetch what was published again and compare it byte for byte.")
+@click.option("--unmeasured", is_flag=True, help="Push although no report tells how well the artifact predicts.")
 @click.option("--dry-run", is_flag=True, help="List files, sizes and the card; send nothing. Needs no token.")
 def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> None:
     """Push an artifact DIRECTORY to the Hub, in one commit.

@@ -44,9 +44,10 @@ def print_batch(outcomes: Sequence[Outcome]) -> None:
     for heading in ("recipe", "time", "result", "where"):
         table.add_column(heading, overflow="fold")
     for outcome in outcomes:
-        verdict = Text("done", "green") if outcome.result is not None else Text(f"failed ({outcome.exit_code})", "red")
-        where = outcome.error
+        verdict, where = Text(f"failed ({outcome.exit_code})", "red"), outcome.error
         if outcome.result is not None:
+            told = outcome.result.report.outcome == "passed"
+            verdict = Text("done", "green") if told else Text("done, not measured", "yellow")
             where = outcome.result.published or str(outcome.result.artifact)
         table.add_row(Text(outcome.recipe), format_seconds(outcome.seconds), verdict, Text(where))
     console.print(table)

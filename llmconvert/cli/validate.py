@@ -67,6 +67,8 @@ def validate(model: str, json_file: Path | None, html_file: Path | None, **optio
     from llmconvert.validate.render.blame import blame
     from llmconvert.validate.render.html import render_html
 
+    if json_file is not None and json_file.absolute().parent.parent == Path(model).absolute():
+        json_file.parent.mkdir(exist_ok=True)  # the artifact's own folder for what was measured
     for file in (json_file, html_file):
         if file is not None:
             check_output_file(file)

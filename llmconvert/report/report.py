@@ -3,6 +3,7 @@
 It is written to ``llmconvert/report.json`` of an artifact in the stable schema ``llmconvert.report/1``::
 
     {"schema": "llmconvert.report/1",
+     "outcome": "passed", "failed" or "not measured",
      "model": {"name", "source", "revision", "architecture", "parameters", ...},
      "environment": {"python": "3.12.1", "torch": "2.13.0", ...},
      "steps": [{"name", "seconds", "peak_rss_bytes", "sections", "details", ...}],
@@ -11,7 +12,7 @@ It is written to ``llmconvert/report.json`` of an artifact in the stable schema 
 ``value`` is the artifact's, ``reference`` the original's, and ``limit`` what the recipe allows; any of them may be
 null. ``unit`` names what they count: ``bytes``, ``bits``, ``nats``, ``share`` (0 to 1), ``relative`` (an error's size
 relative to what it is an error of), ``tokens``, ``tokens/s``, ``seconds``, ``tensors``, ``texts``, ``rounds``, or
-nothing. ``detail`` holds a sentence under ``text`` where one helps, intervals under ``low`` and ``high``, and whatever
+nothing. A check that could not be made says ``"measured": false``. ``detail`` holds a sentence under ``text`` where one helps, intervals under ``low`` and ``high``, and whatever
 else belongs to that check; tables and plots are ``sections`` (:mod:`llmconvert.report.section`). A check without a
 limit passes unless something is broken. ``docs/report.md`` has it all.
 """
@@ -26,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, computed_field, model_validator
 
 from llmconvert.errors import GateError, SourceError
 from llmconvert.report.section import Section, Value
@@ -35,6 +36,8 @@ from llmconvert.storage.writer import write_file
 
 __all__ = ["Check", "ModelInfo", "Report", "Step", "environment", "json_schema", "require_passed"]
 
+# What the names of checks begin with that tell how well a model predicts; the others tell of files, speed and memory.
+_OF_PREDICTIONS = ("perplexity", "kl_", "top1_", "block_divergence", "generation.", "task.", "positions.")
 _PACKAGES = ("llmconvert", "torch", "transformers", "safetensors", "compressed-tensors", "numpy", "numba")
 
 
@@ -82,10 +85,12 @@ class Check(Value):
         value: the artifact's; None where it could not be had, and ``detail`` says why.
         reference: the original's; None without one.
         limit: what the recipe allows: at least this for shares, at most this for everything else.
-        ok: whether the limit was kept; without one False only if something is broken.
+        ok: whether the limit was kept; without one False only if something is broken, or was asked for by name and
+            could not be measured.
         unit: of value, reference and limit: ``bytes``, ``nats``, ``share`` (0 to 1), …; empty for plain numbers.
         detail: what belongs to it as JSON values: ``text``, ``low`` and ``high`` of a 95 % interval, and more.
         label: the name in words, where the package has none of its own for it.
+        measured: false if it could not be made; ``detail`` says why.
         quiet: whether terminal and model card leave it out unless it fails.
         sections: what it has to show besides a number.
     """
@@ -98,6 +103,7 @@ class Check(Value):
     ok: bool = True
     unit: str = ""
     quiet: bool = Field(default=False, exclude_if=_is_empty)
+    measured: bool = Field(default=True, exclude_if=bool)
     detail: Mapping[str, Any] = Field(default_factory=dict)
     sections: tuple[Section, ...] = Field(default=(), exclude_if=_is_empty)
 
@@ -105,6 +111,13 @@ class Check(Value):
     def text(self) -> str:
         """The sentence that goes with it, if any."""
         return str(self.detail.get("text", ""))
+
+    @classmethod
+    def unmeasured(cls, name: str, why: str, *, asked: bool, **about: Any) -> Check:
+        """A check that could not be made, for the reason ``why``; it fails if it was ``asked`` for."""
+        advice = "; leave it out to do without" if asked else ""
+        detail = {**about.pop("detail", {}), "text": f"not measured: {why}{advice}"}
+        return cls(name=name, ok=not asked, measured=False, detail=detail, **about)
 
 
 class Report(Value):
@@ -124,10 +137,30 @@ class Report(Value):
     steps: tuple[Step, ...] = ()
     checks: tuple[Check, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_outcome(cls, values: Any) -> Any:
+        """What was read from a file says its outcome, which follows from the checks."""
+        return {key: value for key, value in values.items() if key != "outcome"} if isinstance(values, dict) else values
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def outcome(self) -> Literal["passed", "failed", "not measured"]:
+        """``not measured`` where no check failed and none tells how well the artifact predicts."""
+        if self.failed:
+            return "failed"
+        told = any(check.measured and check.name.startswith(_OF_PREDICTIONS) for check in self.checks)
+        return "passed" if told else "not measured"
+
     @property
     def verdict(self) -> bool:
-        """Whether every check passed."""
-        return all(check.ok for check in self.checks)
+        """Whether no check failed; :attr:`outcome` tells whether that says anything."""
+        return not self.failed
+
+    @property
+    def unmeasured(self) -> tuple[Check, ...]:
+        """The checks that could not be made."""
+        return tuple(check for check in self.checks if not check.measured)
 
     @property
     def failed(self) -> tuple[Check, ...]:

@@ -343,6 +343,7 @@ class PublishSettings(_Section):
     one model go to a repository each, or into one, each on a branch (``revision``) or in a folder (``folder``) of its
     own; ``{name}``, ``{model}``, ``{method}`` and ``{scheme}`` stand for this recipe's values. ``replace`` removes
     files that are there and don't belong to the artifact; ``verify_download`` fetches everything again and compares it.
+    Where nothing tells how well the artifact predicts, the Hub gets it with ``unmeasured: true`` only; its card says so.
     """
 
     to: Annotated[Target, Field(pattern=r"^(file:.+|[\w.{}-]+/[\w.{}-]+)$")]
@@ -354,6 +355,7 @@ class PublishSettings(_Section):
     message: Target | None = None
     replace: bool = False
     verify_download: bool = False
+    unmeasured: bool = False
 
 
 class CardSettings(_Section):
@@ -385,12 +387,20 @@ class Recipe(_Section):
     work_dir: Annotated[str, Field(min_length=1)] = "work"
 
     @property
+    def predictions_measured(self) -> bool:
+        """Whether anything asked for tells how well the artifact predicts."""
+        checks = self.validation
+        return checks is not None and any((checks.perplexity, checks.generation, checks.positions, checks.tasks))
+
+    @property
     def measured(self) -> ValidateSettings | None:
         """The validate section; where attention is rewritten, decoding is part of it unless it says no."""
         settings = self.validation
         if settings is None or self.attention is None or "decoding" in settings.model_fields_set:
             return settings
-        return settings.model_copy(update={"decoding": DecodingSettings()})
+        # Not among the fields that were set: what is measured by default may be left out.
+        values = {**dict(settings), "decoding": DecodingSettings()}
+        return ValidateSettings.model_construct(settings.model_fields_set, **values)
 
     def to_mapping(self) -> dict[str, Any]:
         """The recipe as plain values with every default written out; what was not asked for is left out."""

@@ -132,7 +132,8 @@ def measurements(
         found.append(MemoryLadder(memory.contexts, memory.measured, memory.measured_contexts))
     if settings.decoding is not None:
         decoding = settings.decoding
-        found.append(DecodingCheck(decoding.context, decoding.tokens, decoding.rounds))
+        asked = "decoding" in settings.model_fields_set
+        found.append(DecodingCheck(decoding.context, decoding.tokens, decoding.rounds, asked))
     if settings.tasks is not None:
         tasks = settings.tasks
         include = Path(tasks.include).expanduser() if tasks.include is not None else None
@@ -161,7 +162,10 @@ def _generation(settings: ValidateSettings) -> GenerationOptions | None:
 
 def _attention(settings: BackendSettings) -> AttentionCheck:
     options = AttentionOptions(settings.backends, seconds=settings.seconds)
-    return AttentionCheck(replace(options, lengths=settings.lengths) if settings.lengths is not None else options)
+    if settings.lengths is not None:
+        options = replace(options, lengths=settings.lengths)
+    named = frozenset(settings.backends) if "backends" in settings.model_fields_set else frozenset()
+    return AttentionCheck(options, named)
 
 
 def _positions(settings: PositionSettings, perplexity: PerplexitySettings | None) -> PositionsCheck:

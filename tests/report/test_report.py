@@ -62,13 +62,32 @@ def test_json_round_trip(checks: list[Check], seconds: float) -> None:
 def test_the_schema_is_the_documented_one(report: Report, tmp_path: Path) -> None:
     report.write(tmp_path / "report.json")
     found = json.loads((tmp_path / "report.json").read_text())
-    assert set(found) == {"schema", "model", "environment", "steps", "checks"}
+    assert set(found) == {"schema", "outcome", "model", "environment", "steps", "checks"}
+    assert found["outcome"] == "passed"
     assert found["schema"] == "llmconvert.report/1"
     assert all(
         set(check) == {"name", "value", "reference", "limit", "ok", "unit", "detail"} for check in found["checks"]
     )
     assert found["steps"][0] == {"name": "quantize", "seconds": 71.32, "peak_rss_bytes": 990_000_000}
     assert Report.read(tmp_path / "report.json") == report
+
+
+@pytest.mark.parametrize(
+    ("checks", "outcome"),
+    [
+        ((), "not measured"),
+        ((Check(name="size_bytes", value=3.0),), "not measured"),
+        ((Check(name="size_bytes", value=3.0, ok=False),), "failed"),
+        ((Check(name="perplexity", value=3.0),), "passed"),
+        ((Check.unmeasured("generation.agreement", "no package", asked=False),), "not measured"),
+        ((Check.unmeasured("generation.agreement", "no package", asked=True),), "failed"),
+    ],
+)
+def test_nothing_measured_is_nothing_passed(checks: tuple[Check, ...], outcome: str) -> None:
+    report = Report(model=ModelInfo(name="a", source="b"), checks=checks)
+    assert report.outcome == outcome
+    again = Report.from_json(report.to_json())
+    assert again == report and json.loads(again.to_json())["outcome"] == outcome
 
 
 def test_numbers_that_are_none_become_null() -> None:

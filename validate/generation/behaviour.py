@@ -60,7 +60,7 @@ class BehaviourCheck(Measurement):
         if subject.dtype is None and probe is not None:
             subject = replace(subject, dtype=probe.logits.dtype)
         if oversized := too_large(subject.dense, subject.device, subject.memory):
-            loading = Check(name="runtime", detail={"text": f"not measured: {oversized}"})
+            loading = Check.unmeasured("runtime", oversized, asked=False)
             return [loading] if options is None else [loading, *_streamed(subject, options)]
         try:
             with runtime(subject.artifact, device=subject.device, dtype=subject.dtype) as loaded:
@@ -71,9 +71,11 @@ class BehaviourCheck(Measurement):
                     return checks
                 ours, tokenizer = _generate(loaded, options, subject), loaded.tokenizer
         except UnsupportedError as error:
-            missing = isinstance(error.__cause__, ImportError)
-            text = f"not measured: {error}" if missing else str(error)
-            return [Check(name="runtime", ok=missing, detail={"text": text})]
+            if isinstance(error.__cause__, ImportError):
+                loading = Check.unmeasured("runtime", str(error), asked=False)
+                asked = () if options is None else (Check.unmeasured("generation.agreement", str(error), asked=True),)
+                return [loading, *asked]
+            return [Check(name="runtime", ok=False, detail={"text": str(error)})]
         return checks + _against_original(subject, options, ours, tokenizer)
 
 

@@ -72,7 +72,8 @@ class AttentionOptions:
 class BackendPoint:
     """A prompt of ``length`` tokens read with one backend: median seconds and peak bytes beyond the loaded model.
 
-    Both are None where it was not run; ``reason`` says why.
+    Both are None where it was not run; ``reason`` says why, and ``failed`` that neither the model's size nor its time
+    was the reason.
     """
 
     backend: str
@@ -80,6 +81,7 @@ class BackendPoint:
     seconds: float | None = None
     extra_bytes: int | None = None
     reason: str = ""
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ class _Runner:
                 timeout=_START_SECONDS + _PATIENCE * self._options.seconds,
             )
         except UnmeasuredError as error:
-            self.points.append(BackendPoint(backend, length, reason=str(error)))
+            self.points.append(BackendPoint(backend, length, reason=str(error), failed=not error.by_limit))
             return
         self.method = found["method"]
         self.points.append(BackendPoint(backend, length, found["seconds"], found["extra_bytes"]))

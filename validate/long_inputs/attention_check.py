@@ -13,6 +13,7 @@ from llmconvert.validate.measurement import Measurement, Subject
 
 __all__ = ["AttentionCheck", "attention_checks"]
 
+_MEMORY = "Extra memory of flash, relative to eager"
 # In float32 backends differ by the order of sums: far less than this, relative to the largest logit.
 _SAME_FUNCTION = 1e-3
 # In 16 bits they round elsewhere than eager, and not by more.
@@ -21,14 +22,21 @@ _SAME_ROUNDING = 2.0
 
 @dataclass(frozen=True, slots=True)
 class AttentionCheck(Measurement):
-    """Attention backends as a measurement: agreement with float32, greedy text, memory and time of reading a prompt."""
+    """Attention backends as a measurement: agreement with float32, greedy text, memory and time of reading a prompt.
+
+    Attributes:
+        options: what to measure.
+        named: backends that were asked for by name, so that one that can't run is a failed check.
+    """
 
     options: AttentionOptions
+    named: frozenset[str] = frozenset()
 
     def measure(self, subject: Subject) -> list[Check]:
         """A check per backend, one for greedy tokens, one for memory, with tables and plots over the length."""
         if not subject.loadable:
-            return [_not_run("the artifact is GGUF, whose runtime has attention of its own")]
+            why = "the artifact is GGUF, whose runtime has attention of its own"
+            return [Check.unmeasured("attention.flash.memory", why, asked=True, label=_MEMORY, quiet=True)]
         windows = subject.windows.windows if subject.windows is not None else ()
         memory = self.options.memory if self.options.memory is not None else subject.memory
         result = measure_attention(
@@ -38,26 +46,27 @@ class AttentionCheck(Measurement):
             device=subject.device,
             progress=subject.progress,
         )
-        return attention_checks(result, self.options)
+        return attention_checks(result, self.options, self.named)
 
 
-def attention_checks(result: AttentionResult, options: AttentionOptions) -> list[Check]:
-    """The checks of a result."""
-    checks = [_backend_check(name, result) for name in options.backends]
+def attention_checks(
+    result: AttentionResult, options: AttentionOptions, named: frozenset[str] = frozenset()
+) -> list[Check]:
+    """The checks of a result; a backend among the ``named`` that did not run fails."""
+    checks = [_backend_check(name, result, name in named) for name in options.backends]
     checks += [_generation_check(name, found) for name, found in result.comparison.get("continuations", {}).items()]
     checks.append(_memory_check(result, options))
     return checks
 
 
-def _backend_check(name: str, result: AttentionResult) -> Check:
+def _backend_check(name: str, result: AttentionResult, named: bool) -> Check:
     check = f"attention.{name}.max_abs_diff"
     label = f"Largest difference of a logit, {name} to float32"
     if name in result.refused:
-        detail = {"text": f"{name}: not run: {result.refused[name]}"}
-        return Check(name=check, label=label, quiet=True, detail=detail)
+        return Check.unmeasured(check, f"{name}: {result.refused[name]}", asked=named, label=label, quiet=True)
     found = result.comparison.get("backends", {}).get(name)
     if found is None:
-        return Check(name=check, label=label, quiet=True, detail={"text": f"not compared: {result.note}"})
+        return Check.unmeasured(check, f"{name}: {result.note}", asked=True, label=label, quiet=True)
     largest = result.comparison["reference"]["largest"]
     wide = found.get("float32_max_abs_diff")
     same = wide is None or wide <= _SAME_FUNCTION * largest
@@ -116,18 +125,16 @@ def _generation_check(name: str, found: dict[str, Any]) -> Check:
     )
 
 
-def _not_run(reason: str) -> Check:
-    return Check(name="attention.flash.memory", quiet=True, detail={"text": f"attention backends: not run: {reason}"})
-
-
 def _memory_check(result: AttentionResult, options: AttentionOptions) -> Check:
-    label = "Extra memory of flash, relative to eager"
-    sections = tuple(_sections(result, options))
+    about: dict[str, Any] = {"label": _MEMORY, "quiet": True, "sections": tuple(_sections(result, options))}
+    if broken := [point for point in result.points if point.failed]:
+        why = f"{broken[0].backend} at {broken[0].length:,} tokens: {broken[0].reason}"
+        return Check.unmeasured("attention.flash.memory", why, asked=True, **about)
     eager = {point.length: point.extra_bytes for point in result.measured("eager")}
     both = [point for point in result.measured("flash") if eager.get(point.length) and point.extra_bytes]
     if not both:
-        text = "eager and flash were not both measured"
-        return Check(name="attention.flash.memory", label=label, quiet=True, detail={"text": text}, sections=sections)
+        why = "eager and flash did not both read a prompt"
+        return Check.unmeasured("attention.flash.memory", why, asked=False, **about)
     last = both[-1]
     wide = eager[last.length] or 0
     seconds = {point.length: point.seconds for point in result.measured("eager")}
@@ -143,9 +150,8 @@ def _memory_check(result: AttentionResult, options: AttentionOptions) -> Check:
         "exponents": {name: result.exponents(name) for name in options.backends},
     }
     share = (last.extra_bytes or 0) / wide
-    return Check(
-        name="attention.flash.memory", label=label, value=share, unit="relative", detail=detail, sections=sections
-    )
+    about |= {"quiet": False, "value": share, "unit": "relative", "detail": detail}
+    return Check(name="attention.flash.memory", **about)
 
 
 def _point(point: BackendPoint) -> dict[str, Any]:

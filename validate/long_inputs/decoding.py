@@ -96,11 +96,13 @@ class DecodingCheck(Measurement):
         context: tokens in the cache.
         tokens: written and timed, per turn.
         rounds: turns of original and artifact.
+        asked: whether the recipe asks for it; where it is measured by default it may be left out.
     """
 
     context: int = 4096
     tokens: int = 32
     rounds: int = 2
+    asked: bool = True
 
     def measure(self, subject: Subject) -> list[Check]:
         """One check, the artifact's speed beside the original's, or the reason why there is none."""
@@ -108,7 +110,7 @@ class DecodingCheck(Measurement):
         try:
             found = self._turns(subject)
         except UnmeasuredError as error:
-            return [Check(name=name, label=label, quiet=True, detail={"text": f"not measured: {error}"})]
+            return [Check.unmeasured(name, str(error), asked=self.asked, label=label, quiet=True)]
         speed = {model: 1 / statistics.median(turn["median"] for turn in turns) for model, turns in found.items()}
         ratio = f"{speed['artifact'] / speed['original']:.2f} × the original's, " if "original" in speed else ""
         runs = "one sequence, greedy, by transformers with its default cache"

@@ -130,7 +130,7 @@ class MemoryLadder(Measurement):
     def measure(self, subject: Subject) -> list[Check]:
         """One check, the artifact's need at the longest context, with the ladder, what fits, and what was measured."""
         needs = self._needs(subject)
-        measured, reasons = self._run(subject, [need for need in needs if need.weights in self.measured])
+        measured, reasons, broken = self._run(subject, [need for need in needs if need.weights in self.measured])
         rungs = _rungs(subject)
         sections = [
             rungs_section("memory-ladder", rungs, _SHOWN_CONTEXT),
@@ -139,15 +139,17 @@ class MemoryLadder(Measurement):
         ]
         if measured or reasons:
             sections.append(_measured_section(measured, reasons))
+        text = "computed from tensors and the cache's formula"
         return [
             Check(
                 name="memory.cache_and_weights",
                 label=f"Weights and cache at {_SHOWN_CONTEXT:,} tokens",
+                ok=not broken,
                 value=rungs[-1].weight_bytes + rungs[-1].cache_bytes,
                 reference=rungs[1].weight_bytes + rungs[1].cache_bytes if len(rungs) > 2 else None,
                 unit="bytes",
                 detail={
-                    "text": "computed from tensors and the cache's formula",
+                    "text": f"{text}; loading and running it could not be measured: {broken[0]}" if broken else text,
                     "rungs": [asdict(rung) for rung in rungs],
                     "measured": measured,
                     "not_measured": reasons,
@@ -166,12 +168,17 @@ class MemoryLadder(Measurement):
             return [*before, *needs]
         return needs if needs[0].kv_heads == 1 else [*needs, *memory_needs(subject.dense, 1)]
 
-    def _run(self, subject: Subject, needs: Sequence[MemoryNeed]) -> tuple[list[dict[str, Any]], list[str]]:
-        """Load the artifact in each dtype and read prompts, each in its own process."""
+    def _run(self, subject: Subject, needs: Sequence[MemoryNeed]) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+        """Load the artifact in each dtype and read prompts, each in its own process.
+
+        Returns:
+            What was measured, why the rest was not, and of these reasons those that no limit explains.
+        """
         model = Architecture.of(subject.dense.config)
         heads = model.kv_heads
         measured: list[dict[str, Any]] = []
         reasons: list[str] = []
+        broken: list[str] = []
         wanted = [(need, context) for need in needs if need.kv_heads == heads for context in self.measured_contexts]
         with subject.progress.task("memory ladder", max(1, len(wanted))) as task:
             for need, context in wanted:
@@ -183,19 +190,21 @@ class MemoryLadder(Measurement):
                     )
                 except UnmeasuredError as error:
                     reasons.append(f"{need.weights}, {context:,} tokens: {error}")
+                    broken += reasons[-1:] if not error.by_limit else []
                 task.advance(1, f"{need.weights}, {context:,} tokens")
-        return measured, reasons
+        return measured, reasons, broken
 
     def _point(self, subject: Subject, need: MemoryNeed, context: int, backend: str) -> dict[str, Any]:
         summary = describe_model(subject.dense)
         if not subject.loadable:
-            raise UnmeasuredError("the artifact is GGUF, which transformers does not run as it is")
+            raise UnmeasuredError("the artifact is GGUF, which transformers does not run as it is", by_limit=True)
         if summary.position_limit and context > summary.position_limit:
-            raise UnmeasuredError(f"the model has learned {summary.position_limit:,} positions")
+            raise UnmeasuredError(f"the model has learned {summary.position_limit:,} positions", by_limit=True)
         allowed = self.memory if self.memory is not None else subject.memory
         budget = allowed if allowed is not None else int(_USABLE * available_nbytes(subject.device))
         if need.running(context) > budget:
-            raise UnmeasuredError(f"needs about {need.running(context):,} bytes, {budget:,} may be used")
+            needed = need.running(context)
+            raise UnmeasuredError(f"needs about {needed:,} bytes, {budget:,} may be used", by_limit=True)
         found: dict[str, Any] = run_isolated(
             "llmconvert.validate.long_inputs.prefill:measure_prefill",
             {

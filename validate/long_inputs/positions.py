@@ -31,6 +31,7 @@ from llmconvert.validate.runtimes.transformers import runtime
 
 __all__ = ["PositionCurve", "PositionsCheck", "score_positions"]
 
+_NAME, _LABEL = "positions.perplexity", "Perplexity at the end of the trained length"
 _BINS = 16
 _SHORTEST = 64
 _USABLE = 0.8
@@ -101,8 +102,7 @@ class PositionsCheck(Measurement):
         """One check with the curve, of the original too if it is a directory that reads the same tokens."""
         summary = describe_model(subject.stored)
         if not subject.loadable:
-            text = "not measured: the artifact is GGUF, which transformers does not run as it is"
-            return [_check(None, None, {"text": text, "positions": summary.positions}, ())]
+            return [_unmeasured("the artifact is GGUF, which transformers does not run as it is", summary)]
         trained = Architecture.of(subject.stored.config).trained_length
         notes: list[str] = []
         length = self._length(subject, summary, trained, notes)
@@ -110,7 +110,7 @@ class PositionsCheck(Measurement):
             windows = self._draw(subject, length, notes)
             curves = {"artifact": self._curve(subject.artifact, windows, subject)}
         except (UnmeasuredError, DatasetError) as error:
-            return [_check(None, None, {"text": f"not measured: {error}", "positions": summary.positions}, ())]
+            return [_unmeasured(str(error), summary)]
         if isinstance(subject.reference, SafetensorsCheckpoint):
             try:
                 curves["original"] = self._curve(subject.reference.directory, windows, subject)
@@ -227,17 +227,8 @@ def _report(
     reference = None
     if original is not None:
         reference = original.between(half, inside) or original.between(0, inside)
-    return _check(within, reference, detail, (section,))
+    return Check(name=_NAME, label=_LABEL, value=within, reference=reference, detail=detail, sections=(section,))
 
 
-def _check(
-    value: float | None, reference: float | None, detail: dict[str, Any], sections: tuple[Section, ...]
-) -> Check:
-    return Check(
-        name="positions.perplexity",
-        label="Perplexity at the end of the trained length",
-        value=value,
-        reference=reference,
-        detail=detail,
-        sections=sections,
-    )
+def _unmeasured(why: str, summary: ModelSummary) -> Check:
+    return Check.unmeasured(_NAME, why, asked=True, label=_LABEL, detail={"positions": summary.positions})

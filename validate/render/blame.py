@@ -37,8 +37,8 @@ def blame(report: Report) -> str:
     outputs = [{"name": name, "error": math.sqrt(error)} for name, error in errors.items()]
     inventory = report.check("inventory")
     weights = inventory.detail.get("tensors", ()) if inventory else ()
-    if outputs:
-        sentences.append(f"the largest errors of a linear's output are those of {_largest(outputs, 'error', 'name')}")
+    if worst := _largest(outputs, "error", "name"):
+        sentences.append(f"the largest errors of a linear's output are those of {worst}")
     elif worst := _largest(weights, "error", "name"):
         sentences.append(f"the weights that changed most are {worst}")
     return "; ".join(sentences)

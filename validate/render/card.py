@@ -18,7 +18,7 @@ from llmconvert.quantize.formats.base import FORMATS, load_format
 from llmconvert.quantize.runtimes import runtimes_of
 from llmconvert.report.report import Report
 from llmconvert.report.steps import QuantizeReport
-from llmconvert.validate.render.display import rows, section_table
+from llmconvert.validate.render.display import label_of, rows, section_table
 from llmconvert.validate.render.html import template_environment
 
 __all__ = ["Address", "inherited_metadata", "render_card"]
@@ -99,6 +99,9 @@ def render_card(
         fidelity=report.check("fidelity.max_abs_diff"),
         vllm_fidelity=report.check("fidelity.vllm_mean_abs_diff"),
         failed=report.failed,
+        measured=report.outcome != "not measured",
+        unmeasured=[check for check in report.unmeasured if check.ok],
+        label_of=label_of,
         recipe=recipe.strip(),
         chat=chat,
         library=_library(model.format),

@@ -157,7 +157,7 @@ def _quantizing(report: Report, what: str) -> str:
 
 
 def _verdict(report: Report) -> str:
-    return f"{len(report.failed)} of {len(report.checks)} failed" if report.failed else "passed"
+    return f"{len(report.failed)} of {len(report.checks)} failed" if report.failed else report.outcome
 
 
 def _caveats(reports: list[Report], shared: _Shared) -> Iterable[str]:

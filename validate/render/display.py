@@ -25,6 +25,7 @@ __all__ = [
     "format_value",
     "known_names",
     "label_of",
+    "outcome",
     "rows",
     "section_table",
     "split_interval",
@@ -68,7 +69,7 @@ class Row:
     """One check for people: label, original, artifact, change and limit as text; empty where there is none.
 
     ``note`` is the check's sentence, ``ok`` its verdict, ``gated`` whether a limit was set, ``quiet`` whether only the
-    whole report shows it.
+    whole report shows it, ``measured`` whether it could be made.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Row:
     ok: bool
     gated: bool
     quiet: bool
+    measured: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +107,22 @@ def rows(report: Report) -> list[Row]:
             note=check.text,
             ok=check.ok,
             gated=check.limit is not None,
-            quiet=check.ok and (check.quiet or check.name in _QUIET),
+            quiet=check.ok and (check.quiet or check.name in _QUIET or not check.measured),
+            measured=check.measured,
         )
         for check in report.checks
     ]
+
+
+def outcome(report: Report) -> str:
+    """How the whole came out, in a few words: ``✓ passed all 12 checks``."""
+    count, failed = len(report.checks) - len(report.unmeasured), len(report.failed)
+    if failed:
+        return f"✗ {failed} of {len(report.checks)} checks failed"
+    if report.outcome == "passed":
+        return f"✓ passed all {count} checks" if count > 1 else "✓ passed"
+    of_files = f"; {count} check{'s' if count > 1 else ''} of files, speed and memory passed" if count else ""
+    return f"– not measured: nothing here tells how well it predicts{of_files}"
 
 
 def label_of(name: str) -> str:

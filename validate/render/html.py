@@ -15,6 +15,7 @@ from llmconvert.validate.render.display import (
     format_count,
     format_seconds,
     format_spacing,
+    outcome,
     rows,
     section_table,
     split_interval,
@@ -63,6 +64,7 @@ def render_html(report: Report, *, recipe: str | None = None) -> str:
         texts=_detail(report, "generation.agreement").get("texts", []),
         worst=_detail(report, "kl_p99").get("worst", []),
         tensors=_detail(report, "inventory").get("tensors", []),
+        outcome=outcome(report),
         blame=blame(report),
         recipe=recipe,
     )

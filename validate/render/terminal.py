@@ -11,10 +11,11 @@ from rich.text import Text
 
 from llmconvert.report.report import Report
 from llmconvert.report.section import Section
-from llmconvert.validate.render.display import rows, section_table, split_interval
+from llmconvert.validate.render.display import label_of, outcome, rows, section_table, split_interval
 
 __all__ = ["render_terminal"]
 
+_STYLES = {"passed": "green", "failed": "bold red", "not measured": "yellow"}
 # Speeds hold for one machine; the report files have them.
 _SPEED = "speed."
 
@@ -44,9 +45,10 @@ def render_terminal(report: Report, console: Console, *, locations: Mapping[str,
             console.print(Text(section.text, style="dim"))
     for check in report.failed:
         console.print(Text(f"✗ {check.name}: {check.text or 'over its limit'}", style="bold red"))
-    if report.verdict:
-        count = len(report.checks)
-        console.print(Text("✓ passed" if count == 1 else f"✓ passed all {count} checks", style="green"))
+    for check in report.unmeasured:
+        if check.ok:
+            console.print(Text(f"– {check.label or label_of(check.name)}: {check.text}", style="yellow"))
+    console.print(Text(outcome(report), style=_STYLES[report.outcome]))
     for what, where in (locations or {}).items():
         console.print(Text.assemble((f"{what:<12}", "dim"), where), soft_wrap=True)
 

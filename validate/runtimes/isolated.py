@@ -29,7 +29,15 @@ _TAIL = 300
 
 
 class UnmeasuredError(Exception):
-    """A measurement that could not be made; its text is the reason, for the report."""
+    """A measurement that could not be made; its text is the reason, for the report.
+
+    Attributes:
+        by_limit: whether a limit of the model or the machine is the reason, which is a finding by itself.
+    """
+
+    def __init__(self, reason: str, *, by_limit: bool = False) -> None:
+        super().__init__(reason)
+        self.by_limit = by_limit
 
 
 def run_isolated(function: str, arguments: Mapping[str, Any], *, timeout: float) -> Any:
@@ -46,14 +54,15 @@ def run_isolated(function: str, arguments: Mapping[str, Any], *, timeout: float)
         UnmeasuredError: it failed, ran out of memory, or took too long.
     """
     command = [sys.executable, "-P", "-m", "llmconvert.validate.runtimes.isolated", function]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    # What it starts in turn must not import from the working directory either.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         try:
             output, errors = process.communicate(json.dumps(arguments), timeout=timeout)
         except subprocess.TimeoutExpired as error:
-            raise UnmeasuredError(f"took longer than {timeout:,.0f} s") from error
+            raise UnmeasuredError(f"took longer than {timeout:,.0f} s", by_limit=True) from error
         finally:
             process.kill()
     answer = _answer(output)
@@ -61,7 +70,7 @@ def run_isolated(function: str, arguments: Mapping[str, Any], *, timeout: float)
         return answer["result"]
     reason = answer["error"] if answer is not None else _tail(errors)
     if process.returncode == -signal.SIGKILL or any(sign in reason for sign in _OUT_OF_MEMORY):
-        raise UnmeasuredError(f"out of memory: {reason}" if reason else "out of memory")
+        raise UnmeasuredError(f"out of memory: {reason}" if reason else "out of memory", by_limit=True)
     raise UnmeasuredError(reason or f"its process ended with {process.returncode}")
 
 

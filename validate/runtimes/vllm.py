@@ -94,8 +94,12 @@ def vllm_logprobs(
         question.write_text(json.dumps(request))
         # -P: the script's directory holds modules named like those of the standard library.
         command = [python, "-P", str(vllm_worker.__file__), str(question), str(answer)]
-        environment = {**_SETTINGS, **os.environ}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+        # What it starts in turn must not import from the working directory either.
+        environment = {**_SETTINGS, **os.environ, "PYTHONSAFEPATH": "1"}
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise UnsupportedError(f"{artifact.name}: vLLM took longer than {_TIMEOUT_SECONDS:,} s") from None
         if not answer.is_file():
             raise UnsupportedError(f"{artifact.name}: vLLM cannot run it: {_reason(done.stderr)}")
         found: dict[str, Any] = json.loads(answer.read_text())
@@ -156,7 +160,7 @@ def _compared(subject: Subject, probe: Probe) -> Check:
             found, runtime = vllm_logprobs(subject.artifact, probe.window, probe.logits.dtype)
             result = compare_logprobs(found, probe.logits)
         except UnsupportedError as error:
-            return Check(name=name, label=label, quiet=True, detail={"text": f"not measured: {error}"})
+            return Check.unmeasured(name, str(error), asked=False, label=label, quiet=True)
         except GateError as error:
             return Check(name=name, label=label, ok=False, detail={"text": str(error)})
         task.advance(1)

@@ -182,12 +182,25 @@ def test_parting_at_a_tie_is_shown_and_passes_elsewhere_fails() -> None:
 def test_what_was_not_run_is_said_with_its_reason() -> None:
     options = AttentionOptions(("eager", "math", "flash"), lengths=(512, 1024))
     checks = {check.name: check for check in attention_checks(result_with([], 0.1), options)}
-    assert "not run: not today" in checks["attention.math.max_abs_diff"].text
+    refused = checks["attention.math.max_abs_diff"]
+    assert refused.text == "not measured: math: not today" and refused.ok and not refused.measured
+    named = {check.name: check for check in attention_checks(result_with([], 0.1), options, frozenset({"math"}))}
+    assert not named["attention.math.max_abs_diff"].ok
     memory = checks["attention.flash.memory"]
     assert memory.value == pytest.approx(1 / 8) and "at 512 tokens" in memory.text and "2.0 × as fast" in memory.text
     table = next(section for section in memory.sections if section.name == "attention-memory")
     assert table.rows == ((512.0, 8000.0, 1000.0), (1024.0, "not run", 2000.0))
     assert "needs about 9 bytes" in table.text and "math was not run: not today" in table.text
+
+
+def test_a_comparison_that_broke_is_a_failure() -> None:
+    """What was asked for and could not be had does not pass, whatever the reason."""
+    options = AttentionOptions(("eager", "flash"), lengths=(512,))
+    point = BackendPoint("eager", 512, reason="No module named 'x'", failed=True)
+    result = AttentionResult((point,), {}, {}, "No module named 'x'")
+    checks = attention_checks(result, options)
+    assert len(checks) == 3
+    assert all(not check.ok and not check.measured and "No module named 'x'" in check.text for check in checks)
 
 
 def test_points_left_out_for_one_reason_are_one_sentence() -> None:

@@ -134,4 +134,15 @@ def test_a_gguf_artifact_is_computed_and_not_run(mha: Path, monkeypatch: pytest.
     with SafetensorsCheckpoint(mha) as stored:
         subject = Subject(mha, stored, stored, None, None, None, torch.device("cpu"))
         (attention,) = AttentionCheck(AttentionOptions()).measure(subject)
-    assert attention.ok and attention.value is None and "GGUF" in attention.text
+    assert not attention.ok and attention.value is None and "GGUF" in attention.text
+
+
+def test_a_process_that_breaks_is_a_failure(mha: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that doesn't suffice is a finding; a process that could not do its work is none."""
+
+    def run(*_: object, **__: object) -> None:
+        raise UnmeasuredError("No module named 'x'", by_limit=False)
+
+    monkeypatch.setattr(ladder, "run_isolated", run)
+    check = measure(mha, MemoryLadder(measured_contexts=(64,)))
+    assert not check.ok and "No module named 'x'" in check.text

@@ -95,7 +95,7 @@ def test_windows_larger_than_memory_or_text(tmp_path: Path) -> None:
     assert check.detail["window"] < 4096 and "does not fill a window" in check.text
     (tmp_path / "tiny.txt").write_text("Hello.")
     check = measure(directory, PositionsCheck(str(tmp_path / "tiny.txt"), 4096, 1))
-    assert check.ok and check.value is None and "not measured" in check.text
+    assert not check.ok and check.value is None and "not measured" in check.text
 
 
 def test_a_failure_in_its_process_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_failure_in_its_process_is_a_reason(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(positions, "run_isolated", fail)
     check = measure(tiny_llama_dir(tmp_path / "m"), PositionsCheck("pydoc-topics:test", 128, 1))
-    assert check.ok and check.value is None and check.text == "not measured: out of memory"
+    assert not check.ok and check.value is None and check.text.startswith("not measured: out of memory")
 
 
 def test_trained_length_before_scaling(tmp_path: Path) -> None:

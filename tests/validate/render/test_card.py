@@ -38,6 +38,20 @@ def test_metadata(report: Report) -> None:
     assert (data.get("base_model"), data.get("license")) == (["maker/Tiny"], "apache-2.0")
 
 
+def test_what_was_not_measured_is_said(report: Report) -> None:
+    told = render_card(report, address=Address("user/x"), recipe=RECIPE)
+    assert "Every number below was measured" in told and "not measured" not in told
+    silent = report.model_copy(update={"checks": ()})
+    card = render_card(silent, address=Address("user/x"), recipe=RECIPE)
+    assert "**How well it predicts was not measured**" in card
+    assert "Every number below" not in card and "What it costs" not in card
+    unread = Check.unmeasured("runtime", "it does not fit", asked=False)
+    card = render_card(
+        report.model_copy(update={"checks": (*report.checks, unread)}), address=Address("user/x"), recipe=RECIPE
+    )
+    assert "Tensors the runtime could not load: not measured: it does not fit." in card
+
+
 def test_the_originals_licence_is_kept(report: Report) -> None:
     readme = b"---\nlicense: other\nlicense_name: tiny-community\nlicense_link: LICENSE.txt\ntags: [x]\n---\n# Tiny\n"
     fields = inherited_metadata(readme)

@@ -21,7 +21,7 @@ def test_the_page_is_well_formed_and_holds_the_numbers(report: Report) -> None:
         assert number in text
     assert "≤ 15.14" in text and "8,176 predictions" in text and "0.12 % also occur" in text
     assert "1 min 11 s" in text and "990.0 MB" in text and "134.5 M parameters" in text
-    assert "passed 9 checks" in text
+    assert "passed all 9 checks" in text
     # Text of models and recipes stays text.
     assert "<b>1 < 2</b>" in text and "</div>" in text and "# <script>" in text and "if a < b &" in text
 
@@ -45,8 +45,11 @@ def test_failures_and_missing_parts_show(report: Report) -> None:
     checks = tuple(check.model_copy(update={"ok": check.name != "kl_mean"}) for check in report.checks)
     blamed = " ".join(parse(render_html(report.model_copy(update={"checks": checks}))).text)
     assert "To blame: the blocks that err most by themselves are model.layers.1 (3.5 %)" in blamed
-    empty = parse(render_html(Report(model=ModelInfo(name="a", source="b"))))
-    assert "passed 0 checks" in " ".join(empty.text)
+    empty = Report(model=ModelInfo(name="a", source="b"))
+    assert "not measured: nothing here tells" in " ".join(parse(render_html(empty)).text)
+    unread = Check.unmeasured("runtime", "it does not fit", asked=False)
+    page = " ".join(parse(render_html(empty.model_copy(update={"checks": (unread,)}))).text)
+    assert "it does not fit" in page and "not measured" in page and "✓" not in page
 
 
 @pytest.mark.parametrize("draw", [quality_plot, divergence_plot, layer_error_plot])

@@ -20,6 +20,11 @@ def double(value):
 def fail():
     raise RuntimeError("no kernel for this")
 
+def start(module):
+    import subprocess, sys
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True)
+    raise RuntimeError(done.stderr.strip().splitlines()[-1])
+
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -62,6 +67,19 @@ def test_the_answer_comes_back_whatever_else_is_printed() -> None:
 def test_what_goes_wrong_is_a_reason(name: str, reason: str) -> None:
     with pytest.raises(UnmeasuredError, match=reason):
         run_isolated(f"measured_jobs:{name}", {}, timeout=60)
+
+
+@pytest.mark.usefixtures("jobs")
+def test_the_working_directory_shadows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started in a folder with modules of the same names, it imports the installed ones; so does what it starts."""
+    for name in ("llmconvert/__init__", "json", "torch", "child"):
+        path = tmp_path / "here" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("raise SystemExit('the wrong one')\n")
+    monkeypatch.chdir(tmp_path / "here")
+    assert run_isolated("measured_jobs:double", {"value": 4}, timeout=60) == {"doubled": 8}
+    with pytest.raises(UnmeasuredError, match="No module named child"):
+        run_isolated("measured_jobs:start", {"module": "child"}, timeout=60)
 
 
 @pytest.mark.usefixtures("jobs")
