@@ -27,7 +27,8 @@ from llmconvert.engine.stream import stream_logits
 from llmconvert.gguf.export import export_checkpoint
 from llmconvert.gguf.ggml.blocks import load_codec
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
-from llmconvert.recipes.schema.recipe import CalibrateSettings, PerplexitySettings
+from llmconvert.recipes.schema.measuring import PerplexitySettings
+from llmconvert.recipes.schema.recipe import CalibrateSettings
 from llmconvert.recipes.stages.windows import WindowRequest
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
 from llmconvert.validate.predictions.perplexity import perplexity

@@ -42,7 +42,6 @@ __all__ = [
     "SourceError",
     "UnsupportedError",
     "UsageError",
-    "one_line",
 ]
 
 _LONGEST_REASON = 300

@@ -20,7 +20,8 @@ from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.recipes.runner import perform
-from llmconvert.recipes.schema.recipe import Recipe, ValidateSettings
+from llmconvert.recipes.schema.measuring import ValidateSettings
+from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, public_name
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
 from llmconvert.recipes.stages.conversion import convert_stage, converted_view, open_remote, stream_stage

@@ -23,7 +23,7 @@ from llmconvert.gguf.pretokenizers import PRE_TOKENIZERS
 from llmconvert.gguf.proof import PROBES, prove_tokenizer
 from llmconvert.gguf.tokenizer import PHI3_KEEPING_SPACE, PHI3_TOKENS, TokenType, is_phi3
 from llmconvert.storage.checkpoint import Checkpoint
-from llmconvert.storage.text_file import universal_newlines
+from llmconvert.text.files import universal_newlines
 from llmconvert.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ It is written to ``llmconvert/report.json`` of an artifact in the stable schema 
 ``value`` is the artifact's, ``reference`` the original's, and ``limit`` what the recipe allows; any of them may be
 null. ``unit`` names what they count: ``bytes``, ``bits``, ``nats``, ``share`` (0 to 1), ``relative`` (an error's size
 relative to what it is an error of), ``tokens``, ``tokens/s``, ``seconds``, ``tensors``, ``texts``, ``rounds``, or
-nothing. A check that could not be made says ``"measured": false``. ``detail`` holds a sentence under ``text`` where one helps, intervals under ``low`` and ``high``, and whatever
-else belongs to that check; tables and plots are ``sections`` (:mod:`llmconvert.report.section`). A check without a
-limit passes unless something is broken. ``docs/report.md`` has it all.
+nothing. A check that could not be made says ``"measured": false``. ``detail`` holds a sentence under ``text`` where
+one helps, intervals under ``low`` and ``high``, and whatever else belongs to that check; tables and plots are
+``sections`` (:mod:`llmconvert.report.section`). A check without a limit passes unless something is broken.
+``docs/report.md`` has it all.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.errors import DatasetError
-from llmconvert.storage.text_file import local_path, read_text
+from llmconvert.storage.parsing import parse_json
+from llmconvert.text.files import local_path, read_text
 from llmconvert.text.topics import SPLITS, topics_text
 
 __all__ = ["Corpus", "Document", "Messages", "load_dataset_text"]
@@ -93,7 +93,9 @@ def _load_topics(split: str) -> Corpus:
 
 
 def _looks_like_file(dataset: str, path: Path) -> bool:
-    return os.path.exists(path) or dataset.startswith(("/", "./", "../", "~")) or dataset.lower().endswith(_FILE_SUFFIXES)
+    # os.path: names that no file can have, over 255 characters or with NUL bytes, are no error to it.
+    there = os.path.exists(path)
+    return there or dataset.startswith(("/", "./", "../", "~")) or dataset.lower().endswith(_FILE_SUFFIXES)
 
 
 def _load_file(dataset: str, path: Path) -> Corpus:
@@ -114,8 +116,8 @@ def _parse_jsonl(dataset: str, text: str) -> tuple[Document, ...]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DatasetError(f"dataset {dataset}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise DatasetError(f"dataset {dataset}, line {number}: a JSON {type(row).__name__}, expected an object")

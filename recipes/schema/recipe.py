@@ -12,74 +12,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     model_validator,
 )
 
 from llmconvert.quantize.methods.base import METHODS, needs_calibration
+from llmconvert.recipes.schema.measuring import DecodingSettings, ValidateSettings
 from llmconvert.recipes.schema.named import OptionalScheme, ScalingField, SchemeOrMix
-from llmconvert.recipes.schema.quantities import Bytes, LeastShare, Share
+from llmconvert.recipes.schema.quantities import Bytes
+from llmconvert.recipes.schema.section import Count, Section, Seed, switch, to_tuple
 
 __all__ = [
     "PLACEHOLDERS",
     "AttentionSettings",
-    "BackendSettings",
     "BudgetSettings",
     "CalibrateSettings",
     "CardSettings",
     "ConvertSettings",
-    "DecodingSettings",
-    "GenerationSettings",
     "HealSettings",
-    "MemorySettings",
     "OverrideSettings",
-    "PerplexitySettings",
-    "PositionSettings",
     "PublishSettings",
     "QuantizeSettings",
     "Recipe",
-    "RepairSettings",
     "RotateSettings",
-    "TaskSettings",
-    "ValidateSettings",
 ]
 
 
-def _backends(value: object) -> object:
-    """A list of names stands for a section with its defaults, an empty one for none."""
-    if isinstance(value, (list, tuple)):
-        return {"backends": tuple(value)} if value else None
-    return value
-
-
-def _switch(value: object) -> object:
-    """``true`` stands for a section with its defaults, ``false`` for none."""
-    return {True: {}, False: None}[value] if isinstance(value, bool) else value
-
-
-def _task_names(value: object) -> object:
-    """A list of names stands for a section with nothing else."""
-    return {"names": value} if isinstance(value, list) else value
-
-
-def _to_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Count = Annotated[int, Field(ge=1)]
-Length = Annotated[int, Field(ge=2)]
-BackendName = Literal["eager", "math", "flash", "efficient", "cudnn", "sdpa", "flash_attention_2", "flash_attention_3"]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
-
-
-class ConvertSettings(_Section):
+class ConvertSettings(Section):
     """The dtype of everything that is not quantized. Values too large for it are an error, or clipped on request.
 
     ``rope_scaling`` stretches rotary positions over longer inputs: ``yarn:2.0``, ``linear:4``, ``dynamic:2``.
@@ -90,7 +50,7 @@ class ConvertSettings(_Section):
     rope_scaling: ScalingField | None = None
 
 
-class HealSettings(_Section):
+class HealSettings(Section):
     """Distillation from the original after the attention rewrite; attention weights alone are trained.
 
     ``steps`` of ``batch`` windows of ``length`` tokens, drawn from ``dataset`` (that of ``calibrate`` by default).
@@ -109,7 +69,7 @@ class HealSettings(_Section):
     seed: Seed = 1
 
 
-class AttentionSettings(_Section):
+class AttentionSettings(Section):
     """Rewrite to ``kv_heads`` key-value heads: 1 is MQA, fewer than the query heads GQA.
 
     ``refit`` adapts queries, keys and output projections to the original's attention on the calibration text.
@@ -121,7 +81,7 @@ class AttentionSettings(_Section):
     heal: HealSettings | None = None
 
 
-class CalibrateSettings(_Section):
+class CalibrateSettings(Section):
     """Text whose activations a method measures: ``samples`` windows of ``length`` tokens."""
 
     dataset: Annotated[str, Field(min_length=1)]
@@ -131,7 +91,7 @@ class CalibrateSettings(_Section):
     seed: Seed = 0
 
 
-class OverrideSettings(_Section):
+class OverrideSettings(Section):
     """Layers whose name matches the shell pattern ``match`` get another scheme; the first match counts.
 
     ``scheme: none`` leaves them unquantized.
@@ -141,23 +101,23 @@ class OverrideSettings(_Section):
     scheme: OptionalScheme
 
 
-class BudgetSettings(_Section):
+class BudgetSettings(Section):
     """A mean number of bits per weight, scales included; layers get what brings the least divergence for it.
 
     ``bits`` and ``group_sizes`` are what there is to choose from.
     """
 
     bits_per_weight: Annotated[float, Field(gt=0, le=16)]
-    bits: Annotated[tuple[Annotated[int, Field(ge=2, le=8)], ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (
+    bits: Annotated[tuple[Annotated[int, Field(ge=2, le=8)], ...], BeforeValidator(to_tuple), Field(min_length=1)] = (
         2,
         3,
         4,
         8,
     )
-    group_sizes: Annotated[tuple[Count, ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (32, 64, 128)
+    group_sizes: Annotated[tuple[Count, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (32, 64, 128)
 
 
-class RotateSettings(_Section):
+class RotateSettings(Section):
     """Rotations folded into the weights before they are quantized: of the residual stream, of each head's values."""
 
     residual: bool = True
@@ -165,7 +125,7 @@ class RotateSettings(_Section):
     seed: Seed = 0
 
 
-class QuantizeSettings(_Section):
+class QuantizeSettings(Section):
     """The method, the scheme and the format on disk; ``overrides`` give some layers another scheme.
 
     ``options`` are the method's own settings, by the names that its class documents: ``{steps: 100}`` for signround.
@@ -177,9 +137,9 @@ class QuantizeSettings(_Section):
     options: Mapping[str, bool | int | float | str] = {}
     scheme: SchemeOrMix
     budget: BudgetSettings | None = None
-    rotate: Annotated[RotateSettings | None, BeforeValidator(_switch)] = None
+    rotate: Annotated[RotateSettings | None, BeforeValidator(switch)] = None
     format: str = "compressed-tensors"
-    overrides: Annotated[tuple[OverrideSettings, ...], BeforeValidator(_to_tuple)] = ()
+    overrides: Annotated[tuple[OverrideSettings, ...], BeforeValidator(to_tuple)] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -197,124 +157,6 @@ class QuantizeSettings(_Section):
     def label(self) -> str:
         """What names the result: the scheme, or the budget."""
         return str(self.scheme) if self.budget is None else f"{self.budget.bits_per_weight:g}bpw"
-
-
-class PerplexitySettings(_Section):
-    """Perplexity over windows of ``window`` tokens. ``max_increase`` is the gate: 5% over the original's at most.
-
-    Windows begin ``stride`` tokens apart, by default their length. With less they overlap: all predictions but those of
-    the first window have at least ``window - stride`` tokens of context, and each is scored once.
-    """
-
-    dataset: Annotated[str, Field(min_length=1)]
-    window: Annotated[int, Field(ge=2)] = 2048
-    stride: Count | None = None
-    max_windows: Count | None = None
-    max_increase: Share | None = None
-
-
-class GenerationSettings(_Section):
-    """Greedy generation of original and artifact; ``min_agreement`` is the gate on the share of equal tokens.
-
-    ``prompts`` replaces the shipped set of everyday requests.
-    """
-
-    max_new_tokens: Count = 64
-    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_to_tuple)] = ()
-    min_agreement: LeastShare | None = None
-
-
-class BackendSettings(_Section):
-    """Attention backends to compare, prompt lengths in tokens to read with each, and the seconds one may take.
-
-    Without ``lengths`` they are 512 to 16,384, as far as memory and ``seconds`` allow. A list of names stands for the
-    section: ``attention: [eager, flash]``.
-    """
-
-    backends: Annotated[tuple[BackendName, ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (
-        "eager",
-        "math",
-        "flash",
-    )
-    lengths: Annotated[tuple[Length, ...], BeforeValidator(_to_tuple), Field(min_length=1)] | None = None
-    seconds: Annotated[float, Field(gt=0)] = 120.0
-
-
-class PositionSettings(_Section):
-    """Perplexity by position: ``windows`` windows of ``window`` tokens, by default twice what the model was trained on.
-
-    The text is that of ``perplexity`` unless ``dataset`` names another.
-    """
-
-    dataset: Annotated[str, Field(min_length=1)] | None = None
-    window: Length | None = None
-    windows: Count = 4
-
-
-class MemorySettings(_Section):
-    """The KV cache and the memory ladder at these contexts; ``measured`` are dtypes to load and run for real."""
-
-    contexts: Annotated[tuple[Length, ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (2048, 8192, 32768)
-    batches: Annotated[tuple[Count, ...], BeforeValidator(_to_tuple), Field(min_length=1)] = (1, 8)
-    measured: Annotated[tuple[Literal["float32", "bfloat16", "float16"], ...], BeforeValidator(_to_tuple)] = (
-        "float32",
-        "bfloat16",
-    )
-    measured_contexts: Annotated[tuple[Length, ...], BeforeValidator(_to_tuple)] = (2048, 8192)
-
-
-class DecodingSettings(_Section):
-    """Speed of writing, original and artifact in ``rounds`` turns: ``tokens`` tokens after ``context`` others."""
-
-    context: Count = 4096
-    tokens: Count = 32
-    rounds: Count = 2
-
-
-class TaskSettings(_Section):
-    """Benchmarks of lm-eval by name, on original and artifact; a list stands for the section: ``tasks: [arc_easy]``.
-
-    ``samples`` of each task are used, all by default; ``fewshot`` examples are shown before, as many as the task says
-    by default. ``include`` is a directory of task files of your own. ``max_drop`` is the gate: no task may lose more.
-    """
-
-    names: Annotated[tuple[str, ...], BeforeValidator(_to_tuple), Field(min_length=1)]
-    samples: Count | None = None
-    fewshot: Annotated[int, Field(ge=0)] | None = None
-    include: str | None = None
-    max_drop: Share | None = None
-
-
-class RepairSettings(_Section):
-    """Give layers better schemes when the gate fails, in ``rounds`` at most, each measured whole.
-
-    The weight files may grow to ``max_bytes``, to ``validate.max_bytes`` or the original's size without it.
-    """
-
-    max_bytes: Bytes | None = None
-    rounds: Count = 4
-
-
-class ValidateSettings(_Section):
-    """What is measured on the artifact and on the original, both reloaded from disk.
-
-    ``max_kl`` (mean divergence per token, nats), ``min_top1`` (share of equal predictions) and ``max_bytes`` (of the
-    weight files) are further gates; the first two need ``perplexity``, on whose text they are measured.
-    ``decoding`` is measured where the recipe rewrites attention, unless it says ``false``.
-    ``repair`` gives an artifact that misses one of them more bits where they tell most.
-    """
-
-    perplexity: PerplexitySettings | None = None
-    generation: Annotated[GenerationSettings | None, BeforeValidator(_switch)] = None
-    attention: Annotated[BackendSettings | None, BeforeValidator(_backends)] = None
-    positions: Annotated[PositionSettings | None, BeforeValidator(_switch)] = None
-    memory: Annotated[MemorySettings | None, BeforeValidator(_switch)] = None
-    decoding: Annotated[DecodingSettings | None, BeforeValidator(_switch)] = None
-    max_kl: Annotated[float, Field(gt=0)] | None = None
-    min_top1: LeastShare | None = None
-    max_bytes: Bytes | None = None
-    tasks: Annotated[TaskSettings | None, BeforeValidator(_task_names)] = None
-    repair: Annotated[RepairSettings | None, BeforeValidator(_switch)] = None
 
 
 def _check_placeholders(value: str | None) -> str | None:
@@ -336,14 +178,14 @@ PLACEHOLDERS = ("name", "model", "method", "scheme")
 Target = Annotated[str, AfterValidator(_check_placeholders)]
 
 
-class PublishSettings(_Section):
+class PublishSettings(Section):
     """Where the artifact goes: ``file:DIR`` or a Hub repository ``user/name``; the rest is for the Hub.
 
     ``private`` says what a new repository becomes; ``true`` also refuses to publish into a public one. Variants of
     one model go to a repository each, or into one, each on a branch (``revision``) or in a folder (``folder``) of its
     own; ``{name}``, ``{model}``, ``{method}`` and ``{scheme}`` stand for this recipe's values. ``replace`` removes
     files that are there and don't belong to the artifact; ``verify_download`` fetches everything again and compares it.
-    Where nothing tells how well the artifact predicts, the Hub gets it with ``unmeasured: true`` only; its card says so.
+    What nothing tells the quality of goes to the Hub with ``unmeasured: true`` only, and its card says so.
     """
 
     to: Annotated[Target, Field(pattern=r"^(file:.+|[\w.{}-]+/[\w.{}-]+)$")]
@@ -358,13 +200,13 @@ class PublishSettings(_Section):
     unmeasured: bool = False
 
 
-class CardSettings(_Section):
+class CardSettings(Section):
     """What the model card says and the source doesn't: ``base_model``, the Hub id of the model that the source is."""
 
     base_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None = None
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One job. ``name`` names it in tables and in the work directory; it defaults to the file's name.
 
     With ``stream``, a Hub model is worked on while it downloads, and is never on this disk as a whole.

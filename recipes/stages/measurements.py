@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.context import Context
-from llmconvert.recipes.schema.recipe import BackendSettings, PerplexitySettings, PositionSettings, ValidateSettings
+from llmconvert.recipes.schema.measuring import BackendSettings, PerplexitySettings, PositionSettings, ValidateSettings
 from llmconvert.recipes.stages.artifact import public_name
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
 from llmconvert.recipes.stages.windows import CALIBRATION, EVALUATION_TEXT

@@ -17,7 +17,8 @@ from llmconvert.quantize.mixed_precision.units import Storage, fused_units
 from llmconvert.quantize.plan import Override, plan_quantization
 from llmconvert.quantize.requantize import Assignment, trace
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.recipes.schema.recipe import QuantizeSettings, RepairSettings
+from llmconvert.recipes.schema.measuring import RepairSettings
+from llmconvert.recipes.schema.recipe import QuantizeSettings
 from llmconvert.recipes.stages.budget import layer_overrides
 from llmconvert.recipes.stages.measurements import Measured
 from llmconvert.recipes.stages.quantization import change_schemes

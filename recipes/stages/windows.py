@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save
 
 from llmconvert.engine.architecture.config import declared_number
 from llmconvert.errors import UsageError
-from llmconvert.recipes.schema.recipe import CalibrateSettings, PerplexitySettings
+from llmconvert.recipes.schema.measuring import PerplexitySettings
+from llmconvert.recipes.schema.recipe import CalibrateSettings
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
 from llmconvert.report.section import Value
 from llmconvert.storage.checkpoint import Checkpoint

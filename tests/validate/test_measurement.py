@@ -15,7 +15,7 @@ from support.tiny_models import tiny_tokenizer
 from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import CalibrationError
 from llmconvert.quantize.formats.dense_view import open_dense
-from llmconvert.recipes.schema.recipe import ValidateSettings
+from llmconvert.recipes.schema.measuring import ValidateSettings
 from llmconvert.recipes.stages.measurements import measurements
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint

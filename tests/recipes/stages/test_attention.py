@@ -19,7 +19,8 @@ from llmconvert.convert.source import open_source
 from llmconvert.errors import RecipeError
 from llmconvert.recipes.loading import load_recipe, make_recipe
 from llmconvert.recipes.runner import run_recipe
-from llmconvert.recipes.schema.recipe import DecodingSettings, HealSettings
+from llmconvert.recipes.schema.measuring import DecodingSettings
+from llmconvert.recipes.schema.recipe import HealSettings
 from llmconvert.recipes.stages.conversion import converted_view
 from llmconvert.recipes.stages.healing import heal_stage
 from llmconvert.recipes.stages.stage import Finished, Place, Work

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmconvert.storage.text_file import local_path, read_text
+from llmconvert.text.files import local_path, read_text
 
 
 def test_the_size_of_a_text_is_bounded(tmp_path: Path) -> None:

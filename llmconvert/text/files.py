@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from pathlib import Path
 
@@ -11,7 +10,10 @@ __all__ = ["local_path", "read_text", "universal_newlines"]
 
 def local_path(name: str | Path) -> Path:
     """The path that a user means; ``~name`` of a user that this machine doesn't know stays as it is."""
-    return Path(os.path.expanduser(name))
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def read_text(path: Path, most: int) -> str:

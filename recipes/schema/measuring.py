@@ -1,0 +1,154 @@
+"""The recipe's validate section: what is measured, and the limits that decide."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from llmconvert.recipes.schema.quantities import Bytes, LeastShare, Share
+from llmconvert.recipes.schema.section import Count, Length, Section, switch, to_tuple
+
+__all__ = [
+    "BackendSettings",
+    "DecodingSettings",
+    "GenerationSettings",
+    "MemorySettings",
+    "PerplexitySettings",
+    "PositionSettings",
+    "RepairSettings",
+    "TaskSettings",
+    "ValidateSettings",
+]
+
+BackendName = Literal["eager", "math", "flash", "efficient", "cudnn", "sdpa", "flash_attention_2", "flash_attention_3"]
+
+
+def _backends(value: object) -> object:
+    """A list of names stands for a section with its defaults, an empty one for none."""
+    if isinstance(value, (list, tuple)):
+        return {"backends": tuple(value)} if value else None
+    return value
+
+
+def _task_names(value: object) -> object:
+    """A list of names stands for a section with nothing else."""
+    return {"names": value} if isinstance(value, list) else value
+
+
+class PerplexitySettings(Section):
+    """Perplexity over windows of ``window`` tokens. ``max_increase`` is the gate: 5% over the original's at most.
+
+    Windows begin ``stride`` tokens apart, by default their length. With less they overlap: all predictions but those of
+    the first window have at least ``window - stride`` tokens of context, and each is scored once.
+    """
+
+    dataset: Annotated[str, Field(min_length=1)]
+    window: Annotated[int, Field(ge=2)] = 2048
+    stride: Count | None = None
+    max_windows: Count | None = None
+    max_increase: Share | None = None
+
+
+class GenerationSettings(Section):
+    """Greedy generation of original and artifact; ``min_agreement`` is the gate on the share of equal tokens.
+
+    ``prompts`` replaces the shipped set of everyday requests.
+    """
+
+    max_new_tokens: Count = 64
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(to_tuple)] = ()
+    min_agreement: LeastShare | None = None
+
+
+class BackendSettings(Section):
+    """Attention backends to compare, prompt lengths in tokens to read with each, and the seconds one may take.
+
+    Without ``lengths`` they are 512 to 16,384, as far as memory and ``seconds`` allow. A list of names stands for the
+    section: ``attention: [eager, flash]``.
+    """
+
+    backends: Annotated[tuple[BackendName, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (
+        "eager",
+        "math",
+        "flash",
+    )
+    lengths: Annotated[tuple[Length, ...], BeforeValidator(to_tuple), Field(min_length=1)] | None = None
+    seconds: Annotated[float, Field(gt=0)] = 120.0
+
+
+class PositionSettings(Section):
+    """Perplexity by position: ``windows`` windows of ``window`` tokens, by default twice what the model was trained on.
+
+    The text is that of ``perplexity`` unless ``dataset`` names another.
+    """
+
+    dataset: Annotated[str, Field(min_length=1)] | None = None
+    window: Length | None = None
+    windows: Count = 4
+
+
+class MemorySettings(Section):
+    """The KV cache and the memory ladder at these contexts; ``measured`` are dtypes to load and run for real."""
+
+    contexts: Annotated[tuple[Length, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (2048, 8192, 32768)
+    batches: Annotated[tuple[Count, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (1, 8)
+    measured: Annotated[tuple[Literal["float32", "bfloat16", "float16"], ...], BeforeValidator(to_tuple)] = (
+        "float32",
+        "bfloat16",
+    )
+    measured_contexts: Annotated[tuple[Length, ...], BeforeValidator(to_tuple)] = (2048, 8192)
+
+
+class DecodingSettings(Section):
+    """Speed of writing, original and artifact in ``rounds`` turns: ``tokens`` tokens after ``context`` others."""
+
+    context: Count = 4096
+    tokens: Count = 32
+    rounds: Count = 2
+
+
+class TaskSettings(Section):
+    """Benchmarks of lm-eval by name, on original and artifact; a list stands for the section: ``tasks: [arc_easy]``.
+
+    ``samples`` of each task are used, all by default; ``fewshot`` examples are shown before, as many as the task says
+    by default. ``include`` is a directory of task files of your own. ``max_drop`` is the gate: no task may lose more.
+    """
+
+    names: Annotated[tuple[str, ...], BeforeValidator(to_tuple), Field(min_length=1)]
+    samples: Count | None = None
+    fewshot: Annotated[int, Field(ge=0)] | None = None
+    include: str | None = None
+    max_drop: Share | None = None
+
+
+class RepairSettings(Section):
+    """Give layers better schemes when the gate fails, in ``rounds`` at most, each measured whole.
+
+    The weight files may grow to ``max_bytes``, to ``validate.max_bytes`` or the original's size without it.
+    """
+
+    max_bytes: Bytes | None = None
+    rounds: Count = 4
+
+
+class ValidateSettings(Section):
+    """What is measured on the artifact and on the original, both reloaded from disk.
+
+    ``max_kl`` (mean divergence per token, nats), ``min_top1`` (share of equal predictions) and ``max_bytes`` (of the
+    weight files) are further gates; the first two need ``perplexity``, on whose text they are measured.
+    ``decoding`` is measured where the recipe rewrites attention, unless it says ``false``.
+    ``repair`` gives an artifact that misses one of them more bits where they tell most.
+    """
+
+    perplexity: PerplexitySettings | None = None
+    generation: Annotated[GenerationSettings | None, BeforeValidator(switch)] = None
+    attention: Annotated[BackendSettings | None, BeforeValidator(_backends)] = None
+    positions: Annotated[PositionSettings | None, BeforeValidator(switch)] = None
+    memory: Annotated[MemorySettings | None, BeforeValidator(switch)] = None
+    decoding: Annotated[DecodingSettings | None, BeforeValidator(switch)] = None
+    max_kl: Annotated[float, Field(gt=0)] | None = None
+    min_top1: LeastShare | None = None
+    max_bytes: Bytes | None = None
+    tasks: Annotated[TaskSettings | None, BeforeValidator(_task_names)] = None
+    repair: Annotated[RepairSettings | None, BeforeValidator(switch)] = None
