@@ -27,7 +27,7 @@ from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, artifact_stage
 from llmconvert.recipes.stages.attention import require_mergeable
 from llmconvert.recipes.stages.conversion import converted_view, open_remote
-from llmconvert.recipes.stages.measurements import Measured, require_measurable
+from llmconvert.recipes.stages.measurements import Measured, require_accepted, require_measurable
 from llmconvert.recipes.stages.repair import repair
 from llmconvert.recipes.stages.run import RunStages, reads_calibration, stages_of
 from llmconvert.recipes.stages.stage import MODEL, Finished, Place, Stage, Work
@@ -99,6 +99,7 @@ def _run(recipe: Recipe, target: PublishSettings | None, stages: StageRun, progr
         require_dense(source.checkpoint, source.origin)
     if recipe.attention is not None:
         require_mergeable(source.checkpoint, recipe.attention)
+    require_accepted(recipe.measured, source.checkpoint)
     if recipe.calibrate is not None and recipe.quantize is not None and not reads_calibration(recipe):
         progress.log(f"calibrate: {recipe.quantize.method} needs no calibration, skipped")
     work = Work(recipe, context, source, converted_view(recipe, source), steps=[fetched])

@@ -1,6 +1,6 @@
 """The protocol of a measurement, and the subject it is made on; everything in a report comes from a list of these.
 
-One file under ``validate/`` holds a frozen dataclass with its settings and the two methods of :class:`Measurement`; one
+One file under ``validate/`` holds a frozen dataclass with its settings and the methods of :class:`Measurement`; one
 line in ``recipes/stages/measurements.py`` makes it from the recipe. What it returns appears everywhere by itself: in
 ``report.json``, in the terminal, on the page and on the model card. What one measurement needs of another it finds
 among :attr:`Subject.checks`.
@@ -73,6 +73,17 @@ class Measurement(Protocol):
 
         Raises:
             UnsupportedError: with what is missing, and how to get it.
+        """
+        return
+
+    def accept(self, original: Checkpoint) -> None:
+        """Refuse, before any work, a model on whose artifact this can't be measured; by default every one is taken.
+
+        Args:
+            original: as stored; only what is quick to try is tried.
+
+        Raises:
+            LlmconvertError: with what the model lacks or what fails.
         """
         return
 

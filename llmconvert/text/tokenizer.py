@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmconvert.errors import SourceError
+from llmconvert.errors import SourceError, one_line
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import write_json, write_side_files
+from llmconvert.text.confinement import Confinement, ConfinementError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_tokenizer"]
+__all__ = ["has_tokenizer", "load_tokenizer", "tokenizer_errors"]
 
 # What the names of tokenizers' files begin with, of every kind that transformers knows.
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
-_LONGEST_REASON = 300
+# Digests of the files that were tried in this process.
+_TRIED: set[str] = set()
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether any of a checkpoint's files is a tokenizer's."""
+    return any(Path(name).name.startswith(_TOKENIZER_FILES) for name in checkpoint.files)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -28,18 +38,48 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    if not any(Path(name).name.startswith(_TOKENIZER_FILES) for name in checkpoint.files):
+    if not has_tokenizer(checkpoint):
         raise SourceError(
             "the model has no tokenizer beside its weights (tokenizer.json, for example); copy its original's there"
         )
     with tempfile.TemporaryDirectory(prefix="llmconvert-") as directory:
         write_side_files(Path(directory), checkpoint.files)
         write_json(Path(directory) / "config.json", dict(checkpoint.config))
+        if "tokenizer.json" in checkpoint.files:
+            _try(Path(directory) / "tokenizer.json", hashlib.sha256(checkpoint.read_file("tokenizer.json")).hexdigest())
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
-            )
-        except Exception as error:  # tokenizer classes fail in ways of their own
-            reason = " ".join(str(error).replace(directory, "the model").split())[:_LONGEST_REASON]
-            raise SourceError(f"the model's tokenizer cannot be loaded: {type(error).__name__}: {reason}") from error
+            with tokenizer_errors():
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    directory, trust_remote_code=False, local_files_only=True
+                )
+        except SourceError as error:
+            raise SourceError(str(error).replace(directory, "the model")) from error
     return tokenizer
+
+
+@contextlib.contextmanager
+def tokenizer_errors() -> Iterator[None]:
+    """Whatever a tokenizer raises, as an error of this package: its classes fail in ways of their own.
+
+    Raises:
+        SourceError: with what it says.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # A panic of compiled code is no Exception, so that nobody takes it for an error to go on from.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise SourceError(f"the model's tokenizer cannot be used: {one_line(error)}") from error
+
+
+def _try(path: Path, digest: str) -> None:
+    """Load a ``tokenizer.json`` and let it read a line where a loop or a panic ends a child; a file is tried once."""
+    if digest in _TRIED:
+        return
+    with Confinement("try_tokenizer") as confinement:
+        try:
+            confinement.ask(path=str(path))
+        except ConfinementError as error:
+            raise SourceError(f"the model's tokenizer cannot be used: {error}") from error
+    _TRIED.add(digest)

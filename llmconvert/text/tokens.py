@@ -10,6 +10,7 @@ models rely on that first token to dump attention on, and compute nonsense witho
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from llmconvert.errors import DatasetError
+from llmconvert.errors import DatasetError, SourceError
+from llmconvert.text.chat import ChatRenderer, ChatTemplate
 from llmconvert.text.datasets import Corpus, Document
+from llmconvert.text.tokenizer import tokenizer_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -171,33 +174,41 @@ def _tokenize(
     end = tokenizer.eos_token_id
     parts: list[np.ndarray] = []
     total = 0
-    for document in documents:
-        if wanted is not None and total >= wanted:
-            break
-        text = document if isinstance(document, str) else _render(tokenizer, document, dataset)
+    for text in _texts(tokenizer, documents, dataset):
         # verbose=False: exceeding model_max_length is what cutting windows is for, and not worth a warning.
-        ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+        with tokenizer_errors():
+            ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
         if parts and end is not None and parts[-1][-1] != end:
             parts.append(np.array([end], dtype=np.int64))
             total += 1
         if len(ids):
             parts.append(ids)
             total += len(ids)
+        if wanted is not None and total >= wanted:
+            break
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Document, dataset: str) -> str:
-    if not tokenizer.chat_template:
-        raise DatasetError(
-            f"dataset {dataset}: holds conversations, and the model's tokenizer has no chat template to render them; "
-            "use a dataset with a text field"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program of the model's author and may raise anything
-        raise DatasetError(
-            f"dataset {dataset}: the chat template refuses a conversation: {type(error).__name__}: {error}"
-        ) from error
+def _texts(tokenizer: PreTrainedTokenizerBase, documents: Iterator[Document], dataset: str) -> Iterator[str]:
+    """Documents as texts; conversations rendered."""
+    with contextlib.ExitStack() as stack:
+        renderer: ChatRenderer | None = None
+        for document in documents:
+            if isinstance(document, str):
+                yield document
+                continue
+            try:
+                renderer = renderer or stack.enter_context(ChatRenderer(_template(tokenizer)))
+                yield renderer.render(document)
+            except SourceError as error:
+                raise DatasetError(f"dataset {dataset}: holds conversations, and {error}") from error
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    template = ChatTemplate.of(tokenizer)
+    if template is None:
+        raise SourceError("the model's tokenizer has no chat template to render them; use a dataset with a text field")
+    return template
 
 
 def check_disjoint(calibration: TokenWindows, evaluation: TokenWindows) -> Overlap:

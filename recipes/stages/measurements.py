@@ -37,7 +37,7 @@ from llmconvert.validate.size import SizeCheck
 from llmconvert.validate.tasks import Tasks
 from llmconvert.validate.vocabulary import VocabularyCheck
 
-__all__ = ["Measured", "measure", "measurements", "require_measurable", "validate_stage"]
+__all__ = ["Measured", "measure", "measurements", "require_accepted", "require_measurable", "validate_stage"]
 
 
 class Measured(Value):
@@ -151,6 +151,16 @@ def require_measurable(settings: ValidateSettings | None) -> None:
     """
     for measurement in measurements(settings) if settings is not None else ():
         measurement.require()
+
+
+def require_accepted(settings: ValidateSettings | None, original: Checkpoint) -> None:
+    """Refuse, before any work, a model on whose artifact something could not be measured.
+
+    Raises:
+        LlmconvertError: with what the model lacks or what fails.
+    """
+    for measurement in measurements(settings) if settings is not None else ():
+        measurement.accept(original)
 
 
 def _generation(settings: ValidateSettings) -> GenerationOptions | None:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmconvert.errors import GateError, UnsupportedError
+from llmconvert.errors import GateError, SourceError, UnsupportedError
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
-from llmconvert.text.tokenizer import load_tokenizer
-from llmconvert.validate.generation.greedy import PROMPTS, Continuation, Generations, compare, generate
+from llmconvert.text.tokenizer import has_tokenizer, load_tokenizer
+from llmconvert.validate.generation.greedy import PROMPTS, Continuation, Generations, compare, encode, generate
 from llmconvert.validate.generation.streamed import Scored, score_continuations, stream_continuations
 from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes.fidelity import Fidelity, Probe, fidelity, take_probe
@@ -44,6 +44,15 @@ class BehaviourCheck(Measurement):
     """
 
     generation: GenerationOptions | None = None
+
+    def accept(self, original: Checkpoint) -> None:
+        """Refuse a tokenizer or a chat template that fails on the prompts; a model without tokenizer has no texts."""
+        if self.generation is None or not has_tokenizer(original):
+            return
+        try:
+            encode(load_tokenizer(original), self.generation.prompts)
+        except SourceError as error:
+            raise SourceError(f"{error}; without validate.generation it would not be needed") from error
 
     def measure(self, subject: Subject) -> list[Check]:
         """Load the artifact, then the original, by transformers, one at a time; nothing for GGUF, which it is not for.

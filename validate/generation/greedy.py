@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from llmconvert.progress import SILENT, Progress
+from llmconvert.text.chat import ChatTemplate, render_prompts
+from llmconvert.text.tokenizer import tokenizer_errors
 from llmconvert.validate.runtimes.transformers import Runtime
 
 __all__ = [
@@ -103,8 +105,8 @@ def generate(
     prefill = decode = 0.0
     read = written = 0
     with progress.task("generation", len(prompts)) as task:
-        for prompt in prompts:
-            ids = encode(runtime.tokenizer, prompt).to(runtime.device)
+        for prompt, start in zip(prompts, encode(runtime.tokenizer, prompts), strict=True):
+            ids = start.to(runtime.device)
             new, seconds = _continue(runtime, ids, max_new_tokens)
             read, written = read + ids.shape[1], written + len(new) - 1
             prefill, decode = prefill + seconds[0], decode + seconds[1]
@@ -114,16 +116,19 @@ def generate(
     return Generations(tuple(continuations), read / prefill, written / decode if written else 0.0, runtime=runtime.name)
 
 
-def encode(tokenizer: Any, prompt: str) -> torch.Tensor:
-    """Ids ``[1, tokens]`` of a prompt as a user would send it: through the chat template where there is one."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    ids: torch.Tensor = encoded["input_ids"]
-    return ids
+def encode(tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
+    """Ids ``[1, tokens]`` of each prompt as a user would send it: through the chat template where there is one.
+
+    Raises:
+        SourceError: the tokenizer or its template fails.
+    """
+    template = ChatTemplate.of(tokenizer)
+    texts = prompts if template is None else render_prompts(template, tuple(prompts))
+    with tokenizer_errors():
+        # What a template renders has its special tokens already.
+        return [
+            tokenizer(text, add_special_tokens=template is None, return_tensors="pt")["input_ids"] for text in texts
+        ]
 
 
 def _continue(runtime: Runtime, ids: torch.Tensor, limit: int) -> tuple[tuple[int, ...], tuple[float, float]]:

@@ -56,7 +56,7 @@ def stream_continuations(
         checkpoint: dense weights.
         max_new_tokens: per prompt; at most :data:`STREAMED_TOKENS` are written.
     """
-    texts = [encode(tokenizer, prompt) for prompt in prompts]
+    texts = encode(tokenizer, prompts)
     starts = [text.shape[1] for text in texts]
     ends = _end_tokens(checkpoint, tokenizer)
     limit = min(max_new_tokens, STREAMED_TOKENS)
@@ -98,7 +98,7 @@ def score_continuations(
         tokenizer: the one that the prompts were encoded with.
         continuations: at least one token each.
     """
-    prompts = [encode(tokenizer, text.prompt) for text in continuations]
+    prompts = encode(tokenizer, [text.prompt for text in continuations])
     windows = [
         torch.cat([prompt, torch.tensor([text.ids])], dim=1)
         for prompt, text in zip(prompts, continuations, strict=True)

@@ -163,12 +163,13 @@ def _against(exact: Runtime, pairs: Sequence[tuple[str, Sequence[int], Sequence[
     """
     parted: list[dict[str, Any]] = []
     tokens = 0
-    for prompt, theirs, ours in pairs:
+    starts = encode(exact.tokenizer, [prompt for prompt, _, _ in pairs])
+    for (prompt, theirs, ours), given in zip(pairs, starts, strict=True):
         index = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), None)
         tokens += min(len(theirs), len(ours)) if index is None else index
         if index is None:
             continue
-        start = encode(exact.tokenizer, prompt).to(exact.device)
+        start = given.to(exact.device)
         prefix = torch.cat([start, torch.tensor([list(theirs[:index])], dtype=torch.int64, device=start.device)], dim=1)
         logits = _logits(exact, "eager", prefix)[0, -1]
         parted.append(
