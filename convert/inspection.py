@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.convert.source import open_source, parse_hub_id
+from llmconvert.engine.architecture.config import declared_class
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.families import EMBEDDINGS, HEADS, LEARNED_POSITIONS
 from llmconvert.quantize.numbers import Int
@@ -100,7 +101,7 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
     quantization = checkpoint.config.get("quantization_config")
     embedding = max((info.shape[0] for info in _matrices(checkpoint) if _is_embedding(info.name)), default=0)
     return ModelSummary(
-        architecture=(checkpoint.config.get("architectures") or [found.model_type])[0],
+        architecture=declared_class(checkpoint.config) or found.model_type,
         layers=found.layers,
         hidden_size=found.hidden_size,
         query_heads=found.query_heads if found.has_attention else 0,
@@ -141,7 +142,7 @@ def _positions(architecture: Architecture, checkpoint: Checkpoint) -> str:
     if theta is None:
         return "none"
     kind = rope.get("rope_type", "default")
-    scaling = "" if kind == "default" else f", {kind} ×{rope.get('factor', 1):g}"
+    scaling = "" if kind == "default" else f", {kind} ×{rope.get('factor') or 1:g}"
     return f"RoPE, θ = {theta:,.0f}{'' if share == 1 else f', {share:.0%} of each head'}{scaling}"
 
 

@@ -33,6 +33,10 @@ _OLD_INDEX = "gptq_model-*.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt")
 
 
+# What file systems take, in bytes.
+_LONGEST_NAME = 255
+
+
 def is_weight_file(name: str) -> bool:
     """Whether a file of a model repository holds weights or describes where they lie (their index)."""
     return name.endswith(_WEIGHT_SUFFIXES) or name.endswith((".safetensors.index.json", ".bin.index.json"))
@@ -76,6 +80,9 @@ def read_index(directory: Path, name: str = INDEX_NAME) -> dict[str, str] | None
     for tensor, shard in weight_map.items():
         if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
             raise CheckpointError(f"{path}: tensor {tensor!r} is placed in {shard!r}, outside the model's directory")
+        # Halves of surrogate pairs, which JSON can hold, count as well.
+        if len(shard.encode("utf-8", "replace")) > _LONGEST_NAME or not shard.isprintable():
+            raise CheckpointError(f"{path}: tensor {tensor!r:.80} is placed in {shard!r:.80}, which is no file's name")
     return dict(weight_map)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "build_config",
+    "declared_class",
     "declared_dtype",
     "declared_number",
     "declares_tied_embeddings",
@@ -94,6 +95,12 @@ def declared_number(config: Mapping[str, Any], name: str) -> int | None:
     """A number of the language model as a parsed ``config.json`` states it; None if it doesn't."""
     value = language_model(config).get(name)
     return value if isinstance(value, int) else None
+
+
+def declared_class(config: Mapping[str, Any]) -> str | None:
+    """transformers' class that a parsed ``config.json`` names first under ``architectures``; None if it names none."""
+    named = config.get("architectures")
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
 
 
 def declared_dtype(config: Mapping[str, Any]) -> str | None:

@@ -182,7 +182,9 @@ class Architecture:
     def rope_theta(self) -> float | None:
         """RoPE's base; None without rotary positions."""
         theta = self.rope.get("rope_theta", self._get("rope_theta"))
-        return theta or (10000.0 if self._get("rotary_dim") else theta)
+        if not isinstance(theta, int | float):
+            theta = None
+        return theta or (10000.0 if self._get("rotary_dim") else None)
 
     @property
     def rotary_share(self) -> float:

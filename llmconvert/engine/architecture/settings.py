@@ -46,23 +46,23 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Look at a decoder's settings, those that its config's class filled in included.
 
     Raises:
-        CheckpointError: a number that has to be positive or finite is not.
+        CheckpointError: a number that has to be positive or finite is not, or RoPE has something else in its place.
     """
-    for path, name, value in _numbers(settings):
+    for path, name, value in _values(settings):
         if _NOT_NEGATIVE.fullmatch(name):
-            wanted, right = "a number, zero or above", math.isfinite(value) and value >= 0
+            wanted, right = "a number, zero or above", _is_number(value) and math.isfinite(value) and value >= 0
         elif _POSITIVE.fullmatch(name):
-            wanted, right = "a number above zero", math.isfinite(value) and value > 0
+            wanted, right = "a number above zero", _is_number(value) and math.isfinite(value) and value > 0
         elif _FINITE.fullmatch(name):
-            wanted, right = "a number", math.isfinite(value)
+            wanted, right = "a number", _is_number(value) and math.isfinite(value)
         else:
             continue
         if not right:
             raise CheckpointError(f"config.json: {path} is {_short(value)}, expected {wanted}")
 
 
-def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, int | float]]:
-    """Every number with its path and name: settings of the model, and what RoPE's parameters nest."""
+def _values(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Every number of the model with its path and name, and whatever RoPE's parameters hold, one by one."""
     for name, value in settings.items():
         if name in _ROPE and isinstance(value, Mapping):
             yield from _nested(value, name)
@@ -70,15 +70,15 @@ def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, int | floa
             yield name, name, value
 
 
-def _nested(values: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, int | float]]:
+def _nested(values: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, Any]]:
     for name, value in values.items():
         inside = f"{path}.{name}"
         if isinstance(value, Mapping):
             yield from _nested(value, inside)
-        for index, part in enumerate(value) if isinstance(value, list) else ():
-            if _is_number(part):
+        elif isinstance(value, list):
+            for index, part in enumerate(value):
                 yield f"{inside}[{index}]", name, part
-        if _is_number(value):
+        elif value is not None:
             yield inside, name, value
 
 
@@ -86,7 +86,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _short(value: float) -> str:
-    """A number as it is, or by its size where it is long."""
+def _short(value: object) -> str:
+    """A value as it is, or by its length where it is long."""
     text = repr(value)
-    return text if len(text) <= 24 else f"{text[:8]}… ({len(text)} digits)"
+    return text if len(text) <= 24 else f"{text[:8]}… ({len(text)} {'digits' if _is_number(value) else 'characters'})"

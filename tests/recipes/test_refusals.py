@@ -1,0 +1,40 @@
+"""What comes with a model and fails is known before anything is computed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmconvert import load_recipe, run_recipe
+from llmconvert.errors import SourceError
+
+QUANTIZE = {"method": "rtn", "scheme": "w8a16-g32"}
+
+
+def with_template(source: Path, directory: Path, template: str) -> Path:
+    shutil.copytree(source, directory)
+    (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+def test_a_template_that_fails_on_the_prompts_is_refused_before_the_work(
+    write_recipe: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = with_template(tiny_llama, tmp_path / "model", "{# v1 #}\n{{ raise_exception('no system prompt') }}")
+    validate = {"generation": {"max_new_tokens": 2, "prompts": ["Say hello."]}}
+    recipe = write_recipe(model=str(model), calibrate=None, quantize=QUANTIZE, validate=validate)
+    with pytest.raises(SourceError, match=r"chat template: line 2: TemplateError: no system prompt; without valid"):
+        run_recipe(load_recipe(recipe))
+    work = tmp_path / "work"
+    assert not work.exists() or not list(work.glob("quantize-*"))
+
+
+def test_a_template_that_nobody_renders_is_carried_along(write_recipe: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    template = "{{ raise_exception('never') }}"
+    model = with_template(tiny_llama, tmp_path / "model", template)
+    recipe = write_recipe(model=str(model), calibrate=None, quantize=QUANTIZE, validate=None)
+    result = run_recipe(load_recipe(recipe))
+    assert (result.artifact / "chat_template.jinja").read_text() == template
