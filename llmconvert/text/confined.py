@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def main() -> None:
     """Answer requests from standard input until it ends."""
     limits = json.loads(sys.stdin.readline())
     answers, sys.stdout = sys.stdout, sys.stderr
-    do = {"render": _render, "try_tokenizer": _try_tokenizer}
+    do: dict[str, Callable[..., Any]] = {"render": _render, "try_tokenizer": _try_tokenizer}
     if limits["do"] == "render":
         from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401
     else:
