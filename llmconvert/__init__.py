@@ -27,6 +27,7 @@ __all__ = [
     "AttentionReport",
     "CalibrationError",
     "CapacityError",
+    "ChangedError",
     "Check",
     "Checkpoint",
     "CheckpointError",
@@ -95,6 +96,7 @@ _MODULES = {
     "AttentionReport": "report.steps",
     "CalibrationError": "errors",
     "CapacityError": "errors",
+    "ChangedError": "errors",
     "Check": "report.report",
     "Checkpoint": "storage.checkpoint",
     "CheckpointError": "errors",
@@ -165,6 +167,7 @@ if TYPE_CHECKING:
     from llmconvert.errors import (
         CalibrationError,
         CapacityError,
+        ChangedError,
         CheckpointError,
         DatasetError,
         GateError,

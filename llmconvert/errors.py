@@ -11,6 +11,7 @@
     ├── GateError                         3   the artifact was measured and fell short of the recipe's limits
     ├── SourceError                       4   what was given as input cannot be read
     │   ├── CheckpointError                   truncated, corrupt or inconsistent weight files
+    │   │   └── ChangedError                  cut or replaced while they were read
     │   ├── DatasetError                      calibration or evaluation text
     │   ├── CalibrationError                  activations or statistics no quantizer can work with
     │   └── HubError                          the Hub refused or could not be reached
@@ -29,6 +30,7 @@ from typing import ClassVar
 __all__ = [
     "CalibrationError",
     "CapacityError",
+    "ChangedError",
     "CheckpointError",
     "DatasetError",
     "GateError",
@@ -97,6 +99,10 @@ class SourceError(LlmconvertError):
 
 class CheckpointError(SourceError):
     """A weight file or its index is truncated, corrupt or inconsistent."""
+
+
+class ChangedError(CheckpointError):
+    """A weight file was cut or replaced while it was read; that says nothing of what it held."""
 
 
 class DatasetError(SourceError):

@@ -21,6 +21,7 @@ from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.engine.architecture.config import declares_tied_embeddings
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.machine import of_machine
 from llmconvert.memory import row_slices
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.report import Check
@@ -190,7 +191,9 @@ def _merged_shapes(source: Checkpoint, dense: Checkpoint) -> dict[str, tuple[int
         if kv_heads >= read_geometry(source).kv_heads:
             return None
         return {name: info.shape for name, info in MergedAttention(source, kv_heads).infos.items()}
-    except (UnsupportedError, CheckpointError):
+    except (UnsupportedError, CheckpointError) as error:
+        if of_machine(error):
+            raise
         return None  # heads that can't be read weren't merged
 
 

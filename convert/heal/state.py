@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from llmconvert.errors import MachineError, one_line
+from llmconvert.machine import of_machine
 from llmconvert.storage.writer import write_file
 
 __all__ = ["HealState", "load_state", "save_state"]
@@ -68,14 +70,22 @@ def save_state(path: Path, state: HealState) -> None:
 
 
 def load_state(path: Path, identity: str) -> HealState | None:
-    """The state in ``path``, or None if there is none, or only another job's."""
+    """The state in ``path``, or None if there is none that can be used, or only another job's.
+
+    Raises:
+        MachineError: it is there and cannot be read now.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("state", "{}"))
             if about.get("schema") != _SCHEMA or about.get("identity") != identity:
                 return None
             tensors: Mapping[str, torch.Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError):
+    except (OSError, SafetensorError, ValueError, RecursionError, AttributeError) as error:
+        if of_machine(error):
+            raise MachineError(
+                f"{path}: what was learned cannot be read: {one_line(error)}; run the same command again"
+            ) from error
         return None
     groups = {
         group: {

@@ -21,6 +21,7 @@ from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError, CheckpointError, GateError
+from llmconvert.machine import of_machine
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint
 
@@ -222,14 +223,16 @@ def _blaming(steps: Iterator[T]) -> Iterator[T]:
 
 @contextmanager
 def blame_artifact() -> Iterator[None]:
-    """What goes wrong while an artifact is run is its failure, not the input's.
+    """What goes wrong while an artifact is run is its failure, not the input's; but for what the machine does.
 
     Raises:
-        GateError: instead of the errors about tensors that can't be read and states that are not finite.
+        GateError: instead of the errors about tensors that are missing or malformed and states that are not finite.
     """
     try:
         yield
     except CheckpointError as error:
+        if of_machine(error):
+            raise
         raise GateError(f"the artifact can't be run: {error}") from error
     except CalibrationError as error:
         raise GateError(f"the artifact computes no usable numbers: {error}") from error

@@ -20,7 +20,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.errors import ChangedError, CheckpointError, UnsupportedError
 from llmconvert.gguf.config import Geometry, build_config, build_generation_config, read_geometry
 from llmconvert.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from llmconvert.gguf.names import ARCHITECTURES, Place, Storage, place_tensors
@@ -229,7 +229,7 @@ class GgufCheckpoint(Checkpoint):
             except OSError as error:
                 raise CheckpointError(f"{self.path}: reading {what}: {error.strerror}") from error
             if count == 0:
-                raise CheckpointError(f"{self.path}: the file ended inside {what}; it changed on disk")
+                raise ChangedError(f"{self.path}: the file ended inside {what}; it changed on disk")
             done += count
 
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.errors import ChangedError, CheckpointError, UnsupportedError
 
 __all__ = ["GgufHeader", "GgufTensor", "Metadata", "parse_gguf_header", "read_gguf_header"]
 
@@ -222,7 +222,7 @@ class _Cursor:
             )
         data = self._file.read(count)
         if len(data) != count:
-            raise CheckpointError(f"{self.path}: the file ended inside {what}; it changed while being read")
+            raise ChangedError(f"{self.path}: the file ended inside {what}; it changed while being read")
         self.position += count
         return data
 

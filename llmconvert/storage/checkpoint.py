@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from llmconvert.errors import CheckpointError
+from llmconvert.errors import ChangedError, CheckpointError
 from llmconvert.storage.directory import identity_of, index_name, other_files, read_config, read_index, shard_names
 from llmconvert.storage.parsing import parse_json
 
@@ -307,7 +307,7 @@ class SafetensorsCheckpoint(Checkpoint):
             except OSError as error:
                 raise CheckpointError(f"{self.directory / shard}: reading {what}: {error.strerror}") from error
             if count == 0:
-                raise CheckpointError(f"{self.directory / shard}: the file ended inside {what}; it changed on disk")
+                raise ChangedError(f"{self.directory / shard}: the file ended inside {what}; it changed on disk")
             done += count
 
     def drop_cache(self, name: str, offset: int = 0, nbytes: int | None = None) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from llmconvert.errors import HubError, LlmconvertError, MachineError, OutputError, SourceError, UsageError
+from llmconvert.errors import HubError, LlmconvertError, MachineError, OutputError, SourceError, UsageError, one_line
 from llmconvert.machine import of_machine
 from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
@@ -216,7 +216,7 @@ class StageRun:
             self._remember(wanted)
             begin = time.perf_counter()
             with PeakMemory() as memory:
-                details = wanted.build(staging)
+                details = self._fill(wanted, staging, resumed)
             result = StageResult(
                 name=name,
                 path=path,
@@ -244,6 +244,18 @@ class StageRun:
         if found is None:
             raise MachineError(f"{path}: was changed by someone else while it was put in place; run it again")
         return replace(found, reused=False)
+
+    def _fill(self, wanted: _Wanted, staging: Path, resumed: bool) -> Mapping[str, Any]:
+        """Let the builder fill its directory; where it chokes on what an earlier run left there, from the beginning."""
+        try:
+            return wanted.build(staging)
+        except Exception as error:
+            if not resumed or isinstance(error, LlmconvertError) or of_machine(error):
+                raise
+            self._log(f"{wanted.name}: what an interrupted run left is damaged ({one_line(error)}); starting anew")
+        _remove(staging)
+        staging.mkdir()
+        return wanted.build(staging)
 
     def _announce(self, wanted: _Wanted, damage: str) -> None:
         name, path, inputs = wanted.name, wanted.path, wanted.inputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ from llmconvert.engine import divergence
 from llmconvert.engine.divergence import BlockDivergence, SideBySide
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Stream
-from llmconvert.errors import CalibrationError, CheckpointError, GateError
+from llmconvert.errors import CalibrationError, ChangedError, CheckpointError, GateError
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
@@ -177,14 +178,30 @@ def test_an_artifact_without_a_tensor_is_to_blame_for_it(original: Path, tmp_pat
         compare(lost, original)
 
 
-def test_a_file_that_is_cut_off_while_it_is_read_is_the_artifacts_failure(original: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_cut_off_while_it_is_read_says_nothing_of_the_artifact(original: Path, tmp_path: Path) -> None:
     copy = changed(original, tmp_path / "copy", "model.norm.weight", 1.0)
     first, second = SafetensorsCheckpoint(original), SafetensorsCheckpoint(copy)
     with SideBySide(first, second, WINDOWS, device=CPU) as models:
         weights = copy / "model.safetensors"
         os.truncate(weights, weights.stat().st_size // 2)
-        with pytest.raises(GateError, match=r"the artifact can't be run: .*model\.safetensors"):
+        with pytest.raises(ChangedError, match=r"model\.safetensors: the file ended inside"):
             list(models.logits())
+
+
+def test_a_disk_that_fails_says_nothing_of_the_artifact(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = changed(original, tmp_path / "copy", "model.norm.weight", 1.0)
+    first, second = SafetensorsCheckpoint(original), SafetensorsCheckpoint(copy)
+    with SideBySide(first, second, WINDOWS, device=CPU) as models:
+        steps = models.logits()
+
+        def read(*arguments: object) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr("llmconvert.storage.checkpoint.os.preadv", read)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            list(steps)
 
 
 def test_models_of_different_depth_are_compared_by_their_logits_alone(original: Path, tmp_path: Path) -> None:

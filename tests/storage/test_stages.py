@@ -222,6 +222,22 @@ def test_a_disk_that_fails_leaves_what_a_stage_can_continue_from(tmp_path: Path)
     assert len(list(tmp_path.glob(".quantize-*.partial/half"))) == 1
 
 
+def test_damaged_leftovers_of_a_killed_run_are_left_behind(tmp_path: Path) -> None:
+    log = Log()
+    with StageStore(tmp_path) as store, pytest.raises(KeyboardInterrupt):
+        store.begin("demo").run("quantize", {}, failing(KeyboardInterrupt()), resumable=True)
+
+    def resume(path: Path) -> Mapping[str, Any]:
+        if (path / "half").exists():
+            json.loads((path / "half").read_text())
+        return writing("whole")(path)
+
+    with StageStore(tmp_path, progress=log) as store:
+        result = store.begin("demo").run("quantize", {}, resume, resumable=True)
+    assert result.contents.files.keys() == {"out.txt"}
+    assert any("what an interrupted run left is damaged (JSONDecodeError: " in line for line in log.lines)
+
+
 def test_fresh_removes_no_directory_that_a_damaged_record_names(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()

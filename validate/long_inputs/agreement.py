@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from llmconvert.errors import UnsupportedError
+from llmconvert.machine import of_machine
 from llmconvert.validate.generation.greedy import encode, generate
 from llmconvert.validate.long_inputs.backends import BACKENDS, Kernels, activate
 from llmconvert.validate.predictions.perplexity import perplexity
@@ -85,6 +86,8 @@ def _kernels(loaded: Runtime, name: str, window: torch.Tensor) -> list[str] | st
         with torch.no_grad(), activate(loaded.model, name), Kernels() as seen:
             loaded.model(input_ids=window[:, :_SHORT], use_cache=False)
     except (RuntimeError, ValueError, ImportError) as error:
+        if of_machine(error):
+            raise
         return str(error).strip().splitlines()[0]
     proof = BACKENDS[name].proof
     if proof and not any(proof in kernel for kernel in seen.names):

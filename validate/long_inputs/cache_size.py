@@ -19,6 +19,7 @@ from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.model import build_meta_model
 from llmconvert.errors import LlmconvertError
+from llmconvert.machine import of_machine
 from llmconvert.report.report import Check
 from llmconvert.report.section import Column, Section
 from llmconvert.validate.long_inputs.prefill import cache_nbytes
@@ -56,6 +57,8 @@ def measured_cache_nbytes(config: Mapping[str, Any], context: int, batch: int = 
                 ids = torch.zeros((batch, context), dtype=torch.int64, device="meta")
                 output = model(input_ids=ids, use_cache=True, **arguments)
     except (RuntimeError, ValueError, NotImplementedError, TypeError, AttributeError, LlmconvertError) as error:
+        if of_machine(error):
+            raise
         text = str(error).strip()
         raise UnmeasuredError(text.splitlines()[0] if text else type(error).__name__) from error
     return cache_nbytes(output.past_key_values)

@@ -18,6 +18,7 @@ import torch
 from llmconvert.convert.inspection import ModelSummary, describe_model
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import DatasetError
+from llmconvert.machine import of_machine
 from llmconvert.memory import available_nbytes
 from llmconvert.report.report import Check
 from llmconvert.report.section import Column, Plot, Section, Series
@@ -110,6 +111,8 @@ class PositionsCheck(Measurement):
             windows = self._draw(subject, length, notes)
             curves = {"artifact": self._curve(subject.artifact, windows, subject)}
         except (UnmeasuredError, DatasetError) as error:
+            if of_machine(error):
+                raise
             return [_unmeasured(str(error), summary)]
         if isinstance(subject.reference, SafetensorsCheckpoint):
             try:

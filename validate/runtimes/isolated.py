@@ -19,13 +19,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmconvert.errors import LlmconvertError
+from llmconvert.errors import LlmconvertError, MachineError, one_line
+from llmconvert.machine import of_machine, out_of_memory
 
-__all__ = ["UnmeasuredError", "limit_memory", "reset_peak", "run_isolated"]
+__all__ = ["UnmeasuredError", "limit_memory", "require_not_killed", "reset_peak", "run_isolated"]
 
 _STATUS = Path("/proc/self/status")
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory")
 _TAIL = 300
+# Of a process that ended of itself, however badly; any other signal came from outside, or from a file that failed.
+_OWN_SIGNALS = (signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 
 
 class UnmeasuredError(Exception):
@@ -51,7 +53,8 @@ def run_isolated(function: str, arguments: Mapping[str, Any], *, timeout: float)
         What the function returned, as JSON values.
 
     Raises:
-        UnmeasuredError: it failed, ran out of memory, or took too long.
+        UnmeasuredError: it failed, ran out of the memory that it was allowed, or took too long.
+        MachineError: it was killed, or a file could not be read: nothing to remember as a measurement.
     """
     command = [sys.executable, "-P", "-m", "llmconvert.validate.runtimes.isolated", function]
     # What it starts in turn must not import from the working directory either.
@@ -68,10 +71,31 @@ def run_isolated(function: str, arguments: Mapping[str, Any], *, timeout: float)
     answer = _answer(output)
     if answer is not None and "error" not in answer:
         return answer["result"]
-    reason = answer["error"] if answer is not None else _tail(errors)
-    if process.returncode == -signal.SIGKILL or any(sign in reason for sign in _OUT_OF_MEMORY):
-        raise UnmeasuredError(f"out of memory: {reason}" if reason else "out of memory", by_limit=True)
-    raise UnmeasuredError(reason or f"its process ended with {process.returncode}")
+    name = function.partition(":")[2]
+    if answer is not None:
+        if answer["of_machine"]:
+            raise MachineError(f"{name}, in a process of its own: {answer['error']}; run the same command again")
+        raise UnmeasuredError(answer["error"], by_limit=answer["by_limit"])
+    require_not_killed(process.returncode, name)
+    raise UnmeasuredError(_tail(errors) or f"its process ended with {process.returncode}")
+
+
+def require_not_killed(returncode: int, name: str) -> None:
+    """Tell a process that ended of itself, however badly, from one that was killed.
+
+    Args:
+        returncode: as :mod:`subprocess` gives it.
+        name: what it was doing.
+
+    Raises:
+        MachineError: a signal came from outside, or from a file that failed.
+    """
+    if returncode >= 0 or -returncode in _OWN_SIGNALS:
+        return
+    raise MachineError(
+        f"{name}, in a process of its own, was killed ({signal.Signals(-returncode).name}), as the system does when "
+        "memory is out; run the same command again, with more of it free, or allow less (memory)"
+    )
 
 
 def limit_memory(nbytes: int | None) -> None:
@@ -128,15 +152,17 @@ def _quiet() -> Iterator[None]:
 def main(function: str) -> None:
     """The child: arguments from standard input, the answer to standard output."""
     module, _, name = function.partition(":")
+    answer: dict[str, Any]
     try:
         with _quiet():
             result = getattr(importlib.import_module(module), name)(**json.load(sys.stdin))
-        answer: dict[str, Any] = {"result": result}
-    except LlmconvertError as error:
-        answer = {"error": str(error)}
-    except (RuntimeError, MemoryError, ValueError, ImportError, AttributeError) as error:
-        text = str(error).strip()
-        answer = {"error": f"{type(error).__name__}: {text.splitlines()[0] if text else 'no reason given'}"[:_TAIL]}
+        answer = {"result": result}
+    except Exception as error:
+        reason = str(error) if isinstance(error, LlmconvertError) else one_line(error)
+        # Out of the memory that it was allowed: that is what a process of its own is to find out.
+        no_memory = out_of_memory(error)
+        answer = {"error": f"out of memory: {reason}" if no_memory else reason, "by_limit": no_memory}
+        answer["of_machine"] = of_machine(error) and not no_memory
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 

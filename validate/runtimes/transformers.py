@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import MachineError, UnsupportedError, one_line
+from llmconvert.machine import of_machine
 from llmconvert.memory import available_nbytes, release_freed_memory
 from llmconvert.quantize.formats.compressed_config import has_zero_points
 from llmconvert.storage.checkpoint import Checkpoint
@@ -67,6 +68,7 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
     Raises:
         UnsupportedError: transformers cannot load it, with its reason.
         CheckpointError: there is no ``config.json``, or it is damaged.
+        MachineError: a file could not be read, or memory is out.
     """
     release_freed_memory()
     # Imported here, and before standard error is replaced: its log handler keeps the stream it finds.
@@ -93,6 +95,10 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
                 model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
             release_freed_memory()
     except Exception as error:  # whatever goes wrong inside a loader of many architectures and quantizers
+        if of_machine(error):
+            raise MachineError(
+                f"{directory}: transformers cannot load it now: {one_line(error)}; run the same command again"
+            ) from error
         raise UnsupportedError(
             f"{directory.name}: transformers {transformers.__version__} cannot load it: {type(error).__name__}: {error}"
         ) from error

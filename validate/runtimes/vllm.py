@@ -25,6 +25,7 @@ from llmconvert.report.report import Check
 from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes import vllm_worker
 from llmconvert.validate.runtimes.fidelity import Probe, take_probe
+from llmconvert.validate.runtimes.isolated import require_not_killed
 
 __all__ = ["LogprobFidelity", "VllmCheck", "compare_logprobs", "vllm_is_installed", "vllm_logprobs"]
 
@@ -82,6 +83,7 @@ def vllm_logprobs(
 
     Raises:
         UnsupportedError: it cannot load the artifact, with its reason.
+        MachineError: its process was killed.
     """
     with tempfile.TemporaryDirectory(prefix="llmconvert-") as directory:
         question, answer = Path(directory) / "request.json", Path(directory) / "answer.json"
@@ -101,6 +103,7 @@ def vllm_logprobs(
         except subprocess.TimeoutExpired:
             raise UnsupportedError(f"{artifact.name}: vLLM took longer than {_TIMEOUT_SECONDS:,} s") from None
         if not answer.is_file():
+            require_not_killed(done.returncode, f"vLLM, reading {artifact.name}")
             raise UnsupportedError(f"{artifact.name}: vLLM cannot run it: {_reason(done.stderr)}")
         found: dict[str, Any] = json.loads(answer.read_text())
     (scored,) = found["windows"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llmconvert.errors import MachineError
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, run_isolated
 
 JOBS = """
@@ -27,6 +28,15 @@ def start(module):
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+def crash():
+    os.abort()
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def read():
+    raise ValueError("no model") from OSError(5, "Input/output error")
 
 def sleep():
     time.sleep(60)
@@ -62,7 +72,7 @@ def test_the_answer_comes_back_whatever_else_is_printed() -> None:
 
 @pytest.mark.usefixtures("jobs")
 @pytest.mark.parametrize(
-    ("name", "reason"), [("fail", "no kernel for this"), ("die", "out of memory"), ("missing", "missing")]
+    ("name", "reason"), [("fail", "no kernel for this"), ("crash", "ended with -6"), ("missing", "missing")]
 )
 def test_what_goes_wrong_is_a_reason(name: str, reason: str) -> None:
     with pytest.raises(UnmeasuredError, match=reason):
@@ -80,6 +90,13 @@ def test_the_working_directory_shadows_nothing(tmp_path: Path, monkeypatch: pyte
     assert run_isolated("measured_jobs:double", {"value": 4}, timeout=60) == {"doubled": 8}
     with pytest.raises(UnmeasuredError, match="No module named child"):
         run_isolated("measured_jobs:start", {"module": "child"}, timeout=60)
+
+
+@pytest.mark.usefixtures("jobs")
+@pytest.mark.parametrize(("name", "reason"), [("die", "SIGKILL"), ("terminate", "SIGTERM"), ("read", "no model")])
+def test_what_the_machine_does_is_none(name: str, reason: str) -> None:
+    with pytest.raises(MachineError, match=reason):
+        run_isolated(f"measured_jobs:{name}", {}, timeout=60)
 
 
 @pytest.mark.usefixtures("jobs")
