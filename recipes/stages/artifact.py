@@ -76,11 +76,16 @@ def model_stem(origin: str) -> str:
 
 
 def artifact_name(recipe: Recipe, source: Source) -> str:
-    """What the artifact calls itself: its repository's name on the Hub, else the model's with the scheme."""
-    if recipe.publish is not None and not recipe.publish.to.startswith("file:"):
-        return recipe.publish.to.split("/")[1]
+    """What the artifact calls itself: its repository's name on the Hub, with the folder or branch that holds this
+    variant; else the model's with the key-value heads it was rewritten to, and the scheme."""
+    target = recipe.publish
+    if target is not None and not target.to.startswith("file:"):
+        branch = target.revision if (target.revision or "main") != "main" else None
+        parts = [target.to.split("/")[1], *filter(None, (branch, target.folder))]
+        return "-".join(parts).replace("/", "-")
+    heads = [f"kv{recipe.attention.kv_heads}"] if recipe.attention is not None else []
     suffix = recipe.quantize.label if recipe.quantize is not None else recipe.convert.dtype
-    return f"{model_stem(source.origin)}-{suffix}"
+    return "-".join((model_stem(source.origin), *heads, suffix))
 
 
 def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration: TokenWindows | None) -> ModelInfo:

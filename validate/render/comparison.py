@@ -66,11 +66,13 @@ class ReportComparison:
 def read_reports(places: Iterable[str]) -> dict[str, Report]:
     """The reports of artifact directories, or report files, each under the artifact's name.
 
+    Artifacts of one name are told apart by where they lie.
+
     Raises:
         SourceError: there is no report, or a file is none.
     """
-    found: dict[str, Report] = {}
-    for place in places:
+    found: list[tuple[str, Path, Report]] = []
+    for place in dict.fromkeys(places):
         path = Path(place).expanduser()
         if path.is_dir():
             candidates = [path / "llmconvert" / "report.json", path / "report.json"]
@@ -78,11 +80,28 @@ def read_reports(places: Iterable[str]) -> dict[str, Report]:
             if not path.is_file():
                 raise SourceError(f"{place}: has no llmconvert/report.json; measure it with llmconvert validate --json")
         report = Report.read(path)
-        name, number = report.model.name, 2
-        while name in found:
-            name, number = f"{report.model.name} ({number})", number + 1
-        found[name] = report
-    return found
+        found.append((report.model.name, _artifact_of(path), report))
+    named: dict[str, Report] = {}
+    for name, place, report in found:
+        others = [other for same, other, _ in found if same == name and other != place]
+        alone = sum(same == name for same, _, _ in found) == 1
+        named[name if alone else f"{name} ({_told_apart(place, others)})"] = report
+    return named
+
+
+def _artifact_of(report: Path) -> Path:
+    """The directory whose report it is; of a file by another name, itself."""
+    path = report.absolute()
+    if path.name != "report.json":
+        return path
+    return path.parent.parent if path.parent.name == "llmconvert" else path.parent
+
+
+def _told_apart(place: Path, others: Iterable[Path]) -> str:
+    """As much of the end of a path as no other one has."""
+    ends = range(1, len(place.parts) + 1)
+    shortest = next((end for end in ends if all(other.parts[-end:] != place.parts[-end:] for other in others)), 1)
+    return str(Path(*place.parts[-shortest:]))
 
 
 def compare_reports(reports: Mapping[str, Report]) -> ReportComparison:

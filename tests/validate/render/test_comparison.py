@@ -46,9 +46,19 @@ def artifacts(report: Report, tmp_path: Path) -> list[str]:
     return [*places[:2], str(Path(places[2]) / "llmconvert" / "report.json")]
 
 
+def test_artifacts_of_one_name_are_told_apart_by_where_they_lie(report: Report, tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("one/w4", "two/w4", "two/gqa-w4/report.json", "three.json")]
+    for place in places:
+        path = place if place.suffix else place / "llmconvert" / "report.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report.write(path)
+    names = list(read_reports([*map(str, places), str(places[0])]))
+    assert names == [f"{report.model.name} ({label})" for label in ("one/w4", "two/w4", "gqa-w4", "three.json")]
+
+
 def test_numbers_side_by_side(artifacts: list[str]) -> None:
     comparison = compare_reports(read_reports(artifacts))
-    assert list(comparison.reports) == ["Tiny-W4A16", "Tiny-W8A16", "Tiny-W4A16 (2)"]
+    assert list(comparison.reports) == ["Tiny-W4A16 (artifact-0)", "Tiny-W8A16", "Tiny-W4A16 (artifact-2)"]
     rows = {row.label: row for row in comparison.rows}
     assert rows["Scheme"].cells == ("w4a16-g64-sym", "w8a16-g64-sym", "w4a16-g32-sym")
     assert rows["Weights on disk"].cells == ("113.2 MB", "180.0 MB", "120.0 MB")
@@ -106,7 +116,12 @@ def test_no_number_is_best_where_numbers_do_not_compare(report: Report, what: st
 def test_the_page_is_well_formed_and_loads_nothing(artifacts: list[str]) -> None:
     page = parse(render_comparison(compare_reports(read_reports(artifacts))))
     text = " ".join(" ".join(page.text).split())
-    assert "3 artifacts compared" in text and "180.0 MB" in text and "Tiny-W4A16 (2)" in text and "original" in text
+    assert (
+        "3 artifacts compared" in text
+        and "180.0 MB" in text
+        and "Tiny-W4A16 (artifact-2)" in text
+        and "original" in text
+    )
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert ids and len(ids) == len(set(ids))
     assert not [tag for tag, *_ in page.attributes if tag in ("script", "link", "img", "iframe")]
