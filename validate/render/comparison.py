@@ -82,10 +82,10 @@ def read_reports(places: Iterable[str]) -> dict[str, Report]:
         report = Report.read(path)
         found.append((report.model.name, _artifact_of(path), report))
     named: dict[str, Report] = {}
-    for name, place, report in found:
-        others = [other for same, other, _ in found if same == name and other != place]
+    for name, where, report in found:
+        others = [other for same, other, _ in found if same == name and other != where]
         alone = sum(same == name for same, _, _ in found) == 1
-        named[name if alone else f"{name} ({_told_apart(place, others)})"] = report
+        named[name if alone else f"{name} ({_told_apart(where, others)})"] = report
     return named
 
 

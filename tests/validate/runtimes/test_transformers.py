@@ -32,6 +32,6 @@ def test_only_the_models_own_faults_say_that_it_cannot_be_loaded(
     def load(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
     with pytest.raises(expected, match="load it"), runtime(tiny_llama, device=CPU):
         pass
