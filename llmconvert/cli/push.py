@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from llmconvert.hub import PushPlan
+    from llmconvert.hub import PushOptions, PushPlan
 
 
 @click.command(short_help="Push an artifact to the Hub.")
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--replace", is_flag=True, help="Remove files that are there and don't belong to the artifact.")
 @click.option("--verify-download", is_flag=True, help="Fetch what was published again and compare it byte for byte.")
 @click.option("--unmeasured", is_flag=True, help="Push although no report tells how well the artifact predicts.")
-@click.option("--dry-run", is_flag=True, help="List files, sizes and the card; send nothing. Needs no token.")
+@click.option("--dry-run", is_flag=True, help="List files and card, and with a token ask the Hub; send nothing.")
 def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> None:
     """Push an artifact DIRECTORY to the Hub, in one commit.
 
@@ -34,14 +34,27 @@ def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> Non
       llmconvert push out/demo user/SmolLM2-135M-Instruct-W4A16
     """
     if dry_run:
-        from llmconvert.hub import plan_push
+        from llmconvert.hub import PushOptions
 
-        _show(plan_push(directory, repository, revision=options["revision"], folder=options["folder"]))
+        _dry_run(directory, repository, PushOptions(**options))
         return
     from llmconvert.api import push_model
     from llmconvert.progress import console_progress
 
     click.echo(push_model(directory, repository, progress=console_progress(), **options))
+
+
+def _dry_run(directory: Path, repository: str, options: PushOptions) -> None:
+    """Show the plan, then ask the Hub whether it would be let through, where there is a token to ask with."""
+    from llmconvert.hub import check_push, plan_push, reaches_hub
+
+    options.check(repository)
+    plan = plan_push(directory, repository, revision=options.revision, folder=options.folder)
+    _show(plan)
+    if reaches_hub():
+        check_push(repository, options, card=plan.card)
+    else:
+        click.echo(f"whether it may be published to {repository} was not asked: no token, or offline", err=True)
 
 
 def _show(plan: PushPlan) -> None:

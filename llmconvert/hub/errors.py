@@ -1,10 +1,12 @@
-"""Hub errors as one line that says what to do, and never holds a token."""
+"""What the Hub's client says: errors as one line that says what to do, its log without secrets, and no more noise."""
 
 from __future__ import annotations
 
 import difflib
 import errno
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -22,6 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from llmconvert.errors import CapacityError, HubError, LlmconvertError
 from llmconvert.hub.retry import TRANSPORT_ERROR, is_expired_link, retry_after
@@ -31,6 +34,8 @@ __all__ = ["hub_errors", "without_secrets", "without_tokens"]
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
 # Links to storage carry their permission in the query; whoever reads one may write there until it expires.
 _SIGNED = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+")
+# What the client logs of its own inner steps; a push without changes is ours to tell.
+_NOISE = ("No files have been modified", "No files matched")
 # Of the models that a search finds, how many are looked at, and how many are shown.
 _LOOKED_AT, _SHOWN = 100, 3
 
@@ -48,9 +53,11 @@ def without_secrets(text: str) -> str:
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn every failure of ``huggingface_hub`` into one line that says what to do, free of tokens."""
+    """Turn every failure of ``huggingface_hub`` into one line that says what to do, free of tokens; what else it would
+    write to the terminal is cleaned, or left out."""
     try:
-        yield
+        with _quiet():
+            yield
     except LlmconvertError:
         raise
     except (OSError, ValueError, RuntimeError, RevisionResolutionError, EntryNotFoundError, TRANSPORT_ERROR) as caught:
@@ -160,3 +167,32 @@ def _explain_status(error: HfHubHTTPError) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the client's own progress bars, which would be drawn over ours, and with its log cleaned."""
+    bars = not are_progress_bars_disabled()
+    handlers = [one for one in logging.getLogger("huggingface_hub").handlers if _clean not in one.filters]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="huggingface_hub")
+        if bars:
+            disable_progress_bars()
+        for handler in handlers:
+            handler.addFilter(_clean)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(_clean)
+            if bars:
+                enable_progress_bars()
+
+
+def _clean(record: logging.LogRecord) -> bool:
+    """What the client logs, without tokens and links that grant access."""
+    text = record.getMessage()
+    if text.startswith(_NOISE):
+        return False
+    record.msg, record.args = without_secrets(text), ()
+    return True

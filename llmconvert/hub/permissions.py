@@ -2,71 +2,66 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.file_download import is_xet_available  # type: ignore[attr-defined]
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+from huggingface_hub.file_download import is_xet_available  # type: ignore[attr-defined]  # no __all__, no re-export
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # no __all__
 
 from llmconvert.errors import HubError
-from llmconvert.hub.retry import Backoff, retrying
+from llmconvert.hub.plan import PushOptions
+from llmconvert.hub.retry import retrying
 
-__all__ = ["check_permissions", "require_ref", "require_visibility", "require_xet"]
-
-# What git refuses in the name of a branch or a tag (git-check-ref-format): control characters, space, and these.
-_REF_FORBIDDEN = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//")
+__all__ = ["check_permissions", "require_visibility"]
 
 
-def require_ref(repo_id: str, what: str, name: str) -> None:
-    """Refuse what git would not take as the name of a branch or tag.
+def check_permissions(api: HfApi, repo_id: str, options: PushOptions) -> bool:
+    """Refuse what the account or its token may not do, a public repository that should be private, branches and tags
+    that can't be made there, and a server without the storage that the client uploads to.
 
-    Args:
-        what: ``"branch"`` or ``"tag"``.
-
-    Raises:
-        HubError: with what is wrong.
-    """
-    found = _REF_FORBIDDEN.search(name)
-    parts = name.split("/")
-    if found is not None:
-        reason = f"{found[0]!r} can't be in it"
-    elif not name or name.startswith("/") or name.endswith(("/", ".")) or name == "@":
-        reason = "it can't be empty, '@', begin with '/', or end with '/' or '.'"
-    elif any(part.startswith(".") or part.endswith(".lock") for part in parts):
-        reason = "no part of it can begin with '.' or end with '.lock'"
-    elif name.startswith("-"):
-        reason = "it can't begin with '-'"
-    else:
-        return
-    raise HubError(f"{repo_id}: {what} {name!r} is no name that git takes: {reason}; choose another")
-
-
-def check_permissions(api: HfApi, repo_id: str, *, private: bool | None, create_pr: bool, backoff: Backoff) -> None:
-    """Refuse what the account or its token may not do, and a public repository that should be private.
+    Returns:
+        Whether the repository exists.
 
     Raises:
         HubError: naming what is missing.
     """
-    account = retrying(api.whoami, backoff)
+    account = retrying(api.whoami, options.backoff)
     token = account.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
         tokens = f"{huggingface_hub.constants.ENDPOINT}/settings/tokens"
         raise HubError(f"{repo_id}: the token may only read; set HF_TOKEN to one that may write, from {tokens}")
     try:
-        info = retrying(lambda: api.model_info(repo_id), backoff)
+        info = retrying(lambda: api.model_info(repo_id), options.backoff)
     except RepositoryNotFoundError:
         _require_namespace(repo_id, account)
         _require_scope(repo_id, token, exists=False)
-        return
-    if not create_pr:  # anybody may propose a change
+        _require_refs(repo_id, options, ["main"], [])
+        _require_xet(repo_id, options)
+        return False
+    if not options.create_pr:  # anybody may propose a change
         _require_namespace(repo_id, account)
         _require_scope(repo_id, token, exists=True)
-    require_visibility(repo_id, private, bool(info.private))
-    require_xet(repo_id, backoff)
+    require_visibility(repo_id, options.private, bool(info.private))
+    if options.tag is not None or (options.revision or "main") != "main":
+        refs = retrying(lambda: api.list_repo_refs(repo_id), options.backoff)
+        _require_refs(repo_id, options, [ref.name for ref in refs.branches], [ref.name for ref in refs.tags])
+    _require_xet(repo_id, options)
+    return True
+
+
+def _require_refs(repo_id: str, options: PushOptions, branches: Collection[str], tags: Collection[str]) -> None:
+    """What git can't have beside the branches and tags that there are."""
+    revision = options.revision or "main"
+    if revision in tags and revision not in branches:
+        raise HubError(f"{repo_id}: {revision!r} is a tag there, which no commit goes to; name a branch")
+    for what, name, present in (("branch", revision, branches), ("tag", options.tag, tags)):
+        # git keeps a name as a file, and what comes before a slash as a folder.
+        for other in present if name is not None and name not in present else ():
+            if other.startswith(f"{name}/") or f"{name}/".startswith(f"{other}/"):
+                raise HubError(f"{repo_id}: git can't have {what} {name!r} beside {other!r}; choose another")
 
 
 def _require_namespace(repo_id: str, account: Mapping[str, Any]) -> None:
@@ -113,12 +108,8 @@ def require_visibility(repo_id: str, wanted: bool | None, found: bool) -> None:
         raise HubError(f"{repo_id}: is public, and this was to be private; make it private on the Hub first")
 
 
-def require_xet(repo_id: str, backoff: Backoff) -> None:
-    """Refuse a server without Xet while the client would upload by Xet alone: it knows no way back to LFS.
-
-    Raises:
-        HubError: saying how to upload by LFS.
-    """
+def _require_xet(repo_id: str, options: PushOptions) -> None:
+    """Refuse a server without Xet while the client would upload by Xet alone: it knows no way back to LFS."""
     if huggingface_hub.constants.HF_HUB_DISABLE_XET or not is_xet_available():
         return
 
@@ -127,7 +118,9 @@ def require_xet(repo_id: str, backoff: Backoff) -> None:
         hf_raise_for_status(huggingface_hub.get_session().get(url, headers=build_hf_headers()))
 
     try:
-        retrying(request, backoff)
+        retrying(request, options.backoff)
+    except RepositoryNotFoundError:  # not made yet; who has no Xet doesn't get as far as to miss it
+        return
     except HfHubHTTPError as error:
         # What else is wrong the upload itself will tell; a pull request, for example, has a token of another kind.
         if error.response.status_code == 404:

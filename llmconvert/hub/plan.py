@@ -2,58 +2,111 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmconvert.errors import HubError, SourceError
+from llmconvert.hub.card import CARD, front_matter
 from llmconvert.hub.errors import without_tokens
+from llmconvert.hub.names import require_folder, require_ref, require_repository
+from llmconvert.hub.retry import Backoff
 
-__all__ = ["PlannedFile", "PushPlan", "plan_push"]
+__all__ = ["WEIGHTS", "PlannedFile", "PushOptions", "PushPlan", "plan_push"]
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 # What earlier publications said about themselves, to a directory or to the Hub.
 _LEFT_OUT = ("llmconvert/publication.json", "llmconvert/upload.json")
-# All else could have had a token pasted, or logged, into it.
-_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
+#: Files of weights, by their ends; all else could have had a token pasted, or logged, into it.
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
 _CHUNK = 1 << 22
 # Longer than any token, so that none is missed where two chunks meet.
 _OVERLAP = 512
 
 
 @dataclass(frozen=True, slots=True)
+class PushOptions:
+    """How to publish.
+
+    Attributes:
+        private: visibility of a new repository; True also refuses to publish into one that is public.
+        revision: branch to commit to, made if need be; the main branch if None.
+        folder: of the repository, for one of several variants; its root if None.
+        create_pr: open a pull request instead of committing to the branch.
+        tag: name to give the new commit.
+        message: the commit's title.
+        replace: remove the files that are there and don't belong to the artifact, in the same commit.
+        verify_download: fetch what was published again and compare it byte for byte.
+        backoff: how to repeat failed requests.
+    """
+
+    private: bool | None = None
+    revision: str | None = None
+    folder: str | None = None
+    create_pr: bool = False
+    tag: str | None = None
+    message: str | None = None
+    replace: bool = False
+    verify_download: bool = False
+    backoff: Backoff = Backoff()  # noqa: RUF009 (frozen)
+
+    def check(self, repo_id: str) -> None:
+        """Refuse names that can't be, and what contradicts itself.
+
+        Raises:
+            HubError: saying what to leave out, or what was expected.
+        """
+        require_repository(repo_id)
+        if self.folder is not None:
+            require_folder(self.folder)
+        for what, name in (("branch", self.revision), ("tag", self.tag)):
+            if name is not None:
+                require_ref(repo_id, what, name)
+        if self.create_pr and (self.revision or "main") != "main":
+            raise HubError(f"{repo_id}: a pull request goes to main, not to {self.revision!r}; leave one of them out")
+        if self.create_pr and self.tag is not None:
+            raise HubError(f"{repo_id}: a pull request can't be tagged; tag the commit when it is merged")
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One file to publish: its path in the repository, where it lies, and its size in bytes."""
+    """One file to publish: its path in the repository, its content or where that lies, and its size in bytes."""
 
     name: str
-    path: Path
+    source: Path | bytes
     size: int
 
 
 @dataclass(frozen=True, slots=True)
 class PushPlan:
-    """What a push will send, and where to. ``folder`` is empty or ends with a slash."""
+    """What a push will send, and where to.
+
+    Attributes:
+        repo_id: ``user/name``.
+        revision: the branch.
+        folder: empty, or ends with a slash.
+        files: what is sent.
+        card: the model card's text, if there is one.
+    """
 
     repo_id: str
     revision: str
     folder: str
     files: tuple[PlannedFile, ...]
+    card: str | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(file.size for file in self.files)
 
-    @property
-    def card(self) -> str | None:
-        """The model card's text, if there is one."""
-        for file in self.files:
-            if file.name == f"{self.folder}README.md":
-                return file.path.read_text(encoding="utf-8")
-        return None
 
-
-def plan_push(directory: Path, repo_id: str, *, revision: str | None = None, folder: str | None = None) -> PushPlan:
+def plan_push(
+    directory: Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    folder: str | None = None,
+    instead: Mapping[str, bytes] | None = None,
+) -> PushPlan:
     """List what :func:`~llmconvert.hub.push_folder` would send, without a token and without the network.
 
     Hidden files and folders are left out.
@@ -63,20 +116,20 @@ def plan_push(directory: Path, repo_id: str, *, revision: str | None = None, fol
         repo_id: ``user/name``.
         revision: branch; the main branch if None.
         folder: of the repository, for one of several variants; its root if None.
+        instead: name → what is sent in place of that file of the directory.
 
     Raises:
         SourceError: the directory is missing or empty, or a link in it leads out of it.
-        HubError: ``repo_id`` or ``folder`` can't be a name on the Hub, or a file holds a Hub token.
+        HubError: ``repo_id``, ``revision`` or ``folder`` can't be a name on the Hub, a file holds a Hub token, or the
+            card's front matter can't be read.
     """
     if not directory.is_dir():
         raise SourceError(f"{directory}: no such directory; name the artifact's directory")
-    if _REPO_ID.fullmatch(repo_id) is None:
-        raise HubError(f"{repo_id!r}: is no repository; expected user/name, of letters, digits, '-', '_' and '.'")
-    if folder is not None and _FOLDER.fullmatch(folder) is None:
-        raise HubError(f"{folder!r}: is no folder of a repository; expected a name of letters, digits, '-', '_', '.'")
+    PushOptions(revision=revision, folder=folder).check(repo_id)
     prefix = f"{folder}/" if folder else ""
     root = directory.resolve()
     files = []
+    card: str | None = None
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
         if any(part.startswith(".") for part in name.parts) or not path.is_file() or name.as_posix() in _LEFT_OUT:
@@ -84,15 +137,28 @@ def plan_push(directory: Path, repo_id: str, *, revision: str | None = None, fol
         if not path.resolve().is_relative_to(root):
             raise SourceError(f"{path}: is a link out of {directory}; publish a directory that holds its own files")
         _refuse_tokens(path)
-        files.append(PlannedFile(prefix + name.as_posix(), path, path.stat().st_size))
+        source = (instead or {}).get(name.as_posix(), path)
+        if name.as_posix() == CARD:
+            card = _read_card(path, source)
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        files.append(PlannedFile(prefix + name.as_posix(), source, size))
     if not files:
         raise SourceError(f"{directory}: holds no files to publish")
-    return PushPlan(repo_id, revision or "main", prefix, tuple(files))
+    return PushPlan(repo_id, revision or "main", prefix, tuple(files), card)
+
+
+def _read_card(path: Path, source: Path | bytes) -> str:
+    try:
+        text = (source if isinstance(source, bytes) else source.read_bytes()).decode()
+    except UnicodeDecodeError as error:
+        raise HubError(f"{path}: byte {error.start:,} is no UTF-8; save it as UTF-8") from None
+    front_matter(text, str(path))
+    return text
 
 
 def _refuse_tokens(path: Path) -> None:
     """A token that strayed into a card or a log must not become public."""
-    if path.suffix.lower() in _WEIGHTS:
+    if path.suffix.lower() in WEIGHTS:
         return
     with path.open("rb") as file:
         end = b""

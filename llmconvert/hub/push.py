@@ -7,31 +7,29 @@ only what is missing.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionNotFoundError
 
 from llmconvert.errors import HubError
+from llmconvert.hub.card import CARD, validate_card
 from llmconvert.hub.commit import Base, Commit, Committer, MovedError
-from llmconvert.hub.errors import hub_errors, without_secrets
-from llmconvert.hub.permissions import check_permissions, require_ref, require_visibility, require_xet
-from llmconvert.hub.plan import PushPlan, plan_push
+from llmconvert.hub.errors import hub_errors
+from llmconvert.hub.permissions import check_permissions, require_visibility
+from llmconvert.hub.plan import PushOptions, PushPlan, plan_push
 from llmconvert.hub.repository import Content, hash_files, list_repository, mismatch, require_clear, survey
-from llmconvert.hub.retry import Backoff, retrying
+from llmconvert.hub.retry import retrying
 from llmconvert.hub.transfer import RemoteFile
-from llmconvert.hub.variants import ROOT_CARD, variants_card
+from llmconvert.hub.variants import variants_card
 from llmconvert.hub.verification import compare_bytes
 from llmconvert.progress import SILENT, Progress
 
-__all__ = ["PushOptions", "check_push", "push_folder"]
+__all__ = ["check_push", "push_folder", "reaches_hub"]
 
 # Of a list of files, how many are named.
 _NAMED = 5
@@ -39,51 +37,13 @@ _NAMED = 5
 _REBASES = 5
 
 
-@dataclass(frozen=True, slots=True)
-class PushOptions:
-    """How to publish.
-
-    Attributes:
-        private: visibility of a new repository; True also refuses to publish into one that is public.
-        revision: branch to commit to, made if need be; the main branch if None.
-        folder: of the repository, for one of several variants; its root if None.
-        create_pr: open a pull request instead of committing to the branch.
-        tag: name to give the new commit.
-        message: the commit's title.
-        replace: remove the files that are there and don't belong to the artifact, in the same commit.
-        verify_download: fetch what was published again and compare it byte for byte.
-        backoff: how to repeat failed requests.
-    """
-
-    private: bool | None = None
-    revision: str | None = None
-    folder: str | None = None
-    create_pr: bool = False
-    tag: str | None = None
-    message: str | None = None
-    replace: bool = False
-    verify_download: bool = False
-    backoff: Backoff = Backoff()  # noqa: RUF009 (frozen)
-
-    def check(self, repo_id: str) -> None:
-        """Refuse what contradicts itself.
-
-        Raises:
-            HubError: saying what to leave out.
-        """
-        for what, name in (("branch", self.revision), ("tag", self.tag)):
-            if name is not None:
-                require_ref(repo_id, what, name)
-        if self.create_pr and (self.revision or "main") != "main":
-            raise HubError(f"{repo_id}: a pull request goes to main, not to {self.revision!r}; leave one of them out")
-        if self.create_pr and self.tag is not None:
-            raise HubError(f"{repo_id}: a pull request can't be tagged; tag the commit when it is merged")
-        if huggingface_hub.get_token() is None:
-            raise HubError(f"{repo_id}: publishing needs a token; set HF_TOKEN to one with write permission")
-
-
 def push_folder(
-    directory: Path, repo_id: str, options: PushOptions | None = None, *, progress: Progress = SILENT
+    directory: Path,
+    repo_id: str,
+    options: PushOptions | None = None,
+    *,
+    instead: Mapping[str, bytes] | None = None,
+    progress: Progress = SILENT,
 ) -> str:
     """Publish every file of ``directory`` in one commit; create the repository or branch if need be.
 
@@ -95,6 +55,7 @@ def push_folder(
         directory: the artifact.
         repo_id: ``user/name``.
         options: how to publish.
+        instead: name → what is sent in place of that file of the directory.
         progress: where to report, in bytes.
 
     Returns:
@@ -106,25 +67,40 @@ def push_folder(
         SourceError: see :func:`~llmconvert.hub.plan_push`.
     """
     options = options or PushOptions()
-    plan = plan_push(directory, repo_id, revision=options.revision, folder=options.folder)
+    plan = plan_push(directory, repo_id, revision=options.revision, folder=options.folder, instead=instead)
     options.check(repo_id)
-    with hub_errors(repo_id, options.revision), _quiet():
+    _require_token(repo_id)
+    with hub_errors(repo_id, options.revision):
         return _Push(plan, options, progress).run()
 
 
-def check_push(repo_id: str, options: PushOptions) -> None:
+def check_push(repo_id: str, options: PushOptions, *, card: str | None = None) -> None:
     """Find out, before hours of work, whether a push would be refused at its end.
+
+    Args:
+        card: the card that it will send, or one with the same front matter.
 
     Raises:
         HubError: no token, or one that the Hub rejects or that may not write there, a namespace of somebody else, a
-            branch or tag that git refuses, no connection, a repository that is public and should be private, or a
-            server without the storage that the client uploads to.
+            branch or tag that git refuses, no connection, a repository that is public and should be private, a
+            server without the storage that the client uploads to, or a card that the Hub does not take.
     """
     options.check(repo_id)
+    _require_token(repo_id)
     with hub_errors(repo_id, options.revision):
-        check_permissions(
-            HfApi(), repo_id, private=options.private, create_pr=options.create_pr, backoff=options.backoff
-        )
+        check_permissions(HfApi(), repo_id, options)
+        if card is not None:
+            validate_card(card, CARD, options.backoff)
+
+
+def reaches_hub() -> bool:
+    """Whether there is a token, and the Hub may be asked."""
+    return huggingface_hub.get_token() is not None and not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def _require_token(repo_id: str) -> None:
+    if huggingface_hub.get_token() is None:
+        raise HubError(f"{repo_id}: publishing needs a token; set HF_TOKEN to one with write permission")
 
 
 class _Push:
@@ -140,11 +116,13 @@ class _Push:
 
     def run(self) -> str:
         plan, options = self._plan, self._options
-        if plan.card is not None:
-            # Before gigabytes are sent, not after.
-            retrying(lambda: ModelCard(plan.card or "").validate(repo_type="model"), self._backoff)
-        self._require_repository()
-        require_xet(self._repo_id, self._backoff)
+        exists = check_permissions(self._api, self._repo_id, options)
+        if plan.card is not None:  # before gigabytes are sent, not after
+            for warning in validate_card(plan.card, f"{plan.folder}{CARD}", self._backoff):
+                self._progress.log(f"{self._repo_id}: {plan.folder}{CARD}: {warning}")
+        if not exists:
+            create = partial(self._api.create_repo, self._repo_id, private=options.private, exist_ok=True)
+            retrying(create, self._backoff)
         contents = hash_files(plan)
         base = self._survey(contents)
         committer = Committer(
@@ -171,17 +149,6 @@ class _Push:
             self._tag(options.tag, commit.sha)
         return commit.url
 
-    def _require_repository(self) -> None:
-        """Create it if need be; who proposes a change to somebody else's may not, and need not."""
-        create = partial(self._api.create_repo, self._repo_id, private=self._options.private, exist_ok=True)
-        if not self._options.create_pr:
-            retrying(create, self._backoff)
-            return
-        try:
-            retrying(lambda: self._api.model_info(self._repo_id), self._backoff)
-        except RepositoryNotFoundError:
-            retrying(create, self._backoff)
-
     def _survey(self, files: Mapping[str, Content]) -> Base:
         """Look at what is there, and settle what to send and remove; refuses to harm what is not ours."""
         plan, options = self._plan, self._options
@@ -195,7 +162,7 @@ class _Push:
         contents = dict(files)
         self._check_tag(contents, removed)
         if plan.folder and (card := variants_card(listing, plan, files, replace=options.replace)) is not None:
-            contents[ROOT_CARD] = Content.of(card)
+            contents[CARD] = Content.of(card)
         return Base(parent, branch_exists, listing, contents, removed)
 
     def _rebased(self, base: Base, files: Mapping[str, Content], moved: MovedError, left: int) -> Base:
@@ -277,30 +244,3 @@ class _Push:
 
 def _differs(now: RemoteFile | None, before: RemoteFile | None) -> bool:
     return now is None or before is None or now.digest != before.digest
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the client's own progress bars, which would be drawn over ours, and with its warnings cleaned."""
-    bars = not are_progress_bars_disabled()
-    handlers = logging.getLogger("huggingface_hub").handlers
-    if bars:
-        disable_progress_bars()
-    for handler in handlers:
-        handler.addFilter(_clean)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(_clean)
-        if bars:
-            enable_progress_bars()
-
-
-def _clean(record: logging.LogRecord) -> bool:
-    """What the client logs, without tokens and links that grant access; its notes on empty commits are ours to tell."""
-    text = record.getMessage()
-    if text.startswith("No files have been modified"):
-        return False
-    record.msg, record.args = without_secrets(text), ()
-    return True

@@ -114,7 +114,8 @@ def hash_files(plan: PushPlan) -> dict[str, Content]:
     """Path → content of everything a push sends: the plan's files, and the manifest that lists them."""
     contents: dict[str, Content] = {}
     for file in plan.files:
-        contents[file.name] = Content.of_file(file.path)
+        source = file.source
+        contents[file.name] = Content.of(source) if isinstance(source, bytes) else Content.of_file(source)
     files = {
         name.removeprefix(plan.folder): {"sha256": content.sha256, "blob_id": content.blob_id}
         for name, content in contents.items()

@@ -23,7 +23,8 @@ def big(artifact: Path) -> Path:
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("POST /api/repos/create", 503, times=2),
+        Fault("GET /api/whoami-v2", 503, times=2),
+        Fault("POST /api/validate-yaml", 503, times=2),
         Fault("GET /api/models/me/model/tree", 500, times=2),
         Fault("POST .*preupload", 429, retry_after="3", times=1),
         Fault("POST .*lfs/objects/batch", 500, times=2),
@@ -52,6 +53,13 @@ def test_passing_failures_are_overcome(hub: HubServer, client: Client, big: Path
     assert repo.tags == {"v1": repo.branches["main"]}
 
 
+def test_a_repository_is_made_by_the_next_try(hub: HubServer, client: Client, artifact: Path) -> None:
+    hub.faults.append(Fault("POST /api/repos/create", 503, times=1))
+    hub.faults.append(Fault("POST /api/repos/create", lose_response=True, times=2))
+    assert "result" in client("push_folder", artifact, "me/model")
+    assert published(hub, "me/model").items() >= sent(artifact).items()
+
+
 @pytest.mark.parametrize("create_pr", [False, True])
 def test_a_commit_whose_answer_was_lost_is_not_made_twice(
     hub: HubServer, client: Client, artifact: Path, create_pr: bool
@@ -69,8 +77,8 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(
 @pytest.mark.parametrize(
     ("pattern", "status", "text"),
     [
-        ("POST /api/repos/create", 500, "HTTP 500: the Hub failed; run the same command again later"),
-        ("POST /api/repos/create", 429, "HTTP 429: too many requests; wait"),
+        ("GET /api/whoami-v2", 500, "HTTP 500: the Hub failed; run the same command again later"),
+        ("POST /api/validate-yaml", 429, "HTTP 429: too many requests; wait"),
         ("POST /api/models/me/model/commit", 500, "HTTP 500"),
         ("POST /api/models/me/model/commit", 412, "the branch has moved meanwhile"),
         ("POST .*lfs/objects/batch", 403, "HTTP 403: the token does not allow this"),

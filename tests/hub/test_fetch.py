@@ -168,12 +168,28 @@ def test_fetch_uses_the_cache_when_the_hub_is_away(hub: HubServer, new_client: C
     )
 
 
-def test_a_failing_hub_is_named(hub: HubServer, client: Client, tmp_path: Path) -> None:
-    hub.faults.append(Fault("GET /api/models/org/failing", 503, "maintenance"))
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (503, "HTTP 503: the Hub failed; run the same command again later (the Hub says: maintenance)"),
+        (500, "HTTP 500: the Hub failed"),
+        (
+            429,
+            "HTTP 429: too many requests; wait a few minutes and run the same command again; it asks to wait 2,000 s",
+        ),
+        (400, "HTTP 400: the Hub refused the request (the Hub says: maintenance)"),
+    ],
+)
+@pytest.mark.parametrize("call", ["fetch", "fetch_without_weights"])
+def test_a_failing_hub_is_named(
+    hub: HubServer, client: Client, tmp_path: Path, call: str, status: int, text: str
+) -> None:
+    wait = "2000" if status == 429 else None
+    hub.faults.append(Fault("GET /api/models/org/failing", status, "maintenance", retry_after=wait))
     hub.add_repo("org/failing", MODEL)
-    refused = client("fetch", "org/failing", cache_dir=tmp_path)
+    refused = client(call, "org/failing", cache_dir=str(tmp_path))
     assert refused["code"] == 4
-    assert "HTTP 503: the Hub failed; run the same command again later (the Hub says: maintenance)" in refused["text"]
+    assert text in refused["text"]
 
 
 BIG = bytes(range(256)) * (16 << 10)
@@ -318,3 +334,19 @@ def test_passing_failures_are_overcome(
         pytest.fail(f"{request_line} was never asked, these were: {hub.log}")
     if kind == "429" and not request_line.startswith("HEAD"):  # those the client repeats by a rule of its own
         assert any(nap >= 3 for nap in answer["naps"])
+
+
+def test_the_client_adds_no_words_of_its_own(
+    hub: HubServer, new_client: Clients, artifact: Path, tmp_path: Path
+) -> None:
+    """No bars, no notes on its inner steps, and no warnings: whatever matters is said by this package."""
+    hub.add_repo("org/model", MODEL)
+    hub.add_repo("org/no-config", {"model.safetensors": SAFETENSORS})
+    for xet in ("0", "1"):
+        client = new_client(HF_HUB_DISABLE_XET=xet, HF_HOME=str(tmp_path / xet))
+        assert "result" in client("fetch", "org/model")
+        assert "has no config.json" in client("fetch", "org/no-config")["text"]
+        (artifact / "README.md").write_text("# a card without front matter\n")
+        assert "result" in client("push_folder", artifact, "me/model")
+        assert "result" in client("push_folder", artifact, "me/model")
+        assert client.errors() == ""

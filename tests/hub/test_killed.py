@@ -57,7 +57,7 @@ def test_killed_anywhere_the_rerun_sends_only_what_is_missing(
 
 
 @pytest.mark.parametrize(
-    "stage", ["POST /api/repos/create", "GET /api/models/me/model/tree", "POST .*preupload", "POST .*commit/", "/tag/"]
+    "stage", ["GET /api/whoami-v2", "GET /api/models/me/model/tree", "POST .*preupload", "POST .*commit/", "/tag/"]
 )
 def test_killed_at_each_stage_the_rerun_completes(
     hub: HubServer, new_client: Callable[..., Client], client: Client, artifact: Path, stage: str

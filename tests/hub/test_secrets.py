@@ -76,7 +76,8 @@ def test_a_dry_run_needs_none(artifact: Path) -> None:
     assert " 5,000  w4/model-00001-of-00002.safetensors\n" in done.output
     size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file() and path.name != ".hidden")
     assert f"{size:,}  in 7 files, to me/model (main)\n" in done.output
-    assert done.output.endswith((artifact / "README.md").read_text())
+    assert done.stdout.endswith((artifact / "README.md").read_text())
+    assert "whether it may be published to me/model was not asked: no token, or offline" in done.stderr
     refused = CliRunner().invoke(main, ["push", str(artifact), "me/model"])
     assert (refused.exit_code, "publishing needs a token" in refused.output) == (4, True)
 

@@ -44,11 +44,20 @@ class Log:
 def call(name, args, kwargs):
     log = Log()
     log.lines = []
+    if name == "cli":
+        from click.testing import CliRunner
+        from llmconvert.cli import main
+        done = CliRunner().invoke(main, args)
+        crash = done.exception if not isinstance(done.exception, SystemExit) else None
+        if crash is not None:
+            traceback.print_exception(crash)
+        said = (done.stderr.strip().splitlines() or [""])[-1]
+        return {"error": "bug" if crash else "", "text": said, "code": done.exit_code, "out": done.stdout, "log": []}
     if name == "push_folder":
         args = [Path(args[0]), args[1], hub.PushOptions(**kwargs)]
         kwargs = {"progress": log}
-    elif name == "fetch":
-        kwargs = {**kwargs, "progress": log}
+    elif name.startswith("fetch"):
+        kwargs = {**kwargs, **({"progress": log} if name == "fetch" else {})}
         if "cache_dir" in kwargs:
             kwargs["cache_dir"] = Path(kwargs["cache_dir"])
     elif name == "check_push":

@@ -7,11 +7,13 @@ import hashlib
 import json
 import math
 import re
+import subprocess
 import time
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
+import yaml
 from support.hub_server_state import (
     DATE,
     EXPIRED_TOKEN,
@@ -56,6 +58,19 @@ class Routes:
             raise RefusalError(401, "Invalid credentials in Authorization header")
         return roles[self.authorization]
 
+    def _require_writable(self, repo_id: str) -> None:
+        """The account's own namespace or its organization's, and a token whose scope reaches there."""
+        namespace, account = repo_id.split("/")[0], self.state.account
+        own = {"me", *(org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read")}
+        if namespace not in own:
+            raise RefusalError(403, f"Forbidden: you don't have the rights to write under {namespace}")
+        token = account.get("token", {})
+        if token.get("role") == "fineGrained":
+            scopes = token["fineGrained"]["scoped"]
+            writable = {scope["entity"]["name"] for scope in scopes if "repo.write" in scope["permissions"]}
+            if not writable & {namespace, repo_id}:
+                raise RefusalError(403, "Forbidden: the token's scope does not reach this repository")
+
     def _repo(self, repo_id: str, *, write: bool = False, content: bool = False) -> Repo:
         role = self._role()
         repo = self.state.repos.get(repo_id)
@@ -65,6 +80,8 @@ class Routes:
             raise RefusalError(403 if role else 401, "Access to model is restricted", "GatedRepo")
         if write and role != "write":
             raise RefusalError(403 if role else 401, "Forbidden: this token cannot write")
+        if write and self.query.get("create_pr") != "1":  # anybody may propose a change
+            self._require_writable(repo_id)
         return repo
 
     def _tree(self, repo_id: str, revision: str, **access: bool) -> tuple[Repo, str, dict[str, Blob]]:
@@ -99,6 +116,7 @@ class Routes:
             raise RefusalError(401 if self._role() is None else 403, "Forbidden: cannot create")
         asked = json.loads(self.body)
         repo_id = f"{asked['organization']}/{asked['name']}"
+        self._require_writable(repo_id)
         url = {"url": f"{self.state.url}/{repo_id}"}
         if repo_id in self.state.repos:
             self.answer_json({"error": "You already created this model repo", **url}, 409)
@@ -109,10 +127,18 @@ class Routes:
 
     def validate_yaml(self) -> None:
         content = json.loads(self.body)["content"]
-        if "license: nonsense" in content:
-            self.answer_json({"errors": [{"message": '"license" must be one of the list'}], "warnings": []}, 400)
-        else:
-            self.answer_json({"errors": [], "warnings": []})
+        block = re.match(r"---\r?\n(.*?)\r?\n---", content, re.DOTALL)
+        errors, warnings = [], []
+        try:
+            fields = yaml.safe_load(block[1]) if block else None
+        except yaml.YAMLError as error:
+            fields, errors = {}, [f"YAML: {error}"]
+        if fields is None:
+            warnings.append("empty or missing yaml metadata in repo card")
+        elif fields.get("license") == "nonsense":
+            errors.append('"license" must be one of the list')
+        answer = {"errors": [{"message": text} for text in errors], "warnings": [{"message": t} for t in warnings]}
+        self.answer_json(answer, 400 if errors else 200)
 
     def info(self, repo_id: str, revision: str) -> None:
         repo, sha, tree = self._tree(repo_id, revision or "main")
@@ -241,13 +267,15 @@ class Routes:
         header = lines[0]["value"]
         if header.get("parentCommit", head) != head:
             raise RefusalError(412, "A commit has happened since. Please refresh and try again.")
-        if revision not in repo.branches:
+        if revision not in repo.branches and revision not in repo.pull_requests:
             raise RefusalError(400, f"{revision} is no branch")
         tree = dict(tree)
         for line in lines[1:]:
             self._apply(repo, tree, line["key"], line["value"])
         pull = self.query.get("create_pr") == "1"
-        sha = repo.commit(None if pull else revision, tree)
+        sha = repo.commit(None if pull or revision in repo.pull_requests else revision, tree)
+        if revision in repo.pull_requests:
+            repo.pull_requests[revision] = sha
         answer = {"commitUrl": f"{self.state.url}/{repo_id}/commit/{sha}", "commitOid": sha}
         if pull:
             number = len(repo.pull_requests) + 1
@@ -309,8 +337,7 @@ class Routes:
 
     def branch(self, repo_id: str, name: str) -> None:
         repo = self._repo(repo_id, write=True)
-        if name in repo.branches:
-            raise RefusalError(409, "branch exists")
+        _require_ref(name, repo.branches, "branch")
         start = repo.resolve(json.loads(self.body or b"{}").get("startingPoint", "main"))
         if start is None:
             raise RefusalError(404, "no such starting point", "RevisionNotFound")
@@ -320,10 +347,20 @@ class Routes:
     def tag(self, repo_id: str, revision: str) -> None:
         repo, sha, _ = self._tree(repo_id, revision, write=True)
         name = json.loads(self.body)["tag"]
-        if name in repo.tags:
-            raise RefusalError(409, "tag exists")
+        _require_ref(name, repo.tags, "tag")
         repo.tags[name] = sha
         self.answer_json({})
+
+
+def _require_ref(name: str, present: dict[str, str], what: str) -> None:
+    """As git does: no name that it refuses, none twice, and none that is the folder of another."""
+    checked = subprocess.run(["git", "check-ref-format", f"refs/heads/{name}"], check=False)
+    if checked.returncode or name.startswith("-"):
+        raise RefusalError(400, f"Invalid reference name: {name}")
+    if name in present:
+        raise RefusalError(409, f"{what} exists")
+    if any(f"{name}/".startswith(f"{other}/") or other.startswith(f"{name}/") for other in present):
+        raise RefusalError(400, f"cannot lock ref {name}")
 
 
 def _signature(oid: str) -> str:
