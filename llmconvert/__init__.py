@@ -145,7 +145,7 @@ _MODULES = {
     "load_recipe": "recipes.loading",
     "make_recipe": "recipes.loading",
     "open_source": "convert.source",
-    "plan_push": "hub",
+    "plan_push": "recipes.publishing",
     "push_model": "api",
     "quantize_checkpoint": "quantize.job",
     "quantize_model": "api",
@@ -182,7 +182,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
-    from llmconvert.hub import PushPlan, plan_push
+    from llmconvert.hub import PushPlan
     from llmconvert.progress import SILENT, Progress, console_progress
     from llmconvert.quantize.job import quantize_checkpoint
     from llmconvert.quantize.plan import Override
@@ -190,6 +190,7 @@ if TYPE_CHECKING:
     from llmconvert.quantize.tensor import QuantizedTensor
     from llmconvert.recipes.batch import Outcome, run_batch
     from llmconvert.recipes.loading import load_recipe, make_recipe, shipped_recipes
+    from llmconvert.recipes.publishing import plan_push
     from llmconvert.recipes.runner import RunResult, run_recipe
     from llmconvert.recipes.schema.recipe import Recipe
     from llmconvert.report.report import Check, ModelInfo, Report, Step, require_passed

@@ -18,6 +18,7 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.matrix import usual_method
 from llmconvert.recipes import single
 from llmconvert.recipes.loading import make_recipe
+from llmconvert.recipes.publishing import card_there
 from llmconvert.report.report import Report
 from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
 
@@ -358,8 +359,9 @@ def push_model(
     if not unmeasured:
         single.require_measured(Path(directory))
     options = PushOptions(private, revision, folder, create_pr, tag, message, replace, verify_download)
+    instead = card_there(Path(directory), repository, revision, folder)
     with interruptible("files already sent are not sent again; run the same command to continue"):
-        return push_folder(Path(directory), repository, options, progress=progress)
+        return push_folder(Path(directory), repository, options, instead=instead, progress=progress)
 
 
 def _calibrate(

@@ -10,22 +10,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from llmconvert.errors import MachineError, OutputError, RecipeError
-from llmconvert.hub import PushOptions, check_push, push_folder
+from llmconvert.hub import PushOptions, PushPlan, check_card, check_push, push_folder
+from llmconvert.hub import plan_push as plan_files
+from llmconvert.hub.card import CARD
 from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.schema.recipe import PLACEHOLDERS, PublishSettings, Recipe
+from llmconvert.recipes.stages.artifact import card_for
 from llmconvert.storage.contents import Contents, Hashes
 from llmconvert.storage.disk import disk_error
 from llmconvert.storage.lock import locked
 from llmconvert.storage.writer import check_output_directory, publish_directory, staging_directory, write_json
+from llmconvert.validate.render.card import Address
 
 __all__ = [
     "PUBLICATION_FILE",
+    "card_there",
     "check_local_target",
+    "check_metadata",
     "check_target",
     "fill_target",
+    "plan_push",
     "publish_artifact",
     "publish_local",
 ]
@@ -85,6 +93,47 @@ def check_target(settings: PublishSettings, recipe: str, hashes: Hashes) -> None
         check_local_target(_directory(settings), recipe, hashes)
     else:
         check_push(settings.to, _options(settings))
+
+
+def plan_push(
+    directory: str | Path, repository: str, *, revision: str | None = None, folder: str | None = None
+) -> PushPlan:
+    """List what :func:`llmconvert.push_model` would send, and the card, without a token and without the network.
+
+    Example::
+
+        for file in llmconvert.plan_push("out/w4", "user/name-W4A16").files:
+            print(file.name, file.size)
+
+    Args:
+        directory: the artifact.
+        repository: ``user/name``.
+        revision: branch; the main branch by default.
+        folder: of the repository, for one of several variants; its root by default.
+
+    Raises:
+        SourceError: the directory is missing or empty, or a link in it leads out of it.
+        HubError: a name can't be one on the Hub, a file holds a Hub token, or the card's front matter can't be read.
+    """
+    instead = card_there(Path(directory), repository, revision, folder)
+    return plan_files(Path(directory), repository, revision=revision, folder=folder, instead=instead)
+
+
+def card_there(directory: Path, repository: str, revision: str | None, folder: str | None) -> Mapping[str, bytes]:
+    """The card that was written for the artifact, if nobody has touched it, with the lines that load it from there."""
+    branch = revision if (revision or "main") != "main" else None
+    card = card_for(directory, Address(repository, folder, branch)) if directory.is_dir() else None
+    return {CARD: card} if card is not None else {}
+
+
+def check_metadata(settings: PublishSettings, front_matter: str) -> None:
+    """Refuse, before any work, a card that the Hub would not take, by what it will begin with.
+
+    Raises:
+        HubError: with what it objects to.
+    """
+    if not settings.to.startswith("file:"):
+        check_card(settings.to, front_matter)
 
 
 def publish_artifact(

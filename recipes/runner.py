@@ -22,12 +22,13 @@ from llmconvert.errors import GateError
 from llmconvert.interrupt import interruptible
 from llmconvert.memory import PeakMemory, release_freed_memory
 from llmconvert.progress import SILENT, Progress
-from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
+from llmconvert.recipes.publishing import check_metadata, check_target, fill_target, publish_artifact
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
-from llmconvert.recipes.stages.artifact import REPORT_FILE, artifact_stage
+from llmconvert.recipes.stages.artifact import REPORT_FILE, artifact_stage, front_matter_of
 from llmconvert.recipes.stages.attention import require_mergeable
 from llmconvert.recipes.stages.conversion import converted_view, open_remote
 from llmconvert.recipes.stages.measurements import Measured, require_accepted, require_measurable
+from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.repair import repair
 from llmconvert.recipes.stages.run import RunStages, reads_calibration, stages_of
 from llmconvert.recipes.stages.stage import MODEL, Finished, Place, Stage, Work
@@ -103,6 +104,11 @@ def _run(recipe: Recipe, target: PublishSettings | None, stages: StageRun, progr
     if recipe.calibrate is not None and recipe.quantize is not None and not reads_calibration(recipe):
         progress.log(f"calibrate: {recipe.quantize.method} needs no calibration, skipped")
     work = Work(recipe, context, source, converted_view(recipe, source), steps=[fetched])
+    if (note := unread_card(source)) is not None:
+        progress.log(note)
+    if target is not None:
+        with work.original.open() as original:
+            check_metadata(target, front_matter_of(recipe, source, original))
     for stage in todo.making:
         perform(stages, work, stage)
     made = _write_up(stages, work, todo)

@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmconvert.context import Context
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.source import open_source
 from llmconvert.device import open_device
-from llmconvert.errors import DatasetError, UsageError
+from llmconvert.errors import DatasetError, SourceError, UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.recipes.runner import perform
 from llmconvert.recipes.schema.measuring import ValidateSettings
 from llmconvert.recipes.schema.recipe import Recipe
-from llmconvert.recipes.stages.artifact import REPORT_FILE, public_name
+from llmconvert.recipes.stages.artifact import REPORT_FILE, public_name, with_papers
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
 from llmconvert.recipes.stages.conversion import convert_stage, converted_view, open_remote, stream_stage
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import measure, measurements, require_measurable
+from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.quantization import quantize_stage
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Work
 from llmconvert.recipes.stages.windows import (
@@ -57,7 +58,15 @@ def _opened(recipe: Recipe, progress: Progress) -> Iterator[Work]:
         else open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
     )
     with source.checkpoint:
+        if (note := unread_card(source)) is not None:
+            progress.log(note)
         yield Work(recipe, context, source, converted_view(recipe, source))
+
+
+def _with_papers(work: Work) -> None:
+    """Before the weights are written: what lies beside them will be about them, and not about their source."""
+    with_papers(work)
+    work.view = converted_view(work.recipe, work.source)
 
 
 def convert_model(recipe: Recipe, output: Path, *, stream: bool = False, progress: Progress = SILENT) -> DtypeReport:
@@ -73,6 +82,7 @@ def convert_model(recipe: Recipe, output: Path, *, stream: bool = False, progres
     check_output_directory(output)
     recipe = recipe.model_copy(update={"stream": stream, "quantize": None})
     with interruptible(), _opened(recipe, progress) as work:
+        _with_papers(work)
         made = (stream_stage(recipe) if stream else convert_stage(recipe)).build(work, Place(output))
     assert isinstance(made, DtypeReport)
     return made
@@ -108,6 +118,7 @@ def rewrite_model(
             require_mergeable(checkpoint, settings)
         if recipe.calibrate is not None:
             draw_text(work, CALIBRATION, WindowRequest.calibration(recipe.calibrate))
+        _with_papers(work)
         merge = attention_stage(settings)
         if healing is None or request is None:
             return merge.build(work, Place(output)), None
@@ -141,11 +152,13 @@ def quantize_model(
     recipe = recipe.model_copy(update={"stream": stream})
     with interruptible(), _opened(recipe, progress) as work:
         if stream:
+            _with_papers(work)
             streamed = stream_stage(recipe).build(work, Place(output))
             assert isinstance(streamed, QuantizeReport)
             return streamed
         if recipe.calibrate is not None and settings.calibrates:
             draw_text(work, CALIBRATION, WindowRequest.calibration(recipe.calibrate))
+        _with_papers(work)
         return quantize_stage(settings, after=ORIGINAL).build(work, Place(output))
 
 
@@ -179,17 +192,16 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
                 _require_other_text(source.path, windows)
         against = original.checkpoint if original is not None else None
         checks = measure(source.path, against, measurements(settings), windows, context=context)
-    return Report(
-        model=ModelInfo(
-            name=public_name(source.origin),
-            source=public_name(original.origin if original is not None else source.origin),
-            revision=(original or source).revision,
-            architecture=summary.architecture,
-            parameters=summary.parameters if summary.quantization is None else None,
-        ),
-        environment=environment(),
-        checks=tuple(checks),
+    info = ModelInfo(
+        name=public_name(source.origin),
+        source=public_name(original.origin if original is not None else source.origin),
+        revision=(original or source).revision,
+        architecture=summary.architecture,
+        parameters=summary.parameters if summary.quantization is None else None,
     )
+    with suppress(SourceError):  # an artifact that was made here knows more of itself
+        info = Report.read(source.path / REPORT_FILE).model.model_copy(update={"name": info.name})
+    return Report(model=info, environment=environment(), checks=tuple(checks))
 
 
 def require_measured(artifact: Path) -> None:

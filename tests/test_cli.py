@@ -111,7 +111,10 @@ def test_quantize_and_validate(tiny_llama: Path, here: Path, text: Path) -> None
     config = json.loads((here / "w4" / "config.json").read_text())["quantization_config"]
     assert sorted(group["weights"]["num_bits"] for group in config["config_groups"].values()) == [4, 8]
 
-    measured = ["validate", "w4", "--reference", tiny_llama, "--text", text, "--window", 64, "--max-windows", 2]
+    assert "was calibrated on this very text" in fails(4, "validate", "w4", "--text", text)
+    (here / "held-out.txt").write_text(text.read_text()[::-1])
+    about = ["--text", "held-out.txt", "--window", 64, "--max-windows", 2]
+    measured = ["validate", "w4", "--reference", tiny_llama, *about]
     result = call(*measured, "--json", "report.json")
     assert result.exit_code == 0, result.output
     assert "Perplexity" in result.output

@@ -85,6 +85,7 @@ def plan_stream_convert(
     request: DtypeRequest,
     *,
     revision: str | None = None,
+    files: Mapping[str, Path | bytes] | None = None,
     context: Context | None = None,
 ) -> StreamedDtypePlan:
     """Settle converting a Hub model to another dtype while it downloads, from its headers.
@@ -96,20 +97,31 @@ def plan_stream_convert(
         output: a directory that does not exist yet or is empty.
         request: the dtype, and the rest.
         revision: branch, tag or commit.
+        files: small files to put beside the weights; the model's own if None.
         context: progress, in bytes downloaded.
 
     Raises:
         UsageError: positions shall be scaled, the model is quantized, or the output is not empty.
         HubError, CheckpointError: see :func:`llmconvert.convert.download.shards.describe_remote`.
     """
-    check_output_directory(output)
     if request.rope_scaling is not None:
         raise UsageError("positions are not scaled while a model downloads; scale those of the model that was written")
-    model = describe_remote(model_id, revision)
-    require_dense(model.checkpoint, model_id)
+    model = _describe(model_id, output, revision, files)
     job = _CastJob(model, request.dtype, request.overflow, request.max_shard_bytes)
     needs = _needs(model, output_nbytes(job.layout, job.config, job.files), BUFFER_NBYTES)
     return StreamedDtypePlan(request, needs, model, output, job, context or Context())
+
+
+def _describe(
+    model_id: str, output: Path, revision: str | None, files: Mapping[str, Path | bytes] | None
+) -> StreamedModel:
+    """The model to stream into ``output``, known from its headers, with the small files that go beside its weights."""
+    check_output_directory(output)
+    model = describe_remote(model_id, revision)
+    require_dense(model.checkpoint, model_id)
+    if files is not None:
+        model.checkpoint.files = files
+    return model
 
 
 def _needs(model: StreamedModel, output: int, work: int) -> Needs:
@@ -213,6 +225,7 @@ def plan_stream_quantize(
     *,
     rest: DtypeRequest,
     revision: str | None = None,
+    files: Mapping[str, Path | bytes] | None = None,
     context: Context | None = None,
 ) -> StreamedQuantizePlan:
     """Settle quantizing a Hub model while it downloads, by a method without calibration, from its headers.
@@ -225,6 +238,7 @@ def plan_stream_quantize(
         request: method, scheme, format, …
         rest: the dtype of what stays unquantized, and what to do with values too large for it.
         revision: branch, tag or commit.
+        files: small files to put beside the weights; the model's own if None.
         context: device, and progress in bytes downloaded.
 
     Raises:
@@ -233,14 +247,12 @@ def plan_stream_quantize(
         CapacityError: memory does not suffice.
     """
     context = context or Context()
-    check_output_directory(output)
     quantizer, layout_format = load_quantizer(request.method, request.options), load_format(request.format)
     if quantizer.calibration != "none":
         raise UsageError(
             f"method {request.method!r} needs the model's activations, so it can't be streamed; leave out --stream"
         )
-    model = describe_remote(model_id, revision)
-    require_dense(model.checkpoint, model_id)
+    model = _describe(model_id, output, revision, files)
     job = _QuantizeJob(model, rest, request, quantizer, layout_format, context)
     needs = _needs(model, output_nbytes(job.layout, job.config, job.files), job.memory.total - BASE_NBYTES)
     return StreamedQuantizePlan(request, needs, model, output, job, context)

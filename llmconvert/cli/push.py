@@ -46,13 +46,16 @@ def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> Non
 
 def _dry_run(directory: Path, repository: str, options: PushOptions) -> None:
     """Show the plan, then ask the Hub whether it would be let through, where there is a token to ask with."""
-    from llmconvert.hub import check_push, plan_push, reaches_hub
+    from llmconvert.hub import check_card, check_push, reaches_hub
+    from llmconvert.recipes.publishing import plan_push
 
     options.check(repository)
     plan = plan_push(directory, repository, revision=options.revision, folder=options.folder)
     _show(plan)
     if reaches_hub():
-        check_push(repository, options, card=plan.card)
+        check_push(repository, options)
+        if plan.card is not None:
+            check_card(repository, plan.card)
     else:
         click.echo(f"whether it may be published to {repository} was not asked: no token, or offline", err=True)
 

@@ -7,7 +7,7 @@ goes from there into request headers and nowhere else.
 from llmconvert.hub.errors import hub_errors, without_tokens
 from llmconvert.hub.fetch import FetchedModel, RemoteModel, fetch, fetch_without_weights
 from llmconvert.hub.plan import PlannedFile, PushOptions, PushPlan, plan_push
-from llmconvert.hub.push import check_push, push_folder, reaches_hub
+from llmconvert.hub.push import check_card, check_push, push_folder, reaches_hub
 from llmconvert.hub.retry import Backoff
 from llmconvert.hub.transfer import RemoteFile, download_file, iterate_content, list_files
 
@@ -19,6 +19,7 @@ __all__ = [
     "PushPlan",
     "RemoteFile",
     "RemoteModel",
+    "check_card",
     "check_push",
     "download_file",
     "fetch",

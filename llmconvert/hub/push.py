@@ -23,13 +23,13 @@ from llmconvert.hub.errors import hub_errors
 from llmconvert.hub.permissions import check_permissions, require_visibility
 from llmconvert.hub.plan import PushOptions, PushPlan, plan_push
 from llmconvert.hub.repository import Content, hash_files, list_repository, mismatch, require_clear, survey
-from llmconvert.hub.retry import retrying
+from llmconvert.hub.retry import Backoff, retrying
 from llmconvert.hub.transfer import RemoteFile
 from llmconvert.hub.variants import variants_card
 from llmconvert.hub.verification import compare_bytes
 from llmconvert.progress import SILENT, Progress
 
-__all__ = ["check_push", "push_folder", "reaches_hub"]
+__all__ = ["check_card", "check_push", "push_folder", "reaches_hub"]
 
 # Of a list of files, how many are named.
 _NAMED = 5
@@ -74,23 +74,28 @@ def push_folder(
         return _Push(plan, options, progress).run()
 
 
-def check_push(repo_id: str, options: PushOptions, *, card: str | None = None) -> None:
+def check_push(repo_id: str, options: PushOptions) -> None:
     """Find out, before hours of work, whether a push would be refused at its end.
-
-    Args:
-        card: the card that it will send, or one with the same front matter.
 
     Raises:
         HubError: no token, or one that the Hub rejects or that may not write there, a namespace of somebody else, a
-            branch or tag that git refuses, no connection, a repository that is public and should be private, a
-            server without the storage that the client uploads to, or a card that the Hub does not take.
+            branch or tag that git refuses, no connection, a repository that is public and should be private, or a
+            server without the storage that the client uploads to.
     """
     options.check(repo_id)
     _require_token(repo_id)
     with hub_errors(repo_id, options.revision):
         check_permissions(HfApi(), repo_id, options)
-        if card is not None:
-            validate_card(card, CARD, options.backoff)
+
+
+def check_card(repo_id: str, card: str) -> None:
+    """Find out whether the Hub would take a card, of which the front matter alone may be known yet.
+
+    Raises:
+        HubError: with what it objects to.
+    """
+    with hub_errors(repo_id):
+        validate_card(card, CARD, Backoff())
 
 
 def reaches_hub() -> bool:

@@ -270,6 +270,7 @@ def write_side_files(directory: Path, files: Mapping[str, Path | bytes]) -> int:
     total = 0
     for name, content in files.items():
         path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             write_file(path, content)
         else:

@@ -14,7 +14,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import yaml
 
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.source import Source
+from llmconvert.hub.card import CARD
 from llmconvert.recipes.schema.recipe import Recipe
-from llmconvert.recipes.stages.provenance import provenance
+from llmconvert.recipes.stages.provenance import REPORT_FILE, provenance
 from llmconvert.recipes.stages.stage import Place, Stage, Work
 from llmconvert.recipes.stages.windows import CALIBRATION
 from llmconvert.report.report import Check, ModelInfo, Report, environment
@@ -34,24 +35,32 @@ from llmconvert.storage.directory import is_weight_file
 from llmconvert.storage.disk import disk_error
 from llmconvert.storage.writer import write_file
 from llmconvert.text.tokens import TokenWindows
-from llmconvert.validate.render.card import Address, render_card
+from llmconvert.validate.render.card import (
+    Address,
+    card_metadata,
+    inherited_metadata,
+    is_untouched,
+    render_card,
+)
 from llmconvert.validate.render.html import render_html
 from llmconvert.validate.render.plots import divergence_plot, layer_error_plot, quality_plot
 from llmconvert.validate.render.section_plot import section_plot
 
 __all__ = [
     "REPORT_FILE",
+    "address_of",
     "artifact_name",
     "artifact_stage",
     "assemble_artifact",
+    "card_for",
+    "front_matter_of",
     "model_info",
     "model_stem",
     "public_name",
     "resolved_recipe",
+    "with_papers",
 ]
 
-#: Where an artifact has what was measured about it.
-REPORT_FILE = "llmconvert/report.json"
 _GGUF_TYPE = re.compile(r"[.-](?:I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
 _PLOTS = (
     ("quality", "Size on disk and perplexity, original and artifact, with 95 % intervals.", quality_plot),
@@ -62,6 +71,7 @@ _PLOTS = (
     ),
     ("layers", "Relative error of each quantized weight.", layer_error_plot),
 )
+_RECIPE_FILE = "llmconvert/recipe.yaml"
 _LINK_REFUSED = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -149,30 +159,81 @@ def assemble_artifact(model: Path, artifact: Path, recipe: Recipe, source: Sourc
         raise disk_error(error, path) from error
     text = resolved_recipe(recipe, source, report)
     report.write(artifact / REPORT_FILE)
-    write_file(folder / "recipe.yaml", text.encode())
+    write_file(artifact / _RECIPE_FILE, text.encode())
     write_file(folder / "report.html", render_html(report, recipe=text).encode())
-    plots = []
-    for name, caption, draw in _PLOTS:
+    for name, _, draw in _PLOTS:
         picture = draw(report, "png")
         if picture is not None:
             write_file(folder / f"{name}.png", picture)
-            plots.append((caption, f"llmconvert/{name}.png"))
-    section_plots = {}
     for section in report.sections:
         picture = section_plot(section, "png") if "card" in section.shown else None
         if picture is not None:
-            section_plots[section.name] = f"llmconvert/{section.name}.png"
-            write_file(artifact / section_plots[section.name], picture)
-    card = render_card(
+            write_file(folder / f"{section.name}.png", picture)
+    card = _card(report, text, provenance(source).inherited, address_of(recipe), _names(artifact))
+    write_file(artifact / CARD, card.encode())
+
+
+def with_papers(work: Work) -> None:
+    """Put a card, a report and a recipe of the artifact to be in place of the source's card, which would be copied.
+
+    Nothing has been measured when they are written.
+    """
+    source = work.source
+    with work.original.open() as checkpoint:
+        info = model_info(work.recipe, source, checkpoint, work.texts.get(CALIBRATION))
+    report = Report(model=info, environment=environment())
+    text = resolved_recipe(work.recipe, source, report)
+    files = source.checkpoint.files
+    card = _card(report, text, provenance(source).inherited, address_of(work.recipe), files)
+    papers = {CARD: card.encode(), REPORT_FILE: report.to_json().encode(), _RECIPE_FILE: text.encode()}
+    source.checkpoint.files = {**files, **papers}
+
+
+def card_for(directory: Path, address: Address) -> bytes | None:
+    """The card of the artifact in ``directory`` as it should be at another address; None if it has none that was
+    written here, or somebody has touched it since.
+
+    Raises:
+        SourceError: its report can't be read.
+    """
+    try:
+        card, text = (directory / CARD).read_text(), (directory / _RECIPE_FILE).read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if not is_untouched(card):
+        return None
+    report = Report.read(directory / REPORT_FILE)
+    name = address.repository.split("/")[1] if address.hub else report.model.name
+    report = report.model_copy(update={"model": report.model.model_copy(update={"name": name})})
+    return _card(report, text, inherited_metadata(card), address, _names(directory)).encode()
+
+
+def _card(report: Report, recipe: str, inherited: Mapping[str, Any], address: Address, names: Collection[str]) -> str:
+    """The card of an artifact that has files of these names."""
+    plots = {name: f"llmconvert/{name}.png" for name in (*(name for name, _, _ in _PLOTS), *_shown(report))}
+    drawn = {name: path for name, path in plots.items() if path in names}
+    return render_card(
         report,
-        address=_address(recipe),
-        recipe=text,
-        inherited=provenance(source).inherited,
-        chat=any(name.startswith("chat_template") for name in source.checkpoint.files),
-        plots=plots,
-        section_plots=section_plots,
+        address=address,
+        recipe=recipe,
+        inherited=inherited,
+        chat=any(name.startswith("chat_template") for name in names),
+        plots=[(caption, drawn[name]) for name, caption, _ in _PLOTS if name in drawn],
+        section_plots={name: drawn[name] for name in _shown(report) if name in drawn},
     )
-    write_file(artifact / "README.md", card.encode())
+
+
+def _shown(report: Report) -> list[str]:
+    return [section.name for section in report.sections if "card" in section.shown]
+
+
+def _names(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def front_matter_of(recipe: Recipe, source: Source, original: Checkpoint) -> str:
+    """What the card of the artifact to be will begin with; ``original`` is the converted model."""
+    return card_metadata(model_info(recipe, source, original, None), provenance(source).inherited)
 
 
 def artifact_stage(
@@ -203,7 +264,7 @@ def artifact_stage(
     return Stage("artifact", {"model": model}, StepDetails.model_validate, build, inputs, reported=False)
 
 
-def _address(recipe: Recipe) -> Address:
+def address_of(recipe: Recipe) -> Address:
     """Where users will load the artifact from; from a directory that may be moved, as the one that the card lies in."""
     target = recipe.publish
     if target is None or target.to.startswith("file:"):

@@ -107,7 +107,12 @@ def stream_stage(recipe: Recipe) -> Stage[StepDetails]:
 def _stream_dtype(work: Work, place: Place) -> StepDetails:
     source = work.source
     return plan_stream_convert(
-        source.origin, place.model, _unquantized(work), revision=source.revision, context=work.context
+        source.origin,
+        place.model,
+        _unquantized(work),
+        revision=source.revision,
+        files=source.checkpoint.files,
+        context=work.context,
     ).run()
 
 
@@ -129,6 +134,7 @@ def _stream_quantized(work: Work, place: Place) -> StepDetails:
         request,
         rest=_unquantized(work),
         revision=source.revision,
+        files=source.checkpoint.files,
         context=work.context,
     ).run()
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmconvert.convert.source import Source
+from llmconvert.errors import HubError, SourceError
 from llmconvert.gguf.checkpoint import GgufCheckpoint
+from llmconvert.hub.card import CARD, front_matter
+from llmconvert.report.report import Report
 from llmconvert.validate.render.card import inherited_metadata
 
-__all__ = ["Provenance", "provenance"]
+__all__ = ["REPORT_FILE", "Provenance", "provenance", "unread_card"]
+
+#: Where an artifact has what was measured about it.
+REPORT_FILE = "llmconvert/report.json"
 
 _HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/.*)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -54,8 +61,30 @@ def provenance(source: Source) -> Provenance:
     checkpoint = source.checkpoint
     if isinstance(checkpoint, GgufCheckpoint):
         return _of_gguf(checkpoint.general)
-    readme = checkpoint.read_file("README.md") if "README.md" in checkpoint.files else None
-    return Provenance(source.origin if source.kind == "hub" else None, (), inherited_metadata(readme))
+    readme = checkpoint.read_file(CARD) if CARD in checkpoint.files else None
+    inherited = inherited_metadata(readme)
+    if source.kind == "hub":
+        return Provenance(source.origin, (), inherited)
+    with suppress(SourceError):  # of an artifact that was made here
+        made = Report.read(source.path / REPORT_FILE).model
+        return Provenance(made.base_model, made.parents, inherited)
+    with suppress(HubError):
+        named = front_matter((readme or b"").decode(errors="replace"), CARD).get("base_model")
+        ids = map(_hub_id, named if isinstance(named, list) else [named])
+        return Provenance(None, tuple(dict.fromkeys(found for found in ids if found is not None)), inherited)
+    return Provenance(None, (), inherited)
+
+
+def unread_card(source: Source) -> str | None:
+    """Why nothing can be taken over from the source's card; None if it can be read, or there is none."""
+    files = source.checkpoint.files
+    if CARD not in files:
+        return None
+    try:
+        front_matter(source.checkpoint.read_file(CARD).decode(), f"{source.origin}: {CARD}")
+    except (HubError, UnicodeDecodeError) as error:
+        return f"{error}; its licence, languages and tags are not carried over"
+    return None
 
 
 def _of_gguf(general: Mapping[str, Any]) -> Provenance:

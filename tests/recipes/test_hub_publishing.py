@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.hub_client import Client
 from support.hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 
 from llmconvert.errors import RecipeError
@@ -120,6 +122,39 @@ def test_a_token_that_may_not_write_is_found_out_before_the_work(
         assert text in done.stderr
         assert not list((tmp_path / "work").glob("convert-*"))
         assert token not in done.stderr
+
+
+@pytest.mark.slow
+def test_what_the_hub_would_refuse_at_the_end_is_refused_before_the_work(
+    hub: HubServer, tiny_llama: Path, write_recipe: Any, tmp_path: Path
+) -> None:
+    model = tmp_path / "mine"
+    shutil.copytree(tiny_llama, model)
+    quick = {"quantize": {"method": "rtn", "scheme": "w8a16-g32"}, "calibrate": None}
+    recipe = write_recipe(model=str(model), publish={"to": "me/new"}, **quick)
+    card = model / "README.md"
+
+    def refused(client: Client, *overrides: str) -> str:
+        answer = client("cli", "run", recipe, *(f"--set={text}" for text in overrides))
+        assert answer["code"] == 4, answer
+        assert not list((tmp_path / "work").glob("*-*"))
+        return str(answer["text"])
+
+    with Client(hub.url, tmp_path / "home") as client:
+        assert "can't publish as 'other'" in refused(client, "publish.to=other/new")
+        assert "is no folder of a repository" in refused(client, "publish.folder=..")
+        assert "tag 'a b' is no name that git takes" in refused(client, "publish.tag=a b")
+        assert "git can't have branch 'main/w4' beside 'main'" in refused(client, "publish.revision=main/w4")
+        hub.account["token"] = {"role": "fineGrained", "fineGrained": {"scoped": []}}
+        assert "lacks write access" in refused(client)
+        hub.account.clear()
+        card.write_text("---\nlicense: nonsense\n---\n")
+        assert 'refuses its front matter: "license" must be one of the list' in refused(client)
+        card.unlink()
+    hub.faults.append(Fault("xet-write-token", 404, "no such route"))
+    with Client(hub.url, tmp_path / "home", HF_HUB_DISABLE_XET="0") as client:
+        assert "has no Xet storage" in refused(client)
+    assert hub.repos == {}
 
 
 @pytest.mark.slow

@@ -81,7 +81,9 @@ def main(model: str, text: str, folder: str) -> None:
     place = Path(folder)
     summary: llmconvert.ModelSummary = llmconvert.inspect_model(model)
     made = quantize(model, Path(text), place)
-    value, kept, failed = measure(made.path, model, Path(text))
+    others = place / "others.txt"  # an artifact is not measured on the text that it was calibrated on
+    others.write_text(Path(text).read_text()[::-1])
+    value, kept, failed = measure(made.path, model, others)
     print(  # noqa: T201
         json.dumps(
             {

@@ -10,24 +10,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from llmconvert.errors import HubError
+from llmconvert.hub.card import CARD, front_matter, mark_card, state_of_card
 from llmconvert.quantize.formats.base import FORMATS, load_format
+from llmconvert.quantize.methods.base import METHODS
 from llmconvert.quantize.runtimes import runtimes_of
-from llmconvert.report.report import Report
+from llmconvert.report.report import ModelInfo, Report
 from llmconvert.report.steps import QuantizeReport
 from llmconvert.validate.render.display import label_of, rows, section_table
 from llmconvert.validate.render.html import template_environment
 
-__all__ = ["Address", "inherited_metadata", "render_card"]
+__all__ = ["Address", "card_metadata", "inherited_metadata", "is_untouched", "render_card"]
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 # What an original's card says of the model itself, and so of every artifact made from it.
 _INHERITED = ("license", "license_name", "license_link", "language", "tags")
+# What the mark of a card that is written here calls it.
+_KIND = "model card"
+_OF_SCHEMES = re.compile(r"\d+-bit|w\d+(a\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ def render_card(
     section_plots: Mapping[str, str] | None = None,
     limitations: Sequence[str] = (),
 ) -> str:
-    """``README.md`` of an artifact, parsed once by ``huggingface_hub`` before it is returned.
+    """``README.md`` of an artifact, with a mark that tells whether anybody has touched it since (:func:`is_untouched`).
 
     Args:
         address: where users will load it from.
@@ -111,16 +115,20 @@ def render_card(
         limitations=limitations,
         environment=report.environment,
     )
-    card = f"---\n{_metadata(report, inherited or {}).to_yaml()}\n---\n\n{body}"
-    try:
-        ModelCard(card)
-    except (ValueError, yaml.YAMLError) as error:
-        raise HubError(f"the model card's metadata is not valid: {error}") from error
-    return card
+    return mark_card(card_metadata(model, inherited or {}), f"\n{body}", _KIND)
 
 
-def _metadata(report: Report, inherited: Mapping[str, Any]) -> ModelCardData:
-    model = report.model
+def is_untouched(card: str) -> bool:
+    """Whether :func:`render_card` wrote it, and nobody has touched it since."""
+    return state_of_card(card, _KIND) == "ours"
+
+
+def card_metadata(model: ModelInfo, inherited: Mapping[str, Any]) -> str:
+    """The front matter of an artifact's card, fences included.
+
+    Raises:
+        HubError: ``huggingface_hub`` would not read it.
+    """
     tags = ["llmconvert"]
     if model.scheme:
         bits = re.match(r"w(\d+)a(\d+)", model.scheme)
@@ -139,7 +147,9 @@ def _metadata(report: Report, inherited: Mapping[str, Any]) -> ModelCardData:
     elif model.parents:
         # The artifact is not a quantization of these; how it relates to them is more than anyone has said.
         fields["base_model"] = list(model.parents)
-    return ModelCardData(**fields)
+    written = f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"
+    front_matter(written, f"the card of {model.name}")
+    return written
 
 
 def _file(report: Report) -> str:
@@ -162,8 +172,8 @@ def inherited_metadata(readme: bytes | str | None) -> dict[str, Any]:
         return {}
     text = readme.decode("utf-8", errors="replace") if isinstance(readme, bytes) else readme
     try:
-        fields = ModelCard(text.lstrip("\N{BOM}"), ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, TypeError, yaml.YAMLError, RecursionError):
+        fields = front_matter(text, CARD)
+    except HubError:
         return {}
     found: dict[str, Any] = {}
     for key in _INHERITED:
@@ -171,9 +181,11 @@ def inherited_metadata(readme: bytes | str | None) -> dict[str, Any]:
         names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else value
         if names and isinstance(names, str | list):
             found[key] = names
-    if isinstance(found.get("tags"), str):
-        found["tags"] = [found["tags"]]
-    return found
+    tags = found.pop("tags", ())
+    tags = [tags] if isinstance(tags, str) else tags
+    if "llmconvert" in tags:  # of those, some tell how an earlier artifact was made
+        tags = [tag for tag in tags if tag not in (*METHODS, *FORMATS) and _OF_SCHEMES.fullmatch(tag) is None]
+    return {**found, **({"tags": tags} if tags else {})}
 
 
 def _detail(report: Report, name: str) -> Mapping[str, Any]:
