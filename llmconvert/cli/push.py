@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from llmconvert.hub import PushOptions, PushPlan
+    from llmconvert.hub import PushPlan
 
 
 @click.command(short_help="Push an artifact to the Hub.")
@@ -34,9 +34,7 @@ def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> Non
       llmconvert push out/demo user/SmolLM2-135M-Instruct-W4A16
     """
     if dry_run:
-        from llmconvert.hub import PushOptions
-
-        _dry_run(directory, repository, PushOptions(**options))
+        _dry_run(directory, repository, **options)
         return
     from llmconvert.api import push_model
     from llmconvert.progress import console_progress
@@ -44,14 +42,18 @@ def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> Non
     click.echo(push_model(directory, repository, progress=console_progress(), **options))
 
 
-def _dry_run(directory: Path, repository: str, options: PushOptions) -> None:
+def _dry_run(directory: Path, repository: str, *, unmeasured: bool, **settings: Any) -> None:
     """Show the plan, then ask the Hub whether it would be let through, where there is a token to ask with."""
-    from llmconvert.hub import check_card, check_push, reaches_hub
+    from llmconvert.hub import PushOptions, check_card, check_push, reaches_hub
     from llmconvert.recipes.publishing import plan_push
+    from llmconvert.recipes.single import require_measured
 
+    options = PushOptions(**settings)
     options.check(repository)
     plan = plan_push(directory, repository, revision=options.revision, folder=options.folder)
     _show(plan)
+    if not unmeasured:
+        require_measured(directory)
     if reaches_hub():
         check_push(repository, options)
         if plan.card is not None:

@@ -24,7 +24,7 @@ def way(request: pytest.FixtureRequest, client: Client, artifact: Path) -> Way:
         switches = [
             f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in options.items()
         ]
-        return client("cli", "push", artifact, repo_id, "--dry-run", *switches, token=token)
+        return client("cli", "push", artifact, repo_id, "--dry-run", "--unmeasured", *switches, token=token)
 
     return ask
 
@@ -97,7 +97,7 @@ def test_a_server_without_xet(hub: HubServer, new_client: Callable[..., Client],
     for call in (
         ("check_push", "me/model"),
         ("push_folder", artifact, "me/model"),
-        ("cli", "push", artifact, "me/model", "--dry-run"),
+        ("cli", "push", artifact, "me/model", "--dry-run", "--unmeasured"),
     ):
         _refused(hub, client(*call), "has no Xet storage, by which the installed client uploads")
     hub.faults.clear()
@@ -125,14 +125,14 @@ def test_front_matter_that_can_not_be_read(
 ) -> None:
     (artifact / "README.md").write_text(f"---\n{front}\n---\n# model\n")
     _refused(hub, client("push_folder", artifact, "me/model", token=token), text)
-    _refused(hub, client("cli", "push", artifact, "me/model", "--dry-run", token=token), text)
+    _refused(hub, client("cli", "push", artifact, "me/model", "--dry-run", "--unmeasured", token=token), text)
     (artifact / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff\n")
     _refused(hub, client("push_folder", artifact, "me/model", token=token), "README.md: byte 21 is no UTF-8")
 
 
 def test_front_matter_that_the_hub_refuses(hub: HubServer, client: Client, artifact: Path) -> None:
     (artifact / "README.md").write_text("---\nlicense: nonsense\n---\n")
-    for call in (("push_folder", artifact, "me/new"), ("cli", "push", artifact, "me/new", "--dry-run")):
+    for call in (("push_folder", artifact, "me/new"), ("cli", "push", artifact, "me/new", "--dry-run", "--unmeasured")):
         _refused(hub, client(*call), 'README.md: the Hub refuses its front matter: "license" must be one of the list')
     answer = client("check_push", "me/new")
     assert "result" in answer

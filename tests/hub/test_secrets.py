@@ -54,7 +54,7 @@ def test_debug_logs_and_failures_of_the_command_line_do_not_show_it(
     home.mkdir()
     (home / "token").write_text(WRITE_TOKEN)  # where `hf auth login` puts it
     done = subprocess.run(
-        [sys.executable, "-m", "llmconvert.cli", "push", str(artifact), "me/model"],
+        [sys.executable, "-m", "llmconvert.cli", "push", str(artifact), "me/model", "--unmeasured"],
         env={**environment, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug"},
         capture_output=True,
         text=True,
@@ -71,14 +71,14 @@ def test_debug_logs_and_failures_of_the_command_line_do_not_show_it(
 
 
 def test_a_dry_run_needs_none(artifact: Path) -> None:
-    done = CliRunner().invoke(main, ["push", str(artifact), "me/model", "--dry-run", "--folder", "w4"])
+    done = CliRunner().invoke(main, ["push", str(artifact), "me/model", "--dry-run", "--unmeasured", "--folder", "w4"])
     assert done.exit_code == 0, done.output
     assert " 5,000  w4/model-00001-of-00002.safetensors\n" in done.output
     size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file() and path.name != ".hidden")
     assert f"{size:,}  in 7 files, to me/model (main)\n" in done.output
     assert done.stdout.endswith((artifact / "README.md").read_text())
     assert "whether it may be published to me/model was not asked: no token, or offline" in done.stderr
-    refused = CliRunner().invoke(main, ["push", str(artifact), "me/model"])
+    refused = CliRunner().invoke(main, ["push", str(artifact), "me/model", "--unmeasured"])
     assert (refused.exit_code, "publishing needs a token" in refused.output) == (4, True)
 
 
