@@ -324,6 +324,8 @@ def push_model(
     message: str | None = None,
     replace: bool = False,
     verify_download: bool = False,
+    gated: Literal["auto", "manual"] | None = None,
+    collection: str | None = None,
     unmeasured: bool = False,
     progress: Progress = SILENT,
 ) -> str:
@@ -341,9 +343,12 @@ def push_model(
         folder: of the repository, for one of several variants; its root by default.
         create_pr: open a pull request instead of pushing to the branch.
         tag: name to give the commit.
-        message: the commit's title.
+        message: the commit's title, and after its first line a description; a pull request's as well.
         replace: remove files that are there and don't belong to the artifact.
         verify_download: fetch what was published again and compare it byte for byte.
+        gated: who wants a new repository's files has to ask, and is let in at once (``"auto"``) or by hand
+            (``"manual"``); also refuses to push into one that is open.
+        collection: title or address of a collection that shall list the repository, made if need be.
         unmeasured: push even where no report in the directory tells how well the artifact predicts.
         progress: where to report, in bytes.
 
@@ -358,7 +363,9 @@ def push_model(
     """
     if not unmeasured:
         single.require_measured(Path(directory))
-    options = PushOptions(private, revision, folder, create_pr, tag, message, replace, verify_download)
+    options = PushOptions(
+        private, revision, folder, create_pr, tag, message, replace, verify_download, gated, collection
+    )
     instead = card_there(Path(directory), repository, revision, folder)
     with interruptible("files already sent are not sent again; run the same command to continue"):
         return push_folder(Path(directory), repository, options, instead=instead, progress=progress)

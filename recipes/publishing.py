@@ -63,7 +63,7 @@ def fill_target(recipe: Recipe) -> Recipe:
     assert values.keys() == set(PLACEHOLDERS)
     filled = {
         key: value.format_map(values)
-        for key in ("to", "revision", "folder", "tag", "message")
+        for key in ("to", "revision", "folder", "tag", "message", "collection")
         if (value := getattr(settings, key)) is not None
     }
     target = settings.model_copy(update=filled)
@@ -173,6 +173,8 @@ def _options(settings: PublishSettings) -> PushOptions:
         message=settings.message,
         replace=settings.replace,
         verify_download=settings.verify_download,
+        gated=settings.gated,
+        collection=settings.collection,
     )
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 @click.option("--message", help="Commit message.")
 @click.option("--replace", is_flag=True, help="Remove files that are there and don't belong to the artifact.")
 @click.option("--verify-download", is_flag=True, help="Fetch what was published again and compare it byte for byte.")
+@click.option("--gated", type=click.Choice(["auto", "manual"]), help="Who wants a new repository's files has to ask.")
+@click.option("--collection", help="Collection that shall list the repository, made if need be.")
 @click.option("--unmeasured", is_flag=True, help="Push although no report tells how well the artifact predicts.")
 @click.option("--dry-run", is_flag=True, help="List files and card, and with a token ask the Hub; send nothing.")
 def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> None:

@@ -60,7 +60,7 @@ class Committer:
         api: the client.
         plan: what is published, and where.
         create_pr: open a pull request instead of committing to the branch.
-        message: the commit's title.
+        message: the commit's title, and after its first line a description.
         head: gives the branch's commit as it is now.
         backoff: how to repeat failed requests.
         progress: where to report, in bytes.
@@ -122,6 +122,7 @@ class Committer:
     ) -> Commit:
         """Make the commit, once: when an answer is lost, look whether it was made before asking again."""
         before = self._pull_requests() if self._create_pr else {}
+        title, _, description = self._message.strip().partition("\n")
         deletions = [CommitOperationDelete(name, is_folder=False) for name in removed]
         attempt = 0
         while True:
@@ -130,7 +131,8 @@ class Committer:
                 made = self._api.create_commit(
                     self._repo_id,
                     [*additions, *deletions],
-                    commit_message=self._message,
+                    commit_message=title,
+                    commit_description=description.strip(),
                     revision=self._plan.revision,
                     create_pr=self._create_pr,
                     parent_commit=parent,

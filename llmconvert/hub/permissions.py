@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.file_download import is_xet_available  # type: ignore[attr-defined]  # no __all__, no re-export
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # no __all__
 
 from llmconvert.errors import HubError
+from llmconvert.hub.collection import check_collection
 from llmconvert.hub.plan import PushOptions
 from llmconvert.hub.retry import retrying
 
@@ -28,6 +29,8 @@ def check_permissions(api: HfApi, repo_id: str, options: PushOptions) -> bool:
     Raises:
         HubError: naming what is missing.
     """
+    if options.collection is not None:
+        check_collection(api, repo_id, options.collection, options.backoff)
     account = retrying(api.whoami, options.backoff)
     token = account.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
@@ -37,14 +40,16 @@ def check_permissions(api: HfApi, repo_id: str, options: PushOptions) -> bool:
         info = retrying(lambda: api.model_info(repo_id), options.backoff)
     except RepositoryNotFoundError:
         _require_namespace(repo_id, account)
-        _require_scope(repo_id, token, exists=False)
+        _require_scope(repo_id, token, options, exists=False)
         _require_refs(repo_id, options, ["main"], [])
         _require_xet(repo_id, options)
         return False
     if not options.create_pr:  # anybody may propose a change
         _require_namespace(repo_id, account)
-        _require_scope(repo_id, token, exists=True)
+        _require_scope(repo_id, token, options, exists=True)
     require_visibility(repo_id, options.private, bool(info.private))
+    if options.gated is not None and not info.gated and not is_new(info):
+        raise HubError(f"{repo_id}: is open to all, and this was to be gated; gate it in its settings on the Hub first")
     if options.tag is not None or (options.revision or "main") != "main":
         refs = retrying(lambda: api.list_repo_refs(repo_id), options.backoff)
         _require_refs(repo_id, options, [ref.name for ref in refs.branches], [ref.name for ref in refs.tags])
@@ -77,25 +82,35 @@ def _require_namespace(repo_id: str, account: Mapping[str, Any]) -> None:
         raise HubError(f"{repo_id}: {name} may only read in {namespace}; ask its administrators for the role 'write'")
 
 
-def _require_scope(repo_id: str, token: Mapping[str, Any], *, exists: bool) -> None:
+def _require_scope(repo_id: str, token: Mapping[str, Any], options: PushOptions, *, exists: bool) -> None:
     """A fine-grained token says for which namespaces and repositories it may write."""
     if token.get("role") != "fineGrained":
         return
     scoped = (token.get("fineGrained") or {}).get("scoped") or ()
-    writable = {
-        str((entry.get("entity") or {}).get("name"))
-        for entry in scoped
-        if "repo.write" in (entry.get("permissions") or ())
-    }
-    namespace = repo_id.split("/")[0]
-    if namespace in writable or (exists and repo_id in writable):
-        return
-    where = f"it may write in {', '.join(sorted(writable))}" if writable else "it may write nowhere"
+
+    def allowed(permission: str) -> set[str]:
+        entries = (entry for entry in scoped if permission in (entry.get("permissions") or ()))
+        return {str((entry.get("entity") or {}).get("name")) for entry in entries}
+
+    namespace, writable = repo_id.split("/")[0], allowed("repo.write")
     tokens = f"{huggingface_hub.constants.ENDPOINT}/settings/tokens"
-    raise HubError(
-        f"{repo_id}: the fine-grained token {token.get('displayName', '')!r} lacks write access to {namespace}'s "
-        f"repositories ({where}); grant it at {tokens}, or set HF_TOKEN to another"
-    )
+    name = f"the fine-grained token {token.get('displayName', '')!r}"
+    if namespace not in writable and not (exists and repo_id in writable):
+        where = f"it may write in {', '.join(sorted(writable))}" if writable else "it may write nowhere"
+        raise HubError(
+            f"{repo_id}: {name} lacks write access to {namespace}'s repositories ({where}); grant it at {tokens}, or "
+            "set HF_TOKEN to another"
+        )
+    if options.collection is not None and namespace not in allowed("collection.write"):
+        raise HubError(
+            f"{repo_id}: {name} lacks write access to {namespace}'s collections; grant it at {tokens}, or leave out "
+            "the collection"
+        )
+
+
+def is_new(info: ModelInfo) -> bool:
+    """Whether nobody has put anything into a repository yet: one that a push had made, and got no further."""
+    return all(file.rfilename == ".gitattributes" for file in info.siblings or ())
 
 
 def require_visibility(repo_id: str, wanted: bool | None, found: bool) -> None:

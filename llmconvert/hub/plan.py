@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from llmconvert.errors import HubError, SourceError
 from llmconvert.hub.card import CARD, front_matter
+from llmconvert.hub.collection import require_title
 from llmconvert.hub.errors import without_tokens
 from llmconvert.hub.names import require_folder, require_ref, require_repository
 from llmconvert.hub.retry import Backoff
@@ -33,9 +35,12 @@ class PushOptions:
         folder: of the repository, for one of several variants; its root if None.
         create_pr: open a pull request instead of committing to the branch.
         tag: name to give the new commit.
-        message: the commit's title.
+        message: the commit's title, and after its first line a description; a pull request's as well.
         replace: remove the files that are there and don't belong to the artifact, in the same commit.
         verify_download: fetch what was published again and compare it byte for byte.
+        gated: who wants a new repository's files has to ask, and is let in at once (``"auto"``) or by hand
+            (``"manual"``); also refuses to publish into one that is open.
+        collection: title or address of a collection that shall list the repository, made if need be.
         backoff: how to repeat failed requests.
     """
 
@@ -47,6 +52,8 @@ class PushOptions:
     message: str | None = None
     replace: bool = False
     verify_download: bool = False
+    gated: Literal["auto", "manual"] | None = None
+    collection: str | None = None
     backoff: Backoff = Backoff()  # noqa: RUF009 (frozen)
 
     def check(self, repo_id: str) -> None:
@@ -61,10 +68,18 @@ class PushOptions:
         for what, name in (("branch", self.revision), ("tag", self.tag)):
             if name is not None:
                 require_ref(repo_id, what, name)
+        if self.message is not None and not self.message.strip():
+            raise HubError(f"{repo_id}: the commit's message is empty; leave it out, or say something")
         if self.create_pr and (self.revision or "main") != "main":
             raise HubError(f"{repo_id}: a pull request goes to main, not to {self.revision!r}; leave one of them out")
         if self.create_pr and self.tag is not None:
             raise HubError(f"{repo_id}: a pull request can't be tagged; tag the commit when it is merged")
+        if self.collection is not None:
+            require_title(repo_id, self.collection)
+            if self.create_pr:
+                raise HubError(
+                    f"{repo_id}: a pull request goes into no collection; add the repository when it is merged"
+                )
 
 
 @dataclass(frozen=True, slots=True)

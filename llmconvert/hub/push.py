@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import huggingface_hub
 from huggingface_hub import HfApi
@@ -18,6 +19,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from llmconvert.errors import HubError
 from llmconvert.hub.card import CARD, validate_card
+from llmconvert.hub.collection import add_to_collection
 from llmconvert.hub.commit import Base, Commit, Committer, MovedError
 from llmconvert.hub.errors import hub_errors
 from llmconvert.hub.permissions import check_permissions, require_visibility
@@ -28,6 +30,7 @@ from llmconvert.hub.transfer import RemoteFile
 from llmconvert.hub.variants import variants_card
 from llmconvert.hub.verification import compare_bytes
 from llmconvert.progress import SILENT, Progress
+from llmconvert.version import __version__
 
 __all__ = ["check_card", "check_push", "push_folder", "reaches_hub"]
 
@@ -128,13 +131,15 @@ class _Push:
         if not exists:
             create = partial(self._api.create_repo, self._repo_id, private=options.private, exist_ok=True)
             retrying(create, self._backoff)
+        if options.gated is not None:
+            self._gate(options.gated)
         contents = hash_files(plan)
         base = self._survey(contents)
         committer = Committer(
             self._api,
             plan,
             options.create_pr,
-            options.message or "Upload model",
+            options.message or _message(plan),
             self._head,
             self._backoff,
             self._progress,
@@ -152,7 +157,17 @@ class _Push:
         self._verify(base.contents, base.removed, commit)
         if options.tag is not None:
             self._tag(options.tag, commit.sha)
+        if options.collection is not None:
+            url = add_to_collection(
+                self._api, self._repo_id, options.collection, private=bool(options.private), backoff=self._backoff
+            )
+            self._progress.log(f"{self._repo_id}: listed in {url}")
         return commit.url
+
+    def _gate(self, gated: Literal["auto", "manual"]) -> None:
+        """Before anything lies in it."""
+        if not retrying(lambda: self._api.model_info(self._repo_id), self._backoff).gated:
+            retrying(lambda: self._api.update_repo_settings(self._repo_id, gated=gated), self._backoff)
 
     def _survey(self, files: Mapping[str, Content]) -> Base:
         """Look at what is there, and settle what to send and remove; refuses to harm what is not ours."""
@@ -245,6 +260,14 @@ class _Push:
             retrying(
                 lambda: self._api.create_tag(self._repo_id, tag=tag, revision=commit, exist_ok=True), self._backoff
             )
+
+
+def _message(plan: PushPlan) -> str:
+    """A title, and what a reviewer would want to know first."""
+    return (
+        f"Upload model\n\n{len(plan.files)} files, {plan.nbytes:,} bytes, pushed by llmconvert {__version__}. The card "
+        "says what they are, and `llmconvert/report.json` what was measured of them."
+    )
 
 
 def _differs(now: RemoteFile | None, before: RemoteFile | None) -> bool:

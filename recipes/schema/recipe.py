@@ -185,6 +185,8 @@ class PublishSettings(Section):
     one model go to a repository each, or into one, each on a branch (``revision``) or in a folder (``folder``) of its
     own; ``{name}``, ``{model}``, ``{method}`` and ``{scheme}`` stand for this recipe's values. ``replace`` removes
     files that are there and don't belong to the artifact; ``verify_download`` fetches everything again and compares it.
+    ``gated`` has whoever wants a new repository's files ask for them, and refuses one that is open. ``collection``
+    lists the repository in the collection of that title, or at that address, made if need be: variants on one page.
     What nothing tells the quality of goes to the Hub with ``unmeasured: true`` only, and its card says so.
     """
 
@@ -197,6 +199,8 @@ class PublishSettings(Section):
     message: Target | None = None
     replace: bool = False
     verify_download: bool = False
+    gated: Literal["auto", "manual"] | None = None
+    collection: Target | None = None
     unmeasured: bool = False
 
 

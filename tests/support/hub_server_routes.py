@@ -21,6 +21,7 @@ from support.hub_server_state import (
     READ_TOKEN,
     WRITE_TOKEN,
     Blob,
+    Collection,
     HubState,
     RefusalError,
     Repo,
@@ -71,7 +72,7 @@ class Routes:
             if not writable & {namespace, repo_id}:
                 raise RefusalError(403, "Forbidden: the token's scope does not reach this repository")
 
-    def _repo(self, repo_id: str, *, write: bool = False, content: bool = False) -> Repo:
+    def _repo(self, repo_id: str, *, write: bool = False, content: bool = False, proposal: bool = False) -> Repo:
         role = self._role()
         repo = self.state.repos.get(repo_id)
         if repo is None or (repo.private and role is None):
@@ -80,7 +81,7 @@ class Routes:
             raise RefusalError(403 if role else 401, "Access to model is restricted", "GatedRepo")
         if write and role != "write":
             raise RefusalError(403 if role else 401, "Forbidden: this token cannot write")
-        if write and self.query.get("create_pr") != "1":  # anybody may propose a change
+        if write and not proposal and self.query.get("create_pr") != "1":  # anybody may propose a change
             self._require_writable(repo_id)
         return repo
 
@@ -145,9 +146,8 @@ class Routes:
         siblings = [
             {"rfilename": path, "size": len(blob.content), "blobId": blob.blob_id} for path, blob in tree.items()
         ]
-        self.answer_json(
-            {"id": repo_id, "sha": sha, "private": repo.private, "siblings": siblings, "lastModified": DATE}
-        )
+        about = {"id": repo_id, "sha": sha, "private": repo.private, "gated": repo.gated, "lastModified": DATE}
+        self.answer_json({**about, "siblings": siblings})
 
     def tree(self, repo_id: str, revision: str) -> None:
         _, _, tree = self._tree(repo_id, revision)
@@ -196,7 +196,7 @@ class Routes:
         self.answer_json({"files": answers})
 
     def lfs_batch(self, repo_id: str) -> None:
-        repo = self._repo(repo_id, write=True)
+        repo = self._repo(repo_id, write=True, proposal=True)  # it does not say what for
         asked = json.loads(self.body)
         if asked["operation"] != "upload" or asked["hash_algo"] != "sha256" or "basic" not in asked["transfers"]:
             raise RefusalError(422, "unsupported transfer")
@@ -245,7 +245,7 @@ class Routes:
         self.answer_json({})
 
     def lfs_verify(self, repo_id: str, oid: str) -> None:
-        repo, asked = self._repo(repo_id, write=True), json.loads(self.body)
+        repo, asked = self._repo(repo_id, write=True, proposal=True), json.loads(self.body)
         if asked["oid"] != oid or len(repo.objects.get(oid, b"")) != asked["size"]:
             raise RefusalError(422, "the object is not here, or has another size")
         self.answer_json({})
@@ -265,6 +265,8 @@ class Routes:
         repo, head, tree = self._tree(repo_id, revision, write=True)
         lines = [json.loads(line) for line in self.body.splitlines()]
         header = lines[0]["value"]
+        if not header["summary"].strip():
+            raise RefusalError(400, "a commit needs a summary")
         if header.get("parentCommit", head) != head:
             raise RefusalError(412, "A commit has happened since. Please refresh and try again.")
         if revision not in repo.branches and revision not in repo.pull_requests:
@@ -276,6 +278,7 @@ class Routes:
         sha = repo.commit(None if pull or revision in repo.pull_requests else revision, tree)
         if revision in repo.pull_requests:
             repo.pull_requests[revision] = sha
+        repo.messages[sha] = header["summary"], header.get("description", "")
         answer = {"commitUrl": f"{self.state.url}/{repo_id}/commit/{sha}", "commitOid": sha}
         if pull:
             number = len(repo.pull_requests) + 1
@@ -335,6 +338,67 @@ class Routes:
         ]
         self.answer_json({"discussions": shown, "count": len(found), "start": start})
 
+    def settings(self, repo_id: str) -> None:
+        repo, asked = self._repo(repo_id, write=True), json.loads(self.body)
+        if asked.get("gated", False) not in (False, "auto", "manual") or asked.keys() - {"gated", "visibility"}:
+            raise RefusalError(400, "unknown settings")
+        repo.gated = asked.get("gated", repo.gated)
+        repo.private = asked.get("visibility", "private" if repo.private else "public") == "private"
+        self.answer_json({})
+
+    def create_collection(self) -> None:
+        asked = json.loads(self.body)
+        owner, title = asked["namespace"], asked["title"]
+        self._require_collections(owner)
+        if not 0 < len(title) <= 60:
+            raise RefusalError(400, "title: between 1 and 60 characters")
+        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+        slug = f"{owner}/{name}-{hashlib.sha256(title.encode()).hexdigest()[:24]}"
+        if slug in self.state.collections:
+            self.answer_json({"error": "this collection already exists", "slug": slug}, 409)
+            return
+        self.state.collections[slug] = Collection(title, owner, asked["private"])
+        self._answer_collection(slug)
+
+    def collection(self, slug: str) -> None:
+        self._answer_collection(slug)
+
+    def collection_item(self, slug: str) -> None:
+        asked = json.loads(self.body)["item"]
+        if slug not in self.state.collections:
+            raise RefusalError(404, "Collection not found")
+        found = self.state.collections[slug]
+        self._require_collections(found.owner)
+        self._repo(asked["id"])
+        if asked["type"] != "model" or asked["id"] in found.items:
+            raise RefusalError(409, "already in the collection")
+        found.items.append(asked["id"])
+        self._answer_collection(slug)
+
+    def _require_collections(self, owner: str) -> None:
+        if self._role() != "write":
+            raise RefusalError(403 if self._role() else 401, "Forbidden: this token cannot write")
+        token, own = (
+            self.state.account.get("token", {}),
+            {"me", *(o["name"] for o in self.state.account.get("orgs", []))},
+        )
+        scopes = token.get("fineGrained", {}).get("scoped", [])
+        granted = {scope["entity"]["name"] for scope in scopes if "collection.write" in scope["permissions"]}
+        if owner not in own or (token.get("role") == "fineGrained" and owner not in granted):
+            raise RefusalError(403, f"Forbidden: no rights on collections of {owner}")
+
+    def _answer_collection(self, slug: str) -> None:
+        found = self.state.collections.get(slug)
+        if found is None or (found.private and self._role() is None):
+            raise RefusalError(404, "Collection not found")
+        items = [
+            {"_id": str(place), "id": repo_id, "type": "model", "position": place}
+            for place, repo_id in enumerate(found.items)
+        ]
+        about = {"slug": slug, "title": found.title, "owner": {"name": found.owner}, "lastUpdated": DATE}
+        more = {"position": 0, "private": found.private, "theme": "blue", "upvotes": 0, "items": items}
+        self.answer_json({**about, **more})
+
     def branch(self, repo_id: str, name: str) -> None:
         repo = self._repo(repo_id, write=True)
         _require_ref(name, repo.branches, "branch")
@@ -379,6 +443,10 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", rf"/api/models/{_ID}/branch/([^/]+)", Routes.branch),
     ("POST", rf"/api/models/{_ID}/tag/([^/]+)", Routes.tag),
     ("GET", rf"/api/models/{_ID}/refs", Routes.refs),
+    ("PUT", rf"/api/models/{_ID}/settings", Routes.settings),
+    ("POST", "/api/collections", Routes.create_collection),
+    ("GET", rf"/api/collections/{_ID}", Routes.collection),
+    ("POST", rf"/api/collections/{_ID}/items", Routes.collection_item),
     ("GET", rf"/api/models/{_ID}/discussions", Routes.discussions),
     ("GET", rf"/api/models/{_ID}/tree/([^/]+)", Routes.tree),
     ("POST", rf"/api/models/{_ID}/paths-info/([^/]+)", Routes.paths_info),

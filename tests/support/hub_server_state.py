@@ -45,13 +45,16 @@ class Blob:
 @dataclass
 class Repo:
     private: bool = False
-    gated: bool = False
+    #: False, or who decides: ``"auto"`` or ``"manual"``.
+    gated: bool | str = False
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     pull_requests: dict[str, str] = field(default_factory=dict)
     #: References of those that are merged or closed.
     closed: set[str] = field(default_factory=set)
+    #: Title and description of every commit that came through the API.
+    messages: dict[str, tuple[str, str]] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     #: ``(object, part number)`` → content, until the parts are put together.
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
@@ -68,6 +71,15 @@ class Repo:
         if revision in self.commits:
             return revision
         return self.branches.get(revision) or self.tags.get(revision) or self.pull_requests.get(revision)
+
+
+@dataclass
+class Collection:
+    title: str
+    owner: str
+    private: bool
+    #: Repositories, in the order in which they came.
+    items: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -122,6 +134,8 @@ class HubState:
     def reset(self) -> None:
         """An empty Hub at the same address."""
         self.repos: dict[str, Repo] = {}
+        #: By address.
+        self.collections: dict[str, Collection] = {}
         self.faults: list[Fault] = []
         self.log: list[str] = []
         self.part_bytes: int | None = None
