@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.config import build_config
-from llmconvert.engine.architecture.model import build_meta_model
+from llmconvert.engine.architecture.model import build_meta_model, fix_frequencies
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UnsupportedError
 
@@ -80,6 +80,7 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
     kind = config.model_type
     # Built outside the fake mode, which does not take the constants that some modules turn into buffers.
     model = build_meta_model(config, skeleton.dtype, skeleton.model.config._attn_implementation)
+    fix_frequencies(model)
     with FakeTensorMode(), torch.no_grad():
         # Fake, but on the real device, whose attention kernels decide what is alive.
         for module in model.modules():

@@ -23,7 +23,7 @@ from llmconvert.compute.precision import Scratch, WideLinear, compute_dtype
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
-from llmconvert.engine.architecture.model import build_meta_model, find_blocks
+from llmconvert.engine.architecture.model import build_meta_model, find_blocks, find_linears, forget_lengths
 from llmconvert.engine.architecture.names import map_names
 from llmconvert.engine.sites import Site, find_sites
 from llmconvert.errors import CheckpointError, UnsupportedError
@@ -146,13 +146,14 @@ class Skeleton:
         self.architecture.check_layers(checkpoint.infos)
         attention = "eager" if self.architecture.eager_only else "sdpa"
         self.model = build_meta_model(config, self.dtype, attention)
+        forget_lengths(self.model)
         self.names = map_names(self.model, checkpoint)
         self._check_shapes()
         self.list_name, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self.slots = [BlockSlot(block, index) for index, block in enumerate(self.blocks)]
         self.linears = [
-            {self.prefix(index) + name: part for name, part in block.named_modules() if type(part) is nn.Linear}
+            {self.prefix(index) + name: linear for name, linear in find_linears(block).items()}
             for index, block in enumerate(self.blocks)
         ]
         if fast_products and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:

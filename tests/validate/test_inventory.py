@@ -146,3 +146,16 @@ def test_values_that_are_not_finite_are_a_problem(value: float) -> None:
     broken[4, 2] = value
     found = take_inventory(InMemory(source), *[InMemory({**source, "b": broken})] * 2)
     assert len(found.problems) == 1 and found.problems[0].startswith("b holds values that are not finite")
+
+
+def test_infinities_that_stay_are_kept_and_others_are_problems() -> None:
+    """Gemma 4's audio tower holds the limits of its clipping as buffers, infinite ones among them."""
+    source = {"limit": torch.tensor([-math.inf, math.inf, 2.0]), "bound": torch.tensor(math.inf)}
+    before = InMemory(source)
+    kept = take_inventory(before, before, before)
+    assert kept.counts == {"kept": 2} and not kept.problems
+    for changed in ([math.inf, math.inf, 2.0], [-math.inf, 1.0, 2.0], [-math.inf, math.inf, math.nan]):
+        after = InMemory({**source, "limit": torch.tensor(changed)})
+        assert [problem.split()[0] for problem in take_inventory(before, after, after).problems] == ["limit"]
+    narrow = InMemory({**source, "limit": torch.tensor([-math.inf, math.inf, 2.0], dtype=torch.bfloat16)})
+    assert take_inventory(before, narrow, narrow).counts == {"cast": 1, "kept": 1}

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["CONTEXT", "EMBEDDINGS", "EXPERTS", "HEADS", "INNER_SIZES", "LEARNED_POSITIONS", "QUIRKS", "Quirks"]
+__all__ = [
+    "CONTEXT",
+    "EMBEDDINGS",
+    "EXPERTS",
+    "HEADS",
+    "INNER_SIZES",
+    "LEARNED_POSITIONS",
+    "LINEARS",
+    "QUIRKS",
+    "Quirks",
+]
 
 #: Settings that say how many tokens an input may have.
 CONTEXT = "max_position_embeddings"
@@ -23,6 +33,10 @@ LEARNED_POSITIONS = (".wpe.weight", "wpe.weight", "embed_positions.weight", "pos
 EMBEDDINGS = ("embed", "wte.", "wpe.", "lm_head")
 #: What the name of an output head ends with that is not tied to the embedding.
 HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+#: Classes that compute what ``nn.Linear`` computes; others that derive from it (BitNet's, routers) do something else.
+LINEARS = ("Linear", "FalconLinear")
 
 
 @dataclass(frozen=True, slots=True)

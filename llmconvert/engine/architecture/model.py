@@ -13,9 +13,20 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationMixin, 
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.config import read_config
 from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.engine.architecture.families import LINEARS
 from llmconvert.errors import UnsupportedError
 
-__all__ = ["build_meta_model", "find_blocks", "served_class", "served_model"]
+__all__ = [
+    "build_meta_model",
+    "find_blocks",
+    "find_linears",
+    "fix_frequencies",
+    "forget_lengths",
+    "served_class",
+    "served_model",
+]
+
+_LONGEST_SEEN = "max_seq_len_cached"
 
 
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -68,6 +79,44 @@ def served_model(config: Mapping[str, Any]) -> PreTrainedModel | None:
             return found(read_config(config))
     except UnsupportedError:
         return None
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a block, by their names inside it; nothing that only derives from one."""
+    found = block.named_modules()
+    return {name: part for name, part in found if isinstance(part, nn.Linear) and type(part).__name__ in LINEARS}
+
+
+def fix_frequencies(model: PreTrainedModel) -> None:
+    """Let rotary embeddings keep the frequencies that they have, however long the input.
+
+    Dynamic scaling takes them from the longest position, a value; shapes don't depend on it. For models without data.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            module.rope_type = "default"  # type: ignore[assignment]
+        elif isinstance(kinds, dict):
+            module.rope_type = dict.fromkeys(kinds, "default")  # type: ignore[assignment]
+
+
+def forget_lengths(model: PreTrainedModel) -> None:
+    """Let rotary embeddings with dynamic scaling take the frequencies of each input from its own length, from now on.
+
+    As transformers has them they go on with those of the longest input so far, so that numbers depend on what came
+    before, and with the order in which batches pass the blocks.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if any("dynamic" in kind for kind in (kinds.values() if isinstance(kinds, dict) else [kinds or ""])):
+            module.register_forward_pre_hook(_forget_length)
+
+
+def _forget_length(module: nn.Module, args: tuple[Any, ...]) -> None:
+    for name in [name for name in vars(module) if name.endswith(_LONGEST_SEEN)]:
+        frequencies = name.removesuffix(_LONGEST_SEEN)
+        setattr(module, name, module.original_max_seq_len)
+        setattr(module, f"{frequencies}inv_freq", getattr(module, f"{frequencies}original_inv_freq"))
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -9,14 +9,18 @@ import pytest
 import torch
 from support.every_architecture import STREAMED, save_tiny
 from support.tiny_architectures import ids
+from support.tiny_models import tiny_llama_dir
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from llmconvert.api import quantize_model
 from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.stream import Mode, Stream, stream_logits
 from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
@@ -100,3 +104,37 @@ def test_buffers_are_the_same_when_restored_again_and_weights_stay(tmp_path: Pat
     assert torch.equal(skeleton.model.model.rotary_emb.inv_freq, frequencies)
     assert torch.equal(skeleton.model.model.embed_tokens.weight, embedding)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("mode", ["lockstep", "replay"])
+def test_frequencies_that_depend_on_the_input_are_those_of_its_length(tmp_path: Path, mode: Mode) -> None:
+    """Dynamic scaling starts beyond the trained length. What came before an input leaves no trace, in any order."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    directory = tiny_llama_dir(tmp_path, max_position_embeddings=16, rope_parameters=rope, tokenizer=False)
+    windows = ids((12, 20, 24, 18, 12))
+    expected = []
+    for window in windows:
+        model = AutoModelForCausalLM.from_pretrained(directory).eval()
+        with torch.no_grad():
+            expected.append(model(input_ids=window, use_cache=False).logits)
+    skeleton = Skeleton(SafetensorsCheckpoint(directory), CPU)
+    for _ in range(2):
+        stream = Stream(skeleton, windows, discover(skeleton, 24), mode=mode, head=True)
+        try:
+            for _run in stream.blocks():
+                pass
+            assert all(map(torch.equal, stream.logits(), expected))
+        finally:
+            stream.close()
+
+
+def test_falcons_linears_are_linears(tmp_path: Path) -> None:
+    """Its class derives from ``nn.Linear``, and transformers reads its weights quantized."""
+    save_tiny(tmp_path / "model", "falcon")
+    made = quantize_model(tmp_path / "model", tmp_path / "out", method="rtn", scheme="w8a8")
+    assert made.layers == 3 * 4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = model(input_ids=WINDOW[0], use_cache=False).logits
+    (streamed,) = stream_logits(open_dense(SafetensorsCheckpoint(tmp_path / "out")), WINDOW, device=CPU)
+    assert torch.equal(streamed, expected)
