@@ -363,9 +363,37 @@ def _tokenizer(given: tuple[bytes, bytes], directory: Path) -> None:
             tokenizer("hi there, a longer line: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab")
 
 
+def _pickled(zipped: bool) -> bytes:
+    file = io.BytesIO()
+    tensors = {
+        "a": torch.ones(3),
+        "b": torch.ones(2, 2, dtype=torch.bfloat16).T,
+        "c": torch.nn.Parameter(torch.ones(1)),
+    }
+    torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+@st.composite
+def _pickles(draw: st.DrawFn) -> bytes:
+    raw = bytearray(draw(st.sampled_from([_pickled(True), _pickled(False)])))
+    for _ in range(draw(st.integers(0, 6))):
+        raw[draw(st.integers(0, len(raw) - 1))] = draw(st.integers(0, 255))
+    return bytes(raw[: draw(st.just(len(raw)) | st.integers(0, len(raw)))])
+
+
+def _pickle(raw: bytes, directory: Path) -> None:
+    (directory / "config.json").write_text("{}")
+    (directory / "pytorch_model.bin").write_bytes(raw)
+    with open_source(str(directory), allow_pickle=True).checkpoint as checkpoint:
+        for name in checkpoint:
+            checkpoint[name]
+
+
 #: Name → target. Another kind of file that comes with a model, or that a user writes, is one more row.
 TARGETS: dict[str, Target] = {
     "safetensors": Target(_headers(), _header),
+    "pickle": Target(_pickles(), _pickle),
     "index": Target(_changed(_INDEX).map(_json) | _RAW, _index),
     "config": Target(_configs(), _config),
     "chat template": Target(st.lists(st.sampled_from(_PIECES), max_size=8).map("".join), _template),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 
 from llmconvert.engine.architecture.config import declares_tied_embeddings
-from llmconvert.errors import CheckpointError
+from llmconvert.errors import CheckpointError, one_line
 from llmconvert.storage.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
 from llmconvert.storage.directory import identity_of, other_files, read_config, read_index
 
@@ -85,23 +86,54 @@ def _shards(directory: Path, weight_map: dict[str, str] | None) -> list[str]:
 
 def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     try:
-        with path.open("rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"  # files from before torch 1.6 are no archives and can't be mapped
+        zipped = _check_archive(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds more than tensors, and weights_only=True refuses to run it: {str(error).splitlines()[0]}"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # of an unpickler that somebody else's file drives
+        raise CheckpointError(f"{path}: cannot be loaded: {one_line(error)}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, expected a dict of tensors")
+    size = path.stat().st_size
     for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: has an entry under a {type(name).__name__}, expected names")
+        if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor")
         if value.dtype not in DTYPE_NAMES or value.layout != torch.strided:
             raise CheckpointError(f"{path}: tensor {name!r} has dtype {value.dtype} ({value.layout}), not storable")
-    return loaded
+        if value.device.type != "cpu":
+            raise CheckpointError(f"{path}: tensor {name!r} is on the {value.device.type!r} device: it has no values")
+        if value.numel() * value.dtype.itemsize > size:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has {value.numel() * value.dtype.itemsize:,} bytes as it is shaped, the file "
+                f"{size:,}; save it contiguous"
+            )
+    return {name: value.detach() for name, value in loaded.items()}
+
+
+def _check_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, which torch maps; those from before torch 1.6 are none.
+
+    Raises:
+        CheckpointError: an archive with compressed records, which no version of torch writes: they can't be mapped, and
+            unpack to any size.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return False
+        with zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                    raise CheckpointError(
+                        f"{path}: record {record.filename!r} is compressed ({record.compress_size:,} bytes for "
+                        f"{record.file_size:,}), expected it stored as torch.save does"
+                    )
+    return True
 
 
 def _aliases(tensors: dict[str, torch.Tensor]) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -216,12 +217,35 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path) -> None:
         ([1, 2], "expected a dict"),
         ({"a": 3}, "entry 'a' is a int"),
         ({"z": torch.ones(1, dtype=torch.cfloat)}, "not storable"),
+        ({("a", "b"): torch.ones(1)}, "an entry under a tuple, expected names"),
+        ({"m": torch.empty(3, device="meta")}, "tensor 'm' is on the 'meta' device: it has no values"),
+        ({"x": torch.ones(1).expand(5_000_000_000)}, "'x' has 20,000,000,000 bytes as it is shaped, the file"),
     ],
 )
 def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path: Path, content: object, message: str) -> None:
     make_pickle(tmp_path / "m", content)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=message):
         open_source(str(tmp_path / "m"), allow_pickle=True)
+
+
+def test_a_compressed_pickle_is_refused(tmp_path: Path) -> None:
+    """A kilobyte of it would unpack to gigabytes."""
+    make_pickle(tmp_path / "m", {"w": torch.zeros(1 << 20)})
+    weights = tmp_path / "m" / "pytorch_model.bin"
+    with zipfile.ZipFile(weights) as stored, zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    os.replace(tmp_path / "packed", weights)
+    with pytest.raises(
+        CheckpointError, match=r"record '.*' is compressed \([\d,]+ bytes for [\d,]+\), expected it stored"
+    ):
+        open_source(str(tmp_path / "m"), allow_pickle=True)
+
+
+def test_parameters_are_tensors(tmp_path: Path) -> None:
+    make_pickle(tmp_path / "m", {"w": torch.nn.Parameter(torch.ones(2))})
+    found = open_source(str(tmp_path / "m"), allow_pickle=True).checkpoint["w"]
+    assert not found.requires_grad and found.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"no pickle at all", bytes(100)])

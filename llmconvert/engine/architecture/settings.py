@@ -27,6 +27,8 @@ _POSITIVE = re.compile(
 _NOT_NEGATIVE = re.compile(r".*_eps|eps|.*epsilon|rotary_dim|partial_rotary_factor")
 _FINITE = re.compile(r".*_multiplier|.*_scale|.*_scaling|mscale.*")
 _ROPE = ("rope_parameters", "rope_scaling")
+# Of RoPE's numbers, those that there is one of for each frequency.
+_LISTS = ("short_factor", "long_factor")
 
 
 def check_counts(config: Mapping[str, Any], path: str = "") -> None:
@@ -75,7 +77,7 @@ def _nested(values: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, An
         inside = f"{path}.{name}"
         if isinstance(value, Mapping):
             yield from _nested(value, inside)
-        elif isinstance(value, list):
+        elif isinstance(value, list) and name in _LISTS:
             for index, part in enumerate(value):
                 yield f"{inside}[{index}]", name, part
         elif value is not None:

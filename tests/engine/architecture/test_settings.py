@@ -27,6 +27,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "rope without its factor": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}},
     "rope factor of zero": {"rope_parameters": {"rope_type": "linear", "factor": 0.0, "rope_theta": 10000.0}},
     "rope factor below zero": {"rope_parameters": {"rope_type": "linear", "factor": -2.0, "rope_theta": 10000.0}},
+    "rope factors": {"rope_parameters": {"rope_type": "linear", "factor": [2.0], "rope_theta": 10000.0}},
     "infinite rope factor": {"rope_parameters": {"rope_type": "linear", "factor": math.inf, "rope_theta": 10000.0}},
     "rope base of zero": {"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}},
     "heads that don't divide": {"num_attention_heads": 5},
