@@ -62,7 +62,7 @@ def served_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and issubclass(found, GenerationMixin)):
         return None
     model_type = config.get("model_type")
-    fitting = model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] is found.config_class
+    fitting = model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] is getattr(found, "config_class", None)
     return found if fitting else None
 
 
@@ -95,9 +95,9 @@ def fix_frequencies(model: PreTrainedModel) -> None:
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, str):
-            module.rope_type = "default"  # type: ignore[assignment]
+            module.rope_type = "default"
         elif isinstance(kinds, dict):
-            module.rope_type = dict.fromkeys(kinds, "default")  # type: ignore[assignment]
+            module.rope_type = dict.fromkeys(kinds, "default")
 
 
 def forget_lengths(model: PreTrainedModel) -> None:
