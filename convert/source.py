@@ -10,11 +10,13 @@ import hashlib
 import importlib.util
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from llmconvert.errors import SourceError
+from llmconvert.gguf.split import gguf_models, model_files
 from llmconvert.hub import fetch
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
@@ -65,6 +67,13 @@ def open_source(text: str, *, allow_pickle: bool = False, progress: Progress = S
         CheckpointError: the files are corrupt or incomplete.
         HubError: the Hub refused or could not be reached.
     """
+    source = _open(text, allow_pickle, progress)
+    if source.checkpoint.without_tokenizer:
+        progress.log(f"note: {source.checkpoint.without_tokenizer}. The weights are read without it")
+    return source
+
+
+def _open(text: str, allow_pickle: bool, progress: Progress) -> Source:
     package = _PACKAGE.fullmatch(text)
     if package is not None:
         path = _package_file(package["package"], package["file"])
@@ -92,11 +101,11 @@ def parse_hub_id(text: str) -> tuple[str, str | None] | None:
 
 def _open_path(path: Path, allow_pickle: bool) -> Checkpoint:
     if path.is_dir():
-        ggufs = sorted(found.name for found in path.glob("*.gguf"))
+        ggufs = gguf_models(path)
         if len(ggufs) == 1 and not (path / "config.json").exists():
-            return _open_path(path / ggufs[0], allow_pickle)
+            return _open_path(ggufs[0], allow_pickle)
         if ggufs and not (path / "config.json").exists():
-            raise SourceError(f"{path}: has no config.json but {ggufs[0]}; to read that, name the file itself")
+            raise SourceError(f"{path}: has no config.json but {ggufs[0].name}; to read that, name the file itself")
         if allow_pickle and not (path / SINGLE_NAME).exists() and not (path / INDEX_NAME).exists():
             from llmconvert.convert.pickle import PickleCheckpoint
 
@@ -150,8 +159,8 @@ def source_fingerprint(source: Source) -> str:
     if source.kind == "hub":
         digest.update(f"hub\0{source.origin}\0{source.revision}".encode())
         return digest.hexdigest()
-    files = [source.path] if source.path.is_file() else sorted(p for p in source.path.iterdir() if p.is_file())
-    for path in files:
+    files: Sequence[Path] = sorted(p for p in source.path.iterdir() if p.is_file()) if source.path.is_dir() else ()
+    for path in files or model_files(source.path):
         status = path.stat()
         digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         digest.update(_head(path))

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llmconvert.errors import MachineError, OutputError, RecipeError
+from llmconvert.gguf.split import without_part
 from llmconvert.hub import PushOptions, PushPlan, check_card, check_push, push_folder
 from llmconvert.hub import plan_push as plan_files
 from llmconvert.hub.card import CARD
@@ -56,7 +57,7 @@ def fill_target(recipe: Recipe) -> Recipe:
         return recipe
     values = {
         "name": recipe.name,
-        "model": Path(recipe.model.partition("@")[0].rstrip("/")).name.removesuffix(".gguf"),
+        "model": without_part(Path(recipe.model.partition("@")[0].rstrip("/")).name),
         "method": quantize.method if quantize is not None else "convert",
         "scheme": quantize.label if quantize is not None else recipe.convert.dtype,
     }

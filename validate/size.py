@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmconvert.gguf.split import model_files
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.storage.directory import is_weight_file
@@ -63,8 +64,8 @@ class SizeCheck(Measurement):
 
 def measure_sizes(directory: Path) -> Sizes:
     """Add up the files of a model directory (regular files; links count as what they point to)."""
-    if directory.is_file():  # a GGUF file is a model by itself
-        nbytes = directory.stat().st_size
+    if directory.is_file():  # a GGUF file is a model by itself, or with its other parts
+        nbytes = sum(part.stat().st_size for part in model_files(directory))
         return Sizes(nbytes, nbytes)
     files = [path for path in directory.rglob("*") if path.is_file()]
     sizes = {path: path.stat().st_size for path in files}

@@ -22,9 +22,10 @@ from gguf.quants import dequantize
 
 from llmconvert.errors import ChangedError, CheckpointError, UnsupportedError
 from llmconvert.gguf.config import Geometry, build_config, build_generation_config, read_geometry
-from llmconvert.gguf.header import GgufHeader, GgufTensor, read_gguf_header
+from llmconvert.gguf.header import GgufHeader, GgufTensor
 from llmconvert.gguf.names import ARCHITECTURES, Place, Storage, place_tensors
-from llmconvert.gguf.tokenizer import tokenizer_files
+from llmconvert.gguf.split import gguf_models, read_model_header
+from llmconvert.gguf.tokenizer import UnknownTokenizerError, tokenizer_files
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 from llmconvert.storage.directory import identity_of
 
@@ -42,17 +43,19 @@ _READ_CHUNK: Final = 1 << 28
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file as a lazy checkpoint in Hugging Face terms.
+    """Open a GGUF file, or a split model by any of its files, as a lazy checkpoint in Hugging Face terms.
+
+    A tokenizer that cannot be rebuilt is left out, and :attr:`Checkpoint.without_tokenizer` says why.
 
     Raises:
         CheckpointError: no GGUF file, truncated, corrupt or inconsistent.
-        UnsupportedError: an architecture, tensor type, setting or tokenizer that cannot be restored; it is named.
+        UnsupportedError: an architecture, tensor type or setting that cannot be restored; it is named.
     """
     return GgufCheckpoint(path)
 
 
 def open_artifact(path: Path) -> Checkpoint:
-    """A finished artifact: a directory in Hugging Face layout, a GGUF file, or a directory with one GGUF file.
+    """A finished artifact: a directory in Hugging Face layout, a GGUF file, or a directory with one GGUF model.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -60,9 +63,9 @@ def open_artifact(path: Path) -> Checkpoint:
     """
     if path.is_file():
         return open_gguf(path)
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1 and not (path / "config.json").exists():
-        return open_gguf(files[0])
+    models = gguf_models(path)
+    if len(models) == 1 and not (path / "config.json").exists():
+        return open_gguf(models[0])
     return SafetensorsCheckpoint(path)
 
 
@@ -75,12 +78,14 @@ class GgufModel:
         places: GGUF tensor name → where it goes.
         config: ``config.json``.
         files: the other small files, by name.
+        without_tokenizer: why the tokenizer is not among them, or "".
     """
 
     geometry: Geometry
     places: Mapping[str, Place]
     config: Mapping[str, Any]
     files: Mapping[str, bytes]
+    without_tokenizer: str
 
 
 def describe_model(header: GgufHeader, read_setting: Callable[[GgufTensor], np.ndarray]) -> GgufModel:
@@ -92,7 +97,7 @@ def describe_model(header: GgufHeader, read_setting: Callable[[GgufTensor], np.n
 
     Raises:
         CheckpointError: it is incomplete or contradicts itself.
-        UnsupportedError: an architecture, tensor type, setting or tokenizer that cannot be restored; it is named.
+        UnsupportedError: an architecture, tensor type or setting that cannot be restored; it is named.
     """
     arch = header.metadata.text("general.architecture")
     if arch not in ARCHITECTURES:
@@ -105,27 +110,27 @@ def describe_model(header: GgufHeader, read_setting: Callable[[GgufTensor], np.n
     geometry = read_geometry(header, arch)
     places = place_tensors(header, architecture, geometry.layers, geometry.symbols)
     config = build_config(header, arch, architecture, geometry, lambda name: read_setting(header.tensors[name]))
-    files = tokenizer_files(header.metadata, geometry.vocab)
     generation = build_generation_config(config, header.metadata)
-    files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
-    return GgufModel(geometry, places, config, files)
+    files = {"generation_config.json": (json.dumps(generation, indent=2) + "\n").encode()}
+    try:
+        return GgufModel(geometry, places, config, files | tokenizer_files(header.metadata, geometry.vocab), "")
+    except UnknownTokenizerError as error:
+        return GgufModel(geometry, places, config, files, str(error))
 
 
 class GgufCheckpoint(Checkpoint):
-    """See :func:`open_gguf`. The descriptor stays open until :meth:`close`."""
+    """See :func:`open_gguf`. The descriptors stay open until :meth:`close`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = -1
-        header = read_gguf_header(path)
+        self._fds: list[int] = []
+        header = read_model_header(path)
+        self._parts = header.parts
         #: The file's metadata about the model as a whole, ``general.*``.
         self.general = {key: value for key, value in header.metadata.items() if key.startswith("general.")}
-        self.identity = identity_of([path])
+        self.identity = identity_of(header.parts)
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-        try:
+            self._open()
             described = describe_model(header, self._read_setting)
         except BaseException:
             self.close()
@@ -135,6 +140,7 @@ class GgufCheckpoint(Checkpoint):
         self.infos = {name: self._info(*source) for name, source in self._sources.items()}
         self.config = described.config
         self.files = described.files
+        self.without_tokenizer = described.without_tokenizer
 
     @property
     def geometry(self) -> Geometry:
@@ -155,19 +161,25 @@ class GgufCheckpoint(Checkpoint):
         rows = self._stored_rows(tensor, start, max(start, stop))
         return rows.float().sub_(1.0) if place.storage is Storage.PLUS_ONE else rows
 
+    def _open(self) -> None:
+        for part in self._parts:
+            try:
+                self._fds.append(os.open(part, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError as error:
+                raise CheckpointError(f"{part}: cannot be opened: {error.strerror}") from error
+
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        while self._fds:
+            os.close(self._fds.pop())
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
+        if hasattr(self, "_fds"):
             self.close()
 
     def _info(self, tensor: GgufTensor, place: Place) -> TensorInfo:
         # Subtracting one rounds differently in half precision, so such tensors are float32 whatever is stored.
         dtype = torch.float32 if place.storage is Storage.PLUS_ONE else _DIRECT.get(tensor.qtype, torch.float32)
-        return TensorInfo(place.name, dtype, tensor.shape, self.path.name)
+        return TensorInfo(place.name, dtype, tensor.shape, self._parts[tensor.part].name)
 
     def _read_setting(self, tensor: GgufTensor) -> np.ndarray:
         values: np.ndarray = self._stored_rows(tensor, 0, tensor.shape[0]).float().numpy()
@@ -200,7 +212,7 @@ class GgufCheckpoint(Checkpoint):
             return out
         offset = start * width // block * block_bytes
         if tensor.qtype in _DIRECT:
-            self._pread(tensor.offset + offset, out.reshape(-1).view(torch.uint8).numpy().data, tensor.name)
+            self._pread(tensor, offset, out.reshape(-1).view(torch.uint8).numpy().data)
         else:
             self._dequantize_into(tensor, offset, out.reshape(-1))
         return out
@@ -215,21 +227,24 @@ class GgufCheckpoint(Checkpoint):
         for done in range(0, blocks, step):
             count = min(step, blocks - done)
             piece = buffer[: count * block_bytes]
-            self._pread(tensor.offset + offset + done * block_bytes, piece.data, tensor.name)
+            self._pread(tensor, offset + done * block_bytes, piece.data)
             # One long row: the package works on few rows at a time, which is slow when they are short.
             values[done * block : (done + count) * block] = dequantize(piece[None], tensor.qtype)[0]
 
-    def _pread(self, offset: int, buffer: memoryview, what: str) -> None:
-        if self._fd < 0:
-            raise ValueError(f"{self.path}: reading {what} from a closed checkpoint")
+    def _pread(self, tensor: GgufTensor, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with a tensor's bytes from its byte ``offset`` on."""
+        path = self._parts[tensor.part]
+        if not self._fds:
+            raise ValueError(f"{path}: reading {tensor.name} from a closed checkpoint")
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self._fd, [buffer[done : done + _READ_CHUNK]], offset + done)
+                part = buffer[done : done + _READ_CHUNK]
+                count = os.preadv(self._fds[tensor.part], [part], tensor.offset + offset + done)
             except OSError as error:
-                raise CheckpointError(f"{self.path}: reading {what}: {error.strerror}") from error
+                raise CheckpointError(f"{path}: reading {tensor.name}: {error.strerror}") from error
             if count == 0:
-                raise ChangedError(f"{self.path}: the file ended inside {what}; it changed on disk")
+                raise ChangedError(f"{path}: the file ended inside {tensor.name}; it changed on disk")
             done += count
 
 

@@ -12,26 +12,24 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from llmconvert.errors import CheckpointError, SourceError, UnsupportedError
+from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.pretokenizers import PRE_TOKENIZERS
 from llmconvert.gguf.proof import PROBES, prove_tokenizer
 from llmconvert.gguf.tokenizer import PHI3_KEEPING_SPACE, PHI3_TOKENS, TokenType, is_phi3
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.text.files import universal_newlines
-from llmconvert.text.tokenizer import load_tokenizer
+from llmconvert.text.tokenizer import load_tokenizer, tokenizer_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["ExportedTokenizer", "export_tokenizer"]
 
-_SENTENCEPIECE: Final = ("sentencepiece", "google.protobuf")
 _TEMPLATES: Final = "additional_chat_templates/"
 
 
@@ -63,7 +61,6 @@ def export_tokenizer(source: Checkpoint, config: Mapping[str, Any], name: str) -
         SourceError: there is none, or transformers cannot load it.
         CheckpointError: it has more tokens than the embedding has rows.
     """
-    _require_sentencepiece(source)
     loaded = load_tokenizer(source)
     tokenizer = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(tokenizer, Tokenizer):
@@ -92,22 +89,6 @@ def export_tokenizer(source: Checkpoint, config: Mapping[str, Any], name: str) -
     metadata |= _ends(loaded, metadata) | _templates(source)
     notes = prove_tokenizer(loaded, parts, {"general.name": label, **metadata}, rows)
     return ExportedTokenizer(label, metadata, notes)
-
-
-def _require_sentencepiece(source: Checkpoint) -> None:
-    lacking = [package.rpartition(".")[2] for package in _SENTENCEPIECE if _absent(package)]
-    if "tokenizer.model" in source.files and "tokenizer.json" not in source.files and lacking:
-        raise SourceError(
-            "the model's tokenizer is tokenizer.model alone, which transformers reads with "
-            f"{' and '.join(lacking)}: pip install sentencepiece protobuf, or put its tokenizer.json there"
-        )
-
-
-def _absent(package: str) -> bool:
-    try:
-        return find_spec(package) is None
-    except ModuleNotFoundError:  # the package around it
-        return True
 
 
 def _tokens(tokenizer: Tokenizer, vocabulary: Mapping[str, int], rows: int) -> list[str]:
@@ -221,7 +202,8 @@ def _special_ids(
 
 def _ends(loaded: PreTrainedTokenizerBase, metadata: Mapping[str, Any]) -> dict[str, bool]:
     """Whether the tokenizer marks the ends of a text, seen from what it does."""
-    plain, marked = loaded("a", add_special_tokens=False).input_ids, loaded("a").input_ids
+    with tokenizer_errors():
+        plain, marked = loaded("a", add_special_tokens=False).input_ids, loaded("a").input_ids
     bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
     return {
         "tokenizer.ggml.add_bos_token": bos is not None and marked[: 1 + len(plain)] == [bos, *plain],

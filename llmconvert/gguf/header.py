@@ -61,6 +61,7 @@ class GgufTensor:
         shape: slowest dimension first, as torch counts them (the file has them the other way round).
         offset: of its first byte, from the start of the file.
         nbytes: stored size in bytes.
+        part: which of the model's files it lies in.
     """
 
     name: str
@@ -68,6 +69,7 @@ class GgufTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    part: int = 0
 
 
 class Metadata(Mapping[str, Any]):
@@ -169,11 +171,15 @@ class Metadata(Mapping[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a file says about itself: its metadata and its tensors, in file order, by GGUF name."""
+    """What a file says about itself: its metadata and its tensors, in file order, by GGUF name.
+
+    ``parts`` are the files of the model: the one at ``path``, or those of a split model.
+    """
 
     path: Path
     metadata: Metadata
     tensors: Mapping[str, GgufTensor]
+    parts: tuple[Path, ...]
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -181,7 +187,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
     Raises:
         CheckpointError: no GGUF file, truncated, or a header that contradicts itself or the file's size.
-        UnsupportedError: another version or byte order, or one part of a split model.
+        UnsupportedError: another version or byte order.
     """
     try:
         with path.open("rb") as file:
@@ -270,11 +276,7 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
             raise CheckpointError(f"{path}: metadata {key} appears twice; the file is corrupt")
         values[key] = _value(cursor, cursor.u32(f"the type of {key}"), key)
     metadata = Metadata(path, values)
-    if (parts := metadata.integer("split.count", 1)) > 1:
-        raise UnsupportedError(
-            f"{path}: is one of {parts} parts of a split model; join them first with llama-gguf-split --merge"
-        )
-    return GgufHeader(path, metadata, _tensors(path, cursor, tensor_count, metadata))
+    return GgufHeader(path, metadata, _tensors(path, cursor, tensor_count, metadata), (path,))
 
 
 def _value(cursor: _Cursor, kind: int, key: str) -> Any:

@@ -14,7 +14,11 @@ from tokenizers import Regex, pre_tokenizers
 
 from llmconvert.errors import UnsupportedError
 
-__all__ = ["PRE_TOKENIZERS", "PreTokenizer", "find_pre_tokenizer"]
+__all__ = ["PRE_TOKENIZERS", "PreTokenizer", "UnknownTokenizerError", "find_pre_tokenizer"]
+
+
+class UnknownTokenizerError(UnsupportedError):
+    """A kind of tokenizer, or a way to split, that is not known. The weights can be read without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +87,10 @@ def find_pre_tokenizer(name: str, where: str) -> PreTokenizer:
     """The pre-tokenizer called ``name`` in a file.
 
     Raises:
-        UnsupportedError: none is; ``where`` names the file.
+        UnknownTokenizerError: none is; ``where`` names the file.
     """
     if name not in PRE_TOKENIZERS:
-        raise UnsupportedError(
+        raise UnknownTokenizerError(
             f"{where}: tokenizer.ggml.pre is {name!r}, and without its splitting rule the tokens would be wrong; "
             f"supported are {', '.join(sorted(PRE_TOKENIZERS))}"
         )

@@ -17,11 +17,19 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
-from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.errors import CheckpointError
 from llmconvert.gguf.header import Metadata
-from llmconvert.gguf.pretokenizers import find_pre_tokenizer
+from llmconvert.gguf.pretokenizers import UnknownTokenizerError, find_pre_tokenizer
 
-__all__ = ["PHI3_KEEPING_SPACE", "PHI3_TOKENS", "TokenType", "build_tokenizer", "is_phi3", "tokenizer_files"]
+__all__ = [
+    "PHI3_KEEPING_SPACE",
+    "PHI3_TOKENS",
+    "TokenType",
+    "UnknownTokenizerError",
+    "build_tokenizer",
+    "is_phi3",
+    "tokenizer_files",
+]
 
 
 class TokenType(IntEnum):
@@ -73,7 +81,7 @@ def tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
 
     Raises:
         CheckpointError: the metadata is incomplete or contradicts itself.
-        UnsupportedError: a kind of tokenizer or pre-tokenizer that cannot be rebuilt.
+        UnknownTokenizerError: a kind of tokenizer or pre-tokenizer that cannot be rebuilt.
     """
     tokenizer = build_tokenizer(metadata, vocab_size)
     files = {
@@ -89,7 +97,7 @@ def build_tokenizer(metadata: Metadata, vocab_size: int) -> Tokenizer:
     """The tokenizer that ``metadata`` describes; arguments and errors as of :func:`tokenizer_files`."""
     kind = metadata.text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise UnsupportedError(
+        raise UnknownTokenizerError(
             f"{metadata.path}: tokenizer.ggml.model is {kind!r}; supported are gpt2 (byte-level BPE) and llama "
             "(SentencePiece BPE)"
         )

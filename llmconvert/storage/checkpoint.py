@@ -99,6 +99,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     quantized_inputs: Mapping[str, Literal["int8", "fp8"]] = MappingProxyType({})
     #: Tells checkpoints apart whose tensors and config look alike, as far as files tell without being read; may be "".
     identity: str = ""
+    #: Why no tokenizer is among the files although the model has one; "" where that is not so.
+    without_tokenizer: str = ""
 
     @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -164,6 +166,7 @@ class CheckpointView(Checkpoint):
         self.files = base.files
         self.quantized_inputs = base.quantized_inputs
         self.identity = base.identity
+        self.without_tokenizer = base.without_tokenizer
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.base.read_rows(name, start, stop)

@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmconvert.errors import SourceError, one_line
+from llmconvert.errors import SourceError, UnsupportedError, one_line
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import write_json, write_side_files
 from llmconvert.text.confinement import Confinement, ConfinementError
@@ -21,6 +22,8 @@ __all__ = ["has_tokenizer", "load_tokenizer", "tokenizer_errors"]
 
 # What the names of tokenizers' files begin with, of every kind that transformers knows.
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+# What transformers reads tokenizer.model with.
+_SENTENCEPIECE = ("sentencepiece", "google.protobuf")
 # Digests of the files that were tried in this process.
 _TRIED: set[str] = set()
 
@@ -34,14 +37,19 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer by transformers. Code that comes with a model is never run.
 
     Raises:
+        UnsupportedError: it is known not to be readable, and why.
         SourceError: there is none, or transformers cannot load it.
     """
     from transformers import AutoTokenizer
 
+    if checkpoint.without_tokenizer:
+        raise UnsupportedError(f"{checkpoint.without_tokenizer}. Nothing that needs the tokenizer can be done")
     if not has_tokenizer(checkpoint):
         raise SourceError(
             "the model has no tokenizer beside its weights (tokenizer.json, for example); copy its original's there"
         )
+    if "tokenizer.model" in checkpoint.files and "tokenizer.json" not in checkpoint.files:
+        _require_sentencepiece()
     with tempfile.TemporaryDirectory(prefix="llmconvert-") as directory:
         write_side_files(Path(directory), checkpoint.files)
         write_json(Path(directory) / "config.json", dict(checkpoint.config))
@@ -83,3 +91,18 @@ def _try(path: Path, digest: str) -> None:
         except ConfinementError as error:
             raise SourceError(f"the model's tokenizer cannot be used: {error}") from error
     _TRIED.add(digest)
+
+
+def _require_sentencepiece() -> None:
+    if any(_absent(package) for package in _SENTENCEPIECE):
+        raise SourceError(
+            "the model's tokenizer is tokenizer.model alone, which transformers reads with two more packages: "
+            "pip install sentencepiece protobuf, or put its tokenizer.json there"
+        )
+
+
+def _absent(package: str) -> bool:
+    try:
+        return find_spec(package) is None
+    except ModuleNotFoundError:  # the package around it
+        return True

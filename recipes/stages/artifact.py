@@ -22,6 +22,7 @@ import yaml
 
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.source import Source
+from llmconvert.gguf.split import without_part
 from llmconvert.hub.card import CARD
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.provenance import REPORT_FILE, provenance
@@ -82,7 +83,7 @@ def public_name(text: str) -> str:
 
 def model_stem(origin: str) -> str:
     """What a model is called without where it lies and which GGUF type it was stored in."""
-    return _GGUF_TYPE.sub("", Path(origin.rstrip("/")).name.removesuffix(".gguf"))
+    return _GGUF_TYPE.sub("", without_part(Path(origin.rstrip("/")).name))
 
 
 def artifact_name(recipe: Recipe, source: Source) -> str:

@@ -15,7 +15,7 @@ import torch
 from llmconvert.context import Context
 from llmconvert.gguf.checkpoint import GgufCheckpoint, open_artifact
 from llmconvert.gguf.ggml.mix import FLOATS
-from llmconvert.gguf.header import read_gguf_header
+from llmconvert.gguf.split import read_model_header
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import LayerResult, plan_quantize, read_layers
 from llmconvert.quantize.plan import QuantizeRequest
@@ -133,7 +133,7 @@ def recovered(place: Place) -> QuantizeReport:
     linears = _linears(read_layers(notes / _LAYERS_FILE)) if notes is not None and noted else ()
     with open_artifact(place.model) as stored:
         if isinstance(stored, GgufCheckpoint):
-            types = Counter(tensor.qtype.name for tensor in read_gguf_header(stored.path).tensors.values())
+            types = Counter(tensor.qtype.name for tensor in read_model_header(stored.path).tensors.values())
             count = sum(number for kind, number in types.items() if kind not in FLOATS)
             name = stored.path.name
             said = notes is not None and (notes / _NOTES_FILE).exists()

