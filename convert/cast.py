@@ -13,10 +13,21 @@ from typing import Any, Literal
 
 import torch
 
+from llmconvert.compute.narrowing import FADED, LOST, bounds
 from llmconvert.errors import UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
 
-__all__ = ["CASTABLE", "TARGETS", "CastErrors", "CastView", "Overflow", "cast_into", "check_overflow", "with_dtype"]
+__all__ = [
+    "CASTABLE",
+    "TARGETS",
+    "CastErrors",
+    "CastView",
+    "Overflow",
+    "cast_into",
+    "check_overflow",
+    "check_underflow",
+    "with_dtype",
+]
 
 Overflow = Literal["error", "clip"]
 
@@ -45,6 +56,8 @@ class CastErrors:
         largest_overflow: the one of largest magnitude, 0 if there is none.
         underflows: values other than zero that became zero.
         non_finite: NaN and infinities in the source.
+        squares: sum of the squares of all finite values; 0 where the target's range is no narrower.
+        faded: sum of the squares of the errors of values below the target's range, which are zero or near it there.
     """
 
     largest_relative: float = 0.0
@@ -52,6 +65,8 @@ class CastErrors:
     largest_overflow: float = 0.0
     underflows: int = 0
     non_finite: int = 0
+    squares: float = 0.0
+    faded: float = 0.0
 
     def __add__(self, other: CastErrors) -> CastErrors:
         return CastErrors(
@@ -60,6 +75,8 @@ class CastErrors:
             max(self.largest_overflow, other.largest_overflow, key=abs),
             self.underflows + other.underflows,
             self.non_finite + other.non_finite,
+            self.squares + other.squares,
+            self.faded + other.faded,
         )
 
 
@@ -73,6 +90,7 @@ def cast_into(source: torch.Tensor, out: torch.Tensor) -> CastErrors:
     if (source.dtype, out.dtype) in _LOSSLESS:
         return _widen(source, out)
     wide = torch.float64 if source.dtype == torch.float64 else torch.float32
+    narrower = torch.finfo(out.dtype).tiny > torch.finfo(source.dtype).tiny
     scratch = torch.empty(2, min(_PIECE, source.numel()), dtype=wide)
     errors = CastErrors()
     for start in range(0, source.numel(), _PIECE):
@@ -92,7 +110,21 @@ def cast_into(source: torch.Tensor, out: torch.Tensor) -> CastErrors:
             errors = replace(errors, largest_relative=max(errors.largest_relative, largest))
         else:
             errors += _special_cases(values, target, error)
+        if narrower:
+            errors += _faded(values, error, 0.0 if largest < FADED else FADED)
     return errors
+
+
+def _faded(values: torch.Tensor, error: torch.Tensor, limit: float) -> CastErrors:
+    """The squares of a piece, and those of its errors whose relative size is above ``limit``; 0 for none."""
+    squares = float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    if not math.isfinite(squares):
+        squares = float(values.nan_to_num(0.0, 0.0, 0.0).double().square().sum())
+    if not limit:
+        return CastErrors(squares=squares)
+    # Values that became infinite are counted elsewhere, and have an error of infinity here.
+    lost = (error.abs() > limit) & torch.isfinite(error)
+    return CastErrors(squares=squares, faded=float((error[lost].double() * values[lost]).square().sum()))
 
 
 def _widen(source: torch.Tensor, out: torch.Tensor) -> CastErrors:
@@ -138,6 +170,20 @@ def check_overflow(name: str, errors: CastErrors, dtype: torch.dtype) -> None:
         )
 
 
+def check_underflow(name: str, errors: CastErrors, dtype: torch.dtype) -> None:
+    """Refuse a tensor that goes below the range: one of which more than a hundredth of the norm is lost.
+
+    Raises:
+        UnsupportedError: naming the tensor and the limit.
+    """
+    if errors.faded > LOST**2 * errors.squares:
+        share = math.sqrt(errors.faded / errors.squares)
+        raise UnsupportedError(
+            f"tensor {name}: {share:.0%} of it (by norm) are values so small that they would be zero or near it; "
+            f"{bounds(dtype)}; convert to bfloat16 or float32, or have such values become zero (--overflow clip)"
+        )
+
+
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """``config`` with the dtype it declares replaced, under its current and its older key, in submodels too."""
     label = str(dtype).removeprefix("torch.")
@@ -178,7 +224,7 @@ class CastView(CheckpointView):
         }
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """As in :class:`Checkpoint`; also raises ``UnsupportedError`` for a value out of range."""
+        """As in :class:`Checkpoint`; also raises ``UnsupportedError`` for a value out of range, at either end."""
         rows = self.base.read_rows(name, start, stop)
         if rows.dtype == self.infos[name].dtype:
             return rows
@@ -186,4 +232,6 @@ class CastView(CheckpointView):
         errors = cast_into(rows.contiguous().view(-1), out.view(-1))
         if self.overflow == "error":
             check_overflow(name, errors, self.dtype)
+            if rows.shape == self.infos[name].shape:  # a few rows tell nothing of the whole
+                check_underflow(name, errors, self.dtype)
         return out

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmconvert.context import Context
-from llmconvert.convert.cast import CASTABLE, TARGETS, CastErrors, Overflow, check_overflow, with_dtype
+from llmconvert.convert.cast import CASTABLE, TARGETS, CastErrors, Overflow, check_overflow, check_underflow, with_dtype
 from llmconvert.convert.pipeline import BUFFER_NBYTES, stream_tensors
 from llmconvert.convert.rope_scaling import RopeScaling, scale_positions
 from llmconvert.engine.memory import BASE_NBYTES
@@ -164,6 +164,8 @@ def _write_weights(
                 check_overflow(name, found, dtype)
             errors += found
             if last:
+                if overflow == "error":
+                    check_underflow(name, errors, dtype)
                 artifact.finish(name, asdict(errors), batched=True)
                 errors = CastErrors()
 

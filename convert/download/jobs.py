@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 from llmconvert.context import Context
-from llmconvert.convert.cast import CASTABLE, CastErrors, CastView, Overflow, check_overflow, with_dtype
+from llmconvert.convert.cast import (
+    CASTABLE,
+    CastErrors,
+    CastView,
+    Overflow,
+    check_overflow,
+    check_underflow,
+    with_dtype,
+)
 from llmconvert.convert.download.shards import StreamedModel, describe_remote, stream_shards
 from llmconvert.convert.dtype import DtypeRequest
 from llmconvert.convert.pipeline import BUFFER_NBYTES, stream_tensors
@@ -177,10 +185,12 @@ class _CastJob:
     def process(self, shard: SafetensorsCheckpoint, writer: TensorWriter) -> Mapping[str, Any]:
         per_tensor: dict[str, CastErrors] = {}
         with SILENT.task("", 0) as task, closing(stream_tensors(shard, shard, writer, task)) as blocks:
-            for name, errors, _ in blocks:
+            for name, errors, last in blocks:
+                per_tensor[name] = per_tensor.get(name, CastErrors()) + errors
                 if self._overflow == "error":
                     check_overflow(name, errors, self._dtype)
-                per_tensor[name] = per_tensor.get(name, CastErrors()) + errors
+                    if last:
+                        check_underflow(name, per_tensor[name], self._dtype)
         return {
             "errors": asdict(sum(per_tensor.values(), CastErrors())),
             "worst": max(per_tensor, key=lambda name: per_tensor[name].largest_relative, default=None),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llmconvert.compute.narrowing import LOST, bounds
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.checkpoint import describe_model
 from llmconvert.gguf.export import ExportedTensor, export_checkpoint
@@ -29,6 +30,9 @@ Encode = Callable[[Codec, torch.Tensor], torch.Tensor]
 # Weights encoded at a time.
 _WEIGHTS_AT_ONCE = 1 << 22
 _HALF_MAX = 65504.0
+# Scales are float16, and a part of a block's largest weight, 4,096th at the smallest (Q6_K). Only blocks that stay
+# below this can lose theirs.
+_FADING = 2.0**-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,9 @@ class GgufFile:
         for part in row_slices(exported.shape, _WEIGHTS_AT_ONCE, together=together):
             rows = exported.store(read(part.start, part.stop)).contiguous()
             _check_values(name, rows, spec.qtype)
-            writer.write_rows(spec.name, part.start, encode(codec, rows.reshape(-1, spec.shape[-1])))
+            encoded = encode(codec, rows.reshape(-1, spec.shape[-1]))
+            _check_faded(name, codec, rows, encoded)
+            writer.write_rows(spec.name, part.start, encoded)
 
 
 def plan_file(source: Checkpoint, file_name: str, name: str, mix: GgmlMix, *, importance: bool) -> GgufFile:
@@ -156,4 +162,25 @@ def _check_values(name: str, values: torch.Tensor, qtype: str) -> None:
     if largest > _HALF_MAX and qtype not in ("F32", "BF16"):
         raise UnsupportedError(
             f"tensor {name!r} holds {largest:g}, {qtype} reaches to {_HALF_MAX:g}; write bf16 or f32"
+        )
+
+
+def _check_faded(name: str, codec: Codec, values: torch.Tensor, encoded: torch.Tensor) -> None:
+    """Refuse encoded values ``[rows, columns]`` whose scales are below float16's range.
+
+    A block that loses more than half of itself is gone; a hundredth of the values' norm may be.
+    """
+    blocks = values.reshape(-1, codec.size)
+    small = (blocks.abs().amax(-1) < _FADING).nonzero().squeeze(-1)
+    if not len(small):
+        return
+    before = blocks[small]
+    after = torch.from_numpy(codec.decode(encoded.reshape(-1, codec.nbytes)[small].numpy())).reshape(before.shape)
+    squares = before.double().square().sum(-1)
+    gone = (after - before).double().square().sum(-1) > squares / 4
+    share = float(squares[gone].sum().sqrt() / blocks.double().square().sum().sqrt()) if bool(gone.any()) else 0.0
+    if share > LOST:
+        raise UnsupportedError(
+            f"tensor {name!r}: {share:.0%} of it (by norm) are values so small that {codec.name} makes them zero or "
+            f"near it; {bounds(torch.float16)}, which its scales are stored in; write bf16 or f32"
         )

@@ -24,6 +24,7 @@ from llmconvert.quantize.formats.base import (
     settings,
 )
 from llmconvert.quantize.formats.reading import Declared
+from llmconvert.quantize.narrow import half_scales
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.pack import pack_words, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
@@ -98,9 +99,7 @@ class AwqGemm(Format):
 
     def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         assert tensor.zero is not None, "awq is asymmetric; check() refuses the rest"
-        scales = tensor.scale.T.to(torch.float16).contiguous()
-        if not torch.isfinite(scales).all():
-            raise CheckpointError(f"{linear}: a scale is beyond float16, in which awq stores scales")
+        scales = half_scales(linear, tensor).T.contiguous()
         return {
             f"{linear}.qweight": _interleave(tensor.codes),
             f"{linear}.qzeros": _interleave(tensor.zero),

@@ -36,6 +36,7 @@ from llmconvert.quantize.formats.base import (
     settings,
 )
 from llmconvert.quantize.formats.reading import Declared
+from llmconvert.quantize.narrow import half_scales
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
@@ -128,9 +129,7 @@ class GptqFormat(Format):
             zeros = torch.full_like(tensor.scale, 1 << (scheme.bits - 1), dtype=torch.uint8)
         else:
             zeros = unsigned_codes(tensor.zero, scheme.bits)
-        scales = tensor.scale.T.to(torch.float16).contiguous()
-        if not torch.isfinite(scales).all():
-            raise CheckpointError(f"{linear}: a scale is beyond float16, in which gptq stores scales")
+        scales = half_scales(linear, tensor).T.contiguous()
         group = torch.arange(columns, dtype=torch.int32, device=codes.device) // (columns // groups)
         return {
             f"{linear}.qweight": pack_words(codes, scheme.bits).T.contiguous(),

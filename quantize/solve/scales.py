@@ -13,6 +13,7 @@ import torch
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.errors import CheckpointError
+from llmconvert.quantize.narrow import check_held
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.kernels import best_candidates
 
@@ -41,8 +42,9 @@ def full_range_scales(name: str, weight: torch.Tensor, scheme: Scheme, scale_dty
 
     Raises:
         CheckpointError: the weight has values that are not finite.
+        UnsupportedError: they are so small that ``scale_dtype`` holds no scales for them.
     """
-    low, high = _group_range(name, weight, scheme)
+    low, high = _group_range(name, weight, scheme, scale_dtype)
     scale, zero = _candidates(low, high, torch.ones(1, dtype=weight.dtype, device=weight.device), scheme, scale_dtype)
     stored = scale[..., 0].to(scale_dtype).contiguous()
     return GroupScales(stored, None if scheme.symmetric else zero[..., 0].to(torch.int8).contiguous())
@@ -73,8 +75,9 @@ def search_scales(
 
     Raises:
         CheckpointError: the weight has values that are not finite.
+        UnsupportedError: they are so small that ``scale_dtype`` holds no scales for them.
     """
-    low, high = _group_range(name, weight, scheme)
+    low, high = _group_range(name, weight, scheme, scale_dtype)
     rows, groups = low.shape
     ratios = torch.linspace(1.0, narrowest, steps, dtype=weight.dtype, device=weight.device)
     grouped = weight.reshape(rows, groups, -1)
@@ -91,13 +94,26 @@ def search_scales(
     return GroupScales(scale, zero)
 
 
-def _group_range(name: str, weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+def _group_range(
+    name: str, weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Least and greatest value of each group, zero included, each ``[rows, groups]``."""
     grouped = weight.reshape(weight.shape[0], scheme.groups(weight.shape[1]), -1)
     low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise CheckpointError(f"tensor {name!r} has values that are not finite; the checkpoint is damaged")
+    span, steps = _span(low, high, scheme)
+    check_held(name, span / steps, scale_dtype, lambda: grouped.square().sum(-1))
     return low, high
+
+
+def _span(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, float]:
+    """What a group's codes have to reach over, and how many steps of the scale that is."""
+    number = scheme.number
+    if number.symmetric:
+        return torch.maximum(-low, high), number.largest
+    code_min, code_max = number.limits
+    return high - low, code_max - code_min
 
 
 def _candidates(
@@ -106,12 +122,9 @@ def _candidates(
     """Scales and zero points ``[rows, groups, ratios]`` in the weight's dtype, scales rounded to the stored dtype."""
     number = scheme.number
     code_min, code_max = number.limits
-    if number.symmetric:
-        span, levels = torch.maximum(-low, high), number.largest
-    else:
-        span, levels = high - low, code_max - code_min
-    scale = number.round_scale(span.unsqueeze(-1) * ratios / levels, scale_dtype).to(low.dtype)
-    # An all-zero group, or one whose scale vanishes in the stored dtype, needs some scale that is not zero.
+    span, steps = _span(low, high, scheme)
+    scale = number.round_scale(span.unsqueeze(-1) * ratios / steps, scale_dtype).to(low.dtype)
+    # A group of zeros, or one that is next to nothing and whose scale fades, needs some scale that is not zero.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     if scheme.symmetric:
         return scale.contiguous(), torch.zeros_like(scale)

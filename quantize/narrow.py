@@ -1,0 +1,69 @@
+"""Scales in a narrower dtype than they were computed in: a group whose scale fades to zero vanishes with it.
+
+A layer that computes nothing loads and runs. So scales are held against the range of what stores them, at both ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from llmconvert.compute.narrowing import LOST, bounds, unheld
+from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["check_held", "half_scales"]
+
+
+def check_held(
+    name: str, values: torch.Tensor, dtype: torch.dtype, squares: Callable[[], torch.Tensor], *, what: str = "scales"
+) -> None:
+    """Refuse a weight of which more than a hundredth, by norm, has scales that a dtype does not hold.
+
+    Args:
+        name: of the linear.
+        values: what is to be stored in ``dtype``, of any shape.
+        dtype: floating.
+        squares: gives the sum of the squares of the weights that each value stands for, of the same shape.
+        what: the values are, for the error.
+
+    Raises:
+        UnsupportedError: with what would hold them; also for a single value beyond the range.
+    """
+    lost = unheld(values, dtype)
+    if not bool(lost.any()):
+        return
+    advice = (
+        f"{bounds(dtype)}. compressed-tensors keeps scales in the model's own dtype: take that format, of the model "
+        "in bfloat16 or float32; or leave the layer dense with an override (scheme: none)"
+    )
+    largest = values.abs().max().item()
+    if largest > torch.finfo(dtype).max:
+        name_of = str(dtype).removeprefix("torch.")
+        raise UnsupportedError(f"{name}: one of its {what} is beyond {name_of} ({largest:g}); {advice}")
+    weights = squares().double()
+    share = float((weights[lost].sum() / weights.sum().clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
+    if share > LOST:
+        smallest = values[lost].abs().min().item()
+        raise UnsupportedError(
+            f"{name}: {what} of {share:.0%} of it (by norm) are too small ({smallest:.2g}), and would be zero or near "
+            f"it; {advice}"
+        )
+
+
+def half_scales(name: str, tensor: QuantizedTensor) -> torch.Tensor:
+    """The scales of a weight in float16, ``[rows, groups]``.
+
+    Raises:
+        UnsupportedError: see :func:`check_held`.
+    """
+
+    def squares() -> torch.Tensor:
+        grouped = tensor.scheme.number.values(tensor.codes).reshape(*tensor.scale.shape, -1).double()
+        if tensor.zero is not None:
+            grouped -= tensor.zero.unsqueeze(-1)
+        return grouped.mul_(tensor.scale.unsqueeze(-1)).square_().sum(-1)
+
+    check_held(name, tensor.scale, torch.float16, squares)
+    return tensor.scale.to(torch.float16)
