@@ -49,9 +49,7 @@ def test_a_layer_whose_scales_fade_is_refused_and_other_formats_hold_it(
     tiny: Tiny, tmp_path: Path, scheme: str, format: str
 ) -> None:
     source = scaled(tiny("llama", torch.bfloat16), tmp_path / "source", 1e-9)
-    with pytest.raises(
-        UnsupportedError, match=rf"{FADING}: .* 100% of it .* too small .*float16.*compressed-tensors"
-    ):
+    with pytest.raises(UnsupportedError, match=rf"{FADING}: .* 100% of it .* too small .*float16.*compressed-tensors"):
         quantize(source, tmp_path / "out", scheme, format)
     assert not (tmp_path / "out").exists()
     held = open_dense(quantize(source, tmp_path / "held", "w4a16-g32", "compressed-tensors"))[f"{FADING}.weight"]
@@ -64,9 +62,7 @@ def test_scales_in_the_models_own_float16_are_held_against_it(
     tiny: Tiny, tmp_path: Path, scheme: str, format: str
 ) -> None:
     source = scaled(tiny("llama", torch.float16), tmp_path / "source", 1e-7)
-    with pytest.raises(
-        UnsupportedError, match=rf"{FADING}: scales of .* too small .* model in bfloat16 or float32"
-    ):
+    with pytest.raises(UnsupportedError, match=rf"{FADING}: scales of .* too small .* model in bfloat16 or float32"):
         quantize(source, tmp_path / "out", scheme, format)
 
 
