@@ -12,15 +12,34 @@ from llmconvert.convert.source import open_source, parse_hub_id
 from llmconvert.engine.architecture.config import declared_class
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.families import EMBEDDINGS, HEADS, LEARNED_POSITIONS
+from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.gguf.checkpoint import GgufCheckpoint
+from llmconvert.gguf.ggml.mix import FLOATS
+from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
+from llmconvert.quantize.formats.reading import declared_quantization
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 from llmconvert.storage.remote import RemoteCheckpoint
 
-__all__ = ["ModelSummary", "describe_model", "inspect_model"]
+__all__ = ["ModelSummary", "Stored", "describe_model", "inspect_model"]
 
+_FLOATS = {name.lower() for name in FLOATS}
 # Weights of these schemes are estimated besides the plain dtypes; scales are 16-bit.
 _SCHEMES = (Scheme(Int(8)), Scheme(Int(4), 128))
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What is stored in one way.
+
+    Attributes:
+        tensors: dense ones, as the model has them, however many each is stored in.
+        weights: numbers in them.
+    """
+
+    tensors: int
+    weights: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +60,14 @@ class ModelSummary:
         vocabulary: rows of the embedding.
         context: longest sequence the config allows, in tokens; None if it doesn't say.
         tied: whether input and output embedding are one tensor.
-        parameters: number of stored weights.
+        parameters: numbers in all tensors, of quantized ones those that they stand for; None if they can't be read.
         kv_bytes_per_token: of a 16-bit cache, all layers; sliding windows bound it but are not in it.
         stored_bytes: of all tensors as they are.
+        mixture: scheme, GGUF type or dtype → what is stored in it; most weights first. Empty if they can't be read.
         weight_bytes: dtype or scheme → size of all weights in it, in bytes; schemes apply to the blocks' linears and
             leave the rest in 16 bits. Empty for a model that is already quantized.
         quantization: the method of a model that is already quantized, or None.
+        unread: why the quantized weights can't be read here; None if they can.
     """
 
     architecture: str
@@ -62,11 +83,18 @@ class ModelSummary:
     vocabulary: int
     context: int | None
     tied: bool
-    parameters: int
+    parameters: int | None
     kv_bytes_per_token: int
     stored_bytes: int
+    mixture: Mapping[str, Stored]
     weight_bytes: Mapping[str, int]
     quantization: str | None
+    unread: str | None = None
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of everything that is stored, scales and what is not quantized included; None if it can't be read."""
+        return 8 * self.stored_bytes / self.parameters if self.parameters else None
 
     @property
     def position_limit(self) -> int | None:
@@ -90,16 +118,24 @@ def inspect_model(model: str) -> ModelSummary:
 
 
 def describe_model(checkpoint: Checkpoint) -> ModelSummary:
-    """Summarize a checkpoint without reading a tensor.
+    """Summarize a checkpoint without reading a weight: of quantized ones, their shapes alone where they are stored.
 
     Raises:
         CheckpointError: the config lacks sizes that every decoder has.
         UnsupportedError: transformers does not know its ``model_type``.
     """
     found = Architecture.of(checkpoint.config)
-    found.check_layers(checkpoint.infos)
-    quantization = checkpoint.config.get("quantization_config")
-    embedding = max((info.shape[0] for info in _matrices(checkpoint) if _is_embedding(info.name)), default=0)
+    declared = declared_quantization(checkpoint)
+    dense, unread = checkpoint, None
+    try:
+        dense = open_dense(checkpoint)
+    except (UnsupportedError, CheckpointError) as error:
+        unread = str(error)
+    mixture = {} if unread is not None else _mixture(dense)
+    quantization = str(declared.get("quant_method", "unknown")) if declared else None
+    if isinstance(checkpoint, GgufCheckpoint) and mixture.keys() - _FLOATS:
+        quantization = "gguf"
+    embedding = max((info.shape[0] for info in _matrices(dense) if _is_embedding(info.name)), default=0)
     return ModelSummary(
         architecture=declared_class(checkpoint.config) or found.model_type,
         layers=found.layers,
@@ -108,18 +144,41 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
         kv_heads=found.kv_heads if found.has_attention else 0,
         head_dim=found.head_dim if found.has_attention else 0,
         attention=_attention_kind(found),
-        positions=_positions(found, checkpoint),
+        positions=_positions(found, dense),
         windows=_windows(found),
         experts=found.experts,
         vocabulary=embedding or found.vocab_size,
         context=found.context,
-        tied=not any(name.endswith(HEADS) for name in checkpoint.infos),
-        parameters=sum(math.prod(info.shape) for info in checkpoint.infos.values()),
+        tied=not any(name.endswith(HEADS) for name in dense.infos),
+        parameters=sum(stored.weights for stored in mixture.values()) if unread is None else None,
         kv_bytes_per_token=cache_layout(found).bytes_per_token(),
-        stored_bytes=checkpoint.nbytes,
-        weight_bytes={} if quantization else _weight_bytes(checkpoint),
-        quantization=quantization.get("quant_method", "unknown") if quantization else None,
+        stored_bytes=checkpoint.stored_nbytes,
+        mixture=mixture,
+        weight_bytes={} if declared else _weight_bytes(checkpoint),
+        quantization=quantization,
+        unread=unread,
     )
+
+
+def _mixture(dense: Checkpoint) -> dict[str, Stored]:
+    """Way of storing → what is stored so, most weights first."""
+    found: dict[str, Stored] = {}
+    for name, info in dense.infos.items():
+        way = _way(dense, name)
+        before = found.get(way, Stored(0, 0))
+        found[way] = Stored(before.tensors + 1, before.weights + math.prod(info.shape))
+    return dict(sorted(found.items(), key=lambda item: -item[1].weights))
+
+
+def _way(dense: Checkpoint, name: str) -> str:
+    if isinstance(dense, GgufCheckpoint):
+        return dense.type_of(name)
+    if isinstance(dense, QuantizedView):
+        scheme, stored = dense.scheme_of(name), dense.base.infos.get(name)
+        # A weight that was decompressed is as dense as any.
+        if scheme is not None and (stored is None or stored.dtype != dense.infos[name].dtype):
+            return str(scheme)
+    return str(dense.infos[name].dtype).removeprefix("torch.")
 
 
 def _attention_kind(architecture: Architecture) -> str:

@@ -26,7 +26,7 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.execute import quantize_blocks
 from llmconvert.quantize.formats.base import ContainerRequest, load_format
 from llmconvert.quantize.formats.container import Container
-from llmconvert.quantize.matrix import check_combination
+from llmconvert.quantize.matrix import Readership, check_combination, readership
 from llmconvert.quantize.methods.base import Method, Quantizer, ScalingQuantizer, load_method
 from llmconvert.quantize.methods.rescale import describe_edges
 from llmconvert.quantize.plan import (
@@ -127,6 +127,11 @@ class QuantizePlan:
     container: Container
     needs: Needs
     _inputs: _Inputs
+
+    @property
+    def readers(self) -> Readership:
+        """Which runtimes read what is made, by the schemes that its linears really have."""
+        return readership(self.request.format, {*self.decisions.schemes.values()} or {self.request.scheme})
 
     def run(self) -> QuantizeResult:
         """Write the artifact, or go on where an interrupted run of the same plan was stopped.

@@ -6,7 +6,7 @@ runtimes' record (:mod:`llmconvert.quantize.runtimes`) what has been seen to rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llmconvert.errors import SchemeError, UnsupportedError
@@ -19,6 +19,7 @@ from llmconvert.quantize.scheme import SchemeOrMix, parse_scheme
 __all__ = [
     "USUAL",
     "Combination",
+    "Readership",
     "check_combination",
     "check_format",
     "check_method",
@@ -27,6 +28,7 @@ __all__ = [
     "markdown_matrix",
     "methods_for",
     "readers_of",
+    "readership",
     "usual_method",
 ]
 
@@ -106,6 +108,36 @@ def readers_of(format: str, scheme: SchemeOrMix) -> tuple[Runtime, ...]:
         for runtime in runtimes_of(format)
         if any(_alike(parse_scheme(tested), stored) for tested in runtime.schemes)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Readership:
+    """Which runtimes have read a format in all of an artifact's schemes.
+
+    Attributes:
+        read: their names.
+        unseen: names of those that read the format, and the schemes that they were never run with.
+    """
+
+    read: tuple[str, ...]
+    unseen: Mapping[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        read = ", ".join(self.read) or "no runtime but ours"
+        left = [f"{name} was never run with {', '.join(schemes)}" for name, schemes in self.unseen.items()]
+        return "; ".join([f"schemes read by {read}", *left])
+
+
+def readership(format: str, schemes: Iterable[SchemeOrMix]) -> Readership:
+    """Who reads an artifact with these schemes, as far as the record of runs goes (groups of any size are alike)."""
+    used = sorted(set(schemes), key=str)
+    readers = {scheme: {runtime.key for runtime in readers_of(format, scheme)} for scheme in used}
+    unseen = {
+        runtime.name: tuple(str(scheme) for scheme in used if runtime.key not in readers[scheme])
+        for runtime in runtimes_of(format)
+    }
+    read = tuple(name for name, schemes_left in unseen.items() if not schemes_left)
+    return Readership(read, {name: left for name, left in unseen.items() if left})
 
 
 def combinations(schemes: Sequence[str] = USUAL) -> Iterator[Combination]:

@@ -27,6 +27,7 @@ from llmconvert.needs import Needs
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import LayerResult, QuantizePlan, plan_quantize, read_layers, write_layers
+from llmconvert.quantize.matrix import Readership, readership
 from llmconvert.quantize.methods.base import ScalingQuantizer, load_quantizer
 from llmconvert.quantize.plan import Override, QuantizationPlan, QuantizeRequest, plan_quantization
 from llmconvert.quantize.scheme import Scheme
@@ -99,6 +100,11 @@ class RequantizePlan:
     _record: Path
     _windows: Sequence[torch.Tensor]
     _context: Context
+
+    @property
+    def readers(self) -> Readership:
+        """Which runtimes read what is made, by the schemes that its linears really have."""
+        return readership(self.request.format, self.decisions.schemes.values())
 
     def run(self) -> tuple[LayerResult, ...]:
         """Write the output, or go on where an interrupted run of the same plan was stopped.

@@ -197,7 +197,7 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
         source=public_name(original.origin if original is not None else source.origin),
         revision=(original or source).revision,
         architecture=summary.architecture,
-        parameters=summary.parameters if summary.quantization is None else None,
+        parameters=summary.parameters,
     )
     with suppress(SourceError):  # an artifact that was made here knows more of itself
         info = Report.read(source.path / REPORT_FILE).model.model_copy(update={"name": info.name})

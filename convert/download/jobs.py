@@ -32,6 +32,7 @@ from llmconvert.errors import UsageError
 from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import Format, load_format
+from llmconvert.quantize.matrix import Readership, readership
 from llmconvert.quantize.methods.base import Quantizer, Target, load_quantizer
 from llmconvert.quantize.plan import Override, QuantizationPlan, QuantizeRequest, plan_quantization, work_nbytes
 from llmconvert.quantize.scheme import Scheme
@@ -208,6 +209,11 @@ class StreamedQuantizePlan:
     _output: Path
     _job: _QuantizeJob
     _context: Context
+
+    @property
+    def readers(self) -> Readership:
+        """Which runtimes read what is made, by the schemes that its linears really have."""
+        return readership(self.request.format, self._job.plan.schemes.values())
 
     def run(self) -> QuantizeReport:
         """Quantize; the same bytes as fetching the model first. What an interrupted run left is continued.

@@ -27,7 +27,7 @@ def inspect(model: str, as_json: bool) -> None:
 
     summary = inspect_model(model)
     if as_json:
-        click.echo(json.dumps(asdict(summary), indent=2))
+        click.echo(json.dumps({**asdict(summary), "bits_per_weight": summary.bits_per_weight}, indent=2))
         return
     for label, value in _rows(summary):
         click.echo(f"{label:<20} {value}")
@@ -38,7 +38,7 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
     heads = f"{summary.attention}, {summary.query_heads} heads of {summary.head_dim}{shared}"
     rows = [
         ("architecture", summary.architecture),
-        ("parameters", f"{summary.parameters:,}{', embeddings tied' if summary.tied else ''}"),
+        ("parameters", _counted(summary)),
         ("layers", f"{summary.layers} of width {summary.hidden_size:,}"),
         ("attention", heads if summary.query_heads else "none"),
         ("positions", summary.positions),
@@ -53,9 +53,21 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
     cache = summary.kv_bytes_per_token
     rows.append(("KV cache, 16 bits", f"{cache:,} bytes per token, {_megabytes(cache * 4096)} at 4,096 tokens"))
     if summary.quantization:
-        rows.append(("quantized", f"{summary.quantization}, {_megabytes(summary.stored_bytes)}"))
+        bits = f", {summary.bits_per_weight:.3f} bits per weight in all" if summary.bits_per_weight else ""
+        rows.append(("quantized", f"{summary.quantization}, {_megabytes(summary.stored_bytes)}{bits}"))
+        rows += [
+            (f"  {way}", f"{stored.weights:,} weights in {stored.tensors} tensors")
+            for way, stored in summary.mixture.items()
+        ]
+    if summary.unread:
+        rows.append(("not read here", summary.unread))
     rows += [(f"weights, {name}", _megabytes(size)) for name, size in summary.weight_bytes.items()]
     return rows
+
+
+def _counted(summary: ModelSummary) -> str:
+    count = "not known" if summary.parameters is None else f"{summary.parameters:,}"
+    return f"{count}{', embeddings tied' if summary.tied else ''}"
 
 
 def _megabytes(size: int) -> str:

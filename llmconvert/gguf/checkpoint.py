@@ -152,6 +152,10 @@ class GgufCheckpoint(Checkpoint):
         """Bytes that the tensors take in the file."""
         return sum(tensor.nbytes for tensor, _ in self._sources.values())
 
+    def type_of(self, name: str) -> str:
+        """What a tensor is stored as: ``q4_k``."""
+        return self._sources[name][0].qtype.name.lower()
+
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         tensor, place = self._sources[name]
         total = tensor.shape[0]

@@ -128,7 +128,7 @@ def _stream_quantized(work: Work, place: Place) -> StepDetails:
         raise UsageError(f"quantize.scheme {settings.scheme}: a GGUF file is not streamed; leave out --stream")
     overrides = tuple(layer_overrides(settings))
     request = QuantizeRequest(settings.method, settings.scheme, settings.format, overrides, settings.options)
-    return plan_stream_quantize(
+    plan = plan_stream_quantize(
         source.origin,
         place.model,
         request,
@@ -136,7 +136,9 @@ def _stream_quantized(work: Work, place: Place) -> StepDetails:
         revision=source.revision,
         files=source.checkpoint.files,
         context=work.context,
-    ).run()
+    )
+    work.context.progress.log(f"{settings.format}: {plan.readers}")
+    return plan.run()
 
 
 def _unquantized(work: Work) -> DtypeRequest:

@@ -108,6 +108,7 @@ def quantize(
     )
     if place.notes is not None:
         write_json(place.notes / _NOTES_FILE, list(plan.container.notes))
+    context.progress.log(f"{settings.format}: {plan.readers}")
     result = plan.run()
     forget_sensitivity(place.model)
     return QuantizeReport(
@@ -209,7 +210,7 @@ def change_schemes(
     if place.model.exists():  # complete, and killed just then
         return recovered(place)
     begin = time.perf_counter()
-    layers = plan_requantize(
+    plan = plan_requantize(
         artifact,
         source,
         place.model,
@@ -217,7 +218,9 @@ def change_schemes(
         record=place.notes / _LAYERS_FILE,
         windows=windows,
         context=context,
-    ).run()
+    )
+    context.progress.log(f"{settings.format}: {plan.readers}")
+    layers = plan.run()
     return QuantizeReport(
         layers=len(layers),
         linears=_linears(layers),

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support.every_architecture import save_tiny
 from support.tiny_models import tiny_llama, tiny_llama_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmconvert.convert.inspection import ModelSummary, describe_model, inspect_model
+from llmconvert.cli import main
+from llmconvert.convert.inspection import ModelSummary, Stored, describe_model, inspect_model
 from llmconvert.errors import CheckpointError, SourceError, UnsupportedError
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.plan import Override
+from llmconvert.quantize.scheme import Scheme, parse_scheme
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
 
 
@@ -150,3 +157,82 @@ def test_parameters_are_those_of_the_model() -> None:
     expected = {name for name, _ in model.named_parameters()}
     headers.infos = {name: info for name, info in headers.infos.items() if name in expected}
     assert describe_model(headers).parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format"),
+    [
+        ("w4a16-g32", "compressed-tensors"),
+        ("w3a16-g32-asym", "gptq"),
+        ("w4a16-g32-asym", "awq"),
+        ("nf4", "bitsandbytes"),
+        ("w8a8", "compressed-tensors"),
+    ],
+)
+def test_a_quantized_models_parameters_are_those_of_the_original(
+    tiny_llama: Path, tmp_path: Path, scheme: str, format: str
+) -> None:
+    """Not its packed words; and its bits, groups and mixture are told."""
+    original, name = inspect_model(str(tiny_llama)), str(Scheme.parse(scheme))
+    source = SafetensorsCheckpoint(tiny_llama)
+    quantize_checkpoint(source, tmp_path / "out", method="rtn", scheme=Scheme.parse(scheme), format=format)
+    found = inspect_model(str(tmp_path / "out"))
+    linear = sum(math.prod(i.shape) for i in source.infos.values() if i.name.endswith("proj.weight"))
+    assert (found.parameters, found.quantization, found.unread) == (original.parameters, format, None)
+    assert original.parameters is not None
+    assert found.mixture == {name: Stored(14, linear), "float32": Stored(6, original.parameters - linear)}
+    assert list(found.mixture) == [name, "float32"]
+    assert found.stored_bytes == sum(info.nbytes for info in SafetensorsCheckpoint(tmp_path / "out").infos.values())
+    assert found.bits_per_weight == pytest.approx(8 * found.stored_bytes / original.parameters)
+    assert original.bits_per_weight == 32 and original.mixture == {"float32": Stored(20, original.parameters)}
+    assert (found.tied, found.vocabulary, found.weight_bytes) == (original.tied, original.vocabulary, {})
+
+
+def test_a_mixture_is_told_by_scheme(tiny_llama: Path, tmp_path: Path) -> None:
+    overrides = [Override("*.down_proj", Scheme.parse("w8a16-g64")), Override("*.0.self_attn.o_proj", None)]
+    quantize_checkpoint(
+        SafetensorsCheckpoint(tiny_llama),
+        tmp_path / "out",
+        method="rtn",
+        scheme=Scheme.parse("w4a16-g32"),
+        overrides=overrides,
+    )
+    found = inspect_model(str(tmp_path / "out")).mixture
+    assert {way: stored.tensors for way, stored in found.items()} == {
+        "w4a16-g32-sym": 11,
+        "w8a16-g64-sym": 2,
+        "float32": 7,
+    }
+    lines = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).output
+    assert re.search(r"^quantized +compressed-tensors, 0\.\d MB, \d+\.\d{3} bits per weight in all$", lines, re.M)
+    assert re.search(r"^  w8a16-g64-sym +16,384 weights in 2 tensors$", lines, re.M)
+
+
+def test_a_gguf_files_types_are_told(tiny_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    source = SafetensorsCheckpoint(tiny_llama)
+    quantize_checkpoint(source, path, method="rtn", scheme=parse_scheme("q4_0"), format="gguf")
+    found, original = inspect_model(str(path)), inspect_model(str(tiny_llama))
+    assert (found.parameters, found.quantization) == (original.parameters, "gguf")
+    embedding = "q8_0"  # its rows are too short for q6_k
+    assert {way: stored.tensors for way, stored in found.mixture.items()} == {"q4_0": 14, embedding: 1, "f32": 5}
+    assert found.bits_per_weight is not None and 4.5 < found.bits_per_weight < 8.5
+    assert found.weight_bytes, "it can be converted and quantized"
+    quantize_checkpoint(source, tmp_path / "f.gguf", method="rtn", scheme=parse_scheme("f16"), format="gguf")
+    assert inspect_model(str(tmp_path / "f.gguf")).quantization is None
+
+
+def test_weights_that_cannot_be_read_are_not_counted(tiny_llama: Path, tmp_path: Path) -> None:
+    """And the rest is told all the same."""
+    directory = tmp_path / "m"
+    quantize_checkpoint(
+        SafetensorsCheckpoint(tiny_llama), directory, method="rtn", scheme=Scheme.parse("w4a16-g32"), format="gptq"
+    )
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "hqq"
+    (directory / "config.json").write_text(json.dumps(config))
+    found = inspect_model(str(directory))
+    assert (found.parameters, found.bits_per_weight, found.mixture, found.layers) == (None, None, {}, 2)
+    assert found.quantization == "hqq" and "quantized with 'hqq'; this reader knows" in str(found.unread)
+    lines = CliRunner().invoke(main, ["inspect", str(directory)]).output
+    assert "parameters           not known" in lines and "not read here        quantized with 'hqq'" in lines

@@ -18,6 +18,7 @@ from llmconvert.quantize.matrix import (
     combinations,
     methods_for,
     readers_of,
+    readership,
     usual_method,
 )
 from llmconvert.quantize.methods.base import METHODS, GgmlQuantizer, Quantizer, Target, load_method
@@ -84,3 +85,17 @@ def test_the_usual_method_suits_the_scheme() -> None:
     assert usual_method(None, text=True) == usual_method("q4_x", text=True) == "gptq"
     assert usual_method("q4_k_m", text=True) == "imatrix"
     assert usual_method("q4_k_m", text=False) == "rtn"
+
+
+def test_who_reads_an_artifact_is_who_reads_all_its_schemes() -> None:
+    """A budget of 4 and 8 bits is one example: vLLM on CPU refuses groups of 8 bits."""
+    four, eight = Scheme.parse("w4a16-g32"), Scheme.parse("w8a16-g64")
+    alone, both = readership("compressed-tensors", [four]), readership("compressed-tensors", [four, eight, four])
+    assert alone.read == ("transformers", "vLLM on CPU") and not alone.unseen
+    assert str(alone) == "schemes read by transformers, vLLM on CPU"
+    assert both.read == ("transformers",) and both.unseen == {"vLLM on CPU": ("w8a16-g64-sym",)}
+    assert str(both) == "schemes read by transformers; vLLM on CPU was never run with w8a16-g64-sym"
+    assert str(readership("gptq", [Scheme.parse("w3a16-g64")])).startswith("schemes read by GPTQModel, transformers")
+    assert readership("gguf", [parse_scheme("q4_k_m")]).read == ("llama.cpp",)
+    nobody = readership("compressed-tensors", [Scheme.parse("w3a16-g64")])
+    assert not nobody.read and str(nobody).startswith("schemes read by no runtime but ours; transformers was never run")

@@ -5,6 +5,7 @@ Metadata as the Hub documents it (https://huggingface.co/docs/hub/model-cards).
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from llmconvert.errors import HubError
+from llmconvert.errors import HubError, SchemeError
 from llmconvert.hub.card import CARD, front_matter, mark_card, state_of_card
 from llmconvert.quantize.formats.base import FORMATS, load_format
+from llmconvert.quantize.matrix import Readership, readership
 from llmconvert.quantize.methods.base import METHODS
 from llmconvert.quantize.runtimes import runtimes_of
+from llmconvert.quantize.scheme import Scheme, SchemeOrMix, parse_scheme
 from llmconvert.report.report import ModelInfo, Report
 from llmconvert.report.steps import QuantizeReport
 from llmconvert.validate.render.display import label_of, rows, section_table
@@ -87,6 +90,7 @@ def render_card(
     model = report.model
     base = model.base_model
     section_plots = section_plots or {}
+    schemes = _schemes(report)
     template = template_environment(escape=False).get_template("card.md.j2")
     body = template.render(
         title=model.name,
@@ -110,6 +114,11 @@ def render_card(
         chat=chat,
         library=_library(model.format),
         gguf=_file(report),
+        readers=_readers(model.format, schemes),
+        schemes=len(schemes),
+        # Zero points are packed, which transformers' kernel path refuses to read.
+        unpacked=model.format == "compressed-tensors"
+        and any(isinstance(scheme, Scheme) and not scheme.symmetric for scheme in schemes),
         vllm=model.format is None or any(runtime.script == "vllm" for runtime in runtimes_of(model.format)),
         plots=plots,
         limitations=limitations,
@@ -150,6 +159,26 @@ def card_metadata(model: ModelInfo, inherited: Mapping[str, Any]) -> str:
     written = f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"
     front_matter(written, f"the card of {model.name}")
     return written
+
+
+def _schemes(report: Report) -> tuple[SchemeOrMix, ...]:
+    """What the artifact's linears are stored in at last: a budget, overrides and repairs may have chosen by linear."""
+    by_linear: dict[str, str] = {}
+    for step in report.steps:
+        if isinstance(step.details, QuantizeReport):
+            by_linear |= {linear.name: linear.scheme for linear in step.details.linears}
+    mixes = _library(report.model.format) == "gguf"
+    names = [report.model.scheme or ""] if mixes or not by_linear else by_linear.values()
+    found: dict[SchemeOrMix, None] = {}
+    for name in dict.fromkeys(names):
+        with contextlib.suppress(SchemeError):  # a linear that a repair left dense
+            found[parse_scheme(name)] = None
+    return tuple(found)
+
+
+def _readers(format: str | None, schemes: Sequence[SchemeOrMix]) -> Readership | None:
+    """Which runtimes read all of these; None where nothing is quantized, or in a format of another version."""
+    return readership(format, schemes) if format in FORMATS and format is not None and schemes else None
 
 
 def _file(report: Report) -> str:

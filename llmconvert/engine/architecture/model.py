@@ -58,12 +58,13 @@ def served_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
     """
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and issubclass(found, GenerationMixin)):
-        return None
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    generates = isinstance(found, type) and issubclass(found, PreTrainedModel) and issubclass(found, GenerationMixin)
     model_type = config.get("model_type")
-    fitting = model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] is getattr(found, "config_class", None)
-    return found if fitting else None
+    if not generates or model_type not in CONFIG_MAPPING:
+        return None
+    served: type[PreTrainedModel] = found
+    return served if CONFIG_MAPPING[model_type] is served.config_class else None
 
 
 def served_model(config: Mapping[str, Any]) -> PreTrainedModel | None:

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from llmconvert.report.report import Check, Report
+from llmconvert.report.steps import LinearReport, QuantizeReport, Step
 from llmconvert.validate.render.card import Address, inherited_metadata, render_card
 
 RECIPE = "model: maker/Tiny\nquantize: {method: gptq, scheme: w4a16-g64}\n"
@@ -131,3 +132,32 @@ def test_the_transformers_snippet_runs(
     exec(compile(snippets[0], "README.md", "exec"), {})
     assert capsys.readouterr().out
     compile(snippets[1], "README.md", "exec")
+
+
+def with_schemes(report: Report, *schemes: str, scheme: str = "w4a16-g64-sym") -> Report:
+    """The report of an artifact whose linears have these schemes."""
+    linears = tuple(LinearReport(name=f"l{number}", scheme=name, error=None) for number, name in enumerate(schemes))
+    made = Step(
+        name="quantize", seconds=0.0, details=QuantizeReport(layers=len(schemes), linears=linears, bytes=1, seconds=0.0)
+    )
+    return report.model_copy(update={"steps": (made,), "model": report.model.model_copy(update={"scheme": scheme})})
+
+
+def test_the_card_says_which_runtimes_read_the_schemes_that_were_chosen(report: Report) -> None:
+    """By linear, whatever the recipe's scheme was: a budget may have chosen others, and a repair left some dense."""
+    seen = "were run with {}, and computed"
+    address = Address("user/x")
+    card = render_card(with_schemes(report, "w4a16-g64-sym", "none"), address=address, recipe=RECIPE)
+    assert seen.format("transformers, vLLM on CPU") in card and "never seen" not in card
+    card = render_card(with_schemes(report, "w4a16-g64-sym", "w8a16-g64-sym"), address=address, recipe=RECIPE)
+    assert seen.format("transformers") in card
+    assert "**vLLM on CPU** was never seen to run `w8a16-g64-sym`, which this model has layers in." in card
+
+
+def test_the_snippet_of_an_asymmetric_artifact_loads_it(report: Report) -> None:
+    """As README does; the plain one is refused by transformers."""
+    card = render_card(with_schemes(report, "w4a16-g64-asym"), address=Address("user/x"), recipe=RECIPE)
+    assert 'dtype="auto", quantization_config=CompressedTensorsConfig(dequantize=True))' in card
+    assert "import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig" in card
+    plain = render_card(with_schemes(report, "w4a16-g64-sym"), address=Address("user/x"), recipe=RECIPE)
+    assert "CompressedTensorsConfig" not in plain
