@@ -154,7 +154,7 @@ class GgufCheckpoint(Checkpoint):
 
     def type_of(self, name: str) -> str:
         """What a tensor is stored as: ``q4_k``."""
-        return self._sources[name][0].qtype.name.lower()
+        return str(self._sources[name][0].qtype.name).lower()
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         tensor, place = self._sources[name]

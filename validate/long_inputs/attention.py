@@ -142,7 +142,8 @@ def measure_attention(
     config = AutoConfig.from_pretrained(artifact, local_files_only=True, trust_remote_code=False)
     with SafetensorsCheckpoint(artifact) as stored:
         summary = describe_model(stored)
-    parameters, limits = summary.parameters, summary.position_limit
+    # Of weights that can't be read here, no more than two in a byte are packed anywhere else.
+    parameters, limits = summary.parameters or 2 * summary.stored_bytes, summary.position_limit
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     refused = {name: why for name in options.backends if (why := refusal(name, config, device, dtype))}
     backends = [name for name in options.backends if name not in refused]
