@@ -17,8 +17,10 @@ from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.matrix import usual_method
 from llmconvert.recipes import single
+from llmconvert.recipes.consistency import KeyPath
 from llmconvert.recipes.loading import make_recipe
 from llmconvert.recipes.publishing import card_there
+from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.report.report import Report
 from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
 
@@ -37,6 +39,49 @@ Order = Literal["shuffled", "sequential"]
 Share = float | str
 #: Bytes: a number, or one with a unit, ``"4GB"``.
 Size = int | str
+
+
+# Where each option stands in a recipe.
+_CALIBRATE = {
+    "calibration": "calibrate.dataset",
+    **{name: f"calibrate.{name}" for name in ("samples", "length", "order", "seed")},
+}
+_EVERYWHERE = {name: name for name in ("model", "allow_pickle", "device", "stream")}
+_CONVERT = {
+    **_EVERYWHERE,
+    **{name: f"convert.{name}" for name in ("dtype", "overflow", "rope_scaling")},
+    "kv_heads": "attention.kv_heads",
+    "gqa_method": "attention.method",
+    "refit": "attention.refit",
+    "heal_steps": "attention.heal.steps",
+    "heal_length": "attention.heal.length",
+    **_CALIBRATE,
+}
+_QUANTIZE = {
+    **_EVERYWHERE,
+    **{name: f"quantize.{name}" for name in ("method", "scheme", "format", "overrides", "rotate")},
+    "bits_per_weight": "quantize.budget.bits_per_weight",
+    "dtype": "convert.dtype",
+    "memory": "memory",
+    **_CALIBRATE,
+}
+_VALIDATE = {
+    "model": "model",
+    "device": "device",
+    "text": "validate.perplexity.dataset",
+    **{name: f"validate.perplexity.{name}" for name in ("window", "stride", "max_windows", "max_increase")},
+    **{name: f"validate.{name}" for name in ("max_kl", "min_top1", "max_bytes", "generation", "positions", "memory")},
+    "min_agreement": "validate.generation.min_agreement",
+    "tasks": "validate.tasks.names",
+    "task_samples": "validate.tasks.samples",
+    "attention": "validate.attention.backends",
+    "attention_lengths": "validate.attention.lengths",
+    "positions_window": "validate.positions.window",
+}
+# Tokens per window of healing, where those of the calibration text are not fewer.
+_HEAL_LENGTH = 512
+# Options that are off unless they are given.
+_SWITCHES = ("allow_pickle", "stream", "rotate", "generation", "positions", "memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +124,20 @@ def convert_model(
     model: str | Path,
     output: str | Path,
     *,
-    dtype: Dtype = "bfloat16",
-    overflow: Literal["error", "clip"] = "error",
+    dtype: Dtype | None = None,
+    overflow: Literal["error", "clip"] | None = None,
     rope_scaling: str | None = None,
     allow_pickle: bool = False,
     kv_heads: int | None = None,
-    gqa_method: Literal["svd", "mean", "first"] = "svd",
-    refit: bool = True,
-    heal_steps: int = 0,
+    gqa_method: Literal["svd", "mean", "first"] | None = None,
+    refit: bool | None = None,
+    heal_steps: int | None = None,
     calibration: str | Path | None = None,
-    samples: int = 128,
-    length: int = 2048,
-    order: Order = "shuffled",
-    seed: int = 0,
-    device: str = "cpu",
+    samples: int | None = None,
+    length: int | None = None,
+    order: Order | None = None,
+    seed: int | None = None,
+    device: str | None = None,
     stream: bool = False,
     progress: Progress = SILENT,
 ) -> ConvertedModel:
@@ -106,17 +151,18 @@ def convert_model(
     Args:
         model: a Hub id (``org/name``, ``org/name@revision``), a directory, a ``.gguf`` file, or ``package:PKG/FILE``.
         output: directory to make; it may exist if it is empty.
-        dtype: of every floating-point tensor.
-        overflow: whether values too large for ``dtype`` are an error, or are clipped to its range.
+        dtype: of every floating-point tensor; bfloat16 by default.
+        overflow: whether values too large for ``dtype`` are an error (the default), or are clipped to its range.
         rope_scaling: stretches rotary positions, by kind and factor: ``"yarn:2.0"``, ``"linear:4"``, ``"dynamic:2"``.
         allow_pickle: read ``.bin`` weights, by torch's ``weights_only`` loader.
         kv_heads: merge key-value heads to this number per layer; 1 is MQA. None leaves attention as it is.
-        gqa_method: how heads of a group become one.
-        refit: adapt queries, keys and output projections to the original's attention.
-        heal_steps: steps of distillation from the original after the merge; 0 for none.
+        gqa_method: how heads of a group become one; ``svd`` by default.
+        refit: adapt queries, keys and output projections to the original's attention, as is the default.
+        heal_steps: steps of distillation from the original after the merge; none by default.
         calibration: text for the merge, a file or a named dataset; without it the weights alone decide.
-        samples, length, order, seed: windows drawn from ``calibration``, tokens per window, and which.
-        device: where heads are merged, ``cpu``, ``cuda`` or ``cuda:N``; a change of dtype needs none.
+        samples, length, order, seed: windows drawn from ``calibration`` (128), tokens per window (2,048), and which
+            (``shuffled``, by seed 0).
+        device: where heads are merged, ``cpu`` (the default), ``cuda`` or ``cuda:N``; a change of dtype needs none.
         stream: convert a Hub model while it downloads; disk need is the output and two source shards.
         progress: where long work is shown, :func:`llmconvert.console_progress` for example.
 
@@ -126,24 +172,12 @@ def convert_model(
         CapacityError: memory or disk do not suffice.
         RunInterruptedError: the process was asked to stop.
     """
-    sections: dict[str, Any] = {
-        "model": str(model),
-        "allow_pickle": allow_pickle,
-        "convert": {"dtype": dtype, "overflow": overflow, "rope_scaling": rope_scaling},
-    }
-    if kv_heads is None:
-        written = single.convert_model(make_recipe(sections, "convert"), Path(output), stream=stream, progress=progress)
+    shorter = length if heal_steps is not None and length is not None and length < _HEAL_LENGTH else None
+    recipe = _recipe("convert", _CONVERT, {**locals(), "heal_length": shorter})
+    if recipe.attention is None:
+        written = single.convert_model(recipe, Path(output), progress=progress)
         return ConvertedModel(Path(output), dtype=written)
-    if stream:
-        raise UsageError("--stream goes with a change of dtype alone; fetch the model to merge its heads")
-    sections["attention"] = {
-        "kv_heads": kv_heads,
-        "method": gqa_method,
-        "refit": refit,
-        "heal": {"steps": heal_steps, "length": min(512, length)},
-    }
-    sections |= {"device": device, **_calibrate(calibration, samples, length, order, seed)}
-    merged, healed = single.rewrite_model(make_recipe(sections, "convert"), Path(output), progress=progress)
+    merged, healed = single.rewrite_model(recipe, Path(output), progress=progress)
     return ConvertedModel(Path(output), attention=merged, healing=healed)
 
 
@@ -154,16 +188,16 @@ def quantize_model(
     scheme: str | None = None,
     method: str | None = None,
     bits_per_weight: float | None = None,
-    format: str = "compressed-tensors",
+    format: str | None = None,
     overrides: Mapping[str, str] | None = None,
     rotate: bool = False,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype | None = None,
     calibration: str | Path | None = None,
-    samples: int = 128,
-    length: int = 2048,
-    order: Order = "shuffled",
-    seed: int = 0,
-    device: str = "cpu",
+    samples: int | None = None,
+    length: int | None = None,
+    order: Order | None = None,
+    seed: int | None = None,
+    device: str | None = None,
     memory: Size | None = None,
     allow_pickle: bool = False,
     stream: bool = False,
@@ -183,13 +217,14 @@ def quantize_model(
         scheme: bits and groups, ``w4a16-g128``, ``w8a8``; of GGUF a type, ``q4_k_m``.
         method: ``gptq`` by default; of a GGUF type ``rtn``, or ``imatrix`` with calibration text.
         bits_per_weight: choose bits and group sizes by layer for this mean, scales included, instead of one scheme.
-        format: on disk: ``compressed-tensors``, ``gptq``, ``awq``, ``bitsandbytes``, ``gguf``.
+        format: on disk: ``compressed-tensors`` (the default), ``gptq``, ``awq``, ``bitsandbytes``, ``gguf``.
         overrides: shell pattern of layer names → another scheme, or ``none``; the first that matches counts.
         rotate: fold orthogonal rotations of hidden states and values into the weights first (QuaRot).
-        dtype: of what stays unquantized.
+        dtype: of what stays unquantized; bfloat16 by default.
         calibration: text that activations are measured on, a file or a named dataset.
-        samples, length, order, seed: windows drawn from ``calibration``, tokens per window, and which.
-        device: where to compute, ``cpu``, ``cuda`` or ``cuda:N``.
+        samples, length, order, seed: windows drawn from ``calibration`` (128), tokens per window (2,048), and which
+            (``shuffled``, by seed 0).
+        device: where to compute, ``cpu`` (the default), ``cuda`` or ``cuda:N``.
         memory: bytes that may be used, as a number or ``"4GB"``; what is free by default.
         allow_pickle: read ``.bin`` weights, by torch's ``weights_only`` loader.
         stream: quantize a Hub model while it downloads, by a method without calibration.
@@ -203,26 +238,9 @@ def quantize_model(
     """
     if scheme is None and bits_per_weight is None:
         raise UsageError("give a scheme, or bits per weight (--bits-per-weight) to have schemes chosen by layer")
-    quantize: dict[str, Any] = {
-        "method": method or usual_method(scheme, text=calibration is not None),
-        "scheme": scheme,
-        "format": format,
-        "overrides": [{"match": pattern, "scheme": other} for pattern, other in (overrides or {}).items()],
-        "rotate": rotate,
-    }
-    if bits_per_weight is not None:
-        quantize["budget"] = {"bits_per_weight": bits_per_weight}
-    sections = {
-        "model": str(model),
-        "allow_pickle": allow_pickle,
-        "convert": {"dtype": dtype},
-        "quantize": quantize,
-        "device": device,
-        "memory": memory,
-        **_calibrate(calibration, samples, length, order, seed),
-    }
-    recipe = make_recipe(sections, "quantize")
-    made = single.quantize_model(recipe, Path(output), stream=stream, progress=progress)
+    method = method or usual_method(scheme, text=calibration is not None)
+    recipe = _recipe("quantize", _QUANTIZE, {**locals(), "overrides": _overrides(overrides)})
+    made = single.quantize_model(recipe, Path(output), progress=progress)
     return QuantizedModel(Path(output), made.layers, made.bytes, made.seconds, made)
 
 
@@ -231,7 +249,7 @@ def validate_model(
     reference: str | Path | None = None,
     *,
     text: str | Path | None = None,
-    window: int = 2048,
+    window: int | None = None,
     stride: int | None = None,
     max_windows: int | None = None,
     max_increase: Share | None = None,
@@ -247,7 +265,7 @@ def validate_model(
     positions: bool = False,
     positions_window: int | None = None,
     memory: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
     progress: Progress = SILENT,
 ) -> Report:
     """Measure an artifact, against the original it was made from where one is named.
@@ -263,8 +281,8 @@ def validate_model(
         model: the artifact: a directory, or a ``.gguf`` file.
         reference: the original, in any form that :func:`quantize_model` takes.
         text: to measure perplexity and divergence on, a file or a named dataset.
-        window, stride, max_windows: tokens per window, tokens between their beginnings (``window`` by default), and how
-            many windows from the beginning of the text (all by default).
+        window, stride, max_windows: tokens per window (2,048 by default), tokens between their beginnings (``window``
+            by default), and how many windows from the beginning of the text (all by default).
         max_increase: limit on the rise of perplexity over the original's, ``"5%"`` or ``0.05``.
         max_kl: limit on the mean divergence KL(original ‖ artifact), in nats per token.
         min_top1: least share of predictions with the same most likely token.
@@ -276,7 +294,7 @@ def validate_model(
             lengths in tokens that they read.
         positions, positions_window: perplexity by position, in windows of so many tokens (twice the trained length).
         memory: the key-value cache and the memory ladder, computed and measured.
-        device: where to compute, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: where to compute, ``cpu`` (the default), ``cuda`` or ``cuda:N``.
         progress: where long work is shown, :func:`llmconvert.console_progress` for example.
 
     Raises:
@@ -286,29 +304,9 @@ def validate_model(
         CapacityError: memory does not suffice.
         RunInterruptedError: the process was asked to stop.
     """
-    if task_samples is not None and not tasks:
-        raise UsageError("--task-samples goes with --tasks")
     if attention_lengths and not attention:
         raise UsageError("--attention-lengths goes with --attention")
-    validate: dict[str, Any] = {
-        "generation": {"min_agreement": min_agreement} if min_agreement is not None else generation,
-        "max_kl": max_kl,
-        "min_top1": min_top1,
-        "max_bytes": max_bytes,
-        "memory": memory,
-    }
-    if text is not None:
-        about = {"window": window, "stride": stride, "max_windows": max_windows, "max_increase": max_increase}
-        validate["perplexity"] = {"dataset": str(text), **about}
-    if tasks:
-        validate["tasks"] = {"names": list(tasks), "samples": task_samples}
-    if attention:
-        validate["attention"] = {"backends": list(attention)}
-        if attention_lengths:
-            validate["attention"]["lengths"] = list(attention_lengths)
-    if positions or positions_window is not None:
-        validate["positions"] = {"window": positions_window}
-    recipe = make_recipe({"model": str(model), "validate": validate, "device": device}, "validate")
+    recipe = _recipe("validate", _VALIDATE, locals(), {"validate": {}})
     return single.validate_model(recipe, None if reference is None else str(reference), progress=progress)
 
 
@@ -371,18 +369,39 @@ def push_model(
         return push_folder(Path(directory), repository, options, instead=instead, progress=progress)
 
 
-def _calibrate(
-    calibration: str | Path | None, samples: int, length: int, order: Order, seed: int
-) -> Mapping[str, Mapping[str, Any]]:
-    """The recipe's calibrate section; nothing without a text."""
-    if calibration is None:
-        return {}
-    return {
-        "calibrate": {
-            "dataset": str(calibration),
-            "samples": samples,
-            "length": length,
-            "order": order,
-            "seed": seed,
-        }
-    }
+def _overrides(overrides: Mapping[str, str] | None) -> list[dict[str, str]] | None:
+    """The recipe's list; none of none, so that a format that has no overrides is not asked for any."""
+    return [{"match": pattern, "scheme": scheme} for pattern, scheme in overrides.items()] if overrides else None
+
+
+def _recipe(
+    command: str, keys: Mapping[str, str], options: Mapping[str, Any], sections: Mapping[str, Any] | None = None
+) -> Recipe:
+    """The recipe that a command's options describe.
+
+    Each is put where ``keys`` says, its section made if need be: an option whose section lacks what it needs is thereby
+    refused like the recipe that says the same. Options that were not given are left out, so that the recipe's defaults
+    are the only ones: None, and switches that are off. ``sections`` are there whatever was given.
+
+    Raises:
+        RecipeError: naming the option.
+    """
+    values: dict[str, Any] = dict(sections or {})
+    for option, key in keys.items():
+        value = options[option]
+        if value is None or (value is False and option in _SWITCHES) or value in ((), []):
+            continue
+        *path, last = key.split(".")
+        section = values
+        for part in path:
+            if not isinstance(section.get(part), dict):  # missing, or a switch that is on
+                section[part] = {}
+            section = section[part]
+        if not (value is True and isinstance(section.get(last), dict)):
+            section[last] = _plain(value)
+    names: dict[KeyPath, str] = {tuple(key.split(".")): f"--{name.replace('_', '-')}" for name, key in keys.items()}
+    return make_recipe(values, command, options=names)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

@@ -99,6 +99,9 @@ def _lacking(recipe: Recipe, settings: QuantizeSettings, layout: Format) -> Iter
         ("rotations", ("quantize", "rotate"), settings.rotate),
         ("streaming", ("stream",), recipe.stream),
         ("generation", ("validate", "generation"), checks and checks.generation),
+        ("generation", ("validate", "attention"), checks and checks.attention),
+        ("generation", ("validate", "positions"), checks and checks.positions),
+        ("generation", ("validate", "decoding"), checks and checks.decoding),
         ("repair", ("validate", "repair"), checks and checks.repair),
     )
     for feature, path, value in asked:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from llmconvert.errors import RecipeError
 from llmconvert.recipes.consistency import KeyPath, contradictions
 from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.unused import unused
 
 __all__ = ["load_recipe", "make_recipe", "parse_recipe", "read_override", "shipped_recipes"]
 
@@ -79,33 +81,79 @@ def parse_recipe(text: str, where: str, *, overrides: Sequence[str] = (), name: 
         key = read_override(override)
         _assign(values, *key)
         lines = {path: line for path, line in lines.items() if path[: len(key[0])] != key[0]}
-    return _validated({"name": name, **values}, where, lines, overrides, problems)
+    return _validated({"name": name, **values}, _Origin(where, lines, tuple(overrides)), problems)
 
 
-def make_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+def make_recipe(
+    values: Mapping[str, Any], where: str = "recipe", *, options: Mapping[KeyPath, str] | None = None
+) -> Recipe:
     """The recipe that plain values describe.
 
+    Args:
+        where: what they come from, for errors.
+        options: key path → the command's option for it, given or not.
+
     Raises:
-        RecipeError: one line per problem, each with the key's path.
+        RecipeError: one line per problem, each with the key's path, and the option where there is one.
     """
-    return _validated(dict(values), where, {}, (), [])
+    return _validated(dict(values), _Origin(where, options=options or {}), [])
 
 
-def _validated(
-    values: dict[str, Any],
-    where: str,
-    lines: Mapping[KeyPath, int],
-    overrides: Sequence[str],
-    problems: list[str],
-) -> Recipe:
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What a recipe was read from, to say of a key where it stands.
+
+    Attributes:
+        where: a file, or a command.
+        lines: of a file: key path → line.
+        overrides: ``--set`` options.
+        options: of a command: key path → the option for it.
+    """
+
+    where: str
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    options: Mapping[KeyPath, str] = field(default_factory=dict)
+
+    def of(self, path: KeyPath, values: Mapping[str, Any]) -> str:
+        """Where that key is given in ``values``, or what is given where it is missing."""
+        given = {key: option for key, option in self.options.items() if _has(values, key)}
+        for depth in range(len(path), 0, -1):
+            if path[:depth] in given:
+                return f"{self.where} {given[path[:depth]]}"
+        if path in self.options:
+            beside = [option for key, option in given.items() if key[: len(path) - 1] == path[:-1]]
+            return f"{self.where} {', '.join(beside)} without {self.options[path]}"
+        if below := [option for key, option in given.items() if key[: len(path)] == path]:
+            return f"{self.where} {', '.join(below)}"
+        for override in self.overrides:
+            if read_override(override)[0][: len(path)] == path:
+                return f"{self.where}, --set {override}"
+        for depth in range(len(path), 0, -1):
+            if path[:depth] in self.lines:
+                return f"{self.where}, line {self.lines[path[:depth]]}"
+        return self.where
+
+
+def _has(values: Any, path: KeyPath) -> bool:
+    for part in path:
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _validated(values: dict[str, Any], origin: _Origin, problems: list[str]) -> Recipe:
+    found: Iterable[tuple[KeyPath, str]]
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems += [f"{_where(where, path, lines, overrides)}: {text}" for path, text in _problems(error)]
+        found = _problems(error)
     else:
-        problems += [f"{_where(where, path, lines, overrides)}: {text}" for path, text in contradictions(recipe)]
-        if not problems:
-            return recipe
+        found = (*contradictions(recipe), *unused(recipe))
+    problems += [f"{origin.of(path, values)}: {text}" for path, text in found]
+    if not problems:
+        return recipe
     raise RecipeError("\n".join(problems))
 
 
@@ -166,16 +214,6 @@ def _keys(node: Any, lines: dict[KeyPath, int], seen: set[int], path: KeyPath = 
             yield from _keys(value, lines, seen, own)
 
 
-def _where(where: str, path: KeyPath, lines: Mapping[KeyPath, int], overrides: Sequence[str]) -> str:
-    for override in overrides:
-        if read_override(override)[0][: len(path)] == path:
-            return f"{where}, --set {override}"
-    for depth in range(len(path), 0, -1):
-        if path[:depth] in lines:
-            return f"{where}, line {lines[path[:depth]]}"
-    return where
-
-
 def _problems(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
     errors = error.errors(include_url=False)
     suggested: set[KeyPath] = set()
@@ -205,8 +243,8 @@ def _suggestion(path: KeyPath, close: Sequence[str]) -> str:
 
 def _sections(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel] | None]]:
     """The keys of a section, and the model of those that are sections themselves."""
-    for name, field in model.model_fields.items():
-        yield field.alias or name, next(_models_in(field.annotation), None)
+    for name, about in model.model_fields.items():
+        yield about.alias or name, next(_models_in(about.annotation), None)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

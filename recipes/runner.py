@@ -30,7 +30,7 @@ from llmconvert.recipes.stages.conversion import converted_view, open_remote
 from llmconvert.recipes.stages.measurements import Measured, require_accepted, require_measurable
 from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.repair import repair
-from llmconvert.recipes.stages.run import RunStages, reads_calibration, stages_of
+from llmconvert.recipes.stages.run import RunStages, stages_of
 from llmconvert.recipes.stages.stage import MODEL, Finished, Place, Stage, Work
 from llmconvert.report.report import Check, Report, Step, require_passed
 from llmconvert.report.section import Value
@@ -101,8 +101,6 @@ def _run(recipe: Recipe, target: PublishSettings | None, stages: StageRun, progr
     if recipe.attention is not None:
         require_mergeable(source.checkpoint, recipe.attention)
     require_accepted(recipe.measured, source.checkpoint)
-    if recipe.calibrate is not None and recipe.quantize is not None and not reads_calibration(recipe):
-        progress.log(f"calibrate: {recipe.quantize.method} needs no calibration, skipped")
     work = Work(recipe, context, source, converted_view(recipe, source), steps=[fetched])
     if (note := unread_card(source)) is not None:
         progress.log(note)

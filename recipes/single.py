@@ -15,10 +15,10 @@ from llmconvert.context import Context
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.source import open_source
 from llmconvert.device import open_device
-from llmconvert.errors import DatasetError, SourceError, UsageError
+from llmconvert.errors import DatasetError, OutputError, SourceError, UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.recipes.runner import perform
 from llmconvert.recipes.schema.measuring import ValidateSettings
 from llmconvert.recipes.schema.recipe import Recipe
@@ -45,6 +45,7 @@ from llmconvert.text.tokens import TokenWindows
 
 __all__ = ["convert_model", "quantize_model", "require_measured", "rewrite_model", "validate_model"]
 
+_FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 _NOTHING = "nothing was written; run the same command again"
 
 
@@ -69,21 +70,21 @@ def _with_papers(work: Work) -> None:
     work.view = converted_view(work.recipe, work.source)
 
 
-def convert_model(recipe: Recipe, output: Path, *, stream: bool = False, progress: Progress = SILENT) -> DtypeReport:
+def convert_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) -> DtypeReport:
     """Convert ``recipe.model`` to ``recipe.convert.dtype`` in the directory ``output``.
 
-    With ``stream``, a Hub model is converted while it downloads: disk need is the output and two source shards, and
+    Where it streams, a Hub model is converted while it downloads: disk need is the output and two source shards, and
     a call that was stopped continues.
 
     Raises:
         LlmconvertError: see :func:`llmconvert.convert.source.open_source` and
             :func:`llmconvert.convert.dtype.convert_dtype`.
     """
-    check_output_directory(output)
-    recipe = recipe.model_copy(update={"stream": stream, "quantize": None})
+    _check_directory(output)
+    recipe = recipe.model_copy(update={"quantize": None})
     with interruptible(), _opened(recipe, progress) as work:
         _with_papers(work)
-        made = (stream_stage(recipe) if stream else convert_stage(recipe)).build(work, Place(output))
+        made = (stream_stage(recipe) if recipe.stream else convert_stage(recipe)).build(work, Place(output))
     assert isinstance(made, DtypeReport)
     return made
 
@@ -107,9 +108,8 @@ def rewrite_model(
     settings = recipe.attention
     if settings is None:
         raise UsageError("nothing to rewrite: the recipe has no attention section")
-    check_output_directory(output)
+    _check_directory(output)
     request, healing = heal_request(recipe), heal_settings(recipe)
-    recipe = recipe.model_copy(update={"stream": False})
     with (
         interruptible(),
         _opened(recipe, progress) as work,
@@ -132,12 +132,10 @@ def rewrite_model(
         return merged.details, healed.details
 
 
-def quantize_model(
-    recipe: Recipe, output: Path, *, stream: bool = False, progress: Progress = SILENT
-) -> QuantizeReport:
+def quantize_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) -> QuantizeReport:
     """Quantize ``recipe.model`` to the directory ``output``, by the recipe's quantize and calibrate sections.
 
-    What stays unquantized is written in ``recipe.convert.dtype``. A call that was stopped continues. With ``stream``,
+    What stays unquantized is written in ``recipe.convert.dtype``. A call that was stopped continues. Where it streams,
     a Hub model is quantized while it downloads, by a method without calibration: disk need is the output and two
     source shards.
 
@@ -148,10 +146,12 @@ def quantize_model(
     settings = recipe.quantize
     if settings is None:
         raise UsageError("nothing to quantize: the recipe has no quantize section")
-    load_format(settings.format).check_output(output)
-    recipe = recipe.model_copy(update={"stream": stream})
+    layout = load_format(settings.format)
+    if not isinstance(layout, FileFormat):
+        _refuse_file_name(output)
+    layout.check_output(output)
     with interruptible(), _opened(recipe, progress) as work:
-        if stream:
+        if recipe.stream:
             _with_papers(work)
             streamed = stream_stage(recipe).build(work, Place(output))
             assert isinstance(streamed, QuantizeReport)
@@ -202,6 +202,20 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
     with suppress(SourceError):  # an artifact that was made here knows more of itself
         info = Report.read(source.path / REPORT_FILE).model.model_copy(update={"name": info.name})
     return Report(model=info, environment=environment(), checks=tuple(checks))
+
+
+def _check_directory(output: Path) -> None:
+    _refuse_file_name(output)
+    check_output_directory(output)
+
+
+def _refuse_file_name(output: Path) -> None:
+    """A directory named like a file is not what anyone means."""
+    if output.suffix in _FILES:
+        raise OutputError(
+            f"{output}: is named like a file, and what is written is a directory; name one, or for a GGUF file say "
+            "--format gguf with one of its types (--scheme q8_0, f16)"
+        )
 
 
 def require_measured(artifact: Path) -> None:

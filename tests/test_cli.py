@@ -125,7 +125,7 @@ def test_quantize_and_validate(tiny_llama: Path, here: Path, text: Path) -> None
     call(*measured, "--min-agreement", "0%", "--json", "agreement.json")  # fails: a random model in 4 bits loops
     checks = {check["name"]: check for check in json.loads((here / "agreement.json").read_text())["checks"]}
     assert checks["generation.agreement"]["limit"] == 0
-    assert "--task-samples goes with --tasks" in call(*measured, "--task-samples", 3).output
+    assert "--task-samples without --tasks" in call(*measured, "--task-samples", 3).output
 
     result = call(*measured, "--stride", 24, "--json", "overlapping.json", "--html", "overlapping.html")
     assert result.exit_code == 0, result.output
@@ -194,6 +194,38 @@ def test_nothing_measured_is_not_passed(tiny_llama: Path, here: Path) -> None:
     report = artifact / "llmconvert" / "report.json"
     assert call("validate", artifact, "--generation", "--json", report).exit_code == 0
     assert "HF_TOKEN" in fails(4, "push", artifact, "me/bare")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("convert", "out", "--heal-steps", 3), "convert --heal-steps without --kv-heads"),
+        (("convert", "out", "--no-refit"), "convert --refit without --kv-heads"),
+        (("convert", "out", "--samples", 128), "convert --samples without --calibration"),
+        (("convert", "out", "--calibration", "pydoc-topics:train"), "nothing here reads calibration text"),
+        (("convert", "out", "--device", "cuda"), "convert --device: device: a change of dtype"),
+        (("convert", "out", "--kv-heads", 1, "--stream"), "convert --stream: stream: heads are merged"),
+        (("convert", "out.gguf"), "is named like a file"),
+        (("quantize", "out", "--scheme", "w4a16-g32", "--seed", 0), "quantize --seed without --calibration"),
+        (
+            ("quantize", "out", "--scheme", "w4a16", "--method", "rtn", "--calibration", "pydoc-topics:train"),
+            "quantize --calibration: calibrate.dataset: rtn reads no calibration text",
+        ),
+        (
+            ("quantize", "out", "--scheme", "w4a16-g32", "--bits-per-weight", 4, "--calibration", "pydoc-topics:train"),
+            "quantize --scheme: quantize.scheme: a budget chooses",
+        ),
+        (("quantize", "out.gguf", "--scheme", "w4a16-g32", "--method", "rtn"), "is named like a file"),
+        (("validate", "--window", 64), "validate --window without --text"),
+        (("validate", "--max-increase", "0.0001%"), "validate --max-increase without --text"),
+        (("validate", "--max-kl", 1), "validate --max-kl: validate.max_kl is measured on the text"),
+        (("validate", "--task-samples", 3), "validate --task-samples without --tasks"),
+    ],
+)
+def test_an_option_is_used_or_refused(tiny_llama: Path, here: Path, arguments: tuple[str, ...], message: str) -> None:
+    command, *rest = arguments
+    assert message in fails(2, command, tiny_llama, *rest)
+    assert not os.listdir(here)
 
 
 @pytest.mark.parametrize(

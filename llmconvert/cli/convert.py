@@ -15,26 +15,24 @@ if TYPE_CHECKING:
 @click.command(short_help="Write MODEL in another dtype.")
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="[default: bfloat16]")
 @click.option(
     "--overflow",
     type=click.Choice(["error", "clip"]),
-    default="error",
-    show_default=True,
-    help="What to do with values too large for the dtype.",
+    help="What to do with values too large for the dtype. [default: error]",
 )
 @click.option("--rope-scaling", metavar="KIND:FACTOR", help="Stretch positions: yarn:2.0, linear:4, dynamic:2.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with weights_only=True.")
 @click.option("--kv-heads", type=int, help="Merge key-value heads to this number per layer; 1 is MQA.")
-@click.option("--gqa-method", type=click.Choice(["svd", "mean", "first"]), default="svd", show_default=True)
-@click.option("--refit/--no-refit", default=True, show_default=True, help="Refit merged attention to the original's.")
-@click.option("--heal-steps", type=int, default=0, show_default=True, help="Steps of distillation after the merge.")
+@click.option("--gqa-method", type=click.Choice(["svd", "mean", "first"]), help="[default: svd]")
+@click.option("--refit/--no-refit", default=None, help="Refit merged attention to the original's. [default: refit]")
+@click.option("--heal-steps", type=int, help="Steps of distillation after the merge. [default: 0]")
 @click.option("--calibration", metavar="FILE|NAME", help="Text for the merge, pydoc-topics:train for example.")
-@click.option("--samples", type=int, default=128, show_default=True, help="Windows of calibration text.")
-@click.option("--length", type=int, default=2048, show_default=True, help="Tokens per window.")
-@click.option("--order", type=click.Choice(["shuffled", "sequential"]), default="shuffled", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="Where to merge: cpu, cuda or cuda:N.")
+@click.option("--samples", type=int, help="Windows of calibration text. [default: 128]")
+@click.option("--length", type=int, help="Tokens per window. [default: 2048]")
+@click.option("--order", type=click.Choice(["shuffled", "sequential"]), help="[default: shuffled]")
+@click.option("--seed", type=int, help="[default: 0]")
+@click.option("--device", help="Where to merge: cpu, cuda or cuda:N. [default: cpu]")
 @click.option("--stream", is_flag=True, help="Convert while downloading; disk need: the output and two source shards.")
 def convert(model: str, output: Path, **options: Any) -> None:
     """Write MODEL to the directory OUTPUT as safetensors in another dtype, in constant memory.

@@ -26,7 +26,7 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 @click.option("--method", help="gptq by default; of a GGUF type rtn, or imatrix with calibration text.")
 @click.option("--scheme", help="For example w4a16-g128, w8a8; of GGUF q4_k_m, q8_0.")
 @click.option("--bits-per-weight", type=float, help="Choose bits and groups by layer, for this mean.")
-@click.option("--format", default="compressed-tensors", show_default=True, help="gguf for llama.cpp.")
+@click.option("--format", help="gguf for llama.cpp. [default: compressed-tensors]")
 @click.option(
     "--override",
     "overrides",
@@ -36,13 +36,13 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
     help="Another scheme for layers whose name matches.",
 )
 @click.option("--rotate", is_flag=True, help="Rotate hidden states and values first, folded into the weights.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="[default: bfloat16]")
 @click.option("--calibration", metavar="FILE|NAME", help="Text to calibrate on, pydoc-topics:train for example.")
-@click.option("--samples", type=int, default=128, show_default=True, help="Windows of calibration text.")
-@click.option("--length", type=int, default=2048, show_default=True, help="Tokens per window.")
-@click.option("--order", type=click.Choice(["shuffled", "sequential"]), default="shuffled", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--samples", type=int, help="Windows of calibration text. [default: 128]")
+@click.option("--length", type=int, help="Tokens per window. [default: 2048]")
+@click.option("--order", type=click.Choice(["shuffled", "sequential"]), help="[default: shuffled]")
+@click.option("--seed", type=int, help="[default: 0]")
+@click.option("--device", help="cpu, cuda or cuda:N. [default: cpu]")
 @click.option("--memory", metavar="SIZE", help="Use at most this much memory, 4GB for example.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with weights_only=True.")
 @click.option("--stream", is_flag=True, help="Quantize while downloading, by a method without calibration.")

@@ -23,7 +23,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str | Non
 @click.argument("model")
 @click.option("--reference", metavar="MODEL", help="The original, to compare with.")
 @click.option("--text", metavar="FILE|NAME", help="Text to measure perplexity on, pydoc-topics:test for example.")
-@click.option("--window", type=int, default=2048, show_default=True, help="Tokens per window.")
+@click.option("--window", type=int, help="Tokens per window. [default: 2048]")
 @click.option("--stride", type=int, help="Tokens between windows' beginnings; fewer than --window make them overlap.")
 @click.option("--max-windows", type=int, help="Use only the first windows of the text.")
 @click.option("--max-increase", metavar="SHARE", help="Fail if perplexity rises by more than this, 5% for example.")
@@ -50,7 +50,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str | Non
 @click.option("--positions", is_flag=True, help="Perplexity by position, up to the trained length and beyond.")
 @click.option("--positions-window", type=int, help="Tokens per window for that; twice the trained length by default.")
 @click.option("--memory", is_flag=True, help="The KV cache and the memory ladder, computed and measured.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--device", help="cpu, cuda or cuda:N. [default: cpu]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report here.")
 def validate(model: str, json_file: Path | None, html_file: Path | None, **options: Any) -> None:
     """Measure MODEL, a directory, against the original it was made from.

@@ -21,7 +21,7 @@ from llmconvert.recipes.stages.windows import (
     text_stage,
 )
 
-__all__ = ["RunStages", "reads_calibration", "stages_of"]
+__all__ = ["RunStages", "stages_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,6 @@ class RunStages:
         settings = self.recipe.measured
         between = tuple(step for step in self.between if step != model)
         return validate_stage(settings, model, between, name) if settings is not None else None
-
-
-def reads_calibration(recipe: Recipe) -> bool:
-    """Whether anything that the recipe asks for reads its calibration text."""
-    return recipe.attention is not None or (recipe.quantize is not None and recipe.quantize.calibrates)
 
 
 def stages_of(recipe: Recipe) -> RunStages:
@@ -83,7 +78,7 @@ def stages_of(recipe: Recipe) -> RunStages:
 
 def _texts(recipe: Recipe) -> Iterator[Stage[Any]]:
     """All texts, before the long work: a missing one, or one used twice, must not be found out after it."""
-    if recipe.calibrate is not None and reads_calibration(recipe):
+    if recipe.calibrate is not None:
         yield text_stage(CALIBRATION, WindowRequest.calibration(recipe.calibrate))
     if recipe.validation is not None and recipe.validation.perplexity is not None:
         yield text_stage(EVALUATION_TEXT, WindowRequest.evaluation(recipe.validation.perplexity))

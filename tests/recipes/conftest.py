@@ -26,7 +26,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def write_recipe(tmp_path: Path, tiny_llama: Path, texts: tuple[Path, Path]) -> RecipeWriter:
-    """Writes ``NAME.yaml`` for the tiny model; keyword arguments replace sections, None removes them."""
+    """Writes ``NAME.yaml`` for the tiny model; keyword arguments replace sections, None removes them.
+
+    What no one reads is left out.
+    """
 
     def write(name: str = "tiny", **sections: Any) -> Path:
         values: dict[str, Any] = {
@@ -37,6 +40,10 @@ def write_recipe(tmp_path: Path, tiny_llama: Path, texts: tuple[Path, Path]) -> 
             "work_dir": str(tmp_path / "work"),
         }
         values = {key: value for key, value in {**values, **sections}.items() if value is not None}
+        quantize = values.get("quantize", {})
+        reads = quantize.get("method") not in ("rtn", "hqq", None) or "budget" in quantize or "attention" in values
+        if "calibrate" not in sections and not reads:
+            del values["calibrate"]
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values))
         return path

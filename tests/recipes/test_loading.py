@@ -116,6 +116,60 @@ def test_mistakes_are_explained(text: str, expected: str) -> None:
     assert expected in refusal(text)
 
 
+RTN = "model: a\nquantize: {method: rtn, scheme: w4a16}\n"
+BUDGET = "model: a\ncalibrate: {dataset: d}\nquantize: {method: gptq, budget: {bits_per_weight: 4}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (RTN + "calibrate: {dataset: d, samples: 3}", "line 3: calibrate.dataset: rtn reads no calibration text"),
+        ("model: a\ncalibrate: {dataset: d}", "nothing here reads calibration text"),
+        ("model: a\ndevice: cuda", "device: a change of dtype computes on no device"),
+        (RTN + "publish: {to: 'file:x', private: true}", "publish.private: is for the Hub"),
+        (RTN + "publish: {to: 'file:x', tag: v1}", "publish.tag: is for the Hub"),
+        (RTN + "publish: {to: 'file:x', unmeasured: true}", "publish.unmeasured: is for the Hub"),
+        ("model: a\nattention: {kv_heads: 1, heal: {steps: 0, batch: 7}}", "heal.batch: there are no steps of healing"),
+        (BUDGET + ", scheme: w8a16-g32}", "quantize.scheme: a budget chooses bits and group sizes"),
+        (BUDGET + ", scheme: w4a16-asym}", ""),
+        (BUDGET + "}\nvalidate: {max_kl: 1, perplexity: {dataset: e}}", ""),
+        (
+            "model: a\ncalibrate: {dataset: d, order: sequential, seed: 7}\nquantize: {method: gptq, scheme: w4a16}",
+            "calibrate.seed: windows in order are drawn without a seed",
+        ),
+        (
+            "model: a\nquantize: {method: rtn, scheme: q8_0, format: gguf, options: {search: true}}",
+            "quantize.options: search chooses the scales of groups",
+        ),
+        (
+            "model: a\nquantize: {method: rtn, scheme: nf4, format: bitsandbytes, options: {search: true}}",
+            "quantize.options: search chooses the scales of groups; those of w4a16-g64-nf4 follow",
+        ),
+        (
+            "model: a\nquantize: {method: rtn, scheme: q8_0, format: gguf}\nvalidate: {positions: true}",
+            "validate.positions: it is measured with transformers",
+        ),
+    ],
+)
+def test_what_is_given_is_used_or_refused(text: str, expected: str) -> None:
+    if not expected:
+        assert load_and_repeat(text)
+        return
+    assert expected in refusal(text)
+
+
+def load_and_repeat(text: str) -> bool:
+    """A recipe with every default written out, as artifacts have it, says the same."""
+    recipe = parse_recipe(text, "x.yaml")
+    return make_recipe(recipe.to_mapping()) == recipe
+
+
+def test_every_shipped_recipe_can_be_said_in_full() -> None:
+    for name in shipped_recipes():
+        recipe = load_recipe(name)
+        assert make_recipe(recipe.to_mapping()) == recipe
+
+
 def test_calibrating_and_scoring_on_the_same_text_is_refused() -> None:
     text = "model: a\ncalibrate: {dataset: 'd:x'}\nvalidate: {perplexity: {dataset: 'd:x'}}"
     assert "line 3: validate.perplexity.dataset: found 'd:x', which calibrate.dataset uses as well" in refusal(text)
