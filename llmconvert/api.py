@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llmconvert.errors import UsageError
 from llmconvert.hub import PushOptions, push_folder
@@ -17,10 +17,8 @@ from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.matrix import usual_method
 from llmconvert.recipes import single
-from llmconvert.recipes.consistency import KeyPath
-from llmconvert.recipes.loading import make_recipe
+from llmconvert.recipes.options import recipe_of
 from llmconvert.recipes.publishing import card_there
-from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.report.report import Report
 from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
 
@@ -41,47 +39,8 @@ Share = float | str
 Size = int | str
 
 
-# Where each option stands in a recipe.
-_CALIBRATE = {
-    "calibration": "calibrate.dataset",
-    **{name: f"calibrate.{name}" for name in ("samples", "length", "order", "seed")},
-}
-_EVERYWHERE = {name: name for name in ("model", "allow_pickle", "device", "stream")}
-_CONVERT = {
-    **_EVERYWHERE,
-    **{name: f"convert.{name}" for name in ("dtype", "overflow", "rope_scaling")},
-    "kv_heads": "attention.kv_heads",
-    "gqa_method": "attention.method",
-    "refit": "attention.refit",
-    "heal_steps": "attention.heal.steps",
-    "heal_length": "attention.heal.length",
-    **_CALIBRATE,
-}
-_QUANTIZE = {
-    **_EVERYWHERE,
-    **{name: f"quantize.{name}" for name in ("method", "scheme", "format", "overrides", "rotate")},
-    "bits_per_weight": "quantize.budget.bits_per_weight",
-    "dtype": "convert.dtype",
-    "memory": "memory",
-    **_CALIBRATE,
-}
-_VALIDATE = {
-    "model": "model",
-    "device": "device",
-    "text": "validate.perplexity.dataset",
-    **{name: f"validate.perplexity.{name}" for name in ("window", "stride", "max_windows", "max_increase")},
-    **{name: f"validate.{name}" for name in ("max_kl", "min_top1", "max_bytes", "generation", "positions", "memory")},
-    "min_agreement": "validate.generation.min_agreement",
-    "tasks": "validate.tasks.names",
-    "task_samples": "validate.tasks.samples",
-    "attention": "validate.attention.backends",
-    "attention_lengths": "validate.attention.lengths",
-    "positions_window": "validate.positions.window",
-}
 # Tokens per window of healing, where those of the calibration text are not fewer.
 _HEAL_LENGTH = 512
-# Options that are off unless they are given.
-_SWITCHES = ("allow_pickle", "stream", "rotate", "generation", "positions", "memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +132,7 @@ def convert_model(
         RunInterruptedError: the process was asked to stop.
     """
     shorter = length if heal_steps is not None and length is not None and length < _HEAL_LENGTH else None
-    recipe = _recipe("convert", _CONVERT, {**locals(), "heal_length": shorter})
+    recipe = recipe_of("convert", {**locals(), "heal_length": shorter})
     if recipe.attention is None:
         written = single.convert_model(recipe, Path(output), progress=progress)
         return ConvertedModel(Path(output), dtype=written)
@@ -239,7 +198,7 @@ def quantize_model(
     if scheme is None and bits_per_weight is None:
         raise UsageError("give a scheme, or bits per weight (--bits-per-weight) to have schemes chosen by layer")
     method = method or usual_method(scheme, text=calibration is not None)
-    recipe = _recipe("quantize", _QUANTIZE, {**locals(), "overrides": _overrides(overrides)})
+    recipe = recipe_of("quantize", {**locals(), "overrides": _overrides(overrides)})
     made = single.quantize_model(recipe, Path(output), progress=progress)
     return QuantizedModel(Path(output), made.layers, made.bytes, made.seconds, made)
 
@@ -306,7 +265,7 @@ def validate_model(
     """
     if attention_lengths and not attention:
         raise UsageError("--attention-lengths goes with --attention")
-    recipe = _recipe("validate", _VALIDATE, locals(), {"validate": {}})
+    recipe = recipe_of("validate", locals())
     return single.validate_model(recipe, None if reference is None else str(reference), progress=progress)
 
 
@@ -372,36 +331,3 @@ def push_model(
 def _overrides(overrides: Mapping[str, str] | None) -> list[dict[str, str]] | None:
     """The recipe's list; none of none, so that a format that has no overrides is not asked for any."""
     return [{"match": pattern, "scheme": scheme} for pattern, scheme in overrides.items()] if overrides else None
-
-
-def _recipe(
-    command: str, keys: Mapping[str, str], options: Mapping[str, Any], sections: Mapping[str, Any] | None = None
-) -> Recipe:
-    """The recipe that a command's options describe.
-
-    Each is put where ``keys`` says, its section made if need be: an option whose section lacks what it needs is thereby
-    refused like the recipe that says the same. Options that were not given are left out, so that the recipe's defaults
-    are the only ones: None, and switches that are off. ``sections`` are there whatever was given.
-
-    Raises:
-        RecipeError: naming the option.
-    """
-    values: dict[str, Any] = dict(sections or {})
-    for option, key in keys.items():
-        value = options[option]
-        if value is None or (value is False and option in _SWITCHES) or value in ((), []):
-            continue
-        *path, last = key.split(".")
-        section = values
-        for part in path:
-            if not isinstance(section.get(part), dict):  # missing, or a switch that is on
-                section[part] = {}
-            section = section[part]
-        if not (value is True and isinstance(section.get(last), dict)):
-            section[last] = _plain(value)
-    names: dict[KeyPath, str] = {tuple(key.split(".")): f"--{name.replace('_', '-')}" for name, key in keys.items()}
-    return make_recipe(values, command, options=names)
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,90 @@
+"""A command's options as the recipe that says the same: names, defaults and refusals are those of recipe files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmconvert.recipes.consistency import KeyPath
+from llmconvert.recipes.loading import make_recipe
+from llmconvert.recipes.schema.recipe import Recipe
+
+__all__ = ["recipe_of"]
+
+# Where each option stands in a recipe.
+_CALIBRATE = {
+    "calibration": "calibrate.dataset",
+    **{name: f"calibrate.{name}" for name in ("samples", "length", "order", "seed")},
+}
+_EVERYWHERE = {name: name for name in ("model", "allow_pickle", "device", "stream")}
+_CONVERT = {
+    **_EVERYWHERE,
+    **{name: f"convert.{name}" for name in ("dtype", "overflow", "rope_scaling")},
+    "kv_heads": "attention.kv_heads",
+    "gqa_method": "attention.method",
+    "refit": "attention.refit",
+    "heal_steps": "attention.heal.steps",
+    "heal_length": "attention.heal.length",
+    **_CALIBRATE,
+}
+_QUANTIZE = {
+    **_EVERYWHERE,
+    **{name: f"quantize.{name}" for name in ("method", "scheme", "format", "overrides", "rotate")},
+    "bits_per_weight": "quantize.budget.bits_per_weight",
+    "dtype": "convert.dtype",
+    "memory": "memory",
+    **_CALIBRATE,
+}
+_VALIDATE = {
+    "model": "model",
+    "device": "device",
+    "text": "validate.perplexity.dataset",
+    **{name: f"validate.perplexity.{name}" for name in ("window", "stride", "max_windows", "max_increase")},
+    **{name: f"validate.{name}" for name in ("max_kl", "min_top1", "max_bytes", "generation", "positions", "memory")},
+    "min_agreement": "validate.generation.min_agreement",
+    "tasks": "validate.tasks.names",
+    "task_samples": "validate.tasks.samples",
+    "attention": "validate.attention.backends",
+    "attention_lengths": "validate.attention.lengths",
+    "positions_window": "validate.positions.window",
+}
+# Options that are off unless they are given.
+_SWITCHES = ("allow_pickle", "stream", "rotate", "generation", "positions", "memory")
+_KEYS = {"convert": _CONVERT, "quantize": _QUANTIZE, "validate": _VALIDATE}
+
+
+def recipe_of(command: str, options: Mapping[str, Any]) -> Recipe:
+    """The recipe that a command's options describe.
+
+    Each is put at its key, its section made if need be: an option whose section lacks what it needs is thereby refused
+    like the recipe that says the same. Options that were not given are left out, so that the recipe's defaults are the
+    only ones: None, and switches that are off.
+
+    Args:
+        command: ``convert``, ``quantize`` or ``validate``.
+        options: by name; others than the command's are left alone.
+
+    Raises:
+        RecipeError: naming the option.
+    """
+    keys = _KEYS[command]
+    values: dict[str, Any] = {"validate": {}} if command == "validate" else {}
+    for option, key in keys.items():
+        value = options[option]
+        if value is None or (value is False and option in _SWITCHES) or value in ((), []):
+            continue
+        *path, last = key.split(".")
+        section = values
+        for part in path:
+            if not isinstance(section.get(part), dict):  # missing, or a switch that is on
+                section[part] = {}
+            section = section[part]
+        if not (value is True and isinstance(section.get(last), dict)):
+            section[last] = _plain(value)
+    names: dict[KeyPath, str] = {tuple(key.split(".")): f"--{name.replace('_', '-')}" for name, key in keys.items()}
+    return make_recipe(values, command, options=names)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
