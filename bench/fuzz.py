@@ -475,7 +475,7 @@ def _bounded(seconds: int) -> Iterator[None]:
 def _where(error: BaseException) -> str:
     """The kind of an exception and the last line of this package that it passed."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "fuzz.py" not in frame.filename and "site-packages" not in frame.filename]
+    own = [frame for frame in frames if frame.filename != __file__ and "site-packages" not in frame.filename]
     frame = (own or frames)[-1]
     reason = re.sub(r"[^\s']*llmconvert-fuzz-[^\s']*", "…", " ".join(str(error).split()))[:120]
     return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {reason}"

@@ -125,6 +125,7 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
         UnsupportedError: transformers does not know its ``model_type``.
     """
     found = Architecture.of(checkpoint.config)
+    found.check_layers(checkpoint.infos)
     declared = declared_quantization(checkpoint)
     dense, unread = checkpoint, None
     try:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm
 
-from llmconvert.errors import HubError
+from llmconvert.errors import HubError, one_line
 from llmconvert.hub.errors import hub_errors
 from llmconvert.hub.retry import TRANSPORT_ERROR, Backoff, is_unreachable, retrying
 from llmconvert.hub.transfer import RemoteFile, download_file, git_blob_id, list_files
@@ -309,8 +309,8 @@ def _choose(model_id: str, names: dict[str, int], directory: Path, allow_pickle:
 def _shards(model_id: str, index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HubError(f"{model_id}: {index.name} is not an index of weight files: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise HubError(f"{model_id}: {index.name} is not an index of weight files: {one_line(error)}") from error
 
 
 def _bar(task: Task | None) -> type[Any]:

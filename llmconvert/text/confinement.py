@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from llmconvert.errors import CapacityError, SourceError
+from llmconvert.errors import MachineError, SourceError
 
 __all__ = ["Confinement", "ConfinementError"]
 
@@ -70,7 +70,7 @@ class Confinement:
 
         Raises:
             ConfinementError: it failed, with the line of a template, or took too much time or memory.
-            CapacityError: no process could be started.
+            MachineError: no process could be started.
         """
         process = self._process or self._start()
         answer = self._exchange(process, arguments)
@@ -92,14 +92,14 @@ class Confinement:
                 [sys.executable, "-P", str(_CHILD)], stdin=pipe, stdout=pipe, stderr=pipe, text=True, encoding="utf-8"
             )
         except OSError as error:
-            raise CapacityError(f"no process can be started to run what comes with the model: {error}") from error
+            raise MachineError(f"no process can be started to run what comes with the model: {error}") from error
         self._process = process
         limits = {"do": self._do, "seconds": self._kind.seconds, "nbytes": self._kind.nbytes}
         if self._exchange(process, limits) is None:
             _, errors = process.communicate()
             self._process = None
             reason = errors.strip().splitlines()[-1] if errors.strip() else f"it ended with {process.returncode}"
-            raise CapacityError(f"the process that runs what comes with the model does not start: {reason}")
+            raise MachineError(f"the process that runs what comes with the model does not start: {reason}")
         return process
 
     @staticmethod

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmconvert.errors import SourceError, UnsupportedError, one_line
+from llmconvert.errors import LlmconvertError, SourceError, UnsupportedError, one_line
+from llmconvert.machine import of_machine
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import write_json, write_side_files
 from llmconvert.text.confinement import Confinement, ConfinementError
@@ -18,7 +19,7 @@ from llmconvert.text.confinement import Confinement, ConfinementError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["has_tokenizer", "load_tokenizer", "tokenizer_errors"]
+__all__ = ["has_tokenizer", "load_tokenizer", "tokenizer_errors", "try_tokenizer"]
 
 # What the names of tokenizers' files begin with, of every kind that transformers knows.
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
@@ -54,7 +55,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         write_side_files(Path(directory), checkpoint.files)
         write_json(Path(directory) / "config.json", dict(checkpoint.config))
         if "tokenizer.json" in checkpoint.files:
-            _try(Path(directory) / "tokenizer.json", hashlib.sha256(checkpoint.read_file("tokenizer.json")).hexdigest())
+            try_tokenizer(Path(directory) / "tokenizer.json")
         try:
             with tokenizer_errors():
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -71,6 +72,7 @@ def tokenizer_errors() -> Iterator[None]:
 
     Raises:
         SourceError: with what it says.
+        OSError: the machine failed.
     """
     try:
         yield
@@ -78,11 +80,18 @@ def tokenizer_errors() -> Iterator[None]:
         # A panic of compiled code is no Exception, so that nobody takes it for an error to go on from.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if isinstance(error, LlmconvertError) or of_machine(error):
+            raise
         raise SourceError(f"the model's tokenizer cannot be used: {one_line(error)}") from error
 
 
-def _try(path: Path, digest: str) -> None:
-    """Load a ``tokenizer.json`` and let it read a line where a loop or a panic ends a child; a file is tried once."""
+def try_tokenizer(path: Path) -> None:
+    """Load a ``tokenizer.json`` and let it read a line, where a loop or an abort ends a child; each file once.
+
+    Raises:
+        SourceError: it fails.
+    """
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest in _TRIED:
         return
     with Confinement("try_tokenizer") as confinement:

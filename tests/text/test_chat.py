@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
-from llmconvert.errors import CapacityError, SourceError
+from llmconvert.errors import MachineError, SourceError
 from llmconvert.text import confinement
 from llmconvert.text.chat import ChatRenderer, ChatTemplate, render_prompts
 from llmconvert.text.confinement import Confinement
@@ -134,8 +134,8 @@ def test_a_machine_that_starts_no_process_is_no_fault_of_the_template(
     broken.write_text("raise SystemExit('no such library')\n")
     for child, reason in ((broken, "no such library"), (tmp_path / "nothing.py", "No such file")):
         monkeypatch.setattr(confinement, "_CHILD", child)
-        with Confinement("render") as confined, pytest.raises(CapacityError, match=reason):
+        with Confinement("render") as confined, pytest.raises(MachineError, match=reason):
             confined.ask(template="x", messages=[], tokens={}, prompt=False)
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
-    with Confinement("render") as confined, pytest.raises(CapacityError, match="no process can be started"):
+    with Confinement("render") as confined, pytest.raises(MachineError, match="no process can be started"):
         confined.ask(template="x", messages=[], tokens={}, prompt=False)

@@ -6,16 +6,17 @@ have gone on the same way.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmconvert.engine.stream import stream_logits
+from llmconvert.errors import CheckpointError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.parsing import parse_json
 from llmconvert.validate.generation.greedy import Continuation, encode
 
 if TYPE_CHECKING:
@@ -115,9 +116,12 @@ def score_continuations(
 
 def _end_tokens(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end a text: those of the generation config (of the model's without one), and the tokenizer's."""
-    config = checkpoint.config
+    config: Any = checkpoint.config
     if "generation_config.json" in checkpoint.files:
-        config = json.loads(checkpoint.read_file("generation_config.json"))
-    ids = config.get("eos_token_id")
-    found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
-    return frozenset(found - {None})
+        try:
+            config = parse_json(checkpoint.read_file("generation_config.json"))
+        except ValueError as error:
+            raise CheckpointError(f"generation_config.json: cannot be read: {error}") from error
+    ids = config.get("eos_token_id") if isinstance(config, Mapping) else None
+    found = [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id]
+    return frozenset(token for token in found if isinstance(token, int))

@@ -24,6 +24,7 @@ from llmconvert.report.report import Check
 from llmconvert.report.section import Column, Plot, Section, Series
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.text.datasets import load_dataset_text
+from llmconvert.text.tokenizer import load_tokenizer
 from llmconvert.text.tokens import TokenWindows, draw_windows
 from llmconvert.validate.long_inputs.backends import activate, best_backend
 from llmconvert.validate.measurement import Measurement, Subject
@@ -143,9 +144,7 @@ class PositionsCheck(Measurement):
         return int(_USABLE * available_nbytes(subject.device))
 
     def _draw(self, subject: Subject, length: int, notes: list[str]) -> TokenWindows:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(subject.artifact, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(subject.stored)
         corpus = load_dataset_text(self.dataset)
         while True:
             try:

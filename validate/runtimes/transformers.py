@@ -21,6 +21,7 @@ from llmconvert.memory import available_nbytes, release_freed_memory
 from llmconvert.quantize.formats.compressed_config import has_zero_points
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.directory import read_config
+from llmconvert.text.tokenizer import try_tokenizer
 
 __all__ = ["Runtime", "runtime", "too_large"]
 
@@ -68,6 +69,7 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
     Raises:
         UnsupportedError: transformers cannot load it, with its reason.
         CheckpointError: there is no ``config.json``, or it is damaged.
+        SourceError: its tokenizer ends the process that runs it.
         MachineError: a file could not be read, or memory is out.
     """
     release_freed_memory()
@@ -84,6 +86,8 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
         loading["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     # Users get what config.json names: with a vision tower, where the class that is asked for text has none.
     model_class: Any = served_class(config) or transformers.AutoModelForCausalLM
+    if (directory / "tokenizer.json").is_file():
+        try_tokenizer(directory / "tokenizer.json")
     try:
         # Progress bars of the loader and of compressed-tensors, which have no other switch, go to the buffer.
         with contextlib.redirect_stderr(io.StringIO()):

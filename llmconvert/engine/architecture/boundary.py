@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llmconvert.errors import CapacityError, LlmconvertError, UnsupportedError, one_line
+from llmconvert.machine import of_machine, out_of_memory
 
 __all__ = ["foreign_settings"]
-
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
 
 
 @contextmanager
@@ -25,6 +24,7 @@ def foreign_settings(what: str) -> Iterator[None]:
 
     Raises:
         CapacityError: memory ran out.
+        OSError: the machine failed otherwise.
         UnsupportedError: anything else.
     """
     try:
@@ -32,6 +32,8 @@ def foreign_settings(what: str) -> Iterator[None]:
     except LlmconvertError:
         raise
     except Exception as error:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        if out_of_memory(error):
             raise CapacityError(f"{what}: {one_line(error)}") from error
+        if of_machine(error):
+            raise
         raise UnsupportedError(f"{what}: {one_line(error)}") from error

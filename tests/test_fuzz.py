@@ -1,0 +1,56 @@
+"""A short run of the fuzzer: everything that comes with a model is read, or refused in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from llmconvert.errors import CheckpointError
+
+#: Inputs of each kind: as many as take a second or two.
+EXECUTIONS = {"safetensors": 120, "pickle": 60, "index": 120, "config": 6, "chat template": 40, "tokenizer": 3}
+
+
+@pytest.fixture(scope="module")
+def fuzzer() -> ModuleType:
+    path = Path(__file__).parent.parent / "bench" / "fuzz.py"
+    spec = importlib.util.spec_from_file_location("fuzz", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fuzz"] = module  # where its dataclasses look for themselves
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", EXECUTIONS)
+def test_nothing_is_found(fuzzer: ModuleType, name: str) -> None:
+    outcome = fuzzer.fuzz(fuzzer.TARGETS[name], seconds=120, seed=7, executions=EXECUTIONS[name])
+    assert outcome.findings == {}
+    assert outcome.executions == EXECUTIONS[name]
+    assert outcome.refused > 0, "nothing was wrong with any of them"
+
+
+def test_every_target_has_its_share(fuzzer: ModuleType) -> None:
+    assert set(fuzzer.TARGETS) == set(EXECUTIONS)
+
+
+def test_what_is_no_error_of_the_package_is_found(fuzzer: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(given: int, directory: Path) -> None:
+        if given % 3 == 0:
+            raise KeyError(given)
+        if given % 3 == 1:
+            raise CheckpointError("two\nlines")
+        while True:
+            pass
+
+    monkeypatch.setattr(fuzzer, "SLOWEST", 1)
+    target: Any = fuzzer.Target(fuzzer.st.sampled_from([0, 1, 2]), run)
+    found = list(fuzzer.fuzz(target, seconds=60, executions=8).findings)
+    assert any(where.startswith("KeyError at test_fuzz.py") for where in found)
+    assert any(where.startswith("a message of 9 characters") for where in found)
+    assert any(where.startswith("_Slow at test_fuzz.py") for where in found)
