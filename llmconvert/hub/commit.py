@@ -41,6 +41,15 @@ class Base:
     contents: dict[str, Content]
     removed: tuple[str, ...]
 
+    @property
+    def changed(self) -> dict[str, Content]:
+        """What is not there already."""
+        return {
+            name: content
+            for name, content in self.contents.items()
+            if name not in self.listing or not content.equals(self.listing[name])
+        }
+
 
 class MovedError(HubError):
     """The branch got another commit meanwhile; ``head`` is that."""
@@ -86,13 +95,30 @@ class Committer:
         self._repo_id = plan.repo_id
 
     def publish(self, base: Base) -> Commit:
-        additions = [_addition(name, content) for name, content in base.contents.items()]
-        size = sum(content.size for content in base.contents.values())
+        """Upload what differs from the base and commit it; where nothing does, the base is the commit.
+
+        Raises:
+            MovedError: the branch got another commit meanwhile.
+            HubError: the repository's ``.gitignore`` leaves a file out.
+        """
+        additions = [_addition(name, content) for name, content in base.changed.items()]
+        if not additions and not base.removed:
+            self._progress.log(f"{self._repo_id}: holds all of it already; nothing was sent")
+            return self._of(base.parent)
+        size = sum(content.size for content in base.changed.values())
         with self._progress.task(f"uploading to {self._repo_id}", size) as task:
             for batch in _batches(additions):
                 self._upload(batch)
                 task.advance(sum(addition.upload_info.size for addition in batch))
+        ignored = [addition.path_in_repo for addition in additions if addition._should_ignore]
+        if ignored:
+            raise HubError(
+                f"{self._repo_id}: a .gitignore there leaves out {ignored[0]}, which the artifact needs; mend it there"
+            )
         return self._commit(additions, base.contents, base.removed, base.parent)
+
+    def _of(self, commit: str) -> Commit:
+        return Commit(commit, commit, f"{huggingface_hub.constants.ENDPOINT}/{self._repo_id}/commit/{commit}")
 
     def _upload(self, batch: list[CommitOperationAdd]) -> None:
         """Send contents that the Hub lacks; a link to its storage that expired meanwhile is asked for anew."""
@@ -138,15 +164,17 @@ class Committer:
                     parent_commit=parent,
                 )
             except TRANSPORT_ERROR as error:
-                moved = isinstance(error, HfHubHTTPError) and error.response.status_code == 412
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                 seconds = self._backoff.seconds(attempt, error)
-                if seconds is None and not moved:
+                if status == 409 and attempt < self._backoff.tries:  # another commit is being made just now
+                    seconds = self._backoff.first_seconds
+                if seconds is None and status not in (409, 412):
                     raise
                 time.sleep(seconds or 0)
                 landed = self._landed(contents, removed, parent, before)
                 if landed is not None:
                     return landed
-                if moved:
+                if seconds is None or status == 412:
                     raise
             else:
                 return Commit(made.oid, made.pr_revision or made.oid, str(made.pr_url or made.commit_url))
@@ -166,7 +194,7 @@ class Committer:
         if head == parent:
             return None
         if self._mismatch(contents, removed, head) is None:
-            return Commit(head, head, f"{huggingface_hub.constants.ENDPOINT}/{self._repo_id}/commit/{head}")
+            return self._of(head)
         raise MovedError(self._repo_id, head)
 
     def opened_before(self, base: Base) -> Commit | None:

@@ -165,8 +165,10 @@ def _explain_status(error: HfHubHTTPError) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 1 + _SHOWN]) if lines[0].endswith(":") else lines[0]
 
 
 @contextmanager

@@ -44,6 +44,8 @@ def check_permissions(api: HfApi, repo_id: str, options: PushOptions) -> bool:
         _require_refs(repo_id, options, ["main"], [])
         _require_xet(repo_id, options)
         return False
+    if info.id != repo_id:
+        raise HubError(f"{repo_id}: is called {info.id} now; publish there, so that cards and lists name what there is")
     if not options.create_pr:  # anybody may propose a change
         _require_namespace(repo_id, account)
         _require_scope(repo_id, token, options, exists=True)

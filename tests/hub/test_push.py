@@ -25,7 +25,12 @@ def test_it_creates_the_repository_and_makes_one_commit(hub: HubServer, client: 
     again = client("push_folder", artifact, "me/new", tag="v1")
     assert again["result"] == answer["result"]
     assert hub.count("POST /api/models/me/new/commit/") == 1
-    assert again["log"][0].startswith("uploading to me/new: ")
+    assert again["log"] == ["me/new: holds all of it already; nothing was sent"]
+    (artifact / "config.json").write_text('{"new": 1}')
+    changed = client("push_folder", artifact, "me/new")
+    manifest = len(hub.files("me/new")[MANIFEST])
+    assert changed["log"] == [f"uploading to me/new: {10 + manifest} of {10 + manifest}"], "what differs"
+    assert sent(artifact).items() <= published(hub, "me/new").items()
 
 
 def test_large_objects_go_in_parts_where_the_hub_asks_for_it(hub: HubServer, client: Client, artifact: Path) -> None:

@@ -87,13 +87,16 @@ class Handler(Routes, BaseHTTPRequestHandler):
                 if fault.hook is not None:
                     fault.hook()
             self.body = self._read_body()
+            self.state.received += len(self.body)
             for fault in self._faults:
                 if fault.status:
                     raise RefusalError(fault.status, fault.message, retry_after=fault.retry_after)
             with self.state.lock:
                 if generation != self.state.generation:
                     raise ConnectionResetError("the client is gone")
-                self._route(parsed.path, line)
+                self._route(parsed.path.removeprefix(self.state.prefix), line)
+            if any(fault.late_status for fault in self._faults):
+                raise RefusalError(max(fault.late_status for fault in self._faults), "Internal Error")
             self._send(*self.response)
         except RefusalError as refusal:
             self.answer_json({"error": refusal.message}, refusal.status, refusal.headers)
@@ -102,6 +105,11 @@ class Handler(Routes, BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _route(self, path: str, line: str) -> None:
+        for old, new in self.state.renamed.items():
+            if re.match(rf"/(api/models/)?{old}([/.]|$)", path):
+                query = urllib.parse.urlsplit(self.path).query
+                self.answer(b"", 307, {"Location": path.replace(old, new, 1) + (f"?{query}" if query else "")})
+                return
         for method, pattern, operation in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method.split():
@@ -135,6 +143,7 @@ class Handler(Routes, BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        self.state.sent += len(content)
         drops = [fault.drop_after for fault in self._faults if fault.drop_after is not None]
         step = min([_CHUNK, *drops]) or 1
         for start in range(0, len(content), step):

@@ -28,8 +28,6 @@ from support.hub_server_state import (
 )
 from support.hub_server_xet import XetStore
 
-_PAGE = 3
-
 
 class Routes:
     """The API's operations. What HTTP there is about a request lies in the subclass that calls them."""
@@ -156,11 +154,11 @@ class Routes:
         entries += [blob.entry(path) for path, blob in sorted(tree.items())]
         start = int(self.query.get("cursor", 0))
         headers = {}
-        if start + _PAGE < len(entries):
-            query = urllib.parse.urlencode({**self.query, "cursor": start + _PAGE})
+        if start + self.state.page < len(entries):
+            query = urllib.parse.urlencode({**self.query, "cursor": start + self.state.page})
             path = f"/api/models/{repo_id}/tree/{urllib.parse.quote(revision, safe='')}"
             headers["Link"] = f'<{self.state.url}{path}?{query}>; rel="next"'
-        self.answer_json(entries[start : start + _PAGE], headers=headers)
+        self.answer_json(entries[start : start + self.state.page], headers=headers)
 
     def paths_info(self, repo_id: str, revision: str) -> None:
         _, _, tree = self._tree(repo_id, revision)
@@ -192,7 +190,9 @@ class Routes:
         for file in asked:
             mode = "lfs" if file["size"] >= LFS_BYTES else "regular"
             known = {"oid": tree[file["path"]].oid} if file["path"] in tree else {}
-            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **known})
+            answers.append(
+                {"path": file["path"], "uploadMode": mode, "shouldIgnore": file["path"] in self.state.ignored, **known}
+            )
         self.answer_json({"files": answers})
 
     def lfs_batch(self, repo_id: str) -> None:
@@ -204,6 +204,8 @@ class Routes:
         for thing in asked["objects"]:
             known = thing["oid"] in repo.objects
             actions = {} if known else {"actions": self._actions(repo_id, thing["oid"], thing["size"])}
+            if self.state.refused_object and not known:
+                actions = {"error": {"code": 507, "message": self.state.refused_object}}
             objects.append({"oid": thing["oid"], "size": thing["size"], **actions})
         self.answer_json({"transfer": "basic", "objects": objects})
 
@@ -323,7 +325,7 @@ class Routes:
         found = [reference for reference in repo.pull_requests if reference not in repo.closed]
         if (self.query.get("type"), self.query.get("status")) != ("pull_request", "open"):
             raise RefusalError(400, "only open pull requests are listed here")
-        start = int(self.query.get("p", 0)) * _PAGE
+        start = int(self.query.get("p", 0)) * self.state.page
         shown = [
             {
                 "num": int(reference.rsplit("/", 1)[1]),
@@ -334,7 +336,7 @@ class Routes:
                 "repo": {"name": repo_id, "type": "model"},
                 "isPullRequest": True,
             }
-            for reference in found[start : start + _PAGE]
+            for reference in found[start : start + self.state.page]
         ]
         self.answer_json({"discussions": shown, "count": len(found), "start": start})
 

@@ -92,6 +92,7 @@ class Fault:
         drop_after: close the connection after this many bytes of the body, of the request if it has one, else of
             the response.
         lose_response: do what was asked and close the connection without an answer.
+        late_status: do what was asked and answer with this nevertheless.
         slow_seconds: sleep this long per 64 KiB of body.
     """
 
@@ -103,6 +104,7 @@ class Fault:
     retry_after: str | None = None
     drop_after: int | None = None
     lose_response: bool = False
+    late_status: int = 0
     slow_seconds: float = 0.0
 
 
@@ -134,10 +136,22 @@ class HubState:
     def reset(self) -> None:
         """An empty Hub at the same address."""
         self.repos: dict[str, Repo] = {}
+        #: Old name → new name of repositories.
+        self.renamed: dict[str, str] = {}
+        #: Paths that a repository's .gitignore leaves out.
+        self.ignored: set[str] = set()
+        #: What the storage says of every new object, instead of where to put it.
+        self.refused_object = ""
+        #: The path below which everything lies, with a slash before it.
+        self.prefix = ""
         #: By address.
         self.collections: dict[str, Collection] = {}
         self.faults: list[Fault] = []
         self.log: list[str] = []
+        #: Bytes of all bodies that came in, and that went out.
+        self.received = self.sent = 0
+        #: Entries per page of a listing; the real Hub's pages are a thousand.
+        self.page = 3
         self.part_bytes: int | None = None
         self.store_bytes: int | None = None
         #: Where large objects are uploaded to, if not to the Hub's own address.
