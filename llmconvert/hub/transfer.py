@@ -19,7 +19,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # no __all__
 
 from llmconvert.errors import CapacityError, HubError, RunInterruptedError
 from llmconvert.hub.retry import TRANSPORT_ERROR, Backoff, is_transient, retrying
