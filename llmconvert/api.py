@@ -21,6 +21,7 @@ from llmconvert.recipes.options import recipe_of
 from llmconvert.recipes.publishing import card_there
 from llmconvert.report.report import Report
 from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
+from llmconvert.validate.measurement import Measurement
 
 __all__ = [
     "ConvertedModel",
@@ -224,6 +225,7 @@ def validate_model(
     positions: bool = False,
     positions_window: int | None = None,
     memory: bool = False,
+    measurements: Sequence[Measurement] = (),
     device: str | None = None,
     progress: Progress = SILENT,
 ) -> Report:
@@ -253,6 +255,7 @@ def validate_model(
             lengths in tokens that they read.
         positions, positions_window: perplexity by position, in windows of so many tokens (twice the trained length).
         memory: the key-value cache and the memory ladder, computed and measured.
+        measurements: of one's own, made after these; their checks are shown like all others.
         device: where to compute, ``cpu`` (the default), ``cuda`` or ``cuda:N``.
         progress: where long work is shown, :func:`llmconvert.console_progress` for example.
 
@@ -266,7 +269,8 @@ def validate_model(
     if attention_lengths and not attention:
         raise UsageError("--attention-lengths goes with --attention")
     recipe = recipe_of("validate", locals())
-    return single.validate_model(recipe, None if reference is None else str(reference), progress=progress)
+    original = None if reference is None else str(reference)
+    return single.validate_model(recipe, original, measurements, progress=progress)
 
 
 def push_model(

@@ -7,7 +7,7 @@ beside the original, keeps its stages in a hidden directory beside the output un
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, Qu
 from llmconvert.storage.stages import StageStore
 from llmconvert.storage.writer import check_output_directory, publish_directory
 from llmconvert.text.tokens import TokenWindows
+from llmconvert.validate.measurement import Measurement
 
 __all__ = ["convert_model", "quantize_model", "require_measured", "rewrite_model", "validate_model"]
 
@@ -162,8 +163,17 @@ def quantize_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT)
         return quantize_stage(settings, after=ORIGINAL).build(work, Place(output))
 
 
-def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Progress = SILENT) -> Report:
+def validate_model(
+    recipe: Recipe,
+    reference: str | None = None,
+    more: Sequence[Measurement] = (),
+    *,
+    progress: Progress = SILENT,
+) -> Report:
     """Measure ``recipe.model``, by the recipe's validate section, against the model that ``reference`` names.
+
+    Args:
+        more: measurements that no section has.
 
     Raises:
         UsageError: the recipe has no validate section, or limits that need a reference where none is named; or the
@@ -177,6 +187,8 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
     if reference is None:
         _require_no_comparison(settings)
     require_measurable(settings)
+    for measurement in more:
+        measurement.require()
     context = Context(open_device(recipe.device), recipe.memory, progress=progress)
     with interruptible(_NOTHING):
         source = open_source(recipe.model, progress=progress)
@@ -191,7 +203,10 @@ def validate_model(recipe: Recipe, reference: str | None = None, *, progress: Pr
                 windows = request.draw(checkpoint, request.corpus())
                 _require_other_text(source.path, windows)
         against = original.checkpoint if original is not None else None
-        checks = measure(source.path, against, measurements(settings), windows, context=context)
+        if against is not None:
+            for measurement in more:
+                measurement.accept(against)
+        checks = measure(source.path, against, [*measurements(settings), *more], windows, context=context)
     info = ModelInfo(
         name=public_name(source.origin),
         source=public_name(original.origin if original is not None else source.origin),

@@ -66,10 +66,10 @@ def test_functions_take_every_option_of_their_command_with_its_default(
     }
     parsed = cli.main.commands[command].make_context(command, [], resilient_parsing=True).params
     options = {name: value for name, value in parsed.items() if name not in OF_THE_TERMINAL}
-    assert keywords.keys() - options.keys() == {"progress"}
+    assert keywords.keys() - options.keys() == {"progress"} | ({"measurements"} if command == "validate" else set())
     assert options.keys() <= parameters.keys()
     assert {name: options[name] or None for name in keywords if name in options} == {
-        name: value or None for name, value in keywords.items() if name != "progress"
+        name: value or None for name, value in keywords.items() if name in options
     }
 
 
@@ -126,4 +126,16 @@ def test_a_users_program_runs(tiny_llama: Path, tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert (found["layers"], found["converted"]) == (14, 20) and found["perplexity"] > 1
     assert (found["kept"], found["refusals"]) == ("perplexity" not in found["failed"], ["SchemeError", "SourceError"])
-    assert "kl_mean" in found["failed"] and found["run"] == "True True"
+    assert {"kl_mean", "own.tensors"} <= set(found["failed"]) and found["run"] == "True True"
+
+
+def test_a_measurement_of_ones_own_is_refused_before_the_work(tmp_path: Path) -> None:
+    class Needy(llmconvert.Measurement):
+        def require(self) -> None:
+            raise llmconvert.UnsupportedError("needs what is not installed")
+
+        def measure(self, subject: llmconvert.Subject) -> list[llmconvert.Check]:
+            raise AssertionError
+
+    with pytest.raises(llmconvert.UnsupportedError, match="needs what is not installed"):
+        llmconvert.validate_model(tmp_path / "gone", measurements=[Needy()])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import llmconvert
@@ -33,10 +35,28 @@ def quantize(model: str, text: Path, folder: Path) -> llmconvert.QuantizedModel:
     )
 
 
+@dataclass(frozen=True)
+class Tensors(llmconvert.Measurement):
+    """How many tensors the artifact has; a measurement of one's own."""
+
+    most: int
+
+    def measure(self, subject: llmconvert.Subject) -> Sequence[llmconvert.Check]:
+        count = len(list(subject.dense))
+        return [llmconvert.Check(name="own.tensors", value=count, limit=self.most, ok=count <= self.most)]
+
+
 def measure(artifact: Path, model: str, text: Path) -> tuple[float, bool, list[str]]:
     """Perplexity, whether its limit was kept, and what failed."""
     report: llmconvert.Report = llmconvert.validate_model(
-        artifact, model, text=text, window=32, max_windows=2, max_increase="0%", max_kl=1e-9
+        artifact,
+        model,
+        text=text,
+        window=32,
+        max_windows=2,
+        max_increase="0%",
+        max_kl=1e-9,
+        measurements=[Tensors(most=1)],
     )
     check: llmconvert.Check = report["perplexity"]
     value: float | None = check.value
