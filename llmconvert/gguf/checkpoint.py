@@ -22,7 +22,7 @@ from gguf.quants import dequantize
 
 from llmconvert.errors import ChangedError, CheckpointError, UnsupportedError
 from llmconvert.gguf.config import Geometry, build_config, build_generation_config, read_geometry
-from llmconvert.gguf.header import GgufHeader, GgufTensor
+from llmconvert.gguf.header import GgufHeader, GgufTensor, shown
 from llmconvert.gguf.names import ARCHITECTURES, Place, Storage, place_tensors
 from llmconvert.gguf.split import gguf_models, read_model_header
 from llmconvert.gguf.tokenizer import UnknownTokenizerError, tokenizer_files
@@ -102,7 +102,7 @@ def describe_model(header: GgufHeader, read_setting: Callable[[GgufTensor], np.n
     arch = header.metadata.text("general.architecture")
     if arch not in ARCHITECTURES:
         raise UnsupportedError(
-            f"{header.path}: GGUF architecture {arch!r} is not supported; "
+            f"{header.path}: GGUF architecture {shown(arch)} is not supported; "
             f"supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     _check_types(header)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.gguf.header import GgufHeader, Metadata
+from llmconvert.gguf.header import GgufHeader, Metadata, shown
 from llmconvert.gguf.names import Architecture
 from llmconvert.gguf.rope import llama3_parameters, rope_parameters, shortest
 
@@ -80,7 +80,9 @@ def read_geometry(header: GgufHeader, arch: str) -> Geometry:
     for key in _REFUSED:
         value = metadata.get(f"{arch}.{key}")
         if value is not None and (not np.isscalar(value) or value != 0):
-            raise UnsupportedError(f"{header.path}: {arch}.{key} is {value}; such {arch} models are not supported")
+            raise UnsupportedError(
+                f"{header.path}: {arch}.{key} is {shown(value)}; such {arch} models are not supported"
+            )
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{header.path}: has no embedding matrix 'token_embd.weight'; the file is incomplete")
@@ -162,7 +164,7 @@ def build_generation_config(config: Mapping[str, Any], metadata: Metadata) -> di
     """The model's ``generation_config.json``: its token ids, generation ending at the end of a turn too."""
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    valid = list(dict.fromkeys(end for end in ends if isinstance(end, int) and end < config["vocab_size"]))
+    valid = list(dict.fromkeys(end for end in ends if isinstance(end, int) and 0 <= end < config["vocab_size"]))
     if len(valid) > 1:
         ids["eos_token_id"] = valid
     return ids

@@ -24,7 +24,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llmconvert.errors import ChangedError, CheckpointError, UnsupportedError
 
-__all__ = ["GgufHeader", "GgufTensor", "Metadata", "parse_gguf_header", "read_gguf_header"]
+__all__ = ["GgufHeader", "GgufTensor", "Metadata", "parse_gguf_header", "read_gguf_header", "shown"]
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -47,8 +47,10 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 # The least a metadata pair and a tensor info can take: lengths, type, and one byte or one dimension.
 _MIN_PAIR_BYTES: Final = 8 + 4 + 1
 _MIN_TENSOR_BYTES: Final = 8 + 4 + 8 + 4 + 8
-# Values are little enough in a model file; this only stops a string length that is garbage.
+# Values are little enough in a model file; this only stops a string length that is garbage. Names are short.
 _MAX_STRING_BYTES: Final = 1 << 30
+_MAX_NAME_BYTES: Final = 1 << 10
+_LONGEST_SHOWN: Final = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,15 @@ class GgufTensor:
     offset: int
     nbytes: int
     part: int = 0
+
+
+def shown(value: object) -> str:
+    """A value from a file, as a message shows it: in one line, and not all of a long one."""
+    if isinstance(value, np.ndarray):
+        value = value[:_LONGEST_SHOWN].tolist()
+    text = repr(value[:_LONGEST_SHOWN] if isinstance(value, (str, list)) else value)
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 class Metadata(Mapping[str, Any]):
@@ -98,12 +109,12 @@ class Metadata(Mapping[str, Any]):
         value = self._values.get(key, default)
         if isinstance(value, np.ndarray) and value.size and np.issubdtype(value.dtype, np.integer):
             if (value != value[0]).any():
-                raise UnsupportedError(f"{self.path}: {key} differs between layers: {value.tolist()}; not supported")
+                raise UnsupportedError(f"{self.path}: {key} differs between layers: {shown(value)}; not supported")
             value = int(value[0])
         if value is None:
             raise CheckpointError(f"{self.path}: metadata has no {key}; the file is incomplete")
         if isinstance(value, bool) or not isinstance(value, int):
-            raise CheckpointError(f"{self.path}: metadata {key} should be an integer, found {value!r}")
+            raise CheckpointError(f"{self.path}: metadata {key} should be an integer, found {shown(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -116,7 +127,7 @@ class Metadata(Mapping[str, Any]):
         if value is None:
             raise CheckpointError(f"{self.path}: metadata has no {key}; the file is incomplete")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise CheckpointError(f"{self.path}: metadata {key} should be a finite number, found {value!r}")
+            raise CheckpointError(f"{self.path}: metadata {key} should be a finite number, found {shown(value)}")
         return float(value)
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -129,7 +140,7 @@ class Metadata(Mapping[str, Any]):
         if value is None:
             raise CheckpointError(f"{self.path}: metadata has no {key}; the file is incomplete")
         if not isinstance(value, str):
-            raise CheckpointError(f"{self.path}: metadata {key} should be a string, found {value!r}")
+            raise CheckpointError(f"{self.path}: metadata {key} should be a string, found {shown(value)}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -140,7 +151,7 @@ class Metadata(Mapping[str, Any]):
         """
         value = self._values.get(key, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.path}: metadata {key} should be true or false, found {value!r}")
+            raise CheckpointError(f"{self.path}: metadata {key} should be true or false, found {shown(value)}")
         return value
 
     def strings(self, key: str) -> list[str]:
@@ -164,7 +175,7 @@ class Metadata(Mapping[str, Any]):
         if value is None:
             return None
         if not isinstance(value, np.ndarray) or value.size != count:
-            found = f"{value.size} of them" if isinstance(value, np.ndarray) else repr(value)[:80]
+            found = f"{value.size:,} of them" if isinstance(value, np.ndarray) else shown(value)
             raise CheckpointError(f"{self.path}: metadata {key} should be {count:,} numbers, found {found}")
         return value
 
@@ -189,6 +200,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
         CheckpointError: no GGUF file, truncated, or a header that contradicts itself or the file's size.
         UnsupportedError: another version or byte order.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is no regular file")
     try:
         with path.open("rb") as file:
             return _parse(path, _Cursor(path, file, os.fstat(file.fileno()).st_size))
@@ -248,9 +261,16 @@ class _Cursor:
     def u64(self, what: str) -> int:
         return int(struct.unpack("<Q", self.take(8, what))[0])
 
-    def string(self, what: str) -> str:
+    def name(self, what: str) -> str:
+        """A short string in which nothing is hidden."""
+        found = self.string(what, _MAX_NAME_BYTES)
+        if not found.isprintable():
+            raise CheckpointError(f"{self.path}: {what}, {shown(found)}, is no name; the file is corrupt")
+        return found
+
+    def string(self, what: str, longest: int = _MAX_STRING_BYTES) -> str:
         length = self.count(1, f"the length of {what}")
-        if length > _MAX_STRING_BYTES:
+        if length > longest:
             raise CheckpointError(f"{self.path}: {what} is {length:,} bytes long; the file is corrupt")
         raw = self.take(length, what)
         try:
@@ -271,7 +291,7 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
     pair_count = cursor.count(_MIN_PAIR_BYTES, "the number of metadata pairs")
     values: dict[str, Any] = {}
     for index in range(pair_count):
-        key = cursor.string(f"metadata key {index}")
+        key = cursor.name(f"metadata key {index}")
         if key in values:
             raise CheckpointError(f"{path}: metadata {key} appears twice; the file is corrupt")
         values[key] = _value(cursor, cursor.u32(f"the type of {key}"), key)
@@ -330,7 +350,7 @@ def _tensors(path: Path, cursor: _Cursor, count: int, metadata: Metadata) -> Map
 
 def _tensor_info(path: Path, cursor: _Cursor, index: int) -> GgufTensor:
     """One entry of the tensor table; its offset still counts from the start of the data."""
-    name = cursor.string(f"the name of tensor {index}")
+    name = cursor.name(f"the name of tensor {index}")
     what = f"the entry of tensor {name!r}"
     dimensions = cursor.u32(what)
     if not 1 <= dimensions <= _MAX_DIMENSIONS:

@@ -13,6 +13,7 @@ from typing import Final
 from tokenizers import Regex, pre_tokenizers
 
 from llmconvert.errors import UnsupportedError
+from llmconvert.gguf.header import shown
 
 __all__ = ["PRE_TOKENIZERS", "PreTokenizer", "UnknownTokenizerError", "find_pre_tokenizer"]
 
@@ -91,7 +92,7 @@ def find_pre_tokenizer(name: str, where: str) -> PreTokenizer:
     """
     if name not in PRE_TOKENIZERS:
         raise UnknownTokenizerError(
-            f"{where}: tokenizer.ggml.pre is {name!r}, and without its splitting rule the tokens would be wrong; "
+            f"{where}: tokenizer.ggml.pre is {shown(name)}, and without its splitting rule the tokens would be wrong; "
             f"supported are {', '.join(sorted(PRE_TOKENIZERS))}"
         )
     return PRE_TOKENIZERS[name]

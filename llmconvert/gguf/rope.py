@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.gguf.header import Metadata
+from llmconvert.gguf.header import Metadata, shown
 
 __all__ = [
     "export_rope_tensors",
@@ -58,12 +58,14 @@ def rope_parameters(metadata: Metadata, arch: str) -> dict[str, Any]:
     # llama.cpp takes a factor of 0 for "not set"; phi3 stores its scaling as tensors and its type as longrope.
     if kind in ("none", "longrope") or factor in (0.0, 1.0):
         return parameters
+    if factor < 0:
+        raise CheckpointError(f"{metadata.path}: {arch}.rope.scaling.factor is {factor}, expected a positive number")
     if kind == "linear":
         return parameters | {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         return parameters | _yarn(metadata, f"{arch}.rope.scaling", factor)
     raise UnsupportedError(
-        f"{metadata.path}: {arch}.rope.scaling.type is {kind!r}; supported are none, linear and yarn"
+        f"{metadata.path}: {arch}.rope.scaling.type is {shown(kind)}; supported are none, linear and yarn"
     )
 
 
@@ -71,10 +73,13 @@ def _yarn(metadata: Metadata, prefix: str, factor: float) -> dict[str, Any]:
     for key in ("yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"):
         if f"{prefix}.{key}" in metadata:
             raise UnsupportedError(f"{metadata.path}: {prefix}.{key} is set; YaRN is supported with its defaults only")
+    original = metadata.integer(f"{prefix}.original_context_length")
+    if original < 1:
+        raise CheckpointError(f"{metadata.path}: {prefix}.original_context_length is {original}, expected at least 1")
     yarn: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": metadata.integer(f"{prefix}.original_context_length"),
+        "original_max_position_embeddings": original,
     }
     if (scale := shortest(metadata.number(f"{prefix}.attn_factor", 1.0))) != 1.0:
         # llama.cpp multiplies it with YaRN's own temperature, transformers takes it instead.
@@ -195,6 +200,8 @@ def llama3_parameters(divisors: np.ndarray, plain: dict[str, Any], head_dim: int
     divisors = divisors.astype(np.float64)
     if divisors.shape != (head_dim // 2,):
         raise CheckpointError(f"{what}: has shape {list(divisors.shape)}, expected [{head_dim // 2}]")
+    if not (np.isfinite(divisors).all() and (divisors > 0).all()):
+        raise CheckpointError(f"{what}: holds a frequency divisor that is no positive number; the file is corrupt")
     if np.allclose(divisors, 1.0, rtol=_TOLERANCE, atol=0):
         return plain
     factor = shortest(float(divisors.max()))

@@ -8,6 +8,8 @@ says how early it is merged, spaces are U+2581, and what is no token falls back 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -18,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from llmconvert.errors import CheckpointError
-from llmconvert.gguf.header import Metadata
+from llmconvert.gguf.header import Metadata, shown
 from llmconvert.gguf.pretokenizers import UnknownTokenizerError, find_pre_tokenizer
 
 __all__ = [
@@ -44,6 +46,9 @@ class TokenType(IntEnum):
 
 
 _SPACE: Final = "\u2581"
+_PLAIN: Final = re.compile(r"[^\s:$]+")
+# Every cut of a token is looked at; real ones have up to some hundred characters.
+_LONGEST_TOKEN: Final = 2048
 # Tokens that llama.cpp takes for control tokens whatever the file says: converters got these wrong.
 _ALWAYS_CONTROL: Final = frozenset(
     {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>"}
@@ -98,7 +103,7 @@ def build_tokenizer(metadata: Metadata, vocab_size: int) -> Tokenizer:
     kind = metadata.text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UnknownTokenizerError(
-            f"{metadata.path}: tokenizer.ggml.model is {kind!r}; supported are gpt2 (byte-level BPE) and llama "
+            f"{metadata.path}: tokenizer.ggml.model is {shown(kind)}; supported are gpt2 (byte-level BPE) and llama "
             "(SentencePiece BPE)"
         )
     vocabulary = _read_vocabulary(metadata, vocab_size)
@@ -109,17 +114,27 @@ def build_tokenizer(metadata: Metadata, vocab_size: int) -> Tokenizer:
 
 
 def _read_vocabulary(metadata: Metadata, vocab_size: int) -> _Vocabulary:
-    # llama.cpp gives empty tokens a name too; a vocabulary cannot hold the same text twice.
-    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(metadata.strings("tokenizer.ggml.tokens"))]
+    tokens = _texts(metadata)
     if not 0 < len(tokens) <= vocab_size:
         raise CheckpointError(
             f"{metadata.path}: tokenizer.ggml.tokens has {len(tokens):,} tokens, the embedding {vocab_size:,} rows"
         )
     if len(set(tokens)) != len(tokens):
-        twice = next(token for index, token in enumerate(tokens) if token in tokens[:index])
-        raise CheckpointError(f"{metadata.path}: tokenizer.ggml.tokens holds {twice!r} twice; the file is corrupt")
+        (twice, _), *_ = Counter(tokens).most_common(1)
+        raise CheckpointError(f"{metadata.path}: tokenizer.ggml.tokens holds {shown(twice)} twice; the file is corrupt")
+    longest = max(tokens, key=len)
+    if len(longest) > _LONGEST_TOKEN:
+        raise CheckpointError(
+            f"{metadata.path}: tokenizer.ggml.tokens holds one of {len(longest):,} characters, {shown(longest)}; "
+            "the file is corrupt"
+        )
     types = metadata.numbers("tokenizer.ggml.token_type", len(tokens))
     return _Vocabulary(tokens, [TokenType.NORMAL] * len(tokens) if types is None else types.tolist())
+
+
+def _texts(metadata: Metadata) -> list[str]:
+    """The tokens. llama.cpp gives empty ones a name too; a vocabulary cannot hold the same text twice."""
+    return [token or f"[EMPTY_{index}]" for index, token in enumerate(metadata.strings("tokenizer.ggml.tokens"))]
 
 
 def _byte_level(metadata: Metadata, vocabulary: _Vocabulary) -> Tokenizer:
@@ -132,8 +147,8 @@ def _byte_level(metadata: Metadata, vocabulary: _Vocabulary) -> Tokenizer:
         left, right = merge[:cut], merge[cut + 1 :]
         if cut < 0 or left not in ids or right not in ids or left + right not in ids:
             raise CheckpointError(
-                f"{metadata.path}: merge {index} of tokenizer.ggml.merges, {merge!r}, does not join two tokens into a "
-                "third; the file is corrupt"
+                f"{metadata.path}: merge {index} of tokenizer.ggml.merges, {shown(merge)}, does not join two tokens "
+                "into a third; the file is corrupt"
             )
         merges.setdefault((left, right))
     tokenizer = Tokenizer(BPE(vocab=ids, merges=list(merges), ignore_merges=pre_tokenizer.whole_words))
@@ -199,12 +214,16 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata, vocabulary: _V
 def _add_ends(tokenizer: Tokenizer, metadata: Metadata, vocabulary: _Vocabulary) -> None:
     """Make the tokenizer put the beginning- and end-of-sequence tokens where the file wants them."""
     bos, eos = (_special(metadata, name) if wanted else None for name, wanted in _ends(metadata).items())
+    if bos is None and eos is None:
+        return
     ids = vocabulary.ids
-    single = " ".join([f"{bos}:0"] * (bos is not None) + ["$A:0"] + [f"{eos}:0"] * (eos is not None))
-    pair = f"{single} " + single.replace(":0", ":1").replace("$A", "$B")
-    if bos is not None or eos is not None:
-        tokens = [(token, ids[token]) for token in {bos, eos} if token is not None]
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
+    # In a template a token goes by its text, if that could be no part of the template's own language.
+    names = {token: token if _PLAIN.fullmatch(token) else f"token {ids[token]}" for token in (bos, eos) if token}
+    parts = [*(names[token] for token in (bos,) if token), "$A", *(names[token] for token in (eos,) if token)]
+    single = [f"{part}:0" for part in parts]
+    pair = [*single, *(f"{'$B' if part == '$A' else part}:1" for part in parts)]
+    tokens = [{"id": name, "ids": [ids[token]], "tokens": [token]} for token, name in names.items()]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
 
 
 def _ends(metadata: Metadata) -> dict[str, bool]:
@@ -225,7 +244,7 @@ def _pre(metadata: Metadata) -> str:
 
 def _special(metadata: Metadata, name: str) -> str | None:
     """The text of the token whose id is under ``tokenizer.ggml.<name>_token_id``; None without a valid one."""
-    tokens = metadata.strings("tokenizer.ggml.tokens")
+    tokens = _texts(metadata)
     index = metadata.get(f"tokenizer.ggml.{name}_token_id")
     return tokens[index] if isinstance(index, int) and 0 <= index < len(tokens) else None
 

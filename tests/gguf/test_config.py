@@ -133,6 +133,9 @@ def test_divisors_that_are_not_llama3s_are_refused() -> None:
         llama3_parameters(np.linspace(1, 3, 32), PLAIN, 64, "rope_freqs.weight")
     with pytest.raises(CheckpointError, match=r"has shape \[8\], expected \[32\]"):
         llama3_parameters(np.ones(8), PLAIN, 64, "rope_freqs.weight")
+    for wrong in (math.nan, math.inf, 0.0, -1.0):
+        with pytest.raises(CheckpointError, match=r"a frequency divisor that is no positive number"):
+            llama3_parameters(np.array([1.0] * 31 + [wrong]), PLAIN, 64, "rope_freqs.weight")
     assert llama3_parameters(np.ones(32), PLAIN, 64, "rope_freqs.weight") == PLAIN
 
 
@@ -210,6 +213,20 @@ def test_variants_that_transformers_cannot_express_are_refused(
 ) -> None:
     with pytest.raises(UnsupportedError, match=message):
         opened(tmp_path / "t.gguf", family, changes, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("factor", -2.0, "rope.scaling.factor is -2.0, expected a positive"),
+        ("original_context_length", 0, "original_context_length is 0, expected at least 1"),
+    ],
+)
+def test_scalings_that_make_no_sense(key: str, value: float, message: str, tmp_path: Path) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "attn_factor": 1.5, "original_context_length": 64, key: value}
+    changes = {f"llama.rope.scaling.{name}": setting for name, setting in yarn.items()}
+    with pytest.raises(CheckpointError, match=message):
+        opened(tmp_path / "t.gguf", "llama", changes, {})
 
 
 def test_tensors_without_a_place_and_incomplete_biases(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.gguf_bytes import header, pair, string, tensor
 from support.tiny_gguf import byte_level_metadata, model_metadata, stored_tensors, tiny_gguf, tiny_model, write_gguf
 
 from llmconvert.errors import CheckpointError, LlmconvertError, UnsupportedError
@@ -21,27 +21,6 @@ from llmconvert.gguf.header import read_gguf_header
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_gguf(tmp_path_factory.mktemp("good") / "tiny.gguf", "llama-tied")[0]
-
-
-def string(text: str) -> bytes:
-    return struct.pack("<Q", len(text.encode())) + text.encode()
-
-
-def pair(key: str, kind: int, value: bytes) -> bytes:
-    return string(key) + struct.pack("<I", kind) + value
-
-
-def tensor(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
-    dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-    return string(name) + dimensions + struct.pack("<IQ", kind, offset)
-
-
-def header(pairs: list[bytes], tensors: list[bytes], /, **counts: int) -> bytes:
-    begin = struct.pack(
-        "<IQQ", counts.get("version", 3), counts.get("tensors", len(tensors)), counts.get("pairs", len(pairs))
-    )
-    raw = b"GGUF" + begin + b"".join(pairs) + b"".join(tensors)
-    return raw + bytes(-len(raw) % 32)
 
 
 def refused(tmp_path: Path, raw: bytes, message: str, error: type[LlmconvertError] = CheckpointError) -> None:
@@ -115,6 +94,23 @@ def test_contradictions(tmp_path: Path) -> None:
     refused(tmp_path, header([pair("x", 8, struct.pack("<Q", 2) + b"\xff\xfe")], []), "metadata x is not UTF-8")
 
 
+def test_names_hide_nothing_and_messages_are_short(tmp_path: Path) -> None:
+    refused(tmp_path, header([pair("a\x1b[31m", 7, b"\1")], []), r"metadata key 0, 'a\\x1b\[31m', is no name")
+    refused(tmp_path, header([], [tensor("a\0b", (8,), 0, 0)]) + bytes(64), r"name of tensor 0, 'a\\x00b', is no name")
+    long = header([pair("k" * 2000, 7, b"\1")], [])
+    refused(tmp_path, long, "metadata key 0 is 2,000 bytes long; the file is corrupt")
+    text = pair("general.alignment", 8, string("x" * 100_000))
+    refused(tmp_path, header([text], []), "should be an integer, found 'x{79}…$")
+    many = pair("general.alignment", 9, struct.pack("<IQ", 8, 5000) + string("y") * 5000)
+    refused(tmp_path, header([many], []), r"should be an integer, found \['y', .*…$")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(CheckpointError, match=r"pipe.gguf: is no regular file"):
+        read_gguf_header(tmp_path / "pipe.gguf")
+
+
 def test_alignment_other_than_the_default(tmp_path: Path) -> None:
     alignment = pair("general.alignment", 4, struct.pack("<I", 64))
     raw = header([alignment], [tensor("a", (8,), 0, 0), tensor("b", (8,), 0, 64)])
@@ -132,23 +128,6 @@ def test_truncated_anywhere(good: Path, tmp_path: Path) -> None:
         path.write_bytes(raw[:size])
         with pytest.raises(CheckpointError, match=r"truncated|ends at byte"):
             open_gguf(path)
-
-
-@given(data=st.data())
-@settings(max_examples=300, deadline=None)
-def test_random_damage_ends_in_an_error_of_ours_or_goes_unnoticed(
-    good: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    raw = bytearray(good.read_bytes())
-    end = min(tensor.offset for tensor in read_gguf_header(good).tensors.values())
-    for _ in range(data.draw(st.integers(1, 4))):
-        raw[data.draw(st.integers(4, end - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path_factory.getbasetemp() / "damaged.gguf"
-    path.write_bytes(raw)
-    try:
-        open_gguf(path).close()
-    except LlmconvertError as error:
-        assert str(path) in str(error)
 
 
 def test_metadata_values_are_checked(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from llmconvert.cli import main
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.checkpoint import open_gguf
-from llmconvert.gguf.header import read_gguf_header
+from llmconvert.gguf.header import Metadata, read_gguf_header
 from llmconvert.gguf.pretokenizers import PRE_TOKENIZERS
 from llmconvert.gguf.tokenizer import build_tokenizer
 from llmconvert.storage.checkpoint import CheckpointView
@@ -119,6 +119,27 @@ def test_the_ends_of_a_sequence(bos: bool, eos: bool, tmp_path: Path) -> None:
     again = tmp_path / "again"
     loaded.save_pretrained(again)
     assert AutoTokenizer.from_pretrained(again)("Hello world").input_ids == loaded("Hello world").input_ids
+
+
+@pytest.mark.parametrize("bos", ["<s:x>", "a b", "$A", ""])
+def test_ends_may_be_any_token(bos: str, tmp_path: Path) -> None:
+    """A template of the tokenizers library has a language of its own for these."""
+    metadata: dict[str, Any] = crossing_metadata("smollm") | {"tokenizer.ggml.add_bos_token": True}
+    metadata["tokenizer.ggml.tokens"][0] = bos
+    del metadata["tokenizer.ggml.token_type"]
+    tokenizer = build_tokenizer(Metadata(tmp_path / "t.gguf", metadata), 1200)
+    plain = tokenizer.encode("Hello", add_special_tokens=False).ids
+    assert tokenizer.encode("Hello").ids == [0, *plain]
+    assert tokenizer.encode("Hello", "Hello").ids == [0, *plain, 0, *plain]
+
+
+def test_what_takes_long_is_refused(tmp_path: Path) -> None:
+    """Cutting a token at every place, or looking for one that is there twice, costs the square of its length."""
+    metadata: dict[str, Any] = crossing_metadata("smollm")
+    tokens = [f"t{number}" for number in range(100_000)]
+    for changed, message in (([*tokens, "t99999"], "holds 't99999' twice"), ([*tokens, "x" * 3000], "of 3,000 charac")):
+        with pytest.raises(CheckpointError, match=message):
+            build_tokenizer(Metadata(tmp_path / "t.gguf", metadata | {"tokenizer.ggml.tokens": changed}), 1 << 20)
 
 
 def test_special_tokens_are_skipped_on_request_and_user_defined_ones_are_not(tmp_path: Path) -> None:
