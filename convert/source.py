@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import re
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +19,7 @@ from llmconvert.gguf.split import gguf_models, model_files
 from llmconvert.hub import fetch
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
-from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME
+from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME, files_of
 
 __all__ = ["Source", "SourceKind", "open_source", "parse_hub_id", "source_fingerprint"]
 
@@ -159,7 +158,7 @@ def source_fingerprint(source: Source) -> str:
     if source.kind == "hub":
         digest.update(f"hub\0{source.origin}\0{source.revision}".encode())
         return digest.hexdigest()
-    files: Sequence[Path] = sorted(p for p in source.path.iterdir() if p.is_file()) if source.path.is_dir() else ()
+    files = list(files_of(source.path).values()) if source.path.is_dir() else []
     for path in files or model_files(source.path):
         status = path.stat()
         digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())

@@ -37,7 +37,9 @@ _OLD_INDEX = "gptq_model-*.safetensors.index.json"
 _OLD_SINGLE = "gptq_model-*.safetensors"
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
 _PICKLE_SINGLE = "pytorch_model.bin"
-#: Root files besides the weights that a converted model needs or must keep (licences travel with the weights, and the
+# The one folder whose files belong to a model: chat templates beside the default one.
+_FOLDER = "additional_chat_templates/"
+#: Files besides the weights that a converted model needs or must keep (licences travel with the weights, and the
 #: card names them).
 _NEEDED = (
     "config.json",
@@ -52,6 +54,7 @@ _NEEDED = (
     "*.tiktoken",
     "*.model",
     "chat_template.*",
+    f"{_FOLDER}*.jinja",
     "preprocessor_config.json",
     "processor_config.json",
     "LICENSE*",
@@ -269,14 +272,18 @@ def _fetch_weights(model_id: str, wanted: _Wanted, task: Task) -> None:
 def _listing(
     model_id: str, commit: str, cache_dir: Path | None, directory: Path
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Name → size in bytes, and name → hash, of the repository's root files, from the listing the client has cached."""
+    """Name → size in bytes, and name → hash, of the repository's files, from the listing the client has cached.
+
+    Of its folders only that of chat templates is looked into.
+    """
     try:
         tree = huggingface_hub.get_cached_repo_tree(model_id, revision=commit, cache_dir=cache_dir)
-        root = [file for file in tree if "/" not in file.path]
+        root = [file for file in tree if "/" not in file.path.removeprefix(_FOLDER)]
         hashes = {file.path: file.lfs.sha256 if file.lfs is not None else file.blob_id for file in root}
         return {file.path: file.size for file in root}, hashes
     except CachedRepoTreeNotFoundError:  # offline, and cached by an older client: what is there is all there is
-        return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}, {}
+        there = [path for path in (*directory.iterdir(), *directory.glob(f"{_FOLDER}*")) if path.is_file()]
+        return {path.relative_to(directory).as_posix(): path.stat().st_size for path in there}, {}
 
 
 def _choose(model_id: str, names: dict[str, int], directory: Path, allow_pickle: bool) -> tuple[list[str], list[str]]:

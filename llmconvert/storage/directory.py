@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from llmconvert.errors import CheckpointError, one_line
 from llmconvert.storage.parsing import read_json
 
 __all__ = [
+    "CHAT_TEMPLATES",
     "INDEX_NAME",
     "SINGLE_NAME",
+    "files_of",
     "identity_of",
     "index_name",
     "is_weight_file",
@@ -23,6 +26,8 @@ __all__ = [
     "shard_names",
 ]
 
+#: The folder of chat templates beside the default one.
+CHAT_TEMPLATES = "additional_chat_templates"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -33,6 +38,10 @@ _OLD_INDEX = "gptq_model-*.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt")
 
 
+# Configs that may name classes in Python files of the model's.
+_MAPPING = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+# What a Hub's cache calls the folder of a repository.
+_CACHE_FOLDER = re.compile(r"(models|datasets|spaces)--")
 # What file systems take, in bytes.
 _LONGEST_NAME = 255
 
@@ -60,10 +69,59 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def files_of(directory: Path) -> dict[str, Path]:
+    """Name → path of a model directory's files that are not hidden, in order: its own, and its chat templates'.
+
+    Other folders hold other models, or the same in other forms; transformers reads none of them.
+
+    Raises:
+        CheckpointError: a file is a link to somewhere that is no part of the model.
+    """
+    inside = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".")]
+    templates = directory / CHAT_TEMPLATES
+    if templates.is_dir():
+        inside += sorted(templates.glob("*.jinja"))
+    for path in (templates, *inside):
+        if path.is_symlink():
+            _require_own(directory, path)
+    return {path.relative_to(directory).as_posix(): path for path in inside if path.is_file()}
+
+
+def _require_own(directory: Path, path: Path) -> None:
+    """Refuse a link out of the model: what it points to would be copied, and published, under a name of the model's."""
+    target = path.resolve()
+    # In a Hub's cache, the files of a snapshot are links into the contents that it keeps by their hash.
+    cached = target.parent.name == "blobs" and _CACHE_FOLDER.match(target.parent.parent.name) is not None
+    if not cached and not target.is_relative_to(directory.resolve()):
+        raise CheckpointError(
+            f"{path}: is a link to {target}, no part of the model; put the file itself there, or remove the link"
+        )
+    if not target.exists():
+        raise CheckpointError(f"{path}: is a link to {target}, which does not exist")
+
+
 def other_files(directory: Path) -> dict[str, Path]:
-    """Name → path of a model directory's files that are neither weights nor ``config.json`` nor hidden."""
-    paths = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    return {path.name: path for path in paths if path.name != "config.json" and not is_weight_file(path.name)}
+    """Name → path of a model directory's files that are neither weights nor ``config.json``.
+
+    Program code goes with the model only if its config says what it is for (``auto_map``); it is never run here.
+
+    Raises:
+        CheckpointError: see :func:`files_of`.
+    """
+    found = {name: path for name, path in files_of(directory).items() if not is_weight_file(name)}
+    code = [name for name in found if name.endswith(".py")]
+    if code and not any(_maps_code(found[name]) for name in found if name in _MAPPING):
+        found = {name: path for name, path in found.items() if name not in code}
+    found.pop("config.json", None)
+    return found
+
+
+def _maps_code(config: Path) -> bool:
+    try:
+        values = read_json(config)
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and bool(values.get("auto_map"))
 
 
 def read_index(directory: Path, name: str = INDEX_NAME) -> dict[str, str] | None:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from llmconvert.errors import CheckpointError
 from llmconvert.storage.checkpoint import DTYPES, CheckpointView, SafetensorsCheckpoint, read_header
 from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME, is_weight_file
+from llmconvert.storage.writer import write_side_files
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
@@ -97,9 +98,57 @@ def test_side_files_are_listed_without_weights_and_hidden_ones(tmp_path: Path) -
     with SafetensorsCheckpoint(tmp_path) as checkpoint:
         assert sorted(checkpoint.files) == ["README.md", "tokenizer.json"]
         assert checkpoint.read_file("README.md") == b"x"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tools.jinja").write_text("t")
+    (tmp_path / "additional_chat_templates" / "notes.txt").write_text("n")
+    with SafetensorsCheckpoint(tmp_path) as checkpoint:
+        assert sorted(checkpoint.files) == ["README.md", "additional_chat_templates/tools.jinja", "tokenizer.json"]
+        write_side_files(tmp_path / "copy", checkpoint.files)
+    assert (tmp_path / "copy" / "additional_chat_templates" / "tools.jinja").read_text() == "t"
     assert is_weight_file("model-00001-of-00002.safetensors")
     assert is_weight_file(INDEX_NAME)
     assert not is_weight_file("tokenizer.json")
+
+
+def test_links_lead_into_the_model_or_a_hubs_cache(tmp_path: Path) -> None:
+    """Whatever else a link points to would be copied under a name of the model's, and published."""
+    make_model(tmp_path / "model", {"a": torch.ones(1)})
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    for name in ("special_tokens_map.json", "additional_chat_templates"):
+        link = tmp_path / "model" / name
+        link.symlink_to(secret if name.endswith("json") else tmp_path)
+        with pytest.raises(CheckpointError, match=f"{name}: is a link to .*, no part of the model"):
+            SafetensorsCheckpoint(tmp_path / "model")
+        link.unlink()
+    (tmp_path / "model" / "LICENSE").write_text("l")
+    (tmp_path / "model" / "LICENSE.md").symlink_to("LICENSE")
+    blob = tmp_path / "models--org--name" / "blobs" / "abc"
+    blob.parent.mkdir(parents=True)
+    blob.write_text("{}")
+    (tmp_path / "model" / "tokenizer.json").symlink_to(blob)
+    (tmp_path / "latest").symlink_to("model")
+    with SafetensorsCheckpoint(tmp_path / "latest") as checkpoint:
+        assert sorted(checkpoint.files) == ["LICENSE", "LICENSE.md", "tokenizer.json"]
+    blob.unlink()
+    with pytest.raises(CheckpointError, match="which does not exist"):
+        SafetensorsCheckpoint(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    moved = tmp_path / "elsewhere.safetensors"
+    (tmp_path / "model" / "model.safetensors").rename(moved)
+    (tmp_path / "model" / "model.safetensors").symlink_to(moved)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is a link"):
+        SafetensorsCheckpoint(tmp_path / "model")
+
+
+def test_code_goes_with_what_maps_it(tmp_path: Path) -> None:
+    make_model(tmp_path, {"a": torch.ones(1)})
+    (tmp_path / "modeling_x.py").write_text("")
+    with SafetensorsCheckpoint(tmp_path) as checkpoint:
+        assert "modeling_x.py" not in checkpoint.files
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["modeling_x.X", null]}}')
+    with SafetensorsCheckpoint(tmp_path) as checkpoint:
+        assert "modeling_x.py" in checkpoint.files
 
 
 def test_a_repeated_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
