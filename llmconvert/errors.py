@@ -27,6 +27,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from llmconvert.printable import printable
+
 __all__ = [
     "CalibrationError",
     "CapacityError",
@@ -58,9 +60,15 @@ def one_line(error: BaseException) -> str:
 
 
 class LlmconvertError(Exception):
-    """Root of the tree. ``exit_code`` is what the command line ends with."""
+    """Root of the tree. ``exit_code`` is what the command line ends with.
+
+    As text, its message commands no terminal, whatever names of others stand in it.
+    """
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UsageError(LlmconvertError):

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from llmconvert.printable import printable
+
 __all__ = ["SILENT", "LineProgress", "Progress", "Task", "TerminalProgress", "console_progress"]
 
 
@@ -59,7 +61,7 @@ class _BarTask:
         self._id = task_id
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        self._bars.update(self._id, advance=amount, note=note)
+        self._bars.update(self._id, advance=amount, note=printable(note))
 
 
 class TerminalProgress:
@@ -71,18 +73,18 @@ class TerminalProgress:
     @contextmanager
     def task(self, description: str, total: float) -> Iterator[Task]:
         columns = (
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
         )
         with RichProgress(*columns, console=self._console, refresh_per_second=4) as bars:
-            yield _BarTask(bars, bars.add_task(description, total=total, note=""))
+            yield _BarTask(bars, bars.add_task(printable(description), total=total, note=""))
 
     def log(self, message: str) -> None:
-        self._console.print(message, markup=False, highlight=False)
+        self._console.print(printable(message), markup=False, highlight=False)
 
 
 class _LineTask:
@@ -101,11 +103,8 @@ class _LineTask:
             return
         self._last = now
         left = (now - self._begin) / self._done * (self._total - self._done) if self._done else 0.0
-        print(
-            f"{self._description}: {100 * self._done / self._total:.0f} %, {left:.0f} s left {note}".rstrip(),
-            file=self._stream,
-            flush=True,
-        )
+        done = f"{self._description}: {100 * self._done / self._total:.0f} %, {left:.0f} s left {printable(note)}"
+        print(done.rstrip(), file=self._stream, flush=True)
 
     def end(self) -> None:
         print(f"{self._description}: {time.monotonic() - self._begin:.1f} s", file=self._stream, flush=True)
@@ -120,12 +119,12 @@ class LineProgress:
 
     @contextmanager
     def task(self, description: str, total: float) -> Iterator[Task]:
-        task = _LineTask(self._stream, description, total, self._interval)
+        task = _LineTask(self._stream, printable(description), total, self._interval)
         yield task
         task.end()
 
     def log(self, message: str) -> None:
-        print(message, file=self._stream, flush=True)
+        print(printable(message), file=self._stream, flush=True)
 
 
 def console_progress(stream: TextIO | None = None) -> Progress:

@@ -15,7 +15,19 @@ FOLDERS = ("llmconvert", "quantize", "convert", "validate", "recipes")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 # From the ground up: a module may import from its own room and from those before it.
 ORDER = (
-    *("version", "errors", "machine", "phases", "device", "memory", "interrupt", "progress", "context", "needs"),
+    *(
+        "version",
+        "printable",
+        "errors",
+        "machine",
+        "phases",
+        "device",
+        "memory",
+        "interrupt",
+        "progress",
+        "context",
+        "needs",
+    ),
     *("hub", "storage", "report", "text", "compute", "engine", "gguf"),
     *("quantize", "convert", "validate", "recipes", "api", "cli"),
 )

@@ -236,6 +236,17 @@ def test_a_limit_needs_something_to_compare_with(tiny_llama: Path, text: Path, l
     assert f"({limit[0]}) compares with the original" in fails(2, "validate", tiny_llama, *options)
 
 
+def test_names_of_others_command_no_terminal(tiny_llama: Path, here: Path) -> None:
+    (here / "evil.yaml").write_text('model: a\n"quan\\e[2Jtize": {}\n')
+    assert "unknown key quan\\x1b[2Jtize" in fails(2, "run", "evil.yaml")
+    copy = here / "copy"
+    shutil.copytree(tiny_llama, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["Ll\x1b]0;x\x07ama"]}))
+    result = call("inspect", copy)
+    assert not set(result.output) & set("\x1b\x07")
+
+
 def test_a_batch_ends_with_its_first_failure(tiny_llama: Path, here: Path) -> None:
     (here / "good.yaml").write_text(yaml.safe_dump({"model": str(tiny_llama)}))
     (here / "bad.yaml").write_text("model: a\nquantise: {}\n")

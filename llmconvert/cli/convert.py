@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmconvert.cli.say import say
+
 if TYPE_CHECKING:
     from llmconvert.report.steps import AttentionReport, HealReport
 
@@ -52,13 +54,13 @@ def convert(model: str, output: Path, **options: Any) -> None:
     if made.dtype is not None:
         report = made.dtype
         error = f"{report.largest_relative_error:.2e} in {report.largest_error_tensor}" if report.cast else "none"
-        click.echo(
+        say(
             f"{output}: {report.tensors:,} tensors, {report.bytes_written:,} bytes, {report.seconds:.1f} s, "
             f"largest relative rounding error {error}"
         )
     if made.attention is not None:
         for line in _merged(output, made.attention, made.healing):
-            click.echo(line)
+            say(line)
 
 
 def _merged(output: Path, report: AttentionReport, healed: HealReport | None) -> Iterator[str]:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llmconvert.cli.say import say
+
 if TYPE_CHECKING:
     from llmconvert.convert.inspection import ModelSummary
 
@@ -27,10 +29,10 @@ def inspect(model: str, as_json: bool) -> None:
 
     summary = inspect_model(model)
     if as_json:
-        click.echo(json.dumps({**asdict(summary), "bits_per_weight": summary.bits_per_weight}, indent=2))
+        say(json.dumps({**asdict(summary), "bits_per_weight": summary.bits_per_weight}, indent=2))
         return
     for label, value in _rows(summary):
-        click.echo(f"{label:<20} {value}")
+        say(f"{label:<20} {value}")
 
 
 def _rows(summary: ModelSummary) -> list[tuple[str, str]]:

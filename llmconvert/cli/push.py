@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmconvert.cli.say import say
+
 if TYPE_CHECKING:
     from llmconvert.hub import PushPlan
 
@@ -41,7 +43,7 @@ def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> Non
     from llmconvert.api import push_model
     from llmconvert.progress import console_progress
 
-    click.echo(push_model(directory, repository, progress=console_progress(), **options))
+    say(push_model(directory, repository, progress=console_progress(), **options))
 
 
 def _dry_run(directory: Path, repository: str, *, unmeasured: bool, **settings: Any) -> None:
@@ -61,16 +63,16 @@ def _dry_run(directory: Path, repository: str, *, unmeasured: bool, **settings: 
         if plan.card is not None:
             check_card(repository, plan.card)
     else:
-        click.echo(f"whether it may be published to {repository} was not asked: no token, or offline", err=True)
+        say(f"whether it may be published to {repository} was not asked: no token, or offline", err=True)
 
 
 def _show(plan: PushPlan) -> None:
     """The plan as lines: one per file, the sum, and the card."""
     width = max(len(f"{plan.nbytes:,}"), 5)
     for file in plan.files:
-        click.echo(f"{file.size:>{width},}  {file.name}")
-    click.echo(f"{plan.nbytes:>{width},}  in {len(plan.files)} files, to {plan.repo_id} ({plan.revision})")
+        say(f"{file.size:>{width},}  {file.name}")
+    say(f"{plan.nbytes:>{width},}  in {len(plan.files)} files, to {plan.repo_id} ({plan.revision})")
     if plan.card is not None:
-        click.echo(f"\n{plan.card.rstrip()}")
+        say(f"\n{plan.card.rstrip()}")
     else:
-        click.echo("\nno model card (README.md)")
+        say("\nno model card (README.md)")

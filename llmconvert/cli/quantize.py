@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from llmconvert.cli.say import say
+
 
 def _overrides(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:
     """``PATTERN=SCHEME`` each, in order: the first that matches a layer counts."""
@@ -60,6 +62,6 @@ def quantize(model: str, output: Path, **options: Any) -> None:
     from llmconvert.progress import console_progress
 
     made = quantize_model(model, output, progress=console_progress(), **options)
-    click.echo(f"{output}: {made.layers} layers quantized, {made.nbytes:,} bytes, {made.seconds:.1f} s")
+    say(f"{output}: {made.layers} layers quantized, {made.nbytes:,} bytes, {made.seconds:.1f} s")
     if made.details.types:
-        click.echo("types: " + ", ".join(f"{count} {kind}" for kind, count in made.details.types.items()))
+        say("types: " + ", ".join(f"{count} {kind}" for kind, count in made.details.types.items()))

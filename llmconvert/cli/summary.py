@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmconvert.printable import printable
 from llmconvert.recipes.batch import Outcome
 from llmconvert.recipes.runner import RunResult
 from llmconvert.report.report import Report
@@ -49,7 +50,7 @@ def print_batch(outcomes: Sequence[Outcome]) -> None:
             told = outcome.result.report.outcome == "passed"
             verdict = Text("done", "green") if told else Text("done, not measured", "yellow")
             where = outcome.result.published or str(outcome.result.artifact)
-        table.add_row(Text(outcome.recipe), format_seconds(outcome.seconds), verdict, Text(where))
+        table.add_row(Text(printable(outcome.recipe)), format_seconds(outcome.seconds), verdict, Text(printable(where)))
     console.print(table)
 
 

@@ -90,6 +90,22 @@ def test_nothing_measured_is_nothing_passed(checks: tuple[Check, ...], outcome: 
     assert again == report and json.loads(again.to_json())["outcome"] == outcome
 
 
+def test_names_of_others_command_no_terminal(report: Report) -> None:
+    """Architectures, prompts and tensors are called as their authors like."""
+    evil = "\x1b[2J\x9b31m\u202e[/red]"
+    section = Section(
+        name="s", title=evil, text=evil, columns=(Column(heading=evil),), rows=((evil,),), shown=("terminal",)
+    )
+    checks = (
+        Check(name=evil, label=evil, value=1.0, sections=(section,)),
+        Check(name="kl_mean", ok=False, detail={"text": evil}),
+        Check.unmeasured(evil, evil, asked=False),
+    )
+    model = report.model.model_copy(update={"name": evil, "source": evil})
+    text = terminal(report.model_copy(update={"model": model, "checks": checks}))
+    assert not set(text) & set("\x1b\x9b\u202e") and "\\x1b[2J\\x9b31m" in text
+
+
 def test_numbers_that_are_none_become_null() -> None:
     report = Report(
         model=ModelInfo(name="a", source="b"), checks=(Check(name="x", value=math.nan, reference=math.inf),)

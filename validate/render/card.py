@@ -22,7 +22,7 @@ from llmconvert.quantize.runtimes import runtimes_of
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix, parse_scheme
 from llmconvert.report.report import ModelInfo, Report
 from llmconvert.report.steps import QuantizeReport
-from llmconvert.validate.render.display import label_of, rows, section_table
+from llmconvert.validate.render.display import label_of, printable_report, rows, section_table
 from llmconvert.validate.render.html import template_environment
 
 __all__ = ["Address", "card_metadata", "inherited_metadata", "is_untouched", "render_card"]
@@ -87,6 +87,7 @@ def render_card(
     Raises:
         HubError: the card's metadata would not be valid on the Hub.
     """
+    report = printable_report(report)
     model = report.model
     base = model.base_model
     section_plots = section_plots or {}
@@ -111,6 +112,7 @@ def render_card(
         unmeasured=[check for check in report.unmeasured if check.ok],
         label_of=label_of,
         recipe=recipe.strip(),
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
         chat=chat,
         library=_library(model.format),
         gguf=_file(report),

@@ -11,8 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from llmconvert.errors import SourceError
+from llmconvert.printable import printable
 from llmconvert.report.report import Check, Report
-from llmconvert.validate.render.display import format_bytes, format_seconds, label_of, rows, split_interval
+from llmconvert.validate.render.display import (
+    format_bytes,
+    format_seconds,
+    label_of,
+    printable_report,
+    rows,
+    split_interval,
+)
 from llmconvert.validate.render.html import template_environment
 from llmconvert.validate.render.plots import comparison_plot, drift_plot
 
@@ -213,6 +221,9 @@ def render_comparison(comparison: ReportComparison) -> str:
 
 def render_comparison_table(comparison: ReportComparison, console: Console) -> None:
     """Print the comparison; the best number of a row is bold, where numbers compare."""
+    comparison = compare_reports(
+        {printable(name): printable_report(report) for name, report in comparison.reports.items()}
+    )
     table = Table()
     table.add_column("")
     for name in comparison.reports:

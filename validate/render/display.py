@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmconvert.printable import printable
 from llmconvert.report.report import Check, Report
 from llmconvert.report.section import Cell, Section
 
@@ -26,6 +27,7 @@ __all__ = [
     "known_names",
     "label_of",
     "outcome",
+    "printable_report",
     "rows",
     "section_table",
     "split_interval",
@@ -112,6 +114,19 @@ def rows(report: Report) -> list[Row]:
         )
         for check in report.checks
     ]
+
+
+def printable_report(report: Report) -> Report:
+    """The report with nothing in it that would command a terminal, whatever tensors, files and models are called."""
+    return Report.model_validate(_printable(report.model_dump(by_alias=True)))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(found) for key, found in value.items()}
+    return [_printable(found) for found in value] if isinstance(value, list | tuple) else value
 
 
 def outcome(report: Report) -> str:

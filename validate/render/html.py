@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from typing import Any
 
@@ -38,11 +39,34 @@ def template_environment(*, escape: bool) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=None if escape else _prose,
     )
+    environment.filters.update(cell=_cell, code=_code, verbatim=_Verbatim)
     environment.filters.update(
         bytes=format_bytes, count=format_count, seconds=format_seconds, spacing=format_spacing, split=split_interval
     )
     return environment
+
+
+class _Verbatim(str):
+    """Text for a code block, where nothing means anything."""
+
+
+def _prose(value: object) -> object:
+    """Text of others inside Markdown: neither HTML, links and pictures, nor lines of its own."""
+    if isinstance(value, _Verbatim) or not isinstance(value, str):
+        return value
+    return re.sub(r"\s*\n\s*", " ", value.replace("<", "&lt;").replace("](", "]&#40;"))
+
+
+def _cell(value: str) -> str:
+    """Text that stays in its line and its cell."""
+    return " ".join(value.split()).replace("|", "\\|")
+
+
+def _code(value: str) -> _Verbatim:
+    """Text between backticks, or in a line of a code block."""
+    return _Verbatim(" ".join(value.replace("`", "'").split()))
 
 
 def render_html(report: Report, *, recipe: str | None = None) -> str:

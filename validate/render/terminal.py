@@ -11,7 +11,7 @@ from rich.text import Text
 
 from llmconvert.report.report import Report
 from llmconvert.report.section import Section
-from llmconvert.validate.render.display import label_of, outcome, rows, section_table, split_interval
+from llmconvert.validate.render.display import label_of, outcome, printable_report, rows, section_table, split_interval
 
 __all__ = ["render_terminal"]
 
@@ -26,6 +26,7 @@ def render_terminal(report: Report, console: Console, *, locations: Mapping[str,
     Args:
         locations: what lies where, in the order to print: ``{"artifact": "out/demo", …}``.
     """
+    report = printable_report(report)
     table = Table(title=escape(f"{report.model.source} → {report.model.name}"), title_justify="left")
     table.add_column("")
     for heading in ("original", "artifact", "change", "limit"):

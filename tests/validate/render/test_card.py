@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from llmconvert.report.report import Check, Report
+from llmconvert.report.section import Column, Section
 from llmconvert.report.steps import LinearReport, QuantizeReport, Step
 from llmconvert.validate.render.card import Address, inherited_metadata, render_card
 
@@ -51,6 +52,30 @@ def test_what_was_not_measured_is_said(report: Report) -> None:
         report.model_copy(update={"checks": (*report.checks, unread)}), address=Address("user/x"), recipe=RECIPE
     )
     assert "Tensors the runtime could not load: not measured: it does not fit." in card
+
+
+def test_names_of_others_are_text(report: Report) -> None:
+    """Neither HTML nor pictures nor another table come from what tensors, files and prompts are called."""
+    evil = "<script>alert(1)</script>\x1b[2J|![x](http://x.example/)\n\n# `more`"
+    section = Section(
+        name="s", title=evil, text=evil, columns=(Column(heading=evil),), rows=((evil,),), shown=("card",)
+    )
+    checks = (
+        *report.checks,
+        Check(name=evil, label=evil, value=1.0, sections=(section,)),
+        Check(name="kl_mean", ok=False, detail={"text": evil}),
+    )
+    model = report.model.model_copy(update={"source": evil, "base_model": None, "calibration": evil})
+    recipe = "model: a\nprompts: ['```', '<b>']\n"
+    card = render_card(
+        report.model_copy(update={"checks": checks, "model": model}), address=Address("user/x"), recipe=recipe
+    )
+    prose = card.split("````yaml")[0]
+    assert "<script" not in prose and "\x1b" not in card and "![x](" not in prose
+    assert card.count("````") == 2 and recipe.strip() in card
+    cells = [line for line in card.splitlines() if line.startswith("| ") and "&lt;script>" in line]
+    assert [cell.replace("\\|", "").count("|") for cell in cells] == [5, 2, 2]
+    assert not any(line.startswith("# `more`") for line in card.splitlines())
 
 
 def test_the_originals_licence_is_kept(report: Report) -> None:
