@@ -43,6 +43,8 @@ _LOSSLESS = {
 # Pieces that fit a core's cache with their scratch, and stay below torch's threshold of 2**15 elements for spreading
 # an operation over threads: the pipeline's own threads do that with less waiting.
 _PIECE = 32_256
+# Sums of squares below it are taken again in float64.
+_SMALL = 1e-20
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +119,16 @@ def cast_into(source: torch.Tensor, out: torch.Tensor) -> CastErrors:
 
 def _faded(values: torch.Tensor, error: torch.Tensor, limit: float) -> CastErrors:
     """The squares of a piece, and those of its errors whose relative size is above ``limit``; 0 for none."""
-    squares = float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-    if not math.isfinite(squares):
+    squares = torch.dot(values, values).item()
+    # The squares of small values vanish in float32, and what is not finite counts for nothing.
+    if not _SMALL < squares < math.inf:
         squares = float(values.nan_to_num(0.0, 0.0, 0.0).double().square().sum())
     if not limit:
         return CastErrors(squares=squares)
     # Values that became infinite are counted elsewhere, and have an error of infinity here.
-    lost = (error.abs() > limit) & torch.isfinite(error)
-    return CastErrors(squares=squares, faded=float((error[lost].double() * values[lost]).square().sum()))
+    lost = (error.abs() > limit).nonzero().squeeze(-1)
+    moved = (error[lost].double() * values[lost]).square()
+    return CastErrors(squares=squares, faded=float(moved[torch.isfinite(moved)].sum()))
 
 
 def _widen(source: torch.Tensor, out: torch.Tensor) -> CastErrors:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option(
     "--overflow",
     type=click.Choice(["error", "clip"]),
-    help="What to do with values too large for the dtype. [default: error]",
+    help="What to do with values beyond or below the dtype's range. [default: error]",
 )
 @click.option("--rope-scaling", metavar="KIND:FACTOR", help="Stretch positions: yarn:2.0, linear:4, dynamic:2.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with weights_only=True.")

@@ -35,11 +35,9 @@ def open_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, prog
     if not declared:
         return checkpoint
     view = QuantizedView(checkpoint, declared, dtype)
-    if view.left_out:
-        progress.log(
-            f"{len(view.left_out)} scales of a quantized key-value cache are left out ({view.left_out[0]}, …); what "
-            "is measured and written here has none"
-        )
+    if view.left_out or declared.get("kv_cache_scheme"):
+        scales = f", {len(view.left_out)} scales ({view.left_out[0]}, …)" if view.left_out else ""
+        progress.log(f"a quantized key-value cache is left out{scales}: what is measured and written here has none")
     return view
 
 

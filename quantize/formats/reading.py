@@ -35,6 +35,7 @@ _PARTS: Final = frozenset(
 )
 # Files in which producers of GPTQ and AWQ said before 2024 what config.json says now, and the method they meant.
 _OLD_FILES: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_OLD_WORDS: Final = ".qweight"
 _UNSET: Final[Sequence[Any]] = (None, False, "", [], {})
 _SHOWN = 80
 
@@ -97,7 +98,9 @@ def declared_quantization(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """
     declared: Any = checkpoint.config.get("quantization_config")
     where = "config.json: quantization_config"
-    for name, method in _OLD_FILES.items() if not declared else ():
+    # A file that was left beside a dense model says nothing of it.
+    packed = not declared and any(name.endswith(_OLD_WORDS) for name in checkpoint)
+    for name, method in _OLD_FILES.items() if packed else ():
         if name in checkpoint.files:
             where = name
             try:

@@ -88,6 +88,18 @@ def test_fetch_takes_the_shards_that_the_index_names(hub: HubServer, client: Cli
     assert "names 1 file(s) the repository lacks" in client("fetch", "org/broken", cache_dir=tmp_path)["text"]
 
 
+def test_fetch_takes_the_old_file_names_of_autogptq(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    files = {
+        "config.json": b"{}",
+        "quantize_config.json": b'{"bits": 4}',
+        "gptq_model-4bit-128g.safetensors": SAFETENSORS,
+        "pytorch_model.bin": b"pickle" * 500,
+    }
+    hub.add_repo("org/old", files)
+    found = client("fetch", "org/old", cache_dir=tmp_path)["result"]
+    assert names(found) == ["config.json", "gptq_model-4bit-128g.safetensors", "quantize_config.json"]
+
+
 def test_fetch_refuses_pickle_before_downloading_it(hub: HubServer, client: Client, tmp_path: Path) -> None:
     hub.add_repo("org/old", {"config.json": b"{}", "pytorch_model.bin": b"pickle" * 500})
     refused = client("fetch", "org/old", cache_dir=tmp_path)

@@ -173,7 +173,10 @@ def test_scales_of_the_cache_are_left_out_and_told(tmp_path: Path, name: str) ->
     heard = Heard()
     view = open_dense(write_quantized(tmp_path / "m", tensors, declared(kv_cache_scheme=cache)), progress=heard)
     assert list(view) == ["a.b.weight"]
-    assert len(heard.lines) == 1 and f"1 scales of a quantized key-value cache are left out ({name}" in heard.lines[0]
+    assert len(heard.lines) == 1
+    assert f"a quantized key-value cache is left out, 1 scales ({name}, …)" in heard.lines[0]
+    open_dense(write_quantized(tmp_path / "dynamic", stored(), declared(kv_cache_scheme=cache)), progress=heard)
+    assert heard.lines[1].startswith("a quantized key-value cache is left out: what is measured")
 
 
 @pytest.mark.parametrize(
@@ -341,6 +344,14 @@ def test_weights_that_are_rounded_while_the_model_runs_are_refused(tmp_path: Pat
         UnsupportedError, match=r"'a\.b\.weight' is float32 with scales .* 'frozen'.*compress the model"
     ):
         open_dense(write_quantized(tmp_path / "m", tensors, config))
+
+
+def test_a_file_that_was_left_beside_a_dense_model_says_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    for path in tiny_llama.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert open_dense(checkpoint) is checkpoint
 
 
 @pytest.mark.parametrize("sharded", [False, True])
