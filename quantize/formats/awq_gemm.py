@@ -16,10 +16,12 @@ import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import (
+    FLOATS,
     Format,
     StoredLinear,
     half_scale_dtype,
     model_dtype,
+    require_matrix,
     require_shape,
     settings,
 )
@@ -163,11 +165,11 @@ class _Awq(StoredLinear):
 
 
 def _linear(checkpoint: Checkpoint, linear: str) -> _Awq:
-    columns, words = checkpoint.infos[f"{linear}{_WORDS}"].shape
+    columns, words = require_matrix(checkpoint, linear, "qweight", dtypes=(torch.int32,))
     rows = words * _LANES
-    groups = checkpoint.infos[require_shape(checkpoint, linear, "scales")].shape[0]
+    groups, _ = require_matrix(checkpoint, linear, "scales", dtypes=FLOATS)
     require_shape(checkpoint, linear, "scales", (groups, rows))
-    require_shape(checkpoint, linear, "qzeros", (groups, words))
+    require_shape(checkpoint, linear, "qzeros", (groups, words), dtypes=(torch.int32,))
     if columns % groups:
         raise CheckpointError(
             f"quantized linear {linear!r} has {columns} inputs in {groups} groups, which do not divide"

@@ -23,6 +23,7 @@ from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory
 
 __all__ = [
+    "FLOATS",
     "FORMATS",
     "ContainerRequest",
     "Feature",
@@ -33,6 +34,7 @@ __all__ = [
     "load_format",
     "model_dtype",
     "read_quantized",
+    "require_matrix",
     "require_shape",
     "settings",
 ]
@@ -45,6 +47,9 @@ FORMATS: Mapping[str, str] = {
     "bitsandbytes": "llmconvert.quantize.formats.bitsandbytes:BitsAndBytes",
     "gguf": "llmconvert.quantize.formats.gguf:Gguf",
 }
+
+#: What scales are stored in.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: What may be asked for beside method, scheme and format, and does not go with every format.
 Feature = Literal["overrides", "budget", "repair", "mixed zero points", "rotations", "streaming", "generation"]
@@ -241,11 +246,18 @@ def read_quantized(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> tuple
     return linears, left_out(checkpoint, {found.linear: found.parts for found in linears})
 
 
-def require_shape(checkpoint: Checkpoint, linear: str, part: str, shape: tuple[int, ...] | None = None) -> str:
+def require_shape(
+    checkpoint: Checkpoint,
+    linear: str,
+    part: str,
+    shape: tuple[int, ...] | None = None,
+    *,
+    dtypes: Sequence[torch.dtype] = (),
+) -> str:
     """The full name of a linear's part.
 
     Raises:
-        CheckpointError: it is not there, or has another shape.
+        CheckpointError: it is not there, or has another shape or dtype.
     """
     name = f"{linear}.{part}"
     stored = checkpoint.infos.get(name)
@@ -253,7 +265,24 @@ def require_shape(checkpoint: Checkpoint, linear: str, part: str, shape: tuple[i
         raise CheckpointError(f"quantized linear {linear!r} has no tensor {name!r}")
     if shape is not None and stored.shape != shape:
         raise CheckpointError(f"tensor {name!r} has shape {list(stored.shape)}, expected {list(shape)}")
+    if dtypes and stored.dtype not in dtypes:
+        found, *expected = (str(dtype).removeprefix("torch.") for dtype in (stored.dtype, *dtypes))
+        raise CheckpointError(f"tensor {name!r} is {found}, expected {' or '.join(expected)}")
     return name
+
+
+def require_matrix(
+    checkpoint: Checkpoint, linear: str, part: str, *, dtypes: Sequence[torch.dtype] = ()
+) -> tuple[int, int]:
+    """The shape of a linear's part that has two dimensions, neither of them empty.
+
+    Raises:
+        CheckpointError: it is not there, or has another shape or dtype.
+    """
+    shape = checkpoint.infos[require_shape(checkpoint, linear, part, dtypes=dtypes)].shape
+    if len(shape) != 2 or 0 in shape:
+        raise CheckpointError(f"tensor '{linear}.{part}' has shape {list(shape)}, expected a matrix")
+    return shape[0], shape[1]
 
 
 def model_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -20,7 +20,15 @@ from typing import Any, ClassVar
 import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.base import Format, StoredLinear, model_dtype, require_shape, settings
+from llmconvert.quantize.formats.base import (
+    FLOATS,
+    Format,
+    StoredLinear,
+    model_dtype,
+    require_matrix,
+    require_shape,
+    settings,
+)
 from llmconvert.quantize.formats.reading import Declared
 from llmconvert.quantize.numbers import FP4, LLM_INT8, NF4, Int, Levels, dynamic_levels
 from llmconvert.quantize.scheme import Scheme
@@ -230,17 +238,22 @@ def _four_bits(checkpoint: Checkpoint, linear: str, kind: str) -> _FourBits:
         (rows, columns), block = state["shape"], int(state["blocksize"])
         dtype = getattr(torch, state["dtype"])
         offset, nested_block = float(state.get("nested_offset", 0.0)), int(state.get("nested_blocksize", 256))
+        sizes = (rows, columns, block, nested_block)
+        if not all(type(size) is int and size > 0 for size in sizes) or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"sizes {sizes}, dtype {state['dtype']}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"tensor {name!r} does not hold the JSON that bitsandbytes writes: {error!r}") from error
     if kind not in _FOUR_BITS:
         raise UnsupportedError(f"{linear}: bitsandbytes type {kind!r}; this reader knows {' and '.join(_FOUR_BITS)}")
     nested = f"{linear}.weight.nested_absmax" in checkpoint
     blocks = -(-rows * columns // block)
-    require_shape(checkpoint, linear, "weight", (-(-rows * columns // 2), 1))
-    require_shape(checkpoint, linear, "weight.absmax", (blocks,))
+    require_shape(checkpoint, linear, "weight", (-(-rows * columns // 2), 1), dtypes=(torch.uint8,))
+    require_shape(checkpoint, linear, "weight.absmax", (blocks,), dtypes=(torch.uint8,) if nested else FLOATS)
+    require_shape(checkpoint, linear, "weight.quant_map", (1 << _FOUR_BITS[kind].bits,), dtypes=FLOATS)
     names = ["weight", "weight.absmax", "weight.quant_map", name.removeprefix(f"{linear}.")]
     if nested:
-        require_shape(checkpoint, linear, "weight.nested_absmax", (-(-blocks // nested_block),))
+        require_shape(checkpoint, linear, "weight.nested_absmax", (-(-blocks // nested_block),), dtypes=FLOATS)
+        require_shape(checkpoint, linear, "weight.nested_quant_map", (256,), dtypes=FLOATS)
         names += ["weight.nested_absmax", "weight.nested_quant_map"]
     parts = tuple(require_shape(checkpoint, linear, part) for part in names)
     scheme = Scheme(_FOUR_BITS[kind], block, nested=nested)
@@ -262,11 +275,11 @@ class _EightBits(StoredLinear):
 
 
 def _eight_bits(checkpoint: Checkpoint, linear: str) -> _EightBits:
-    info = checkpoint.infos[require_shape(checkpoint, linear, "weight")]
-    rows, columns = info.shape
-    require_shape(checkpoint, linear, "SCB", (rows,))
+    rows, columns = require_matrix(checkpoint, linear, "weight")
+    info = checkpoint.infos[f"{linear}.weight"]
+    require_shape(checkpoint, linear, "SCB", (rows,), dtypes=FLOATS)
     layout = f"{linear}.weight_format"
-    if info.dtype != torch.int8 or (layout in checkpoint and int(checkpoint[layout]) != _ROW_MAJOR):
+    if info.dtype != torch.int8 or (layout in checkpoint and bool((checkpoint[layout] != _ROW_MAJOR).any())):
         raise UnsupportedError(f"{linear}: stored as {info.dtype} in a tiled layout; this reader knows int8 row by row")
     parts = (f"{linear}.weight", f"{linear}.SCB", *([layout] if layout in checkpoint else []))
     return _EightBits(linear, (rows, columns), model_dtype(checkpoint), _INT8, parts)

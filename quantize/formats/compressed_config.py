@@ -23,6 +23,7 @@ _LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized")
 # "naive-quantized" is what a version of the library called the two unpacked ones; "dense" is what was decompressed.
 _READ = (*_LAYOUTS, "naive-quantized", "mixed-precision", "dense")
 _CLASS = "Linear"
+_PATTERN = "re:"
 # Of a rotation: fused into the weights, so that nothing is left of it. All other places turn what the model computes.
 _FUSED = ("weight_input", "weight_output")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -123,8 +124,8 @@ class Group:
     def names(self, linear: str) -> bool:
         """Whether the group names a linear. A checkpoint's names may lack the prefix that its modules' names have."""
         return any(
-            re.match(target[3:], linear) is not None
-            if target.startswith("re:")
+            re.match(target.removeprefix(_PATTERN), linear) is not None
+            if target.startswith(_PATTERN)
             else target == linear or target.endswith(f".{linear}")
             for target in self.targets
         )
@@ -223,6 +224,11 @@ def _group(where: str, group: _Group) -> Group:
             f"config.json: {where}.weights.scale_dtype is {weights.scale_dtype}; this reader knows scales in "
             f"{', '.join(_FLOATS)}"
         )
+    for target in group.targets:
+        try:
+            re.compile(target.removeprefix(_PATTERN) if target.startswith(_PATTERN) else "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(f"config.json: {where}.targets: {spell(target)} is no pattern: {error}") from error
     size = weights.group_size if weights.grouping == "group" else None
     if weights.grouping == "group" and (size is None or size < 1):
         raise CheckpointError(f"config.json: {where}.weights.group_size: expected a positive number, found {size}")

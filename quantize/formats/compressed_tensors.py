@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.base import Feature, Format, StoredLinear, require_shape
+from llmconvert.quantize.formats.base import FLOATS, Feature, Format, StoredLinear, require_shape
 from llmconvert.quantize.formats.compressed_config import INTS, Config, read_config, stored_layout, written_config
 from llmconvert.quantize.numbers import E4M3
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
@@ -27,7 +27,7 @@ __all__ = ["CompressedTensors"]
 
 _PACKED = ".weight_packed"
 _CODES = (torch.int8, E4M3.code_dtype)
-_SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int64, torch.int32)
 _ORDER = "weight_g_idx"
 _ZEROS = "weight_zero_point"
 # Written by some producers beside the parts that a scheme needs. Inputs are quantized with scales of their own here,
@@ -118,7 +118,8 @@ class CompressedTensors(Format):
         for name, info in checkpoint.infos.items():
             linear = name.rpartition(".")[0]
             if name.endswith(_PACKED):
-                rows, columns = checkpoint[require_shape(checkpoint, linear, "weight_shape", (2,))].tolist()
+                shape = require_shape(checkpoint, linear, "weight_shape", (2,), dtypes=_INTEGERS)
+                rows, columns = checkpoint[shape].tolist()
                 yield _linear(checkpoint, linear, (rows, columns), config)
             elif name.endswith(".weight") and info.dtype in _CODES:
                 if len(info.shape) != 2:
@@ -209,13 +210,19 @@ def _linear(checkpoint: Checkpoint, linear: str, shape: tuple[int, int], config:
     group = config.group_of(linear)
     scheme = group.scheme
     scale = checkpoint.infos[require_shape(checkpoint, linear, "weight_scale")]
-    if scale.dtype not in _SCALES:
+    if scale.dtype not in FLOATS:
         raise UnsupportedError(
             f"tensor {scale.name!r} is {str(scale.dtype).removeprefix('torch.')}; this reader knows floating scales"
         )
+    if min(shape) < 1 or shape[1] % scheme.columns_per_group(shape[1]):
+        raise CheckpointError(f"quantized linear {linear!r}: a weight of shape {list(shape)} can't be in {scheme}")
+    if not scheme.symmetric and stored_layout(scheme) != "pack-quantized":
+        raise UnsupportedError(f"{linear}: {scheme}; this reader knows zero points beside packed weights alone")
     specs = CompressedTensors().specs(linear, shape, scheme, scale.dtype)
     for spec in specs:
-        stored = checkpoint.infos[require_shape(checkpoint, linear, spec.name.removeprefix(f"{linear}."))]
+        part = spec.name.removeprefix(f"{linear}.")
+        dtypes = _INTEGERS if part == "weight_shape" else (spec.dtype,)
+        stored = checkpoint.infos[require_shape(checkpoint, linear, part, dtypes=dtypes)]
         if stored.shape != spec.shape:
             raise CheckpointError(
                 f"tensor {spec.name!r} has shape {list(stored.shape)}; a weight of shape {list(shape)} "
@@ -235,7 +242,7 @@ def _order(checkpoint: Checkpoint, linear: str, columns: int, scheme: Scheme, *,
         if declared:
             raise CheckpointError(f"quantized linear {linear!r} has no tensor {name!r}, and actorder is 'group'")
         return None
-    group = checkpoint[require_shape(checkpoint, linear, _ORDER, (columns,))].long()
+    group = checkpoint[require_shape(checkpoint, linear, _ORDER, (columns,), dtypes=_INTEGERS)].long()
     # The library's mark of an order that was never chosen.
     if bool((group == -1).any()):
         return None

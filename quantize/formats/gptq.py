@@ -17,6 +17,7 @@ when it packed them.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,10 +29,12 @@ import torch
 from llmconvert.engine.architecture.families import HEADS
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import (
+    FLOATS,
     Format,
     StoredLinear,
     half_scale_dtype,
     model_dtype,
+    require_matrix,
     require_shape,
     settings,
 )
@@ -240,24 +243,25 @@ class _Gptq(StoredLinear):
 
 
 def _linear(checkpoint: Checkpoint, declared: _Config, linear: str, *, plain: bool) -> _Gptq:
-    words = checkpoint.infos[f"{linear}{_WORDS}"].shape
-    scales = checkpoint.infos[require_shape(checkpoint, linear, "scales")].shape
+    words = require_matrix(checkpoint, linear, "qweight", dtypes=(torch.int32,))
+    scales = require_matrix(checkpoint, linear, "scales", dtypes=FLOATS)
     indexed = f"{linear}.g_idx" in checkpoint
     bits = declared.bits
     if declared.desc_act and not indexed:
         raise CheckpointError(f"quantized linear {linear!r} has no tensor '{linear}.g_idx', and desc_act is true")
     if indexed:
-        (columns,) = checkpoint.infos[f"{linear}.g_idx"].shape
+        columns = math.prod(checkpoint.infos[f"{linear}.g_idx"].shape)
+        require_shape(checkpoint, linear, "g_idx", (columns,), dtypes=(torch.int32, torch.int64))
         bits = next((width for width in _BITS if packed_length(columns, width) == words[0]), 0)
     else:
         columns = words[0] * 32 // bits if bits in _BITS else 0
-    if bits not in _BITS or len(scales) != 2 or scales[1] != words[1]:
+    if bits not in _BITS or scales[1] != words[1]:
         raise CheckpointError(
             f"quantized linear {linear!r}: qweight {list(words)}, scales {list(scales)} and {columns} inputs do not "
             f"belong together in any of {', '.join(map(str, _BITS))} bits"
         )
     rows, groups = words[1], scales[0]
-    require_shape(checkpoint, linear, "qzeros", (groups, packed_length(rows, bits)))
+    require_shape(checkpoint, linear, "qzeros", (groups, packed_length(rows, bits)), dtypes=(torch.int32,))
     size = None if groups == 1 else -(-columns // groups)
     scheme = Scheme(Int(bits, declared.sym), size)
     parts = tuple(f"{linear}.{part}" for part in ("qweight", "qzeros", "scales", *(["g_idx"] if indexed else [])))
