@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 
+from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.ggml.blocks import load_codec
 from llmconvert.storage.checkpoint import TensorSpec
 from llmconvert.storage.writer import Layout, Shard
@@ -54,8 +55,11 @@ def plan_gguf(file_name: str, metadata: Mapping[str, Any], specs: Sequence[GgufS
 
     Args:
         file_name: of the file in the writer's directory.
-        metadata: str, bool, int (below 2³²), float, list of str, or int32 and float32 arrays, by key.
+        metadata: str, bool, int, float, list of str, or int32 and float32 arrays, by key.
         specs: tensors in the order they get in the file.
+
+    Raises:
+        UnsupportedError: an integer that 32 bits without a sign do not hold, or a number that float32 does not reach.
     """
     entries = []
     position = 0
@@ -67,7 +71,7 @@ def plan_gguf(file_name: str, metadata: Mapping[str, Any], specs: Sequence[GgufS
         entries.append(_string(spec.name) + dimensions + struct.pack("<IQ", kind, position))
         position = _aligned(position + spec.rows * spec.row_nbytes)
     counts = struct.pack("<IQQ", _VERSION, len(specs), len(metadata))
-    pairs = [_string(key) + _value(value) for key, value in metadata.items()]
+    pairs = [_string(key) + _value(key, value) for key, value in metadata.items()]
     header = b"".join([b"GGUF", counts, *pairs, *entries])
     header += bytes(_aligned(len(header)) - len(header))
     shard = Shard(
@@ -86,12 +90,18 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _value(value: Any) -> bytes:
+def _value(key: str, value: Any) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<IB", _BOOL, value)
     if isinstance(value, int):
+        if not 0 <= value < 1 << 32:
+            raise UnsupportedError(f"metadata {key} is {value}, which a GGUF file's 32 bits do not hold")
         return struct.pack("<II", _UINT32, value)
     if isinstance(value, float):
+        if abs(value) > float(np.finfo(np.float32).max) or (value and not np.float32(value)):
+            raise UnsupportedError(
+                f"metadata {key} is {value:g}, which is out of float32's range; a GGUF file has that"
+            )
         return struct.pack("<If", _FLOAT32, value)
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _string(value)

@@ -65,12 +65,13 @@ def prove_tokenizer(
         A sentence on each difference that llama.cpp makes of every such tokenizer.
 
     Raises:
-        UnsupportedError: a text, or an added token, gets other ids.
+        UnsupportedError: a text, or an added token, gets other ids, or two added tokens overlap.
         SourceError: the tokenizer itself fails.
     """
     again = build_tokenizer(Metadata(Path("the tokenizer, written as GGUF"), metadata), rows)
     added = {token["content"]: token for token in parts.get("added_tokens", ())}
     special = {token.content: index for index, token in again.get_added_tokens_decoder().items()}
+    _check_overlaps(tuple(special))
     texts: dict[str, str | None] = dict.fromkeys((*PROBES, *(text.lstrip() for text in PROBES), _DECOMPOSED))
     texts |= {around(token): token for token in (*added, *special)}
     segments = _Segments(metadata["tokenizer.ggml.tokens"], special.values())
@@ -96,6 +97,44 @@ def prove_tokenizer(
 def around(token: str) -> str:
     """A text with a token at every kind of place."""
     return f"a{token}b c {token} d  {token}\n{token}{token}\n\ne"
+
+
+def _check_overlaps(tokens: Sequence[str]) -> None:
+    """Refuse tokens of which one may begin in another: transformers takes the first in a text, llama.cpp the longest.
+
+    Runs of one character overlap too, but there both take the longest first.
+    """
+    beginning: dict[str, list[str]] = {}
+    for token in tokens:
+        beginning.setdefault(token[:1], []).append(token)
+    for first in tokens:
+        for cut in range(1, len(first)):
+            for second in beginning.get(first[cut], ()):
+                if len(second) < len(first) or second == first or not second.startswith(first[cut:]):
+                    continue
+                text = first[:cut] + second
+                inside = sorted((token for token in tokens if token in text), key=len, reverse=True)
+                if _first_found(text, inside) != _longest_found(text, inside):
+                    raise UnsupportedError(
+                        f"the tokenizer cannot be written as GGUF: of its tokens {first!r} and {second!r} in {text!r} "
+                        "transformers takes the first, llama.cpp the longer one"
+                    )
+
+
+def _first_found(text: str, tokens: Sequence[str]) -> list[str]:
+    return re.split(f"({'|'.join(map(re.escape, tokens))})", text)
+
+
+def _longest_found(text: str, tokens: Sequence[str]) -> list[str]:
+    """``text`` cut at the tokens, in their order."""
+    pieces = [text]
+    for token in tokens:
+        pieces = [
+            part
+            for index, piece in enumerate(pieces)
+            for part in (re.split(f"({re.escape(token)})", piece) if index % 2 == 0 else (piece,))
+        ]
+    return pieces
 
 
 class _Segments:

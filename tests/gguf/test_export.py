@@ -234,6 +234,49 @@ def test_every_kind_of_added_token_is_tried(flag: str, special: bool, tmp_path: 
     refused(directory, rf"'<\|odd\|>' (is {flag}, and 'a<\|odd\|>|takes white space after it along)")
 
 
+def test_added_tokens_that_overlap_are_refused_where_llama_cpp_prefers_the_longer(tmp_path: Path) -> None:
+    directory = model_directory(tmp_path / "model", rows=ROWS)
+    runs = [added("\n" * (number + 2), 320 + number, special=False) for number in range(4)]
+    in_tokenizer_json(directory, [*runs, added("abc|", 324), added("|de", 325)])
+    assert_same_tokens(written(directory).output, directory, ("abc|de", "\n" * 9, "a\n\n\nb", "abc|\n\n\n\n\n|de"))
+    other = model_directory(tmp_path / "other", rows=ROWS)
+    in_tokenizer_json(other, [added("ab|", 320), added("|bcd", 321)])
+    with pytest.raises(UnsupportedError, match=r"'ab\|' and '\|bcd' in 'ab\|bcd' transformers takes the first, llama"):
+        written(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_position_embeddings": 10**12}, r"llama.context_length is 1000000000000, .*32 bits do not hold"),
+        ({"rms_norm_eps": 1e-60}, r"rms_epsilon is 1e-60, which is out of float32's range"),
+        ({"rms_norm_eps": 1e60}, r"rms_epsilon is 1e\+60, which is out of float32's range"),
+    ],
+)
+def test_settings_that_a_file_cannot_hold(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    refused(model_directory(tmp_path / "model", **changes), message)
+
+
+def test_phi_3s_own_kind_of_tokenizer(tmp_path: Path) -> None:
+    """Special tokens that swallow white space need the name; without all of its vocabulary they are refused."""
+    directory = sentencepiece_directory(tmp_path / "model")
+    path = directory / "tokenizer.json"
+    parts = json.loads(path.read_text())
+    rows = len(sentencepiece_pieces())
+    tiny_model("llama", vocab_size=rows + 2).save_pretrained(directory)
+    for token in parts["added_tokens"]:
+        token["rstrip"] = token["content"] == "</s>"
+    parts["added_tokens"] += [added("<|end|>", rows, rstrip=True)]
+    write_json(path, parts)
+    refused(directory, r"'</s>' takes white space after it along .*has no '<\|endoftext\|>'")
+    parts["added_tokens"] += [added("<|endoftext|>", rows + 1)]
+    write_json(path, parts)
+    result = written(directory)
+    with open_gguf(result.output) as checkpoint:
+        assert vars(checkpoint)["general"]["general.name"] == "tiny (Phi-3)"
+    assert_same_tokens(result.output, directory, ("Hello", "x = 1<|end|>"))
+
+
 def test_a_token_that_llama_cpp_takes_for_a_control_token_is_tried_too(tmp_path: Path) -> None:
     """It is no added token here, so transformers finds it as the merges allow."""
     directory = model_directory(tmp_path / "model", rows=ROWS)
