@@ -17,7 +17,7 @@ from llmconvert.errors import MachineError, OutputError, RecipeError
 from llmconvert.gguf.split import without_part
 from llmconvert.hub import PushOptions, PushPlan, check_card, check_push, push_folder
 from llmconvert.hub import plan_push as plan_files
-from llmconvert.hub.card import CARD
+from llmconvert.hub.card import CARD, require_other_base
 from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.schema.recipe import PLACEHOLDERS, PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import card_for
@@ -75,7 +75,7 @@ def fill_target(recipe: Recipe) -> Recipe:
 def _refuse_own_source(model: str, target: PublishSettings) -> None:
     """Whoever loads the original from there would get other weights under the same name."""
     origin, _, revision = model.partition("@")
-    onto = target.to.lower() == origin.lower() and (target.revision or "main") == (revision or "main")
+    onto = target.to.lower() == origin.lower() and (target.revision or "main") in ("main", revision)
     if onto and target.folder is None:
         raise RecipeError(
             f"publish.to: found {target.to!r}, which is the model itself; its weights would be replaced. Name another "
@@ -128,13 +128,17 @@ def card_there(directory: Path, repository: str, revision: str | None, folder: s
 
 
 def check_metadata(settings: PublishSettings, front_matter: str) -> None:
-    """Refuse, before any work, a card that the Hub would not take, by what it will begin with.
+    """Refuse, before any work, a card that the Hub would not take, by what it will begin with, or whose base model the
+    artifact would replace.
 
     Raises:
-        HubError: with what it objects to.
+        HubError: saying which.
     """
-    if not settings.to.startswith("file:"):
-        check_card(settings.to, front_matter)
+    if settings.to.startswith("file:"):
+        return
+    if settings.folder is None and (settings.revision or "main") == "main":
+        require_other_base(front_matter, settings.to)
+    check_card(settings.to, front_matter)
 
 
 def publish_artifact(

@@ -19,7 +19,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 from llmconvert.errors import HubError
 from llmconvert.hub.retry import Backoff, retrying
 
-__all__ = ["CARD", "front_matter", "mark_card", "state_of_card", "validate_card"]
+__all__ = ["CARD", "front_matter", "mark_card", "require_other_base", "state_of_card", "validate_card"]
 
 #: Where the Hub looks for a repository's card.
 CARD = "README.md"
@@ -55,6 +55,20 @@ def front_matter(text: str, origin: str) -> dict[str, Any]:
         reason = str(error).partition("\n")[0]
         raise HubError(f"{origin}: the front matter can't be read by the Hub: {reason}; mend it") from None
     return fields
+
+
+def require_other_base(text: str, repo_id: str) -> None:
+    """Refuse a card whose base model is the very place that it would be published to, the root of the main branch.
+
+    Raises:
+        HubError: naming what would be replaced.
+    """
+    named = front_matter(text, CARD).get("base_model")
+    if repo_id.lower() in (str(name).lower() for name in (named if isinstance(named, list) else [named])):
+        raise HubError(
+            f"{repo_id}: is what the card names as base_model; the original's files would be replaced there. Name "
+            "another repository, or a branch or a folder, which leave the original where it is"
+        )
 
 
 def validate_card(text: str, origin: str, backoff: Backoff) -> tuple[str, ...]:

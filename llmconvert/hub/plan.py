@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmconvert.errors import HubError, SourceError
-from llmconvert.hub.card import CARD, front_matter
+from llmconvert.hub.card import CARD, front_matter, require_other_base
 from llmconvert.hub.collection import require_title
 from llmconvert.hub.errors import without_tokens
 from llmconvert.hub.names import require_folder, require_ref, require_repository
@@ -135,8 +135,8 @@ def plan_push(
 
     Raises:
         SourceError: the directory is missing or empty, or a link in it leads out of it.
-        HubError: ``repo_id``, ``revision`` or ``folder`` can't be a name on the Hub, a file holds a Hub token, or the
-            card's front matter can't be read.
+        HubError: ``repo_id``, ``revision`` or ``folder`` can't be a name on the Hub, a file holds a Hub token, the
+            card's front matter can't be read, or its base model is what would be replaced.
     """
     if not directory.is_dir():
         raise SourceError(f"{directory}: no such directory; name the artifact's directory")
@@ -155,6 +155,8 @@ def plan_push(
         source = (instead or {}).get(name.as_posix(), path)
         if name.as_posix() == CARD:
             card = _read_card(path, source)
+            if not folder and (revision or "main") == "main":
+                require_other_base(card, repo_id)
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         files.append(PlannedFile(prefix + name.as_posix(), source, size))
     if not files:

@@ -146,3 +146,16 @@ def test_what_the_hub_warns_of_is_said_once(hub: HubServer, client: Client, arti
         "me/new: README.md: empty or missing yaml metadata in repo card"
     ]
     assert client.errors() == before
+
+
+@pytest.mark.parametrize("base", ["me/model", "[other/x, Me/Model]"])
+def test_the_base_model_is_not_replaced_by_what_was_made_of_it(
+    hub: HubServer, client: Client, artifact: Path, base: str
+) -> None:
+    (artifact / "README.md").write_text(f"---\nbase_model: {base}\n---\n# model\n")
+    for call in (("push_folder", artifact, "me/model"), ("cli", "push", artifact, "me/model", "--dry-run")):
+        _refused(hub, client(*call), "is what the card names as base_model; the original's files would be replaced")
+    assert "is what the card names" in client("push_folder", artifact, "me/model", create_pr=True)["text"]
+    for options in ({"folder": "w4"}, {"revision": "w4"}):
+        assert "result" in client("push_folder", artifact, "me/model", **options)
+    assert "result" in client("push_folder", artifact, "me/other")

@@ -203,8 +203,12 @@ def test_the_lines_on_a_card_load_what_was_published(
     "target", [{"to": "org/llama"}, {"to": "org/{model}"}, {"to": "org/llama", "revision": "main"}]
 )
 def test_an_artifact_does_not_take_the_place_of_its_source(target: dict[str, str], write_recipe: Any) -> None:
-    recipe = load_recipe(write_recipe(publish=target), ["model=org/llama"])
-    with pytest.raises(RecipeError, match="is the model itself; its weights would be replaced"):
+    for model in ("org/llama", "org/llama@v1", "org/llama@main"):  # an earlier version is not on main, main's is
+        recipe = load_recipe(write_recipe(publish=target), [f"model={model}"])
+        with pytest.raises(RecipeError, match="is the model itself; its weights would be replaced"):
+            fill_target(recipe)
+    recipe = load_recipe(write_recipe(publish={**target, "revision": "v1"}), ["model=org/llama@v1"])
+    with pytest.raises(RecipeError, match="is the model itself"):
         fill_target(recipe)
     for more in ({"revision": "w4"}, {"folder": "w4"}):
         assert fill_target(load_recipe(write_recipe(publish={**target, **more}), ["model=org/llama"])).publish
