@@ -13,10 +13,12 @@ from __future__ import annotations
 import copy
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,40 +34,82 @@ SHARDS, SHARD_BYTES, SMALL_FILES, KILLS = 4, 12_000_000, 300, 20
 # What each adds of its own, besides what lies in the directory.
 OWN = (".gitattributes", "llmconvert/upload.json")
 TOOLS = {
-    "llmconvert": "from pathlib import Path; from llmconvert.hub import push_folder; "
-    "push_folder(Path(argv[1]), argv[2])",
-    "upload_folder": "from huggingface_hub import HfApi; api = HfApi(); api.create_repo(argv[2], exist_ok=True); "
-    "api.upload_folder(repo_id=argv[2], folder_path=argv[1])",
+    "llmconvert": "from pathlib import Path; from llmconvert.hub import push_folder\n"
+    "def push(directory, repository): push_folder(Path(directory), repository)",
+    "upload_folder": "from huggingface_hub import HfApi\n"
+    "def push(directory, repository):\n"
+    "    HfApi().create_repo(repository, exist_ok=True)\n"
+    "    HfApi().upload_folder(repo_id=repository, folder_path=directory)",
 }
+# Imports once, and forks a process for every line that it reads: tells its id, and then how it ended.
+NURSERY = """
+import os, sys
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        push(*sys.argv[1:])
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
 TRANSPORTS = {"LFS": "1", "Xet": "0"}
+
+
+class Pusher:
+    """Pushes a directory by one tool and transport, each time in a process of its own."""
+
+    def __init__(self, hub: HubServer, scratch: Path, tool: str, transport: str) -> None:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(scratch / "home"), "HF_TOKEN": WRITE_TOKEN}
+        self._nursery = subprocess.Popen(
+            [sys.executable, "-c", TOOLS[tool] + NURSERY, str(scratch / "model"), REPOSITORY],
+            env={**environment, **settings, "HF_HUB_DISABLE_XET": TRANSPORTS[transport]},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def start(self) -> int:
+        """The id of the process."""
+        assert self._nursery.stdin is not None
+        self._nursery.stdin.write("push\n")
+        self._nursery.stdin.flush()
+        return self._read()
+
+    def wait(self) -> int:
+        """What the process ended with."""
+        return self._read()
+
+    def _read(self) -> int:
+        assert self._nursery.stdout is not None
+        return int(self._nursery.stdout.readline())
+
+    def close(self) -> None:
+        self._nursery.communicate("")
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The Hub, the directory that is published, and a home for the client's caches."""
+    """The Hub, and the directory that is published."""
 
     hub: HubServer
-    directory: Path
-    home: Path
+    scratch: Path
 
-    def start(self, tool: str, transport: str) -> subprocess.Popen[bytes]:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        settings = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home), "HF_TOKEN": WRITE_TOKEN}
-        return subprocess.Popen(
-            [sys.executable, "-c", f"from sys import argv\n{TOOLS[tool]}", str(self.directory), REPOSITORY],
-            env={**environment, **settings, "HF_HUB_DISABLE_XET": TRANSPORTS[transport]},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+    @property
+    def directory(self) -> Path:
+        return self.scratch / "model"
 
-    def push(self, tool: str, transport: str) -> tuple[int, int, int]:
+    def pusher(self, tool: str, transport: str) -> Pusher:
+        return Pusher(self.hub, self.scratch, tool, transport)
+
+    def push(self, pusher: Pusher) -> tuple[int, int, int]:
         """Requests, bytes sent, and bytes received by the client, of a whole push."""
         hub = self.hub
         before = len(hub.log), hub.received + hub.xet.nbytes(), hub.sent
-        process = self.start(tool, transport)
-        _, errors = process.communicate(timeout=300)
-        if process.returncode:
-            raise SystemExit(f"{tool} by {transport} failed:\n{errors.decode()[-3000:]}")
+        pusher.start()
+        if code := pusher.wait():
+            raise SystemExit(f"a push ended with {code}; the last requests were {hub.log[-5:]}")
         after = len(hub.log), hub.received + hub.xet.nbytes(), hub.sent
         requests, sent, received = (new - old for new, old in zip(after, before, strict=True))
         return requests, sent, received
@@ -90,14 +134,16 @@ def costs(bench: Bench, transport: str) -> list[list[str]]:
     rows = []
     for tool in TOOLS:
         bench.hub.repos.clear()
+        pusher = bench.pusher(tool, transport)
         # Contents that no earlier push of this script has brought into the Xet store.
         for what in ("first", "unchanged", "one file changed"):
             if what == "first":
                 bench.write(random.randrange(1 << 30))
             elif what == "one file changed":
                 (bench.directory / "small" / "007.json").write_bytes(b'{"changed": true}')
-            requests, sent, received = bench.push(tool, transport)
+            requests, sent, received = bench.push(pusher)
             rows.append([f"{transport}, {what}", tool, str(requests), f"{sent:,}", f"{received:,}"])
+        pusher.close()
     return rows
 
 
@@ -105,22 +151,24 @@ def kills(bench: Bench, tool: str, transport: str) -> list[str]:
     """A row: what readers saw after twenty kills, and how many commits there were once the same push was repeated."""
     hub = bench.hub
     hub.repos.clear()
+    pusher = bench.pusher(tool, transport)
     old = bench.write(1)
-    bench.push(tool, transport)
+    bench.push(pusher)
     start = hub.repos[REPOSITORY]
     new = bench.write(2)
     hub.repos[REPOSITORY] = copy.deepcopy(start)
-    requests, _, _ = bench.push(tool, transport)
+    requests, _, _ = bench.push(pusher)
     seen: Counter[str] = Counter()
     commits: Counter[int] = Counter()
     for number in range(1, KILLS + 1):
         repo = hub.repos[REPOSITORY] = copy.deepcopy(start)
-        _kill_at(bench, tool, transport, max(1, round(requests * number / KILLS)))
+        _kill_at(bench, pusher, max(1, round(requests * number / KILLS)))
         found = bench.read()
         seen["old" if found == old else "new" if found == new else "a mix"] += 1
-        bench.push(tool, transport)
+        bench.push(pusher)
         assert bench.read() == new
         commits[_commits_since(start, repo)] += 1
+    pusher.close()
     counts = [str(seen[what]) for what in ("old", "new", "a mix")]
     return [f"{tool}, {transport}", *counts, ", ".join(f"{n} ({times} times)" for n, times in sorted(commits.items()))]
 
@@ -129,18 +177,18 @@ def _commits_since(start: Repo, repo: Repo) -> int:
     return len(repo.commits) - len(start.commits)
 
 
-def _kill_at(bench: Bench, tool: str, transport: str, request: int) -> None:
+def _kill_at(bench: Bench, pusher: Pusher, request: int) -> None:
     """Push, and end the process without warning as soon as the Hub receives that request."""
-    left = [request]
-    process = bench.start(tool, transport)
+    left, started = [request], Future[int]()
 
     def count() -> None:
         left[0] -= 1
         if left[0] == 0:
-            process.kill()
+            os.kill(started.result(), signal.SIGKILL)
 
     bench.hub.faults.append(Fault(".", hook=count))
-    process.communicate(timeout=300)
+    started.set_result(pusher.start())
+    pusher.wait()
     bench.hub.faults.clear()
     bench.hub.drop_pending()
 
@@ -148,7 +196,7 @@ def _kill_at(bench: Bench, tool: str, transport: str, request: int) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, HubServer().running() as hub:
         hub.page = 1000
-        bench = Bench(hub, Path(scratch, "model"), Path(scratch, "home"))
+        bench = Bench(hub, Path(scratch))
         bench.directory.mkdir()
         total = SHARDS * SHARD_BYTES / 1e6
         print(f"huggingface_hub {version('huggingface_hub')}, hf_xet {version('hf_xet')}")
@@ -157,7 +205,7 @@ def main() -> None:
         header = ["push", "by", "requests", "bytes sent", "bytes received"]
         print(markdown_table(header, rows))
         print(f"\n{KILLS} kills of a push of a new version over an old one, then the same push again:\n")
-        table = [kills(bench, tool, transport) for transport in TRANSPORTS for tool in TOOLS]
+        table = [kills(bench, tool, transport) for tool in TOOLS for transport in TRANSPORTS]
         print(markdown_table(["killed", "old version", "new version", "a mix", "commits in all"], table))
 
 

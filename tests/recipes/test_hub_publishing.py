@@ -94,11 +94,11 @@ def test_a_batch_goes_on_when_one_repository_fails(hub: HubServer, write_recipe:
     hub.add_repo("me/public", {"config.json": b"old"})
     hub.faults.append(Fault("POST .*me/broken/preupload", 403, "quota"))
     recipes = [
-        write_recipe("first", publish={"to": "me/{name}"}, **quick),
-        write_recipe("broken", publish={"to": "me/broken"}, **quick),
-        write_recipe("visible", publish={"to": "me/public", "private": True}, **quick),
-        write_recipe("branch", publish={"to": "me/first", "revision": "{scheme}"}, **quick),
-        write_recipe("folder", publish={"to": "me/variants", "folder": "{scheme}"}, **quick),
+        write_recipe("first", publish={"to": "me/{name}", "unmeasured": True}, **quick),
+        write_recipe("broken", publish={"to": "me/broken", "unmeasured": True}, **quick),
+        write_recipe("visible", publish={"to": "me/public", "private": True, "unmeasured": True}, **quick),
+        write_recipe("branch", publish={"to": "me/first", "revision": "{scheme}", "unmeasured": True}, **quick),
+        write_recipe("folder", publish={"to": "me/variants", "folder": "{scheme}", "unmeasured": True}, **quick),
     ]
     done = run(hub, tmp_path / "home", "run", *map(str, recipes))
     assert done.returncode == 4, done.stderr
@@ -172,7 +172,9 @@ def test_the_lines_on_a_card_load_what_was_published(
     publish: dict[str, str], hub: HubServer, write_recipe: Any, tmp_path: Path
 ) -> None:
     quick = {"quantize": {"method": "rtn", "scheme": "w8a16-g32"}, "validate": None, "calibrate": None}
-    done = run(hub, tmp_path / "home", "run", str(write_recipe("tiny", publish=publish, **quick)))
+    done = run(
+        hub, tmp_path / "home", "run", str(write_recipe("tiny", publish={**publish, "unmeasured": True}, **quick))
+    )
     assert done.returncode == 0, done.stderr
     where = tmp_path
     if publish["to"].startswith("file:"):
