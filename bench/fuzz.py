@@ -4,8 +4,8 @@
 
 One row of :data:`TARGETS` is one kind of input: how it is made (hypothesis), and what reads it. Prints executions,
 refusals, findings and seconds of each, and every finding once, with where it was raised and the input. A run that takes
-longer than :data:`SLOWEST` seconds, or more memory than :data:`MOST_BYTES` beside what the libraries take, is a finding
-too. Ends with 1 if there are any.
+more than :data:`SLOWEST` seconds of processor time, or more than :data:`MOST_BYTES` beside what the libraries take, is
+a finding too. Ends with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -461,15 +461,15 @@ def _bounded(seconds: int) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Slow(f"took longer than {seconds} s")
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
 
 
 def _where(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from llmconvert.recipes.stages.artifact import REPORT_FILE, public_name, with_pa
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
 from llmconvert.recipes.stages.conversion import convert_stage, converted_view, open_remote, stream_stage
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
-from llmconvert.recipes.stages.measurements import measure, measurements, require_measurable
+from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
 from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.quantization import quantize_stage
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Work
@@ -197,6 +197,7 @@ def validate_model(
             if not source.path.is_dir() and settings.generation is not None:
                 raise UsageError(f"{recipe.model}: transformers generates from directories only; leave out generation")
             summary = describe_model(checkpoint)
+            require_accepted(settings, checkpoint)
             windows = None
             if settings.perplexity is not None:
                 request = WindowRequest.evaluation(settings.perplexity)

@@ -18,6 +18,7 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.parsing import parse_json
 from llmconvert.validate.generation.greedy import Continuation, encode
+from llmconvert.validate.runtimes.transformers import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,6 +123,4 @@ def _end_tokens(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> f
             config = parse_json(checkpoint.read_file("generation_config.json"))
         except ValueError as error:
             raise CheckpointError(f"generation_config.json: cannot be read: {error}") from error
-    ids = config.get("eos_token_id") if isinstance(config, Mapping) else None
-    found = [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id]
-    return frozenset(token for token in found if isinstance(token, int))
+    return end_tokens(config.get("eos_token_id") if isinstance(config, Mapping) else None, tokenizer)

@@ -23,7 +23,7 @@ from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.directory import read_config
 from llmconvert.text.tokenizer import try_tokenizer
 
-__all__ = ["Runtime", "runtime", "too_large"]
+__all__ = ["Runtime", "end_tokens", "runtime", "too_large"]
 
 # What transformers takes while loading, relative to the dense weights it ends up with.
 _LOADING_FACTOR = 1.5
@@ -52,9 +52,13 @@ class Runtime:
     @property
     def end_tokens(self) -> frozenset[int]:
         """Ids that end a text: those of the generation config, and the tokenizer's."""
-        ids = self.model.generation_config.eos_token_id
-        found = set(ids if isinstance(ids, list) else [ids]) | {self.tokenizer.eos_token_id}
-        return frozenset(found - {None})
+        return end_tokens(self.model.generation_config.eos_token_id, self.tokenizer)
+
+
+def end_tokens(declared: object, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a text: one or several that a config declares, and the tokenizer's; what is no id is left out."""
+    found = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
+    return frozenset(token for token in found if isinstance(token, int))
 
 
 @contextlib.contextmanager

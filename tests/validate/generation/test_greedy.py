@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmconvert.errors import GateError, UnsupportedError
 from llmconvert.validate.generation.greedy import PROMPTS, Continuation, Generations, compare, generate, is_looping
 from llmconvert.validate.runtimes.fidelity import fidelity
-from llmconvert.validate.runtimes.transformers import runtime
+from llmconvert.validate.runtimes.transformers import end_tokens, runtime
 
 CPU = torch.device("cpu")
 
@@ -133,3 +133,14 @@ def test_comparison_by_hand() -> None:
     assert (found.looping, found.ended) == ((1, 1), (1, 0))
     with pytest.raises(ValueError, match="different prompts"):
         compare(before, Generations((before.continuations[1],) * 3, 1, 1, ""))
+
+
+@pytest.mark.parametrize(
+    ("declared", "found"),
+    [(None, {5}), (3, {3, 5}), ([3, 4], {3, 4, 5}), ([[1], {"a": 2}, None, "x"], {5}), ({"a": 1}, {5})],
+)
+def test_what_is_no_id_ends_no_text(declared: object, found: set[int]) -> None:
+    class Tokenizer:
+        eos_token_id = 5
+
+    assert end_tokens(declared, Tokenizer()) == found
