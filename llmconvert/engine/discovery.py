@@ -9,8 +9,10 @@ cannot run fails here, before any work.
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +98,7 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
         for recorder, block, linears in zip(recorders, blocks, skeleton.linears, strict=True):
             recorder.attach(block, skeleton.prefix(recorder.index), linears, order)
         ids = torch.zeros((1, length), dtype=torch.long, device=skeleton.device)
-        with foreign_settings(f"architecture {kind!r} cannot be traced"), tracker:
+        with foreign_settings(f"architecture {kind!r} cannot be traced"), _unlogged(), tracker:
             model(input_ids=ids, use_cache=False)
     if order != list(range(len(blocks))):
         raise UnsupportedError(
@@ -104,6 +106,17 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
             "in order, with the hidden state as first argument; the streaming engine cannot run it"
         )
     return tuple(recorder.plan() for recorder in recorders)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch writes a traceback to the log before it raises; what is raised says it in one line."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 class _Tracker(TorchDispatchMode):
