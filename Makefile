@@ -34,13 +34,15 @@ $(VENV)/.installed: $(VENV)/.ready pyproject.toml build/files
 demo: $(VENV)/.installed
 	$(BIN)/llmconvert run recipes/demo.yaml
 
-# pytest by its own name: `python -m pytest` puts the working directory before what is installed. Fast tests run side
-# by side, each in one thread; slow ones measure memory and time, or compute in all threads, and run alone.
-FAST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 -m 'not slow'
+# pytest by its own name: `python -m pytest` puts the working directory before what is installed. Tests run side by side,
+# each in one thread; slow ones, most of which wait for processes of their own, file by file, so that one that takes long
+# is not also the last. What is covered is what the fast ones reach.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8
+FAST := $(SIDE_BY_SIDE) -m 'not slow'
 
 test: $(VENV)/.installed
 	$(FAST) --cov --cov-report=
-	$(BIN)/pytest -m slow --cov --cov-append
+	$(SIDE_BY_SIDE) --dist loadfile -m slow
 	$(BIN)/python .ci/low_coverage.py
 
 test-fast: $(VENV)/.installed

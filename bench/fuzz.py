@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, logging
 from llmconvert.api import quantize_model
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.source import open_source
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import LlmconvertError
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME

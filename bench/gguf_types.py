@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from llmconvert.convert.cast import CastView
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.gguf.export import export_checkpoint
 from llmconvert.gguf.ggml.blocks import load_codec
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext

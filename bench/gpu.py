@@ -20,7 +20,7 @@ import torch
 from measured import markdown_table, megabytes
 from transformers import AutoTokenizer
 
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme

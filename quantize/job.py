@@ -39,6 +39,7 @@ from llmconvert.quantize.plan import (
 )
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.sink import ArtifactSink, finished_blocks
+from llmconvert.quantize.solve.expert_moments import PRIOR
 from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Steps
 from llmconvert.storage.artifact import Artifact, build_artifact, job_key, output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint
@@ -191,6 +192,7 @@ class QuantizePlan:
                 "options": repr(inputs.method),
                 "format": request.format,
                 "device": inputs.skeleton.device.type,
+                "expert prior": request.expert_prior if any(inputs.skeleton.experts) else None,
                 "schemes": {linear: str(planned) for linear, planned in self.decisions.schemes.items()},
                 "original": original.identity if original is not None and not identity else "",
             },
@@ -222,6 +224,7 @@ class QuantizePlan:
             self.memory.mode,
             inputs.original,
             edges,
+            self.request.expert_prior,
         )
 
 
@@ -327,20 +330,23 @@ def quantize_checkpoint(
     record: Path | None = None,
     name: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    expert_prior: float = PRIOR,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
     """Quantize the linears of every decoder block and write the artifact: :func:`plan_quantize` and its run in one.
 
     Args:
         source, output, windows, original, record: see :func:`plan_quantize`.
-        method, scheme, format, overrides, options, mode, name, max_shard_bytes: see
+        method, scheme, format, overrides, options, mode, name, max_shard_bytes, expert_prior: see
             :class:`~llmconvert.quantize.plan.QuantizeRequest`.
         device, memory_budget, identity, progress: see :class:`~llmconvert.context.Context`.
 
     Raises:
         LlmconvertError: see :func:`plan_quantize` and :meth:`QuantizePlan.run`.
     """
-    request = QuantizeRequest(method, scheme, format, tuple(overrides), options or {}, mode, name, max_shard_bytes)
+    request = QuantizeRequest(
+        method, scheme, format, tuple(overrides), options or {}, mode, name, max_shard_bytes, expert_prior
+    )
     context = Context(device or torch.device("cpu"), memory_budget, identity, progress)
     return plan_quantize(
         source, output, request, windows=windows, context=context, original=original, record=record

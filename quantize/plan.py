@@ -21,8 +21,9 @@ from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.matrix import check_combination
-from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQuantizer
+from llmconvert.quantize.methods.base import BlockQuantizer, Method, Quantizer, ScalingQuantizer
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
+from llmconvert.quantize.solve.expert_moments import PRIOR
 from llmconvert.storage.checkpoint import TensorSpec
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES
 
@@ -52,6 +53,8 @@ class QuantizeRequest:
         mode: lockstep or replay; chosen by the memory when None. The result is the same.
         name: of the model, for formats that store it; the output's by default.
         max_shard_bytes: size at which a new shard is begun.
+        expert_prior: how strongly experts' moments are drawn toward their layer's, in tokens by the columns of an
+            input (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
     """
 
     method: str
@@ -62,6 +65,7 @@ class QuantizeRequest:
     mode: Mode | None = None
     name: str | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    expert_prior: float = PRIOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +109,16 @@ def plan_quantization(
         check_combination(method, used, layout)
     _check_architecture(skeleton)
     sites = skeleton.sites
-    assigned = {name: _assigned(name, scheme, overrides) for name in sites}
+    experts = skeleton.architecture.experts if any(skeleton.experts) else 0
+    gates = {name for name, site in sites.items() if _is_gate(site, experts)}
+    assigned = {name: _assigned(name, None if name in gates else scheme, overrides) for name in sites}
+    _check_experts(sites, assigned, method, layout)
     _check_overrides(overrides, sites)
     for name, site in sites.items():
         chosen = assigned[name]
         if chosen is not None:
             chosen.check_fits(name, site.columns)
-    _check_fused(blocks, assigned)
+    _check_fused(blocks, {name: chosen for name, chosen in assigned.items() if name not in gates})
     unreached = [name for block in blocks for name in block.unreached if assigned[name] is not None]
     if method.calibration != "none" and unreached:
         raise CalibrationError(
@@ -230,7 +237,9 @@ def work_nbytes(
                 if isinstance(method, ScalingQuantizer):  # rescaled weights in float32, and one more as it is made
                     solution += 8 * sum(heights) * columns
                 statistics = hessian_nbytes(columns, dtype, original=method.original, drift=drift)
-                needs.append(max(statistics, solution))
+                # What an expert's moments are drawn toward stands beside them.
+                drawn = statistics if sites[stop.linears[0]].kind == "expert" else 0
+                needs.append(drawn + max(statistics, solution))
     return max(needs)
 
 
@@ -268,7 +277,51 @@ def _check_architecture(skeleton: Skeleton) -> None:
             )
 
 
-def _assigned(name: str, scheme: Scheme, overrides: Iterable[Override]) -> Scheme | None:
+def _check_experts(
+    sites: Mapping[str, Site], assigned: Mapping[str, Scheme | None], method: Method, layout: Format
+) -> None:
+    """Refuse what no reader of mixtures has, or what a method can't do to them.
+
+    Args:
+        sites: of the model.
+        assigned: the scheme of each; None stays dense.
+        method: what chooses codes.
+        layout: of the artifact.
+
+    Raises:
+        UnsupportedError: the method takes blocks as a whole, or the format holds no experts in this scheme.
+        SchemeError: experts differ in their scheme.
+    """
+    experts = [name for name, site in sites.items() if site.kind == "expert"]
+    schemes = dict.fromkeys(assigned[name] for name in experts)
+    if not experts:
+        return
+    if len(schemes) > 1:
+        found = ", ".join("none" if scheme is None else str(scheme) for scheme in schemes)
+        raise SchemeError(
+            f"experts get different schemes ({found}); runtimes read one for the experts of all layers. "
+            "Overrides have to match all of them, for example `*.experts.*`"
+        )
+    scheme = next(iter(schemes))
+    if scheme is None:
+        raise SchemeError("the overrides leave all experts dense, and so most of the weights; leave the model as it is")
+    if isinstance(method, BlockQuantizer | ScalingQuantizer):
+        raise UnsupportedError(
+            f"{type(method).__name__.lower()} takes the linears of a block together and knows no experts; methods for "
+            "mixtures of experts are gptq, gptaq, rtn and hqq"
+        )
+    layout.check_experts(scheme)
+
+
+def _is_gate(site: Site, experts: int) -> bool:
+    """Whether a linear of a mixture decides where tokens go, or how much of a shared expert they get.
+
+    Such stay dense: they are tiny, and a token that goes elsewhere is worse than any rounding of weights.
+    """
+    return site.kind == "linear" and experts > 0 and site.rows in (1, experts)
+
+
+def _assigned(name: str, scheme: Scheme | None, overrides: Iterable[Override]) -> Scheme | None:
     for override in overrides:
         if fnmatchcase(name, override.match):
             return override.scheme
@@ -285,7 +338,7 @@ def _check_overrides(overrides: Sequence[Override], linears: Iterable[str]) -> N
 def _check_fused(blocks: Sequence[BlockPlan], assigned: Mapping[str, Scheme | None]) -> None:
     for block in blocks:
         for stop in block.stops:
-            schemes = {str(assigned[name]) if assigned[name] else "none" for name in stop.linears}
+            schemes = {str(assigned[name] or "none") for name in stop.linears if name in assigned}
             if len(schemes) > 1:
                 raise SchemeError(
                     f"{', '.join(stop.linears)} share one input and are fused by runtimes, so they need one scheme; "

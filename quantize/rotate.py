@@ -26,8 +26,8 @@ from torch import nn
 from llmconvert.engine.architecture.config import with_split_embeddings
 from llmconvert.engine.discovery import PROBE_LENGTH, discover
 from llmconvert.engine.edges import Edge, find_edges
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.stream import stream_logits
 from llmconvert.engine.synthetic import SyntheticCheckpoint, shallow
 from llmconvert.errors import UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
@@ -131,6 +131,8 @@ def rotate_checkpoint(
     require_dense(source, "a source to rotate")
     skeleton = Skeleton(source, torch.device("cpu"))
     kind = skeleton.architecture.model_type
+    if any(skeleton.experts):
+        raise UnsupportedError(f"architecture {kind!r}: rotations can't be folded into a mixture of experts yet")
     folding = _Folding(skeleton, kind, seed)
     if residual:
         folding.rotate_residual()

@@ -39,6 +39,7 @@ from llmconvert.quantize.methods.base import (
 from llmconvert.quantize.methods.imatrix import mean_squares
 from llmconvert.quantize.methods.rescale import Rescaling, rescale_block
 from llmconvert.quantize.plan import QuantizationPlan
+from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
 from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.storage.checkpoint import Checkpoint
 
@@ -121,6 +122,8 @@ class CalibratedSteps:
         mode: lockstep or replay.
         original: the weights that the second stream runs; those that are quantized, if None.
         edges: of each block, for methods that move scales along them.
+        prior: how strongly experts' moments are drawn toward their layer's
+            (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
     """
 
     skeleton: Skeleton
@@ -133,6 +136,7 @@ class CalibratedSteps:
     mode: Mode
     original: Checkpoint | None = None
     edges: Sequence[Sequence[Edge]] = ()
+    prior: float = PRIOR
 
     def lost(self, work: Path, done: int) -> bool:
         needed = _STREAMS if self.method.original else _STREAMS[:1]
@@ -217,6 +221,7 @@ class CalibratedSteps:
         """Quantize the linears of a block in the order the batches reach them, each on what the ones before give."""
         assert isinstance(self.method, Quantizer)
         dtype = self.skeleton.dtype
+        experts = ExpertMoments(run, original, self.skeleton.device, self.prior)
         for stop in run.plan.stops:
             for name in stop.linears:
                 if name in scaling and name not in self.plan.schemes:
@@ -225,7 +230,11 @@ class CalibratedSteps:
             names = [name for name in stop.linears if name in self.plan.schemes]
             if not names:
                 continue
-            hessian = self._hessian(stop, names[0], run, original)
+            if run.site(names[0]).kind == "expert":
+                with self.phases.measure("Hessians"):
+                    hessian = experts.hessian(stop)
+            else:
+                hessian = self._hessian(stop, names[0], run, original)
             targets = self._targets(run, names, scaling)
             with self.phases.measure("releasing"):
                 release_freed_memory()

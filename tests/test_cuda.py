@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from llmconvert.context import Context
 from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.convert.heal.job import HealOptions, heal_attention
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.statistics import Hessian
-from llmconvert.engine.stream import stream_logits
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
 from llmconvert.quantize.matrix import Combination, combinations

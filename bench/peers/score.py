@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from gptq_v1 import GptqView
 
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.validate.predictions.perplexity import PerplexityResult, compare_logits, perplexity

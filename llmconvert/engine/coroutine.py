@@ -14,6 +14,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
 from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.experts import ExpertsSlot, Visit
 from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
 
 __all__ = ["Pass", "gate", "keep_input", "stand_at_linear"]
@@ -33,6 +34,7 @@ class Pass(greenlet):
         ids: token ids, ``[1, length]``, on the model's device.
         start: the block to enter first; those before it are passed by.
         hidden: what it enters that block with; None: what the blocks before it gave.
+        batch: its number, under which experts keep answers for it; None: they are computed on the spot.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Pass(greenlet):
         ids: torch.Tensor,
         start: int,
         hidden: torch.Tensor | None,
+        batch: int | None = None,
     ) -> None:
         super().__init__(self._forward)
         self._skeleton = skeleton
@@ -56,6 +59,8 @@ class Pass(greenlet):
         self.tensor: torch.Tensor | None = None
         self.call: BlockCall | None = None
         self._kept: dict[nn.Module, torch.Tensor] = {}
+        self._batch = batch
+        self._visit: Visit | None = None
         self.switch()
 
     def run_to_linear(self, block: int, linear: nn.Module) -> torch.Tensor | None:
@@ -64,6 +69,11 @@ class Pass(greenlet):
             self._target = linear
             self.switch()
         return self.tensor if self.at is linear else None
+
+    def run_to_experts(self, block: int, slot: ExpertsSlot) -> Visit | None:
+        """Go on to a layer's experts inside ``block`` and give what this batch brings; None if it calls none."""
+        self.run_to_linear(block, slot)
+        return self._visit
 
     def take_kept(self, module: nn.Module) -> torch.Tensor:
         """The first input of a module of this block that has been called and has :func:`keep_input` as a hook."""
@@ -123,6 +133,14 @@ class Pass(greenlet):
     def pass_linear(self, module: nn.Module, value: torch.Tensor) -> None:
         if module is self._target:
             self._stand(module, value)
+
+    def visit(self, slot: ExpertsSlot, visit: Visit) -> torch.Tensor | None:
+        """What a layer's experts give; stands there first if it is looked for."""
+        if slot is self._target:
+            self._visit = visit
+            self._stand(slot, visit.hidden)
+            self._visit = None
+        return None if self._batch is None else slot.answers.get(self._batch)
 
     def _stand(self, at: int | nn.Module, value: torch.Tensor) -> None:
         self.at, self.tensor = at, value

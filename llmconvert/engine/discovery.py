@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.config import build_config
+from llmconvert.engine.architecture.experts import PROJECTIONS, expert_parameter, expert_sizes, find_experts
 from llmconvert.engine.architecture.model import build_meta_model, fix_frequencies
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UnsupportedError
@@ -36,7 +37,7 @@ PROBE_LENGTH = 16
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Linears of a block that receive one and the same input tensor, in calling order.
+    """Linears of a block that receive one and the same input tensor, in calling order; or matrices of an expert.
 
     Attributes:
         linears: module names, e.g. ``model.layers.0.self_attn.q_proj``.
@@ -83,6 +84,8 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
     # Built outside the fake mode, which does not take the constants that some modules turn into buffers.
     model = build_meta_model(config, skeleton.dtype, skeleton.model.config._attn_implementation)
     fix_frequencies(model)
+    for name, experts in list(find_experts(model)):
+        model.set_submodule(name, _ExpertShapes(experts))
     with FakeTensorMode(), torch.no_grad():
         # Fake, but on the real device, whose attention kernels decide what is alive.
         for module in model.modules():
@@ -117,6 +120,21 @@ def _unlogged() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+class _ExpertShapes(nn.Module):
+    """Stands in for the experts of a layer, whose forward asks for values; most of its memory is one expert's."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.count, self.inner, self.columns = expert_sizes(experts)
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        # At worst all tokens go to one expert: they are copied, go up and down, are weighted and added.
+        output = torch.zeros_like(hidden)
+        inside = hidden.new_empty((len(hidden), 4 * self.inner + 3 * self.columns))
+        del inside
+        return output
 
 
 class _Tracker(TorchDispatchMode):
@@ -222,6 +240,9 @@ class _BlockRecorder:
         modules = {prefix + name: module for name, module in block.named_modules() if name}
         for name, module in modules.items():
             module.register_forward_pre_hook(self._entry_recorder(name))
+        for name, module in modules.items():
+            if isinstance(module, _ExpertShapes):
+                module.register_forward_pre_hook(self._expert_recorder(name, module))
         for name in linears:
             modules[name].register_forward_pre_hook(self._recorder(name))
             modules[name].register_forward_hook(self._output_recorder(name))
@@ -239,10 +260,23 @@ class _BlockRecorder:
             self._seen.add(name)
             tensor, held = args[0], self._tracker.live
             for group in self._groups:
-                if group.tensor() is tensor:
+                if group.tensor is not None and group.tensor() is tensor:
                     group.linears.append(name)
                     return
             self._groups.append(_Group(weakref.ref(tensor), [name], tensor.shape[-1], held))
+
+        return record
+
+    def _expert_recorder(self, name: str, experts: _ExpertShapes) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in self._seen:
+                raise ValueError(f"{name} is called more than once")
+            held = self._tracker.live
+            for number in range(experts.count):
+                gate, up, down = (expert_parameter(name, number, part).removesuffix(".weight") for part in PROJECTIONS)
+                self._groups.append(_Group(None, [gate, up], experts.columns, held))
+                self._groups.append(_Group(None, [down], experts.inner, held))
+            self._seen.add(name)
 
         return record
 
@@ -263,9 +297,12 @@ class _BlockRecorder:
 
 @dataclass(slots=True)
 class _Group:
-    """A stop while it is being recorded; the input is referenced weakly, so that it dies when the forward drops it."""
+    """A stop while it is being recorded; the input is referenced weakly, so that it dies when the forward drops it.
 
-    tensor: weakref.ref[torch.Tensor]
+    Without an input: an expert's, which is a part of what the layer's experts receive.
+    """
+
+    tensor: weakref.ref[torch.Tensor] | None
     linears: list[str]
     columns: int
     held: int

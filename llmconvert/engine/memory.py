@@ -57,6 +57,8 @@ def activation_nbytes(plans: Sequence[BlockPlan], skeleton: Skeleton, lengths: S
     """
     longest = max(lengths)
     running = max(plan.peak_nbytes for plan in plans) + skeleton.product_nbytes(longest)
+    # Wherever they wait, batches are kept as they come to a layer's experts, and with what these give.
+    running += skeleton.visit_nbytes(sum(lengths), held=mode == "replay")
     if mode == "replay":
         return running
     held = max((stop.held_nbytes for plan in plans for stop in plan.stops), default=0)
@@ -95,6 +97,7 @@ def choose_mode(
         parts = {"base": BASE_NBYTES, "one linear": work_nbytes}
         if lengths:
             blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
+            blocks += skeleton.expert_nbytes()
             activations = activation_nbytes(plans, skeleton, lengths, candidate)
             model = {"embeddings": skeleton.outer_nbytes(head=False), "two blocks": blocks, "activations": activations}
             parts |= {name: streams * size for name, size in model.items()}

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from llmconvert.engine.architecture.experts import PROJECTIONS, expert_parameter
+from llmconvert.engine.experts import ExpertsSlot
 from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["Site", "find_sites"]
@@ -30,7 +32,8 @@ class Site:
         rows: outputs.
         columns: inputs.
         block: index of the decoder block that it is in.
-        kind: how the model holds it: as the weight of a linear of its own.
+        kind: how the model holds it: as the weight of a linear of its own, or as a matrix of one of a layer's experts.
+        expert: which of them.
     """
 
     name: str
@@ -38,7 +41,8 @@ class Site:
     rows: int
     columns: int
     block: int
-    kind: Literal["linear"] = "linear"
+    kind: Literal["linear", "expert"] = "linear"
+    expert: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,8 +55,13 @@ class Site:
         return self.rows * self.columns
 
     @property
+    def projection(self) -> str:
+        """Which of its expert's matrices it is."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def parameter(self) -> str:
-        """The parameter of the model that holds it."""
+        """The parameter of the model that holds it; of an expert's, the name that stands for it."""
         return f"{self.name}.{_WEIGHT}"
 
     @property
@@ -69,24 +78,45 @@ class Site:
         """Its values in a checkpoint of the model's names, ``[rows, columns]``, in CPU memory of the caller's own."""
         return checkpoint[self.tensor]
 
-    def value(self, module: nn.Linear) -> torch.Tensor:
-        """Its values ``[rows, columns]`` in the loaded module called :attr:`name`; the model's own memory."""
+    def value(self, module: nn.Module) -> torch.Tensor:
+        """Its values ``[rows, columns]`` in the loaded module that holds it; the model's own memory.
+
+        Args:
+            module: the linear called :attr:`name`, or the layer's experts.
+        """
+        if isinstance(module, ExpertsSlot):
+            return module.value(self.expert, self.projection)
+        assert isinstance(module, nn.Linear)
         return module.weight.data
 
-    def put(self, module: nn.Linear, value: torch.Tensor) -> None:
-        """Let the loaded module called :attr:`name` compute with other values."""
+    def put(self, module: nn.Module, value: torch.Tensor) -> None:
+        """Let the loaded module that holds it compute with other values."""
         self.value(module).copy_(value)
 
 
-def find_sites(linears: Sequence[Mapping[str, nn.Linear]], names: Mapping[str, str]) -> dict[str, Site]:
+def find_sites(
+    blocks: Sequence[Mapping[str, nn.Linear]],
+    names: Mapping[str, str],
+    experts: Sequence[Mapping[str, ExpertsSlot]] = (),
+) -> dict[str, Site]:
     """The sites of a model by name, block after block.
 
     Args:
-        linears: of each block, by their names in the model.
+        blocks: the linears of each block, by their names in the model.
         names: the model's parameters → the checkpoint's tensors.
+        experts: of each block, the modules that hold experts, by name.
     """
-    return {
-        name: Site(name, names[f"{name}.{_WEIGHT}"], linear.out_features, linear.in_features, block)
-        for block, inside in enumerate(linears)
-        for name, linear in inside.items()
-    }
+    sites: dict[str, Site] = {}
+    for block, linears in enumerate(blocks):
+        for name, linear in linears.items():
+            tensor = names[f"{name}.{_WEIGHT}"]
+            sites[name] = Site(name, tensor, linear.out_features, linear.in_features, block)
+        for module, slot in experts[block].items() if experts else ():
+            shapes = dict.fromkeys(PROJECTIONS, (slot.inner_size, slot.hidden_size))
+            shapes["down_proj"] = slot.hidden_size, slot.inner_size
+            for number in range(slot.count):
+                for projection, shape in shapes.items():
+                    parameter = expert_parameter(module, number, projection)
+                    name = parameter.removesuffix(f".{_WEIGHT}")
+                    sites[name] = Site(name, names[parameter], *shape, block, "expert", number)
+    return sites

@@ -23,8 +23,10 @@ from llmconvert.compute.precision import Scratch, WideLinear, compute_dtype
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.engine.architecture.experts import find_experts
 from llmconvert.engine.architecture.model import build_meta_model, find_blocks, find_linears, forget_lengths
 from llmconvert.engine.architecture.names import map_names
+from llmconvert.engine.experts import ExpertsSlot
 from llmconvert.engine.sites import Site, find_sites
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint
@@ -148,10 +150,12 @@ class Skeleton:
         self.model = build_meta_model(config, self.dtype, attention)
         forget_lengths(self.model)
         self.names = map_names(self.model, checkpoint)
-        self._check_shapes()
+        self._check_shapes({name: tuple(state.shape) for name, state in self.model.state_dict().items()})
         self.list_name, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self.slots = [BlockSlot(block, index) for index, block in enumerate(self.blocks)]
+        #: Of each block, by name: where it has experts.
+        self.experts = [self._take_experts(index) for index in range(len(self.blocks))]
         self.linears = [
             {self.prefix(index) + name: linear for name, linear in find_linears(block).items()}
             for index, block in enumerate(self.blocks)
@@ -163,7 +167,8 @@ class Skeleton:
             use_attention(self.model, "tiled")
         for index, slot in enumerate(self.slots):
             blocks[index] = slot
-        self.sites = find_sites(self.linears, self.names)
+        self.sites = find_sites(self.linears, self.names, self.experts)
+        self._check_shapes({site.parameter: site.shape for site in self.sites.values() if site.kind == "expert"})
         inputs = checkpoint.quantized_inputs
         self.quantize_inputs({site.name: inputs[site.tensor] for site in self.sites.values() if site.tensor in inputs})
 
@@ -190,14 +195,28 @@ class Skeleton:
         return self.blocks[index].get_submodule(self.inside(index, name))
 
     def sites_of(self, index: int) -> tuple[Site, ...]:
-        """The sites of block ``index``, in the order of its modules."""
-        return tuple(self.sites[name] for name in self.linears[index])
+        """The sites of block ``index``, linears in the order of its modules, then experts."""
+        return tuple(site for site in self.sites.values() if site.block == index)
+
+    def holder(self, site: Site) -> nn.Module:
+        """The module that holds a site: a linear, or the experts of a layer."""
+        if site.kind == "linear":
+            return self.linears[site.block][site.name]
+        return self.experts[site.block][site.name.rsplit(".", 2)[0]]
 
     def quantize_inputs(self, kinds: Mapping[str, InputKind]) -> None:
         """Let linears of the blocks see their inputs quantized from here on, each to the kind given by its name."""
         for linears in self.linears:
             for name in linears.keys() & kinds.keys():
                 quantize_inputs_of(linears[name], kinds[name])
+
+    def _take_experts(self, index: int) -> dict[str, ExpertsSlot]:
+        """Put slots in the place of a block's experts."""
+        block, prefix = self.blocks[index], self.prefix(index)
+        slots = {prefix + name: ExpertsSlot(module, prefix + name, self._read) for name, module in find_experts(block)}
+        for name, slot in slots.items():
+            block.set_submodule(self.inside(index, name), slot)
+        return slots
 
     def _widen_products(self) -> None:
         scratch = Scratch()
@@ -249,7 +268,7 @@ class Skeleton:
         """Read a block's weights from the checkpoint into fresh memory on :attr:`device`."""
         prefix = self.prefix(index)
         for name in self._own_states(self.blocks[index]):
-            self._assign(self.blocks[index], name, self._read(prefix + name))
+            self._assign(self.blocks[index], name, self._read(prefix + name, self._dtype_of(self.blocks[index], name)))
 
     def prefetch_block(self, index: int) -> None:
         """Have a block's weights read ahead from disk, if there is such a block."""
@@ -258,6 +277,9 @@ class Skeleton:
 
     def drop_block(self, index: int) -> None:
         """Free a block's weights."""
+        for slot in self.experts[index].values():
+            slot.clear()
+            slot.answers.clear()
         for name in self._own_states(self.blocks[index]):
             self._assign(self.blocks[index], name, None)
 
@@ -274,7 +296,8 @@ class Skeleton:
                 name = f"{module_name}.{leaf}" if module_name else leaf
                 source = name if name in self.names else tied[name]
                 if source not in loaded:
-                    loaded[source] = nn.Parameter(self._read(source), requires_grad=False)
+                    value = self._read(source, self._dtype_of(module, leaf))
+                    loaded[source] = nn.Parameter(value, requires_grad=False)
                 self._assign(module, leaf, loaded[source])
 
     def outer_nbytes(self, *, head: bool) -> int:
@@ -293,6 +316,18 @@ class Skeleton:
         """Bytes of one block's weights when loaded."""
         return sum(map(self._numel, self._stored_names(index))) * self.dtype.itemsize
 
+    def expert_nbytes(self) -> int:
+        """Bytes of the largest expert when loaded, and of its parts as they are read; 0 without experts."""
+        slots = [slot for slots in self.experts for slot in slots.values()]
+        return max((6 * slot.hidden_size * slot.inner_size for slot in slots), default=0) * self.dtype.itemsize
+
+    def visit_nbytes(self, tokens: int, *, held: bool) -> int:
+        """Bytes of what a layer's experts give for so many tokens; with what these bring, if no frame holds it."""
+        if not any(self.experts):
+            return 0
+        routing = 16 * max(self.architecture.experts_per_token, 1)
+        return tokens * (self.hidden_size * self.dtype.itemsize * (2 if held else 1) + (routing if held else 0))
+
     def product_nbytes(self, tokens: int) -> int:
         """Bytes of the float32 operands that linears multiplied in float32 share, for batches of up to ``tokens``."""
         linears = (linear for linears in self.linears for linear in linears.values())
@@ -307,9 +342,17 @@ class Skeleton:
     def _numel(self, checkpoint_name: str) -> int:
         return int(torch.Size(self.checkpoint.infos[checkpoint_name].shape).numel())
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         tensor = self.checkpoint[self.names[name]]
-        return tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else tensor.dtype)
+        wanted = (dtype or self.dtype) if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device=self.device, dtype=wanted)
+
+    @staticmethod
+    def _dtype_of(module: nn.Module, name: str) -> torch.dtype:
+        """Of a parameter or buffer; some classes keep routers in float32 whatever the model's dtype is."""
+        path, _, leaf = name.rpartition(".")
+        state: torch.Tensor = getattr(module.get_submodule(path), leaf)
+        return state.dtype
 
     @staticmethod
     def _own_states(module: nn.Module, recurse: bool = True) -> list[str]:
@@ -333,14 +376,12 @@ class Skeleton:
             parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
             owner._parameters[leaf] = parameter
 
-    def _check_shapes(self) -> None:
-        for name, state in self.model.state_dict().items():
-            if name in self.names:
-                info = self.checkpoint.infos[self.names[name]]
-                if tuple(state.shape) != info.shape:
-                    raise CheckpointError(
-                        f"tensor {info.name!r} has shape {list(info.shape)}, config.json says {list(state.shape)}"
-                    )
+    def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for name in shapes.keys() & self.names.keys():
+            info = self.checkpoint.infos[self.names[name]]
+            if info.shape != shapes[name]:
+                found, wanted = list(info.shape), list(shapes[name])
+                raise CheckpointError(f"tensor {info.name!r} has shape {found}, config.json says {wanted}")
 
 
 def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:

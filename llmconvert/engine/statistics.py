@@ -83,6 +83,11 @@ class HessianSum:
         #: Whether all are bfloat16 values on a CPU.
         self._exact = device.type == "cpu"
 
+    @property
+    def tokens(self) -> int:
+        """How many have been added."""
+        return self._tokens + self._count
+
     def add(self, batch: Arrival, original: Arrival | None = None) -> None:
         """Add a batch, with what the original model has at the same tokens if that was announced.
 

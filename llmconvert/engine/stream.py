@@ -25,7 +25,8 @@ from torch.utils.hooks import RemovableHandle
 
 from llmconvert.compute.precision import all_finite
 from llmconvert.engine.coroutine import Pass, gate, keep_input, stand_at_linear
-from llmconvert.engine.discovery import BlockPlan, Stop, discover
+from llmconvert.engine.discovery import BlockPlan, Stop
+from llmconvert.engine.experts import ExpertsRun, ExpertsSlot
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import BlockCall, Skeleton
 from llmconvert.engine.states import States, passing_states
@@ -33,10 +34,8 @@ from llmconvert.engine.statistics import Arrival
 from llmconvert.errors import CalibrationError
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import Phases
-from llmconvert.progress import SILENT, Progress
-from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["BlockRun", "Mode", "Stream", "stream_logits"]
+__all__ = ["BlockRun", "Mode", "Stream"]
 
 Mode = Literal["lockstep", "replay"]
 
@@ -53,9 +52,9 @@ class BlockRun:
         self._stream = stream
         self.plan = plan
 
-    def module(self, name: str) -> nn.Linear:
-        """The module of one of this block's sites."""
-        return self._stream.skeleton.linears[self.plan.index][name]
+    def module(self, name: str) -> nn.Module:
+        """The module that holds one of this block's sites."""
+        return self._stream.skeleton.holder(self.site(name))
 
     def site(self, name: str) -> Site:
         """One of this block's sites."""
@@ -69,19 +68,62 @@ class BlockRun:
         """The input of a linear, batch after batch, as 2-D ``[tokens, columns]``.
 
         Linears must be asked for in the order of the plan's stops. Use each tensor before taking the next.
-        Batches that don't call the linear are left out.
+        Batches that don't call the linear are left out; an expert's may be empty.
         """
+        if self._slot(linear) is not None:
+            yield from self._expert_inputs(linear)
+            return
         for _, value in self._arrivals(linear):
             yield value
 
-    def arrivals(self, stop: Stop) -> Iterator[Arrival]:
-        """The same for a stop's linears, with what their output is added to; the stream must keep ``residuals``."""
+    def arrivals(self, stop: Stop, like: BlockRun | None = None, *, everywhere: bool = False) -> Iterator[Arrival]:
+        """The same for a stop's linears, with what their output is added to; the stream must keep ``residuals``.
+
+        Args:
+            stop: of this block.
+            like: the block in another model, by whose routing tokens are sent to experts.
+            everywhere: of an expert, what it would receive if every token were sent there.
+        """
         index = self.plan.index
+        if self._slot(stop.linears[0]) is not None:
+            values = self._expert_inputs(stop.linears[0], like, everywhere=everywhere)
+            yield from (Arrival(value) for value in values)
+            return
         source = None if stop.residual is None else self._stream.skeleton.submodule(index, stop.residual)
         for coroutine, value in self._arrivals(stop.linears[0]):
             yield Arrival(value, None if source is None else coroutine.take_kept(source).flatten(0, -2))
 
+    def experts(self, name: str) -> ExpertsRun:
+        """All batches at the experts that one of this block's sites belongs to."""
+        slot = self._slot(name)
+        assert slot is not None
+        self._pass_experts(name)
+        return self._stream.experts(self.plan.index, slot)
+
+    def _expert_inputs(
+        self, name: str, like: BlockRun | None = None, *, everywhere: bool = False
+    ) -> Iterator[torch.Tensor]:
+        site, run = self.site(name), self.experts(name)
+        if everywhere:
+            return run.all_inputs(site.expert, site.projection)
+        return run.inputs(site.expert, site.projection, None if like is None else like.experts(name))
+
+    def _slot(self, name: str) -> ExpertsSlot | None:
+        """The experts that a site belongs to, if it does."""
+        module = self.module(name)
+        return module if isinstance(module, ExpertsSlot) else None
+
+    def _pass_experts(self, name: str) -> None:
+        """Let all batches pass the experts of this block that come before a site."""
+        for stop in self.plan.stops:
+            if name in stop.linears:
+                return
+            slot = self._slot(stop.linears[0])
+            if slot is not None and slot is not self._slot(name):
+                self._stream.experts(self.plan.index, slot).finish()
+
     def _arrivals(self, linear: str) -> Iterator[tuple[Pass, torch.Tensor]]:
+        self._pass_experts(linear)
         module = self.module(linear)
         for batch in range(len(self._stream.windows)):
             coroutine = self._stream.enter(self.plan.index, batch)
@@ -164,6 +206,7 @@ class Stream:
         self._keeps_residuals = residuals
         self._passes: list[Pass] = []
         self._crossed = start - 1
+        self._experts: dict[ExpertsSlot, ExpertsRun] = {}  # of the current block
         self._ahead: set[int] = set()  # batches that have left the current block
         self._moved = 0  # bytes of hidden states since freed memory was released
         self._phases = phases or Phases()
@@ -191,6 +234,7 @@ class Stream:
             if index + 1 < self.skeleton.block_count:
                 self.cross(index)
                 _remove(hooks)
+                self._experts.clear()
                 self.skeleton.drop_block(index)
                 release_freed_memory()
             else:
@@ -203,6 +247,8 @@ class Stream:
             CalibrationError: they are not finite.
         """
         last = self.skeleton.block_count - 1
+        if self._crossed < last:
+            self._finish_experts(last)
         for batch in range(len(self.windows)):
             coroutine = self.enter(max(last, self._crossed + 1), batch)
             logits = coroutine.run_to_end()
@@ -224,7 +270,7 @@ class Stream:
         """The coroutine of ``batch``, at the entry of block ``index`` or wherever in it lockstep has left it."""
         if self._mode == "lockstep":
             return self._passes[batch]
-        return self._pass(batch, index, self.state(index, batch))
+        return self._pass(batch, index, self.state(index, batch), self.windows[batch])
 
     def state(self, index: int, batch: int) -> torch.Tensor:
         """The hidden state, ``[1, length, hidden size]``, with which ``batch`` enters the current block, in replay."""
@@ -237,7 +283,7 @@ class Stream:
         Raises:
             CalibrationError: that is not finite.
         """
-        coroutine = self._pass(batch, index, hidden)
+        coroutine = self._pass(None, index, hidden, self.windows[batch])
         left = coroutine.run_to_next_block(index)
         coroutine.kill()
         self._check_finite(left, index, batch)
@@ -258,8 +304,25 @@ class Stream:
             release_freed_memory()
             self._moved = 0
 
-    def _pass(self, batch: int, start: int, hidden: torch.Tensor | None) -> Pass:
-        return Pass(self.skeleton, self.plans, self.windows[batch].to(self.skeleton.device), start, hidden)
+    def experts(self, index: int, slot: ExpertsSlot) -> ExpertsRun:
+        """All batches at a layer's experts in block ``index``, the current one; brings them there when first asked."""
+        if slot not in self._experts:
+            visits = {}
+            for batch in range(len(self.windows)):
+                coroutine = self.enter(index, batch)
+                visit = coroutine.run_to_experts(index, slot)
+                if visit is not None:
+                    visits[batch] = visit
+                self.leave(coroutine)
+            self._experts[slot] = ExpertsRun(slot, visits)
+        return self._experts[slot]
+
+    def _finish_experts(self, index: int) -> None:
+        for slot in self.skeleton.experts[index].values():
+            self.experts(index, slot).finish()
+
+    def _pass(self, batch: int | None, start: int, hidden: torch.Tensor | None, window: torch.Tensor) -> Pass:
+        return Pass(self.skeleton, self.plans, window.to(self.skeleton.device), start, hidden, batch)
 
     def _hook(self, index: int) -> list[RemovableHandle]:
         """Make batches stand at the linears of a block, and keep what their outputs are added to."""
@@ -276,7 +339,7 @@ class Stream:
             hidden = self._states.get(self._start, batch) if self._states is not None and self._start else None
             if self._mode == "replay" and hidden is not None:
                 continue
-            coroutine = self._pass(batch, self._start, hidden)
+            coroutine = self._pass(batch, self._start, hidden, self.windows[batch])
             if self._states is not None and not self._start:
                 assert coroutine.tensor is not None
                 self._states.put(0, batch, coroutine.tensor)
@@ -296,6 +359,7 @@ class Stream:
         if self._crossed >= index:
             return
         self._crossed = index
+        self._finish_experts(index)
         for batch in range(len(self.windows)):
             if batch not in self._ahead:
                 self._leave_block(coroutine := self.enter(index, batch), index, batch)
@@ -321,39 +385,3 @@ class Stream:
 def _remove(hooks: Sequence[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-def stream_logits(
-    checkpoint: Checkpoint,
-    windows: Sequence[torch.Tensor],
-    *,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    progress: Progress = SILENT,
-) -> Iterator[torch.Tensor]:
-    """The model's logits for each window, computed in the memory of one block.
-
-    Args:
-        checkpoint: dense weights.
-        windows: token ids, each ``[1, length]``.
-        device: where to compute.
-        dtype: of weights and activations; the checkpoint's own by default.
-        progress: one unit per block.
-
-    Yields:
-        logits ``[1, length, vocabulary]`` per window, in order.
-
-    Raises:
-        UnsupportedError: the engine cannot run this architecture.
-        CalibrationError: a hidden state is not finite.
-    """
-    skeleton = Skeleton(checkpoint, device, dtype)
-    plans = discover(skeleton, max(window.shape[1] for window in windows))
-    stream = Stream(skeleton, windows, plans, mode="replay", head=True)
-    try:
-        with progress.task("Evaluating", skeleton.block_count) as task:
-            for _ in stream.blocks():
-                task.advance()
-        yield from stream.logits()
-    finally:
-        stream.close()

@@ -159,6 +159,17 @@ class Format(Protocol):
         """
         check_output_directory(output)
 
+    def check_experts(self, scheme: Scheme) -> None:
+        """Refuse a scheme in which no reader of the format takes the experts of a mixture; by default all.
+
+        Raises:
+            UnsupportedError: with the format and the schemes that are read.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__.lower()}: no reader of this format has been seen to take the experts of a mixture; "
+            "use format: compressed-tensors"
+        )
+
     def check_source(self, source: Checkpoint) -> None:
         """Refuse a model that no runtime of the format has, as far as its config and names tell.
 

@@ -24,6 +24,8 @@ _LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized")
 _READ = (*_LAYOUTS, "naive-quantized", "mixed-precision", "dense")
 _CLASS = "Linear"
 _PATTERN = "re:"
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERTS = rf"{_PATTERN}.*{_EXPERT.pattern}"
 # Of a rotation: fused into the weights, so that nothing is left of it. All other places turn what the model computes.
 _FUSED = ("weight_input", "weight_output")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -279,7 +281,7 @@ def written_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[s
     ordered = sorted(by_scheme, key=lambda scheme: -len(by_scheme[scheme]))
     groups = {
         f"group_{index}": {
-            "targets": [_CLASS] if scheme == ordered[0] else by_scheme[scheme],
+            "targets": _targets(by_scheme[scheme], rest=scheme == ordered[0], alone=len(ordered) == 1),
             "weights": _weight_args(scheme),
             "input_activations": _activation_args(scheme),
             "output_activations": None,
@@ -297,6 +299,19 @@ def written_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[s
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _targets(linears: Sequence[str], *, rest: bool, alone: bool) -> list[str]:
+    """What a group applies to: linears by name, experts by a pattern, in which readers look for the word.
+
+    Args:
+        linears: module names.
+        rest: whether it is for all linears that no other group names.
+        alone: whether there is no other group.
+    """
+    named = [linear for linear in linears if not _EXPERT.search(linear)]
+    experts = [_EXPERTS] if len(named) < len(linears) and not alone else []
+    return [*experts, *([_CLASS] if rest else named)]
 
 
 def _type(scheme: Scheme) -> str:

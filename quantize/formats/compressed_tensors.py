@@ -59,6 +59,14 @@ class CompressedTensors(Format):
                 f"scheme {scheme}: compressed-tensors stores int8 activations with w8a8-channel-sym weights only"
             )
 
+    def check_experts(self, scheme: Scheme) -> None:
+        # transformers 5.23 merges the experts of a layer as it loads them, from these two layouts alone.
+        if not scheme.symmetric or stored_layout(scheme) == "int-quantized":
+            raise UnsupportedError(
+                f"scheme {scheme}: transformers reads experts in symmetric integers with 16-bit activations and in "
+                "E4M3 only (w4a16-g64, w8a16-g128, fp8); what else they have would be lost there"
+            )
+
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return dtype
 

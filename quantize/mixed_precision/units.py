@@ -9,7 +9,7 @@ import torch
 
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.errors import UsageError
+from llmconvert.errors import UnsupportedError, UsageError
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import Quantizer
@@ -44,7 +44,16 @@ class FusedUnit:
 
 
 def fused_units(skeleton: Skeleton, blocks: Sequence[BlockPlan]) -> tuple[FusedUnit, ...]:
-    """The units of a model, in the order in which it calls them; linears it never calls are in none."""
+    """The units of a model, in the order in which it calls them; linears it never calls are in none.
+
+    Raises:
+        UnsupportedError: the model is a mixture of experts, whose experts need one scheme in all layers.
+    """
+    if any(skeleton.experts):
+        raise UnsupportedError(
+            f"{skeleton.architecture.model_type}: runtimes read one scheme for all experts of a mixture, so bits can't "
+            "be chosen by layer; give `scheme`, with `overrides` for what is no expert, and leave out budget and repair"
+        )
     found: list[FusedUnit] = []
     for block in blocks:
         for stop in block.stops:

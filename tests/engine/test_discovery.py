@@ -154,27 +154,6 @@ def test_encoder_decoders_are_refused_by_name(tmp_path: Path) -> None:
         Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
-def test_mixtures_of_experts_are_refused_by_name(tmp_path: Path, model_type: str) -> None:
-    settings = AutoConfig.for_model(
-        model_type,
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    model = AutoModelForCausalLM.from_config(settings)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match=rf"{type(model).__name__}: tensor '.*experts.*' is merged .*experts"):
-        Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
-
-
 def test_a_model_without_a_list_of_blocks_is_refused_by_name(tmp_path: Path) -> None:
     settings = AutoConfig.for_model("ctrl", vocab_size=128, n_embd=64, n_layer=2, n_head=4, dff=64)
     AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path)

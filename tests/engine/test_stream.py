@@ -14,9 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmconvert.engine.discovery import discover
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, MemoryStates, States
-from llmconvert.engine.stream import Mode, Stream, stream_logits
+from llmconvert.engine.stream import Mode, Stream
 from llmconvert.errors import CalibrationError
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 

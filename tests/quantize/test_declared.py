@@ -14,7 +14,7 @@ from support.multimodal import AHEAD, tiny_qwen35_dir
 from support.tiny_architectures import ids
 from transformers import Qwen3_5ForConditionalGeneration
 
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import quantize_checkpoint

@@ -10,7 +10,7 @@ import torch
 from support.tiny_architectures import ids
 from transformers import AutoModelForCausalLM
 
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.numbers import Int
@@ -51,8 +51,10 @@ def test_the_factors_are_a_kronecker_product() -> None:
     torch.testing.assert_close(rotation.apply(torch.eye(96)), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("residual", "values"), [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("name", ROTATED)
+@pytest.mark.parametrize(
+    ("name", "residual", "values"),
+    [*((name, True, True) for name in ROTATED), ("llama-tied", True, False), ("phi3", False, True)],
+)
 def test_the_rotated_model_computes_what_the_original_does(tiny: Tiny, name: str, residual: bool, values: bool) -> None:
     source = SafetensorsCheckpoint(tiny(name))
     rotated = rotate_checkpoint(source, residual=residual, values=values)

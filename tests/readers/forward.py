@@ -8,7 +8,7 @@ import torch
 from support.agreement import Forward
 from support.gguf_models import built, round_inputs
 
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.gguf.checkpoint import open_gguf
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import tiny_tokenizer
 
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import CalibrationError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.recipes.schema.measuring import ValidateSettings

@@ -13,7 +13,7 @@ from typing import Any
 
 from llmconvert.engine.architecture.config import declared_number
 from llmconvert.engine.divergence import BlockDivergence, SideBySide, blame_artifact
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import GateError
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.report.report import Check
 from llmconvert.report.section import Column, Section
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import GateError
 from llmconvert.validate.measurement import Subject
 from llmconvert.validate.runtimes.transformers import Runtime

@@ -232,6 +232,11 @@ class Architecture:
         return next((int(value) for name in EXPERTS if (value := self._get(name))), 0)
 
     @property
+    def experts_per_token(self) -> int:
+        """How many of its layer's experts a token goes to; 0 for a dense model."""
+        return int(self._get("num_experts_per_tok") or 0) if self.experts else 0
+
+    @property
     def tied(self) -> bool:
         """Whether input and output embedding are one tensor."""
         return bool(self._get("tie_word_embeddings"))

@@ -17,8 +17,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from llmconvert.api import quantize_model
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.discovery import discover
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.stream import Mode, Stream, stream_logits
+from llmconvert.engine.stream import Mode, Stream
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint

@@ -13,8 +13,8 @@ from support.tiny_architectures import ARCHITECTURES, ids, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from llmconvert.engine.architecture.names import map_names
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.stream import stream_logits
 from llmconvert.errors import CheckpointError
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 

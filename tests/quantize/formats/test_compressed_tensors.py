@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_architectures import ARCHITECTURES, ids
 from transformers import AutoModel, AutoModelForCausalLM, CompressedTensorsConfig
 
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import quantize_checkpoint

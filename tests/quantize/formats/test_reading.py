@@ -16,7 +16,7 @@ from support.quantized import random_tensor, write_quantized
 from transformers import AutoModelForCausalLM
 
 from llmconvert.convert.dtype import convert_dtype
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.progress import Progress
 from llmconvert.quantize.formats.base import load_format

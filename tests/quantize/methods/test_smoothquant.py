@@ -14,7 +14,7 @@ from support.quantized import random_inputs, random_weight
 from support.tiny_architectures import ids, tiny_model
 from transformers import AutoModelForCausalLM
 
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import tiny_llama_dir
 
-from llmconvert.engine.stream import stream_logits
+from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import GateError, UnsupportedError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint

@@ -1,0 +1,162 @@
+"""Mixtures of experts made from a dense model, whose own perplexity says what a mixture's should be; and measured.
+
+    python bench/moe.py make DENSE OUTPUT --kind exact|routed [--experts N] [--noise 0.05] [--seed 0]
+    python bench/moe.py measure MODEL --calibration FILE --evaluation FILE --work DIR [--samples 32] [--length 512]
+        [--scheme w4a16-g64] [--method gptq] [--prior 0.25 --prior 0] [--windows 8] [--window 1024]
+
+``exact``: four experts are quarters of the dense MLP's inner neurons, the router is zero, all four are chosen, and
+what that weighs them with is in ``down_proj``: it computes what the dense model does, and every expert sees every
+token. ``routed``: eight experts, each the dense MLP plus its own noise (``--noise`` of a weight's standard deviation),
+a random router, two of them chosen: close to the dense model, and each expert sees a quarter of the tokens. DENSE is a
+Llama checkpoint of one shard in bfloat16; OUTPUT has Mixtral's layout.
+
+``measure`` quantizes and scores by perplexity and mean KL divergence from the unquantized mixture on text that the
+calibration never saw. ``--prior`` is how strongly experts' moments are drawn toward their layer's, by the columns of an
+input; 0 is without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measured import markdown_table
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from llmconvert.engine.evaluation import stream_logits
+from llmconvert.quantize.formats.dense_view import open_dense
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.solve.expert_moments import PRIOR
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
+
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("make")
+    making.add_argument("dense", type=Path)
+    making.add_argument("output", type=Path)
+    making.add_argument("--kind", choices=["exact", "routed"], required=True)
+    making.add_argument("--experts", type=int)
+    making.add_argument("--noise", type=float, default=0.05)
+    making.add_argument("--seed", type=int, default=0)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("model", type=Path)
+    measuring.add_argument("--calibration", type=Path, required=True)
+    measuring.add_argument("--evaluation", type=Path, required=True)
+    measuring.add_argument("--work", type=Path, required=True)
+    measuring.add_argument("--samples", type=int, default=32)
+    measuring.add_argument("--length", type=int, default=512)
+    measuring.add_argument("--windows", type=int, default=8)
+    measuring.add_argument("--window", type=int, default=1024)
+    measuring.add_argument("--scheme", default="w4a16-g64")
+    measuring.add_argument("--method", action="append")
+    measuring.add_argument("--prior", type=float, action="append")
+    options = parser.parse_args()
+    if options.command == "make":
+        experts = options.experts or (4 if options.kind == "exact" else 8)
+        make_mixture(options.dense, options.output, options.kind, experts, options.noise, options.seed)
+    else:
+        measure(options)
+
+
+def make_mixture(dense: Path, output: Path, kind: str, experts: int, noise: float, seed: int) -> None:
+    """Write the mixture."""
+    output.mkdir(parents=True)
+    config: dict[str, Any] = json.loads((dense / "config.json").read_text())
+    exact = kind == "exact"
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    for path in dense.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            shutil.copy(path, output / path.name)
+    config |= {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": experts,
+        "num_experts_per_tok": experts if exact else 2,
+        "intermediate_size": inner // experts if exact else inner,
+        "sliding_window": None,
+        "head_dim": config.get("head_dim") or width // config["num_attention_heads"],
+    }
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = load_file(dense / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: weight for name, weight in weights.items() if ".mlp." not in name}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        router = torch.randn((experts, width), generator=generator) * (0.0 if exact else 1.0)
+        made[f"{prefix}block_sparse_moe.gate.weight"] = router.to(torch.bfloat16)
+        for expert in range(experts):
+            for theirs, ours in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+                weight = weights[f"{prefix}mlp.{ours}.weight"].float()
+                if exact:
+                    part = slice(expert * inner // experts, (expert + 1) * inner // experts)
+                    # Every expert is weighted by 1 / experts; powers of two cost nothing in bfloat16.
+                    weight = weight[:, part] * experts if ours == "down_proj" else weight[part]
+                else:
+                    weight = weight + noise * weight.std() * torch.randn(weight.shape, generator=generator)
+                name = f"{prefix}block_sparse_moe.experts.{expert}.{theirs}.weight"
+                made[name] = weight.to(torch.bfloat16).contiguous()
+    save_file(made, output / "model.safetensors", metadata={"format": "pt"})
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Quantize in every way asked for, and print the table."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    calibration = windows_of(tokenizer, options.calibration, options.samples, options.length)
+    evaluation = windows_of(tokenizer, options.evaluation, options.windows, options.window)
+    rows = []
+    with SafetensorsCheckpoint(options.model) as source:
+        original = [logits.float().log_softmax(-1).half() for logits in stream_logits(source, evaluation, device=CPU)]
+        rows.append(["unquantized", "", "", *scored(source, evaluation, original)])
+        for method in options.method or ["gptq"]:
+            for prior in options.prior or [PRIOR]:
+                output = options.work / f"{method}-{options.scheme}-{prior}-{options.samples}x{options.length}"
+                shutil.rmtree(output, ignore_errors=True)
+                begin = time.perf_counter()
+                quantize_checkpoint(
+                    source,
+                    output,
+                    method=method,
+                    scheme=Scheme.parse(options.scheme),
+                    windows=calibration,
+                    expert_prior=prior,
+                )
+                seconds = f"{time.perf_counter() - begin:.0f}"
+                with SafetensorsCheckpoint(output) as artifact:
+                    figures = scored(open_dense(artifact), evaluation, original)
+                rows.append([f"{method} {options.scheme}", f"{prior:g}", seconds, *figures])
+    print(f"{options.model.name}, {options.samples} × {options.length} tokens")
+    print(markdown_table(["", "κ / columns", "seconds", "perplexity", "KL"], rows))
+
+
+def windows_of(tokenizer: Any, path: Path, count: int, length: int) -> list[torch.Tensor]:
+    """The first windows ``[1, length]`` of a text file."""
+    ids = torch.tensor(tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False).input_ids)
+    return [ids[start : start + length][None] for start in range(0, count * length, length)]
+
+
+def scored(checkpoint: Checkpoint, windows: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) -> list[str]:
+    """Perplexity, and the mean divergence from the original's predictions in nats."""
+    loss = divergence = 0.0
+    tokens = 0
+    for window, logits, there in zip(windows, stream_logits(checkpoint, windows, device=CPU), original, strict=True):
+        here, reference = logits.float().log_softmax(-1), there.float()
+        loss -= float(here[0, :-1].gather(1, window[0, 1:, None]).sum())
+        divergence += float((reference.exp() * (reference - here)).sum(-1)[0, :-1].sum())
+        tokens += window.shape[1] - 1
+    return [f"{torch.tensor(loss / tokens).exp():.3f}", f"{divergence / tokens:.4f}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Experts one at a time: the resident model's logits to the bit, in the memory of one expert, in the order of stops."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_architectures import ids
+from support.tiny_mixtures import MIXTURES, load_mixture, tiny_mixture
+
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.evaluation import stream_logits
+from llmconvert.engine.experts import ExpertsSlot
+from llmconvert.engine.memory import activation_nbytes, choose_mode
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.stream import Mode, Stream
+from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+
+CPU = torch.device("cpu")
+LENGTHS = (33, 9, 24)
+Mixture = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tiny_mixture(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return make
+
+
+def windows() -> list[torch.Tensor]:
+    return ids(LENGTHS)
+
+
+def expected(directory: Path) -> list[torch.Tensor]:
+    model = load_mixture(directory)
+    with torch.no_grad():
+        return [model(window, use_cache=False).logits for window in windows()]
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_logits_are_those_of_the_resident_model(mixture: Mixture, kind: str) -> None:
+    checkpoint = SafetensorsCheckpoint(mixture(kind))
+    found = list(stream_logits(checkpoint, windows(), device=CPU))
+    assert all(map(torch.equal, found, expected(mixture(kind))))
+
+
+@pytest.mark.parametrize("mode", ["lockstep", "replay"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_so_are_they_when_every_stop_is_visited(mixture: Mixture, kind: str, mode: Mode) -> None:
+    skeleton = Skeleton(SafetensorsCheckpoint(mixture(kind)), CPU)
+    stream = Stream(skeleton, windows(), discover(skeleton, max(LENGTHS)), mode=mode, head=True)
+    for run in stream.blocks():
+        for stop in run.plan.stops:
+            arrived = list(run.inputs(stop.linears[0]))
+            assert all(value.shape[1] == stop.columns for value in arrived)
+            slot = skeleton.holder(run.site(stop.linears[0]))
+            if isinstance(slot, ExpertsSlot):
+                # Every token goes to as many experts as the config says, and meets each once.
+                number = run.site(stop.linears[0]).expert
+                assert sum(map(len, arrived)) == run.experts(stop.linears[0]).tokens()[number]
+    assert all(map(torch.equal, stream.logits(), expected(mixture(kind))))
+    stream.close()
+
+
+def test_what_reaches_an_expert_is_what_reaches_it_in_the_resident_model(mixture: Mixture) -> None:
+    """Oracle: transformers' own batched implementation of experts, token by token."""
+    directory = mixture("mixtral")
+    skeleton = Skeleton(SafetensorsCheckpoint(directory), CPU)
+    stream = Stream(skeleton, windows()[:1], discover(skeleton, max(LENGTHS)), mode="lockstep")
+    run = next(stream.blocks())
+    model = load_mixture(directory)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+    with torch.no_grad():
+        model(windows()[0])
+    hidden, index = seen[0]
+    for number in range(6):
+        tokens = [token for token in range(len(hidden)) if number in index[token]]
+        name = f"model.layers.0.mlp.experts.{number}"
+        (given,) = run.inputs(f"{name}.gate_proj")
+        assert sorted(map(tuple, given.tolist())) == sorted(map(tuple, hidden[tokens].tolist()))
+        (inner,) = run.inputs(f"{name}.down_proj")
+        gate, up = (given @ experts.gate_up_proj[number].T).chunk(2, dim=-1)
+        torch.testing.assert_close(inner, torch.nn.functional.silu(gate) * up)
+    stream.close()
+
+
+@pytest.mark.parametrize("mode", ["lockstep", "replay"])
+def test_what_is_installed_is_what_all_batches_meet(mixture: Mixture, mode: Mode) -> None:
+    """Half of the stops only are asked for, so that experts in between are passed by."""
+    directory = mixture("mixtral")
+    skeleton = Skeleton(SafetensorsCheckpoint(directory), CPU)
+    stream = Stream(skeleton, windows(), discover(skeleton, max(LENGTHS)), mode=mode, head=True)
+    model = load_mixture(directory)
+    for run in stream.blocks():
+        experts = model.model.layers[run.plan.index].mlp.experts
+        for number in (1, 4):
+            name = f"model.layers.{run.plan.index}.mlp.experts.{number}"
+            list(run.inputs(f"{name}.down_proj"))
+            assert torch.equal(run.weight(f"{name}.up_proj"), experts.gate_up_proj[number, 96:])
+            run.install(f"{name}.gate_proj", run.weight(f"{name}.gate_proj") * 2)
+            run.install(f"{name}.down_proj", run.weight(f"{name}.down_proj") * 0.5)
+            with torch.no_grad():
+                experts.gate_up_proj[number, :96] *= 2
+                experts.down_proj[number] *= 0.5
+    with torch.no_grad():
+        wanted = [model(window, use_cache=False).logits for window in windows()]
+    assert all(map(torch.equal, stream.logits(), wanted))
+    stream.close()
+
+
+def test_an_expert_is_read_once_and_never_beside_another(mixture: Mixture) -> None:
+    skeleton = Skeleton(SafetensorsCheckpoint(mixture("qwen3_moe")), CPU)
+    slots = [slot for slots in skeleton.experts for slot in slots.values()]
+    reads: list[str] = []
+    for slot in slots:
+        read = slot._read
+        slot._read = lambda name, read=read: (reads.append(name), read(name))[1]  # type: ignore[misc]
+    stream = Stream(skeleton, windows(), discover(skeleton, max(LENGTHS)), mode="replay", head=True)
+    for _ in stream.blocks():
+        assert sum(slot.number is not None for slot in slots) == 0
+    list(stream.logits())
+    stream.close()
+    assert len(reads) == len(set(reads)) <= 2 * 6 * 3
+
+
+def test_the_memory_stated_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:
+    needs = []
+    for count in (4, 32):
+        directory = tiny_mixture(tmp_path / str(count), "qwen3_moe", num_experts=count)
+        skeleton = Skeleton(SafetensorsCheckpoint(directory), CPU)
+        plans = discover(skeleton, 64)
+        lengths = [64] * 8
+        needs.append(
+            [choose_mode(skeleton, plans, lengths, 0, None, mode).total for mode in ("lockstep", "replay")]
+            + [activation_nbytes(plans, skeleton, lengths, "replay")]
+        )
+    # What grows are rows of the routers of two blocks, and the scores that they give tokens.
+    router = 2 * 28 * 64 * 2 + 28 * 12 * sum(lengths)
+    assert all(more - less <= router for less, more in zip(*needs, strict=True))
+
+
+def test_a_missing_expert_and_a_wrong_shape_are_named(tmp_path: Path, mixture: Mixture) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(mixture("mixtral") / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((mixture("mixtral") / "config.json").read_bytes())
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    for change, message in (
+        ({}, r"no tensor for 'model\.layers\.1\.mlp\.experts\.3\.down_proj\.weight'"),
+        ({name: weights[name].T.contiguous()}, rf"tensor '{re.escape(name)}' has shape \[96, 64\].*\[64, 96\]"),
+    ):
+        kept = {other: weight for other, weight in weights.items() if other != name}
+        save_file({**kept, **change}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
+
+
+def test_layouts_that_are_not_known_are_refused_by_name(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for kind, message in (
+        ("granitemoe", "holds all experts of a layer"),
+        ("gpt_oss", "GptOssExperts .* holds experts with biases, transposed weights, gate and up interleaved"),
+    ):
+        settings = AutoConfig.for_model(
+            kind,
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            layer_types=["full_attention"] if kind == "gpt_oss" else None,
+        )
+        AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / kind)
+        with pytest.raises(UnsupportedError, match=message):
+            Skeleton(SafetensorsCheckpoint(tmp_path / kind), CPU)

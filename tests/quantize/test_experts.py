@@ -1,0 +1,206 @@
+"""Quantized mixtures: moments against their definition, artifacts that transformers computes alike, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.quantize_process import start
+from support.tiny_architectures import ids
+from support.tiny_mixtures import load_mixture, tiny_mixture
+from transformers import PreTrainedModel
+
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.evaluation import stream_logits
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.stream import Stream
+from llmconvert.errors import LlmconvertError, SchemeError, UnsupportedError
+from llmconvert.quantize.formats.dense_view import open_dense
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.mixed_precision.units import fused_units
+from llmconvert.quantize.plan import Override
+from llmconvert.quantize.rotate import rotate_checkpoint
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.solve.expert_moments import ExpertMoments
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+
+CPU = torch.device("cpu")
+WINDOWS = ids((48, 40, 56))
+Mixture = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tiny_mixture(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return make
+
+
+def quantize(source: Path, output: Path, scheme: str = "w4a16-g16", **options: Any) -> SafetensorsCheckpoint:
+    options = {"method": "gptq", "windows": WINDOWS, **options}
+    quantize_checkpoint(SafetensorsCheckpoint(source), output, scheme=Scheme.parse(scheme), **options)
+    return SafetensorsCheckpoint(output)
+
+
+def visits(model: PreTrainedModel, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What reaches the experts of a layer in the resident model: hidden states, and where they go."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    experts = model.model.layers[layer].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda module, args: seen.append((args[0].float(), args[1])))
+    with torch.no_grad():
+        for window in WINDOWS:
+            model(window)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("prior", [0.0, 0.25])
+def test_moments_are_what_they_are_defined_as(mixture: Mixture, prior: float) -> None:
+    directory = mixture("mixtral")
+    skeleton = Skeleton(SafetensorsCheckpoint(directory), CPU)
+    stream = Stream(skeleton, WINDOWS, discover(skeleton, 56), mode="lockstep")
+    run = next(stream.blocks())
+    moments = ExpertMoments(run, None, CPU, prior)
+    seen = visits(model := load_mixture(directory), 0)
+    experts = model.model.layers[0].mlp.experts
+    every = torch.cat([hidden for hidden, _ in seen])
+    layer = every.T @ every / len(every)
+    for stop in run.plan.stops:
+        site = run.site(stop.linears[0])
+        if site.kind != "expert":
+            continue
+        rows = torch.cat([hidden[(index == site.expert).any(1)] for hidden, index in seen])
+        assert 0 < len(rows) < len(every)
+        drawn_rows = every
+        if site.projection == "down_proj":
+            weight = experts.gate_up_proj[site.expert].detach()
+
+            def inner(values: torch.Tensor, weight: torch.Tensor = weight) -> torch.Tensor:
+                gate, up = (values.bfloat16() @ weight.T).chunk(2, dim=-1)
+                return (torch.nn.functional.silu(gate) * up).float()
+
+            rows, drawn_rows = inner(rows), inner(every)
+        drawn = layer if site.projection != "down_proj" else drawn_rows.T @ drawn_rows / len(drawn_rows)
+        kappa = prior * stop.columns
+        wanted = (rows.T @ rows + kappa * drawn) / (len(rows) + kappa)
+        found = moments.hessian(stop)
+        assert found.tokens == len(rows)
+        torch.testing.assert_close(found.matrix, wanted, rtol=2e-2, atol=2e-2 * float(wanted.diagonal().mean()))
+    stream.close()
+
+
+def test_an_expert_without_tokens_gets_the_layers_moments(mixture: Mixture, tmp_path: Path) -> None:
+    """One short window leaves most experts of a layer unseen; all are quantized, and from finite moments."""
+    source = tiny_mixture(tmp_path / "source", "qwen3_moe", num_experts=16, num_experts_per_tok=1)
+    artifact = quantize(source, tmp_path / "out", windows=ids((6,)))
+    assert sum(name.endswith("weight_packed") for name in artifact) == 2 * (4 + 3 * 16)
+    with pytest.raises(LlmconvertError, match="no calibration token reached this linear"):
+        quantize(source, tmp_path / "own", windows=ids((6,)), expert_prior=0.0)
+
+
+CASES = [
+    ("mixtral", "gptq", "w4a16-g16"),
+    ("mixtral", "rtn", "fp8"),
+    ("qwen2_moe", "gptaq", "w4a16-g32"),
+    ("deepseek_v3", "gptq", "w3a16-g16"),
+    ("lfm2_moe", "hqq", "w8a16-g32"),
+    ("hunyuan_v1_moe", "gptq", "w4a16"),
+    ("ernie4_5_moe", "rtn", "w4a16-g32"),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "scheme"), CASES)
+def test_transformers_computes_what_the_engine_does(
+    mixture: Mixture, tmp_path: Path, kind: str, method: str, scheme: str
+) -> None:
+    artifact = quantize(mixture(kind), tmp_path / "out", scheme, method=method)
+    skeleton = Skeleton(SafetensorsCheckpoint(mixture(kind)), CPU)
+    experts = [site for site in skeleton.sites.values() if site.kind == "expert"]
+    assert experts and all(f"{site.stored}.weight_scale" in artifact for site in experts)
+    ours = next(stream_logits(open_dense(artifact), WINDOWS[:1], device=CPU))
+    with torch.no_grad():
+        theirs = load_mixture(tmp_path / "out")(WINDOWS[0]).logits
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("rest", "attention"), [("w4a16-g16", "w8a16-g16"), ("w4a16-g16", None)])
+def test_attention_may_have_another_scheme(mixture: Mixture, tmp_path: Path, rest: str, attention: str | None) -> None:
+    overrides = [Override("*.self_attn.*", Scheme.parse(attention) if attention else None)]
+    for kind in ("mixtral", "qwen3_moe"):
+        artifact = quantize(mixture(kind), tmp_path / kind, rest, method="rtn", overrides=overrides)
+        ours = next(stream_logits(open_dense(artifact), WINDOWS[:1], device=CPU))
+        with torch.no_grad():
+            theirs = load_mixture(tmp_path / kind)(WINDOWS[0]).logits
+        assert torch.equal(ours, theirs)
+
+
+def test_routers_and_gates_of_shared_experts_stay_dense(mixture: Mixture, tmp_path: Path) -> None:
+    artifact = quantize(mixture("qwen2_moe"), tmp_path / "out", method="rtn")
+    source = SafetensorsCheckpoint(mixture("qwen2_moe"))
+    for gate in ("gate", "shared_expert_gate"):
+        name = f"model.layers.0.mlp.{gate}.weight"
+        assert torch.equal(artifact[name], source[name])
+    assert "model.layers.0.mlp.shared_expert_gate" in artifact.config["quantization_config"]["ignore"]
+
+
+def test_lockstep_and_replay_give_the_same_bytes(mixture: Mixture, tmp_path: Path) -> None:
+    for method in ("gptq", "gptaq"):
+        for mode in ("lockstep", "replay"):
+            quantize(mixture("qwen2_moe"), tmp_path / f"{method}-{mode}", method=method, mode=mode)
+        first, second = (tmp_path / f"{method}-{mode}" / "model.safetensors" for mode in ("lockstep", "replay"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "awq"}, "awq takes the linears of a block together .* gptq, gptaq, rtn and hqq"),
+        ({"method": "signround"}, "signround takes the linears of a block together"),
+        ({"scheme": "w4a16-g16-asym"}, "transformers reads experts in symmetric integers"),
+        ({"scheme": "w8a8"}, "transformers reads experts in symmetric integers"),
+        ({"format": "gptq"}, "no reader of this format .* use format: compressed-tensors"),
+        ({"overrides": [Override("*.experts.1.*", None)]}, "experts get different schemes"),
+        ({"overrides": [Override("*.experts.*", None)]}, "the overrides leave all experts dense"),
+    ],
+)
+def test_what_no_reader_has_is_refused(mixture: Mixture, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((UnsupportedError, SchemeError), match=message):
+        quantize(mixture("mixtral"), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rotations_and_budgets_are_refused(mixture: Mixture) -> None:
+    source = SafetensorsCheckpoint(mixture("mixtral"))
+    with pytest.raises(UnsupportedError, match="rotations can't be folded into a mixture"):
+        rotate_checkpoint(source)
+    skeleton = Skeleton(source, CPU)
+    with pytest.raises(UnsupportedError, match="one scheme for all experts"):
+        fused_units(skeleton, discover(skeleton))
+
+
+@pytest.mark.slow
+def test_killed_among_experts_it_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    source = tiny_mixture(tmp_path / "source", "mixtral", num_hidden_layers=3)
+
+    def run(output: str, kill_at: int = 0) -> int:
+        process = start(source, tmp_path / output, tmp_path / f"{output}.log", kill_at=kill_at)
+        process.join()
+        assert process.exitcode is not None and process.exitcode != 1, (tmp_path / f"{output}.log").read_text()
+        return process.exitcode
+
+    assert run("whole") == 0
+    steps = int((tmp_path / "whole.log").read_text().rsplit("steps ", 1)[1])
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    for number in range(1, 6):
+        output = f"killed-{number}"
+        assert run(output, kill_at=number * steps // 6) != 0
+        assert run(output) == 0
+        assert {path.name: path.read_bytes() for path in (tmp_path / output).iterdir()} == wanted
