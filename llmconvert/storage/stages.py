@@ -23,7 +23,7 @@ from llmconvert.machine import of_machine
 from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.contents import Hashes
-from llmconvert.storage.lock import Readers, locked, unread
+from llmconvert.storage.lock import Readers, lock_path, locked, unread
 from llmconvert.storage.stage_record import (
     STAGE_FILE,
     StageResult,
@@ -170,6 +170,9 @@ class StageRun:
         if result is None or self._damage(wanted, result):
             result = self._build_locked(wanted, fresh)
         if result.reused:
+            if lock_path(path).exists():  # a killed run's, or of one that is looking
+                with suppress(LlmconvertError), locked(path):
+                    pass
             self._log(f"{name}: unchanged, reusing {wanted.path.name}")
             self._remember(wanted)
         self.results.append(result)
