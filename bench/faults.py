@@ -109,6 +109,7 @@ def run(bench: Bench, place: Path, disturbance: Disturbance) -> Outcome:
     """Fork a run in ``place``, disturb it, and wait for its end."""
     log, met = place / "log.txt", place / "met.txt"
     met.unlink(missing_ok=True)
+    log.write_text("")
     sys.stdout.flush()
     begin = time.perf_counter()
     child = os.fork()

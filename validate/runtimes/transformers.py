@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ from llmconvert.text.tokenizer import try_tokenizer
 
 __all__ = ["Runtime", "end_tokens", "runtime", "too_large"]
 
+T = TypeVar("T")
 # What transformers takes while loading, relative to the dense weights it ends up with.
 _LOADING_FACTOR = 1.5
 
@@ -92,7 +93,8 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
     model_class: Any = served_class(config) or transformers.AutoModelForCausalLM
     if (directory / "tokenizer.json").is_file():
         try_tokenizer(directory / "tokenizer.json")
-    try:
+
+    def load() -> tuple[Any, Any, Any]:
         # Progress bars of the loader and of compressed-tensors, which have no other switch, go to the buffer.
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
@@ -101,15 +103,10 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
             # Quantized weights are unpacked by the first forward, which belongs to loading and not to what is timed.
             with torch.inference_mode():
                 model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-            release_freed_memory()
-    except Exception as error:  # whatever goes wrong inside a loader of many architectures and quantizers
-        if of_machine(error):
-            raise MachineError(
-                f"{directory}: transformers cannot load it now: {one_line(error)}; run the same command again"
-            ) from error
-        raise UnsupportedError(
-            f"{directory.name}: transformers {transformers.__version__} cannot load it: {type(error).__name__}: {error}"
-        ) from error
+        return tokenizer, model, info
+
+    tokenizer, model, info = _twice(load, directory)
+    release_freed_memory()
     problems = [
         f"{kind.removesuffix('_keys')}: {entry if isinstance(entry, str) else entry[0]}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -123,6 +120,28 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         release_freed_memory()
+
+
+def _twice(load: Callable[[], T], directory: Path) -> T:
+    """What ``load`` gives. Only what fails twice is blamed on the model: transformers asks whether files are there in
+    ways that take a disk's error for a no."""
+    import transformers
+
+    last = False
+    while True:
+        try:
+            return load()
+        except Exception as error:  # whatever goes wrong inside a loader of many architectures and quantizers
+            if of_machine(error):
+                raise MachineError(
+                    f"{directory}: transformers cannot load it now: {one_line(error)}; run the same command again"
+                ) from error
+            if last or isinstance(error, ImportError):
+                name, version = directory.name, transformers.__version__
+                raise UnsupportedError(
+                    f"{name}: transformers {version} cannot load it: {type(error).__name__}: {error}"
+                ) from error
+        last = True
 
 
 def too_large(dense: Checkpoint, device: torch.device, memory: int | None = None) -> str:
