@@ -60,6 +60,7 @@ def test_a_directory(tiny_llama: Path) -> None:
 def test_the_size_in_a_scheme_counts_codes_scales_and_the_rest() -> None:
     found = summary("llama", **SMALL, intermediate_size=128, num_key_value_heads=8, tie_word_embeddings=False)
     linear = 4 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert found.parameters is not None
     rest = found.parameters - linear
     assert found.weight_bytes["w4a16-g128-sym"] == linear // 2 + 2 * 4 * (4 * 64 + 2 * 128 + 64) + 2 * rest
     assert not found.tied
@@ -119,7 +120,7 @@ def test_a_compressed_cache() -> None:
 def test_models_without_attention(tmp_path: Path, model_type: str) -> None:
     found = inspect_model(str(save_tiny(tmp_path, model_type)))
     assert (found.attention, found.query_heads, found.kv_heads, found.kv_bytes_per_token) == ("none", 0, 0, 0)
-    assert found.layers == 3 and found.parameters > 0
+    assert found.layers == 3 and found.parameters
 
 
 def test_heads_that_differ_between_layers(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.progress import Progress
+from llmconvert.progress import SILENT, Progress, Task
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import quantize_checkpoint
@@ -34,6 +35,9 @@ class Heard(Progress):
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+
+    def task(self, description: str, total: float) -> AbstractContextManager[Task]:
+        return SILENT.task(description, total)
 
     def log(self, message: str) -> None:
         self.lines.append(message)
