@@ -494,7 +494,8 @@ def main() -> int:
         int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line
     )
     resource.setrlimit(resource.RLIMIT_DATA, (taken * 1024 + MOST_BYTES, resource.RLIM_INFINITY))
-    rows, all_findings = [], {}
+    rows: list[str] = []
+    all_findings: dict[str, str] = {}
     for name in options.only:
         outcome = fuzz(TARGETS[name], options.seconds, options.seed)
         found = len(outcome.findings)

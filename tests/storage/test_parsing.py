@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
@@ -52,7 +53,8 @@ def test_what_is_not_read_is_one_line(tmp_path: Path, case: str) -> None:
 
 def test_what_is_read() -> None:
     nested = json.loads("[" * 60 + "]" * 60)
-    for value in (nested, {"a": [1, 2.5, None, True, "x"], "b": {}}, 10**300, [], "", 0):
+    values: list[Any] = [nested, {"a": [1, 2.5, None, True, "x"], "b": {}}, 10**300, [], "", 0]
+    for value in values:
         assert parse_json(json.dumps(value)) == value
     assert parse_json(b"1e999") == float("inf")
 

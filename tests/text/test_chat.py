@@ -87,7 +87,7 @@ def test_a_template_that_fails_is_one_line(confined: Confinement, case: str) -> 
 
 @pytest.mark.slow
 def test_loops_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(confinement._KINDS, "render", confinement._Kind(1, 1 << 29))  # type: ignore[attr-defined]
+    monkeypatch.setitem(confinement._KINDS, "render", confinement._Kind(1, 1 << 29))
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     started = time.process_time()
     with renderer(loop) as rendering, pytest.raises(SourceError, match="chat template: takes more than 1 s"):
@@ -120,11 +120,11 @@ def test_templates_of_another_kind(declared: object, message: str) -> None:
         special_tokens_map: dict[str, str] = {}  # noqa: RUF012
 
     with pytest.raises(SourceError, match=message):
-        ChatTemplate.of(Declares())  # type: ignore[arg-type]
+        ChatTemplate.of(Declares())
     Declares.chat_template = {"default": "x", "tool": "y"}
-    assert ChatTemplate.of(Declares()) == ChatTemplate("x", ())  # type: ignore[arg-type]
+    assert ChatTemplate.of(Declares()) == ChatTemplate("x", ())
     Declares.chat_template = None
-    assert ChatTemplate.of(Declares()) is None  # type: ignore[arg-type]
+    assert ChatTemplate.of(Declares()) is None
 
 
 def test_a_machine_that_starts_no_process_is_no_fault_of_the_template(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,8 @@ def test_streamed_logits_are_those_of_the_resident_model(tmp_path: Path, model_t
 class Half(nn.Module):
     """A module with one buffer that the model's class knows nothing of, or half of which it computes."""
 
+    table: torch.Tensor
+
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("table", table, persistent=False)
@@ -81,7 +84,7 @@ def test_a_buffer_that_nothing_computes_is_named(tmp_path: Path, dtype: torch.dt
 def test_a_buffer_that_is_half_computed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skeleton = Skeleton(SafetensorsCheckpoint(save_tiny(tmp_path, "llama")), CPU)
     skeleton.model.extra = Half(torch.empty(4, device="meta"))
-    original = type(skeleton.model)._init_weights
+    original: Any = type(skeleton.model)._init_weights
 
     def half(self: nn.Module, module: nn.Module) -> None:
         original(self, module)
@@ -97,13 +100,13 @@ def test_buffers_are_the_same_when_restored_again_and_weights_stay(tmp_path: Pat
     skeleton = Skeleton(SafetensorsCheckpoint(save_tiny(tmp_path, "llama")), CPU)
     skeleton.restore_buffers()
     skeleton.load_outer(head=True)
-    frequencies = skeleton.model.model.rotary_emb.inv_freq.clone()
-    embedding = skeleton.model.model.embed_tokens.weight.clone()
+    inner: Any = skeleton.model.model
+    frequencies, embedding = inner.rotary_emb.inv_freq.clone(), inner.embed_tokens.weight.clone()
     state = torch.get_rng_state()
-    skeleton.model.model.rotary_emb.inv_freq.zero_()  # as dynamic scaling leaves it after a long input
+    inner.rotary_emb.inv_freq.zero_()  # as dynamic scaling leaves it after a long input
     skeleton.restore_buffers()
-    assert torch.equal(skeleton.model.model.rotary_emb.inv_freq, frequencies)
-    assert torch.equal(skeleton.model.model.embed_tokens.weight, embedding)
+    assert torch.equal(inner.rotary_emb.inv_freq, frequencies)
+    assert torch.equal(inner.embed_tokens.weight, embedding)
     assert torch.equal(torch.get_rng_state(), state)
 
 
