@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support.hub_server import WRITE_TOKEN, Fault, HubServer, Repo
 
 REPOSITORY = "me/model"
-SHARDS, SHARD_BYTES, SMALL_FILES, KILLS = 4, 12_000_000, 300, 20
+SHARDS, SHARD_BYTES, SMALL_FILES = 4, 12_000_000, 300
+# Pushes that are killed are many, and send less.
+KILLS, KILLED_SHARD_BYTES = 20, 1_000_000
 # What each adds of its own, besides what lies in the directory.
 OWN = (".gitattributes", "llmconvert/upload.json")
 TOOLS = {
@@ -114,10 +116,10 @@ class Bench:
         requests, sent, received = (new - old for new, old in zip(after, before, strict=True))
         return requests, sent, received
 
-    def write(self, version: int) -> dict[str, bytes]:
+    def write(self, version: int, shard_bytes: int) -> dict[str, bytes]:
         """Every file anew; returns them."""
         draw = random.Random(version)
-        files = {f"model-{n}-of-{SHARDS}.safetensors": draw.randbytes(SHARD_BYTES) for n in range(1, SHARDS + 1)}
+        files = {f"model-{n}-of-{SHARDS}.safetensors": draw.randbytes(shard_bytes) for n in range(1, SHARDS + 1)}
         files |= {f"small/{n:03}.json": b'{"version": %d, "n": %d}' % (version, n) for n in range(SMALL_FILES)}
         files["README.md"] = b"---\nlicense: mit\n---\n# version %d\n" % version
         for name, content in files.items():
@@ -138,7 +140,7 @@ def costs(bench: Bench, transport: str) -> list[list[str]]:
         # Contents that no earlier push of this script has brought into the Xet store.
         for what in ("first", "unchanged", "one file changed"):
             if what == "first":
-                bench.write(random.randrange(1 << 30))
+                bench.write(random.randrange(1 << 30), SHARD_BYTES)
             elif what == "one file changed":
                 (bench.directory / "small" / "007.json").write_bytes(b'{"changed": true}')
             requests, sent, received = bench.push(pusher)
@@ -152,10 +154,10 @@ def kills(bench: Bench, tool: str, transport: str) -> list[str]:
     hub = bench.hub
     hub.repos.clear()
     pusher = bench.pusher(tool, transport)
-    old = bench.write(1)
+    old = bench.write(1, KILLED_SHARD_BYTES)
     bench.push(pusher)
     start = hub.repos[REPOSITORY]
-    new = bench.write(2)
+    new = bench.write(2, KILLED_SHARD_BYTES)
     hub.repos[REPOSITORY] = copy.deepcopy(start)
     requests, _, _ = bench.push(pusher)
     seen: Counter[str] = Counter()
@@ -203,7 +205,7 @@ def main() -> None:
         print(f"{SHARDS} files of {SHARD_BYTES / 1e6:g} MB ({total:g} MB) and {SMALL_FILES + 1} small ones\n")
         rows = [row for transport in TRANSPORTS for row in costs(bench, transport)]
         header = ["push", "by", "requests", "bytes sent", "bytes received"]
-        print(markdown_table(header, rows))
+        print(markdown_table(header, rows), flush=True)
         print(f"\n{KILLS} kills of a push of a new version over an old one, then the same push again:\n")
         table = [kills(bench, tool, transport) for tool in TOOLS for transport in TRANSPORTS]
         print(markdown_table(["killed", "old version", "new version", "a mix", "commits in all"], table))
