@@ -232,6 +232,8 @@ def _fitted(divisors: np.ndarray, meta: dict[str, Any], head_dim: int) -> dict[s
     if factor <= 1.0:
         return None
     frequencies = meta["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    if not np.isfinite(frequencies).all():
+        return None
     smooth = (1.0 / divisors - 1.0 / factor) / (1.0 - 1.0 / factor)
     plain, scaled = smooth > 1.0 - _TOLERANCE, smooth < _TOLERANCE
     ramp = ~plain & ~scaled
@@ -239,7 +241,8 @@ def _fitted(divisors: np.ndarray, meta: dict[str, Any], head_dim: int) -> dict[s
         slope, intercept = np.polyfit(frequencies[ramp], smooth[ramp], 1)
     else:
         slope, intercept = _steep_line(frequencies, smooth, plain, scaled)
-    if slope <= 0 or intercept >= 0:
+    # A base of RoPE that makes no sense makes no line either; comparisons with NaN are false.
+    if not (0 < slope < math.inf and -math.inf < intercept < 0 and math.isfinite(slope / intercept)):
         return None
     # smooth = (context × frequency − low) / (high − low): the context is a whole number, the others make up for it.
     context = max(1, round(-slope / intercept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -227,6 +228,16 @@ def test_scalings_that_make_no_sense(key: str, value: float, message: str, tmp_p
     changes = {f"llama.rope.scaling.{name}": setting for name, setting in yarn.items()}
     with pytest.raises(CheckpointError, match=message):
         opened(tmp_path / "t.gguf", "llama", changes, {})
+
+
+@pytest.mark.parametrize("theta", [1e-45, 1e-300, 0.5, 1.0, 1e38, 1e300])
+@pytest.mark.filterwarnings("ignore")
+def test_bases_that_make_no_sense_make_no_scaling(theta: float) -> None:
+    """Overflow and NaN on the way to a line through the divisors end in a refusal, or in parameters that are right."""
+    divisors = np.array([1.0, 2.0, 8.0, 8.0])
+    with contextlib.suppress(UnsupportedError):
+        found = llama3_parameters(divisors, PLAIN | {"rope_theta": theta}, 8, "rope_freqs.weight")
+        np.testing.assert_allclose(llama3_divisors(found, 8), divisors, rtol=1e-5)
 
 
 def test_tensors_without_a_place_and_incomplete_biases(tmp_path: Path) -> None:
