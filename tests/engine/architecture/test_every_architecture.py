@@ -21,7 +21,7 @@ from llmconvert.engine.discovery import discover
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode, Stream
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -142,3 +142,11 @@ def test_falcons_linears_are_linears(tmp_path: Path) -> None:
         expected = model(input_ids=WINDOW[0], use_cache=False).logits
     (streamed,) = stream_logits(open_dense(SafetensorsCheckpoint(tmp_path / "out")), WINDOW, device=CPU)
     assert torch.equal(streamed, expected)
+
+
+def test_a_buffer_larger_than_the_model_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    """Some classes hold a mask of all positions by all positions; a config may say any number of them."""
+    skeleton = Skeleton(SafetensorsCheckpoint(save_tiny(tmp_path, "llama")), CPU)
+    skeleton.model.extra = Half(torch.empty(1 << 40, device="meta"))
+    with pytest.raises(CheckpointError, match=r"asks for a buffer of 4,398,046,511,104 bytes, 'extra\.table'"):
+        skeleton.restore_buffers()
