@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +15,19 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llmconvert.errors import RecipeError
+from llmconvert.errors import RecipeError, one_line
 from llmconvert.recipes.consistency import KeyPath, contradictions
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.unused import unused
+from llmconvert.text.files import local_path, read_text
 
 __all__ = ["load_recipe", "make_recipe", "parse_recipe", "read_override", "shipped_recipes"]
+
+# Bytes of a recipe, and keys that YAML's merging may add to one; those that people write are a hundredth of both.
+_LONGEST = 1 << 20
+_MOST_MERGED = 10_000
+# Characters of a value that an error shows.
+_LONGEST_VALUE = 100
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -40,16 +49,15 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _find(source)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"recipe {path}: cannot be read: {reason}") from error
+        text = read_text(path, _LONGEST)
+    except ValueError as error:
+        raise RecipeError(f"recipe {path}: {error}") from error
     return parse_recipe(text, str(source), overrides=overrides, name=path.stem)
 
 
 def _find(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    if path.exists():
+    path = local_path(source)
+    if os.path.exists(path):  # of names that no file can have, false
         return path
     shipped = shipped_recipes()
     name = str(source)
@@ -66,13 +74,7 @@ def parse_recipe(text: str, where: str, *, overrides: Sequence[str] = (), name: 
     Raises:
         RecipeError: one line per problem, each with the key's path, its line, and the nearest valid key.
     """
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise RecipeError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    node, values = _read_yaml(text, where)
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: expected keys and values (model: …), found {_describe(values)}")
     lines: dict[KeyPath, int] = {}
@@ -82,6 +84,47 @@ def parse_recipe(text: str, where: str, *, overrides: Sequence[str] = (), name: 
         _assign(values, *key)
         lines = {path: line for path, line in lines.items() if path[: len(key[0])] != key[0]}
     return _validated({"name": name, **values}, _Origin(where, lines, tuple(overrides)), problems)
+
+
+def _read_yaml(text: str, where: str) -> tuple[yaml.Node | None, Any]:
+    """The nodes of a YAML text, and the value it stands for.
+
+    Raises:
+        RecipeError: it is no YAML; is nested too deep; or merges its sections into each other without end.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if _merged(node, {}) > _MOST_MERGED:
+            raise RecipeError(
+                f"{where}: not a recipe: merge keys (<<) would make more than {_MOST_MERGED:,} keys of it"
+            )
+        return node, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise RecipeError(f"{where}{line}: not YAML: {reason}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where}: not YAML that can be read: it is nested too deep") from error
+    except (ValueError, TypeError, OverflowError) as error:  # dates that no calendar has, numbers of 5,000 digits
+        raise RecipeError(f"{where}: not YAML that can be read: {one_line(error)}") from error
+
+
+def _merged(node: Any, known: dict[int, int]) -> int:
+    """How many keys a node's merge keys bring in, counted without merging anything."""
+    if id(node) in known or not isinstance(node, yaml.CollectionNode):
+        return known.get(id(node), 0)
+    known[id(node)] = 0  # what merges itself is refused by the loader
+    total = 0
+    for part in node.value:
+        key, value = part if isinstance(part, tuple) else (None, part)
+        inside = _merged(value, known)
+        total = max(total, inside)
+        if key is not None and key.tag == "tag:yaml.org,2002:merge":
+            sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            total += sum(_merged(source, known) + len(getattr(source, "value", ())) for source in sources)
+    known[id(node)] = total
+    return total
 
 
 def make_recipe(
@@ -163,14 +206,12 @@ def read_override(text: str) -> tuple[KeyPath, Any]:
     Raises:
         RecipeError: no ``=``, an empty key, or a value that is not YAML.
     """
-    key, separator, value = text.partition("=")
+    key, separator, said = text.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
         raise RecipeError(f"--set {text}: expected key=value, for example quantize.scheme=w4a16-g64")
-    try:
-        return tuple(int(part) if part.isdecimal() else part for part in parts), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text}: the value is not YAML: {getattr(error, 'problem', None)}") from error
+    _, value = _read_yaml(said, f"--set {text}")
+    return tuple(int(part) if re.fullmatch(r"\d{1,9}", part, re.ASCII) else part for part in parts), value
 
 
 def _assign(values: dict[str, Any], path: KeyPath, value: Any) -> None:
@@ -278,4 +319,10 @@ def _describe(value: object) -> str:
         return "a section"
     if isinstance(value, (list, tuple)):
         return "a list"
-    return "nothing" if value is None else repr(value)
+    if value is None:
+        return "nothing"
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"

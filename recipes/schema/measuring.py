@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from llmconvert.recipes.schema.quantities import Bytes, LeastShare, Share
-from llmconvert.recipes.schema.section import Count, Length, Section, switch, to_tuple
+from llmconvert.recipes.schema.section import Count, Length, Name, Section, switch, to_tuple
 
 __all__ = [
     "BackendSettings",
@@ -43,8 +43,8 @@ class PerplexitySettings(Section):
     the first window have at least ``window - stride`` tokens of context, and each is scored once.
     """
 
-    dataset: Annotated[str, Field(min_length=1)]
-    window: Annotated[int, Field(ge=2)] = 2048
+    dataset: Name
+    window: Length = 2048
     stride: Count | None = None
     max_windows: Count | None = None
     max_increase: Share | None = None
@@ -56,7 +56,7 @@ class GenerationSettings(Section):
     ``prompts`` replaces the shipped set of everyday requests.
     """
 
-    max_new_tokens: Count = 64
+    max_new_tokens: Annotated[int, Field(ge=1, le=65_536)] = 64
     prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(to_tuple)] = ()
     min_agreement: LeastShare | None = None
 
@@ -74,7 +74,7 @@ class BackendSettings(Section):
         "flash",
     )
     lengths: Annotated[tuple[Length, ...], BeforeValidator(to_tuple), Field(min_length=1)] | None = None
-    seconds: Annotated[float, Field(gt=0)] = 120.0
+    seconds: Annotated[float, Field(gt=0, le=604_800)] = 120.0
 
 
 class PositionSettings(Section):
@@ -83,7 +83,7 @@ class PositionSettings(Section):
     The text is that of ``perplexity`` unless ``dataset`` names another.
     """
 
-    dataset: Annotated[str, Field(min_length=1)] | None = None
+    dataset: Name | None = None
     window: Length | None = None
     windows: Count = 4
 
@@ -92,7 +92,9 @@ class MemorySettings(Section):
     """The KV cache and the memory ladder at these contexts; ``measured`` are dtypes to load and run for real."""
 
     contexts: Annotated[tuple[Length, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (2048, 8192, 32768)
-    batches: Annotated[tuple[Count, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (1, 8)
+    batches: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=1 << 16)], ...], BeforeValidator(to_tuple), Field(min_length=1)
+    ] = (1, 8)
     measured: Annotated[tuple[Literal["float32", "bfloat16", "float16"], ...], BeforeValidator(to_tuple)] = (
         "float32",
         "bfloat16",
@@ -103,9 +105,9 @@ class MemorySettings(Section):
 class DecodingSettings(Section):
     """Speed of writing, original and artifact in ``rounds`` turns: ``tokens`` tokens after ``context`` others."""
 
-    context: Count = 4096
-    tokens: Count = 32
-    rounds: Count = 2
+    context: Length = 4096
+    tokens: Annotated[int, Field(ge=1, le=65_536)] = 32
+    rounds: Annotated[int, Field(ge=1, le=1_000)] = 2
 
 
 class TaskSettings(Section):
@@ -117,8 +119,8 @@ class TaskSettings(Section):
 
     names: Annotated[tuple[str, ...], BeforeValidator(to_tuple), Field(min_length=1)]
     samples: Count | None = None
-    fewshot: Annotated[int, Field(ge=0)] | None = None
-    include: str | None = None
+    fewshot: Annotated[int, Field(ge=0, le=1_000)] | None = None
+    include: Name | None = None
     max_drop: Share | None = None
 
 

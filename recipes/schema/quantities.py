@@ -9,7 +9,8 @@ from pydantic import AfterValidator, PlainSerializer, PlainValidator, WithJsonSc
 
 __all__ = ["Bytes", "LeastShare", "Share", "parse_bytes", "parse_share"]
 
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
+_SIZE = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,18})?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
+_HUGE = 1 << 64
 _UNITS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -19,6 +20,8 @@ def parse_share(value: object) -> float:
     Raises:
         ValueError: neither form, negative, or a bare number above 1 (surely meant as a percentage).
     """
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _HUGE:
+        raise ValueError("expected a share such as 5% or 0.05")
     if isinstance(value, str) and value.strip().endswith("%"):
         share = float(value.strip()[:-1]) / 100
     elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -38,8 +41,10 @@ def parse_bytes(value: object) -> int:
     Raises:
         ValueError: another form, or zero.
     """
-    match = _SIZE.fullmatch(str(value).strip()) if isinstance(value, (int, str)) else None
-    if match is None or isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _HUGE:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
         raise ValueError("expected a size such as 4GB, 512MiB or a number of bytes")
     size = int(float(match["number"]) * (1024 if match["binary"] else 1000) ** _UNITS[match["unit"]])
     if size < 1:

@@ -21,7 +21,7 @@ from llmconvert.quantize.methods.base import METHODS, needs_calibration
 from llmconvert.recipes.schema.measuring import DecodingSettings, ValidateSettings
 from llmconvert.recipes.schema.named import OptionalScheme, ScalingField, SchemeOrMix
 from llmconvert.recipes.schema.quantities import Bytes
-from llmconvert.recipes.schema.section import Count, Section, Seed, switch, to_tuple
+from llmconvert.recipes.schema.section import Count, Length, Name, Section, Seed, possible, switch, to_tuple
 
 __all__ = [
     "PLACEHOLDERS",
@@ -59,13 +59,13 @@ class HealSettings(Section):
     windows that the merge has seen already.
     """
 
-    steps: Annotated[int, Field(ge=0)] = 200
-    batch: Count = 2
-    length: Annotated[int, Field(ge=2)] = 512
-    dataset: Annotated[str, Field(min_length=1)] | None = None
+    steps: Annotated[int, Field(ge=0, le=1 << 20)] = 200
+    batch: Annotated[int, Field(ge=1, le=1 << 16)] = 2
+    length: Length = 512
+    dataset: Name | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     hidden: Annotated[float, Field(ge=0)] = 0.5
-    held_out: Annotated[int, Field(ge=0)] = 8
+    held_out: Annotated[int, Field(ge=0, le=1 << 20)] = 8
     seed: Seed = 1
 
 
@@ -84,9 +84,9 @@ class AttentionSettings(Section):
 class CalibrateSettings(Section):
     """Text whose activations a method measures: ``samples`` windows of ``length`` tokens."""
 
-    dataset: Annotated[str, Field(min_length=1)]
+    dataset: Name
     samples: Count = 128
-    length: Annotated[int, Field(ge=2)] = 2048
+    length: Length = 2048
     order: Literal["shuffled", "sequential"] = "shuffled"
     seed: Seed = 0
 
@@ -190,7 +190,7 @@ class PublishSettings(Section):
     What nothing tells the quality of goes to the Hub with ``unmeasured: true`` only, and its card says so.
     """
 
-    to: Annotated[Target, Field(pattern=r"^(file:.+|[\w.{}-]+/[\w.{}-]+)$")]
+    to: Annotated[Target, AfterValidator(possible), Field(pattern=r"^(file:.+|[\w.{}-]+/[\w.{}-]+)$")]
     private: bool | None = None
     revision: Target | None = None
     folder: Annotated[Target, Field(pattern=r"^[\w.{}-]+(/[\w.{}-]+)*$")] | None = None
@@ -217,7 +217,7 @@ class Recipe(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "recipe"
-    model: Annotated[str, Field(min_length=1)]
+    model: Name
     allow_pickle: bool = False
     stream: bool = False
     convert: ConvertSettings = ConvertSettings()
@@ -230,7 +230,7 @@ class Recipe(Section):
     publish: PublishSettings | None = None
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     memory: Bytes | None = None
-    work_dir: Annotated[str, Field(min_length=1)] = "work"
+    work_dir: Name = "work"
 
     @property
     def predictions_measured(self) -> bool:

@@ -16,8 +16,8 @@ __all__ = ["markdown_reference"]
 _ROLE = re.compile(r":\w+:`~?([\w.]+)`")
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _WORDS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true` or `false`"}
-# No reader needs to be told that a seed has 63 bits.
-_LARGE = 1 << 62
+# No reader needs to be told that a seed has 63 bits, or that there are no windows of 17 million tokens.
+_LARGE = 1 << 20
 
 
 def markdown_reference() -> str:

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-__all__ = ["Count", "Length", "Section", "Seed", "switch", "to_tuple"]
+__all__ = ["Count", "Length", "Name", "Section", "Seed", "possible", "switch", "to_tuple"]
 
-Count = Annotated[int, Field(ge=1)]
-Length = Annotated[int, Field(ge=2)]
+
+def possible(name: str) -> str:
+    """A name that a file could have."""
+    if "\0" in name:
+        raise ValueError("holds a NUL byte, which no name can")
+    longest = max((len(os.fsencode(part)) for part in name.split("/")), default=0)
+    if longest > _LONGEST_PART or len(os.fsencode(name)) > _LONGEST_NAME:
+        raise ValueError(f"a name of {longest:,} bytes; no file has one of more than {_LONGEST_PART}")
+    return name
+
+
+# What file systems take, in bytes: of a name between slashes, and of all of them.
+_LONGEST_PART, _LONGEST_NAME = 255, 4095
+
+#: A model, a dataset, a directory: on this machine or elsewhere.
+Name = Annotated[str, Field(min_length=1), AfterValidator(possible)]
+# Nothing is counted further: what is absurd is told before the work.
+Count = Annotated[int, Field(ge=1, le=1 << 31)]
+Length = Annotated[int, Field(ge=2, le=1 << 24)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
