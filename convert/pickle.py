@@ -90,7 +90,7 @@ def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds more than tensors, and weights_only=True refuses to run it: {str(error).splitlines()[0]}"
+            f"{path}: holds more than tensors, which would be run to be read, and never is: {one_line(error)}"
         ) from error
     except CheckpointError:
         raise

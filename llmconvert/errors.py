@@ -25,6 +25,7 @@ Anything else that escapes is a bug, and ends with exit code 1 and a traceback.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from llmconvert.printable import printable
@@ -49,11 +50,13 @@ __all__ = [
 ]
 
 _LONGEST_REASON = 300
+# Sentences in which libraries advise what this package never does: to run code that comes with a model.
+_ADVICE = re.compile(r"[^.!?:;]*\b(trust_remote_code|weights_only)\b[^.!?;]*[.!?;]?")
 
 
 def one_line(error: BaseException) -> str:
     """What a library's exception says, with its kind, in one line of bounded length for a message of ours."""
-    reason = " ".join(str(error).split())
+    reason = " ".join(_ADVICE.sub("", " ".join(str(error).split())).split())
     if len(reason) > _LONGEST_REASON:
         reason = f"{reason[:_LONGEST_REASON]}…"
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__

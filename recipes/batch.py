@@ -52,7 +52,7 @@ def run_batch(
     recipes: Sequence[str],
     *,
     overrides: Sequence[str] = (),
-    work_dir: Path | None = None,
+    work_dir: Path | str | None = None,
     fresh: bool = False,
     publish: bool = True,
     progress: Progress = SILENT,
@@ -82,7 +82,7 @@ def run_batch(
             try:
                 if isinstance(loaded, LlmconvertError):
                     raise loaded
-                directory = (work_dir or Path(loaded.work_dir)).absolute()
+                directory = Path(work_dir or loaded.work_dir).absolute()
                 if directory not in stores:
                     stores[directory] = stack.enter_context(StageStore(directory, progress=progress))
                 result = run_recipe(loaded, store=stores[directory], fresh=fresh, publish=publish, progress=progress)

@@ -270,6 +270,8 @@ def _problems(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
             yield path, f"key {_dotted(path)} is missing"
         elif item["type"] not in ("missing", "extra_forbidden"):
             reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+            if item["type"] in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
+                reason = "should be a section, with keys of its own"
             yield path, f"{_dotted(path)}: found {_describe(item['input'])}: {reason}"
 
 

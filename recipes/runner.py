@@ -30,7 +30,7 @@ from llmconvert.recipes.stages.conversion import converted_view, open_remote
 from llmconvert.recipes.stages.measurements import Measured, require_accepted, require_measurable
 from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.repair import repair
-from llmconvert.recipes.stages.run import RunStages, stages_of
+from llmconvert.recipes.stages.run import RunStages, require_texts, stages_of
 from llmconvert.recipes.stages.stage import MODEL, Finished, Place, Stage, Work
 from llmconvert.report.report import Check, Report, Step, require_passed
 from llmconvert.report.section import Value
@@ -62,7 +62,7 @@ class RunResult:
 def run_recipe(
     recipe: Recipe,
     *,
-    work_dir: Path | None = None,
+    work_dir: Path | str | None = None,
     store: StageStore | None = None,
     fresh: bool = False,
     publish: bool = True,
@@ -83,7 +83,7 @@ def run_recipe(
     """
     with interruptible(), ExitStack() as stack:
         if store is None:
-            store = stack.enter_context(StageStore(work_dir or Path(recipe.work_dir), progress=progress))
+            store = stack.enter_context(StageStore(Path(work_dir or recipe.work_dir), progress=progress))
         filled = fill_target(recipe)
         target = filled.publish if publish else None
         return _run(filled, target, store.begin(recipe.name, fresh=fresh), progress)
@@ -92,6 +92,7 @@ def run_recipe(
 def _run(recipe: Recipe, target: PublishSettings | None, stages: StageRun, progress: Progress) -> RunResult:
     context = Context(open_device(recipe.device), recipe.memory, progress=progress)
     require_measurable(recipe.measured)
+    require_texts(recipe)
     if target is not None:
         check_target(target, recipe.name, stages.store.hashes)
     todo = stages_of(recipe)

@@ -29,6 +29,7 @@ from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_
 from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
 from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.quantization import quantize_stage
+from llmconvert.recipes.stages.run import require_texts
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Work
 from llmconvert.recipes.stages.windows import (
     CALIBRATION,
@@ -54,6 +55,7 @@ _NOTHING = "nothing was written; run the same command again"
 def _opened(recipe: Recipe, progress: Progress) -> Iterator[Work]:
     """The recipe's model, as a run has it when it has been fetched; where it is streamed, known from its headers."""
     context = Context(open_device(recipe.device), recipe.memory, progress=progress)
+    require_texts(recipe)
     source = (
         open_remote(recipe)
         if recipe.stream
@@ -187,6 +189,7 @@ def validate_model(
     if reference is None:
         _require_no_comparison(settings)
     require_measurable(settings)
+    require_texts(recipe)
     for measurement in more:
         measurement.require()
     context = Context(open_device(recipe.device), recipe.memory, progress=progress)

@@ -60,7 +60,7 @@ class Tasks(Measurement):
         """
         if importlib.util.find_spec("lm_eval") is None:
             raise UnsupportedError(
-                "validate.tasks: lm-eval is not installed; pip install 'llmconvert[lm-eval]', or leave the key out"
+                "validate.tasks: lm-eval is not installed; pip install 'lm-eval>=0.4.9', or leave the key out"
             )
         known = set(self._manager().all_tasks)
         for name in self.names:

@@ -46,7 +46,7 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="cpu, cuda or cuda:N. [default: cpu]")
 @click.option("--memory", metavar="SIZE", help="Use at most this much memory, 4GB for example.")
-@click.option("--allow-pickle", is_flag=True, help="Read .bin weights, with weights_only=True.")
+@click.option("--allow-pickle", is_flag=True, help="Read .bin weights; what is more than tensors is refused.")
 @click.option("--stream", is_flag=True, help="Quantize while downloading, by a method without calibration.")
 def quantize(model: str, output: Path, **options: Any) -> None:
     """Quantize MODEL to the directory OUTPUT, or to a .gguf file. Stopped, the same command continues.

@@ -197,9 +197,9 @@ class Report(Value):
         """Indented JSON. Numbers that are not finite become null."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path | str) -> None:
         """Write the JSON, whole or not at all."""
-        write_file(path, self.to_json().encode())
+        write_file(Path(path), self.to_json().encode())
 
     @classmethod
     def from_json(cls, text: str | bytes, *, origin: str = "report") -> Report:
@@ -218,14 +218,14 @@ class Report(Value):
             raise SourceError(f"{origin}: is not a report: {error}") from error
 
     @classmethod
-    def read(cls, path: Path) -> Report:
+    def read(cls, path: Path | str) -> Report:
         """Read a report file.
 
         Raises:
             SourceError: it cannot be read, or is no report.
         """
         try:
-            return cls.from_json(path.read_bytes(), origin=str(path))
+            return cls.from_json(Path(path).read_bytes(), origin=str(path))
         except OSError as error:
             raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
 

@@ -14,17 +14,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llmconvert.errors import DatasetError
+from llmconvert.errors import DatasetError, one_line
 from llmconvert.storage.parsing import parse_json
 from llmconvert.text.files import local_path, read_text
 from llmconvert.text.topics import SPLITS, topics_text
 
-__all__ = ["Corpus", "Document", "Messages", "load_dataset_text"]
+__all__ = ["Corpus", "Document", "Messages", "load_dataset_text", "require_dataset"]
 
 #: A conversation: mappings with at least ``role`` and ``content``, as chat templates take them.
 Messages = Sequence[Mapping[str, Any]]
@@ -77,19 +79,40 @@ def load_dataset_text(dataset: str) -> Corpus:
     return _load_hub(match["id"], match["config"], match["split"] or "train", joined=False)
 
 
+def require_dataset(dataset: str) -> None:
+    """Refuse, before any work, a text that can't be there: nothing is read, nor asked of the Hub.
+
+    Raises:
+        DatasetError: a file or split that doesn't exist, or the ``datasets`` package is missing.
+    """
+    name, _, split = dataset.partition(":")
+    path = local_path(dataset)
+    if name == _TOPICS:
+        _require_split(split)
+    elif _looks_like_file(dataset, path):
+        if not os.path.exists(path):
+            raise DatasetError(f"dataset {dataset}: cannot be read: there is no such file")
+    elif _HUB_ID.fullmatch(dataset) is not None and "datasets" not in sys.modules and not find_spec("datasets"):
+        raise DatasetError(_without_datasets(name))
+
+
 def _topic_names() -> str:
     return " or ".join(f"{_TOPICS}:{split}" for split in SPLITS)
 
 
 def _load_topics(split: str) -> Corpus:
+    _require_split(split)
+    text = topics_text(split)
+    return Corpus(f"{_TOPICS}:{split}", (text,), _digest([text.encode()]))
+
+
+def _require_split(split: str) -> None:
     if split not in SPLITS:
         found = f"split {split!r}" if split else "no split"
         raise DatasetError(
             f"dataset {_TOPICS}: found {found}, expected {_topic_names()} "
             "(calibrate on one and evaluate on the other, they share no text)"
         )
-    text = topics_text(split)
-    return Corpus(f"{_TOPICS}:{split}", (text,), _digest([text.encode()]))
 
 
 def _looks_like_file(dataset: str, path: Path) -> bool:
@@ -162,19 +185,23 @@ class _HubDocuments(Sequence[Document]):
         return _document(self._rows[index], f"{self._where}, row {index}")
 
 
+def _without_datasets(repo: str) -> str:
+    return (
+        f"dataset {repo}: reading from the Hub needs the datasets package: pip install 'datasets>=3.0'; "
+        f"or give a local .txt or .jsonl file, or {_topic_names()}"
+    )
+
+
 def _load_hub(repo: str, config: str | None, split: str, *, joined: bool) -> Corpus:
     try:
         import datasets
     except ImportError:
-        raise DatasetError(
-            f"dataset {repo}: reading from the Hub needs the datasets package: pip install 'llmconvert[datasets]'; "
-            f"or give a local .txt or .jsonl file, or {_topic_names()}"
-        ) from None
+        raise DatasetError(_without_datasets(repo)) from None
     name = f"{repo}{f'/{config}' if config else ''}:{split}"
     try:
         rows: Any = datasets.load_dataset(repo, config, split=split)
     except Exception as error:  # the library lets errors of a dozen kinds through: HTTP, pyarrow, file system, its own
-        raise DatasetError(f"dataset {name}: {type(error).__name__}: {error}") from error
+        raise DatasetError(f"dataset {name}: {one_line(error)}") from error
     if len(rows) == 0:
         raise DatasetError(f"dataset {name}: the split is empty")
     documents: Sequence[Document] = _HubDocuments(rows, f"dataset {name}")

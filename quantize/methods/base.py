@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -236,10 +237,21 @@ def load_method(name: str, options: Mapping[str, Any]) -> Method:
     if name not in METHODS:
         raise UnsupportedError(f"method {name!r} is not known; known are {', '.join(METHODS)}")
     module, _, attribute = METHODS[name].partition(":")
+    made = getattr(importlib.import_module(module), attribute)
+    known = [field.name for field in fields(made)]
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UnsupportedError(
+                f"method {name!r} has no option {option!r}; it has {', '.join(known) if known else 'none'}{hint}"
+            )
     try:
-        instance: Method = getattr(importlib.import_module(module), attribute)(**options)
-    except TypeError as error:
-        raise UnsupportedError(f"method {name!r}: {error}") from error
+        instance: Method = made(**options)
+    except TypeError as error:  # a comparison of a value with one of another type
+        raise UnsupportedError(
+            f"method {name!r}: an option's value is of another type than expected: {error}"
+        ) from error
     return instance
 
 

@@ -20,8 +20,9 @@ from llmconvert.recipes.stages.windows import (
     WindowRequest,
     text_stage,
 )
+from llmconvert.text.datasets import require_dataset
 
-__all__ = ["RunStages", "stages_of"]
+__all__ = ["RunStages", "require_texts", "stages_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,19 @@ class RunStages:
         settings = self.recipe.measured
         between = tuple(step for step in self.between if step != model)
         return validate_stage(settings, model, between, name) if settings is not None else None
+
+
+def require_texts(recipe: Recipe) -> None:
+    """Refuse, before any work and download, texts that can't be there.
+
+    Raises:
+        DatasetError: see :func:`llmconvert.text.datasets.require_dataset`.
+    """
+    checks, heal = recipe.validation, recipe.attention.heal if recipe.attention is not None else None
+    sections = (recipe.calibrate, heal, checks and checks.perplexity, checks and checks.positions)
+    for section in sections:
+        if section is not None and section.dataset is not None:
+            require_dataset(section.dataset)
 
 
 def stages_of(recipe: Recipe) -> RunStages:

@@ -158,6 +158,18 @@ def test_what_is_given_is_used_or_refused(text: str, expected: str) -> None:
     assert expected in refusal(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: a\nquantize: 5", "quantize: found 5: should be a section, with keys of its own"),
+        (RTN.replace("}", ", options: {sarch: true}}"), "has no option 'sarch'; it has search; did you mean search?"),
+    ],
+)
+def test_mistakes_are_told_in_the_recipes_words(text: str, expected: str) -> None:
+    found = refusal(text)
+    assert expected in found and "__init__" not in found and "Settings" not in found
+
+
 def load_and_repeat(text: str) -> bool:
     """A recipe with every default written out, as artifacts have it, says the same."""
     recipe = parse_recipe(text, "x.yaml")
@@ -209,7 +221,7 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is a directory"):
         load_recipe(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="is a directory"):
+    with pytest.raises(RecipeError, match="is not UTF-8"):
         load_recipe(tmp_path / "binary.yaml")
 
 
@@ -292,5 +304,5 @@ def test_options_are_those_of_the_method() -> None:
     text = "model: m\nquantize: {method: rtn, scheme: w4a16-g64, options: {search: true}}\n"
     settings = parse_recipe(text, "x.yaml").quantize
     assert settings is not None and settings.options == {"search": True}
-    assert "quantize.options: method 'rtn': " in (message := refusal(text.replace("search", "serach")))
+    assert "quantize.options: method 'rtn' has no option " in (message := refusal(text.replace("search", "serach")))
     assert "serach" in message

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llmconvert.errors import DatasetError
-from llmconvert.text.datasets import Corpus, load_dataset_text
+from llmconvert.text.datasets import Corpus, load_dataset_text, require_dataset
 from llmconvert.text.tokens import Overlap, TokenWindows, check_disjoint, draw_windows
 from llmconvert.text.topics import split_topics, topics_text
 
@@ -162,10 +162,25 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes | None, m
 
 def test_hub_datasets_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DatasetError, match=r"pip install 'llmconvert\[datasets\]'"):
+    with pytest.raises(DatasetError, match=r"pip install 'datasets>=3\.0'"):
         load_dataset_text("wikitext-2")
     with pytest.raises(DatasetError, match="neither a file nor a name"):
         load_dataset_text("what is this?")
+
+
+def test_a_text_that_cannot_be_there_is_found_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    require_dataset("pydoc-topics:test")
+    (tmp_path / "a.txt").write_text("a")
+    require_dataset(str(tmp_path / "a.txt"))
+    monkeypatch.setattr("llmconvert.text.datasets.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    for name, reason in (
+        ("pydoc-topics:dev", "expected pydoc-topics:train"),
+        ("./gone.txt", "no such file"),
+        ("wikitext-2", r"pip install 'datasets>=3\.0'"),
+    ):
+        with pytest.raises(DatasetError, match=reason):
+            require_dataset(name)
 
 
 def test_hub_datasets_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

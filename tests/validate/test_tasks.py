@@ -109,5 +109,5 @@ def test_without_lm_eval_the_way_to_install_it_is_said(tmp_path: Path, original:
     recipe = tmp_path / "tasks.yaml"
     recipe.write_text(f"model: {original}\nvalidate: {{tasks: [hellaswag]}}\nwork_dir: {tmp_path / 'work'}\n")
     found = CliRunner().invoke(main, ["run", str(recipe)])
-    assert found.exit_code == 2 and "pip install 'llmconvert[lm-eval]'" in " ".join(found.output.split())
+    assert found.exit_code == 2 and "pip install 'lm-eval>=0.4.9'" in " ".join(found.output.split())
     assert not (tmp_path / "work").exists()

@@ -139,7 +139,7 @@ def _twice(load: Callable[[], T], directory: Path) -> T:
             if last or isinstance(error, ImportError):
                 name, version = directory.name, transformers.__version__
                 raise UnsupportedError(
-                    f"{name}: transformers {version} cannot load it: {type(error).__name__}: {error}"
+                    f"{name}: transformers {version} cannot load it: {one_line(error)}"
                 ) from error
         last = True
 
