@@ -57,8 +57,8 @@ def require_texts(recipe: Recipe) -> None:
         DatasetError: see :func:`llmconvert.text.datasets.require_dataset`.
     """
     checks, heal = recipe.validation, recipe.attention.heal if recipe.attention is not None else None
-    sections = (recipe.calibrate, heal, checks and checks.perplexity, checks and checks.positions)
-    for section in sections:
+    read = (checks.perplexity, checks.positions) if checks is not None else ()
+    for section in (recipe.calibrate, heal, *read):
         if section is not None and section.dataset is not None:
             require_dataset(section.dataset)
 
