@@ -138,9 +138,7 @@ def _twice(load: Callable[[], T], directory: Path) -> T:
                 ) from error
             if last or isinstance(error, ImportError):
                 name, version = directory.name, transformers.__version__
-                raise UnsupportedError(
-                    f"{name}: transformers {version} cannot load it: {one_line(error)}"
-                ) from error
+                raise UnsupportedError(f"{name}: transformers {version} cannot load it: {one_line(error)}") from error
         last = True
 
 
