@@ -1,6 +1,6 @@
 """Kills and failing file operations, by seed, over a whole run: what comes of it must be what an undisturbed run makes.
 
-    python bench/faults.py SCRATCH [--kills 200] [--errors 100] [--seed 0] [--workers 3] [--report faults.json]
+    python bench/faults.py SCRATCH [--kills 200] [--errors 100] [--seed 0] [--workers 3] [--minutes 60] [--report FILE]
 
 A run over a tiny model with multi-head attention converts it, draws text, merges key-value heads, measures
 sensitivities and quantizes within a budget, validates against limits with repair allowed, and publishes to a directory.
@@ -201,10 +201,10 @@ def _new_place(bench: Bench, name: str) -> Path:
     return place
 
 
-def schedule(bench: Bench, expected: Found, kills: int, errors: int) -> None:
-    """Run chains until as many kills and errors were met."""
+def schedule(bench: Bench, expected: Found, kills: int, errors: int, deadline: float) -> None:
+    """Run chains until as many kills and errors were met, or it is that late (:func:`time.monotonic`)."""
     number = 0
-    while left := _left(bench, kills, errors):
+    while (left := _left(bench, kills, errors)) and time.monotonic() < deadline:
         _chain(bench, expected, number, left)
         number += 1
         done = sum(counts["met"] for counts in bench.counts.values())
@@ -325,7 +325,7 @@ def prepare(scratch: Path, seed: int) -> Bench:
         "model": str(model),
         "calibrate": {"dataset": str(scratch / "train.txt"), "samples": 4, "length": 64},
         "attention": {"kv_heads": 2},
-        "quantize": {"method": "gptq", "scheme": "w4a16-g32", "budget": {"bits_per_weight": 5, "group_sizes": [32]}},
+        "quantize": {"method": "gptq", "budget": {"bits_per_weight": 5, "group_sizes": [32]}},
         "validate": {
             "perplexity": {"dataset": str(scratch / "test.txt"), "window": 64, "max_windows": 4, "max_increase": 0.5},
             "generation": {"max_new_tokens": 4, "prompts": ["Where?", "Say hello."]},
@@ -369,11 +369,12 @@ def _row(name: str, counts: dict[str, int] | Counter[str]) -> list[str]:
     return [name, str(counts.get("met", 0)), *(f"{counts.get(column, 0)}" for column in COLUMNS)]
 
 
-def measure(scratch: Path, kills: int, errors: int, seed: int) -> dict[str, Any]:
+def measure(scratch: Path, kills: int, errors: int, seed: int, minutes: float) -> dict[str, Any]:
     """One schedule; counts, seconds and operations by kind, findings, and what an undisturbed run takes."""
+    deadline = time.monotonic() + 60 * minutes
     bench = prepare(scratch, seed)
     expected = undisturbed(bench)
-    schedule(bench, expected, kills, errors)
+    schedule(bench, expected, kills, errors, deadline)
     about = {"undisturbed_seconds": expected.seconds, "undisturbed_operations": expected.operations}
     return {**{key: getattr(bench, key) for key in ("counts", "seconds", "operations", "findings")}, **about}
 
@@ -387,6 +388,7 @@ def side_by_side(arguments: argparse.Namespace) -> dict[str, Any]:
         reports.append(arguments.scratch / f"report-{worker}.json")
         command = [sys.executable, __file__, str(arguments.scratch / f"worker-{worker}"), "--report", str(reports[-1])]
         command += ["--kills", share[0], "--errors", share[1], "--seed", str(arguments.seed + worker)]
+        command += ["--minutes", str(arguments.minutes)]
         processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
     for process in processes:
         process.wait()
@@ -414,13 +416,14 @@ def main() -> None:
     parser.add_argument("--errors", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin no chain after that")
     parser.add_argument("--report", type=Path, help="counts and findings as JSON")
     arguments = parser.parse_args()
     begin = time.perf_counter()
     if arguments.workers > 1:
         report = side_by_side(arguments)
     else:
-        report = measure(arguments.scratch, arguments.kills, arguments.errors, arguments.seed)
+        report = measure(arguments.scratch, arguments.kills, arguments.errors, arguments.seed, arguments.minutes)
     if arguments.report:
         arguments.report.write_text(json.dumps(report, indent=2))
     print(table(report))
