@@ -120,13 +120,20 @@ def test_what_is_installed_is_what_all_batches_meet(mixture: Mixture, mode: Mode
     stream.close()
 
 
+def _counted(read: Callable[[str], torch.Tensor], reads: list[str]) -> Callable[[str], torch.Tensor]:
+    def counted(name: str) -> torch.Tensor:
+        reads.append(name)
+        return read(name)
+
+    return counted
+
+
 def test_an_expert_is_read_once_and_never_beside_another(mixture: Mixture) -> None:
     skeleton = Skeleton(SafetensorsCheckpoint(mixture("qwen3_moe")), CPU)
     slots = [slot for slots in skeleton.experts for slot in slots.values()]
     reads: list[str] = []
     for slot in slots:
-        read = slot._read
-        slot._read = lambda name, read=read: (reads.append(name), read(name))[1]  # type: ignore[misc]
+        slot._read = _counted(slot._read, reads)
     stream = Stream(skeleton, windows(), discover(skeleton, max(LENGTHS)), mode="replay", head=True)
     for _ in stream.blocks():
         assert sum(slot.number is not None for slot in slots) == 0

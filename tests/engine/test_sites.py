@@ -64,7 +64,7 @@ def test_a_running_model_meets_what_is_put_into_a_site(tmp_path: Path) -> None:
             assert torch.equal(run.weight(site.name), site.read(checkpoint))
             run.install(site.name, torch.full(site.shape, 0.5))
             assert torch.equal(run.weight(site.name), torch.full(site.shape, 0.5))
-            assert torch.equal(run.module(site.name).weight, run.weight(site.name))
+            assert torch.equal(run.module(site.name).get_parameter("weight"), run.weight(site.name))
             assert skeleton.submodule(0, site.name) is run.module(site.name)
         finally:
             stream.close()

@@ -132,7 +132,7 @@ def test_installed_weights_are_met_by_all_that_follows(tiny: Tiny, name: str, mo
                 for _ in run.inputs(stop.linears[0]):
                     pass
                 for linear in stop.linears:
-                    run.install(linear, perturbed(run.module(linear).weight))
+                    run.install(linear, perturbed(run.weight(linear)))
         streamed = list(stream.logits())
         replaced = {linear for linears in stream.skeleton.linears for linear in linears}
     model = resident(directory)

@@ -21,7 +21,7 @@ from llmconvert.report.report import Check, Report, Step
 from llmconvert.report.section import Column, Plot, Section, Series
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.artifact import validate_artifact
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.render.card import Address, render_card
 from llmconvert.validate.render.display import section_table
 from llmconvert.validate.render.html import render_html
@@ -154,7 +154,7 @@ def test_sections_that_make_no_sense_are_refused(changes: dict[str, Any], messag
 
 
 @dataclass(frozen=True)
-class Counting:
+class Counting(Measurement):
     """A measurement of the kind that others add."""
 
     name: str

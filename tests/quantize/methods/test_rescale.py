@@ -59,7 +59,7 @@ def rescaled(directory: Path, method: RandomScales, **options: Any) -> dict[str,
         new = {name: value.clone() for name, value in scaling.changed.items()}
         for name in skeleton.linears[index]:
             if name in scaling:
-                new[f"{name}.weight"] = scaling.apply(name, run.module(name).weight.data)
+                new[f"{name}.weight"] = scaling.apply(name, run.weight(name))
                 run.install(name, new[f"{name}.weight"])
         found |= {skeleton.names[name]: value for name, value in new.items()}
     stream.close()

@@ -48,8 +48,8 @@ def test_failures_and_missing_parts_show(report: Report) -> None:
     empty = Report(model=ModelInfo(name="a", source="b"))
     assert "not measured: nothing here tells" in " ".join(parse(render_html(empty)).text)
     unread = Check.unmeasured("runtime", "it does not fit", asked=False)
-    page = " ".join(parse(render_html(empty.model_copy(update={"checks": (unread,)}))).text)
-    assert "it does not fit" in page and "not measured" in page and "✓" not in page
+    shown = " ".join(parse(render_html(empty.model_copy(update={"checks": (unread,)}))).text)
+    assert "it does not fit" in shown and "not measured" in shown and "✓" not in shown
 
 
 @pytest.mark.parametrize("draw", [quality_plot, divergence_plot, layer_error_plot])
