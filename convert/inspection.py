@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.convert.source import open_source, parse_hub_id
@@ -21,6 +20,7 @@ from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 from llmconvert.storage.remote import RemoteCheckpoint
+from llmconvert.text.files import local_path
 
 __all__ = ["ModelSummary", "Stored", "describe_model", "inspect_model"]
 
@@ -109,7 +109,7 @@ def inspect_model(model: str) -> ModelSummary:
         SourceError: it does not exist or cannot be read.
         UnsupportedError: the config names no architecture that transformers knows.
     """
-    hub = parse_hub_id(model) if not Path(model).expanduser().exists() else None
+    hub = parse_hub_id(model) if not local_path(model).exists() else None
     if hub is not None:
         with RemoteCheckpoint(*hub) as remote:
             return describe_model(remote)

@@ -20,6 +20,7 @@ from llmconvert.hub import fetch
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME, files_of
+from llmconvert.text.files import local_path
 
 __all__ = ["Source", "SourceKind", "open_source", "parse_hub_id", "source_fingerprint"]
 
@@ -79,7 +80,7 @@ def _open(text: str, allow_pickle: bool, progress: Progress) -> Source:
         return Source("package", text, None, path, _open_path(path, allow_pickle))
     if text.startswith("package:"):
         raise SourceError(f"{text!r}: no file named; expected package:PKG/FILE")
-    path = Path(text).expanduser()
+    path = local_path(text)
     if path.is_dir():
         return Source("directory", text, None, path, _open_path(path, allow_pickle))
     if path.exists() or text.endswith(".gguf"):

@@ -25,6 +25,7 @@ from llmconvert.storage.contents import Contents, Hashes
 from llmconvert.storage.disk import disk_error
 from llmconvert.storage.lock import locked
 from llmconvert.storage.writer import check_output_directory, publish_directory, staging_directory, write_json
+from llmconvert.text.files import local_path
 from llmconvert.validate.render.card import Address
 
 __all__ = [
@@ -184,7 +185,7 @@ def _options(settings: PublishSettings) -> PushOptions:
 
 
 def _directory(settings: PublishSettings) -> Path:
-    return Path(settings.to.removeprefix("file:")).expanduser()
+    return local_path(settings.to.removeprefix("file:"))
 
 
 def check_local_target(directory: Path, recipe: str, hashes: Hashes) -> None:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from llmconvert.report.steps import DtypeReport, StepDetails, read_details
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.stage_record import stage_key
+from llmconvert.text.files import local_path
 
 __all__ = ["DTYPES", "convert_stage", "converted_view", "hub_model", "open_remote", "stream_stage"]
 
@@ -154,7 +154,7 @@ def hub_model(recipe: Recipe) -> tuple[str, str | None]:
     """
     if recipe.convert.rope_scaling is not None:
         raise UsageError("--stream does not scale positions; leave it out, or scale the model that it wrote")
-    found = parse_hub_id(recipe.model) if not Path(recipe.model).expanduser().exists() else None
+    found = parse_hub_id(recipe.model) if not local_path(recipe.model).exists() else None
     if found is None:
         raise UsageError(
             f"{recipe.model}: only a Hub model (org/name) downloads and can be streamed; leave out --stream"

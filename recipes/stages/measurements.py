@@ -18,6 +18,7 @@ from llmconvert.recipes.stages.windows import CALIBRATION, EVALUATION_TEXT
 from llmconvert.report.report import Check
 from llmconvert.report.section import Value
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.text.files import local_path
 from llmconvert.text.tokens import TokenWindows, check_disjoint
 from llmconvert.validate.artifact import plan_validation
 from llmconvert.validate.generation.behaviour import BehaviourCheck, GenerationOptions
@@ -136,7 +137,7 @@ def measurements(
         found.append(DecodingCheck(decoding.context, decoding.tokens, decoding.rounds, asked))
     if settings.tasks is not None:
         tasks = settings.tasks
-        include = Path(tasks.include).expanduser() if tasks.include is not None else None
+        include = local_path(tasks.include) if tasks.include is not None else None
         found.append(Tasks(tasks.names, tasks.samples, tasks.fewshot, include, tasks.max_drop))
     if between:
         found.append(StepLossesCheck(between, last))

@@ -13,6 +13,7 @@ from rich.text import Text
 from llmconvert.errors import SourceError
 from llmconvert.printable import printable
 from llmconvert.report.report import Check, Report
+from llmconvert.text.files import local_path
 from llmconvert.validate.render.display import (
     format_bytes,
     format_seconds,
@@ -81,7 +82,7 @@ def read_reports(places: Iterable[str]) -> dict[str, Report]:
     """
     found: list[tuple[str, Path, Report]] = []
     for place in dict.fromkeys(places):
-        path = Path(place).expanduser()
+        path = local_path(place)
         if path.is_dir():
             candidates = [path / "llmconvert" / "report.json", path / "report.json"]
             path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
