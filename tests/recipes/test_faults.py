@@ -18,7 +18,7 @@ BENCH = Path(__file__).parents[2] / "bench" / "faults.py"
 def test_nothing_is_lost_wrong_or_left_behind(tmp_path: Path) -> None:
     report = tmp_path / "faults.json"
     command = [sys.executable, str(BENCH), str(tmp_path / "scratch"), "--kills", "10", "--errors", "10", "--seed", "7"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(BENCH.parent)}
     done = subprocess.run([*command, "--report", str(report)], env=environment, capture_output=True, text=True)
     found: Any = json.loads(report.read_text()) if report.exists() else {"findings": [done.stderr], "counts": {}}
     assert found["findings"] == [] and done.returncode == 0
