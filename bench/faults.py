@@ -133,8 +133,12 @@ def _wait(child: int, deadline: float | None) -> int:
 
 def _child(bench: Bench, place: Path, fault: FileFault, log: Path, met: Path) -> None:
     """The forked process: the command, with its output in ``log``; never returns."""
+    import torch
+
     from llmconvert.cli import main
 
+    # A thread pool of torch is made anew after a fork; two threads at once must not be the first to ask for it.
+    torch.set_num_threads(1)
     code = 1
     true_open, true_write = os.open, os.write
 
