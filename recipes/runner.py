@@ -27,7 +27,7 @@ from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, artifact_stage, front_matter_of
 from llmconvert.recipes.stages.attention import require_mergeable
 from llmconvert.recipes.stages.conversion import converted_view, open_remote
-from llmconvert.recipes.stages.measurements import Measured, require_accepted, require_measurable
+from llmconvert.recipes.stages.measurements import Measured, require_accepted, require_loader, require_measurable
 from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.repair import repair
 from llmconvert.recipes.stages.run import RunStages, require_texts, stages_of
@@ -92,6 +92,7 @@ def run_recipe(
 def _run(recipe: Recipe, target: PublishSettings | None, stages: StageRun, progress: Progress) -> RunResult:
     context = Context(open_device(recipe.device), recipe.memory, progress=progress)
     require_measurable(recipe.measured)
+    require_loader(recipe)
     require_texts(recipe)
     if target is not None:
         check_target(target, recipe.name, stages.store.hashes)

@@ -76,6 +76,8 @@ class _Config(Declared):
 class AwqGemm(Format):
     """``qweight``, ``qzeros`` and ``scales`` and their configuration."""
 
+    loaders: ClassVar[Sequence[str]] = ("gptqmodel", "accelerate")
+
     def check(self, scheme: Scheme) -> None:
         if scheme.number != _NUMBER or scheme.activation_bits != 16:
             raise UnsupportedError(f"scheme {scheme}: awq stores asymmetric weights of 4 bits, w4a16-g128-asym for one")

@@ -117,6 +117,8 @@ class Format(Protocol):
     library: ClassVar[str] = "transformers"
     #: What does not go with it, and why.
     lacks: ClassVar[Mapping[Feature, str]] = {}
+    #: Packages that its library needs to load it, beside those that this one depends on.
+    loaders: ClassVar[Sequence[str]] = ()
 
     def check(self, scheme: Scheme) -> None:
         """Refuse a scheme the format cannot hold.

@@ -68,6 +68,8 @@ class _Config(Declared):
 class BitsAndBytes(Format):
     """4-bit and 8-bit tensors and their configuration."""
 
+    loaders: ClassVar[Sequence[str]] = ("bitsandbytes", "accelerate")
+
     def check(self, scheme: Scheme) -> None:
         if scheme in _EIGHT_BITS or (scheme.number == NF4 and scheme.group_size in _BLOCKS):
             return

@@ -96,6 +96,8 @@ class _Config(Declared):
 class GptqFormat(Format):
     """``qweight``, ``qzeros``, ``scales`` and ``g_idx``, and their configuration in both of its places."""
 
+    loaders: ClassVar[Sequence[str]] = ("optimum", "gptqmodel")
+
     def check(self, scheme: Scheme) -> None:
         if scheme.number not in _NUMBERS or scheme.activation_bits != 16:
             raise UnsupportedError(

@@ -5,13 +5,17 @@ A measurement of its own is a file under ``validate/`` and a line in :func:`meas
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmconvert.context import Context
+from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.formats.base import load_format
 from llmconvert.recipes.schema.measuring import BackendSettings, PerplexitySettings, PositionSettings, ValidateSettings
+from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.artifact import public_name
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
 from llmconvert.recipes.stages.windows import CALIBRATION, EVALUATION_TEXT
@@ -38,7 +42,15 @@ from llmconvert.validate.size import SizeCheck
 from llmconvert.validate.tasks import Tasks
 from llmconvert.validate.vocabulary import VocabularyCheck
 
-__all__ = ["Measured", "measure", "measurements", "require_accepted", "require_measurable", "validate_stage"]
+__all__ = [
+    "Measured",
+    "measure",
+    "measurements",
+    "require_accepted",
+    "require_loader",
+    "require_measurable",
+    "validate_stage",
+]
 
 
 class Measured(Value):
@@ -152,6 +164,24 @@ def require_measurable(settings: ValidateSettings | None) -> None:
     """
     for measurement in measurements(settings) if settings is not None else ():
         measurement.require()
+
+
+def require_loader(recipe: Recipe) -> None:
+    """Refuse, before any work, continuations by an artifact that nothing here can load.
+
+    Raises:
+        UnsupportedError: with the packages that are missing.
+    """
+    settings = recipe.measured
+    if settings is None or settings.generation is None or recipe.quantize is None:
+        return
+    loaders = load_format(recipe.quantize.format).loaders
+    missing = [package for package in loaders if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UnsupportedError(
+            f"validate.generation: transformers loads format {recipe.quantize.format} with {' and '.join(missing)}, "
+            f"not installed here; pip install {' '.join(missing)}, or leave the key out"
+        )
 
 
 def require_accepted(settings: ValidateSettings | None, original: Checkpoint) -> None:

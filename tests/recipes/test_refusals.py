@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from llmconvert import load_recipe, run_recipe
-from llmconvert.errors import SourceError
+from llmconvert import load_recipe, make_recipe, run_recipe
+from llmconvert.errors import SourceError, UnsupportedError
+from llmconvert.quantize.formats.base import FORMATS, load_format
+from llmconvert.recipes.stages.measurements import require_loader
 
 QUANTIZE = {"method": "rtn", "scheme": "w8a16-g32"}
 
@@ -30,6 +32,25 @@ def test_a_template_that_fails_on_the_prompts_is_refused_before_the_work(
         run_recipe(load_recipe(recipe))
     work = tmp_path / "work"
     assert not work.exists() or not list(work.glob("quantize-*"))
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"gguf"}))
+def test_what_loads_a_format_is_known_before_the_work(
+    write_recipe: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    scheme = {"bitsandbytes": "nf4", "awq": "w4a16-g32-asym"}.get(name, "w4a16-g32")
+    quantize = {"method": "rtn", "scheme": scheme, "format": name}
+    recipe = make_recipe(
+        {"model": str(tiny_llama), "quantize": quantize, "validate": {"generation": {"max_new_tokens": 2}}}
+    )
+    loaders = load_format(name).loaders
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    if not loaders:
+        require_loader(recipe)
+        return
+    with pytest.raises(UnsupportedError, match=rf"validate\.generation: .*{name} with {' and '.join(loaders)}"):
+        require_loader(recipe)
+    require_loader(recipe.model_copy(update={"validation": None}))
 
 
 def test_a_template_that_nobody_renders_is_carried_along(write_recipe: Any, tiny_llama: Path, tmp_path: Path) -> None:
