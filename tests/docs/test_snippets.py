@@ -149,9 +149,13 @@ def test_commands_run(block: Block, world: Path) -> None:
 
 @pytest.mark.parametrize("block", YAML, ids=str)
 def test_recipes_are_valid(block: Block) -> None:
-    """Parts get what they leave out: a model, text to calibrate on, a method."""
+    """Parts get what they leave out: a model, text to calibrate on, a method, a measurement."""
     values = yaml.safe_load(block.text)
-    usual = {"calibrate": {"dataset": "wikitext-2:train"}, "quantize": {"method": "gptq", "scheme": "w4a16-g64"}}
+    usual = {
+        "calibrate": {"dataset": "wikitext-2:train"},
+        "quantize": {"method": "gptq", "scheme": "w4a16-g64"},
+        "validate": {"perplexity": {"dataset": "wikitext-2:test"}},
+    }
     make_recipe({"model": "org/name", **usual, **values})
 
 
