@@ -35,9 +35,10 @@ demo: $(VENV)/.installed
 	$(BIN)/llmconvert run recipes/demo.yaml
 
 # pytest by its own name: `python -m pytest` puts the working directory before what is installed. Tests run side by side,
-# each in one thread; slow ones, most of which wait for processes of their own, file by file, so that one that takes long
-# is not also the last. What is covered is what the fast ones reach.
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8
+# each in one thread, twice as many as there are processors, since many wait for processes of their own; slow ones file by
+# file, which share what they set up. What is covered is what the fast ones reach.
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(8, 2 * os.cpu_count()))')
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 FAST := $(SIDE_BY_SIDE) -m 'not slow'
 
 test: $(VENV)/.installed

@@ -132,7 +132,7 @@ def convert_model(
         CapacityError: memory or disk do not suffice.
         RunInterruptedError: the process was asked to stop.
     """
-    shorter = length if heal_steps is not None and length is not None and length < _HEAL_LENGTH else None
+    shorter = length if heal_steps and length is not None and length < _HEAL_LENGTH else None
     recipe = recipe_of("convert", {**locals(), "heal_length": shorter})
     if recipe.attention is None:
         written = single.convert_model(recipe, Path(output), progress=progress)

@@ -377,10 +377,10 @@ class Skeleton:
             owner._parameters[leaf] = parameter
 
     def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        for name in shapes.keys() & self.names.keys():
-            info = self.checkpoint.infos[self.names[name]]
-            if info.shape != shapes[name]:
-                found, wanted = list(info.shape), list(shapes[name])
+        for name, shape in shapes.items():
+            info = self.checkpoint.infos[self.names[name]] if name in self.names else None
+            if info is not None and info.shape != shape:
+                found, wanted = list(info.shape), list(shape)
                 raise CheckpointError(f"tensor {info.name!r} has shape {found}, config.json says {wanted}")
 
 

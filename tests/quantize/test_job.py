@@ -299,7 +299,7 @@ def test_models_without_linears_are_refused_by_name(tmp_path: Path) -> None:
 def test_unknown_methods_options_and_formats_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     for options, message in (
         ({"method": "gtpq"}, "method 'gtpq' is not known; known are rtn, gptq"),
-        ({"options": {"dampign": 0.1}}, "method 'gptq': .*dampign"),
+        ({"options": {"dampign": 0.1}}, "method 'gptq' has no option 'dampign'"),
         ({"format": "gptq9"}, "format 'gptq9' is not known"),
         ({"name": "w4a8-g32"}, "int8 activations with w8a8"),
     ):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.quantized import random_weight
 
@@ -165,6 +165,8 @@ def test_a_coarse_search_costs_next_to_nothing(name: str) -> None:
 def test_a_search_is_never_worse_than_the_full_range(
     bits: int, symmetric: bool, dtype: torch.dtype, magnitude: int, seed: int
 ) -> None:
+    # Below, float16 does not hold the scales, which is refused.
+    assume(dtype != torch.float16 or magnitude > -4)
     scheme = Scheme(Int(bits, symmetric), 16)
     weight = random_weight(20, 32, seed) * 10.0**magnitude
     importance = importance_of(32, seed).float()
