@@ -30,6 +30,7 @@ def main() -> None:
                 f"model={options.model}",
                 f"quantize.scheme={scheme}",
                 "quantize.method=rtn",  # to the nearest, without calibration: quick
+                "calibrate=null",
                 "validate.perplexity.window=256",
                 "validate.perplexity.max_windows=4",
                 "validate.generation=false",

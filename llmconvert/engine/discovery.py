@@ -84,7 +84,8 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
     # Built outside the fake mode, which does not take the constants that some modules turn into buffers.
     model = build_meta_model(config, skeleton.dtype, skeleton.model.config._attn_implementation)
     fix_frequencies(model)
-    for name, experts in list(find_experts(model)):
+    taken = {name for slots in skeleton.experts for name in slots}
+    for name, experts in [found for found in find_experts(model) if found[0] in taken]:
         model.set_submodule(name, _ExpertShapes(experts))
     with FakeTensorMode(), torch.no_grad():
         # Fake, but on the real device, whose attention kernels decide what is alive.

@@ -10,6 +10,7 @@ is the resident model's to the bit.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -72,6 +73,8 @@ class ExpertsSlot(nn.Module):
         one._parameters = dict(experts._parameters)
         one.num_experts = 1  # type: ignore[assignment]
         self._one = [one]
+        # The forward that the class has of its own, whatever implementation its config asks for.
+        self._forward = inspect.unwrap(type(one).forward)
         #: The expert that is loaded.
         self.number: int | None = None
         #: What the layer gives, by batch, as far as that is known.
@@ -138,7 +141,7 @@ class ExpertsSlot(nn.Module):
 
     def _call(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         index = torch.zeros((len(rows), 1), dtype=torch.long, device=rows.device)
-        result: torch.Tensor = self._one[0](rows, index, weights[:, None])
+        result: torch.Tensor = self._forward(self._one[0], rows, index, weights[:, None])
         return result
 
     def _set(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from llmconvert.compute.precision import Scratch, WideLinear, compute_dtype
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
-from llmconvert.engine.architecture.experts import find_experts
+from llmconvert.engine.architecture.experts import PROJECTIONS, expert_parameter, find_experts
 from llmconvert.engine.architecture.model import build_meta_model, find_blocks, find_linears, forget_lengths
 from llmconvert.engine.architecture.names import map_names
 from llmconvert.engine.experts import ExpertsSlot
@@ -213,7 +213,12 @@ class Skeleton:
     def _take_experts(self, index: int) -> dict[str, ExpertsSlot]:
         """Put slots in the place of a block's experts."""
         block, prefix = self.blocks[index], self.prefix(index)
-        slots = {prefix + name: ExpertsSlot(module, prefix + name, self._read) for name, module in find_experts(block)}
+        found = {prefix + name: module for name, module in find_experts(block)}
+        slots = {
+            name: ExpertsSlot(module, name, self._read)
+            for name, module in found.items()
+            if expert_parameter(name, 0, PROJECTIONS[0]) in self.names
+        }
         for name, slot in slots.items():
             block.set_submodule(self.inside(index, name), slot)
         return slots

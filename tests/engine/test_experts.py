@@ -10,6 +10,8 @@ import pytest
 import torch
 from support.tiny_architectures import ids
 from support.tiny_mixtures import MIXTURES, load_mixture, tiny_mixture
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.evaluation import stream_logits
@@ -174,26 +176,29 @@ def test_a_missing_expert_and_a_wrong_shape_are_named(tmp_path: Path, mixture: M
             Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
 
 
-def test_layouts_that_are_not_known_are_refused_by_name(tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def test_experts_in_one_tensor_stay_parts_of_their_block(tmp_path: Path) -> None:
+    settings = AutoConfig.for_model(
+        "granitemoe",
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path)
+    skeleton = Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
+    assert not any(skeleton.experts) and all(site.kind == "linear" for site in skeleton.sites.values())
+    assert "model.layers.0.block_sparse_moe.experts.gate_up_proj" in skeleton.names
 
-    for kind, message in (
-        ("granitemoe", "holds all experts of a layer"),
-        ("gpt_oss", "GptOssExperts .* holds experts with biases, transposed weights, gate and up interleaved"),
-    ):
-        settings = AutoConfig.for_model(
-            kind,
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            layer_types=["full_attention"] if kind == "gpt_oss" else None,
-        )
-        AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / kind)
-        with pytest.raises(UnsupportedError, match=message):
-            Skeleton(SafetensorsCheckpoint(tmp_path / kind), CPU)
+
+def test_what_would_be_merged_into_an_unknown_layout_is_refused_by_name(
+    mixture: Mixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        MixtralExperts, "has_bias", property(lambda self: True, lambda self, value: None), raising=False
+    )
+    with pytest.raises(UnsupportedError, match=r"tensor '.*experts\.0\.w1\.weight' is merged .* layout that is not"):
+        Skeleton(SafetensorsCheckpoint(mixture("mixtral")), CPU)

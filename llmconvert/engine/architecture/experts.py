@@ -23,35 +23,29 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 _FUSED: Mapping[str, Sequence[str]] = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _NUMBER = re.compile(r"(?:^|\.)experts\.(\d+)\.")
-# What the class says of itself (``use_experts_implementation``), and how it has to be for what is built here.
-_PLAIN = {
-    "has_gate": (True, "no gate"),
-    "has_bias": (False, "biases"),
-    "has_post_expert_norm": (False, "a norm behind each expert"),
-    "is_transposed": (False, "transposed weights"),
-    "is_concatenated": (True, "gate and up interleaved"),
+# What a class says of itself (``use_experts_implementation``): a gate, no biases, ``[E, 2I, H]`` with the gate first.
+_PLAIN: Mapping[str, bool] = {
+    "has_gate": True,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_transposed": False,
+    "is_concatenated": True,
 }
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that hold the experts of a layer each, by name.
+    """The modules that hold the experts of a layer each, by name, as far as their layout is known here.
 
-    Raises:
-        UnsupportedError: they are laid out in a way that is not known here.
+    Others are parts of their block like any module.
     """
     for name, module in model.named_modules():
         shapes = {leaf: value.dim() for leaf, value in module.named_parameters(recurse=False)}
         if shapes.get("gate_up_proj") != 3 or shapes.get("down_proj") != 3:
             continue
-        others = [f"{name}.{leaf}" for leaf in shapes if leaf not in _FUSED]
-        found = [words for flag, (wanted, words) in _PLAIN.items() if getattr(module, flag, None) is not wanted]
-        if found or others or not hasattr(module, "num_experts"):
-            reasons = ", ".join(found or others or ["no count"])
-            raise UnsupportedError(
-                f"{type(module).__name__} ({name}) holds experts with {reasons}; mixtures that can be run have a gate, "
-                "an up and a down projection per expert, without biases (Mixtral, Qwen-MoE, DeepSeek, OLMoE, …)"
-            )
-        yield name, module
+        others = [leaf for leaf in shapes if leaf not in _FUSED]
+        plain = all(getattr(module, flag, None) is wanted for flag, wanted in _PLAIN.items())
+        if plain and not others and hasattr(module, "num_experts"):
+            yield name, module
 
 
 def expert_sizes(experts: nn.Module) -> tuple[int, int, int]:

@@ -43,11 +43,11 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: st
     config.use_cache = False
     with foreign_settings(f"architecture {config.model_type!r} cannot be built"), torch.device("meta"):
         try:
-            model = _build(config, dtype, attention)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         except ValueError as error:
             if attention == "eager" or "attention" not in str(error):
                 raise
-            model = _build(config, dtype, "eager")
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     return model.eval()
 
 
@@ -118,13 +118,6 @@ def _forget_length(module: nn.Module, args: tuple[Any, ...]) -> None:
         frequencies = name.removesuffix(_LONGEST_SEEN)
         setattr(module, name, module.original_max_seq_len)
         setattr(module, f"{frequencies}inv_freq", getattr(module, f"{frequencies}original_inv_freq"))
-
-
-def _build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=attention, experts_implementation="eager"
-    )
-    return model
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -7,7 +7,7 @@ matrices get names of their own. Results are always written under checkpoint nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -41,17 +41,19 @@ def map_names(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mappin
         CheckpointError: two tensors claim one parameter, or a parameter has no tensor.
     """
     states = model.state_dict()
-    wanted = _one_by_one(model, states)
+    renamed = list(_renamed(model, checkpoint_names))
+    wanted = _one_by_one(model, states, {target for _, target, conversion in renamed if conversion is None})
     mapping: dict[str, str] = {}
-    for name, target, conversion in _renamed(model, checkpoint_names):
+    for name, target, conversion in renamed:
         if conversion is not None:
             target = expert_weight(model, name, target, *conversion)
-        if target not in wanted:
-            if target in states:
+            if target not in wanted:
                 raise UnsupportedError(
-                    f"{type(model).__name__}: tensor {name!r} holds all experts of a layer; mixtures that can be run "
-                    "are stored with a gate, an up and a down matrix per expert (Mixtral, Qwen-MoE, DeepSeek, OLMoE, …)"
+                    f"{type(model).__name__}: tensor {name!r} is merged with others when transformers loads it, "
+                    "into experts of a layout that is not known here; mixtures that can be run have a gate, an up and "
+                    "a down matrix per expert, without biases (Mixtral, Qwen-MoE, DeepSeek, OLMoE, …)"
                 )
+        if target not in wanted:
             continue
         if target in mapping:
             raise CheckpointError(f"tensors {mapping[target]!r} and {name!r} are both meant for {target!r}")
@@ -90,9 +92,9 @@ def _renamed(
         yield name, target, None if pattern is None or found is None else (pattern, found)
 
 
-def _one_by_one(model: PreTrainedModel, states: Iterable[str]) -> dict[str, None]:
-    """The states of a model, the matrices of its experts in the place of what holds them together."""
-    experts = dict(find_experts(model))
+def _one_by_one(model: PreTrainedModel, states: Iterable[str], stored: Collection[str]) -> dict[str, None]:
+    """The states of a model, the matrices of its experts in the place of what holds them together and is not stored."""
+    experts = {name: module for name, module in find_experts(model) if f"{name}.gate_up_proj" not in stored}
     wanted: dict[str, None] = {}
     for name in states:
         owner = name.rpartition(".")[0]
