@@ -2,7 +2,7 @@
 
     python bench/moe.py make DENSE OUTPUT --kind exact|routed [--experts N] [--noise 0.05] [--seed 0]
     python bench/moe.py measure MODEL --calibration FILE --evaluation FILE --work DIR [--samples 32] [--length 512]
-        [--scheme w4a16-g64] [--method gptq] [--prior 0.25 --prior 0] [--windows 8] [--window 1024]
+        [--scheme w4a16-g64] [--method gptq] [--prior 0.01 --prior 0] [--windows 8] [--window 1024]
 
 ``exact``: four experts are quarters of the dense MLP's inner neurons, the router is zero, all four are chosen, and
 what that weighs them with is in ``down_proj``: it computes what the dense model does, and every expert sees every
