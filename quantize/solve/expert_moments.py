@@ -21,8 +21,8 @@ from llmconvert.engine.stream import BlockRun
 
 __all__ = ["PRIOR", "ExpertMoments"]
 
-#: κ by the columns of the input: enough for experts that hardly any token reaches. More of it has done worse
-#: (``bench/moe.py``: eight experts with 256 tokens each, KL 0.281 with 0 and 0.296 with 0.25).
+#: κ by the columns of the input. Seen on eight experts with 256 tokens each (``bench/moe.py``, over 1,022 predictions):
+#: KL 0.281 with 0, 0.271 with 0.01, 0.296 with 0.25.
 PRIOR = 0.01
 # Down projections of experts with more tokens than this by column are not shown the others' tokens.
 _ENOUGH = 4
