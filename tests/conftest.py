@@ -16,6 +16,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 os.environ["PYTHONSAFEPATH"] = "1"
 
 from support.tiny_architectures import tiny_model
+from support.tiny_mixtures import tiny_mixture
 from support.tiny_models import tiny_llama_dir
 
 
@@ -34,6 +35,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if (name, dtype) not in made:
             made[name, dtype] = tiny_model(tmp_path_factory.mktemp("tiny") / name, name, dtype=dtype)
         return made[name, dtype]
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``mixture(kind)``: the directory of a tiny mixture of experts of that family, made once; only read it."""
+    made: dict[str, Path] = {}
+
+    def directory(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tiny_mixture(tmp_path_factory.mktemp("mixture") / kind, kind)
+        return made[kind]
 
     return directory
 

@@ -115,11 +115,14 @@ class BlockRun:
 
     def _pass_experts(self, name: str) -> None:
         """Let all batches pass the experts of this block that come before a site."""
+        own = self._slot(name)
+        if all(slot is own for slot in self._stream.skeleton.experts[self.plan.index].values()):
+            return
         for stop in self.plan.stops:
             if name in stop.linears:
                 return
             slot = self._slot(stop.linears[0])
-            if slot is not None and slot is not self._slot(name):
+            if slot is not None and slot is not own:
                 self._stream.experts(self.plan.index, slot).finish()
 
     def _arrivals(self, linear: str) -> Iterator[tuple[Pass, torch.Tensor]]:

@@ -27,18 +27,6 @@ LENGTHS = (33, 9, 24)
 Mixture = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tiny_mixture(tmp_path_factory.mktemp(kind), kind)
-        return made[kind]
-
-    return make
-
-
 def windows() -> list[torch.Tensor]:
     return ids(LENGTHS)
 

@@ -32,18 +32,6 @@ WINDOWS = ids((48, 40, 56))
 Mixture = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tiny_mixture(tmp_path_factory.mktemp(kind), kind)
-        return made[kind]
-
-    return make
-
-
 def quantize(source: Path, output: Path, scheme: str = "w4a16-g16", **options: Any) -> SafetensorsCheckpoint:
     options = {"method": "gptq", "windows": WINDOWS, **options}
     quantize_checkpoint(SafetensorsCheckpoint(source), output, scheme=Scheme.parse(scheme), **options)
