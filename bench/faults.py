@@ -229,7 +229,7 @@ def _disturbance(bench: Bench, expected: Found, left: list[str]) -> Disturbance:
         return Disturbance(row, seconds=generator.uniform(0.001, expected.seconds))
     at = generator.randint(1, expected.operations)
     if row in ERRORS:
-        return Disturbance(row, fault=FileFault(at, row, generator.random() < 0.5))  # type: ignore[arg-type]
+        return Disturbance(row, fault=FileFault(at, row, generator.random() < 0.5))  # type: ignore[arg-type]  # a row of ERRORS
     return Disturbance(row, fault=FileFault(at, generator.choice(("before", "after"))))
 
 
