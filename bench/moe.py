@@ -77,7 +77,7 @@ def make_mixture(dense: Path, output: Path, kind: str, experts: int, noise: floa
     exact = kind == "exact"
     width, inner = config["hidden_size"], config["intermediate_size"]
     for path in dense.iterdir():
-        if path.name not in ("config.json", "model.safetensors"):
+        if path.is_file() and path.name not in ("config.json", "model.safetensors"):
             shutil.copy(path, output / path.name)
     config |= {
         "architectures": ["MixtralForCausalLM"],
