@@ -13,8 +13,10 @@ Calibration is the first ``--samples`` windows of ``--length`` tokens of a text,
 gets that same file. Runs alternate (ours, peer, peer, ours, …), each in a fresh process with ``--threads`` threads. A
 run's time goes from loaded tokenizer and token ids to the complete artifact: for ours all of ``quantize_checkpoint``,
 fsync included; for a peer loading the model, quantizing and saving, which it doesn't force to disk. Imports count for
-none. Peak memory is the process's, as ``wait4`` reports it. Perplexity is that of the dequantized weights in bfloat16,
-by one evaluator for all; it is measured for every artifact whose weights differ from those of an earlier round.
+none. Peak memory is the process's, as ``wait4`` reports it. Perplexity, and the divergence of the predictions from the
+unquantized model's, are those of the dequantized weights in bfloat16, by one evaluator for all; they are measured for
+every artifact whose weights differ from those of an earlier round. ``--our-method gptaq`` runs another method of ours
+beside gptq. Models may be mixtures of experts (``bench/moe.py``).
 
 ``--profile`` shows first where our time goes, by phase, and the floor of each phase on this machine.
 """
@@ -48,6 +50,7 @@ class Tool:
     name: str
     python: str
     runner: str
+    extra: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,10 @@ def main() -> None:
         results["profile"] = profile(options, ours, calibration)
         text.append(profile_table(results["profile"]))
         print("\n\n".join(text), flush=True)
-    tools = [ours]
+    tools = [
+        ours,
+        *(Tool(f"llmconvert, {name}", sys.executable, "ours.py", ("--method", name)) for name in options.our_method),
+    ]
     if options.llm_compressor_python:
         tools.append(Tool("llm-compressor, `mse` observer", options.llm_compressor_python, "llm_compressor.py"))
     if options.gptqmodel_python:
@@ -85,7 +91,7 @@ def main() -> None:
     if len(tools) > 1:
         evaluation = cut_windows(options, options.evaluation, options.windows, options.window, "evaluation")
         runs, scores = compare(options, tools, calibration, evaluation)
-        results |= {"runs": [asdict(run) for run in runs], "perplexity": scores}
+        results |= {"runs": [asdict(run) for run in runs], "scores": scores}
         text.append(comparison_table(tools, runs, scores))
         print("\n" + text[-1])
     if options.json:
@@ -100,6 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", required=True, help="text to calibrate on")
     parser.add_argument("--evaluation", help="text to measure perplexity on")
     parser.add_argument("--work", type=Path, required=True, help="scratch directory")
+    parser.add_argument("--our-method", action="append", default=[], help="another method of ours to run beside gptq")
     parser.add_argument("--llm-compressor-python", help="interpreter that has llm-compressor")
     parser.add_argument("--gptqmodel-python", help="interpreter that has GPTQModel")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
@@ -164,6 +171,7 @@ def quantize(options: argparse.Namespace, tool: Tool, ids: Path, output: Path) -
         str(options.group_size),
         "--threads",
         str(options.threads),
+        *tool.extra,
     ]
     cost = run_measured(command, threads=options.threads, log=log, extra=_ENVIRONMENT)
     found = json.loads(report.read_text())
@@ -179,9 +187,10 @@ def quantize(options: argparse.Namespace, tool: Tool, ids: Path, output: Path) -
 
 def compare(
     options: argparse.Namespace, tools: Sequence[Tool], ids: Path, evaluation: Path
-) -> tuple[list[Run], dict[str, list[float]]]:
-    """All rounds of all tools; and perplexities by tool, in the order of their distinct artifacts."""
-    scores = {"unquantized": [score(options, options.model, evaluation)]}
+) -> tuple[list[Run], dict[str, list[dict[str, Any]]]]:
+    """All rounds of all tools; and how each one's distinct artifacts predict, in their order."""
+    original = options.work / "original.logits"
+    scores = {"unquantized": [score(options, options.model, evaluation, "--keep", original)]}
     seen: set[tuple[str, str]] = set()
     runs: list[Run] = []
     for number in range(options.rounds):
@@ -192,13 +201,14 @@ def compare(
             note = f"round {number + 1}, {tool.name}: {run.seconds:.1f} s, {megabytes(run.peak_rss)}"
             if (tool.name, run.digest) not in seen:
                 seen.add((tool.name, run.digest))
-                scores.setdefault(tool.name, []).append(score(options, output, evaluation))
-                note += f", perplexity {scores[tool.name][-1]:.2f}"
+                found = score(options, output, evaluation, "--reference", original)
+                scores.setdefault(tool.name, []).append(found)
+                note += f", perplexity {found['perplexity']:.2f}, KL {found['kl_mean']:.4f}"
             print(note, file=sys.stderr, flush=True)
     return runs, scores
 
 
-def score(options: argparse.Namespace, model: Path, ids: Path) -> float:
+def score(options: argparse.Namespace, model: Path, ids: Path, *logits: str | Path) -> dict[str, Any]:
     report = options.work / "score.json"
     command = [
         sys.executable,
@@ -211,16 +221,18 @@ def score(options: argparse.Namespace, model: Path, ids: Path) -> float:
         report,
         "--threads",
         str(options.threads),
+        *logits,
     ]
     run_measured(command, threads=options.threads, log=options.work / "score.log", extra=_ENVIRONMENT)
-    return float(json.loads(report.read_text())["perplexity"])
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
 
 
-def comparison_table(tools: Sequence[Tool], runs: Sequence[Run], scores: dict[str, list[float]]) -> str:
+def comparison_table(tools: Sequence[Tool], runs: Sequence[Run], scores: dict[str, list[dict[str, Any]]]) -> str:
     base = [run for run in runs if run.tool == tools[0].name]
     reference = statistics.median(run.seconds for run in base)
     reference_rss = statistics.median(run.peak_rss for run in base)
-    rows = [["unquantized", "", "", "", "", "", f"{scores['unquantized'][0]:.2f}", ""]]
+    rows = [["unquantized", "", "", "", "", "", f"{scores['unquantized'][0]['perplexity']:.2f}", "", ""]]
     for tool in tools:
         own = [run for run in runs if run.tool == tool.name]
         seconds = statistics.median(run.seconds for run in own)
@@ -228,7 +240,9 @@ def comparison_table(tools: Sequence[Tool], runs: Sequence[Run], scores: dict[st
         spread = f"{min(run.seconds for run in own):.1f}–{max(run.seconds for run in own):.1f}"
         alone = statistics.median(run.quantize_seconds for run in own)
         found = scores[tool.name]
-        perplexity = f"{statistics.median(found):.2f}" + (f" ({len(found)} artifacts)" if len(found) > 1 else "")
+        perplexity = f"{statistics.median(one['perplexity'] for one in found):.2f}" + (
+            f" ({len(found)} artifacts)" if len(found) > 1 else ""
+        )
         rows.append(
             [
                 f"{tool.name} ({own[0].report['version']})",
@@ -238,10 +252,21 @@ def comparison_table(tools: Sequence[Tool], runs: Sequence[Run], scores: dict[st
                 megabytes(rss),
                 f"{rss / reference_rss:.2f}",
                 perplexity,
+                f"{statistics.median(one['kl_mean'] for one in found):.4f}",
                 megabytes(own[0].artifact_nbytes),
             ]
         )
-    header = ["", "seconds: median (range)", "ratio", "quantizing alone", "peak RSS", "ratio", "perplexity", "weights"]
+    header = [
+        "",
+        "seconds: median (range)",
+        "ratio",
+        "quantizing alone",
+        "peak RSS",
+        "ratio",
+        "perplexity",
+        "KL",
+        "weights",
+    ]
     return markdown_table(header, rows) + f"\n\n{len(base)} alternating rounds."
 
 

@@ -4,7 +4,8 @@
         [--method gptq|awq|rtn] [--bits 4] [--group-size 64] [--asymmetric]
 
 Its defaults (for GPTQ static act-order, true-sequential per decoder layer, damping 0.01; for AWQ 20 points of its
-grid), with the ``mse`` observer for scales. The clock starts with everything imported, tokenizer and token
+grid), with the ``mse`` observer for scales; a mixture's experts are calibrated on all tokens each, unless
+``--routed``. The clock starts with everything imported, tokenizer and token
 ids loaded, and stops with the artifact saved.
 """
 
@@ -21,18 +22,20 @@ import torch
 from arguments import run_parser
 from datasets import Dataset
 from llmcompressor import __version__, oneshot
+from llmcompressor.modeling.moe.linearize import load_quantizable_moe
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
     parser = run_parser()
     parser.add_argument("--method", choices=["gptq", "awq", "rtn"], default="gptq")
     parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--routed", action="store_true", help="calibrate experts on the tokens that are routed to them")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ids = np.load(options.ids)
@@ -51,7 +54,9 @@ def main() -> None:
     if options.method == "awq":
         recipe.insert(0, AWQModifier())
     begin = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    mixture = hasattr(AutoConfig.from_pretrained(options.model), "num_experts_per_tok")
+    with load_quantizable_moe() if mixture else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     loaded = time.perf_counter()
     # Its AWQ pins memory for copies to an accelerator, and fails where there is none to copy to.
     with nullcontext() if torch.accelerator.is_available() else patch.object(IntermediatesCache, "pin_memory"):
@@ -63,6 +68,7 @@ def main() -> None:
             max_seq_length=ids.shape[1],
             num_calibration_samples=len(ids),
             shuffle_calibration_samples=False,
+            moe_calibrate_all_experts=not options.routed,
         )
     quantized = time.perf_counter()
     model.save_pretrained(options.output, save_compressed=True)
