@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from llmconvert.engine.architecture.model import served_class, served_model
-from llmconvert.engine.architecture.names import module_names
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
@@ -111,7 +109,8 @@ def plan_quantization(
     sites = skeleton.sites
     experts = skeleton.architecture.experts if any(skeleton.experts) else 0
     gates = {name for name, site in sites.items() if _is_gate(site, experts)}
-    assigned = {name: _assigned(name, None if name in gates else scheme, overrides) for name in sites}
+    dense = gates | (_idle(blocks) if skeleton.reach.idle else set())
+    assigned = {name: _assigned(name, None if name in dense else scheme, overrides) for name in sites}
     _check_experts(sites, assigned, method, layout)
     _check_overrides(overrides, sites)
     for name, site in sites.items():
@@ -137,7 +136,7 @@ def plan_quantization(
         else:
             specs.append(TensorSpec(name, info.dtype, info.shape))
     names = _DeclaredNames.of(skeleton)
-    declared = {names.of_site(sites[name]): chosen for name, chosen in schemes.items()}
+    declared = {called: chosen for name, chosen in schemes.items() for called in names.of_site(sites[name])}
     kept = names.kept([sites[name] for name, chosen in assigned.items() if chosen is None], declared)
     return QuantizationPlan(schemes, sites, kept, tuple(specs), layout.quantization_config(declared, kept))
 
@@ -146,56 +145,52 @@ def plan_quantization(
 class _DeclaredNames:
     """What runtimes call the linears of a checkpoint, and which of its tensors a config has to speak of.
 
-    They load the class that ``config.json`` names. It may hold more than the decoder that is quantized, a vision tower
-    for one, and call the decoder's own modules otherwise; and a checkpoint may hold more than its class, layers that
-    predict several tokens for one, which other runtimes load. A config that says all linears are quantized has to name
-    every one that is not.
+    transformers looks for its own modules' names, vLLM and this package for those that the checkpoint has; where they
+    differ, both are declared. A model may hold more than the decoder that is quantized, a vision tower for one; and a
+    checkpoint may hold more than its class, layers that predict several tokens for one, which other runtimes load. A
+    config that says all linears are quantized has to name every one that is not.
 
     Attributes:
-        skeleton: the decoder, and its checkpoint.
-        model: of the class that runtimes load; the decoder itself where it is the same.
-        modules: tensor → module, of the tensors that the model loads.
+        skeleton: the model, and its checkpoint.
+        modules: tensor → module, of the tensors that the model loads as they are.
     """
 
     skeleton: Skeleton
-    model: nn.Module
     modules: Mapping[str, str]
 
     @classmethod
     def of(cls, skeleton: Skeleton) -> _DeclaredNames:
-        config, own = skeleton.checkpoint.config, skeleton.model
-        known = served_class(config)
-        served = served_model(config) if known is not None and known is not type(own) else None
-        if served is None:
-            names = {tensor: parameter for parameter, tensor in skeleton.names.items()}
-        else:
-            names = dict(module_names(served, skeleton.checkpoint))
-        return cls(skeleton, served or own, {tensor: name.removesuffix(_WEIGHT) for tensor, name in names.items()})
+        names = {tensor: parameter for parameter, tensor in skeleton.names.items()}
+        return cls(skeleton, {tensor: name.removesuffix(_WEIGHT) for tensor, name in names.items()})
 
-    def of_site(self, site: Site) -> str:
+    def of_site(self, site: Site) -> Iterator[str]:
         """What runtimes call a linear of the decoder."""
-        return self.modules.get(site.tensor, site.name)
+        name = self.modules.get(site.tensor, site.name) if site.kind == "linear" else site.name
+        yield name
+        if site.kind == "linear" and site.stored != name:
+            yield site.stored
 
-    def kept(self, dense: Iterable[Site], quantized: Collection[str]) -> tuple[str, ...]:
+    def kept(self, dense: Iterable[Site], quantized: Mapping[str, Scheme]) -> tuple[str, ...]:
         """All that could be taken for quantized linears and are none.
 
         Args:
             dense: linears of the decoder that are left so.
-            quantized: the names of the others.
+            quantized: the names of the others, with their schemes.
         """
-        names = dict.fromkeys(self.of_site(site) for site in dense)
-        inside = f"{self.skeleton.list_name}." if self.model is self.skeleton.model else None
+        stored = {module: tensor.removesuffix(_WEIGHT) for tensor, module in self.modules.items()}
+        names = dict.fromkeys(name for site in dense for name in self.of_site(site))
         embeddings: set[str] = set()
-        for name, module in self.model.named_modules():
+        for name, module in self.skeleton.model.named_modules():
             if isinstance(module, nn.Embedding):
                 embeddings.add(name)
-            elif isinstance(module, nn.Linear) and name not in quantized and not (inside and name.startswith(inside)):
-                names[name] = None
+            elif isinstance(module, nn.Linear) and name not in quantized and not self.skeleton.holds(name):
+                names |= dict.fromkeys((name, stored.get(name, name)))
         for tensor, info in self.skeleton.checkpoint.infos.items():
-            name = self.modules.get(tensor, tensor.removesuffix(_WEIGHT))
+            found = tensor.removesuffix(_WEIGHT)
+            name = self.modules.get(tensor, found)
             matrix = tensor.endswith(_WEIGHT) and len(info.shape) == 2 and info.dtype.is_floating_point
-            if matrix and name not in quantized and name not in embeddings:
-                names.setdefault(name)
+            if matrix and not {name, found} & quantized.keys() and name not in embeddings:
+                names |= dict.fromkeys((name, found))
         return tuple(names)
 
 
@@ -319,6 +314,11 @@ def _is_gate(site: Site, experts: int) -> bool:
     Such stay dense: they are tiny, and a token that goes elsewhere is worse than any rounding of weights.
     """
     return site.kind == "linear" and experts > 0 and site.rows in (1, experts)
+
+
+def _idle(blocks: Sequence[BlockPlan]) -> set[str]:
+    """The linears of a multimodal model's blocks that text never reaches: they are for images, and stay as they are."""
+    return {name for block in blocks for name in block.unreached}
 
 
 def _assigned(name: str, scheme: Scheme | None, overrides: Iterable[Override]) -> Scheme | None:

@@ -200,15 +200,14 @@ class _Folding:
 
     def _rotate_outside(self, width: int, rotation: Rotation) -> None:
         model, names = self._skeleton.model, self._skeleton.names
-        inside = f"{self._skeleton.list_name}."
-        modules = {name: part for name, part in model.named_modules() if not name.startswith(inside)}
+        modules = {name: part for name, part in model.named_modules() if not self._skeleton.holds(name)}
         embedding = next(name for name, part in modules.items() if part is model.get_input_embeddings())
         head = next(name for name, part in modules.items() if part is model.get_output_embeddings())
         norms = [name for name, part in modules.items() if _is_norm(part, width)]
         if len(norms) != 1:
             self._refuse(f"expected one norm of {width} channels behind the blocks, found {norms or 'none'}")
         others = set(names) - {f"{embedding}.weight", f"{head}.weight", f"{head}.bias", f"{norms[0]}.weight"}
-        stray = sorted(name for name in others if not name.startswith(inside))
+        stray = sorted(name for name in others if not self._skeleton.holds(name))
         if stray:
             self._refuse(f"{stray[0]} lies outside the blocks, and what it does to hidden states is not known")
         norm_type = type(modules[norms[0]])

@@ -110,8 +110,7 @@ class ArtifactSink:
 
     def _outer_names(self) -> Iterable[str]:
         """Checkpoint tensors outside the blocks, and those that the model's class does not know."""
-        blocks = f"{self._skeleton.list_name}."
-        inside = {stored for name, stored in self._skeleton.names.items() if name.startswith(blocks)}
+        inside = {stored for name, stored in self._skeleton.names.items() if self._skeleton.holds(name)}
         return (name for name in self._skeleton.checkpoint if name not in inside)
 
 

@@ -9,16 +9,13 @@ cannot run fails here, before any work.
 from __future__ import annotations
 
 import itertools
-import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,6 +23,7 @@ from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.experts import PROJECTIONS, expert_parameter, expert_sizes, find_experts
 from llmconvert.engine.architecture.model import build_meta_model, fix_frequencies
+from llmconvert.engine.architecture.reach import on_shapes
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UnsupportedError
 
@@ -87,22 +85,17 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
     taken = {name for slots in skeleton.experts for name in slots}
     for name, experts in [found for found in find_experts(model) if found[0] in taken]:
         model.set_submodule(name, _ExpertShapes(experts))
-    with FakeTensorMode(), torch.no_grad():
-        # Fake, but on the real device, whose attention kernels decide what is alive.
-        for module in model.modules():
-            for name, tensor in module.named_buffers(recurse=False):
-                module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=skeleton.device)
-            for name, tensor in module.named_parameters(recurse=False):
-                value = torch.empty(tensor.shape, dtype=tensor.dtype, device=skeleton.device)
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
-        blocks = list(model.get_submodule(skeleton.list_name))
+    # Fake, but on the real device, whose attention kernels decide what is alive.
+    with on_shapes(model, skeleton.device):
+        listed: Any = model.get_submodule(skeleton.reach.blocks)
+        blocks = [listed[position] for position in skeleton.reach.positions]
         tracker = _Tracker(model)
         recorders = [_BlockRecorder(index, tracker) for index in range(len(blocks))]
         order: list[int] = []
         for recorder, block, linears in zip(recorders, blocks, skeleton.linears, strict=True):
             recorder.attach(block, skeleton.prefix(recorder.index), linears, order)
         ids = torch.zeros((1, length), dtype=torch.long, device=skeleton.device)
-        with foreign_settings(f"architecture {kind!r} cannot be traced"), _unlogged(), tracker:
+        with foreign_settings(f"architecture {kind!r} cannot be traced"), tracker:
             model(input_ids=ids, use_cache=False)
     if order != list(range(len(blocks))):
         raise UnsupportedError(
@@ -110,17 +103,6 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
             "in order, with the hidden state as first argument; the streaming engine cannot run it"
         )
     return tuple(recorder.plan() for recorder in recorders)
-
-
-@contextmanager
-def _unlogged() -> Iterator[None]:
-    """torch writes a traceback to the log before it raises; what is raised says it in one line."""
-    log = logging.getLogger(FakeTensorMode.__module__)
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 class _ExpertShapes(nn.Module):

@@ -6,7 +6,6 @@ block is put into a :class:`BlockSlot`, the only place where a batch can be held
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,15 +19,16 @@ from llmconvert.compute.activations import InputKind, quantize_inputs_of
 from llmconvert.compute.attention import use_attention
 from llmconvert.compute.dot_products import use_dot_products
 from llmconvert.compute.precision import Scratch, WideLinear, compute_dtype
-from llmconvert.engine.architecture.boundary import foreign_settings
+from llmconvert.engine.architecture.buffers import restore_buffers
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.experts import PROJECTIONS, expert_parameter, find_experts
-from llmconvert.engine.architecture.model import build_meta_model, find_blocks, find_linears, forget_lengths
+from llmconvert.engine.architecture.model import build_meta_model, find_linears, forget_lengths
 from llmconvert.engine.architecture.names import map_names
+from llmconvert.engine.architecture.reach import find_reach
 from llmconvert.engine.experts import ExpertsSlot
 from llmconvert.engine.sites import Site, find_sites
-from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.errors import CheckpointError
 from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["BlockCall", "BlockSlot", "Gate", "Skeleton"]
@@ -91,30 +91,6 @@ class BlockSlot(nn.Module):
             return getattr(super().__getattr__("block"), name)
 
 
-# Tables of a million positions are smaller than this.
-_LARGEST_BUFFER = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class _Blank:
-    """Memory for a buffer that is still to be computed: NaN, or where a dtype has none, watched for being written."""
-
-    tensor: torch.Tensor
-    version: int
-
-    @classmethod
-    def like(cls, buffer: torch.Tensor, device: torch.device) -> _Blank:
-        missing = math.nan if buffer.is_floating_point() or buffer.is_complex() else 0
-        tensor = torch.full_like(buffer, missing, device=device)
-        return cls(tensor, tensor._version)
-
-    def is_left(self, found: torch.Tensor | None) -> bool:
-        """Whether the module that has it holds ``found`` now, and so nothing was computed, or not all of it."""
-        if found is None or found.numel() == 0:
-            return False
-        return bool(found.isnan().any()) or (found is self.tensor and found._version == self.version)
-
-
 class Skeleton:
     """A model on ``meta`` with its blocks in slots, and the means to fill it from a checkpoint.
 
@@ -149,10 +125,12 @@ class Skeleton:
         attention = "eager" if self.architecture.eager_only else "sdpa"
         self.model = build_meta_model(config, self.dtype, attention)
         forget_lengths(self.model)
-        self.names = map_names(self.model, checkpoint)
+        #: What of the model text reaches; the rest is never loaded.
+        self.reach = find_reach(self.model, config, self.dtype)
+        self.names = map_names(self.model, checkpoint, self.reach.needs)
         self._check_shapes({name: tuple(state.shape) for name, state in self.model.state_dict().items()})
-        self.list_name, blocks = find_blocks(self.model)
-        self.blocks: list[nn.Module] = list(blocks)
+        blocks: Any = self.model.get_submodule(self.reach.blocks)
+        self.blocks: list[nn.Module] = [blocks[position] for position in self.reach.positions]
         self.slots = [BlockSlot(block, index) for index, block in enumerate(self.blocks)]
         #: Of each block, by name: where it has experts.
         self.experts = [self._take_experts(index) for index in range(len(self.blocks))]
@@ -165,8 +143,8 @@ class Skeleton:
             use_attention(self.model, "float32")
         elif fast_products and self.dtype == torch.bfloat16 and device.type == "cpu" and use_dot_products():
             use_attention(self.model, "tiled")
-        for index, slot in enumerate(self.slots):
-            blocks[index] = slot
+        for position, slot in zip(self.reach.positions, self.slots, strict=True):
+            blocks[position] = slot
         self.sites = find_sites(self.linears, self.names, self.experts)
         self._check_shapes({site.parameter: site.shape for site in self.sites.values() if site.kind == "expert"})
         inputs = checkpoint.quantized_inputs
@@ -184,7 +162,13 @@ class Skeleton:
 
     def prefix(self, index: int) -> str:
         """What the module names of a block's parameters begin with, e.g. ``model.layers.0.``."""
-        return f"{self.list_name}.{index}."
+        return f"{self.reach.blocks}.{self.reach.positions[index]}."
+
+    def holds(self, name: str) -> bool:
+        """Whether a module, parameter or buffer lies in one of the blocks, by its name in the model."""
+        position = name.removeprefix(f"{self.reach.blocks}.").partition(".")[0]
+        inside = name.startswith(f"{self.reach.blocks}.") and position.isdecimal()
+        return inside and int(position) in self.reach.positions
 
     def inside(self, index: int, name: str) -> str:
         """What block ``index`` itself calls one of its modules or parameters."""
@@ -233,41 +217,11 @@ class Skeleton:
     def restore_buffers(self) -> None:
         """Compute the non-persistent buffers (rotary frequencies, embedding scales), which no checkpoint holds.
 
-        transformers computes them where it initializes weights: in a module's own turn, or in its parent's. So all
-        modules take their turn here, with the weights marked as initialized.
-
         Raises:
             UnsupportedError: the model's class leaves some as they were.
+            CheckpointError: the config asks for one that is larger than the checkpoint.
         """
-        transient: list[tuple[str, nn.Module, str, _Blank]] = []
-        kind = self.architecture.model_type
-        self._check_buffers()
-        with foreign_settings(f"architecture {kind!r}: its buffers cannot be computed"):
-            for path, module in self.model.named_modules():
-                module._is_hf_initialized = False
-                for weight in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                    weight._is_hf_initialized = True
-                for name in sorted(module._non_persistent_buffers_set):
-                    if (buffer := module._buffers[name]) is not None:
-                        blank = _Blank.like(buffer, self.device)
-                        module._buffers[name] = blank.tensor
-                        transient.append((f"{path}.{name}", module, name, blank))
-            self.model.initialize_weights()
-        for path, module, name, blank in transient:
-            if blank.is_left(module._buffers[name]):
-                raise UnsupportedError(
-                    f"architecture {kind!r}: nothing computes {path!r}, which no checkpoint holds, from these "
-                    "settings; the streaming engine cannot run it"
-                )
-
-    def _check_buffers(self) -> None:
-        """Buffers grow with the positions that a config allows, some with their square; weights don't."""
-        for name, buffer in self.model.named_buffers():
-            if buffer.nbytes > max(_LARGEST_BUFFER, self.checkpoint.nbytes):
-                raise CheckpointError(
-                    f"config.json asks for a buffer of {buffer.nbytes:,} bytes, {name!r}; the whole checkpoint has "
-                    f"{self.checkpoint.nbytes:,}"
-                )
+        restore_buffers(self.model, self.device, idle=self.reach.idle, most=self.checkpoint.nbytes)
 
     def load_block(self, index: int) -> None:
         """Read a block's weights from the checkpoint into fresh memory on :attr:`device`."""
@@ -295,7 +249,7 @@ class Skeleton:
         loaded: dict[str, nn.Parameter] = {}
         tied: Mapping[str, str] = self.model.all_tied_weights_keys
         for module_name, module in self.model.named_modules():
-            if id(module) in skipped or module_name.startswith(f"{self.list_name}."):
+            if id(module) in skipped or not self._is_outer(module_name):
                 continue
             for leaf in self._own_states(module, recurse=False):
                 name = f"{module_name}.{leaf}" if module_name else leaf
@@ -304,13 +258,14 @@ class Skeleton:
                     value = self._read(source, self._dtype_of(module, leaf))
                     loaded[source] = nn.Parameter(value, requires_grad=False)
                 self._assign(module, leaf, loaded[source])
+        self._stand_in()
 
     def outer_nbytes(self, *, head: bool) -> int:
         """Bytes that :meth:`load_outer` will take."""
         embeddings = self.model.get_output_embeddings()
         names: set[str] = set()
         for module_name, module in self.model.named_modules():
-            if (module is embeddings and not head) or module_name.startswith(f"{self.list_name}."):
+            if (module is embeddings and not head) or not self._is_outer(module_name):
                 continue
             for leaf in self._own_states(module, recurse=False):
                 name = f"{module_name}.{leaf}" if module_name else leaf
@@ -339,6 +294,17 @@ class Skeleton:
         sizes = [linear.operand_sizes(tokens) for linear in linears if isinstance(linear, WideLinear)]
         largest: list[int] = [max(part) for part in zip(*sizes, strict=True)]
         return 4 * sum(largest)
+
+    def _stand_in(self) -> None:
+        """Give weights that text never meets a single number's memory: classes ask any of them for the device."""
+        for name, module in self.model.named_modules():
+            for leaf in self._own_states(module, recurse=False) if name in self.reach.idle else ():
+                state: torch.Tensor = getattr(module, leaf)
+                self._assign(module, leaf, torch.zeros((), dtype=state.dtype, device=self.device).expand(state.shape))
+
+    def _is_outer(self, module: str) -> bool:
+        """Whether a module lies outside the blocks and takes part in what text gives."""
+        return not self.holds(module) and module not in self.reach.idle
 
     def _stored_names(self, index: int) -> list[str]:
         """What a block's weights are called in the checkpoint."""

@@ -86,6 +86,6 @@ def shallow(skeleton: Skeleton, blocks: int) -> Checkpoint:
 
 def _outside(skeleton: Skeleton) -> frozenset[str]:
     """Matrices outside the blocks, by their names in the checkpoint."""
-    blocks, infos = f"{skeleton.list_name}.", skeleton.checkpoint.infos
-    names = (stored for name, stored in skeleton.names.items() if not name.startswith(blocks))
+    infos = skeleton.checkpoint.infos
+    names = (stored for name, stored in skeleton.names.items() if not skeleton.holds(name))
     return frozenset(name for name in names if len(infos[name].shape) == 2)

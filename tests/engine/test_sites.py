@@ -23,7 +23,7 @@ def test_every_linear_of_the_blocks_is_a_site_with_its_values(tmp_path: Path, na
     model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, name))
     with SafetensorsCheckpoint(tmp_path) as checkpoint:
         skeleton = Skeleton(checkpoint, CPU)
-        inside = f"{skeleton.list_name}."
+        inside = f"{skeleton.reach.blocks}."
         linears = {
             name: module
             for name, module in model.named_modules()

@@ -101,7 +101,7 @@ def test_what_an_output_is_added_to_comes_with_the_inputs(tiny: Tiny, name: str,
     model = resident(directory)
     with streaming(directory, mode, residuals=True) as stream:
         hidden: list[list[torch.Tensor]] = [[] for _ in range(stream.skeleton.block_count)]
-        for index, block in enumerate(model.get_submodule(stream.skeleton.list_name)):
+        for index, block in enumerate(model.get_submodule(stream.skeleton.reach.blocks)):
             block.register_forward_hook(
                 lambda _, args, output, found=hidden[index]: found.append(
                     (output[0] if isinstance(output, tuple) else output).flatten(0, -2)

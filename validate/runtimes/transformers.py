@@ -81,7 +81,7 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
     # Imported here, and before standard error is replaced: its log handler keeps the stream it finds.
     import transformers
 
-    from llmconvert.engine.architecture.model import served_class
+    from llmconvert.engine.architecture.model import loaded_class
 
     config = read_config(directory)
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -90,7 +90,7 @@ def runtime(directory: Path, *, device: torch.device, dtype: torch.dtype | None 
         # What compressed-tensors prepares for the first forward has no room for zero points that are packed.
         loading["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     # Users get what config.json names: with a vision tower, where the class that is asked for text has none.
-    model_class: Any = served_class(config) or transformers.AutoModelForCausalLM
+    model_class: Any = loaded_class(config) or transformers.AutoModelForCausalLM
     if (directory / "tokenizer.json").is_file():
         try_tokenizer(directory / "tokenizer.json")
 

@@ -75,18 +75,23 @@ def _with_floats(value: Any) -> Any:
 
 
 def build_config(config: Mapping[str, Any]) -> PretrainedConfig:
-    """The transformers config object of a decoder that the engine may run.
+    """The transformers config object of a decoder that the engine may run, or of a model around one.
 
     Raises:
-        UnsupportedError: as :func:`read_config`; no causal-LM class, or an encoder-decoder.
+        UnsupportedError: as :func:`read_config`; no language model's class, or an encoder-decoder.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as auto
 
     built = read_config(config)
     model_type = config["model_type"]
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    tables = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+    if not any(model_type in table for table in tables):
         raise UnsupportedError(f"architecture {model_type!r} has no causal language model in transformers")
-    if built.is_encoder_decoder:
+    if built.is_encoder_decoder or built.get_text_config().is_encoder_decoder:
         raise UnsupportedError(f"architecture {model_type!r} is an encoder-decoder; only decoders can be streamed")
     return built
 

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from llmconvert.engine.architecture.boundary import foreign_settings
-from llmconvert.engine.architecture.config import read_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.families import LINEARS
 from llmconvert.errors import UnsupportedError
@@ -22,15 +26,43 @@ __all__ = [
     "find_linears",
     "fix_frequencies",
     "forget_lengths",
-    "served_class",
-    "served_model",
+    "loaded_class",
 ]
+
+_WHOLE = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
 
 _LONGEST_SEEN = "max_seq_len_cached"
 
 
+def loaded_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
+    """The class that runtimes load a parsed ``config.json`` with: a decoder's, or the whole model's around one.
+
+    It is the one that ``architectures`` names, where that is a language model of the same ``model_type``; otherwise
+    the one that transformers' tables have for the type. None where they have none.
+    """
+    model_type, named = config.get("model_type"), config.get("architectures")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return None
+    config_class = CONFIG_MAPPING[model_type]
+    found = _transformers_class(named[0]) if isinstance(named, list) and named else None
+    if found is not None and found.config_class is config_class:
+        return found
+    tables = (*_WHOLE, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    names = [table[model_type] for table in tables if model_type in table]
+    if not config_class.sub_configs:
+        names.reverse()
+    return next((found for name in names if (found := _transformers_class(name)) is not None), None)
+
+
+def _transformers_class(name: Any) -> type[PreTrainedModel] | None:
+    """A class of a model that writes text, by its name."""
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    written = isinstance(found, type) and issubclass(found, PreTrainedModel) and issubclass(found, GenerationMixin)
+    return found if written else None
+
+
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The causal-LM class of ``config`` on the ``meta`` device, in evaluation mode.
+    """The class of ``config`` that runtimes load, on the ``meta`` device, in evaluation mode.
 
     Args:
         config: of :func:`~llmconvert.engine.architecture.config.build_config`.
@@ -38,48 +70,21 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: st
         attention: transformers' name of an implementation; eager takes its place where the class has no such.
 
     Raises:
-        UnsupportedError: the class can't be built with these settings.
+        UnsupportedError: transformers has no such class, or it can't be built with these settings.
     """
+    kind = config.model_type
+    found = loaded_class({"model_type": kind, "architectures": config.architectures})
+    if found is None:
+        raise UnsupportedError(f"architecture {kind!r} has no language model in transformers")
     config.use_cache = False
-    with foreign_settings(f"architecture {config.model_type!r} cannot be built"), torch.device("meta"):
+    with foreign_settings(f"architecture {kind!r} cannot be built"), torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = found._from_config(config, dtype=dtype, attn_implementation=attention)
         except ValueError as error:
             if attention == "eager" or "attention" not in str(error):
                 raise
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+            model = found._from_config(config, dtype=dtype, attn_implementation="eager")
     return model.eval()
-
-
-def served_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
-    """The class that ``architectures`` of a parsed ``config.json`` names, which runtimes load.
-
-    None for one without a language model's head, of another ``model_type``, or that transformers doesn't have.
-    """
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    generates = isinstance(found, type) and issubclass(found, PreTrainedModel) and issubclass(found, GenerationMixin)
-    model_type = config.get("model_type")
-    if not generates or model_type not in CONFIG_MAPPING:
-        return None
-    served: type[PreTrainedModel] = found
-    return served if CONFIG_MAPPING[model_type] is served.config_class else None
-
-
-def served_model(config: Mapping[str, Any]) -> PreTrainedModel | None:
-    """A model of :func:`served_class` on the ``meta`` device: beside the language model it may hold a vision tower.
-
-    None where there is no such class, or it can't be built.
-    """
-    found = served_class(config)
-    if found is None:
-        return None
-    try:
-        with foreign_settings(f"architecture {found.__name__} cannot be built"), torch.device("meta"):
-            return found(read_config(config))
-    except UnsupportedError:
-        return None
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
@@ -120,24 +125,24 @@ def _forget_length(module: nn.Module, args: tuple[Any, ...]) -> None:
         setattr(module, f"{frequencies}inv_freq", getattr(module, f"{frequencies}original_inv_freq"))
 
 
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks, and its name in the model.
+def find_blocks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The lists that can be the one of decoder blocks, by their names in the model: one, beside those of towers.
 
     Raises:
-        UnsupportedError: there is not exactly one list of as many blocks as the config says.
+        UnsupportedError: there is none of as many blocks as the config says.
     """
     count = Architecture.of(model.config).layers
     kinds = set(model._no_split_modules or ())
-    found = [
-        (name, module)
+    found = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == count
         and all(type(block).__name__ in kinds for block in module)
-    ]
-    if len(found) != 1:
+    }
+    if not found or (len(found) > 1 and not type(model.config).sub_configs):
         raise UnsupportedError(
             f"architecture {model.config.model_type!r}: expected one list of {count} decoder blocks "
             f"({', '.join(sorted(kinds)) or 'none declared'}), found {len(found)}; the streaming engine cannot run it"
         )
-    return found[0]
+    return found

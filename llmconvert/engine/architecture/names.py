@@ -7,7 +7,7 @@ matrices get names of their own. Results are always written under checkpoint nam
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -23,10 +23,12 @@ from llmconvert.engine.architecture.experts import (
 )
 from llmconvert.errors import CheckpointError, UnsupportedError
 
-__all__ = ["map_names", "module_names"]
+__all__ = ["map_names"]
 
 
-def map_names(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mapping[str, str]:
+def map_names(
+    model: PreTrainedModel, checkpoint_names: Iterable[str], needed: Callable[[str], bool] = lambda state: True
+) -> Mapping[str, str]:
     """Module parameter name → checkpoint tensor name, for every state of ``model`` that the checkpoint holds.
 
     In the place of the parameters that hold all experts of a layer stand the matrices of each, under the names of
@@ -35,10 +37,12 @@ def map_names(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mappin
     Args:
         model: the model, on any device; only names are looked at.
         checkpoint_names: all tensor names of the checkpoint. Those that the model does not know are left out.
+        needed: whether a state, by its name in the model, is going to be loaded. Others may be missing, or merged in
+            any way.
 
     Raises:
         UnsupportedError: transformers would merge or split tensors of this checkpoint in a way that is not known.
-        CheckpointError: two tensors claim one parameter, or a parameter has no tensor.
+        CheckpointError: two tensors claim one parameter, or a needed parameter has no tensor.
     """
     states = model.state_dict()
     renamed = list(_renamed(model, checkpoint_names))
@@ -46,6 +50,8 @@ def map_names(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mappin
     mapping: dict[str, str] = {}
     for name, target, conversion in renamed:
         if conversion is not None:
+            if not needed(target):
+                continue
             target = expert_weight(model, name, target, *conversion)
             if target not in wanted:
                 raise UnsupportedError(
@@ -58,7 +64,8 @@ def map_names(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mappin
         if target in mapping:
             raise CheckpointError(f"tensors {mapping[target]!r} and {name!r} are both meant for {target!r}")
         mapping[target] = name
-    missing = [name for name in wanted if name not in mapping and name not in model.all_tied_weights_keys]
+    absent = [name for name in wanted if name not in mapping and name not in model.all_tied_weights_keys]
+    missing = [name for name in absent if needed(name)]
     if missing:
         raise CheckpointError(
             f"{type(model).__name__}: the checkpoint has no tensor for {missing[0]!r}"
@@ -66,13 +73,6 @@ def map_names(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mappin
             + "; config.json and the weights do not belong together"
         )
     return mapping
-
-
-def module_names(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mapping[str, str]:
-    """Checkpoint tensor name → parameter name, for every tensor that ``model`` loads as it is."""
-    states = model.state_dict()
-    renamed = _renamed(model, checkpoint_names)
-    return {name: target for name, target, conversion in renamed if conversion is None and target in states}
 
 
 def _renamed(

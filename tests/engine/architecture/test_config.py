@@ -111,6 +111,6 @@ def test_blocks_are_found(name: str) -> None:
     found = ARCHITECTURES[name]
     config = build_config(AutoConfig.for_model(found.model_type, **dict(found.config)).to_dict())
     model = build_meta_model(config, torch.float32, "sdpa")
-    where, blocks = find_blocks(model)
+    ((where, blocks),) = find_blocks(model).items()
     assert model.get_submodule(where) is blocks
     assert len(blocks) == Architecture.of(config).layers

@@ -1,0 +1,154 @@
+"""What of a model text reaches: its list of decoder blocks, and the modules beside it that token ids alone pass.
+
+A multimodal model holds more than a decoder: towers for images and sound, projectors, blocks that attend to images.
+Which those are is not looked up per family. The whole model runs once on fake tensors (shapes, no data) with token ids
+as its only input; what is neither called nor read on the way is idle: its weights are never loaded, and stay as they
+are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llmconvert.engine.architecture.boundary import foreign_settings
+from llmconvert.engine.architecture.experts import find_experts
+from llmconvert.engine.architecture.model import build_meta_model, find_blocks, fix_frequencies
+from llmconvert.errors import UnsupportedError
+
+__all__ = ["Reach", "find_reach", "on_shapes"]
+
+# Long enough for windows and convolutions to be what they are.
+_LENGTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Where text goes in a model.
+
+    Attributes:
+        blocks: name of the list of decoder blocks.
+        positions: which of the list's blocks text passes, in order: all, but for those that attend to images.
+        idle: names of all modules that text never meets, those inside them included.
+    """
+
+    blocks: str
+    positions: tuple[int, ...]
+    idle: frozenset[str]
+
+    def needs(self, state: str) -> bool:
+        """Whether a parameter or buffer, by its name in the model, takes part in what text gives."""
+        return state.rpartition(".")[0] not in self.idle
+
+
+def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype) -> Reach:
+    """Where text goes in ``model``; a model without parts is passed whole, and nothing is run.
+
+    Args:
+        model: on the meta device; stays as it is.
+        config: it was built from.
+        dtype: likewise.
+
+    Raises:
+        UnsupportedError: the model does not run on token ids alone, or its decoder blocks cannot be told.
+    """
+    found = find_blocks(model)
+    if not type(config).sub_configs:
+        name, blocks = next(iter(found.items()))
+        return Reach(name, tuple(range(len(blocks))), frozenset())
+    reached = _trace(build_meta_model(config, dtype, model.config._attn_implementation), config.model_type)
+    passed = {
+        name: tuple(index for index in range(len(blocks)) if f"{name}.{index}" in reached)
+        for name, blocks in found.items()
+    }
+    passed = {name: positions for name, positions in passed.items() if positions}
+    if len(passed) != 1:
+        raise UnsupportedError(
+            f"architecture {config.model_type!r}: text passes {len(passed)} of the lists that could be its decoder's "
+            f"blocks ({', '.join(found)}), expected one; the streaming engine cannot run it"
+        )
+    idle = frozenset(name for name, _ in model.named_modules() if name and name not in reached)
+    return Reach(*passed.popitem(), idle)
+
+
+@contextmanager
+def on_shapes(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let ``model``, on the meta device, run on fake tensors of ``device`` inside the block."""
+    with FakeTensorMode(), torch.no_grad():
+        for module in model.modules():
+            for name, tensor in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            for name, tensor in module.named_parameters(recurse=False):
+                value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        with _unlogged():
+            yield
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch writes a traceback to the log before it raises; what is raised says it in one line."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _trace(model: PreTrainedModel, kind: str) -> frozenset[str]:
+    """The modules that token ids reach, by name: what is called, what an operator reads from, and what holds such."""
+    fix_frequencies(model)
+    for name, experts in list(find_experts(model)):
+        model.set_submodule(name, _Experts(experts))
+    reached: set[str] = set()
+    with on_shapes(model, torch.device("cpu")):
+        owners: dict[int, str] = {}
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda _, args, name=name: reached.add(name))
+            for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                owners[value.untyped_storage()._cdata] = name
+        ids = torch.zeros((1, _LENGTH), dtype=torch.long)
+        with foreign_settings(f"architecture {kind!r} does not run on text alone"), _Readings(owners, reached):
+            model(input_ids=ids, use_cache=False)
+    parents = {name[:end] for name in reached for end, letter in enumerate(name) if letter == "."}
+    inside = {name for name, module in model.named_modules() if isinstance(module, _Experts)}
+    return frozenset(reached | parents) | inside
+
+
+class _Experts(nn.Module):
+    """Stands in for the experts of a layer, whose forward asks for values."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.num_experts = experts.num_experts
+
+    def forward(self, hidden: torch.Tensor, *routing: Any) -> torch.Tensor:
+        return torch.zeros_like(hidden)
+
+
+class _Readings(TorchDispatchMode):
+    """Notes which modules' parameters and buffers operators read, by their storages."""
+
+    def __init__(self, owners: Mapping[int, str], reached: set[str]) -> None:
+        super().__init__()
+        self._owners, self._reached = owners, reached
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for value in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                owner = self._owners.get(value.untyped_storage()._cdata)
+                if owner is not None:
+                    self._reached.add(owner)
+        return func(*args, **(kwargs or {}))
