@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.quantize.formats.dense_view import open_dense
-from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.passes.run import QuantizeResult
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.text.datasets import load_dataset_text

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import Protocol, TypeVar
 
 from llmconvert.memory import map_large_tensors
 from llmconvert.progress import Progress
-from llmconvert.quantize.methods.base import InputSquares, Solution
+from llmconvert.quantize.methods.base import Solution
 from llmconvert.quantize.steps import Steps
 
 __all__ = ["Sink", "quantize_blocks", "resumed_blocks"]
 
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
 
-class Sink(Protocol):
+
+class Sink(Protocol[T_contra]):
     """Where the results of a pass go."""
 
     #: Blocks that it has, from this pass or an earlier one, without a gap from the first on.
     blocks: int
 
-    def take(self, name: str, solution: Solution | InputSquares | torch.Tensor) -> None:
+    def take(self, name: str, outcome: T_contra) -> None:
         """What has become of a linear, or is known of it, by its module name; or of another parameter, as a tensor."""
 
     def complete(self, index: int) -> None:
@@ -37,7 +38,7 @@ class Sink(Protocol):
         """Make block ``index`` last."""
 
 
-def resumed_blocks(sinks: Sequence[Sink]) -> int:
+def resumed_blocks(sinks: Sequence[Sink[T]]) -> int:
     """The blocks that a pass into these sinks need not do again.
 
     Activations of the last two blocks are kept. A pass that is killed while its sinks commit leaves some a block ahead;
@@ -47,7 +48,7 @@ def resumed_blocks(sinks: Sequence[Sink]) -> int:
     return min(counts) if max(counts) - min(counts) <= 1 else 0
 
 
-def quantize_blocks(steps: Steps, count: int, sinks: Sequence[Sink], work: Path, progress: Progress) -> None:
+def quantize_blocks(steps: Steps[T], count: int, sinks: Sequence[Sink[T]], work: Path, progress: Progress) -> None:
     """Solve all blocks, from the first that the sinks lack.
 
     Args:
@@ -65,12 +66,12 @@ def quantize_blocks(steps: Steps, count: int, sinks: Sequence[Sink], work: Path,
             if step.index > done:
                 _commit(sinks, step.index - 1, step.sync)
             errors: list[float] = []
-            for name, solution in step.solve():
+            for name, outcome in step.solve():
                 for sink in sinks:
-                    sink.take(name, solution)
-                if isinstance(solution, Solution) and solution.error is not None:
-                    errors.append(solution.error)
-                del solution  # it would stand beside the next linear's statistics
+                    sink.take(name, outcome)
+                if isinstance(outcome, Solution) and outcome.error is not None:
+                    errors.append(outcome.error)
+                del outcome  # it would stand beside the next linear's statistics
             for sink in sinks:
                 sink.complete(step.index)
             task.advance(1, f"output error {max(errors):.2%} at most" if errors else "")
@@ -78,7 +79,7 @@ def quantize_blocks(steps: Steps, count: int, sinks: Sequence[Sink], work: Path,
         _commit(sinks, count - 1, None)
 
 
-def _commit(sinks: Sequence[Sink], index: int, sync: Callable[[], None] | None) -> None:
+def _commit(sinks: Sequence[Sink[T]], index: int, sync: Callable[[], None] | None) -> None:
     if sync is not None:
         sync()
     for sink in sinks:

@@ -2,246 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmconvert.context import Context
-from llmconvert.engine.discovery import PROBE_LENGTH, BlockPlan, discover
-from llmconvert.engine.edges import Edge, find_edges
-from llmconvert.engine.memory import MemoryEstimate, choose_mode
+from llmconvert.engine.discovery import PROBE_LENGTH, discover
+from llmconvert.engine.memory import choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
-from llmconvert.errors import CalibrationError, CapacityError, UnsupportedError
-from llmconvert.gguf.ggml.mix import FLOATS
-from llmconvert.needs import Needs
-from llmconvert.phases import Phases
+from llmconvert.errors import CalibrationError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.execute import quantize_blocks
 from llmconvert.quantize.formats.base import ContainerRequest, load_format
-from llmconvert.quantize.formats.container import Container
-from llmconvert.quantize.matrix import Readership, check_combination, readership
-from llmconvert.quantize.methods.base import Method, Quantizer, ScalingQuantizer, load_method
-from llmconvert.quantize.methods.rescale import describe_edges
+from llmconvert.quantize.matrix import check_combination
+from llmconvert.quantize.methods.base import Quantizer, load_method
+from llmconvert.quantize.passes.original import can_share
+from llmconvert.quantize.passes.run import Inputs, QuantizePlan, QuantizeResult
 from llmconvert.quantize.plan import (
     Override,
-    QuantizationPlan,
     QuantizeRequest,
+    Statistics,
     plan_encoding,
     plan_quantization,
     work_nbytes,
 )
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
-from llmconvert.quantize.sink import ArtifactSink, finished_blocks
 from llmconvert.quantize.solve.expert_moments import PRIOR
-from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Steps
-from llmconvert.storage.artifact import Artifact, build_artifact, job_key, output_nbytes
+from llmconvert.storage.artifact import output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
-from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, write_json
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES
 
-__all__ = [
-    "LayerResult",
-    "QuantizePlan",
-    "QuantizeResult",
-    "plan_quantize",
-    "quantize_checkpoint",
-    "read_layers",
-    "write_layers",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerResult:
-    """One quantized linear.
-
-    Attributes:
-        name: in the checkpoint, without ``.weight``.
-        scheme: what it is stored in.
-        shape: ``(rows, columns)``.
-        error: squared output error over squared output on the calibration inputs; None for data-free methods.
-        damping: share of the mean diagonal that its Hessian needed; None without one.
-    """
-
-    name: str
-    scheme: str
-    shape: tuple[int, int]
-    error: float | None
-    damping: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeResult:
-    """A finished job.
-
-    Attributes:
-        output: the artifact: a directory, or a file.
-        layers: every quantized linear, in model order.
-        memory: what the job was expected to need, and the mode chosen.
-        nbytes: size of the weight files.
-        seconds: wall-clock time of this run.
-        phases: seconds of this run by phase.
-        resumed_blocks: blocks that an earlier, interrupted run had finished.
-        files: names of the weight files.
-        types: how many tensors have each type, in formats whose files say it of every tensor (GGUF).
-        notes: what is otherwise than asked for, or otherwise in the runtime than in transformers, a sentence each.
-    """
-
-    output: Path
-    layers: tuple[LayerResult, ...]
-    memory: MemoryEstimate
-    nbytes: int
-    seconds: float
-    phases: Mapping[str, float]
-    resumed_blocks: int
-    files: tuple[str, ...] = ()
-    types: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def quantized(self) -> int:
-        """Quantized linears; where every tensor has a type, tensors of one that is no plain float."""
-        return sum(count for kind, count in self.types.items() if kind not in FLOATS) or len(self.layers)
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizePlan:
-    """A quantization that was settled from headers; :func:`plan_quantize` makes one.
-
-    Attributes:
-        request: what was asked for.
-        decisions: the scheme of every linear, and every tensor of the artifact.
-        memory: what it is expected to need where it computes, and the mode chosen.
-        container: of the artifact, with its layout.
-        needs: what running it takes.
-    """
-
-    request: QuantizeRequest
-    decisions: QuantizationPlan
-    memory: MemoryEstimate
-    container: Container
-    needs: Needs
-    _inputs: _Inputs
-
-    @property
-    def readers(self) -> Readership:
-        """Which runtimes read what is made, by the schemes that its linears really have."""
-        return readership(self.request.format, {*self.decisions.schemes.values()} or {self.request.scheme})
-
-    def run(self) -> QuantizeResult:
-        """Write the artifact, or go on where an interrupted run of the same plan was stopped.
-
-        Raises:
-            CalibrationError: activations or statistics are unusable.
-            CapacityError: memory or disk does not suffice.
-        """
-        begin = time.perf_counter()
-        inputs, container, decisions = self._inputs, self.container, self.decisions
-        skeleton, progress = inputs.skeleton, inputs.context.progress
-        phases = Phases(partial(torch.cuda.synchronize, skeleton.device) if skeleton.device.type == "cuda" else None)
-        steps = self._steps(phases)
-        for note in container.notes:
-            progress.log(f"note: {note}")
-
-        def lost(artifact: Artifact) -> str:
-            gone = steps.lost(artifact.work, finished_blocks(artifact))
-            return "the activations of an interrupted run are gone or cut short" if gone else ""
-
-        try:
-            with build_artifact(inputs.output, container.layout, self._key(), lost=lost, progress=progress) as artifact:
-                sink = ArtifactSink(artifact, skeleton, container, decisions, phases)
-                resumed = sink.blocks
-                quantize_blocks(steps, skeleton.block_count, [sink], artifact.work, progress)
-                layers = _layers(decisions, sink)
-                if inputs.record is not None:
-                    write_layers(inputs.record, layers)
-                sink.publish()
-        except torch.OutOfMemoryError as error:
-            raise CapacityError(
-                f"{skeleton.device} ran out of memory ({str(error).partition('. ')[0]}), {self.memory} was expected; "
-                "stop what else runs there, or allow less (memory), so that batches wait in files. The same command "
-                "continues"
-            ) from error
-        return QuantizeResult(
-            output=inputs.output,
-            layers=layers,
-            memory=self.memory,
-            nbytes=container.layout.nbytes,
-            seconds=time.perf_counter() - begin,
-            phases=phases.seconds,
-            resumed_blocks=resumed,
-            files=tuple(shard.name for shard in container.layout.shards),
-            types=container.types,
-            notes=container.notes,
-        )
-
-    def _key(self) -> str:
-        inputs, request = self._inputs, self.request
-        identity, original = inputs.context.identity, inputs.original
-        return job_key(
-            inputs.source,
-            self.container.layout,
-            {
-                "method": request.method,
-                "options": repr(inputs.method),
-                "format": request.format,
-                "device": inputs.skeleton.device.type,
-                "expert prior": request.expert_prior if any(inputs.skeleton.experts) else None,
-                "schemes": {linear: str(planned) for linear, planned in self.decisions.schemes.items()},
-                "original": original.identity if original is not None and not identity else "",
-            },
-            identity=identity,
-            windows=inputs.windows,
-        )
-
-    def _steps(self, phases: Phases) -> Steps:
-        inputs, decisions = self._inputs, self.decisions
-        skeleton, blocks, method = inputs.skeleton, inputs.blocks, inputs.method
-        if method.calibration == "none":
-            return DataFreeSteps(skeleton, method, decisions, inputs.scale_dtype, phases)
-        kinds = {linear: planned.input_kind for linear, planned in decisions.schemes.items()}
-        skeleton.quantize_inputs({linear: kind for linear, kind in kinds.items() if kind is not None})
-        edges: tuple[tuple[Edge, ...], ...] = ()
-        if isinstance(method, ScalingQuantizer):
-            edges = find_edges(skeleton, blocks)
-            kind = skeleton.architecture.model_type
-            described = describe_edges(edges, blocks, kind, skeleton.prefix(0))
-            inputs.context.progress.log(f"{self.request.method}: {described}")
-        return CalibratedSteps(
-            skeleton,
-            method,
-            decisions,
-            inputs.scale_dtype,
-            phases,
-            blocks,
-            inputs.windows,
-            self.memory.mode,
-            inputs.original,
-            edges,
-            self.request.expert_prior,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """What a plan was made from."""
-
-    source: Checkpoint
-    output: Path
-    windows: tuple[torch.Tensor, ...]
-    context: Context
-    original: Checkpoint | None
-    record: Path | None
-    skeleton: Skeleton
-    blocks: tuple[BlockPlan, ...]
-    method: Method
-    scale_dtype: torch.dtype
+__all__ = ["plan_quantize", "quantize_checkpoint"]
 
 
 def plan_quantize(
@@ -279,6 +73,11 @@ def plan_quantize(
     check_combination(chosen, request.scheme, layout_format)
     if request.overrides and "overrides" in layout_format.lacks:
         raise UnsupportedError(f"overrides: {layout_format.lacks['overrides']}; leave them out")
+    if request.statistics == "original" and not can_share(chosen):
+        raise UnsupportedError(
+            f"method {request.method!r} needs to see what the linears before have become, or no text at all; "
+            "statistics of the original are for gptq, imatrix and their like: leave them sequential"
+        )
     require_dense(source, "the source")
     layout_format.check_source(source)
     calibrated = chosen.calibration != "none"
@@ -308,7 +107,9 @@ def plan_quantize(
     # Hidden states of every batch at two blocks' entries, for every stream.
     states = 2 * streams * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
     disk = output_nbytes(container.layout, container.config, container.files) + states
-    inputs = _Inputs(source, output, tuple(windows), context, original, record, skeleton, blocks, chosen, scale_dtype)
+    inputs = Inputs(
+        source, output, tuple(windows), context, original, record, skeleton, blocks, chosen, scale_dtype, work
+    )
     return QuantizePlan(request, decisions, memory, container, memory.needs(skeleton.device, disk=disk), inputs)
 
 
@@ -331,13 +132,14 @@ def quantize_checkpoint(
     name: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     expert_prior: float = PRIOR,
+    statistics: Statistics = "sequential",
     progress: Progress = SILENT,
 ) -> QuantizeResult:
     """Quantize the linears of every decoder block and write the artifact: :func:`plan_quantize` and its run in one.
 
     Args:
         source, output, windows, original, record: see :func:`plan_quantize`.
-        method, scheme, format, overrides, options, mode, name, max_shard_bytes, expert_prior: see
+        method, scheme, format, overrides, options, mode, name, max_shard_bytes, expert_prior, statistics: see
             :class:`~llmconvert.quantize.plan.QuantizeRequest`.
         device, memory_budget, identity, progress: see :class:`~llmconvert.context.Context`.
 
@@ -345,26 +147,18 @@ def quantize_checkpoint(
         LlmconvertError: see :func:`plan_quantize` and :meth:`QuantizePlan.run`.
     """
     request = QuantizeRequest(
-        method, scheme, format, tuple(overrides), options or {}, mode, name, max_shard_bytes, expert_prior
+        method,
+        scheme,
+        format,
+        tuple(overrides),
+        options or {},
+        mode,
+        name,
+        max_shard_bytes,
+        expert_prior,
+        statistics,
     )
     context = Context(device or torch.device("cpu"), memory_budget, identity, progress)
     return plan_quantize(
         source, output, request, windows=windows, context=context, original=original, record=record
     ).run()
-
-
-def _layers(plan: QuantizationPlan, sink: ArtifactSink) -> tuple[LayerResult, ...]:
-    return tuple(
-        LayerResult(plan.sites[name].stored, str(plan.schemes[name]), plan.sites[name].shape, error, damping)
-        for name, (error, damping) in sink.results.items()
-    )
-
-
-def write_layers(record: Path, layers: Sequence[LayerResult]) -> None:
-    """Keep what came of each linear in a file."""
-    write_json(record, [asdict(layer) for layer in layers])
-
-
-def read_layers(record: Path) -> tuple[LayerResult, ...]:
-    """What :func:`write_layers` kept."""
-    return tuple(LayerResult(**{**entry, "shape": tuple(entry["shape"])}) for entry in json.loads(record.read_bytes()))

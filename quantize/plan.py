@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,7 +27,15 @@ from llmconvert.storage.writer import DEFAULT_SHARD_BYTES
 
 _WEIGHT = ".weight"
 
-__all__ = ["Override", "QuantizationPlan", "QuantizeRequest", "plan_encoding", "plan_quantization", "work_nbytes"]
+__all__ = [
+    "Override",
+    "QuantizationPlan",
+    "QuantizeRequest",
+    "Statistics",
+    "plan_encoding",
+    "plan_quantization",
+    "work_nbytes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,10 @@ class Override:
 
     match: str
     scheme: Scheme | None
+
+
+#: Of what model a linear's moments are.
+Statistics = Literal["sequential", "original"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,8 @@ class QuantizeRequest:
         max_shard_bytes: size at which a new shard is begun.
         expert_prior: how strongly experts' moments are drawn toward their layer's, in tokens by the columns of an
             input (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
+        statistics: of what model the moments are: ``sequential`` of one whose linears before are quantized already,
+            ``original`` of the unquantized one, which several artifacts can share.
     """
 
     method: str
@@ -64,6 +78,7 @@ class QuantizeRequest:
     name: str | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     expert_prior: float = PRIOR
+    statistics: Statistics = "sequential"
 
 
 @dataclass(frozen=True, slots=True)

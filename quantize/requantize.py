@@ -26,9 +26,10 @@ from llmconvert.errors import CheckpointError, SchemeError, UnsupportedError
 from llmconvert.needs import Needs
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.formats.dense_view import open_dense
-from llmconvert.quantize.job import LayerResult, QuantizePlan, plan_quantize, read_layers, write_layers
+from llmconvert.quantize.job import plan_quantize
 from llmconvert.quantize.matrix import Readership, readership
 from llmconvert.quantize.methods.base import ScalingQuantizer, load_quantizer
+from llmconvert.quantize.passes.run import LayerResult, QuantizePlan, read_layers, write_layers
 from llmconvert.quantize.plan import Override, QuantizationPlan, QuantizeRequest, plan_quantization
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.artifact import Artifact, build_artifact, job_key, output_nbytes

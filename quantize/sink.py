@@ -9,8 +9,9 @@ import torch
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.phases import Phases
 from llmconvert.quantize.formats.container import Container
-from llmconvert.quantize.methods.base import InputSquares, Solution
+from llmconvert.quantize.methods.base import InputSquares
 from llmconvert.quantize.plan import QuantizationPlan
+from llmconvert.quantize.steps import Outcome
 from llmconvert.storage.artifact import Artifact
 
 __all__ = ["ArtifactSink", "finished_blocks"]
@@ -60,21 +61,21 @@ class ArtifactSink:
                     artifact.finish(name, batched=True)
             artifact.sync()
 
-    def take(self, name: str, solution: Solution | InputSquares | torch.Tensor) -> None:
-        if isinstance(solution, InputSquares):
-            self._squares[self._plan.sites[name].tensor] = solution.mean
-        elif isinstance(solution, torch.Tensor):
+    def take(self, name: str, outcome: Outcome) -> None:
+        if isinstance(outcome, InputSquares):
+            self._squares[self._plan.sites[name].tensor] = outcome.mean
+        elif isinstance(outcome, torch.Tensor):
             stored = self._skeleton.names[name]
             with self._phases.measure("writing"):
-                self._container.write_values(self._artifact.writer, stored, solution)
+                self._container.write_values(self._artifact.writer, stored, outcome)
             self._changed.add(stored)
         else:
             with self._phases.measure("packing"):
-                packed = self._container.pack(self._plan.sites[name].stored, solution.tensor)
+                packed = self._container.pack(self._plan.sites[name].stored, outcome.tensor)
             with self._phases.measure("writing"):
                 for stored, tensor in packed.items():
                     self._artifact.writer.write(stored, tensor)
-            self.results[name] = (solution.error, solution.damping)
+            self.results[name] = (outcome.error, outcome.damping)
 
     def complete(self, index: int) -> None:
         with self._phases.measure("copying"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -43,17 +43,19 @@ from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
 from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["CalibratedSteps", "DataFreeSteps", "Step", "Steps"]
+__all__ = ["CalibratedSteps", "DataFreeSteps", "Outcome", "Step", "Steps"]
 
 #: What comes of a name in a block.
 Outcome = Solution | InputSquares | torch.Tensor
+
+T_co = TypeVar("T_co", covariant=True)
 
 _STREAMS = ("states", "originals")
 _AS_THEY_ARE = Rescaling({}, {}, {})
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Step(Generic[T_co]):
     """One block.
 
     Attributes:
@@ -65,17 +67,17 @@ class Step:
     """
 
     index: int
-    solve: Callable[[], Iterator[tuple[str, Outcome]]]
+    solve: Callable[[], Iterator[tuple[str, T_co]]]
     sync: Callable[[], None]
 
 
-class Steps(Protocol):
+class Steps(Protocol[T_co]):
     """A way through the model."""
 
     def lost(self, work: Path, done: int) -> bool:
         """Whether ``work`` lacks what continuing behind the first ``done`` blocks takes."""
 
-    def run(self, work: Path, done: int) -> Iterator[Step]:
+    def run(self, work: Path, done: int) -> Iterator[Step[T_co]]:
         """The blocks from ``done`` on; when the next one is asked for, the one before must be solved."""
 
 
@@ -92,7 +94,7 @@ class DataFreeSteps:
     def lost(self, work: Path, done: int) -> bool:
         return False
 
-    def run(self, work: Path, done: int) -> Iterator[Step]:
+    def run(self, work: Path, done: int) -> Iterator[Step[Outcome]]:
         for index in range(done, self.skeleton.block_count):
             yield Step(index, partial(self._solve, index), _nothing)
 
@@ -143,7 +145,7 @@ class CalibratedSteps:
         inside = 0 < done < self.skeleton.block_count
         return inside and not all(states_present(work, done, *self._shape, name=name) for name in needed)
 
-    def run(self, work: Path, done: int) -> Iterator[Step]:
+    def run(self, work: Path, done: int) -> Iterator[Step[Outcome]]:
         if done == self.skeleton.block_count:
             return
         if self.skeleton.device.type == "cpu":

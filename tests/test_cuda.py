@@ -20,7 +20,7 @@ from llmconvert.convert.heal.job import HealOptions, heal_attention
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.formats.base import load_format
-from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
+from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.matrix import Combination, combinations
 from llmconvert.quantize.methods.base import (
     METHODS,
@@ -33,6 +33,7 @@ from llmconvert.quantize.methods.base import (
 )
 from llmconvert.quantize.mixed_precision.budget import Budget
 from llmconvert.quantize.mixed_precision.job import plan_choice
+from llmconvert.quantize.passes.run import QuantizeResult
 from llmconvert.quantize.plan import QuantizeRequest
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor

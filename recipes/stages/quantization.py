@@ -17,7 +17,8 @@ from llmconvert.gguf.checkpoint import GgufCheckpoint, open_artifact
 from llmconvert.gguf.ggml.mix import FLOATS
 from llmconvert.gguf.split import read_model_header
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
-from llmconvert.quantize.job import LayerResult, plan_quantize, read_layers
+from llmconvert.quantize.job import plan_quantize
+from llmconvert.quantize.passes.run import LayerResult, read_layers
 from llmconvert.quantize.plan import QuantizeRequest
 from llmconvert.quantize.requantize import Assignment, RequantizeRequest, plan_requantize
 from llmconvert.quantize.rotate import rotate_checkpoint

@@ -22,7 +22,8 @@ from transformers.tokenization_utils_base import generate_merges
 from llmconvert.errors import CheckpointError, SourceError, UnsupportedError
 from llmconvert.gguf.checkpoint import open_gguf
 from llmconvert.gguf.ggml.mix import MIXES
-from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.passes.run import QuantizeResult
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.writer import write_json
 

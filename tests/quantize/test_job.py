@@ -27,9 +27,10 @@ from llmconvert.errors import (
     UnsupportedError,
 )
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
-from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
+from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.numbers import Int
+from llmconvert.quantize.passes.run import QuantizeResult
 from llmconvert.quantize.plan import Override
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint

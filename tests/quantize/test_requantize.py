@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from llmconvert.engine.statistics import Arrival, HessianSum
 from llmconvert.quantize import requantize
 from llmconvert.quantize.formats.dense_view import open_dense
-from llmconvert.quantize.job import LayerResult, quantize_checkpoint, read_layers
+from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import BlockData, Solution, Target
 from llmconvert.quantize.methods.gptaq import Gptaq
 from llmconvert.quantize.methods.signround import SignRound
 from llmconvert.quantize.numbers import Int
+from llmconvert.quantize.passes.run import LayerResult, read_layers
 from llmconvert.quantize.requantize import RequantizeRequest, plan_requantize
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint

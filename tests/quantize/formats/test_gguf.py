@@ -30,7 +30,8 @@ from llmconvert.gguf.header import Metadata
 from llmconvert.gguf.tokenizer import build_tokenizer, tokenizer_files
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.formats.gguf import GgufContainer
-from llmconvert.quantize.job import QuantizeResult, quantize_checkpoint
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.passes.run import QuantizeResult
 from llmconvert.quantize.plan import Override
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint

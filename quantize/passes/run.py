@@ -1,0 +1,346 @@
+"""Carrying out what was settled: one pass over the blocks into one artifact, or into several at once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from llmconvert.context import Context
+from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.edges import Edge, find_edges
+from llmconvert.engine.memory import MemoryEstimate, choose_mode
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.stream import Mode
+from llmconvert.errors import CapacityError
+from llmconvert.gguf.ggml.mix import FLOATS
+from llmconvert.needs import Needs
+from llmconvert.phases import Phases
+from llmconvert.quantize.execute import quantize_blocks, resumed_blocks
+from llmconvert.quantize.formats.container import Container
+from llmconvert.quantize.matrix import Readership, readership
+from llmconvert.quantize.methods.base import Method, ScalingQuantizer
+from llmconvert.quantize.methods.rescale import describe_edges
+from llmconvert.quantize.passes.original import OriginalSteps, Variant, VariantSink
+from llmconvert.quantize.plan import QuantizationPlan, QuantizeRequest
+from llmconvert.quantize.sink import ArtifactSink, finished_blocks
+from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Outcome, Steps
+from llmconvert.storage.artifact import Artifact, build_artifact, job_key
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.writer import write_json
+
+__all__ = [
+    "Inputs",
+    "LayerResult",
+    "QuantizePlan",
+    "QuantizeResult",
+    "quantize_together",
+    "read_layers",
+    "write_layers",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """One quantized linear.
+
+    Attributes:
+        name: in the checkpoint, without ``.weight``.
+        scheme: what it is stored in.
+        shape: ``(rows, columns)``.
+        error: squared output error over squared output on the calibration inputs; None for data-free methods.
+        damping: share of the mean diagonal that its Hessian needed; None without one.
+    """
+
+    name: str
+    scheme: str
+    shape: tuple[int, int]
+    error: float | None
+    damping: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """A finished job.
+
+    Attributes:
+        output: the artifact: a directory, or a file.
+        layers: every quantized linear, in model order.
+        memory: what the job was expected to need, and the mode chosen.
+        nbytes: size of the weight files.
+        seconds: wall-clock time of this run.
+        phases: seconds of this run by phase.
+        resumed_blocks: blocks that an earlier, interrupted run had finished.
+        files: names of the weight files.
+        types: how many tensors have each type, in formats whose files say it of every tensor (GGUF).
+        notes: what is otherwise than asked for, or otherwise in the runtime than in transformers, a sentence each.
+    """
+
+    output: Path
+    layers: tuple[LayerResult, ...]
+    memory: MemoryEstimate
+    nbytes: int
+    seconds: float
+    phases: Mapping[str, float]
+    resumed_blocks: int
+    files: tuple[str, ...] = ()
+    types: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> int:
+        """Quantized linears; where every tensor has a type, tensors of one that is no plain float."""
+        return sum(count for kind, count in self.types.items() if kind not in FLOATS) or len(self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a plan was made from.
+
+    Attributes:
+        source, output, windows, context, original, record: see :func:`llmconvert.quantize.job.plan_quantize`.
+        skeleton: the source's model.
+        blocks: what a forward pass does.
+        method: with its options.
+        scale_dtype: what the format stores scales as.
+        work: peak bytes of statistics and solution beside a block.
+    """
+
+    source: Checkpoint
+    output: Path
+    windows: tuple[torch.Tensor, ...]
+    context: Context
+    original: Checkpoint | None
+    record: Path | None
+    skeleton: Skeleton
+    blocks: tuple[BlockPlan, ...]
+    method: Method
+    scale_dtype: torch.dtype
+    work: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizePlan:
+    """A quantization that was settled from headers; :func:`plan_quantize` makes one.
+
+    Attributes:
+        request: what was asked for.
+        decisions: the scheme of every linear, and every tensor of the artifact.
+        memory: what it is expected to need where it computes, and the mode chosen.
+        container: of the artifact, with its layout.
+        needs: what running it takes.
+        inputs: what it was made from.
+    """
+
+    request: QuantizeRequest
+    decisions: QuantizationPlan
+    memory: MemoryEstimate
+    container: Container
+    needs: Needs
+    inputs: Inputs
+
+    @property
+    def readers(self) -> Readership:
+        """Which runtimes read what is made, by the schemes that its linears really have."""
+        return readership(self.request.format, {*self.decisions.schemes.values()} or {self.request.scheme})
+
+    def run(self) -> QuantizeResult:
+        """Write the artifact, or go on where an interrupted run of the same plan was stopped.
+
+        Raises:
+            CalibrationError: activations or statistics are unusable.
+            CapacityError: memory or disk does not suffice.
+        """
+        return quantize_together((self,))[0]
+
+    @property
+    def key(self) -> str:
+        """Identifies the job: see :func:`llmconvert.storage.artifact.job_key`."""
+        inputs, request = self.inputs, self.request
+        identity, original = inputs.context.identity, inputs.original
+        return job_key(
+            inputs.source,
+            self.container.layout,
+            {
+                "method": request.method,
+                "options": repr(inputs.method),
+                "format": request.format,
+                "device": inputs.skeleton.device.type,
+                "statistics": "original" if request.statistics == "original" else None,
+                "expert prior": request.expert_prior if any(inputs.skeleton.experts) else None,
+                "schemes": {linear: str(planned) for linear, planned in self.decisions.schemes.items()},
+                "original": original.identity if original is not None and not identity else "",
+            },
+            identity=identity,
+            windows=inputs.windows,
+        )
+
+
+def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ...]:
+    """Write several artifacts in one pass, or go on where an interrupted run of the same plans was stopped.
+
+    Args:
+        plans: of one source and one calibration text on one device; several only with the original's statistics.
+
+    Returns:
+        a result for each; memory, seconds and phases are those of the pass.
+
+    Raises:
+        CalibrationError, CapacityError: see :meth:`QuantizePlan.run`.
+    """
+    begin = time.perf_counter()
+    first = plans[0]
+    skeleton, progress = first.inputs.skeleton, first.inputs.context.progress
+    phases = Phases(partial(torch.cuda.synchronize, skeleton.device) if skeleton.device.type == "cuda" else None)
+    for note in dict.fromkeys(note for plan in plans for note in plan.container.notes):
+        progress.log(f"note: {note}")
+    memory = first.memory
+    try:
+        if first.request.statistics == "original":
+            memory = _joint_memory(plans)
+            steps = _original_steps(plans, memory.mode, phases)
+            with _opened(plans, steps.lost, phases) as (sinks, work):
+                resumed = resumed_blocks(sinks)
+                own = [VariantSink(number, sink) for number, sink in enumerate(sinks)]
+                quantize_blocks(steps, skeleton.block_count, own, work, progress)
+                layers = _finished(plans, sinks)
+        else:
+            assert len(plans) == 1, "what follows what was quantized before is one artifact's own"
+            alone = _sequential_steps(first, phases)
+            with _opened(plans, alone.lost, phases) as (sinks, work):
+                resumed = resumed_blocks(sinks)
+                quantize_blocks(alone, skeleton.block_count, sinks, work, progress)
+                layers = _finished(plans, sinks)
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"{skeleton.device} ran out of memory ({str(error).partition('. ')[0]}), {memory} was expected; "
+            "stop what else runs there, or allow less (memory), so that batches wait in files. The same command "
+            "continues"
+        ) from error
+    seconds = time.perf_counter() - begin
+    return tuple(
+        QuantizeResult(
+            output=plan.inputs.output,
+            layers=found,
+            memory=memory,
+            nbytes=plan.container.layout.nbytes,
+            seconds=seconds,
+            phases=phases.seconds,
+            resumed_blocks=resumed,
+            files=tuple(shard.name for shard in plan.container.layout.shards),
+            types=plan.container.types,
+            notes=plan.container.notes,
+        )
+        for plan, found in zip(plans, layers, strict=True)
+    )
+
+
+@contextmanager
+def _opened(
+    plans: Sequence[QuantizePlan], lost: Callable[[Path, int], bool], phases: Phases
+) -> Iterator[tuple[list[ArtifactSink], Path]]:
+    """The sinks of the plans' artifacts, and a directory for activations: the first one's."""
+    with ExitStack() as stack:
+        artifacts: list[Artifact] = []
+
+        def gone(artifact: Artifact) -> str:
+            work = artifacts[0].work if artifacts else artifact.work
+            cut = lost(work, finished_blocks(artifact))
+            return "the activations of an interrupted run are gone or cut short" if cut else ""
+
+        for plan in plans:
+            inputs = plan.inputs
+            built = build_artifact(
+                inputs.output, plan.container.layout, plan.key, lost=gone, progress=inputs.context.progress
+            )
+            artifacts.append(stack.enter_context(built))
+        yield (
+            [
+                ArtifactSink(artifact, plan.inputs.skeleton, plan.container, plan.decisions, phases)
+                for plan, artifact in zip(plans, artifacts, strict=True)
+            ],
+            artifacts[0].work,
+        )
+
+
+def _finished(plans: Sequence[QuantizePlan], sinks: Sequence[ArtifactSink]) -> list[tuple[LayerResult, ...]]:
+    """Put the artifacts in place; gives what came of the linears of each."""
+    layers = [_layers(plan.decisions, sink) for plan, sink in zip(plans, sinks, strict=True)]
+    for plan, found, sink in reversed(list(zip(plans, layers, sinks, strict=True))):  # the first has the activations
+        if plan.inputs.record is not None:
+            write_layers(plan.inputs.record, found)
+        sink.publish()
+    return layers
+
+
+def _joint_memory(plans: Sequence[QuantizePlan]) -> MemoryEstimate:
+    """What a pass for all of them needs, and its mode.
+
+    Raises:
+        CapacityError: memory does not suffice, with what would fit.
+    """
+    inputs, request = plans[0].inputs, plans[0].request
+    if len(plans) == 1:
+        return plans[0].memory
+    lengths = [window.shape[1] for window in inputs.windows]
+    work = sum(plan.inputs.work for plan in plans)
+    return choose_mode(inputs.skeleton, inputs.blocks, lengths, work, inputs.context.memory, request.mode, streams=1)
+
+
+def _original_steps(plans: Sequence[QuantizePlan], mode: Mode, phases: Phases) -> OriginalSteps:
+    inputs = plans[0].inputs
+    variants = [Variant(plan.inputs.method, plan.decisions, plan.inputs.scale_dtype) for plan in plans]
+    prior = plans[0].request.expert_prior
+    return OriginalSteps(inputs.skeleton, variants, phases, inputs.blocks, inputs.windows, mode, prior)
+
+
+def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
+    """The way through the blocks for one artifact, each linear on what those before it have become."""
+    inputs, decisions = plan.inputs, plan.decisions
+    skeleton, blocks, method = inputs.skeleton, inputs.blocks, inputs.method
+    if method.calibration == "none":
+        return DataFreeSteps(skeleton, method, decisions, inputs.scale_dtype, phases)
+    kinds = {linear: planned.input_kind for linear, planned in decisions.schemes.items()}
+    skeleton.quantize_inputs({linear: kind for linear, kind in kinds.items() if kind is not None})
+    edges: tuple[tuple[Edge, ...], ...] = ()
+    if isinstance(method, ScalingQuantizer):
+        edges = find_edges(skeleton, blocks)
+        kind = skeleton.architecture.model_type
+        described = describe_edges(edges, blocks, kind, skeleton.prefix(0))
+        inputs.context.progress.log(f"{plan.request.method}: {described}")
+    return CalibratedSteps(
+        skeleton,
+        method,
+        decisions,
+        inputs.scale_dtype,
+        phases,
+        blocks,
+        inputs.windows,
+        plan.memory.mode,
+        inputs.original,
+        edges,
+        plan.request.expert_prior,
+    )
+
+
+def _layers(plan: QuantizationPlan, sink: ArtifactSink) -> tuple[LayerResult, ...]:
+    return tuple(
+        LayerResult(plan.sites[name].stored, str(plan.schemes[name]), plan.sites[name].shape, error, damping)
+        for name, (error, damping) in sink.results.items()
+    )
+
+
+def write_layers(record: Path, layers: Sequence[LayerResult]) -> None:
+    """Keep what came of each linear in a file."""
+    write_json(record, [asdict(layer) for layer in layers])
+
+
+def read_layers(record: Path) -> tuple[LayerResult, ...]:
+    """What :func:`write_layers` kept."""
+    return tuple(LayerResult(**{**entry, "shape": tuple(entry["shape"])}) for entry in json.loads(record.read_bytes()))
