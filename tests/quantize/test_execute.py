@@ -22,7 +22,7 @@ from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.plan import plan_quantization
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.sink import ArtifactSink
-from llmconvert.quantize.steps import CalibratedSteps
+from llmconvert.quantize.steps import CalibratedSteps, Outcome
 from llmconvert.storage.artifact import build_artifact
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -56,7 +56,7 @@ def content(directory: Path) -> dict[str, bytes]:
 class Stopping:
     """A sink that is interrupted when a block shall be made last."""
 
-    def __init__(self, sink: Sink, block: int) -> None:
+    def __init__(self, sink: Sink[Outcome], block: int) -> None:
         self.blocks = sink.blocks
         self.take, self.complete = sink.take, sink.complete
         self._sink = sink
@@ -93,7 +93,7 @@ def one_pass(source: Path, place: Path, formats: Sequence[str], stop: int | None
             for container, plan, artifact in zip(containers, plans, artifacts, strict=True)
         ]
         done = resumed_blocks(sinks)
-        into: list[Sink] = list(sinks)
+        into: list[Sink[Outcome]] = list(sinks)
         if stop is not None:
             into[-1] = Stopping(into[-1], stop)
         quantize_blocks(steps, skeleton.block_count, into, artifacts[0].work, SILENT)

@@ -1,10 +1,9 @@
-"""One pass of the original makes several artifacts: each as if it were alone, on the moments of the unquantized model."""
+"""One pass of the original makes several artifacts: each as if alone, from the moments of the unquantized model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -75,19 +74,19 @@ def test_each_artifact_is_what_it_is_alone(source: Path, alone: Mapping[str, byt
     assert len({alone[f"{name}/model.safetensors"] for name in REQUESTS if name != "gguf"}) == len(REQUESTS) - 1
 
 
-class _Stopped(RunInterruptedError):
+class _StoppedError(RunInterruptedError):
     pass
 
 
 class _StopAt:
     """Progress that interrupts a job when so many blocks are done."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: float) -> None:
         self._left = blocks
 
     def log(self, message: str) -> None: ...
 
-    def task(self, *args: Any, **kwargs: Any) -> _StopAt:
+    def task(self, description: str, total: float) -> _StopAt:
         return self
 
     def __enter__(self) -> _StopAt:
@@ -95,16 +94,16 @@ class _StopAt:
 
     def __exit__(self, *exc: object) -> None: ...
 
-    def advance(self, amount: int = 1, note: str = "") -> None:
+    def advance(self, amount: float = 1, note: str = "") -> None:
         self._left -= amount
         if self._left < 0:
-            raise _Stopped("stopped")
+            raise _StoppedError("stopped")
 
 
 def test_interrupted_it_continues_to_the_same_bytes(source: Path, alone: Mapping[str, bytes], tmp_path: Path) -> None:
     with SafetensorsCheckpoint(source) as checkpoint:
         stopping = Context(progress=_StopAt(1))
-        with pytest.raises(_Stopped):
+        with pytest.raises(_StoppedError):
             quantize_together([planned(checkpoint, tmp_path, name, stopping) for name in REQUESTS])
         results = quantize_together([planned(checkpoint, tmp_path, name) for name in REQUESTS])
     assert {result.resumed_blocks for result in results} == {1}
@@ -115,7 +114,7 @@ def test_another_variant_beside_a_stopped_one_begins_anew(
     source: Path, alone: Mapping[str, bytes], tmp_path: Path
 ) -> None:
     with SafetensorsCheckpoint(source) as checkpoint:
-        with pytest.raises(_Stopped):
+        with pytest.raises(_StoppedError):
             quantize_together([planned(checkpoint, tmp_path, "w4", Context(progress=_StopAt(1)))])
         quantize_together([planned(checkpoint, tmp_path, name) for name in ("asym", "w4")])
     assert content(tmp_path) == {name: data for name, data in alone.items() if name.startswith(("asym/", "w4/"))}
