@@ -254,12 +254,17 @@ def work_nbytes(
 
 
 def _scaling_nbytes(block: BlockPlan, sites: Mapping[str, Site], method: ScalingQuantizer, dtype: torch.dtype) -> int:
+    # Of experts those of one are held at a time, beside those of what all of a layer receive.
+    ordinary = [stop for stop in block.stops if sites[stop.linears[0]].kind == "linear"]
+    widths = [stop.columns for stop in ordinary]
+    experts = {stop.columns for stop in block.stops if sites[stop.linears[0]].kind == "expert"}
+    widths += [*experts, *experts] if method.moments else []
     if method.moments:
-        held = sum(hessian_nbytes(stop.columns, dtype) for stop in block.stops)
+        held = sum(hessian_nbytes(columns, dtype) for columns in widths)
     else:
-        held = sum(12 * stop.columns for stop in block.stops)
+        held = sum(12 * columns for columns in widths)
     # A batch gives whole tokens, which makes twice as many of them at most.
-    held += 2 * method.sample_tokens * dtype.itemsize * sum(stop.columns for stop in block.stops)
+    held += 2 * method.sample_tokens * dtype.itemsize * sum(widths)
     heights = {stop: sum(sites[name].rows for name in stop.linears) for stop in block.stops}
     return held + max((method.scales_nbytes(rows, stop.columns) for stop, rows in heights.items()), default=0)
 
@@ -315,7 +320,7 @@ def _check_experts(
     scheme = next(iter(schemes))
     if scheme is None:
         raise SchemeError("the overrides leave all experts dense, and so most of the weights; leave the model as it is")
-    if isinstance(method, BlockQuantizer | ScalingQuantizer):
+    if isinstance(method, BlockQuantizer):
         raise UnsupportedError(
             f"{type(method).__name__.lower()} takes the linears of a block together and knows no experts; methods for "
             "mixtures of experts are gptq, gptaq, rtn and hqq"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
+from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -19,7 +19,7 @@ import torch
 
 from llmconvert.compute.dot_products import load_dot_products
 from llmconvert.engine.discovery import BlockPlan, Stop
-from llmconvert.engine.edges import Edge
+from llmconvert.engine.edges import Edge, MixtureEdge
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, states_present
 from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
@@ -38,6 +38,7 @@ from llmconvert.quantize.methods.base import (
 )
 from llmconvert.quantize.methods.imatrix import mean_squares
 from llmconvert.quantize.methods.rescale import Rescaling, rescale_block
+from llmconvert.quantize.methods.rescale_experts import down_scale
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
 from llmconvert.quantize.solve.kernels import load_kernels
@@ -124,8 +125,10 @@ class CalibratedSteps:
         mode: lockstep or replay.
         original: the weights that the second stream runs; those that are quantized, if None.
         edges: of each block, for methods that move scales along them.
+        mixtures: of each block the norms before experts, for such methods.
         prior: how strongly experts' moments are drawn toward their layer's
             (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
+        every: whether every expert is shown all tokens of the text.
     """
 
     skeleton: Skeleton
@@ -138,7 +141,9 @@ class CalibratedSteps:
     mode: Mode
     original: Checkpoint | None = None
     edges: Sequence[Sequence[Edge]] = ()
+    mixtures: Sequence[Sequence[MixtureEdge]] = ()
     prior: float = PRIOR
+    every: bool = False
 
     def lost(self, work: Path, done: int) -> bool:
         needed = _STREAMS if self.method.original else _STREAMS[:1]
@@ -210,9 +215,10 @@ class CalibratedSteps:
         """Move scales along the edges of a block, and quantize its linears then."""
         index, batches = run.plan.index, len(self.windows)
         block, prefix = self.skeleton.blocks[index], self.skeleton.prefix(index)
+        mixtures = self.mixtures[index] if self.mixtures else ()
         with self.phases.measure("scaling"):
             scaling = rescale_block(
-                run, block, batches, self.edges[index], prefix, self.plan.schemes, method, self.scale_dtype
+                run, block, batches, self.edges[index], prefix, self.plan.schemes, method, self.scale_dtype, mixtures
             )
         yield from scaling.changed.items()
         yield from self._solve_stops(run, None, scaling)
@@ -223,16 +229,19 @@ class CalibratedSteps:
         """Quantize the linears of a block in the order the batches reach them, each on what the ones before give."""
         assert isinstance(self.method, Quantizer)
         dtype = self.skeleton.dtype
-        experts = ExpertMoments(run, original, self.skeleton.device, self.prior)
-        for stop in run.plan.stops:
+        experts = ExpertMoments(run, original, self.skeleton.device, self.prior, every=self.every)
+        for stop, following in zip_longest(run.plan.stops, run.plan.stops[1:]):
             for name in stop.linears:
                 if name in scaling and name not in self.plan.schemes:
-                    run.install(name, scaling.apply(name, run.weight(name)).to(dtype))
+                    run.install(name, scaling.apply(name, run.weight(name)))
                     yield run.site(name).parameter, run.weight(name)
             names = [name for name in stop.linears if name in self.plan.schemes]
             if not names:
                 continue
-            if run.site(names[0]).kind == "expert":
+            is_expert = run.site(names[0]).kind == "expert"
+            if is_expert:
+                if self.mixtures and run.site(names[0]).projection != "down_proj":
+                    scaling = self._scale_expert(run, stop, following, experts)
                 with self.phases.measure("Hessians"):
                     hessian = experts.hessian(stop)
             else:
@@ -244,9 +253,17 @@ class CalibratedSteps:
                 solutions = self.method.quantize(targets, hessian, self.scale_dtype)
             del hessian, targets
             for name, solution in solutions.items():
-                yield name, solution
+                yield name, replace(solution, tokens=experts.tokens(name)) if is_expert else solution
                 run.install(name, solution.tensor.dequantize(dtype))
             del solution, solutions
+
+    def _scale_expert(self, run: BlockRun, inputs: Stop, down: Stop, experts: ExpertMoments) -> Rescaling:
+        """Between an expert's up projection and its down projection."""
+        assert isinstance(self.method, ScalingQuantizer)
+        with self.phases.measure("scaling"):
+            scale = down_scale(run, down, experts, self.plan.schemes, self.method, self.scale_dtype)
+        up = next(name for name in inputs.linears if run.site(name).projection == "up_proj")
+        return Rescaling({down.linears[0]: scale}, {up: 1 / scale}, {})
 
     def _hessian(self, stop: Stop, name: str, run: BlockRun, original: BlockRun | None) -> Hessian:
         device = self.skeleton.device

@@ -6,7 +6,11 @@ linears, and whoever runs it decides there what it meets next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +21,7 @@ from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.experts import ExpertsSlot, Visit
 from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
 
-__all__ = ["Pass", "gate", "keep_input", "stand_at_linear"]
+__all__ = ["AnsweredCall", "Pass", "gate", "keep_input", "record_inputs", "stand_at_linear"]
 
 
 class Pass(greenlet):
@@ -148,6 +152,41 @@ class Pass(greenlet):
         self.tensor = None
 
 
+@dataclass(frozen=True, slots=True)
+class AnsweredCall(BlockCall):
+    """A block's call outside of any batch's forward, with somebody who answers for the experts inside.
+
+    Attributes:
+        answer: what the experts of a layer give for what is brought to them.
+    """
+
+    answer: Callable[[ExpertsSlot, Visit], torch.Tensor]
+
+    @classmethod
+    def of(cls, call: BlockCall, answer: Callable[[ExpertsSlot, Visit], torch.Tensor]) -> AnsweredCall:
+        """The same call with such answers."""
+        return cls(call.block, call.args, call.kwargs, answer)
+
+    def output(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor] = MappingProxyType({})) -> torch.Tensor:
+        guest = _Guest(partial(BlockCall.output, self, hidden, weights), self.answer)
+        output: torch.Tensor = guest.switch()
+        return output
+
+
+class _Guest(greenlet):
+    """Runs a function, and passes on what experts are asked inside."""
+
+    def __init__(
+        self, run: Callable[[], torch.Tensor], answer: Callable[[ExpertsSlot, Visit], torch.Tensor]
+    ) -> None:
+        super().__init__(run)
+        self._answer = answer
+
+    def visit(self, slot: ExpertsSlot, visit: Visit) -> torch.Tensor | None:
+        """See :class:`~llmconvert.engine.experts.Visitor`."""
+        return self._answer(slot, visit)
+
+
 def gate(slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
     """What a slot does in place of its block: the coroutine's part, if one is under way; else it runs the block."""
     coroutine = getcurrent()
@@ -166,3 +205,25 @@ def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
     coroutine = getcurrent()
     if isinstance(coroutine, Pass):
         coroutine.keep(module, args[0])
+
+
+@contextmanager
+def record_inputs(
+    block: nn.Module, linears: Sequence[str], record: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Give ``record`` the inputs of linears, by their names inside the block, whenever the block runs.
+
+    They are given as they come, before anything that quantizes them at run time.
+    """
+    handles = []
+    for name in linears:
+
+        def note(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            record(name, args[0])
+
+        handles.append(block.get_submodule(name).register_forward_pre_hook(note, prepend=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

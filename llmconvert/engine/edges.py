@@ -12,17 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from llmconvert.engine.coroutine import AnsweredCall, record_inputs
 from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.experts import ExpertsSlot, Visit
 from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
 from llmconvert.engine.synthetic import SyntheticCheckpoint
 
-__all__ = ["Edge", "edge_holds", "find_edges", "record_inputs"]
+__all__ = ["Edge", "MixtureEdge", "edge_holds", "find_edges", "find_mixture_edges", "stand_in"]
 
+F = TypeVar("F")
 # Batch rows and tokens of a probe. Channels are recognized at the first token, which attends to itself alone; with this
 # many rows no channel behind a ReLU is zero in all of them.
 _ROWS, _TOKENS = 32, 3
@@ -51,33 +54,48 @@ class Edge:
     across: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class MixtureEdge:
+    """A norm whose channels the experts of a layer see, the router that sends tokens there, and linears beside them.
+
+    Attributes:
+        producer: the norm's name inside the block.
+        experts: the name of the module that has the experts.
+        linears: names of linears that see it too; shared experts, and routers where a class has linears for these.
+        routers: names of modules of other classes that multiply it by their ``weight [*, columns]``.
+    """
+
+    producer: str
+    experts: str
+    linears: tuple[str, ...]
+    routers: tuple[str, ...]
+
+
 def find_edges(skeleton: Skeleton, plans: Sequence[BlockPlan]) -> tuple[tuple[Edge, ...], ...]:
     """The edges of every block; blocks of the same modules and shapes are taken to be alike.
 
-    Takes the memory of one block, and reads no weights.
+    Takes the memory of one block, and reads no weights. Experts are not run: something stands in for what they give.
 
     Args:
         skeleton: the model; it is not touched.
         plans: from :func:`~llmconvert.engine.discovery.discover`.
     """
-    # Halving and doubling would meet the narrow range of float16.
-    dtype = torch.bfloat16 if skeleton.dtype == torch.float16 else skeleton.dtype
-    random = Skeleton(SyntheticCheckpoint(skeleton), skeleton.device, dtype)
-    random.restore_buffers()
-    random.load_outer(head=False)
-    known: dict[Any, tuple[Edge, ...]] = {}
-    found: list[tuple[Edge, ...]] = []
-    for plan in plans:
-        block = random.blocks[plan.index]
-        shapes = tuple((name, tuple(value.shape)) for name, value in block.named_parameters())
-        signature = (tuple((name, type(module)) for name, module in block.named_modules()), shapes)
-        if signature not in known:
-            random.load_block(plan.index)
-            call = _call_of(random, plans, plan.index)
-            known[signature] = _Prober(call, plan, random).edges()
-            random.drop_block(plan.index)
-        found.append(known[signature])
-    return tuple(found)
+    return _probe(skeleton, plans, _Prober.edges)
+
+
+def find_mixture_edges(skeleton: Skeleton, plans: Sequence[BlockPlan]) -> tuple[tuple[MixtureEdge, ...], ...]:
+    """Of every block the norms before experts, where all that sees them is known; see :func:`find_edges`.
+
+    Norms that multiply by one plus their weight are none: divided by a power of two, their weights would be rounded,
+    and tokens might go elsewhere.
+    """
+    return _probe(skeleton, plans, _Prober.mixture_edges)
+
+
+def stand_in(slot: ExpertsSlot, visit: Visit) -> torch.Tensor:
+    """In place of what a layer's experts give: of the same shape, and changed by all that would change it."""
+    routing = (visit.weights.float() * (visit.index + 1)).sum(-1, keepdim=True)
+    return visit.hidden * routing.to(visit.hidden.dtype)
 
 
 def edge_holds(edge: Edge, call: BlockCall, hidden: torch.Tensor, output: torch.Tensor) -> bool:
@@ -105,26 +123,25 @@ def edge_holds(edge: Edge, call: BlockCall, hidden: torch.Tensor, output: torch.
     return _same(changed, output)
 
 
-@contextmanager
-def record_inputs(
-    block: nn.Module, linears: Sequence[str], record: Callable[[str, torch.Tensor], None]
-) -> Iterator[None]:
-    """Give ``record`` the inputs of linears, by their names inside the block, whenever the block runs.
-
-    They are given as they come, before anything that quantizes them at run time.
-    """
-    handles = []
-    for name in linears:
-
-        def note(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            record(name, args[0])
-
-        handles.append(block.get_submodule(name).register_forward_pre_hook(note, prepend=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _probe(skeleton: Skeleton, plans: Sequence[BlockPlan], look: Callable[[_Prober], F]) -> tuple[F, ...]:
+    """What is found in each block; the same in blocks that are alike."""
+    # Halving and doubling would meet the narrow range of float16.
+    dtype = torch.bfloat16 if skeleton.dtype == torch.float16 else skeleton.dtype
+    random = Skeleton(SyntheticCheckpoint(skeleton), skeleton.device, dtype)
+    random.restore_buffers()
+    random.load_outer(head=False)
+    known: dict[Any, F] = {}
+    found: list[F] = []
+    for plan in plans:
+        block = random.blocks[plan.index]
+        shapes = tuple((name, tuple(value.shape)) for name, value in block.named_parameters())
+        signature = (tuple((name, type(module)) for name, module in block.named_modules()), shapes)
+        if signature not in known:
+            random.load_block(plan.index)
+            known[signature] = look(_Prober(_call_of(random, plans, plan.index), plan, random))
+            random.drop_block(plan.index)
+        found.append(known[signature])
+    return tuple(found)
 
 
 class _ReachedError(Exception):
@@ -153,7 +170,7 @@ def _call_of(skeleton: Skeleton, plans: Sequence[BlockPlan], index: int) -> tupl
     except _ReachedError as reached:
         generator = torch.Generator().manual_seed(index)
         hidden = torch.randn(reached.hidden.shape, generator=generator)
-        return hidden.to(reached.hidden), reached.call
+        return hidden.to(reached.hidden), AnsweredCall.of(reached.call, stand_in)
     finally:
         for slot, gate_before in zip(skeleton.slots, before, strict=True):
             slot.gate = gate_before
@@ -166,7 +183,10 @@ class _Prober:
     def __init__(self, call: tuple[torch.Tensor, BlockCall], plan: BlockPlan, skeleton: Skeleton) -> None:
         self._hidden, self._call = call
         self._block = self._call.block
-        self._stops = [tuple(skeleton.inside(plan.index, name) for name in stop.linears) for stop in plan.stops]
+        stops = (stop.linears for stop in plan.stops if skeleton.sites[stop.linears[0]].kind == "linear")
+        self._stops = [tuple(skeleton.inside(plan.index, name) for name in linears) for linears in stops]
+        slots = [name for name, module in self._block.named_modules() if isinstance(module, ExpertsSlot)]
+        self._slots = {len(self._stops) + number: name for number, name in enumerate(slots)}
         self._order: list[str] = []
         self._arguments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._inputs, self._output = self._run_watched()
@@ -180,14 +200,66 @@ class _Prober:
             if kind is None:
                 continue
             for stop, channels in self._channels(producer).items():
+                if stop in self._slots:
+                    continue
                 edge = Edge(name, kind, self._stops[stop], channels, self._mixes(name, stop))
                 if edge_holds(edge, self._call, self._hidden, self._output):
                     found[stop] = edge
         return tuple(found[stop] for stop in sorted(found))
 
+    def mixture_edges(self) -> tuple[MixtureEdge, ...]:
+        """For each layer's experts the norm that feeds them, if all else that sees it is known."""
+        found: dict[str, MixtureEdge] = {}
+        for name in self._order if self._slots else ():
+            producer = self._block.get_submodule(name)
+            width = _width(producer)
+            if self._kind(name, producer) != "norm":
+                continue
+            same = [
+                stop
+                for stop, channels in self._channels(producer).items()
+                if torch.equal(channels, torch.arange(width))
+            ]
+            experts = [self._slots[stop] for stop in same if stop in self._slots]
+            if len(experts) == 1:
+                linears = tuple(linear for stop in same if stop not in self._slots for linear in self._stops[stop])
+                edge = MixtureEdge(name, experts[0], linears, self._routers(width))
+                if self._mixture_holds(edge):
+                    found[experts[0]] = edge
+        return tuple(found.values())
+
+    def _routers(self, width: int) -> tuple[str, ...]:
+        """Modules that have one matrix of as many columns, and are no linears."""
+        return tuple(
+            name
+            for name, module in self._block.named_modules()
+            if not isinstance(module, nn.Linear | nn.Embedding)
+            and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+            and weight.dim() == 2
+            and weight.shape[1] == width
+        )
+
+    def _mixture_holds(self, edge: MixtureEdge) -> bool:
+        """Whether the block's output stays as it is, to the bit, when channels grow and all that sees them shrinks."""
+        producer = self._block.get_submodule(edge.producer)
+        factors = 2.0 ** (torch.arange(_width(producer), device=self._output.device) % 3)
+        routers = [self._block.get_parameter(f"{name}.weight") for name in edge.routers]
+        with ExitStack() as stack:
+            stack.enter_context(_scaled_output(producer, factors.to(self._output)))
+            for name in (*edge.linears, edge.experts):
+                stack.enter_context(_scaled_input(self._block.get_submodule(name), (1 / factors).to(self._output)))
+            for weight in routers:
+                weight.data.div_(factors)
+            try:
+                return torch.equal(self._call.output(self._hidden), self._output)
+            finally:
+                for weight in routers:
+                    weight.data.mul_(factors)
+
     def _run(self, token: int = 0) -> tuple[Mapping[int, torch.Tensor], torch.Tensor]:
         """Inputs of all stops at one token, ``[rows, columns]``, and the block's output."""
         places = {names[0]: stop for stop, names in enumerate(self._stops)}
+        places |= {name: stop for stop, name in self._slots.items()}
         inputs: dict[int, torch.Tensor] = {}
 
         def record(name: str, value: torch.Tensor) -> None:

@@ -77,6 +77,8 @@ class ExpertsSlot(nn.Module):
         self._forward = inspect.unwrap(type(one).forward)
         #: The expert that is loaded.
         self.number: int | None = None
+        #: What the input columns of gate and up are multiplied by as they are read: powers of two ``[hidden size]``.
+        self.scale: torch.Tensor | None = None
         #: What the layer gives, by batch, as far as that is known.
         self.answers: dict[int, torch.Tensor] = {}
 
@@ -100,6 +102,9 @@ class ExpertsSlot(nn.Module):
         gate, up, down = (self._read(expert_parameter(self.name, number, part)) for part in PROJECTIONS)
         self._set(torch.cat([gate, up]).unsqueeze(0), down.unsqueeze(0))
         self.number = number
+        if self.scale is not None:
+            for projection in ("gate_proj", "up_proj"):
+                self.value(number, projection).mul_(self.scale)
 
     def clear(self) -> None:
         """Free the weights."""
@@ -182,11 +187,15 @@ class ExpertsRun:
 
     def finish(self) -> None:
         """Let all batches pass the experts that are left; the slot has the answers then."""
+        self.slot.answers.update(self.outputs())
+
+    def outputs(self) -> dict[int, torch.Tensor]:
+        """Let all batches pass the experts that are left, and give what each batch gets, by its number; once."""
         while not self.complete:
             self._pass()
         self.slot.clear()
-        self.slot.answers.update(self._outputs)
-        self._outputs.clear()
+        outputs, self._outputs = self._outputs, {}
+        return outputs
 
     def inputs(self, number: int, projection: str, like: ExpertsRun | None = None) -> Iterator[torch.Tensor]:
         """What reaches a matrix of an expert, ``[tokens, columns]``, batch after batch; batches may bring no token.

@@ -55,6 +55,11 @@ class Site:
         return self.rows * self.columns
 
     @property
+    def layer(self) -> str:
+        """The module of the layer's experts that an expert's matrix belongs to; of a linear, the linear."""
+        return self.name if self.kind == "linear" else self.name.rsplit(".", 2)[0]
+
+    @property
     def projection(self) -> str:
         """Which of its expert's matrices it is."""
         return self.name.rpartition(".")[2]

@@ -186,7 +186,7 @@ class Skeleton:
         """The module that holds a site: a linear, or the experts of a layer."""
         if site.kind == "linear":
             return self.linears[site.block][site.name]
-        return self.experts[site.block][site.name.rsplit(".", 2)[0]]
+        return self.experts[site.block][site.layer]
 
     def quantize_inputs(self, kinds: Mapping[str, InputKind]) -> None:
         """Let linears of the blocks see their inputs quantized from here on, each to the kind given by its name."""
@@ -239,6 +239,7 @@ class Skeleton:
         for slot in self.experts[index].values():
             slot.clear()
             slot.answers.clear()
+            slot.scale = None
         for name in self._own_states(self.blocks[index]):
             self._assign(self.blocks[index], name, None)
 

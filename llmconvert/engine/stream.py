@@ -16,7 +16,7 @@ No parameter requires gradients, so no grad mode has to be set: it is thread-loc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -63,6 +63,11 @@ class BlockRun:
     def weight(self, name: str) -> torch.Tensor:
         """The values of a site ``[rows, columns]``, as batches meet them."""
         return self.site(name).value(self.module(name))
+
+    @property
+    def slots(self) -> Mapping[str, ExpertsSlot]:
+        """The block's experts, by the name of the module that has them."""
+        return self._stream.skeleton.experts[self.plan.index]
 
     def inputs(self, linear: str) -> Iterator[torch.Tensor]:
         """The input of a linear, batch after batch, as 2-D ``[tokens, columns]``.
@@ -153,13 +158,16 @@ class BlockRun:
     def entries(self, batches: Iterable[int]) -> Iterator[tuple[torch.Tensor, BlockCall]]:
         """What the given batches enter the block with: the hidden state, and the call that takes it.
 
-        To be asked for before any of the block's :meth:`inputs`. Calls and hidden states stay usable until the next
-        block; whether they are kept, which takes memory for every batch, is up to the caller.
+        To be asked for before any of the block's :meth:`inputs` where the stream keeps no states. Calls and hidden
+        states stay usable until the next block; whether they are kept, which takes memory for every batch, is up to the
+        caller.
         """
         for batch in batches:
             coroutine = self._stream.enter(self.plan.index, batch)
             assert coroutine.tensor is not None and coroutine.call is not None
-            entry = coroutine.tensor, coroutine.call
+            at_entry = coroutine.at == self.plan.index
+            hidden = coroutine.tensor if at_entry else self._stream.state(self.plan.index, batch)
+            entry = hidden.to(coroutine.tensor.device), coroutine.call
             self._stream.leave(coroutine)
             yield entry
 
@@ -276,7 +284,7 @@ class Stream:
         return self._pass(batch, index, self.state(index, batch), self.windows[batch])
 
     def state(self, index: int, batch: int) -> torch.Tensor:
-        """The hidden state, ``[1, length, hidden size]``, with which ``batch`` enters the current block, in replay."""
+        """The hidden state, ``[1, length, hidden size]``, with which ``batch`` enters the current block; if kept."""
         assert self._states is not None
         return self._states.get(index, batch)
 

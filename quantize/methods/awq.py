@@ -11,9 +11,8 @@ clipping), or handed to GPTQ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import ClassVar, Literal
 
 import torch
@@ -62,12 +61,12 @@ class Awq(Finishing):
 
     def scales(self, edge: ScaledEdge, scale_dtype: torch.dtype) -> torch.Tensor:
         assert edge.hessian is not None
-        best, least = torch.ones_like(edge.mean), torch.inf
-        for candidate in chain([best], self.candidates(edge)):
-            loss = sum(_loss(target, candidate, edge.hessian.matrix, scale_dtype) for target in edge.targets)
-            if loss < least:
-                best, least = candidate, loss
-        return best
+        candidates = [torch.ones_like(edge.mean), *self.candidates(edge)]
+        losses = [0.0] * len(candidates)
+        for target in edge.targets:
+            for number, candidate in enumerate(candidates):
+                losses[number] += _loss(target, candidate, edge.hessian.matrix, scale_dtype)
+        return candidates[min(range(len(candidates)), key=losses.__getitem__)]
 
     def scales_nbytes(self, rows: int, columns: int) -> int:
         """A slice of rows: weights, scaled weights, quotients and codes in float32, and the error's product with H."""
@@ -77,7 +76,7 @@ class Awq(Finishing):
     def candidates(self, edge: ScaledEdge) -> Iterator[torch.Tensor]:
         """The scales to try beside none, float32 ``[columns]``."""
         inputs = share_by_channel(edge.mean, edge.channels, "mean")
-        used = share_by_channel(_used_range(edge.targets), edge.channels, "mean")
+        used = share_by_channel(_used_range(edge.targets, edge.mean), edge.channels, "mean")
         for weigh in (False, True) if self.weights == "both" else (self.weights,):
             for step in range(self.grid):
                 exponent = step / self.grid
@@ -85,7 +84,8 @@ class Awq(Finishing):
                 if weigh:
                     scale = scale / (used.pow(1 - exponent) + _SMALLEST)
                 scale = scale.clamp(min=_SMALLEST)
-                yield scale / (scale.max() * scale.min()).sqrt()
+                scale = scale / (scale.max() * scale.min()).sqrt()
+                yield scale.log2().round_().exp2_() if edge.binary else scale
 
 
 def _loss(target: Target, scale: torch.Tensor, hessian: torch.Tensor, scale_dtype: torch.dtype) -> float:
@@ -100,13 +100,14 @@ def _loss(target: Target, scale: torch.Tensor, hessian: torch.Tensor, scale_dtyp
     return loss
 
 
-def _used_range(targets: Sequence[Target]) -> torch.Tensor:
+def _used_range(targets: Iterable[Target], like: torch.Tensor) -> torch.Tensor:
     """Mean over all rows of each weight's share of the largest one in its group, float32 ``[columns]``."""
-    columns = targets[0].weight.shape[1]
-    total = torch.zeros(columns, device=targets[0].weight.device)
+    columns, count = len(like), 0
+    total = torch.zeros_like(like)
     for target in targets:
+        count += len(target.weight)
         for rows in row_slices(target.weight.shape, _WEIGHTS_AT_ONCE):
             part = target.weight[rows].float().abs()
             grouped = part.reshape(len(part), target.scheme.groups(columns), -1)
             total += (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).reshape(part.shape).sum(0)
-    return total / sum(len(target.weight) for target in targets)
+    return total / count

@@ -76,11 +76,13 @@ class Solution:
         error: squared error of the linear's output over its squared output, on the calibration inputs; None if the
             method has none.
         damping: share of the mean diagonal that the Hessian needed; None without one.
+        tokens: of calibration text that the router sent to the expert that the weight belongs to; None of others.
     """
 
     tensor: QuantizedTensor
     error: float | None = None
     damping: float | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +125,23 @@ class ScaledEdge:
     """Linears whose input columns may be scaled, because what produces them can be divided by the same.
 
     Attributes:
-        targets: the linears, which share their input; weights must not be changed.
+        targets: the linears, which share their input; weights must not be changed. They may be read anew each time
+            that they are gone through, one after the other: keep none.
         channels: int64 ``[columns]``, the producer's channel behind each column; columns of one channel need one scale.
         hessian: of the inputs, if the method asks for moments.
         mean: float32 ``[columns]``, mean magnitude of the inputs over the tokens.
         largest: float32 ``[columns]``, their largest magnitude.
         sample: the inputs at some tokens, ``[tokens, columns]``, if the method asks for any.
+        binary: whether scales have to be powers of two, because others see the producer whose values are not to change.
     """
 
-    targets: Sequence[Target]
+    targets: Iterable[Target]
     channels: torch.Tensor
     hessian: Hessian | None
     mean: torch.Tensor
     largest: torch.Tensor
     sample: torch.Tensor | None = None
+    binary: bool = False
 
 
 class Method(Protocol):

@@ -13,19 +13,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from greenlet import greenlet
 from torch import nn
 
 from llmconvert.compute.precision import all_finite
+from llmconvert.engine.coroutine import AnsweredCall, record_inputs
 from llmconvert.engine.discovery import BlockPlan
-from llmconvert.engine.edges import Edge, edge_holds, record_inputs
-from llmconvert.engine.statistics import Hessian, accumulate_hessian
+from llmconvert.engine.edges import Edge, MixtureEdge, edge_holds, stand_in
+from llmconvert.engine.experts import ExpertsRun, ExpertsSlot, Visit
+from llmconvert.engine.skeleton import BlockCall, Skeleton
+from llmconvert.engine.statistics import Arrival, Hessian, HessianSum
 from llmconvert.engine.stream import BlockRun
 from llmconvert.errors import CalibrationError, CheckpointError, UnsupportedError
 from llmconvert.quantize.methods.base import ScaledEdge, ScalingQuantizer, Target
+from llmconvert.quantize.methods.rescale_experts import ExpertTargets
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = ["Rescaling", "describe_edges", "rescale_block", "share_by_channel"]
@@ -60,26 +64,41 @@ class Rescaling:
         return weight
 
 
-def describe_edges(edges: Sequence[Sequence[Edge]], plans: Sequence[BlockPlan], architecture: str, prefix: str) -> str:
-    """Where the first block's scales can be moved, in words.
+def describe_edges(
+    skeleton: Skeleton,
+    plans: Sequence[BlockPlan],
+    edges: Sequence[Sequence[Edge]],
+    mixtures: Sequence[Sequence[MixtureEdge]] = (),
+) -> str:
+    """Where the first block's scales can be moved, in words; and those of the first experts.
 
     Args:
-        edges: of every block.
+        skeleton: the model.
         plans: of every block.
-        architecture: its name, for errors.
-        prefix: what the names of the first block's linears begin with.
+        edges: of every block.
+        mixtures: the norms before experts in every block, where a method moves scales of experts.
 
     Raises:
         UnsupportedError: no scale can be moved anywhere.
     """
+    prefix = skeleton.prefix(0)
     if not any(edges):
+        kind = skeleton.architecture.model_type
         raise UnsupportedError(
-            f"architecture {architecture!r}: no norm and no linear feeds linears of a block channel by channel and "
+            f"architecture {kind!r}: no norm and no linear feeds linears of a block channel by channel and "
             "nothing else, so there is nowhere to move scales to; quantize this model with gptq or rtn"
         )
     moved = {prefix + name for edge in edges[0] for name in edge.linears}
-    left = [name.removeprefix(prefix) for stop in plans[0].stops for name in stop.linears if name not in moved]
+    sites = [skeleton.sites[name] for stop in plans[0].stops for name in stop.linears if name not in moved]
+    left = [site.name.removeprefix(prefix) for site in sites if site.kind == "linear"]
     words = [f"{', '.join(edge.linears)} to {edge.producer}" for edge in edges[0]]
+    if mixtures:
+        shared = next((edge for found in mixtures for edge in found), None)
+        words.append("every expert's down_proj to its up_proj")
+        if shared is not None:
+            seeing = ", ".join((*shared.routers, *shared.linears))
+            words.append(f"all experts' gate_proj and up_proj to {shared.producer}, in powers of two, with {seeing}")
+            left = [name for name in left if name not in shared.linears]
     return f"scales move from {'; '.join(words)}" + (f"; none from {', '.join(left)}" if left else "")
 
 
@@ -92,10 +111,12 @@ def rescale_block(
     schemes: Mapping[str, Scheme],
     method: ScalingQuantizer,
     scale_dtype: torch.dtype,
+    mixtures: Sequence[MixtureEdge] = (),
 ) -> Rescaling:
-    """Choose the scales of a block's edges and fold them into its norms and biases.
+    """Choose the scales of a block's edges and fold them into its norms, biases and routers.
 
-    The weights of linears are left as they are: :meth:`Rescaling.apply` is for when they are quantized.
+    The weights of linears are left as they are: :meth:`Rescaling.apply` is for when they are quantized. Experts have
+    the scales of the norm before them when they are loaded.
 
     Args:
         run: of the block, with all batches at its entry.
@@ -106,34 +127,53 @@ def rescale_block(
         schemes: of the linears to quantize.
         method: chooses.
         scale_dtype: of the quantized weights.
+        mixtures: norms before experts in this block.
 
     Raises:
         UnsupportedError: an edge does not hold in this block.
         CheckpointError: a weight is not finite.
         CalibrationError: activations are unusable.
     """
-    for name in (name for stop in run.plan.stops for name in stop.linears):
+    for name in (name for stop in run.plan.stops for name in stop.linears if run.site(name).kind == "linear"):
         # Named here, before what they give comes to the linears behind them.
         if not all_finite(run.weight(name)):
             raise CheckpointError(f"tensor {name!r} has values that are not finite; the checkpoint is damaged")
     edges = [edge for edge in edges if all(prefix + name in schemes for name in edge.linears)]
-    statistics = _gather(run, block, batches, edges, prefix, method)
+    statistics = _gather(run, block, batches, edges, mixtures, prefix, method)
     columns: dict[str, torch.Tensor] = {}
     rows: dict[str, torch.Tensor] = {}
     changed: dict[str, torch.Tensor] = {}
-    for edge, (hessian, mean, largest, sample) in zip(edges, statistics, strict=True):
+    for edge, found in zip(edges, statistics, strict=False):
         names = [prefix + name for name in edge.linears]
         targets = [Target(name, run.weight(name), schemes[name]) for name in names]
-        found = method.scales(ScaledEdge(targets, edge.channels, hessian, mean, largest, sample), scale_dtype)
+        chosen = method.scales(ScaledEdge(targets, edge.channels, *found), scale_dtype)
         producer = block.get_submodule(edge.producer)
         assert isinstance(producer.weight, nn.Parameter)
-        scale = torch.ones(len(producer.weight), dtype=torch.float32, device=found.device)
-        scale[edge.channels.to(found.device)] = found.float()
-        scale, parameters = _fold(producer, edge, scale)
+        scale = torch.ones(len(producer.weight), dtype=torch.float32, device=chosen.device)
+        scale[edge.channels.to(chosen.device)] = chosen.float()
+        scale, parameters = _fold(producer, edge.kind, scale)
         if edge.kind == "linear":
             rows[prefix + edge.producer] = 1 / scale
         changed |= {f"{prefix}{edge.producer}.{leaf}": value for leaf, value in parameters.items()}
         columns |= dict.fromkeys(names, scale[edge.channels.to(scale.device)])
+    for mixture, found in zip(mixtures, statistics[len(edges) :], strict=True):
+        beside = [prefix + name for name in mixture.linears]
+        seen = [Target(name, run.weight(name), schemes[name]) for name in beside if name in schemes]
+        slot = run.slots[prefix + mixture.experts]
+        channels = torch.arange(slot.hidden_size)
+        sites = (run.site(name) for stop in run.plan.stops for name in stop.linears)
+        every = ExpertTargets(slot, sites, schemes, seen)
+        chosen = method.scales(ScaledEdge(every, channels, *found, binary=True), scale_dtype)
+        producer = block.get_submodule(mixture.producer)
+        scale, parameters = _fold(producer, "norm", _exact(producer, chosen.float()))
+        changed |= {f"{prefix}{mixture.producer}.{leaf}": value for leaf, value in parameters.items()}
+        columns |= dict.fromkeys(beside, scale)
+        for name in mixture.routers:
+            weight = block.get_submodule(name).weight
+            assert isinstance(weight, nn.Parameter)
+            weight.data.mul_(scale)
+            changed[f"{prefix}{name}.weight"] = weight.data
+        slot.scale = scale
     return Rescaling(columns, rows, changed)
 
 
@@ -150,13 +190,23 @@ def share_by_channel(values: torch.Tensor, channels: torch.Tensor, reduce: str) 
     return shared.scatter_reduce(0, channels, values, reduce, include_self=False)[channels]
 
 
-def _fold(producer: nn.Module, edge: Edge, scale: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _exact(norm: nn.Module, scale: torch.Tensor) -> torch.Tensor:
+    """The scales, powers of two, without those that a norm's weight or bias can't be divided by exactly."""
+    exact = torch.ones_like(scale, dtype=torch.bool)
+    for leaf in ("weight", "bias"):
+        value = getattr(norm, leaf, None)
+        if isinstance(value, nn.Parameter):
+            exact &= (value.data.float() / scale).to(value.dtype).float() * scale == value.data.float()
+    return torch.where(exact, scale, torch.ones_like(scale))
+
+
+def _fold(producer: nn.Module, kind: str, scale: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Divide a producer's channels in place, except a linear's weight; gives the scales it came to, and changes."""
     changed: dict[str, torch.Tensor] = {}
     weight, bias = producer.weight, getattr(producer, "bias", None)
     assert isinstance(weight, nn.Parameter)
-    if edge.kind != "linear":
-        offset = 1.0 if edge.kind == "offset norm" else 0.0
+    if kind != "linear":
+        offset = 1.0 if kind == "offset norm" else 0.0
         before = weight.data.float() + offset
         folded = (before / scale - offset).to(weight.dtype)
         real = before / (folded.float() + offset)
@@ -170,25 +220,6 @@ def _fold(producer: nn.Module, edge: Edge, scale: torch.Tensor) -> tuple[torch.T
         bias.data.copy_(bias.data.float() / scale)
         changed["bias"] = bias.data
     return scale, changed
-
-
-class _Sum(greenlet):
-    """A Hessian in the making, to which batches are handed one by one."""
-
-    def __init__(self, name: str, columns: int, device: torch.device) -> None:
-        super().__init__(lambda: accumulate_hessian(name, self._batches(), columns, device))
-        self.switch()
-
-    def add(self, batch: torch.Tensor) -> None:
-        self.switch(batch)
-
-    def result(self) -> Hessian:
-        hessian: Hessian = self.switch(None)
-        return hessian
-
-    def _batches(self) -> Iterator[torch.Tensor]:
-        while (batch := self.parent.switch()) is not None:
-            yield batch
 
 
 class _Inputs:
@@ -214,42 +245,89 @@ class _Inputs:
 
 
 def _gather(
-    run: BlockRun, block: nn.Module, batches: int, edges: Sequence[Edge], prefix: str, method: ScalingQuantizer
+    run: BlockRun,
+    block: nn.Module,
+    batches: int,
+    edges: Sequence[Edge],
+    mixtures: Sequence[MixtureEdge],
+    prefix: str,
+    method: ScalingQuantizer,
 ) -> list[tuple[Hessian | None, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Run all batches through the block as it is; for each edge what :class:`ScaledEdge` has of its inputs."""
-    names = [edge.linears[0] for edge in edges]
-    weights = [run.weight(prefix + name) for name in names]
+    widths = {edge.linears[0]: len(edge.channels) for edge in edges}
+    widths |= {mixture.experts: run.slots[prefix + mixture.experts].hidden_size for mixture in mixtures}
+    device = next(block.parameters()).device
     per_batch = math.ceil(method.sample_tokens / batches)
-    inputs = {
-        name: _Inputs(weight.shape[1], weight.device, per_batch) for name, weight in zip(names, weights, strict=True)
-    }
-    sums: dict[str, _Sum] = {}
-    if method.moments:
-        for name, weight in zip(names, weights, strict=True):
-            sums[name] = _Sum(prefix + name, weight.shape[1], weight.device)
+    inputs = {name: _Inputs(width, device, per_batch) for name, width in widths.items()}
+    sums = {name: HessianSum(prefix + name, width, device) for name, width in widths.items() if method.moments}
 
     def record(name: str, value: torch.Tensor) -> None:
         batch = value.reshape(-1, value.shape[-1])
         inputs[name].add(batch)
         if sums:
-            sums[name].add(batch)
+            sums[name].add(Arrival(batch))
 
-    for number, (hidden, call) in enumerate(run.entries(range(batches))):
-        with record_inputs(block, names, record):
-            output = call.output(hidden)
-        if number == 0:
-            for edge in edges:
-                if not edge_holds(edge, call, hidden, output):
-                    raise UnsupportedError(
-                        f"{prefix}{edge.producer}: scaling its channels changes what this block computes, unlike the "
-                        "first block of its kind; quantize this model with a method that moves no scales"
-                    )
+    _check_edges(run, edges, prefix)
+    for part, calls in _parts(run, batches, list(widths), prefix):
+        for hidden, call in calls:
+            with record_inputs(block, part, record), suppress(_ReachedError):
+                call.output(hidden)
     gathered = []
-    for name in names:
+    for name in widths:
         found = inputs[name]
         if found.tokens == 0:
             raise CalibrationError(f"{prefix}{name}: no calibration token reached this linear; use more text")
-        hessian = sums[name].result() if sums else None
+        hessian = sums[name].hessian() if sums else None
         sample = torch.cat(found.sample) if found.sample else None
         gathered.append((hessian, (found.total / found.tokens).float(), found.largest, sample))
     return gathered
+
+
+def _check_edges(run: BlockRun, edges: Sequence[Edge], prefix: str) -> None:
+    """Refuse edges that don't hold on a batch; what experts give does not matter for that."""
+    for hidden, entry in run.entries(range(1)):
+        call = AnsweredCall.of(entry, stand_in)
+        output = call.output(hidden)
+        for edge in edges:
+            if not edge_holds(edge, call, hidden, output):
+                raise UnsupportedError(
+                    f"{prefix}{edge.producer}: scaling its channels changes what this block computes, unlike the "
+                    "first block of its kind; quantize this model with a method that moves no scales"
+                )
+
+
+class _ReachedError(Exception):
+    """Ends a pass through a block at experts whose output is not known yet."""
+
+
+def _parts(
+    run: BlockRun, batches: int, names: Sequence[str], prefix: str
+) -> Iterator[tuple[list[str], Iterator[tuple[torch.Tensor, BlockCall]]]]:
+    """The named modules up to a layer's experts, and what all batches enter the block with; then those behind.
+
+    What experts give for all batches is computed in between, one expert after the other.
+    """
+    sites = (run.site(name) for stop in run.plan.stops for name in stop.linears)
+    order = dict.fromkeys(site.layer.removeprefix(prefix) for site in sites)
+    left = [name for name in order if name in names or prefix + name in run.slots]
+    answers: dict[ExpertsSlot, Mapping[int, torch.Tensor]] = {}
+    while any(name in names for name in left):
+        end = next((place for place, name in enumerate(left) if prefix + name in run.slots), len(left) - 1)
+        slot = run.slots.get(prefix + left[end])
+        visits: dict[int, Visit] = {}
+
+        def calls(visits: dict[int, Visit] = visits) -> Iterator[tuple[torch.Tensor, BlockCall]]:
+            for batch, (hidden, call) in enumerate(run.entries(range(batches))):
+
+                def answer(experts: ExpertsSlot, visit: Visit, batch: int = batch) -> torch.Tensor:
+                    if experts in answers:
+                        return answers[experts][batch].clone()
+                    visits[batch] = visit
+                    raise _ReachedError
+
+                yield hidden, AnsweredCall.of(call, answer)
+
+        yield [name for name in left[: end + 1] if name in names], calls()
+        left = left[end + 1 :]
+        if slot is not None and any(name in names for name in left):
+            answers[slot] = ExpertsRun(slot, visits).outputs()

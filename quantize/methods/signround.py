@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from llmconvert.engine.edges import record_inputs
+from llmconvert.engine.coroutine import record_inputs
 from llmconvert.engine.skeleton import BlockCall
 from llmconvert.engine.statistics import Arrival, Hessian, HessianSum
 from llmconvert.memory import row_slices

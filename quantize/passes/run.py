@@ -14,7 +14,7 @@ import torch
 
 from llmconvert.context import Context
 from llmconvert.engine.discovery import BlockPlan
-from llmconvert.engine.edges import Edge, find_edges
+from llmconvert.engine.edges import Edge, MixtureEdge, find_edges, find_mixture_edges
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
@@ -309,10 +309,12 @@ def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
     kinds = {linear: planned.input_kind for linear, planned in decisions.schemes.items()}
     skeleton.quantize_inputs({linear: kind for linear, kind in kinds.items() if kind is not None})
     edges: tuple[tuple[Edge, ...], ...] = ()
+    mixtures: tuple[tuple[MixtureEdge, ...], ...] = ()
     if isinstance(method, ScalingQuantizer):
         edges = find_edges(skeleton, blocks)
-        kind = skeleton.architecture.model_type
-        described = describe_edges(edges, blocks, kind, skeleton.prefix(0))
+        if any(skeleton.experts) and method.moments:
+            mixtures = find_mixture_edges(skeleton, blocks)
+        described = describe_edges(skeleton, blocks, edges, mixtures)
         inputs.context.progress.log(f"{plan.request.method}: {described}")
     return CalibratedSteps(
         skeleton,
@@ -325,6 +327,7 @@ def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
         plan.memory.mode,
         inputs.original,
         edges,
+        mixtures,
         plan.request.expert_prior,
     )
 

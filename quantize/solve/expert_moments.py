@@ -10,7 +10,7 @@ bring, if they were sent to this expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 
 import torch
@@ -29,18 +29,36 @@ _ENOUGH = 4
 
 
 class ExpertMoments:
-    """Hessians of the experts of a block, to be asked for in the order of its stops.
+    """Statistics of the inputs of a block's experts, to be asked for in the order of its stops.
 
     Args:
         run: the block.
         original: the same in the original model, for methods that aim at its outputs.
         device: where it is computed.
         prior: κ by the columns of the input; 0 leaves moments as the expert's own tokens give them.
+        every: whether every expert is shown all tokens of the layer, wherever the router sends them.
     """
 
-    def __init__(self, run: BlockRun, original: BlockRun | None, device: torch.device, prior: float = PRIOR) -> None:
-        self._run, self._original, self._device, self._prior = run, original, device, prior
+    def __init__(
+        self,
+        run: BlockRun,
+        original: BlockRun | None,
+        device: torch.device,
+        prior: float = PRIOR,
+        *,
+        every: bool = False,
+    ) -> None:
+        self._run, self._original, self._device = run, original, device
+        self._prior, self._every = prior, every
         self._layer: tuple[str, Hessian] | None = None
+        self._counts: dict[str, Sequence[int]] = {}
+
+    def tokens(self, name: str) -> int:
+        """How many tokens the router sends to the expert that a site belongs to."""
+        site = self._run.site(name)
+        if site.layer not in self._counts:
+            self._counts[site.layer] = self._run.experts(name).tokens()
+        return self._counts[site.layer][site.expert]
 
     def hessian(self, stop: Stop) -> Hessian:
         """Of the inputs of a stop's matrices, drawn toward those of the layer.
@@ -49,30 +67,59 @@ class ExpertMoments:
             CalibrationError: an input is not finite; or no token reached the expert, and it is not to be drawn.
         """
         name, columns = stop.linears[0], stop.columns
-        site = self._run.site(name)
-        own = self._sum(name, columns, self._arrivals(stop, routed=True))
-        weight = self._prior * columns
-        if not weight or (site.projection == "down_proj" and own.tokens > _ENOUGH * columns):
-            return own.hessian()
-        if site.projection == "down_proj":
-            drawn = self._sum(name, columns, self._arrivals(stop, routed=False)).hessian()
-        else:
+        self._run.experts(name).reach(self._run.site(name).expert)
+        share = self._share(stop)
+        if not share:
+            return self._sum(name, columns, self._arrivals(stop, routed=True)).hessian()
+        if share == 1:
             drawn = self._of_layer(stop)
-        if not own.tokens:
             return Hessian(drawn.matrix.clone(), drawn.tokens, None if drawn.cross is None else drawn.cross.clone())
-        found = own.hessian()
-        share = weight / (found.tokens + weight)
+        found = self._sum(name, columns, self._arrivals(stop, routed=True)).hessian()
+        drawn = self._of_layer(stop)
         found.matrix.lerp_(drawn.matrix, share)
         if found.cross is not None and drawn.cross is not None:
             found.cross.lerp_(drawn.cross, share)
         return found
 
+    def magnitudes(self, stop: Stop) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the inputs of a stop's matrices the mean magnitude of each column, drawn likewise, and the largest.
+
+        Returns:
+            float32 ``[columns]`` each; what is drawn toward counts among the largest.
+        """
+        share = self._share(stop)
+        mean = torch.zeros(stop.columns, dtype=torch.float32, device=self._device)
+        largest = torch.zeros_like(mean)
+        for weight, routed in ((1 - share, True), (share, False)):
+            if weight:
+                total, tokens = torch.zeros_like(mean, dtype=torch.float64), 0
+                for here, _ in self._arrivals(stop, routed=routed):
+                    if len(here.inputs):
+                        sizes = here.inputs.abs()
+                        total += sizes.sum(0, dtype=torch.float32)
+                        largest = torch.maximum(largest, sizes.amax(0).float())
+                        tokens += len(sizes)
+                mean += weight * (total / max(1, tokens)).float()
+        return mean, largest
+
+    def _share(self, stop: Stop) -> float:
+        """How far the expert's own statistics are drawn: 0 not at all, 1 says that nothing is left of them."""
+        name, columns = stop.linears[0], stop.columns
+        tokens, weight = self.tokens(name), self._prior * columns
+        if self._every:
+            return 1.0
+        if not weight or (self._run.site(name).projection == "down_proj" and tokens > _ENOUGH * columns):
+            return 0.0
+        return weight / (tokens + weight)
+
     def _of_layer(self, stop: Stop) -> Hessian:
-        """Of the inputs of all experts of a layer; kept, since each of them asks."""
-        layer = stop.linears[0].rsplit(".", 2)[0]
-        if self._layer is None or self._layer[0] != layer:
+        """Of the inputs of all experts of a layer, which is kept, since each of them asks; of down of this one."""
+        site = self._run.site(stop.linears[0])
+        if site.projection == "down_proj":
+            return self._sum(site.name, stop.columns, self._arrivals(stop, routed=False)).hessian()
+        if self._layer is None or self._layer[0] != site.layer:
             total = self._sum(stop.linears[0], stop.columns, self._arrivals(stop, routed=False))
-            self._layer = layer, total.hessian()
+            self._layer = site.layer, total.hessian()
         return self._layer[1]
 
     def _arrivals(self, stop: Stop, *, routed: bool) -> Iterable[tuple[Arrival, Arrival | None]]:

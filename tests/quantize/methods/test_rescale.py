@@ -126,10 +126,10 @@ def test_an_edge_that_does_not_hold_is_refused(tiny: Tiny) -> None:
 def test_edges_in_words(tiny: Tiny) -> None:
     skeleton = Skeleton(SafetensorsCheckpoint(tiny("olmo2")), CPU)
     plans = discover(skeleton, 16)
-    words = describe_edges(find_edges(skeleton, plans), plans, "olmo2", skeleton.prefix(0))
+    words = describe_edges(skeleton, plans, find_edges(skeleton, plans))
     assert words == (
         "scales move from self_attn.o_proj to self_attn.v_proj; mlp.down_proj to mlp.up_proj; none from "
         "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, mlp.gate_proj, mlp.up_proj"
     )
     with pytest.raises(UnsupportedError, match=r"architecture 'olmo2': .* nowhere to move scales"):
-        describe_edges([(), (), ()], plans, "olmo2", skeleton.prefix(0))
+        describe_edges(skeleton, plans, [(), (), ()])
