@@ -80,7 +80,7 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
     config = build_config(skeleton.checkpoint.config)
     kind = config.model_type
     # Built outside the fake mode, which does not take the constants that some modules turn into buffers.
-    model = build_meta_model(config, skeleton.dtype, skeleton.model.config._attn_implementation)
+    model = build_meta_model(config, skeleton.dtype, skeleton.attention)
     fix_frequencies(model)
     taken = {name for slots in skeleton.experts for name in slots}
     for name, experts in [found for found in find_experts(model) if found[0] in taken]:

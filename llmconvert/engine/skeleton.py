@@ -23,7 +23,7 @@ from llmconvert.engine.architecture.buffers import restore_buffers
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.experts import PROJECTIONS, expert_parameter, find_experts
-from llmconvert.engine.architecture.model import build_meta_model, find_linears, forget_lengths
+from llmconvert.engine.architecture.model import build_meta_model, find_decoder, find_linears, forget_lengths
 from llmconvert.engine.architecture.names import map_names
 from llmconvert.engine.architecture.reach import find_reach
 from llmconvert.engine.experts import ExpertsSlot
@@ -126,7 +126,7 @@ class Skeleton:
         self.model = build_meta_model(config, self.dtype, attention)
         forget_lengths(self.model)
         #: What of the model text reaches; the rest is never loaded.
-        self.reach = find_reach(self.model, config, self.dtype)
+        self.reach = find_reach(self.model, config, self.dtype, self.attention)
         self.names = map_names(self.model, checkpoint, self.reach.needs)
         self._check_shapes({name: tuple(state.shape) for name, state in self.model.state_dict().items()})
         blocks: Any = self.model.get_submodule(self.reach.blocks)
@@ -140,15 +140,20 @@ class Skeleton:
         ]
         if fast_products and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:
             self._widen_products()
-            use_attention(self.model, "float32")
+            use_attention(find_decoder(self.model), "float32")
         elif fast_products and self.dtype == torch.bfloat16 and device.type == "cpu" and use_dot_products():
-            use_attention(self.model, "tiled")
+            use_attention(find_decoder(self.model), "tiled")
         for position, slot in zip(self.reach.positions, self.slots, strict=True):
             blocks[position] = slot
         self.sites = find_sites(self.linears, self.names, self.experts)
         self._check_shapes({site.parameter: site.shape for site in self.sites.values() if site.kind == "expert"})
         inputs = checkpoint.quantized_inputs
         self.quantize_inputs({site.name: inputs[site.tensor] for site in self.sites.values() if site.tensor in inputs})
+
+    @property
+    def attention(self) -> str:
+        """transformers' name of the way in which the decoder attends."""
+        return str(find_decoder(self.model).config._attn_implementation)
 
     @property
     def block_count(self) -> int:

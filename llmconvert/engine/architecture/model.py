@@ -23,6 +23,7 @@ from llmconvert.errors import UnsupportedError
 __all__ = [
     "build_meta_model",
     "find_blocks",
+    "find_decoder",
     "find_linears",
     "fix_frequencies",
     "forget_lengths",
@@ -67,7 +68,8 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: st
     Args:
         config: of :func:`~llmconvert.engine.architecture.config.build_config`.
         dtype: of its parameters.
-        attention: transformers' name of an implementation; eager takes its place where the class has no such.
+        attention: transformers' name of an implementation. ``sdpa`` is what it takes by itself, eager in the parts that
+            have no such; others than these two are for the decoder alone.
 
     Raises:
         UnsupportedError: transformers has no such class, or it can't be built with these settings.
@@ -77,14 +79,19 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: st
     if found is None:
         raise UnsupportedError(f"architecture {kind!r} has no language model in transformers")
     config.use_cache = False
+    chosen = {"attn_implementation": attention} if attention == "eager" else {}
     with foreign_settings(f"architecture {kind!r} cannot be built"), torch.device("meta"):
-        try:
-            model = found._from_config(config, dtype=dtype, attn_implementation=attention)
-        except ValueError as error:
-            if attention == "eager" or "attention" not in str(error):
-                raise
-            model = found._from_config(config, dtype=dtype, attn_implementation="eager")
+        model = found._from_config(config, dtype=dtype, **chosen)
+        if attention not in ("eager", "sdpa"):
+            find_decoder(model).set_attn_implementation(attention)
     return model.eval()
+
+
+def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that the language model's config is for; the model itself if there is no such part."""
+    config = model.config.get_text_config()
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is config)
+    return next(parts, model)
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:

@@ -50,13 +50,14 @@ class Reach:
         return state.rpartition(".")[0] not in self.idle
 
 
-def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype) -> Reach:
+def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> Reach:
     """Where text goes in ``model``; a model without parts is passed whole, and nothing is run.
 
     Args:
         model: on the meta device; stays as it is.
         config: it was built from.
         dtype: likewise.
+        attention: likewise.
 
     Raises:
         UnsupportedError: the model does not run on token ids alone, or its decoder blocks cannot be told.
@@ -65,7 +66,7 @@ def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dt
     if not type(config).sub_configs:
         name, blocks = next(iter(found.items()))
         return Reach(name, tuple(range(len(blocks))), frozenset())
-    reached = _trace(build_meta_model(config, dtype, model.config._attn_implementation), config.model_type)
+    reached = _trace(build_meta_model(config, dtype, attention), config.model_type)
     passed = {
         name: tuple(index for index in range(len(blocks)) if f"{name}.{index}" in reached)
         for name, blocks in found.items()

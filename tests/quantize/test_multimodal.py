@@ -1,0 +1,106 @@
+"""Multimodal checkpoints: the decoder is quantized, all else keeps its bytes, and transformers loads the whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.multimodal_families import FAMILIES, image_features, save_family
+from support.tiny_architectures import ids
+from transformers import AutoModelForMultimodalLM, PreTrainedModel
+
+from llmconvert.engine.evaluation import stream_logits
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.plan import Override
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+
+CPU = torch.device("cpu")
+SCHEME = Scheme.parse("w4a16-g32")
+WINDOWS = ids((24,))
+# One of every mechanism: names that differ, towers of their own kind, blocks for images, several inputs, experts.
+FAST = ("llava", "mllama", "qwen2_5_vl")
+# Their experts are of layouts that are not known.
+REFUSED = ("qwen3_vl_moe", "llama4")
+
+
+def load(directory: Path) -> PreTrainedModel:
+    """What transformers makes of a directory, with nothing missing, unexpected or of another shape."""
+    model, info = AutoModelForMultimodalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FAMILIES if name not in REFUSED],
+)
+def test_the_decoder_is_quantized_and_the_rest_keeps_its_bytes(tmp_path: Path, name: str) -> None:
+    source, output = save_family(tmp_path / "model", name), tmp_path / "out"
+    quantize_checkpoint(SafetensorsCheckpoint(source), output, method="rtn", scheme=SCHEME)
+    model, dense = load(output), open_dense(SafetensorsCheckpoint(output))
+    assert type(model).__name__ in json.loads((output / "config.json").read_text())["architectures"]
+    with torch.no_grad():
+        theirs = model(input_ids=WINDOWS[0], use_cache=False).logits
+    assert torch.equal(theirs, next(iter(stream_logits(dense, WINDOWS, device=CPU))))
+    seen, before = image_features(model, name), image_features(load(source), name)
+    assert before and all(map(torch.equal, seen, before))
+    assert isinstance(dense, QuantizedView)
+    original = SafetensorsCheckpoint(source)
+    assert dense.quantized and set(dense) == set(original)
+    assert all(torch.equal(dense[tensor], original[tensor]) for tensor in original if tensor not in dense.quantized)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_both_runtimes_find_their_names(tmp_path: Path, name: str) -> None:
+    """Checkpoints of these have names of before transformers 5, which other runtimes go by."""
+    source, output = save_family(tmp_path / "model", name), tmp_path / "out"
+    overrides = (Override("*.0.mlp.down_proj", Scheme.parse("w8a16-g32")), Override("*.1.mlp.down_proj", None))
+    quantize_checkpoint(SafetensorsCheckpoint(source), output, method="rtn", scheme=SCHEME, overrides=overrides)
+    declared = json.loads((output / "config.json").read_text())["quantization_config"]
+    skeleton = Skeleton(SafetensorsCheckpoint(source), CPU)
+    dense = [site for site in skeleton.sites.values() if site.name.endswith(".1.mlp.down_proj")]
+    other = [site for site in skeleton.sites.values() if site.name.endswith(".0.mlp.down_proj")]
+    assert dense[0].name != dense[0].stored
+    assert {dense[0].name, dense[0].stored} <= set(declared["ignore"])
+    assert [other[0].name, other[0].stored] in [group["targets"] for group in declared["config_groups"].values()]
+    with torch.no_grad():
+        theirs = load(output)(input_ids=WINDOWS[0], use_cache=False).logits
+    view = open_dense(SafetensorsCheckpoint(output))
+    assert torch.equal(theirs, next(iter(stream_logits(view, WINDOWS, device=CPU))))
+
+
+def test_blocks_that_attend_to_images_stay_as_they_are(tmp_path: Path) -> None:
+    skeleton = Skeleton(SafetensorsCheckpoint(save_family(tmp_path, "mllama")), CPU)
+    assert skeleton.reach.positions == (0, 2) and skeleton.block_count == 2
+    assert skeleton.prefix(1) == "model.language_model.layers.2."
+    assert skeleton.holds("model.language_model.layers.2.mlp") and skeleton.reach.needs("lm_head.weight")
+    for name in ("model.language_model.layers.1.mlp.up_proj", "model.vision_model.transformer.layers.0.mlp.fc1"):
+        assert not skeleton.holds(name) and name in skeleton.reach.idle and not skeleton.reach.needs(f"{name}.weight")
+
+
+def test_towers_are_never_loaded(tmp_path: Path) -> None:
+    skeleton = Skeleton(SafetensorsCheckpoint(save_family(tmp_path, "internvl")), CPU)
+    skeleton.restore_buffers()
+    skeleton.load_outer(head=True)
+    tower = dict(skeleton.model.get_submodule("model.vision_tower").named_parameters())
+    assert tower and all(value.untyped_storage().nbytes() <= 4 for value in tower.values())
+    embedding, norm = skeleton.architecture.vocab_size * skeleton.hidden_size, skeleton.hidden_size
+    assert skeleton.outer_nbytes(head=True) == 4 * (embedding + norm)
+
+
+def test_models_that_need_an_image_are_refused(tmp_path: Path) -> None:
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 64, "encoder_hidden_size": 32}
+    config = BlipConfig(text_config=text, vision_config={**small, "image_size": 16, "patch_size": 8})
+    BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"'blip'.* does not run on text alone: .*pixel_values"):
+        Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
