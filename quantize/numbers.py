@@ -1,12 +1,14 @@
-"""Number formats of weights, before any scale: integers of k bits, E4M3, NF4, FP4 and the integers of LLM.int8.
+"""Number formats of weights, before any scale: integers of k bits, E4M3, E2M1, NF4, FP4, the integers of LLM.int8.
 
 A number says how many bits a code has, what codes stand for as multiples of their scale, how a value is rounded to one,
-and which scales it takes. Whatever rounds, solves, packs or reads weights asks it, so that one more number is one more
-value here, or one more class if its codes are of another sort.
+and which scales it takes: floats of any kind, or numbers of few bits themselves
+(:class:`~llmconvert.compute.scale_numbers.ScaleNumber`). Whatever rounds, solves, packs or reads weights asks it, so
+that one more number is one more value here, or one more class if its codes are of another sort.
 
-Sources: OCP 8-bit floating point (arXiv 2209.05433) for E4M3; QLoRA (Dettmers et al. 2023, arXiv 2305.14314) for NF4;
-LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339); bitsandbytes (https://github.com/bitsandbytes-foundation/bitsandbytes)
-for FP4, and bit for bit for the rounding of its three.
+Sources: OCP 8-bit floating point (arXiv 2209.05433) for E4M3; OCP Microscaling Formats 1.0 (arXiv 2310.10537) for E2M1,
+E8M0 and their groups of 32; NVIDIA's NVFP4 (arXiv 2509.25149) for E2M1 in groups of 16 with scales in E4M3;
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314) for NF4; LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339); bitsandbytes
+(https://github.com/bitsandbytes-foundation/bitsandbytes) for FP4, and bit for bit for the rounding of its three.
 """
 
 from __future__ import annotations
@@ -18,8 +20,24 @@ from dataclasses import dataclass
 import torch
 
 from llmconvert.compute.activations import InputKind
+from llmconvert.compute.scale_numbers import E4M3_SCALES, E8M0, ScaleNumber
 
-__all__ = ["E4M3", "FP4", "LLM_INT8", "NAMED", "NF4", "Float", "Int", "Levels", "Number", "dynamic_levels"]
+__all__ = [
+    "E4M3",
+    "FP4",
+    "LLM_INT8",
+    "MXFP4",
+    "MXFP8",
+    "NAMED",
+    "NF4",
+    "NVFP4",
+    "E2M1Number",
+    "Float",
+    "Int",
+    "Levels",
+    "Number",
+    "dynamic_levels",
+]
 
 # bitsandbytes divides by no less.
 _SMALLEST = 1e-38
@@ -39,6 +57,8 @@ class Number(ABC):
             do: the numbers of bitsandbytes.
         rounded_from: for these, what weights are rounded to first.
         nestable: whether its scales can be quantized themselves.
+        blocks: whether rows can share scales: those of a block, or all of a tensor.
+        scales: what its scales are stored as; None for floats of the format's choice.
     """
 
     bits: int
@@ -49,11 +69,18 @@ class Number(ABC):
     absmax: bool = False
     rounded_from: torch.dtype = torch.float32
     nestable: bool = False
+    blocks: bool = False
+    scales: ScaleNumber | None = None
 
     @property
     def code_dtype(self) -> torch.dtype:
         """What codes are held in."""
         return torch.int8
+
+    @property
+    def words(self) -> str:
+        """What it is, for people."""
+        return f"{self.bits}-bit {_WORDS.get(self.name, self.name)}"
 
     @property
     @abstractmethod
@@ -98,6 +125,8 @@ class Number(ABC):
 
     def round_scale(self, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Scales as they can be stored, in the dtype that a format stores."""
+        if self.scales is not None:
+            return self.scales.values(self.scales.nearest(scale)).to(dtype)
         return scale.to(dtype)
 
     def round_groups(self, grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,6 +169,10 @@ class Int(Number):
         """Half the range of all codes, −8 … 7 being 15 steps wide, as compressed-tensors has it."""
         low, high = self.limits
         return (high - low) / 2
+
+    @property
+    def words(self) -> str:
+        return f"{self.bits}-bit integers{'' if self.symmetric else ' with zero points'}"
 
     @property
     def even(self) -> bool:
@@ -185,6 +218,29 @@ class Float(Number):
 
 
 @dataclass(frozen=True, slots=True)
+class E2M1Number(Number):
+    """4-bit floats of two exponent bits and one of mantissa: 0, ½, 1, 1½, 2, 3, 4, 6; the upper bit is the sign."""
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return -_E2M1[-1], _E2M1[-1]
+
+    def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+        """Half to even; what is beyond the range becomes its end."""
+        magnitudes = torch.tensor(_E2M1, dtype=torch.float32, device=values.device)
+        middles = (magnitudes[1:] + magnitudes[:-1]) / 2
+        found = values.float().abs()
+        # A middle belongs to the level on either side with an even code; elsewhere both are the same.
+        below, above = (torch.bucketize(found, middles, right=upper) for upper in (False, True))
+        codes = torch.where(below % 2 == 0, below, above)
+        return (codes + 8 * torch.signbit(values)).to(torch.int8)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        levels = (*_E2M1, *(-level for level in _E2M1))
+        return torch.tensor(levels, dtype=torch.float32, device=codes.device)[codes.int()]
+
+
+@dataclass(frozen=True, slots=True)
 class Levels(Number):
     """Codes are indices into a table.
 
@@ -209,7 +265,28 @@ class Levels(Number):
 
 
 #: Four exponent and three mantissa bits, no infinity, largest value 448.
-E4M3 = Float(8, name="fp8")
+E4M3 = Float(8, name="fp8", blocks=True)
+
+# Of floats and levels, by name.
+_WORDS = {
+    "fp8": "floats (E4M3)",
+    "nvfp4": "floats (E2M1), scales in E4M3",
+    "mxfp4": "floats (E2M1), scales powers of two",
+    "mxfp8": "floats (E4M3), scales powers of two",
+    "nf4": "levels (NF4)",
+    "fp4": "floats (FP4 of bitsandbytes)",
+}
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+#: E2M1 in groups of 16, whose scales are E4M3 below a float32 scale of the whole tensor.
+NVFP4 = E2M1Number(4, name="nvfp4", grouped=True, activations=(16, 4), scales=E4M3_SCALES)
+
+#: E2M1 in groups of 32, whose scales are powers of two.
+MXFP4 = E2M1Number(4, name="mxfp4", grouped=True, activations=(16, 8, 4), scales=E8M0)
+
+#: E4M3 in groups of 32, whose scales are powers of two.
+MXFP8 = Float(8, name="mxfp8", grouped=True, scales=E8M0)
 
 #: Integers of −127 … 127, of which a row's largest magnitude is the last; weights are rounded to float16 first.
 LLM_INT8 = Int(8, name="absmax", grouped=False, activations=(8,), absmax=True, rounded_from=torch.float16, narrow=True)
@@ -256,7 +333,7 @@ FP4 = Levels(
 )
 
 #: Those that schemes have a word for beside integers, by that word; FP4 is read alone.
-NAMED: Mapping[str, Number] = {number.name: number for number in (E4M3, NF4, LLM_INT8)}
+NAMED: Mapping[str, Number] = {number.name: number for number in (E4M3, NF4, LLM_INT8, NVFP4, MXFP4, MXFP8)}
 
 _EXPONENTS = 7
 

@@ -1,11 +1,12 @@
 """Quantization schemes and their names, ``w4a16-g128-sym`` and its kin.
 
-Grammar: ``w<bits>a<bits>[-g<size>|-channel][-sym|-asym|-fp8|-nf4|-nf4-dq|-absmax]``, e.g. ``w4a16-g64``, ``w8a8``,
-``w3a16-g128-asym``. Weights default to symmetric integers, one scale per output channel when no group size is given.
-``fp8`` weights are E4M3 floats, ``nf4`` weights one of 16 fixed levels, with ``dq`` their scales are quantized too.
-``a16`` leaves activations alone; ``a8`` quantizes them per token while the model runs (dynamically), to the kind that
-the weights have. ``absmax`` weights are integers whose largest magnitude in a row is 127, as LLM.int8 has them.
-``fp8``, ``nf4``, ``nf4-dq`` and ``llm.int8`` alone stand for their usual schemes.
+Grammar: ``w<bits>a<bits>[-g<size>|-g<rows>x<columns>|-channel|-tensor][-sym|-asym|-<number>]``, e.g. ``w4a16-g64``,
+``w8a8``, ``w3a16-g128-asym``, ``w8a8-g128x128-fp8``. Weights default to symmetric integers, one scale per output
+channel when no group size is given; ``tensor`` is one scale for all. ``fp8`` weights are E4M3 floats, ``nf4`` weights
+one of 16 fixed levels, with ``dq`` (``nf4-dq``) their scales are quantized too; ``nvfp4``, ``mxfp4`` and ``mxfp8`` are
+E2M1 or E4M3 floats whose scales are numbers of 8 bits. ``a16`` leaves activations alone; ``a8`` and ``a4`` quantize
+them while the model runs, to the kind that the weights have. ``absmax`` weights are integers whose largest magnitude in
+a row is 127, as LLM.int8 has them. ``fp8``, ``nf4``, ``nf4-dq`` and ``llm.int8`` alone stand for their usual schemes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llmconvert.quantize.numbers import NAMED, Int, Number
 __all__ = ["Scheme", "SchemeOrMix", "parse_scheme"]
 
 _PATTERN = re.compile(
-    r"w(?P<bits>\d+)a(?P<act>\d+)(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?"
+    r"w(?P<bits>\d+)a(?P<act>\d+)(?:-(?:g(?:(?P<rows>\d+)x)?(?P<group>\d+)|channel|(?P<tensor>tensor)))?"
     rf"(?:-(?:(?P<sym>a?sym)|(?P<other>{'|'.join(map(re.escape, NAMED))})(?P<nested>-dq)?))?"
 )
 _SHORT = {
@@ -38,15 +39,17 @@ class Scheme:
 
     Attributes:
         number: what a weight's code is.
-        group_size: columns that share one scale; None for one scale per output channel.
-        activation_bits: 16 (untouched) or 8 (dynamic, per token).
+        group_size: columns that share one scale; None for all of them.
+        activation_bits: 16 (untouched), 8 or 4.
         nested: whether the scales are quantized themselves (the double quantization of QLoRA).
+        rows: rows that share one scale: one, those of a block, or None for all of them.
     """
 
     number: Number
     group_size: int | None = None
     activation_bits: int = 16
     nested: bool = False
+    rows: int | None = 1
 
     def __post_init__(self) -> None:
         number = self.number
@@ -54,7 +57,11 @@ class Scheme:
             raise SchemeError(f"scheme {self}: weights can have 2 to 8 bits, found {number.bits}")
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(f"scheme {self}: group size must be positive, found {self.group_size}")
-        if self.activation_bits not in (8, 16):
+        if self.rows is not None and self.rows < 1:
+            raise SchemeError(f"scheme {self}: the rows of a block must be positive, found {self.rows}")
+        if self.rows != 1 and not number.blocks:
+            raise SchemeError(f"scheme {self}: rows share no scales of {number.name} weights; one per channel or group")
+        if self.activation_bits not in (4, 8, 16) or (self.activation_bits == 4 and 4 not in number.activations):
             raise SchemeError(f"scheme {self}: activations can have 16 or 8 bits, found {self.activation_bits}")
         if number.grouped not in (None, self.group_size is not None):
             raise SchemeError(f"scheme {self}: {_demands(number)}")
@@ -83,11 +90,13 @@ class Scheme:
         number = NAMED[match["other"]] if match["other"] else Int(bits, match["sym"] != "asym")
         if number.bits != bits:
             raise SchemeError(f"scheme {text}: {_demands(number)}")
-        return cls(number, int(group) if group else None, int(match["act"]), match["nested"] is not None)
+        rows = None if match["tensor"] else int(match["rows"] or 1)
+        return cls(number, int(group) if group else None, int(match["act"]), match["nested"] is not None, rows)
 
     def __str__(self) -> str:
-        grouping = "channel" if self.group_size is None else f"g{self.group_size}"
-        number = self.number
+        number, grouping = self.number, f"g{'' if self.rows == 1 else f'{self.rows}x'}{self.group_size}"
+        if self.group_size is None:
+            grouping = "tensor" if self.rows is None else "channel"
         kind = ("sym" if number.symmetric else "asym") if number.name == "int" else number.name
         return f"w{self.bits}a{self.activation_bits}-{grouping}-{kind}{'-dq' if self.nested else ''}"
 
@@ -95,6 +104,15 @@ class Scheme:
     def bits(self) -> int:
         """Width of a weight's code."""
         return self.number.bits
+
+    @property
+    def words(self) -> str:
+        """What a weight is, for people: ``4-bit integers, one scale per 128 columns``."""
+        if self.group_size is None:
+            shared = "tensor" if self.rows is None else "output channel"
+        else:
+            shared = f"{self.group_size} columns" if self.rows == 1 else f"block of {self.rows} × {self.group_size}"
+        return f"{self.number.words}, one scale per {shared}"
 
     @property
     def symmetric(self) -> bool:
@@ -108,16 +126,22 @@ class Scheme:
 
     @property
     def input_kind(self) -> InputKind | None:
-        """What runtimes quantize the inputs of such a linear to; None if they leave them alone."""
-        return None if self.activation_bits == 16 else self.number.input_kind
+        """What runtimes quantize each token's inputs of such a linear to; None if they leave them alone, or quantize
+        them in groups."""
+        by_token = self.activation_bits == 8 and self.group_size is None and self.rows == 1
+        return self.number.input_kind if by_token else None
 
     def with_bits(self, bits: int) -> Scheme:
         """The same in another width."""
         return replace(self, number=replace(self.number, bits=bits))
 
     def groups(self, columns: int) -> int:
-        """Scales per row of a weight with ``columns`` input columns."""
-        return 1 if self.group_size is None else columns // self.group_size
+        """Scales per row of a weight with ``columns`` input columns; the last block may be cut off."""
+        return 1 if self.group_size is None else -(-columns // self.group_size)
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Scales of a weight ``[rows, columns]``, counted along both."""
+        return 1 if self.rows is None else -(-rows // self.rows), self.groups(columns)
 
     def columns_per_group(self, columns: int) -> int:
         """Columns that share a scale in a weight with ``columns`` input columns."""
@@ -129,7 +153,7 @@ class Scheme:
         Raises:
             SchemeError: naming the layer and the sizes that would fit.
         """
-        if self.group_size is None or columns % self.group_size == 0:
+        if self.group_size is None or self.rows != 1 or columns % self.group_size == 0:
             return
         fitting = [size for size in (16, 32, 64, 128, 256) if columns % size == 0]
         advice = f"sizes that fit it: {', '.join(map(str, fitting))}" if fitting else "only per-channel scales fit it"

@@ -12,8 +12,10 @@ from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 
 __all__ = ["holds_codes", "require_dense"]
 
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+# What matrices of codes are called.
+_CODES = (".weight", "_blocks", "_packed")
 # What stands beside or instead of a weight: GPTQ/AWQ, compressed-tensors, DeepSeek's fp8, bitsandbytes (8 and 4 bit).
 _COMPANIONS = (
     ".qweight",
@@ -54,7 +56,7 @@ def holds_codes(info: TensorInfo) -> bool:
     """Whether a tensor's values are codes: 8-bit floats, or a weight matrix of integers."""
     if info.dtype in _FLOAT8:
         return True
-    return info.dtype in _INTEGERS and len(info.shape) >= 2 and info.name.endswith(".weight")
+    return info.dtype in _INTEGERS and len(info.shape) >= 2 and info.name.endswith(_CODES)
 
 
 def _declared(config: Mapping[str, Any]) -> str | None:

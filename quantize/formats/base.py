@@ -25,10 +25,12 @@ from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_director
 __all__ = [
     "FLOATS",
     "FORMATS",
+    "READERS",
     "ContainerRequest",
     "Feature",
     "FileFormat",
     "Format",
+    "Reader",
     "StoredLinear",
     "half_scale_dtype",
     "load_format",
@@ -48,6 +50,16 @@ FORMATS: Mapping[str, str] = {
     "gguf": "llmconvert.quantize.formats.gguf:Gguf",
 }
 
+#: ``quant_method`` of configs that are read and not written → where its reader lies; loaded on use.
+READERS: Mapping[str, str] = {
+    "fp8": "llmconvert.quantize.formats.released.fp8:FineGrainedFp8",
+    "mxfp8": "llmconvert.quantize.formats.released.fp8:FineGrainedFp8",
+    "fbgemm_fp8": "llmconvert.quantize.formats.released.fp8:FbgemmFp8",
+    "mxfp4": "llmconvert.quantize.formats.released.mxfp4:GptOssMxfp4",
+    "modelopt": "llmconvert.quantize.formats.released.modelopt:ModelOpt",
+    "modelopt_fp4": "llmconvert.quantize.formats.released.modelopt:ModelOpt",
+}
+
 #: What scales are stored in.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -57,21 +69,33 @@ Feature = Literal["overrides", "budget", "repair", "mixed zero points", "rotatio
 
 @dataclass(frozen=True)
 class StoredLinear(ABC):
-    """One quantized linear of a checkpoint; each format has a subclass that knows how it is stored.
+    """One quantized linear of a checkpoint, or experts' in one tensor; each format has a subclass that knows how it is
+    stored.
 
     Attributes:
         linear: its name, without ``.weight``.
-        shape: ``(rows, columns)`` of the dense weight.
+        shape: ``(rows, columns)`` of the dense weight; of experts in one tensor three dimensions, and what is said of
+            rows is of experts.
         dtype: what the dense weight is rounded to, unless the reader is asked for another one.
         scheme: what it is stored in.
         parts: the tensors that make it up.
     """
 
     linear: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     scheme: Scheme
     parts: tuple[str, ...]
+
+    @property
+    def weight(self) -> str:
+        """The dense weight's name."""
+        return f"{self.linear}.weight"
+
+    @property
+    def unmeasured_inputs(self) -> str:
+        """How its inputs are quantized while the model runs, where nothing here does that; "" otherwise."""
+        return ""
 
     @abstractmethod
     def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
@@ -107,7 +131,23 @@ class ContainerRequest:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
 
-class Format(Protocol):
+class Reader(Protocol):
+    """Finds the quantized linears of checkpoints of one ``quant_method``."""
+
+    def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
+        """The quantized linears of a checkpoint, whoever wrote it.
+
+        Args:
+            checkpoint: as stored.
+            declared: its ``quantization_config``, whose ``quant_method`` is this reader's.
+
+        Raises:
+            UnsupportedError: a version or layout of the format that is not read here.
+            CheckpointError: parts are missing, or contradict each other or the config.
+        """
+
+
+class Format(Reader, Protocol):
     """Packs canonical quantized tensors into named tensors of a checkpoint, and back, bit for bit.
 
     It also finds and reads what other producers wrote in it.
@@ -196,18 +236,6 @@ class Format(Protocol):
         files = self.files(declared)
         return CheckpointContainer(source, request.specs, self.pack, declared, files, request.max_shard_bytes)
 
-    def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
-        """The quantized linears of a checkpoint, whoever wrote it.
-
-        Args:
-            checkpoint: as stored.
-            declared: its ``quantization_config``, whose ``quant_method`` is this format's.
-
-        Raises:
-            UnsupportedError: a version or layout of the format that is not read here.
-            CheckpointError: parts are missing, or contradict each other or the config.
-        """
-
 
 @runtime_checkable
 class FileFormat(Format, Protocol):
@@ -234,9 +262,13 @@ def load_format(name: str) -> Format:
     """
     if name not in FORMATS:
         raise UnsupportedError(f"format {name!r} is not known; known are {', '.join(FORMATS)}")
-    module, _, attribute = FORMATS[name].partition(":")
-    instance: Format = getattr(importlib.import_module(module), attribute)()
+    instance: Format = _load(FORMATS[name])
     return instance
+
+
+def _load(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)()
 
 
 def read_quantized(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> tuple[list[StoredLinear], tuple[str, ...]]:
@@ -250,9 +282,14 @@ def read_quantized(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> tuple
         CheckpointError: the tensors contradict the config.
     """
     method = str(declared.get("quant_method", "")).lower()
-    if method not in FORMATS:
-        raise UnsupportedError(f"quantized with {method!r}; this reader knows {', '.join(FORMATS)}")
-    linears = list(load_format(method).find(checkpoint, declared))
+    known = {**FORMATS, **READERS}
+    if method not in known:
+        raise UnsupportedError(
+            f"quantized with {method!r} (quant_method in its config); known are {', '.join(known)}. Take the "
+            "unquantized model, or save it dequantized with the library that wrote it"
+        )
+    reader: Reader = _load(known[method])
+    linears = list(reader.find(checkpoint, declared))
     # What compressed-tensors decompressed may be saved without its scales, and is dense then.
     if not linears and str(declared.get("quantization_status")).lower() != "decompressed":
         raise CheckpointError(f"config.json says quantized with {method!r}, and no tensor is")
@@ -298,11 +335,10 @@ def require_matrix(
     return shape[0], shape[1]
 
 
-def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating dtype that a config declares; float16, in which such models are usually saved, if it has none."""
-    declared = declared_dtype(checkpoint.config) or "float16"
-    dtype = getattr(torch, declared.removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float16
+def model_dtype(checkpoint: Checkpoint, usual: torch.dtype = torch.float16) -> torch.dtype:
+    """The floating dtype that a config declares; if it has none that in which such models are usually saved."""
+    dtype = getattr(torch, (declared_dtype(checkpoint.config) or "").removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else usual
 
 
 def settings(declared: Mapping[str, Any], *keys: str) -> str:

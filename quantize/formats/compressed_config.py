@@ -5,21 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.quantize.formats.compressed_numbers import Numbers, Word, activation_args, weight_args, weight_scheme
 from llmconvert.quantize.formats.reading import Declared, spell
-from llmconvert.quantize.numbers import E4M3, Int, Number
+from llmconvert.quantize.numbers import E4M3
 from llmconvert.quantize.scheme import Scheme
 
-__all__ = ["INTS", "Config", "Group", "has_zero_points", "read_config", "stored_layout", "written_config"]
-
-INTS = tuple(Int(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False))
+__all__ = ["Config", "Group", "has_zero_points", "read_config", "stored_layout", "written_config"]
 
 _WHERE = "quantization_config"
-_LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized")
+_LAYOUTS = (
+    *("pack-quantized", "int-quantized", "float-quantized"),
+    # Read alone.
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+)
 # "naive-quantized" is what a version of the library called the two unpacked ones; "dense" is what was decompressed.
 _READ = (*_LAYOUTS, "naive-quantized", "mixed-precision", "dense")
 _CLASS = "Linear"
@@ -28,44 +31,13 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 _EXPERTS = rf"{_PATTERN}.*{_EXPERT.pattern}"
 # Of a rotation: fused into the weights, so that nothing is left of it. All other places turn what the model computes.
 _FUSED = ("weight_input", "weight_output")
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-_Word = Annotated[str, BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)]
-
-
-class _Numbers(Declared):
-    """What weights or activations are quantized to, with the library's defaults."""
-
-    silent: ClassVar[frozenset[str]] = frozenset(("observer", "observer_kwargs", "zp_dtype"))
-
-    num_bits: int = 8
-    type: _Word = "int"
-    symmetric: bool = True
-    strategy: _Word | None = None
-    group_size: int | None = None
-    dynamic: bool | str = False
-    actorder: bool | _Word | None = None
-    block_structure: Any = None
-    scale_dtype: str | None = None
-
-    @property
-    def grouping(self) -> str:
-        """The strategy; where none is declared, the one that the group size implies."""
-        if self.strategy is not None:
-            return self.strategy
-        return {None: "tensor", -1: "channel"}.get(self.group_size, "group")
-
-    @property
-    def ordered(self) -> bool:
-        """Whether groups are of columns in another order, which each linear has beside it."""
-        return self.actorder in (True, "group", "dynamic")
 
 
 class _Group(Declared):
     targets: list[str]
-    weights: _Numbers | None = None
-    input_activations: _Numbers | None = None
-    output_activations: _Numbers | None = None
+    weights: Numbers | None = None
+    input_activations: Numbers | None = None
+    output_activations: Numbers | None = None
     format: str | None = None
 
 
@@ -73,7 +45,7 @@ class _Rotated(Declared):
     silent: ClassVar[frozenset[str]] = frozenset(("ignore", "inverse"))
 
     targets: tuple[str, ...] | str = ()
-    location: _Word = ""
+    location: Word = ""
 
 
 class _Rotation(Declared):
@@ -105,7 +77,7 @@ class _Config(Declared):
 
     config_groups: dict[str, _Group]
     format: str | None = None
-    quantization_status: _Word = "initialized"
+    quantization_status: Word = "initialized"
     ignore: list[str] | None = None
     sparsity_config: _Sparsity | None = None
     transform_config: _Rotations | None = None
@@ -117,11 +89,13 @@ class Group:
 
     Attributes:
         ordered: whether each linear has the group of every column beside it (``weight_g_idx``).
+        inputs: how inputs are quantized while the model runs, where nothing here does that; "" otherwise.
     """
 
     targets: tuple[str, ...]
     scheme: Scheme
     ordered: bool
+    inputs: str = ""
 
     def names(self, linear: str) -> bool:
         """Whether the group names a linear. A checkpoint's names may lack the prefix that its modules' names have."""
@@ -215,53 +189,15 @@ def _group(where: str, group: _Group) -> Group:
             f"config.json: {where} quantizes activations of {spell(group.targets)} and no weights; this reader knows "
             "activations beside quantized weights"
         )
-    number = _number(weights)
-    if number is None or weights.grouping not in ("group", "channel"):
-        raise UnsupportedError(
-            f"compressed-tensors weights of {weights.num_bits}-bit type {weights.type!r} with strategy "
-            f"{weights.grouping!r}; this reader knows int and 8-bit float weights by group or channel"
-        )
-    if weights.scale_dtype is not None and weights.scale_dtype.removeprefix("torch.") not in _FLOATS:
-        raise UnsupportedError(
-            f"config.json: {where}.weights.scale_dtype is {weights.scale_dtype}; this reader knows scales in "
-            f"{', '.join(_FLOATS)}"
-        )
     for target in group.targets:
         try:
             re.compile(target.removeprefix(_PATTERN) if target.startswith(_PATTERN) else "")
         except (re.error, RecursionError, OverflowError) as error:
             raise CheckpointError(f"config.json: {where}.targets: {spell(target)} is no pattern: {error}") from error
-    size = weights.group_size if weights.grouping == "group" else None
-    if weights.grouping == "group" and (size is None or size < 1):
-        raise CheckpointError(f"config.json: {where}.weights.group_size: expected a positive number, found {size}")
     if group.output_activations is not None:
         raise UnsupportedError(f"config.json: {where}.output_activations: this reader knows no quantized outputs")
-    scheme = Scheme(number, size, 16 if group.input_activations is None else 8)
-    if group.input_activations is not None:
-        _check_inputs(f"{where}.input_activations", group.input_activations, scheme)
-    return Group(tuple(group.targets), scheme, weights.ordered and weights.grouping == "group")
-
-
-def _check_inputs(where: str, inputs: _Numbers, scheme: Scheme) -> None:
-    """Refuse others than those of :func:`_activation_args`: what is measured would not be what a runtime computes."""
-    wanted = _Numbers.read({key: value for key, value in (_activation_args(scheme) or {}).items() if value is not None})
-    for key in ("num_bits", "type", "symmetric", "strategy", "dynamic"):
-        given, known = getattr(inputs, key), getattr(wanted, key)
-        if given != known:
-            raise UnsupportedError(
-                f"config.json: {where}.{key} is {spell(given)}; this reader knows inputs of {scheme.number.name} "
-                f"weights that are quantized with {key} {spell(known)}"
-            )
-
-
-def _number(weights: _Numbers) -> Number | None:
-    """What a config's weights are; None for what is not read here."""
-    if weights.dynamic is not False:
-        return None
-    if weights.type == "float":
-        return E4M3 if (weights.num_bits, weights.symmetric) == (E4M3.bits, True) else None
-    number = Int(weights.num_bits, weights.symmetric)
-    return number if weights.type == "int" and number in INTS else None
+    scheme, inputs = weight_scheme(where, weights, group.input_activations)
+    return Group(tuple(group.targets), scheme, weights.ordered and weights.grouping == "group", inputs)
 
 
 def stored_layout(scheme: Scheme) -> str:
@@ -282,8 +218,8 @@ def written_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[s
     groups = {
         f"group_{index}": {
             "targets": _targets(by_scheme[scheme], rest=scheme == ordered[0], alone=len(ordered) == 1),
-            "weights": _weight_args(scheme),
-            "input_activations": _activation_args(scheme),
+            "weights": weight_args(scheme),
+            "input_activations": activation_args(scheme),
             "output_activations": None,
             "format": stored_layout(scheme),
         }
@@ -312,37 +248,3 @@ def _targets(linears: Sequence[str], *, rest: bool, alone: bool) -> list[str]:
     named = [linear for linear in linears if not _EXPERT.search(linear)]
     experts = [_EXPERTS] if len(named) < len(linears) and not alone else []
     return [*experts, *([_CLASS] if rest else named)]
-
-
-def _type(scheme: Scheme) -> str:
-    return "float" if scheme.number == E4M3 else "int"
-
-
-def _weight_args(scheme: Scheme) -> dict[str, Any]:
-    return {
-        "num_bits": scheme.bits,
-        "type": _type(scheme),
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
-        "dynamic": False,
-        "actorder": None,
-        "block_structure": None,
-        "observer": "minmax",
-        "observer_kwargs": {},
-    }
-
-
-def _activation_args(scheme: Scheme) -> dict[str, Any] | None:
-    if scheme.activation_bits == 16:
-        return None
-    return {
-        "num_bits": 8,
-        "type": _type(scheme),
-        "symmetric": True,
-        "strategy": "token",
-        "group_size": None,
-        "dynamic": True,
-        "observer": None,
-        "observer_kwargs": {},
-    }

@@ -3,7 +3,8 @@
 Three of its layouts: ``pack-quantized`` for integer weights of 2 to 8 bits with 16-bit activations (codes packed into
 int32 words along the columns, zero points along the rows), ``int-quantized`` for 8-bit weights with 8-bit activations
 (codes as int8, activations quantized per token while running), and ``float-quantized`` for E4M3 weights, with or
-without E4M3 activations. Artifacts of llm-compressor and others are read in all three.
+without E4M3 activations. Artifacts of llm-compressor and others are read in all three; E4M3 weights with one scale per
+tensor or block, NVFP4, MXFP4 and MXFP8 are read alone.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any, ClassVar
 import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.base import FLOATS, Feature, Format, StoredLinear, require_shape
-from llmconvert.quantize.formats.compressed_config import INTS, Config, read_config, stored_layout, written_config
+from llmconvert.quantize.formats.base import FLOATS, Feature, Format, StoredLinear, model_dtype, require_shape
+from llmconvert.quantize.formats.compressed_config import Config, read_config, stored_layout, written_config
+from llmconvert.quantize.formats.compressed_numbers import INTS
+from llmconvert.quantize.formats.released.scaled import ScaledLinear, require_scales
 from llmconvert.quantize.numbers import E4M3
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
@@ -45,11 +48,12 @@ class CompressedTensors(Format):
 
     def check(self, scheme: Scheme) -> None:
         if scheme.number not in (E4M3, *INTS):
-            raise UnsupportedError(
-                f"scheme {scheme}: compressed-tensors has no {scheme.number.name}; format bitsandbytes has"
-            )
+            name = scheme.number.name
+            if scheme.number.scales is not None:
+                raise UnsupportedError(f"scheme {scheme}: compressed-tensors is read in {name} here, and not written")
+            raise UnsupportedError(f"scheme {scheme}: compressed-tensors has no {name}; format bitsandbytes has")
         if scheme.number == E4M3:
-            if scheme.group_size is not None:
+            if scheme.group_size is not None or scheme.rows != 1:
                 raise UnsupportedError(
                     f"scheme {scheme}: runtimes read E4M3 weights with one scale per channel only (w8a8-channel-fp8)"
                 )
@@ -125,7 +129,9 @@ class CompressedTensors(Format):
         config = read_config(declared)
         for name, info in checkpoint.infos.items():
             linear = name.rpartition(".")[0]
-            if name.endswith(_PACKED):
+            if name.endswith(_PACKED) and info.dtype == torch.uint8:
+                yield _scaled(checkpoint, linear, config)
+            elif name.endswith(_PACKED):
                 shape = require_shape(checkpoint, linear, "weight_shape", (2,), dtypes=_INTEGERS)
                 rows, columns = checkpoint[shape].tolist()
                 yield _linear(checkpoint, linear, (rows, columns), config)
@@ -147,6 +153,11 @@ class _Compressed(StoredLinear):
     needed: tuple[str, ...]
     order: str | None
     zeros: str | None
+    inputs: str = ""
+
+    @property
+    def unmeasured_inputs(self) -> str:
+        return self.inputs
 
     def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         stored: dict[str, torch.Tensor] = {}
@@ -214,9 +225,42 @@ def _decompressed(checkpoint: Checkpoint, linear: str, config: Config, status: s
     return _Decompressed(linear, (info.shape[0], info.shape[1]), info.dtype, scheme, (info.name, *parts))
 
 
-def _linear(checkpoint: Checkpoint, linear: str, shape: tuple[int, int], config: Config) -> _Compressed:
+def _scaled(checkpoint: Checkpoint, linear: str, config: Config) -> ScaledLinear:
+    """A weight of floats whose scales rows share, or are numbers of 8 bits themselves."""
+    group = config.group_of(linear)
+    number = group.scheme.number
+    part, dtype, per_byte = ("weight_packed", torch.uint8, 2) if number.bits == 4 else ("weight", E4M3.code_dtype, 1)
+    codes = require_shape(checkpoint, linear, part, dtypes=(dtype,))
+    if len(checkpoint.infos[codes].shape) != 2 or 0 in checkpoint.infos[codes].shape:
+        raise UnsupportedError(
+            f"tensor {codes!r} has shape {list(checkpoint.infos[codes].shape)}; this reader knows matrices"
+        )
+    rows, columns = checkpoint.infos[codes].shape
+    shape = (rows, per_byte * columns)
+    if number.scales is not None and shape[1] % group.scheme.columns_per_group(shape[1]):
+        raise CheckpointError(
+            f"quantized linear {linear!r}: a weight of shape {list(shape)} can't be in {group.scheme}"
+        )
+    scale, divisor = f"{linear}.weight_scale", ""
+    require_scales(checkpoint, scale, codes, group.scheme, shape)
+    if number.scales is not None and number.scales.shared:
+        divisor = f"{linear}.weight_global_scale"
+        require_scales(checkpoint, divisor, codes, Scheme(E4M3, rows=None), shape)
+    zeros = f"{linear}.{_ZEROS}"
+    if zeros in checkpoint and bool(checkpoint[zeros].float().any()):
+        raise CheckpointError(f"{linear}: config.json says symmetric, tensor {zeros!r} says otherwise")
+    beside = (f"{linear}.{name}" for name in (_ZEROS, "input_scale", "input_zero_point", "input_global_scale"))
+    parts = (codes, scale, *([divisor] if divisor else []), *(name for name in beside if name in checkpoint))
+    name, dense = f"{linear}.weight", model_dtype(checkpoint, torch.bfloat16)
+    inputs = group.inputs
+    return ScaledLinear(linear, shape, dense, group.scheme, parts, name, codes, scale, divisor=divisor, inputs=inputs)
+
+
+def _linear(checkpoint: Checkpoint, linear: str, shape: tuple[int, int], config: Config) -> StoredLinear:
     group = config.group_of(linear)
     scheme = group.scheme
+    if scheme.rows != 1 or scheme.number.scales is not None:
+        return _scaled(checkpoint, linear, config)
     scale = checkpoint.infos[require_shape(checkpoint, linear, "weight_scale")]
     if scale.dtype not in FLOATS:
         raise UnsupportedError(
@@ -240,7 +284,8 @@ def _linear(checkpoint: Checkpoint, linear: str, shape: tuple[int, int], config:
     surplus = tuple(name for part in _SURPLUS if (name := f"{linear}.{part}") in checkpoint and name not in needed)
     zeros = next((name for name in surplus if name.endswith(_ZEROS)), None)
     order = _order(checkpoint, linear, shape[1], scheme, declared=group.ordered)
-    return _Compressed(linear, shape, scale.dtype, scheme, needed + surplus, needed, order, zeros)
+    parts = needed + surplus
+    return _Compressed(linear, shape, scale.dtype, scheme, parts, needed, order, zeros, group.inputs)
 
 
 def _order(checkpoint: Checkpoint, linear: str, columns: int, scheme: Scheme, *, declared: bool) -> str | None:

@@ -9,22 +9,30 @@ import torch
 
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import read_quantized
-from llmconvert.quantize.formats.reading import declared_quantization
+from llmconvert.quantize.formats.reading import declared_quantization, without_quantization
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, TensorInfo
 
 __all__ = ["QuantizedView", "open_dense"]
 
-# What readers of GPTQ and AWQ want beside config.json; of a dense model it would be a lie.
-_QUANTIZER_FILES = ("quantize_config.json", "quant_config.json")
+# What readers of GPTQ, AWQ and ModelOpt want beside config.json; of a dense model it would be a lie.
+_QUANTIZER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
-def open_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, progress: Progress = SILENT) -> Checkpoint:
+def open_dense(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    *,
+    weights_only: bool = False,
+    progress: Progress = SILENT,
+) -> Checkpoint:
     """The checkpoint itself if it is dense, a dequantizing view of it if it is quantized.
 
     Args:
         dtype: of the weights that are dequantized, which are rounded once; by default what the artifact itself says.
+        weights_only: whether inputs are left alone that the model quantizes while it runs: as a source it stands for
+            its dense weights.
         progress: told of what is stored and not seen.
 
     Raises:
@@ -35,6 +43,13 @@ def open_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, prog
     if not declared:
         return checkpoint
     view = QuantizedView(checkpoint, declared, dtype)
+    if weights_only:
+        view.quantized_inputs = {}
+    if not weights_only and view.unmeasured_inputs:
+        how, count = view.unmeasured_inputs
+        progress.log(
+            f"the inputs of {count} linears are quantized while such a model runs ({how}); here they have 16 bits"
+        )
     if view.left_out or declared.get("kv_cache_scheme"):
         scales = f", {len(view.left_out)} scales ({view.left_out[0]}, …)" if view.left_out else ""
         progress.log(f"a quantized key-value cache is left out{scales}: what is measured and written here has none")
@@ -63,7 +78,7 @@ class _LastRead(CheckpointView):
 
 
 class QuantizedView(CheckpointView):
-    """A quantized checkpoint as dense weights.
+    """A quantized checkpoint as dense weights, dequantized by rows (experts in one tensor by expert) as they are read.
 
     Args:
         base: the checkpoint as stored.
@@ -78,11 +93,11 @@ class QuantizedView(CheckpointView):
     def __init__(self, base: Checkpoint, declared: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
         super().__init__(base)
         self._last = _LastRead(base)
-        self.config = {key: value for key, value in base.config.items() if key != "quantization_config"}
+        self.config = without_quantization(base.config)
         self.files = {name: content for name, content in base.files.items() if name not in _QUANTIZER_FILES}
         linears, self.left_out = read_quantized(base, declared)
         #: Weight name → its quantized linear.
-        self.quantized = {f"{found.linear}.weight": found for found in linears}
+        self.quantized = {found.weight: found for found in linears}
         owners = {part: weight for weight, found in self.quantized.items() for part in found.parts}
         infos: dict[str, TensorInfo] = {}
         for name, info in base.infos.items():
@@ -95,7 +110,12 @@ class QuantizedView(CheckpointView):
                 found = self.quantized[weight]
                 infos[weight] = TensorInfo(weight, dtype or found.dtype, found.shape, info.shard)
         self.infos = infos
-        inputs = {weight: found.scheme.input_kind for weight, found in self.quantized.items()}
+        unmeasured = [found.unmeasured_inputs for found in linears if found.unmeasured_inputs]
+        #: How inputs are quantized that nothing here does that to, and of how many linears; None where there are none.
+        self.unmeasured_inputs = (unmeasured[0], len(unmeasured)) if unmeasured else None
+        inputs = {
+            weight: found.scheme.input_kind for weight, found in self.quantized.items() if not found.unmeasured_inputs
+        }
         self.quantized_inputs = {weight: kind for weight, kind in inputs.items() if kind is not None}
 
     def scheme_of(self, name: str) -> Scheme | None:
@@ -117,5 +137,5 @@ class QuantizedView(CheckpointView):
             return super().read_rows(name, start, stop)
         dtype = self.infos[name].dtype
         if stop <= start:
-            return torch.empty((0, found.shape[1]), dtype=dtype)
+            return torch.empty((0, *found.shape[1:]), dtype=dtype)
         return found.read_rows(self._last.of(found.linear), start, stop, dtype)

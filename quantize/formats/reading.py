@@ -17,7 +17,7 @@ from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 from llmconvert.storage.dense import holds_codes
 from llmconvert.storage.parsing import parse_json
 
-__all__ = ["Declared", "declared_quantization", "left_out", "spell"]
+__all__ = ["Declared", "declared_quantization", "left_out", "spell", "without_quantization"]
 
 #: Scales of a quantized key-value cache. No weight depends on them.
 _CACHE_SCALES: Final = ("k_scale", "v_scale", "kv_scale", "k_zero_point", "v_zero_point")
@@ -30,12 +30,19 @@ _PARTS: Final = frozenset(
         *("qweight", "qzeros", "scales", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"),
         *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx", "weight_shape"),
         *("weight_global_scale", "weight_bitmask", "input_scale", "input_zero_point", "input_global_scale"),
+        *("weight_scale_2", "activation_scale", "input_scale_ub", "qscale_weight", "qscale_act", "pre_quant_scale"),
         *(*_OUTPUTS, "q_scale", "q_zero_point", "prob_scale"),
     )
 )
-# Files in which producers of GPTQ and AWQ said before 2024 what config.json says now, and the method they meant.
-_OLD_FILES: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-_OLD_WORDS: Final = ".qweight"
+# Of experts' parameters these follow the name at once.
+_ENDINGS: Final = ("_scale_inv", "_activation_scale", "_input_scale_ub")
+# Files in which producers said once what config.json says now, the method they meant, and what their tensors end in.
+_OLD_FILES: Final = {
+    "quantize_config.json": ("gptq", ".qweight"),
+    "quant_config.json": ("awq", ".qweight"),
+    "hf_quant_config.json": ("modelopt", ".weight_scale"),
+}
+_KEY: Final = "quantization_config"
 _UNSET: Final[Sequence[Any]] = (None, False, "", [], {})
 _SHOWN = 80
 
@@ -91,30 +98,44 @@ def spell(value: object) -> str:
 def declared_quantization(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """What a checkpoint says of how it is quantized; None where it says nothing, and is dense.
 
-    That is the ``quantization_config`` of ``config.json``, or a file of its own as AutoGPTQ and AutoAWQ wrote it.
+    That is the ``quantization_config`` of ``config.json`` or of the language model in it, or a file of its own as
+    AutoGPTQ, AutoAWQ and ModelOpt wrote it.
 
     Raises:
         CheckpointError: it is no JSON object.
     """
-    declared: Any = checkpoint.config.get("quantization_config")
-    where = "config.json: quantization_config"
-    # A file that was left beside a dense model says nothing of it.
-    packed = not declared and any(name.endswith(_OLD_WORDS) for name in checkpoint)
-    for name, method in _OLD_FILES.items() if packed else ():
-        if name in checkpoint.files:
+    declared, where = _of_config(checkpoint.config)
+    for name, (method, ending) in _OLD_FILES.items() if not declared else ():
+        # A file that was left beside a dense model says nothing of it.
+        if name in checkpoint.files and any(tensor.endswith(ending) for tensor in checkpoint):
             where = name
             try:
                 declared = parse_json(checkpoint.read_file(name))
             except (ValueError, OSError) as error:
                 raise CheckpointError(f"{name}: cannot be read: {error}") from error
             if isinstance(declared, Mapping):
-                declared = {"quant_method": method, **declared}
+                told = declared.get("quantization", declared)
+                declared = {"quant_method": method, **(told if isinstance(told, Mapping) else declared)}
             break
     if not declared:
         return None
     if not isinstance(declared, Mapping):
         raise CheckpointError(f"{where} holds a JSON {type(declared).__name__}, expected an object")
     return declared
+
+
+def _of_config(config: Mapping[str, Any]) -> tuple[Any, str]:
+    """What a config declares, itself or in a submodel, and where."""
+    for name, part in ((None, config), *((name, part) for name, part in config.items() if isinstance(part, Mapping))):
+        if part.get(_KEY):
+            return part[_KEY], f"config.json: {_KEY if name is None else f'{name}.{_KEY}'}"
+    return None, f"config.json: {_KEY}"
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that declares no quantization, itself or in a submodel."""
+    dense = {key: value for key, value in config.items() if key != _KEY}
+    return {key: without_quantization(value) if isinstance(value, Mapping) else value for key, value in dense.items()}
 
 
 def left_out(checkpoint: Checkpoint, owned: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
@@ -146,4 +167,4 @@ def left_out(checkpoint: Checkpoint, owned: Mapping[str, Iterable[str]]) -> tupl
 
 def _is_part(info: TensorInfo, module: str, leaf: str, owned: Mapping[str, Iterable[str]]) -> bool:
     beside = module in owned or module.removesuffix(".weight") in owned
-    return (beside and leaf != "bias") or leaf in _PARTS or holds_codes(info)
+    return (beside and leaf != "bias") or leaf in _PARTS or leaf.endswith(_ENDINGS) or holds_codes(info)

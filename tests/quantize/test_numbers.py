@@ -12,6 +12,7 @@ import torch
 from bitsandbytes.functional import get_4bit_type
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
 from support.quantized import every_code, hessian_of, random_inputs, random_weight
 
 from llmconvert.errors import SchemeError, UnsupportedError
@@ -19,7 +20,7 @@ from llmconvert.quantize.matrix import check_method
 from llmconvert.quantize.methods.base import Target, load_method
 from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.methods.rtn import Rtn
-from llmconvert.quantize.numbers import E4M3, FP4, LLM_INT8, NF4, Int, Levels, Number
+from llmconvert.quantize.numbers import E4M3, FP4, LLM_INT8, MXFP8, NF4, NVFP4, Int, Levels, Number
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
@@ -164,3 +165,19 @@ def test_numbers_say_what_schemes_they_go_with() -> None:
 def test_bitsandbytes_integers_are_read_as_plain_ones() -> None:
     assert LLM_INT8.stored == Int(8) and not LLM_INT8.even
     assert all(number.stored == number for number in (Int(4), E4M3, NF4))
+
+
+def test_e2m1_rounds_half_to_even_and_keeps_signs() -> None:
+    """As compressed-tensors casts, ties and zeros of both signs included."""
+    values = torch.cat((torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 4, torch.arange(-28, 29) / 4))
+    found = NVFP4.values(NVFP4.nearest(values))
+    expected = cast_to_fp4(values.clone())
+    assert torch.equal(found, expected) and torch.equal(torch.signbit(found), torch.signbit(values))
+    codes = torch.arange(16).to(torch.int8)
+    assert torch.equal(NVFP4.nearest(NVFP4.values(codes)), codes)
+
+
+def test_scales_of_few_bits_are_rounded_to_what_can_be_stored() -> None:
+    scale = torch.tensor([0.3, 1.0, 3.0])
+    assert MXFP8.round_scale(scale, torch.float32).tolist() == [0.5, 1.0, 4.0]
+    assert NVFP4.round_scale(scale, torch.bfloat16).tolist() == [0.3125, 1.0, 3.0]

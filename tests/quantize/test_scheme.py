@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmconvert.errors import SchemeError
-from llmconvert.quantize.numbers import E4M3, NF4, Int
+from llmconvert.quantize.numbers import E4M3, MXFP4, MXFP8, NF4, NVFP4, Int
 from llmconvert.quantize.scheme import Scheme
 
 integers = st.builds(
@@ -22,8 +22,14 @@ floats = st.builds(
     group_size=st.none() | st.integers(1, 4096),
     activation_bits=st.sampled_from([8, 16]),
 )
+blocks = st.builds(
+    lambda sides, bits: Scheme(E4M3, sides and sides[1], bits, rows=sides and sides[0]),
+    st.none() | st.tuples(st.integers(1, 256), st.integers(1, 256)),
+    st.sampled_from([8, 16]),
+)
+small = st.sampled_from([Scheme(NVFP4, 16, 4), Scheme(NVFP4, 16), Scheme(MXFP4, 32, 8), Scheme(MXFP8, 32, 8)])
 levels = st.builds(Scheme, st.just(NF4), group_size=st.integers(1, 4096), nested=st.booleans())
-schemes = integers | floats | levels
+schemes = integers | floats | blocks | small | levels
 
 
 @given(schemes)
@@ -66,6 +72,7 @@ def test_names_outside_the_grammar_are_refused_with_an_example(name: str) -> Non
         ("w1a16", "weights can have 2 to 8 bits, found 1"),
         ("w9a16", "weights can have 2 to 8 bits, found 9"),
         ("w16a16", "weights can have 2 to 8 bits, found 16"),
+        ("w4a16-g8x8", "rows share no scales of int weights"),
         ("w4a4", "activations can have 16 or 8 bits, found 4"),
         ("w4a16-g0", "group size must be positive, found 0"),
         ("w4a8-fp8", "fp8 weights have 8 bits and no zero point"),

@@ -211,11 +211,16 @@ def changed(directory: Path, change: Callable[[dict[str, Any]], None]) -> Safete
 
 def test_other_formats_are_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
     directory = artifact(tiny("llama"), tmp_path / "out", "w4a16-g32")
-    checkpoint = changed(directory, lambda config: config["config_groups"]["group_0"]["weights"].update(type="float"))
-    with pytest.raises(UnsupportedError, match="weights of 4-bit type 'float' with strategy 'group'"):
+    checkpoint = changed(
+        directory, lambda config: config["config_groups"]["group_0"]["weights"].update(type="float", num_bits=6)
+    )
+    with pytest.raises(UnsupportedError, match="weights of 6-bit type 'float' with strategy 'group'"):
         open_dense(checkpoint)
     checkpoint = changed(directory, lambda config: config.update(quant_method="hqq"))
-    with pytest.raises(UnsupportedError, match="quantized with 'hqq'; this reader knows compressed-tensors, gptq"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"quantized with 'hqq' .*; known are compressed-tensors, gptq.*, fp8, .* Take the unquantized model",
+    ):
         open_dense(checkpoint)
 
 

@@ -213,7 +213,7 @@ INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
     [
         (declared(sparsity_config={"format": "sparse-24-bitmask"}), r'sparsity_config\.format is "sparse-24-bitmask"'),
         (declared(format="marlin-24"), 'compressed-tensors format "marlin-24"'),
-        (declared(group={"format": "nvfp4-pack-quantized"}), 'compressed-tensors format "nvfp4-pack-quantized"'),
+        (declared(group={"format": "mxfp6-pack-quantized"}), 'compressed-tensors format "mxfp6-pack-quantized"'),
         (declared(moe_sparsity_config={"method": "prune"}), r"quantization_config\.moe_sparsity_config"),
         (declared(group={"scales_of": "rows"}), r"quantization_config\.config_groups\.group_0\.scales_of"),
         (declared(weights={"lut": 3}), r"config_groups\.group_0\.weights\.lut is 3"),
