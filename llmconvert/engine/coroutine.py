@@ -176,9 +176,7 @@ class AnsweredCall(BlockCall):
 class _Guest(greenlet):
     """Runs a function, and passes on what experts are asked inside."""
 
-    def __init__(
-        self, run: Callable[[], torch.Tensor], answer: Callable[[ExpertsSlot, Visit], torch.Tensor]
-    ) -> None:
+    def __init__(self, run: Callable[[], torch.Tensor], answer: Callable[[ExpertsSlot, Visit], torch.Tensor]) -> None:
         super().__init__(run)
         self._answer = answer
 
