@@ -23,7 +23,7 @@ import torch
 from measured import markdown_table, megabytes
 
 from llmconvert.convert.dtype import convert_dtype
-from llmconvert.convert.rope_scaling import RopeScaling
+from llmconvert.convert.rope_factor import RopeScaling
 from llmconvert.convert.source import open_source
 from llmconvert.progress import console_progress
 from llmconvert.quantize.formats.dense_view import open_dense

@@ -14,11 +14,12 @@ import torch
 from llmconvert.context import Context
 from llmconvert.convert.cast import CASTABLE, TARGETS, CastErrors, Overflow, check_overflow, check_underflow, with_dtype
 from llmconvert.convert.pipeline import BUFFER_NBYTES, stream_tensors
-from llmconvert.convert.rope_scaling import RopeScaling, scale_positions
+from llmconvert.convert.rope_factor import RopeScaling
+from llmconvert.convert.rope_scaling import scale_positions
 from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import UnsupportedError
 from llmconvert.needs import Needs
-from llmconvert.progress import SILENT, Progress
+from llmconvert.progress import SILENT, Bytes, Progress
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.steps import DtypeReport
 from llmconvert.storage.artifact import Artifact, build_artifact, job_key, output_nbytes
@@ -154,7 +155,7 @@ def _write_weights(
     todo = [name for name in source if name not in artifact.done]
     errors = CastErrors()
     with (
-        progress.task(f"converting to {label}", source.nbytes) as task,
+        progress.task(f"converting to {label}", Bytes(source.nbytes)) as task,
         # Closed before the writer is: no thread may write to a descriptor that is gone.
         closing(stream_tensors(source, todo, artifact.writer, task)) as blocks,
     ):

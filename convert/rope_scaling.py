@@ -9,48 +9,18 @@ model makes of it has to be measured (:mod:`llmconvert.validate.long_inputs.posi
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
+from llmconvert.convert.rope_factor import RopeScaling
 from llmconvert.engine.architecture.config import build_config, with_rope
 from llmconvert.engine.architecture.decoder import Architecture
-from llmconvert.errors import UnsupportedError, UsageError
+from llmconvert.errors import UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
 
-__all__ = ["RopeScaling", "RopeScalingView", "scale_positions"]
+__all__ = ["RopeScalingView", "scale_positions"]
 
-Kind = Literal["linear", "dynamic", "yarn"]
-_FORM = re.compile(r"(?P<kind>[a-z]+):(?P<factor>\d+(?:\.\d+)?)")
 _ORIGINAL = "original_max_position_embeddings"
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """A kind of scaling and its factor: inputs up to ``factor`` times as long as the model was trained on."""
-
-    kind: Kind
-    factor: float
-
-    @classmethod
-    def parse(cls, text: str) -> RopeScaling:
-        """``yarn:2.0``, ``linear:4`` or ``dynamic:2``.
-
-        Raises:
-            UsageError: another form, an unknown kind, or a factor that is not above 1.
-        """
-        match = _FORM.fullmatch(text.strip())
-        if match is None or match["kind"] not in get_args(Kind):
-            raise UsageError(
-                f"rope scaling {text!r}: expected {', '.join(get_args(Kind))} and a factor, as in yarn:2.0"
-            )
-        if float(match["factor"]) <= 1:
-            raise UsageError(f"rope scaling {text!r}: the factor must be above 1")
-        return cls(match["kind"], float(match["factor"]))  # type: ignore[arg-type]
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.factor:g}"
 
 
 class RopeScalingView(CheckpointView):

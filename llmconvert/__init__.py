@@ -155,7 +155,7 @@ _MODULES = {
     "require_passed": "report.report",
     "run_batch": "recipes.batch",
     "run_recipe": "recipes.runner",
-    "shipped_recipes": "recipes.loading",
+    "shipped_recipes": "recipes.shipped",
     "validate_model": "api",
 }
 
@@ -189,10 +189,11 @@ if TYPE_CHECKING:
     from llmconvert.quantize.scheme import Scheme
     from llmconvert.quantize.tensor import QuantizedTensor
     from llmconvert.recipes.batch import Outcome, run_batch
-    from llmconvert.recipes.loading import load_recipe, make_recipe, shipped_recipes
+    from llmconvert.recipes.loading import load_recipe, make_recipe
     from llmconvert.recipes.publishing import plan_push
     from llmconvert.recipes.runner import RunResult, run_recipe
     from llmconvert.recipes.schema.recipe import Recipe
+    from llmconvert.recipes.shipped import shipped_recipes
     from llmconvert.report.report import Check, ModelInfo, Report, Step, require_passed
     from llmconvert.report.section import Column, Plot, Section, Series
     from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport

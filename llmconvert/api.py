@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmconvert.errors import UsageError
-from llmconvert.hub import PushOptions, push_folder
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.matrix import usual_method
-from llmconvert.recipes import single
+from llmconvert.quantize.catalog.methods import usual_method
 from llmconvert.recipes.options import recipe_of
-from llmconvert.recipes.publishing import card_there
-from llmconvert.report.report import Report
-from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
-from llmconvert.validate.measurement import Measurement
+
+if TYPE_CHECKING:  # what computes is loaded once it is clear that what was asked for can be meant
+    from llmconvert.report.report import Report
+    from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
+    from llmconvert.validate.measurement import Measurement
 
 __all__ = [
     "ConvertedModel",
@@ -122,7 +121,8 @@ def convert_model(
         calibration: text for the merge, a file or a named dataset; without it the weights alone decide.
         samples, length, order, seed: windows drawn from ``calibration`` (128), tokens per window (2,048), and which
             (``shuffled``, by seed 0).
-        device: where heads are merged, ``cpu`` (the default), ``cuda`` or ``cuda:N``; a change of dtype needs none.
+        device: where heads are merged, ``cpu`` (the default), ``cuda``, ``cuda:N`` or ``auto``; a change of dtype needs
+            none.
         stream: convert a Hub model while it downloads; disk need is the output and two source shards.
         progress: where long work is shown, :func:`llmconvert.console_progress` for example.
 
@@ -134,6 +134,8 @@ def convert_model(
     """
     shorter = length if heal_steps and length is not None and length < _HEAL_LENGTH else None
     recipe = recipe_of("convert", {**locals(), "heal_length": shorter})
+    from llmconvert.recipes import single
+
     if recipe.attention is None:
         written = single.convert_model(recipe, Path(output), progress=progress)
         return ConvertedModel(Path(output), dtype=written)
@@ -177,14 +179,15 @@ def quantize_model(
         scheme: bits and groups, ``w4a16-g128``, ``w8a8``; of GGUF a type, ``q4_k_m``.
         method: ``gptq`` by default; of a GGUF type ``rtn``, or ``imatrix`` with calibration text.
         bits_per_weight: choose bits and group sizes by layer for this mean, scales included, instead of one scheme.
-        format: on disk: ``compressed-tensors`` (the default), ``gptq``, ``awq``, ``bitsandbytes``, ``gguf``.
+        format: on disk: ``compressed-tensors`` (the default), ``gptq``, ``awq``, ``bitsandbytes``, ``gguf``; the one
+            that alone has the scheme need not be named.
         overrides: shell pattern of layer names → another scheme, or ``none``; the first that matches counts.
         rotate: fold orthogonal rotations of hidden states and values into the weights first (QuaRot).
         dtype: of what stays unquantized; bfloat16 by default.
         calibration: text that activations are measured on, a file or a named dataset.
         samples, length, order, seed: windows drawn from ``calibration`` (128), tokens per window (2,048), and which
             (``shuffled``, by seed 0).
-        device: where to compute, ``cpu`` (the default), ``cuda`` or ``cuda:N``.
+        device: where to compute, ``cpu`` (the default), ``cuda``, ``cuda:N`` or ``auto``.
         memory: bytes that may be used, as a number or ``"4GB"``; what is free by default.
         allow_pickle: read ``.bin`` weights, by torch's ``weights_only`` loader.
         stream: quantize a Hub model while it downloads, by a method without calibration.
@@ -199,7 +202,11 @@ def quantize_model(
     if scheme is None and bits_per_weight is None:
         raise UsageError("give a scheme, or bits per weight (--bits-per-weight) to have schemes chosen by layer")
     method = method or usual_method(scheme, text=calibration is not None)
+    if format is None and Path(output).suffix == ".gguf":
+        format = "gguf"
     recipe = recipe_of("quantize", {**locals(), "overrides": _overrides(overrides)})
+    from llmconvert.recipes import single
+
     made = single.quantize_model(recipe, Path(output), progress=progress)
     return QuantizedModel(Path(output), made.layers, made.bytes, made.seconds, made)
 
@@ -256,7 +263,7 @@ def validate_model(
         positions, positions_window: perplexity by position, in windows of so many tokens (twice the trained length).
         memory: the key-value cache and the memory ladder, computed and measured.
         measurements: of one's own, made after these; their checks are shown like all others.
-        device: where to compute, ``cpu`` (the default), ``cuda`` or ``cuda:N``.
+        device: where to compute, ``cpu`` (the default), ``cuda``, ``cuda:N`` or ``auto``.
         progress: where long work is shown, :func:`llmconvert.console_progress` for example.
 
     Raises:
@@ -269,6 +276,8 @@ def validate_model(
     if attention_lengths and not attention:
         raise UsageError("--attention-lengths goes with --attention")
     recipe = recipe_of("validate", locals())
+    from llmconvert.recipes import single
+
     original = None if reference is None else str(reference)
     return single.validate_model(recipe, original, measurements, progress=progress)
 
@@ -322,6 +331,10 @@ def push_model(
         SourceError: the directory is no artifact.
         RunInterruptedError: the process was asked to stop; files already sent are not sent again.
     """
+    from llmconvert.hub import PushOptions, push_folder
+    from llmconvert.recipes import single
+    from llmconvert.recipes.publishing import card_there
+
     if not unmeasured:
         single.require_measured(Path(directory))
     options = PushOptions(

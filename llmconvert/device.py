@@ -1,4 +1,4 @@
-"""Devices by name: ``cpu``, ``cuda``, ``cuda:N``."""
+"""Devices by name: ``cpu``, ``cuda``, ``cuda:N``, ``auto``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ __all__ = ["open_device"]
 
 
 def open_device(name: str) -> torch.device:
-    """The device ``name``: ``cpu``, ``cuda`` or ``cuda:N``.
+    """The device ``name``: ``cpu``, ``cuda``, ``cuda:N``, or with ``auto`` a GPU where there is one.
 
     Raises:
         UsageError: there is no such device here.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type != "cuda":
         return device

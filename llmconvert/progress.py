@@ -13,12 +13,19 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.progress import Task as RichTask
+from rich.table import Column
+from rich.text import Text
 
 from llmconvert.printable import printable
 
-__all__ = ["SILENT", "LineProgress", "Progress", "Task", "TerminalProgress", "console_progress"]
+__all__ = ["SILENT", "Bytes", "LineProgress", "Progress", "Task", "TerminalProgress", "console_progress"]
+
+
+class Bytes(int):
+    """A total that counts bytes, which are shown in units."""
 
 
 class Task(Protocol):
@@ -64,24 +71,51 @@ class _BarTask:
         self._bars.update(self._id, advance=amount, note=printable(note))
 
 
+class _DoneColumn(ProgressColumn):
+    """``12/30``; of bytes ``1.2/3.4 GB``."""
+
+    def render(self, task: RichTask) -> Text:
+        total = task.total or 0
+        return Text(_of_bytes(task.completed, total) if task.fields["bytes"] else f"{task.completed:.0f}/{total:.0f}")
+
+
+def _of_bytes(done: float, total: float) -> str:
+    scale, unit = next((step for step in _UNITS if total >= step[0]), _UNITS[-1])
+    return f"{done / scale:.1f}/{total / scale:.1f} {unit}"
+
+
+_UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B"))
+# Columns of a terminal: what is said of a piece of work, and its bar, on 80 of them and on more.
+_NARROW = 100
+_DESCRIPTION, _BAR, _WIDE_BAR = 24, 16, 30
+
+
 class TerminalProgress:
-    """Rich progress bars on a terminal."""
+    """Rich progress bars on a terminal: bar, count and time always, the rest as far as there is room."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     @contextmanager
     def task(self, description: str, total: float) -> Iterator[Task]:
+        bar = _BAR if self._console.width < _NARROW else _WIDE_BAR
+        described = Column(width=_DESCRIPTION, no_wrap=True, overflow="ellipsis")
         columns = (
-            TextColumn("{task.description:<28}", markup=False),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}", style="dim", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=described),
+            BarColumn(bar_width=bar, table_column=Column(width=bar)),
+            _DoneColumn(table_column=Column(no_wrap=True, min_width=5)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
+            TextColumn(
+                "{task.fields[note]}",
+                style="dim",
+                markup=False,
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
         )
-        with RichProgress(*columns, console=self._console, refresh_per_second=4) as bars:
-            yield _BarTask(bars, bars.add_task(printable(description), total=total, note=""))
+        with RichProgress(*columns, console=self._console, refresh_per_second=4, expand=True) as bars:
+            counted = isinstance(total, Bytes)
+            yield _BarTask(bars, bars.add_task(printable(description), total=total, note="", bytes=counted))
 
     def log(self, message: str) -> None:
         self._console.print(printable(message), markup=False, highlight=False)

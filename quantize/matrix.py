@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llmconvert.errors import SchemeError, UnsupportedError
+from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.ggml.mix import GgmlMix
-from llmconvert.quantize.formats.base import FORMATS, FileFormat, Format, load_format
-from llmconvert.quantize.methods.base import METHODS, GgmlQuantizer, Method, load_method
+from llmconvert.quantize.catalog.formats import FORMATS
+from llmconvert.quantize.catalog.methods import METHODS
+from llmconvert.quantize.catalog.schemes import USUAL
+from llmconvert.quantize.formats.base import FileFormat, Format, load_format
+from llmconvert.quantize.methods.base import GgmlQuantizer, Method, load_method
 from llmconvert.quantize.runtimes import Runtime, runtimes_of
 from llmconvert.quantize.scheme import SchemeOrMix, parse_scheme
 
 __all__ = [
-    "USUAL",
     "Combination",
     "Readership",
     "check_combination",
@@ -29,27 +31,7 @@ __all__ = [
     "methods_for",
     "readers_of",
     "readership",
-    "usual_method",
 ]
-
-#: Schemes that the table shows; others of the same widths go with the same.
-USUAL = (
-    "w8a8",
-    "fp8",
-    "llm.int8",
-    "w8a16-g128",
-    "w4a16-g64",
-    "w4a16-g64-asym",
-    "w4a16-g32",
-    "nf4",
-    "nf4-dq",
-    "w3a16-g64",
-    "w3a16-g64-asym",
-    "w2a16-g64",
-    "w2a16-g64-asym",
-    "q8_0",
-    "q4_k_m",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +53,6 @@ class Combination:
 def methods_for(scheme: SchemeOrMix) -> tuple[str, ...]:
     """Names of the methods that can choose codes of this scheme."""
     return tuple(name for name in METHODS if _chooses(load_method(name, {}), scheme))
-
-
-def usual_method(scheme: str | None, *, text: bool) -> str:
-    """The method to take where none is named.
-
-    Nothing in GPTQ chooses the scales of GGML's types; what llama.cpp offers for them is an importance matrix.
-
-    Args:
-        scheme: by name; None where a budget chooses schemes. One that is none is for others to refuse.
-        text: whether there is calibration text.
-    """
-    try:
-        found = None if scheme is None else parse_scheme(scheme)
-    except SchemeError:
-        found = None
-    if isinstance(found, GgmlMix):
-        return "imatrix" if text else "rtn"
-    return "gptq"
 
 
 def formats_for(scheme: SchemeOrMix) -> tuple[str, ...]:

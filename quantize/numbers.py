@@ -16,10 +16,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # a scheme's name is read, and refused, before torch is loaded
+    import torch
 
-from llmconvert.compute.activations import InputKind
+    from llmconvert.compute.activations import InputKind
+
 from llmconvert.compute.scale_numbers import E4M3_SCALES, E8M0, ScaleNumber
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "Int",
     "Levels",
     "Number",
+    "dtype_named",
     "dynamic_levels",
 ]
 
@@ -55,7 +59,7 @@ class Number(ABC):
         activations: bits that the activations beside it can have.
         absmax: whether a group's scale is its largest magnitude over :attr:`largest` in float32, and nothing else will
             do: the numbers of bitsandbytes.
-        rounded_from: for these, what weights are rounded to first.
+        rounded_from: for these, what weights are rounded to first: the name of one of torch's dtypes.
         nestable: whether its scales can be quantized themselves.
         blocks: whether rows can share scales: those of a block, or all of a tensor.
         scales: what its scales are stored as; None for floats of the format's choice.
@@ -67,7 +71,7 @@ class Number(ABC):
     grouped: bool | None = None
     activations: tuple[int, ...] = (16, 8)
     absmax: bool = False
-    rounded_from: torch.dtype = torch.float32
+    rounded_from: str = "float32"
     nestable: bool = False
     blocks: bool = False
     scales: ScaleNumber | None = None
@@ -75,6 +79,8 @@ class Number(ABC):
     @property
     def code_dtype(self) -> torch.dtype:
         """What codes are held in."""
+        import torch
+
         return torch.int8
 
     @property
@@ -142,7 +148,7 @@ class Number(ABC):
             codes of that shape, and scales float32 ``[rows, groups]``: zero where a group is, and not finite where
             :attr:`rounded_from` does not hold its values.
         """
-        values = grouped.to(self.rounded_from)
+        values = grouped.to(dtype_named(self.rounded_from))
         magnitude = values.abs().amax(-1, keepdim=True).float()
         codes = self.nearest((values * (self.largest / magnitude.clamp(min=_SMALLEST))).where(magnitude > 0, 0))
         # By a tensor: a GPU multiplies by the inverse of a number, which is off by a bit.
@@ -184,10 +190,10 @@ class Int(Number):
 
     def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
         """Half to even."""
-        codes = torch.round(values)
+        codes = values.round()
         if zero is not None:
             codes += zero
-        return codes.clamp_(*self.limits).to(torch.int8)
+        return codes.clamp_(*self.limits).to(self.code_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,18 +201,20 @@ class Float(Number):
     """Small floats that torch has a dtype for.
 
     Attributes:
-        dtype: what codes are held in.
+        dtype: what codes are held in: the name of one of torch's dtypes.
     """
 
-    dtype: torch.dtype = torch.float8_e4m3fn
+    dtype: str = "float8_e4m3fn"
 
     @property
     def code_dtype(self) -> torch.dtype:
-        return self.dtype
+        return dtype_named(self.dtype)
 
     @property
     def limits(self) -> tuple[float, float]:
-        bound = torch.finfo(self.dtype).max
+        import torch
+
+        bound = torch.finfo(self.code_dtype).max
         return -bound, bound
 
     @property
@@ -214,7 +222,7 @@ class Float(Number):
         return "fp8"
 
     def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
-        return values.clamp(*self.limits).to(self.dtype)
+        return values.clamp(*self.limits).to(self.code_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +235,8 @@ class E2M1Number(Number):
 
     def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
         """Half to even; what is beyond the range becomes its end."""
+        import torch
+
         magnitudes = torch.tensor(_E2M1, dtype=torch.float32, device=values.device)
         middles = (magnitudes[1:] + magnitudes[:-1]) / 2
         found = values.float().abs()
@@ -236,6 +246,8 @@ class E2M1Number(Number):
         return (codes + 8 * torch.signbit(values)).to(torch.int8)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
+        import torch
+
         levels = (*_E2M1, *(-level for level in _E2M1))
         return torch.tensor(levels, dtype=torch.float32, device=codes.device)[codes.int()]
 
@@ -256,12 +268,24 @@ class Levels(Number):
 
     def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
         """Between two levels the lower one wins a tie."""
+        import torch
+
         levels, order = torch.tensor(self.levels, dtype=torch.float32, device=values.device).sort()
         middles = (levels[1:] + levels[:-1]) / 2
         return order[torch.bucketize(values.float(), middles)].to(torch.int8)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
+        import torch
+
         return torch.tensor(self.levels, dtype=torch.float32, device=codes.device)[codes.int()]
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """One of torch's dtypes by its name, ``float16`` for example."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 #: Four exponent and three mantissa bits, no infinity, largest value 448.
@@ -289,7 +313,7 @@ MXFP4 = E2M1Number(4, name="mxfp4", grouped=True, activations=(16, 8, 4), scales
 MXFP8 = Float(8, name="mxfp8", grouped=True, scales=E8M0)
 
 #: Integers of −127 … 127, of which a row's largest magnitude is the last; weights are rounded to float16 first.
-LLM_INT8 = Int(8, name="absmax", grouped=False, activations=(8,), absmax=True, rounded_from=torch.float16, narrow=True)
+LLM_INT8 = Int(8, name="absmax", grouped=False, activations=(8,), absmax=True, rounded_from="float16", narrow=True)
 
 #: The 16 values of NF4, quantiles of a normal distribution scaled to −1 … 1, as bitsandbytes has them.
 NF4 = Levels(
@@ -343,6 +367,8 @@ def dynamic_levels(device: torch.device | None = None) -> torch.Tensor:
 
     The smaller one is, the fewer bits of it are left.
     """
+    import torch
+
     positive: list[float] = []
     for exponent in range(_EXPONENTS):
         edges = torch.linspace(0.1, 1, (1 << exponent) + 1, dtype=torch.float32)

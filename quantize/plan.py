@@ -55,9 +55,9 @@ class QuantizeRequest:
     """What is asked for when a checkpoint is quantized.
 
     Attributes:
-        method: a name in :data:`~llmconvert.quantize.methods.base.METHODS`.
+        method: a name in :data:`~llmconvert.quantize.catalog.methods.METHODS`.
         scheme: for every linear that no override names; or, in formats that have such, a mix of tensor types.
-        format: a name in :data:`~llmconvert.quantize.formats.base.FORMATS`.
+        format: a name in :data:`~llmconvert.quantize.catalog.formats.FORMATS`.
         overrides: other schemes by name pattern, first match wins.
         options: of the method.
         mode: lockstep or replay; chosen by the memory when None. The result is the same.

@@ -27,7 +27,7 @@ class Runtime:
         script: of ``tests/readers/runtimes``, what runs it.
         environment: the one of ``make readers`` that has it; empty for the package's own.
         packages: whose versions count.
-        format: a name in :data:`~llmconvert.quantize.formats.base.FORMATS`.
+        format: a name in :data:`~llmconvert.quantize.catalog.formats.FORMATS`.
         schemes: what it was run with; of GGUF its mixes.
         note: what else to know.
     """

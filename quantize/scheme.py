@@ -6,18 +6,23 @@ channel when no group size is given; ``tensor`` is one scale for all. ``fp8`` we
 one of 16 fixed levels, with ``dq`` (``nf4-dq``) their scales are quantized too; ``nvfp4``, ``mxfp4`` and ``mxfp8`` are
 E2M1 or E4M3 floats whose scales are numbers of 8 bits. ``a16`` leaves activations alone; ``a8`` and ``a4`` quantize
 them while the model runs, to the kind that the weights have. ``absmax`` weights are integers whose largest magnitude in
-a row is 127, as LLM.int8 has them. ``fp8``, ``nf4``, ``nf4-dq`` and ``llm.int8`` alone stand for their usual schemes.
+a row is 127, as LLM.int8 has them. ``fp8``, ``nf4``, ``nf4-dq`` and ``llm.int8`` alone stand for their usual schemes;
+``int8`` for ``w8a8``, and ``4bit`` (8, 3, 2) for weights in groups of 128.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from llmconvert.compute.activations import InputKind
 from llmconvert.errors import SchemeError
 from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
 from llmconvert.quantize.numbers import NAMED, Int, Number
+
+if TYPE_CHECKING:
+    from llmconvert.compute.activations import InputKind
 
 __all__ = ["Scheme", "SchemeOrMix", "parse_scheme"]
 
@@ -30,7 +35,12 @@ _SHORT = {
     "nf4": "w4a16-g64-nf4",
     "nf4-dq": "w4a16-g64-nf4-dq",
     "llm.int8": "w8a8-channel-absmax",
+    # What people type.
+    "int8": "w8a8",
+    "int4": "w4a16-g128",
+    **{f"{bits}{word}": f"w{bits}a16-g128" for bits in (2, 3, 4, 8) for word in ("bit", "-bit", "bits", "-bits")},
 }
+_GUESSES = ("w8a8", "w8a16-g128", "w4a16-g128", "w4a16-g64", "w4a16-g128-asym", "w3a16-g64", "w2a16-g64", *_SHORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +189,9 @@ def parse_scheme(text: str) -> SchemeOrMix:
     try:
         return Scheme.parse(text)
     except SchemeError as error:
-        raise SchemeError(f"{error}; or a GGUF type: {', '.join(MIXES)}") from error
+        close = difflib.get_close_matches(text.strip().lower(), (*MIXES, *_GUESSES), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise SchemeError(f"{error}; or a GGUF type: {', '.join(MIXES)}{hint}") from error
 
 
 def _demands(number: Number) -> str:

@@ -1,18 +1,19 @@
-"""Settings of a recipe that are each valid and cannot be meant together."""
+"""Settings of a recipe that are each valid and cannot be meant together; torch is not loaded to tell.
+
+In explanations, ``[[key]]`` and ``[[key=value]]`` are settings: a recipe's reader sees keys, a command's its options.
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.formats.base import FORMATS, Feature, Format, load_format
-from llmconvert.quantize.matrix import check_format, check_method
-from llmconvert.quantize.methods.base import METHODS, Method, ScalingQuantizer, load_method, needs_calibration
-from llmconvert.quantize.scheme import Scheme, SchemeOrMix
-from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
+from llmconvert.quantize.catalog.formats import require_format
+from llmconvert.quantize.catalog.methods import METHODS, check_options, needs_calibration
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.recipes.schema.recipe import Recipe
 
-__all__ = ["KeyPath", "contradictions"]
+__all__ = ["KeyPath", "contradictions", "repair_refusal"]
 
 #: Where a setting stands: ``("quantize", "overrides", 0, "scheme")``.
 KeyPath = tuple[str | int, ...]
@@ -26,7 +27,6 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _gaps(recipe)
     yield from _limits_without_text(recipe)
     yield from _repair_of_nothing(recipe)
-    yield from _asymmetric_mixture(recipe)
     yield from _unmeasured(recipe)
 
 
@@ -34,80 +34,37 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     settings = recipe.quantize
     if settings is None:
         return
-    if settings.method not in METHODS:
-        yield ("quantize", "method"), f"quantize.method: {_unknown(settings.method, METHODS)}"
-    elif settings.calibrates and recipe.calibrate is None:
-        yield (
-            ("quantize", "method"),
-            f"quantize.method: {_who(settings)} needs calibration text; add a calibrate section, for example "
-            "calibrate: {dataset: pydoc-topics:train}",
-        )
+    try:
+        check_options(settings.method, ())
+    except UnsupportedError as error:
+        yield ("quantize", "method"), f"quantize.method: {error}"
     else:
+        if settings.calibrates and recipe.calibrate is None:
+            who = settings.method if settings.budget is None else "a budget"
+            yield (
+                ("quantize", "method"),
+                f"quantize.method: {who} needs calibration text; give it, for example "
+                "[[calibrate.dataset=pydoc-topics:train]]",
+            )
         try:
-            load_method(settings.method, settings.options)
+            check_options(settings.method, settings.options)
         except UnsupportedError as error:
             yield ("quantize", "options"), f"quantize.options: {error}"
-    if settings.format not in FORMATS:
-        yield ("quantize", "format"), f"quantize.format: {_unknown(settings.format, FORMATS)}"
-        return
-    format_, method = load_format(settings.format), _method(settings)
-    yield from _lacking(recipe, settings, format_)
+    try:
+        require_format(settings.format)
+    except UnsupportedError as error:
+        yield ("quantize", "format"), f"quantize.format: {error}"
     if settings.budget is not None and not _chooses(settings.scheme):
         yield (
             ("quantize", "scheme"),
             f"quantize.scheme: found {settings.scheme}; a budget chooses among integer weights with 16-bit "
             "activations: leave it out, or say w4a16-asym for zero points",
         )
-    schemes: list[tuple[KeyPath, SchemeOrMix]] = []
-    if settings.budget is None:
-        schemes.append((("quantize", "scheme"), settings.scheme))
-    for index, override in enumerate(settings.overrides):
-        if override.scheme != "none":
-            schemes.append((("quantize", "overrides", index, "scheme"), override.scheme))
-    for path, scheme in schemes:
-        try:
-            if method is not None:
-                check_method(method, scheme)
-            check_format(format_, scheme)
-        except UnsupportedError as error:
-            yield path, f"{'.'.join(map(str, path))}: {error}"
-
-
-def _method(settings: QuantizeSettings) -> Method | None:
-    """The method; None if there is none of that name and those options, which is told elsewhere."""
-    try:
-        return load_method(settings.method, settings.options)
-    except UnsupportedError:
-        return None
-
-
-def _who(settings: QuantizeSettings) -> str:
-    return settings.method if settings.budget is None else "a budget"
 
 
 def _chooses(scheme: object) -> bool:
     """Whether a budget can give layers other bits and groups in the place of this scheme's."""
     return isinstance(scheme, Scheme) and scheme.adjustable
-
-
-def _lacking(recipe: Recipe, settings: QuantizeSettings, layout: Format) -> Iterator[tuple[KeyPath, str]]:
-    """What is asked for and does not go with the format."""
-    checks = recipe.validation
-    asked: tuple[tuple[Feature, KeyPath, object], ...] = (
-        ("overrides", ("quantize", "overrides"), settings.overrides),
-        ("budget", ("quantize", "budget"), settings.budget),
-        ("rotations", ("quantize", "rotate"), settings.rotate),
-        ("streaming", ("stream",), recipe.stream),
-        ("generation", ("validate", "generation"), checks and checks.generation),
-        ("generation", ("validate", "attention"), checks and checks.attention),
-        ("generation", ("validate", "positions"), checks and checks.positions),
-        ("generation", ("validate", "decoding"), checks and checks.decoding),
-        ("repair", ("validate", "repair"), checks and checks.repair),
-    )
-    for feature, path, value in asked:
-        if value and feature in layout.lacks:
-            what = "stream (--stream)" if feature == "streaming" else "it"
-            yield path, f"{'.'.join(map(str, path))}: {layout.lacks[feature]}; leave {what} out"
 
 
 def _streaming(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -126,11 +83,6 @@ def _streaming(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("stream",), "stream: a budget measures the whole model; leave out stream (--stream), or the budget"
     if recipe.attention is not None:
         yield ("stream",), "stream: heads are merged in the whole model; leave out stream (--stream), or attention"
-
-
-def _unknown(value: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(value, list(known), n=1)
-    return f"found {value!r}, known are {', '.join(known)}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def _same_text(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -165,25 +117,13 @@ def _limits_without_text(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         return
     for key, value in (("max_kl", settings.max_kl), ("min_top1", settings.min_top1)):
         if value is not None:
-            yield ("validate", key), f"validate.{key} is measured on the text of validate.perplexity, which is missing"
-
-
-def _asymmetric_mixture(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """Linears with zero points in several schemes, where the runtime that validation asks can't load them."""
-    settings, checks = recipe.quantize, recipe.validation
-    if settings is None or checks is None or settings.format not in FORMATS:
-        return
-    lacking = load_format(settings.format).lacks.get("mixed zero points")
-    if lacking is None:
-        return
-    schemes = {settings.scheme, *(override.scheme for override in settings.overrides)} - {"none"}
-    mixed = len(schemes) > 1 or settings.budget is not None or checks.repair is not None
-    if mixed and any(isinstance(scheme, Scheme) and not scheme.symmetric for scheme in schemes):
-        yield (
-            ("quantize", "scheme"),
-            f"quantize.scheme: {lacking} (a budget, overrides and repair make such), so the artifact could not pass; "
-            "take a symmetric scheme, or one for all linears, or leave out validate for another runtime",
-        )
+            yield (
+                ("validate", key),
+                (
+                    f"validate.{key}: is measured on text; name one, for example "
+                    "[[validate.perplexity.dataset=pydoc-topics:test]]"
+                ),
+            )
 
 
 def _unmeasured(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -194,7 +134,8 @@ def _unmeasured(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield (
         ("publish", "to"),
         "publish.to: nothing in validate tells how well the artifact predicts; add a measurement, for example "
-        "validate.perplexity: {dataset: pydoc-topics:test}, or say publish.unmeasured: true",
+        "validate.perplexity: {dataset: pydoc-topics:test}, or say publish.unmeasured: true "
+        f"({target.to} is a Hub repository; a directory is file:{target.to})",
     )
 
 
@@ -211,13 +152,8 @@ def _repair_of_nothing(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     )
     if recipe.quantize is None:
         yield ("validate", "repair"), "validate.repair: nothing is quantized, so there are no bits to add"
-    elif _moves_scales(recipe.quantize.method) or recipe.quantize.rotate is not None:
-        what = "a rotation" if recipe.quantize.rotate is not None else recipe.quantize.method
-        yield (
-            ("validate", "repair"),
-            f"validate.repair: {what} changes norms along with the linears, so no linear can be "
-            "quantized anew by itself; leave one of them out",
-        )
+    elif recipe.quantize.rotate is not None:
+        yield ("validate", "repair"), repair_refusal("a rotation")
     elif recipe.stream:
         yield (
             ("validate", "repair"),
@@ -231,5 +167,9 @@ def _repair_of_nothing(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         )
 
 
-def _moves_scales(method: str) -> bool:
-    return method in METHODS and isinstance(load_method(method, {}), ScalingQuantizer)
+def repair_refusal(what: str) -> str:
+    """Why an artifact of a method that changes more than its linears is not repaired."""
+    return (
+        f"validate.repair: {what} changes norms along with the linears, so no linear can be quantized anew by itself; "
+        "leave one of them out"
+    )

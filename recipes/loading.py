@@ -7,8 +7,6 @@ import os
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,14 @@ from pydantic import BaseModel, ValidationError
 
 from llmconvert.errors import RecipeError, one_line
 from llmconvert.recipes.consistency import KeyPath, contradictions
+from llmconvert.recipes.origin import Origin
 from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.schema.section import Section
+from llmconvert.recipes.shipped import shipped_recipes
 from llmconvert.recipes.unused import unused
 from llmconvert.text.files import local_path, read_text
 
-__all__ = ["load_recipe", "make_recipe", "parse_recipe", "read_override", "shipped_recipes"]
+__all__ = ["load_recipe", "make_recipe", "parse_recipe", "read_override"]
 
 # Bytes of a recipe, and keys that YAML's merging may add to one; those that people write are a hundredth of both.
 _LONGEST = 1 << 20
@@ -30,17 +31,11 @@ _MOST_MERGED = 10_000
 _LONGEST_VALUE = 100
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Name → file of the recipes that come with the package."""
-    folder = Path(str(resources.files("llmconvert.recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or a shipped recipe by its name.
 
     Args:
-        source: a path, or one of :func:`shipped_recipes` if no such file exists.
+        source: a path, or one of :func:`~llmconvert.recipes.shipped.shipped_recipes` if no such file exists.
         overrides: ``"a.b=value"`` each, applied in order; the value is read as YAML, ``null`` removes a section,
             and a number in the path (``quantize.overrides.0.scheme``) is a place in a list.
 
@@ -83,7 +78,11 @@ def parse_recipe(text: str, where: str, *, overrides: Sequence[str] = (), name: 
         key = read_override(override)
         _assign(values, *key)
         lines = {path: line for path, line in lines.items() if path[: len(key[0])] != key[0]}
-    return _validated({"name": name, **values}, _Origin(where, lines, tuple(overrides)), problems)
+    return _validated(
+        {"name": name, **values},
+        Origin(where, lines, tuple((text, read_override(text)[0]) for text in overrides)),
+        problems,
+    )
 
 
 def _read_yaml(text: str, where: str) -> tuple[yaml.Node | None, Any]:
@@ -139,54 +138,10 @@ def make_recipe(
     Raises:
         RecipeError: one line per problem, each with the key's path, and the option where there is one.
     """
-    return _validated(dict(values), _Origin(where, options=options or {}), [])
+    return _validated(dict(values), Origin(where, options=options or {}), [])
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """What a recipe was read from, to say of a key where it stands.
-
-    Attributes:
-        where: a file, or a command.
-        lines: of a file: key path → line.
-        overrides: ``--set`` options.
-        options: of a command: key path → the option for it.
-    """
-
-    where: str
-    lines: Mapping[KeyPath, int] = field(default_factory=dict)
-    overrides: tuple[str, ...] = ()
-    options: Mapping[KeyPath, str] = field(default_factory=dict)
-
-    def of(self, path: KeyPath, values: Mapping[str, Any]) -> str:
-        """Where that key is given in ``values``, or what is given where it is missing."""
-        given = {key: option for key, option in self.options.items() if _has(values, key)}
-        for depth in range(len(path), 0, -1):
-            if path[:depth] in given:
-                return f"{self.where} {given[path[:depth]]}"
-        if path in self.options:
-            beside = [option for key, option in given.items() if key[: len(path) - 1] == path[:-1]]
-            return f"{self.where} {', '.join(beside)} without {self.options[path]}"
-        if below := [option for key, option in given.items() if key[: len(path)] == path]:
-            return f"{self.where} {', '.join(below)}"
-        for override in self.overrides:
-            if read_override(override)[0][: len(path)] == path:
-                return f"{self.where}, --set {override}"
-        for depth in range(len(path), 0, -1):
-            if path[:depth] in self.lines:
-                return f"{self.where}, line {self.lines[path[:depth]]}"
-        return self.where
-
-
-def _has(values: Any, path: KeyPath) -> bool:
-    for part in path:
-        if not isinstance(values, Mapping) or part not in values:
-            return False
-        values = values[part]
-    return True
-
-
-def _validated(values: dict[str, Any], origin: _Origin, problems: list[str]) -> Recipe:
+def _validated(values: dict[str, Any], origin: Origin, problems: list[str]) -> Recipe:
     found: Iterable[tuple[KeyPath, str]]
     try:
         recipe = Recipe.model_validate(values)
@@ -194,7 +149,12 @@ def _validated(values: dict[str, Any], origin: _Origin, problems: list[str]) -> 
         found = _problems(error)
     else:
         found = (*contradictions(recipe), *unused(recipe))
-    problems += [f"{origin.of(path, values)}: {text}" for path, text in found]
+    problems += origin.problems(found, values)
+    if not problems and recipe.quantize is not None:
+        # What classes of methods and formats say of each other: torch is loaded for it, and for nothing before.
+        from llmconvert.recipes.compatibility import incompatibilities
+
+        problems += origin.problems(incompatibilities(recipe), values)
     if not problems:
         return recipe
     raise RecipeError("\n".join(problems))
@@ -271,8 +231,25 @@ def _problems(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
         elif item["type"] not in ("missing", "extra_forbidden"):
             reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
             if item["type"] in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
-                reason = "should be a section, with keys of its own"
+                reason = f"should be a section{_example(path, item['input'])}"
             yield path, f"{_dotted(path)}: found {_describe(item['input'])}: {reason}"
+
+
+def _example(path: KeyPath, value: Any) -> str:
+    """A value where a section should be, said as the section: ``, for example quantize: {method: rtn, …}``."""
+    model: type[BaseModel] | None = Recipe
+    for part in path:
+        if model is not None and isinstance(part, str):
+            model = dict(_sections(model)).get(part)
+    if model is None or not issubclass(model, Section) or not isinstance(value, (str, int, float)):
+        return ", with keys of its own"
+    said = ", ".join(f"{key}: {_short(meant)}" for key, meant in model.meant_by(value).items())
+    return f", for example {path[-1]}: {{{said}}}"
+
+
+def _short(value: Any) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 def _suggestion(path: KeyPath, close: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from llmconvert.gguf.split import without_part
 from llmconvert.hub import PushOptions, PushPlan, check_card, check_push, push_folder
 from llmconvert.hub import plan_push as plan_files
 from llmconvert.hub.card import CARD, require_other_base
-from llmconvert.progress import SILENT, Progress
+from llmconvert.progress import SILENT, Bytes, Progress
 from llmconvert.recipes.schema.recipe import PLACEHOLDERS, PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import card_for
 from llmconvert.storage.contents import Contents, Hashes
@@ -247,7 +247,7 @@ def publish_local(
             shutil.rmtree(staging)
             staging.mkdir()
             with progress.task(
-                f"publishing to {directory}", sum(content.nbytes for content in contents.files.values())
+                f"publishing to {directory}", Bytes(sum(content.nbytes for content in contents.files.values()))
             ) as task:
                 for name, content in contents.files.items():
                     _copy(artifact / name, staging / name)

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from llmconvert.gguf.ggml.mix import GgmlMix
-from llmconvert.quantize.methods.base import METHODS, needs_calibration
+from llmconvert.quantize.catalog.methods import METHODS, needs_calibration
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.consistency import KeyPath
 from llmconvert.recipes.schema.recipe import Recipe

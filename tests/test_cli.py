@@ -18,7 +18,10 @@ from click.testing import CliRunner, Result
 from llmconvert import __version__
 from llmconvert.cli import main
 
-COMMANDS = ("inspect", "run", "convert", "quantize", "report", "validate", "push")
+COMMANDS = (
+    *("inspect", "run", "convert", "quantize", "report", "validate", "push"),
+    *("methods", "schemes", "formats", "recipes", "doctor"),
+)
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def test_help_shows_an_example_for_every_command() -> None:
     assert {*main.commands} == {*COMMANDS}
     for command in COMMANDS:
         result = call(command, "--help")
-        assert result.exit_code == 0 and f"llmconvert {command} " in result.output and "Example" in result.output
+        assert result.exit_code == 0 and f"llmconvert {command}" in result.output and "Example" in result.output
         assert "\\" not in result.output.replace("\\\n", ""), "no markup is left"
 
 
@@ -132,7 +135,7 @@ def test_quantize_and_validate(tiny_llama: Path, here: Path, text: Path) -> None
     checks = {check["name"]: check for check in json.loads((here / "overlapping.json").read_text())["checks"]}
     assert (checks["perplexity"]["detail"]["stride"], checks["perplexity"]["detail"]["tokens"]) == (24, 63 + 24)
     assert "2 windows of 64 tokens, 24 apart, each prediction scored once" in (here / "overlapping.html").read_text()
-    assert "validate.perplexity.stride: found 65" in fails(2, *measured, "--stride", 65)
+    assert "validate --stride: found 65" in fails(2, *measured, "--stride", 65)
 
 
 def test_a_missed_limit_ends_with_three(tiny_llama: Path, here: Path, text: Path) -> None:
@@ -203,22 +206,22 @@ def test_nothing_measured_is_not_passed(tiny_llama: Path, here: Path) -> None:
         (("convert", "out", "--no-refit"), "convert --refit without --kv-heads"),
         (("convert", "out", "--samples", 128), "convert --samples without --calibration"),
         (("convert", "out", "--calibration", "pydoc-topics:train"), "nothing here reads calibration text"),
-        (("convert", "out", "--device", "cuda"), "convert --device: device: a change of dtype"),
-        (("convert", "out", "--kv-heads", 1, "--stream"), "convert --stream: stream: heads are merged"),
+        (("convert", "out", "--device", "cuda"), "convert --device: a change of dtype"),
+        (("convert", "out", "--kv-heads", 1, "--stream"), "convert --stream: heads are merged"),
         (("convert", "out.gguf"), "is named like a file"),
         (("quantize", "out", "--scheme", "w4a16-g32", "--seed", 0), "quantize --seed without --calibration"),
         (
             ("quantize", "out", "--scheme", "w4a16", "--method", "rtn", "--calibration", "pydoc-topics:train"),
-            "quantize --calibration: calibrate.dataset: rtn reads no calibration text",
+            "quantize --calibration: rtn reads no calibration text",
         ),
         (
             ("quantize", "out", "--scheme", "w4a16-g32", "--bits-per-weight", 4, "--calibration", "pydoc-topics:train"),
-            "quantize --scheme: quantize.scheme: a budget chooses",
+            "quantize --scheme: a budget chooses",
         ),
-        (("quantize", "out.gguf", "--scheme", "w4a16-g32", "--method", "rtn"), "is named like a file"),
+        (("quantize", "out.safetensors", "--scheme", "w4a16-g32", "--method", "rtn"), "is named like a file"),
         (("validate", "--window", 64), "validate --window without --text"),
         (("validate", "--max-increase", "0.0001%"), "validate --max-increase without --text"),
-        (("validate", "--max-kl", 1), "validate --max-kl: validate.max_kl is measured on the text"),
+        (("validate", "--max-kl", 1), "validate --max-kl: is measured on text"),
         (("validate", "--task-samples", 3), "validate --task-samples without --tasks"),
     ],
 )

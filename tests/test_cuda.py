@@ -19,18 +19,11 @@ from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.convert.heal.job import HealOptions, heal_attention
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.statistics import Hessian
+from llmconvert.quantize.catalog.methods import METHODS, needs_calibration
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.matrix import Combination, combinations
-from llmconvert.quantize.methods.base import (
-    METHODS,
-    Quantizer,
-    Solution,
-    Target,
-    load_method,
-    load_quantizer,
-    needs_calibration,
-)
+from llmconvert.quantize.methods.base import Quantizer, Solution, Target, load_method, load_quantizer
 from llmconvert.quantize.mixed_precision.budget import Budget
 from llmconvert.quantize.mixed_precision.job import plan_choice
 from llmconvert.quantize.passes.run import QuantizeResult

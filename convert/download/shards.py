@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from llmconvert.errors import CapacityError, CheckpointError
 from llmconvert.hub import RemoteFile, RemoteModel, download_file, fetch_without_weights, hub_errors
-from llmconvert.progress import SILENT, Progress, Task
+from llmconvert.progress import SILENT, Bytes, Progress, Task
 from llmconvert.storage.artifact import build_artifact
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME, other_files
@@ -92,7 +92,9 @@ def stream_shards(
     """
     with build_artifact(output, job.layout, job.key, progress=progress) as artifact:
         todo = [file for file in model.remote.shards if file.name not in artifact.done]
-        with progress.task(f"streaming {model.remote.repo_id}", sum(file.size for file in model.remote.shards)) as task:
+        with progress.task(
+            f"streaming {model.remote.repo_id}", Bytes(sum(file.size for file in model.remote.shards))
+        ) as task:
             task.advance(sum(file.size for file in model.remote.shards if file.name in artifact.done))
             with closing(_arriving(model, todo, artifact.work, task)) as arriving:
                 for file, directory in arriving:

@@ -9,12 +9,16 @@ Errors of this package end the program with one message on standard error and th
 from __future__ import annotations
 
 import os
+import traceback
 from typing import IO, Any
 
 import click
 
 from llmconvert.cli.convert import convert
+from llmconvert.cli.doctor import doctor
 from llmconvert.cli.inspect import inspect
+from llmconvert.cli.lists import formats, methods, recipes, schemes
+from llmconvert.cli.manners import DEBUG
 from llmconvert.cli.push import push
 from llmconvert.cli.quantize import quantize
 from llmconvert.cli.report import report
@@ -45,13 +49,15 @@ class _Main(click.Group):
             with machine_errors():
                 return super().invoke(ctx)
         except LlmconvertError as error:
+            if ctx.meta.get(DEBUG):
+                click.echo(traceback.format_exc(), err=True)
             raise _Failure(error) from error
         except KeyboardInterrupt:
             raise _Failure(RunInterruptedError("stopped by SIGINT")) from None
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, message="llmconvert %(version)s")
+@click.version_option(__version__, "-V", "--version", message="llmconvert %(version)s")
 def main() -> None:
     """Take a language model to a smaller, measured and published one.
 
@@ -71,5 +77,5 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-for _command in (inspect, run, convert, quantize, validate, report, push):
+for _command in (inspect, run, convert, quantize, validate, report, push, methods, schemes, formats, recipes, doctor):
     main.add_command(_command)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmconvert.cli.say import say
+from llmconvert.cli.manners import DtypeName, Manners, manners
 
 if TYPE_CHECKING:
     from llmconvert.report.steps import AttentionReport, HealReport
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Write MODEL in another dtype.")
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="[default: bfloat16]")
+@click.option("--dtype", type=DtypeName(), help="Or bf16, fp16, fp32. [default: bfloat16]")
 @click.option(
     "--overflow",
     type=click.Choice(["error", "clip"]),
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 @click.option("--length", type=int, help="Tokens per window. [default: 2048]")
 @click.option("--order", type=click.Choice(["shuffled", "sequential"]), help="[default: shuffled]")
 @click.option("--seed", type=int, help="[default: 0]")
-@click.option("--device", help="Where to merge: cpu, cuda or cuda:N. [default: cpu]")
+@click.option("--device", help="Where to merge: cpu, cuda, cuda:N or auto. [default: cpu]")
 @click.option("--stream", is_flag=True, help="Convert while downloading; disk need: the output and two source shards.")
-def convert(model: str, output: Path, **options: Any) -> None:
+@manners
+def convert(model: str, output: Path, manners: Manners, **options: Any) -> None:
     """Write MODEL to the directory OUTPUT as safetensors in another dtype, in constant memory.
 
     With --kv-heads, its attention is rewritten to fewer key-value heads: a smaller cache at long context.
@@ -48,19 +49,21 @@ def convert(model: str, output: Path, **options: Any) -> None:
       llmconvert convert org/name out/gqa --kv-heads 8 --calibration pydoc-topics:train --length 512
     """
     from llmconvert.api import convert_model
-    from llmconvert.progress import console_progress
 
-    made = convert_model(model, output, progress=console_progress(), **options)
+    made = convert_model(model, output, progress=manners.progress(), **options)
+    lines: list[str] = []
     if made.dtype is not None:
         report = made.dtype
         error = f"{report.largest_relative_error:.2e} in {report.largest_error_tensor}" if report.cast else "none"
-        say(
+        lines.append(
             f"{output}: {report.tensors:,} tensors, {report.bytes_written:,} bytes, {report.seconds:.1f} s, "
             f"largest relative rounding error {error}"
         )
     if made.attention is not None:
-        for line in _merged(output, made.attention, made.healing):
-            say(line)
+        lines += _merged(output, made.attention, made.healing)
+    parts = {"dtype": made.dtype, "attention": made.attention, "healing": made.healing}
+    said = {name: part.model_dump(mode="json") for name, part in parts.items() if part is not None}
+    manners.result({"path": str(output), **said}, *lines)
 
 
 def _merged(output: Path, report: AttentionReport, healed: HealReport | None) -> Iterator[str]:

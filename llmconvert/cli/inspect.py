@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llmconvert.cli.say import say
+from llmconvert.cli.manners import Manners, manners
 
 if TYPE_CHECKING:
     from llmconvert.convert.inspection import ModelSummary
@@ -14,25 +14,21 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Show what MODEL is and what it needs.")
 @click.argument("model")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect(model: str, as_json: bool) -> None:
+@manners
+def inspect(model: str, manners: Manners) -> None:
     """Show what MODEL is and what it needs, from its headers alone.
 
     \b
     Example:
       llmconvert inspect Qwen/Qwen2.5-0.5B-Instruct
     """
-    import json
     from dataclasses import asdict
 
     from llmconvert.convert.inspection import inspect_model
 
     summary = inspect_model(model)
-    if as_json:
-        say(json.dumps({**asdict(summary), "bits_per_weight": summary.bits_per_weight}, indent=2))
-        return
-    for label, value in _rows(summary):
-        say(f"{label:<20} {value}")
+    lines = (f"{label:<20} {value}" for label, value in _rows(summary))
+    manners.result({**asdict(summary), "bits_per_weight": summary.bits_per_weight}, *lines)
 
 
 def _rows(summary: ModelSummary) -> list[tuple[str, str]]:

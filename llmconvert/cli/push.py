@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmconvert.cli.manners import Manners, manners
 from llmconvert.cli.say import say
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 @click.option("--collection", help="Collection that shall list the repository, made if need be.")
 @click.option("--unmeasured", is_flag=True, help="Push although no report tells how well the artifact predicts.")
 @click.option("--dry-run", is_flag=True, help="List files and card, and with a token ask the Hub; send nothing.")
-def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> None:
+@manners
+def push(directory: Path, repository: str, dry_run: bool, manners: Manners, **options: Any) -> None:
     """Push an artifact DIRECTORY to the Hub, in one commit.
 
     The token comes from HF_TOKEN or from `hf auth login`.
@@ -38,15 +41,15 @@ def push(directory: Path, repository: str, dry_run: bool, **options: Any) -> Non
       llmconvert push out/demo user/SmolLM2-135M-Instruct-W4A16
     """
     if dry_run:
-        _dry_run(directory, repository, **options)
+        _dry_run(directory, repository, manners, **options)
         return
     from llmconvert.api import push_model
-    from llmconvert.progress import console_progress
 
-    say(push_model(directory, repository, progress=console_progress(), **options))
+    url = push_model(directory, repository, progress=manners.progress(), **options)
+    manners.result({"url": url}, url)
 
 
-def _dry_run(directory: Path, repository: str, *, unmeasured: bool, **settings: Any) -> None:
+def _dry_run(directory: Path, repository: str, manners: Manners, *, unmeasured: bool, **settings: Any) -> None:
     """Show the plan, then ask the Hub whether it would be let through, where there is a token to ask with."""
     from llmconvert.hub import PushOptions, check_card, check_push, reaches_hub
     from llmconvert.recipes.publishing import plan_push
@@ -55,7 +58,8 @@ def _dry_run(directory: Path, repository: str, *, unmeasured: bool, **settings: 
     options = PushOptions(**settings)
     options.check(repository)
     plan = plan_push(directory, repository, revision=options.revision, folder=options.folder)
-    _show(plan)
+    files = {file.name: file.size for file in plan.files}
+    manners.result({"repository": plan.repo_id, "files": files, "card": plan.card}, *_lines(plan))
     if not unmeasured:
         require_measured(directory)
     if reaches_hub():
@@ -66,13 +70,9 @@ def _dry_run(directory: Path, repository: str, *, unmeasured: bool, **settings: 
         say(f"whether it may be published to {repository} was not asked: no token, or offline", err=True)
 
 
-def _show(plan: PushPlan) -> None:
+def _lines(plan: PushPlan) -> Iterator[str]:
     """The plan as lines: one per file, the sum, and the card."""
     width = max(len(f"{plan.nbytes:,}"), 5)
-    for file in plan.files:
-        say(f"{file.size:>{width},}  {file.name}")
-    say(f"{plan.nbytes:>{width},}  in {len(plan.files)} files, to {plan.repo_id} ({plan.revision})")
-    if plan.card is not None:
-        say(f"\n{plan.card.rstrip()}")
-    else:
-        say("\nno model card (README.md)")
+    yield from (f"{file.size:>{width},}  {file.name}" for file in plan.files)
+    yield f"{plan.nbytes:>{width},}  in {len(plan.files)} files, to {plan.repo_id} ({plan.revision})"
+    yield f"\n{plan.card.rstrip()}" if plan.card is not None else "\nno model card (README.md)"

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from llmconvert.cli.say import say
+from llmconvert.cli.manners import DtypeName, Known, Manners, manners
 
 
 def _overrides(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:
@@ -25,10 +25,20 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 @click.command(short_help="Quantize MODEL to a directory.")
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--method", help="gptq by default; of a GGUF type rtn, or imatrix with calibration text.")
-@click.option("--scheme", help="For example w4a16-g128, w8a8; of GGUF q4_k_m, q8_0.")
+@click.option(
+    "--method", type=Known("method"), help="gptq by default; of a GGUF type rtn, or imatrix with calibration text."
+)
+@click.option(
+    "--scheme",
+    type=Known("scheme"),
+    help="For example w4a16-g128, w8a8; of GGUF q4_k_m. `llmconvert schemes` lists them.",
+)
 @click.option("--bits-per-weight", type=float, help="Choose bits and groups by layer, for this mean.")
-@click.option("--format", help="gguf for llama.cpp. [default: compressed-tensors]")
+@click.option(
+    "--format",
+    type=Known("format"),
+    help="`llmconvert formats` lists them. [default: compressed-tensors; of .gguf files gguf]",
+)
 @click.option(
     "--override",
     "overrides",
@@ -38,17 +48,18 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
     help="Another scheme for layers whose name matches.",
 )
 @click.option("--rotate", is_flag=True, help="Rotate hidden states and values first, folded into the weights.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="[default: bfloat16]")
+@click.option("--dtype", type=DtypeName(), help="Of the rest; or bf16, fp16, fp32. [default: bfloat16]")
 @click.option("--calibration", metavar="FILE|NAME", help="Text to calibrate on, pydoc-topics:train for example.")
 @click.option("--samples", type=int, help="Windows of calibration text. [default: 128]")
 @click.option("--length", type=int, help="Tokens per window. [default: 2048]")
 @click.option("--order", type=click.Choice(["shuffled", "sequential"]), help="[default: shuffled]")
 @click.option("--seed", type=int, help="[default: 0]")
-@click.option("--device", help="cpu, cuda or cuda:N. [default: cpu]")
+@click.option("--device", help="cpu, cuda, cuda:N or auto. [default: cpu]")
 @click.option("--memory", metavar="SIZE", help="Use at most this much memory, 4GB for example.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights; what is more than tensors is refused.")
 @click.option("--stream", is_flag=True, help="Quantize while downloading, by a method without calibration.")
-def quantize(model: str, output: Path, **options: Any) -> None:
+@manners
+def quantize(model: str, output: Path, manners: Manners, **options: Any) -> None:
     """Quantize MODEL to the directory OUTPUT, or to a .gguf file. Stopped, the same command continues.
 
     \b
@@ -56,12 +67,12 @@ def quantize(model: str, output: Path, **options: Any) -> None:
       llmconvert quantize org/name out/w4 --scheme w4a16-g128 \\
           --calibration pydoc-topics:train --samples 32 --length 512
       llmconvert quantize org/name out/mixed --bits-per-weight 4.25 --calibration FILE
-      llmconvert quantize org/name model-q4_k_m.gguf --format gguf --scheme q4_k_m
+      llmconvert quantize org/name model-q4_k_m.gguf --scheme q4_k_m
     """
     from llmconvert.api import quantize_model
-    from llmconvert.progress import console_progress
 
-    made = quantize_model(model, output, progress=console_progress(), **options)
-    say(f"{output}: {made.layers} layers quantized, {made.nbytes:,} bytes, {made.seconds:.1f} s")
+    made = quantize_model(model, output, progress=manners.progress(), **options)
+    lines = [f"{output}: {made.layers} layers quantized, {made.nbytes:,} bytes, {made.seconds:.1f} s"]
     if made.details.types:
-        say("types: " + ", ".join(f"{count} {kind}" for kind, count in made.details.types.items()))
+        lines.append("types: " + ", ".join(f"{count} {kind}" for kind, count in made.details.types.items()))
+    manners.result({"path": str(output), **made.details.model_dump(mode="json")}, *lines)

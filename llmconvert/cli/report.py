@@ -6,11 +6,14 @@ from pathlib import Path
 
 import click
 
+from llmconvert.cli.manners import Manners, manners
+
 
 @click.command(short_help="Compare the reports of several artifacts.")
 @click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT...")
 @click.option("--html", "html_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the page here.")
-def report(artifacts: tuple[str, ...], html_file: Path | None) -> None:
+@manners
+def report(artifacts: tuple[str, ...], html_file: Path | None, manners: Manners) -> None:
     """Compare artifacts by what was measured: directories with llmconvert/report.json, or report files.
 
     \b
@@ -26,4 +29,7 @@ def report(artifacts: tuple[str, ...], html_file: Path | None) -> None:
     comparison = compare_reports(read_reports(artifacts))
     if html_file is not None:
         write_file(html_file, render_comparison(comparison).encode())
-    print_comparison(comparison)
+    if manners.as_json:
+        manners.result({name: one.model_dump(mode="json") for name, one in comparison.reports.items()})
+    else:
+        print_comparison(comparison)

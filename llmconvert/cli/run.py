@@ -6,15 +6,18 @@ from pathlib import Path
 
 import click
 
+from llmconvert.cli.manners import Known, Manners, manners
+
 
 @click.command(short_help="Run recipes from start to end.")
-@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...", type=Known("recipe"))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting: quantize.scheme=w8a16.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Where finished stages are kept. [default: work]")
 @click.option("--fresh", is_flag=True, help="Forget what earlier runs of the recipe did.")
 @click.option("--stream", is_flag=True, help="Work on Hub models while they download, by methods without calibration.")
 @click.option("--repair", is_flag=True, help="Give layers more bits if the gate fails, and measure again.")
 @click.option("--no-publish", is_flag=True, help="Leave the artifact in the work directory.")
+@manners
 def run(
     recipes: tuple[str, ...],
     overrides: tuple[str, ...],
@@ -23,6 +26,7 @@ def run(
     stream: bool,
     repair: bool,
     no_publish: bool,
+    manners: Manners,
 ) -> None:
     """Run recipes one after the other: files, or names of shipped recipes.
 
@@ -38,22 +42,29 @@ def run(
       llmconvert run demo --set quantize.scheme=w3a16-g64 --set publish.to=file:out/w3
       llmconvert run a.yaml b.yaml more/*.yaml
     """
-    from llmconvert.cli.summary import print_batch
+    from llmconvert.recipes.loading import load_recipe
+
+    settings = (*overrides, *(["stream=true"] if stream else []), *(["validate.repair=true"] if repair else []))
+    if len(recipes) == 1:
+        load_recipe(recipes[0], settings)  # a mistake in it is told before what computes is loaded
+    from llmconvert.cli.summary import batch_values, print_batch
     from llmconvert.errors import LlmconvertError
-    from llmconvert.progress import console_progress
     from llmconvert.recipes.batch import run_batch
 
     outcomes = run_batch(
         recipes,
-        overrides=(*overrides, *(["stream=true"] if stream else []), *(["validate.repair=true"] if repair else [])),
+        overrides=settings,
         work_dir=work_dir,
         fresh=fresh,
         publish=not no_publish,
-        progress=console_progress(),
+        progress=manners.progress(),
     )
     failed = [outcome for outcome in outcomes if outcome.failure is not None]
+    if manners.as_json:
+        manners.result(batch_values(outcomes))
     if len(outcomes) == 1 and failed and isinstance(failed[0].failure, LlmconvertError):
         raise failed[0].failure
-    print_batch(outcomes)
+    if not manners.as_json:
+        print_batch(outcomes)
     if failed:
         raise click.exceptions.Exit(failed[0].exit_code)

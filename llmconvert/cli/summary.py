@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +18,7 @@ from llmconvert.validate.render.comparison import ReportComparison, render_compa
 from llmconvert.validate.render.display import format_seconds
 from llmconvert.validate.render.terminal import render_terminal
 
-__all__ = ["print_batch", "print_comparison", "print_report"]
+__all__ = ["batch_values", "print_batch", "print_comparison", "print_report"]
 
 # Where no terminal says how wide it is: wide enough for every column, as a log should be.
 _WIDTH = 120
@@ -31,6 +32,20 @@ def print_comparison(comparison: ReportComparison) -> None:
 def print_report(report: Report) -> None:
     """A report's table on standard output."""
     render_terminal(report, _console())
+
+
+def batch_values(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """How each recipe ended, as JSON values: its report and where everything lies, or its error."""
+    found: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        said: dict[str, Any] = {"recipe": outcome.recipe, "seconds": round(outcome.seconds, 3)}
+        said |= {"exit_code": outcome.exit_code, "error": outcome.error or None}
+        if outcome.result is not None:
+            result = outcome.result
+            said |= {"artifact": str(result.artifact), "published": result.published}
+            said["report"] = result.report.model_dump(mode="json")
+        found.append(said)
+    return found
 
 
 def print_batch(outcomes: Sequence[Outcome]) -> None:

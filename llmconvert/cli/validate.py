@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from llmconvert.cli.manners import Manners, manners_but_json
+from llmconvert.cli.say import say
+
 
 def _names(context: click.Context, parameter: click.Parameter, text: str | None) -> list[str]:
     return [name.strip() for name in text.split(",")] if text is not None else []
@@ -50,9 +53,18 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str | Non
 @click.option("--positions", is_flag=True, help="Perplexity by position, up to the trained length and beyond.")
 @click.option("--positions-window", type=int, help="Tokens per window for that; twice the trained length by default.")
 @click.option("--memory", is_flag=True, help="The KV cache and the memory ladder, computed and measured.")
-@click.option("--device", help="cpu, cuda or cuda:N. [default: cpu]")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report here.")
-def validate(model: str, json_file: Path | None, html_file: Path | None, **options: Any) -> None:
+@click.option("--device", help="cpu, cuda, cuda:N or auto. [default: cpu]")
+@click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="-",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="Write the report here; without a file, print it.",
+)
+@manners_but_json
+def validate(model: str, json_file: Path | None, html_file: Path | None, manners: Manners, **options: Any) -> None:
     """Measure MODEL, a directory, against the original it was made from.
 
     \b
@@ -60,22 +72,28 @@ def validate(model: str, json_file: Path | None, html_file: Path | None, **optio
       llmconvert validate out/w4 --reference org/name --text pydoc-topics:test --window 512 --max-windows 16
     """
     from llmconvert.api import validate_model
+    from llmconvert.recipes.options import recipe_of
+
+    recipe_of("validate", options | {"model": model})  # what is wrong with the options themselves, before all else
     from llmconvert.cli.summary import print_report
-    from llmconvert.progress import console_progress
     from llmconvert.report.report import require_passed
     from llmconvert.storage.writer import check_output_file, write_file
     from llmconvert.validate.render.blame import blame
     from llmconvert.validate.render.html import render_html
 
+    printed, json_file = str(json_file) == "-", None if str(json_file) == "-" else json_file
     if json_file is not None and json_file.absolute().parent.parent == Path(model).absolute():
         json_file.parent.mkdir(exist_ok=True)  # the artifact's own folder for what was measured
     for file in (json_file, html_file):
         if file is not None:
             check_output_file(file)
-    report = validate_model(model, progress=console_progress(), **options)
+    report = validate_model(model, progress=manners.progress(), **options)
     if json_file is not None:
         report.write(json_file)
     if html_file is not None:
         write_file(html_file, render_html(report).encode())
-    print_report(report)
+    if printed:
+        say(report.to_json())
+    else:
+        print_report(report)
     require_passed(report.checks, blame(report))

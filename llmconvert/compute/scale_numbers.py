@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # numbers, and so the names of schemes, are known before torch is loaded
+    import torch
 
 __all__ = ["E4M3_SCALES", "E8M0", "ScaleNumber"]
 
@@ -20,12 +22,15 @@ class ScaleNumber(ABC):
     """What scales are stored as where they are numbers of few bits.
 
     Attributes:
-        dtype: what a file holds them in.
         shared: whether a float32 scale of the whole tensor goes with them, for what their range lacks.
     """
 
-    dtype: torch.dtype
     shared: bool
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What a file holds them in."""
 
     @abstractmethod
     def values(self, codes: torch.Tensor) -> torch.Tensor:
@@ -40,10 +45,17 @@ class ScaleNumber(ABC):
 class _Exponents(ScaleNumber):
     """E8M0: powers of two from 2⁻¹²⁷ to 2¹²⁷, as their exponents plus 127; 255 is NaN."""
 
-    dtype: torch.dtype = torch.uint8
     shared: bool = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.uint8
+
     def values(self, codes: torch.Tensor) -> torch.Tensor:
+        import torch
+
         # Bits of float32, so that no power is computed, nor lost below the normal numbers.
         exponents = codes.view(torch.uint8).int()
         bits = exponents << _MANTISSA
@@ -52,6 +64,8 @@ class _Exponents(ScaleNumber):
 
     def nearest(self, scale: torch.Tensor) -> torch.Tensor:
         """The power of two at or above, so that nothing a scale covers is cut off."""
+        import torch
+
         mantissa, exponent = torch.frexp(scale.float())
         return (exponent - (mantissa == 0.5).int() + 127).clamp_(0, 254).to(torch.uint8)
 
@@ -60,13 +74,20 @@ class _Exponents(ScaleNumber):
 class _SmallFloats(ScaleNumber):
     """Floats that torch has a dtype for."""
 
-    dtype: torch.dtype = torch.float8_e4m3fn
     shared: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.float8_e4m3fn
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         return codes.float()
 
     def nearest(self, scale: torch.Tensor) -> torch.Tensor:
+        import torch
+
         return scale.clamp(max=torch.finfo(self.dtype).max).to(self.dtype)
 
 

@@ -14,7 +14,7 @@ from llmconvert.errors import HubError
 from llmconvert.hub.plan import PushPlan
 from llmconvert.hub.repository import Content, Listing, list_repository, mismatch
 from llmconvert.hub.retry import TRANSPORT_ERROR, Backoff, is_expired_link, retrying
-from llmconvert.progress import Progress
+from llmconvert.progress import Bytes, Progress
 
 __all__ = ["Base", "Commit", "Committer", "MovedError"]
 
@@ -106,7 +106,7 @@ class Committer:
             self._progress.log(f"{self._repo_id}: holds all of it already; nothing was sent")
             return self._of(base.parent)
         size = sum(content.size for content in base.changed.values())
-        with self._progress.task(f"uploading to {self._repo_id}", size) as task:
+        with self._progress.task(f"uploading to {self._repo_id}", Bytes(size)) as task:
             for batch in _batches(additions):
                 self._upload(batch)
                 task.advance(sum(addition.upload_info.size for addition in batch))

@@ -25,7 +25,7 @@ from llmconvert.errors import HubError, one_line
 from llmconvert.hub.errors import hub_errors
 from llmconvert.hub.retry import TRANSPORT_ERROR, Backoff, is_unreachable, retrying
 from llmconvert.hub.transfer import RemoteFile, download_file, git_blob_id, list_files
-from llmconvert.progress import SILENT, Progress, Task
+from llmconvert.progress import SILENT, Bytes, Progress, Task
 
 __all__ = ["FetchedModel", "RemoteModel", "fetch", "fetch_without_weights"]
 
@@ -145,7 +145,7 @@ def fetch(
     with hub_errors(model_id, revision):
         wanted = _look_up(model_id, revision, cache_dir, allow_pickle)
         total = sum(wanted.weights.values()) + sum(wanted.others.values())
-        with progress.task(f"fetching {model_id}", total) as task:
+        with progress.task(f"fetching {model_id}", Bytes(total)) as task:
             _fetch_weights(model_id, wanted, task)
             _snapshot(model_id, wanted, list(wanted.weights), _bar(task))
             directory = _small_files(model_id, wanted)

@@ -9,7 +9,7 @@ from llmconvert.errors import HubError
 from llmconvert.hub.repository import Content
 from llmconvert.hub.retry import Backoff
 from llmconvert.hub.transfer import RemoteFile, iterate_content
-from llmconvert.progress import SILENT, Progress
+from llmconvert.progress import SILENT, Bytes, Progress
 
 __all__ = ["compare_bytes"]
 
@@ -26,7 +26,7 @@ def compare_bytes(
     Raises:
         HubError: naming the file and the first byte that differs.
     """
-    with progress.task("verifying the download", sum(file.size for file in files.values())) as task:
+    with progress.task("verifying the download", Bytes(sum(file.size for file in files.values()))) as task:
         for name, file in files.items():
             source = contents[name].source
             with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as local:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from llmconvert.errors import MachineError
-from llmconvert.progress import SILENT, Progress
+from llmconvert.progress import SILENT, Bytes, Progress
 
 __all__ = ["Contents", "FileContent", "Hashes", "listing"]
 
@@ -121,7 +121,9 @@ class Hashes:
         pool = ThreadPoolExecutor(_READERS)
         try:
             futures = {name: pool.submit(self._digest, directory / name) for name in sizes}
-            with self._progress.task(f"checking {directory.name.strip('.').removesuffix('.partial')}", total) as task:
+            with self._progress.task(
+                f"checking {directory.name.strip('.').removesuffix('.partial')}", Bytes(total)
+            ) as task:
                 for name, future in futures.items():
                     found[name] = future.result()
                     task.advance(sizes[name], name)

@@ -1,4 +1,4 @@
-"""The protocol of an on-disk format of quantized weights, in both directions, and the table of those there are."""
+"""The protocol of an on-disk format of quantized weights, both ways; ``quantize/catalog/formats.py`` lists them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from llmconvert.engine.architecture.config import declared_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.ggml.mix import GgmlMix
+from llmconvert.quantize.catalog.formats import FORMATS, READERS, require_format
 from llmconvert.quantize.formats.container import CheckpointContainer, Container
 from llmconvert.quantize.formats.reading import left_out
 from llmconvert.quantize.methods.base import Method
@@ -24,8 +25,6 @@ from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_director
 
 __all__ = [
     "FLOATS",
-    "FORMATS",
-    "READERS",
     "ContainerRequest",
     "Feature",
     "FileFormat",
@@ -40,25 +39,6 @@ __all__ = [
     "require_shape",
     "settings",
 ]
-
-#: Format name, which is the ``quant_method`` of its configs → where its class lies; loaded on use.
-FORMATS: Mapping[str, str] = {
-    "compressed-tensors": "llmconvert.quantize.formats.compressed_tensors:CompressedTensors",
-    "gptq": "llmconvert.quantize.formats.gptq:GptqFormat",
-    "awq": "llmconvert.quantize.formats.awq_gemm:AwqGemm",
-    "bitsandbytes": "llmconvert.quantize.formats.bitsandbytes:BitsAndBytes",
-    "gguf": "llmconvert.quantize.formats.gguf:Gguf",
-}
-
-#: ``quant_method`` of configs that are read and not written → where its reader lies; loaded on use.
-READERS: Mapping[str, str] = {
-    "fp8": "llmconvert.quantize.formats.released.fp8:FineGrainedFp8",
-    "mxfp8": "llmconvert.quantize.formats.released.fp8:FineGrainedFp8",
-    "fbgemm_fp8": "llmconvert.quantize.formats.released.fp8:FbgemmFp8",
-    "mxfp4": "llmconvert.quantize.formats.released.mxfp4:GptOssMxfp4",
-    "modelopt": "llmconvert.quantize.formats.released.modelopt:ModelOpt",
-    "modelopt_fp4": "llmconvert.quantize.formats.released.modelopt:ModelOpt",
-}
 
 #: What scales are stored in.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -260,8 +240,7 @@ def load_format(name: str) -> Format:
     Raises:
         UnsupportedError: there is none; the message lists those there are.
     """
-    if name not in FORMATS:
-        raise UnsupportedError(f"format {name!r} is not known; known are {', '.join(FORMATS)}")
+    require_format(name)
     instance: Format = _load(FORMATS[name])
     return instance
 

@@ -1,8 +1,7 @@
-"""The protocol of a quantization method, and the table of those there are."""
+"""The protocol of a quantization method; which there are is in ``quantize/catalog/methods.py``."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,11 +14,11 @@ from llmconvert.engine.skeleton import BlockCall
 from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.ggml.blocks import Codec
+from llmconvert.quantize.catalog.methods import METHODS, check_options, require_method
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = [
-    "METHODS",
     "BlockData",
     "BlockQuantizer",
     "Calibration",
@@ -34,20 +33,7 @@ __all__ = [
     "Target",
     "load_method",
     "load_quantizer",
-    "needs_calibration",
 ]
-
-#: Method name → where its class lies; loaded on use.
-METHODS: Mapping[str, str] = {
-    "rtn": "llmconvert.quantize.methods.rtn:Rtn",
-    "gptq": "llmconvert.quantize.methods.gptq:Gptq",
-    "gptaq": "llmconvert.quantize.methods.gptaq:Gptaq",
-    "signround": "llmconvert.quantize.methods.signround:SignRound",
-    "awq": "llmconvert.quantize.methods.awq:Awq",
-    "smoothquant": "llmconvert.quantize.methods.smoothquant:SmoothQuant",
-    "hqq": "llmconvert.quantize.methods.hqq:Hqq",
-    "imatrix": "llmconvert.quantize.methods.imatrix:Imatrix",
-}
 
 #: What a method wants to see of the running model: nothing; of its linears' inputs the mean squares, or all second
 #: moments; whole blocks.
@@ -239,18 +225,10 @@ def load_method(name: str, options: Mapping[str, Any]) -> Method:
     Raises:
         UnsupportedError: there is none of that name, or it has no such option.
     """
-    if name not in METHODS:
-        raise UnsupportedError(f"method {name!r} is not known; known are {', '.join(METHODS)}")
+    require_method(name)
     module, _, attribute = METHODS[name].partition(":")
     made = getattr(importlib.import_module(module), attribute)
-    known = [field.name for field in fields(made)]
-    for option in options:
-        if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UnsupportedError(
-                f"method {name!r} has no option {option!r}; it has {', '.join(known) if known else 'none'}{hint}"
-            )
+    check_options(name, (option for option in options if option not in {field.name for field in fields(made)}))
     try:
         instance: Method = made(**options)
     except TypeError as error:  # a comparison of a value with one of another type
@@ -270,8 +248,3 @@ def load_quantizer(name: str, options: Mapping[str, Any]) -> Quantizer:
     if not isinstance(method, Quantizer):
         raise UnsupportedError(f"method {name!r} chooses codes of GGUF types only; it needs a scheme such as q4_k_m")
     return method
-
-
-def needs_calibration(name: str) -> bool:
-    """Whether a method needs calibration text."""
-    return load_method(name, {}).calibration != "none"

@@ -17,6 +17,7 @@ from llmconvert.gguf.ggml.blocks import Codec
 from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
 from llmconvert.quantize.narrow import check_held
+from llmconvert.quantize.numbers import dtype_named
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.scales import GroupScales, full_range_scales, search_scales
 from llmconvert.quantize.tensor import NestedScales, QuantizedTensor
@@ -75,14 +76,16 @@ def _round_by_absmax(target: Target) -> QuantizedTensor:
     grouped = target.weight.reshape(rows, scheme.groups(columns), -1)
     codes, scale = scheme.number.round_groups(grouped)
     if not torch.isfinite(scale).all():
-        where = "" if held == torch.float32 else f" in {str(held)[6:]}, to which bitsandbytes rounds"
-        advice = "" if held == torch.float32 else ", or take another scheme"
+        where = "" if held == "float32" else f" in {held}, to which bitsandbytes rounds"
+        advice = "" if held == "float32" else ", or take another scheme"
         raise CheckpointError(
             f"tensor {target.name!r} has values that are not finite{where}; the checkpoint is damaged{advice}"
         )
-    if held != torch.float32:
+    if held != "float32":
         largest = grouped.abs().amax(-1).float()
-        check_held(target.name, largest, held, lambda: grouped.float().square().sum(-1), what="largest weights")
+        check_held(
+            target.name, largest, dtype_named(held), lambda: grouped.float().square().sum(-1), what="largest weights"
+        )
     codes = codes.reshape(rows, columns)
     if not scheme.nested:
         return QuantizedTensor(codes, scale, None, scheme)

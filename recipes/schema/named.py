@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, PlainSerializer, PlainValidator, WithJsonSchema
 
-from llmconvert.convert.rope_scaling import RopeScaling
+from llmconvert.convert.dtype_names import ALIASES
+from llmconvert.convert.rope_factor import RopeScaling
 from llmconvert.errors import SchemeError, UsageError
 from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 
-__all__ = ["OptionalScheme", "ScalingField", "SchemeOrMix"]
+__all__ = ["Dtype", "OptionalScheme", "ScalingField", "SchemeOrMix"]
+
+
+def _parse_dtype(value: object) -> object:
+    return ALIASES.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def _parse_scheme(value: object) -> Scheme:
@@ -55,6 +60,8 @@ def _text(description: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "description": description})
 
 
+#: What weights are stored in where they are not quantized.
+Dtype = Annotated[Literal["bfloat16", "float16", "float32"], BeforeValidator(_parse_dtype)]
 #: What quantizes a layer, or one of GGUF's types.
 SchemeOrMix = Annotated[
     Scheme | GgmlMix,

@@ -7,10 +7,12 @@ from typing import Annotated
 
 from pydantic import AfterValidator, PlainSerializer, PlainValidator, WithJsonSchema
 
-__all__ = ["Bytes", "LeastShare", "Share", "parse_bytes", "parse_share"]
+__all__ = ["Bytes", "LeastShare", "Memory", "Share", "parse_bytes", "parse_share"]
 
 _SIZE = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,18})?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
 _HUGE = 1 << 64
+# Fewer bytes of memory are a number that lacks its unit.
+_LEAST_MEMORY = 1 << 20
 _UNITS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -58,6 +60,12 @@ def _reachable(share: float) -> float:
     return share
 
 
+def _working(size: int) -> int:
+    if size < _LEAST_MEMORY:
+        raise ValueError(f"{size:,} bytes are too few for anything; with a unit it is {size}GB or {size}MB")
+    return size
+
+
 _SHARE = {"type": ["string", "number"], "description": "a share: `5%` or `0.05`"}
 _BYTES = {"type": ["string", "integer"], "description": "a size: `4GB`, `512MiB` or a number of bytes"}
 
@@ -67,3 +75,5 @@ Share = Annotated[
 #: A share that has to be reached.
 LeastShare = Annotated[Share, AfterValidator(_reachable)]
 Bytes = Annotated[int, PlainValidator(parse_bytes), WithJsonSchema(_BYTES)]
+#: Bytes to work in.
+Memory = Annotated[Bytes, AfterValidator(_working)]

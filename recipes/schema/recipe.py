@@ -6,6 +6,7 @@ Unknown keys are errors. Shares such as ``max_increase`` are written ``5%`` or `
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -17,11 +18,14 @@ from pydantic import (
     model_validator,
 )
 
-from llmconvert.quantize.methods.base import METHODS, needs_calibration
+from llmconvert.errors import SchemeError
+from llmconvert.quantize.catalog.formats import only_format
+from llmconvert.quantize.catalog.methods import METHODS, needs_calibration, usual_method
+from llmconvert.quantize.scheme import parse_scheme
 from llmconvert.recipes.schema.measuring import DecodingSettings, ValidateSettings
-from llmconvert.recipes.schema.named import OptionalScheme, ScalingField, SchemeOrMix
-from llmconvert.recipes.schema.quantities import Bytes
-from llmconvert.recipes.schema.section import Count, Length, Name, Section, Seed, possible, switch, to_tuple
+from llmconvert.recipes.schema.named import Dtype, OptionalScheme, ScalingField, SchemeOrMix
+from llmconvert.recipes.schema.quantities import Memory
+from llmconvert.recipes.schema.section import Count, Device, Length, Name, Section, Seed, possible, switch, to_tuple
 
 __all__ = [
     "PLACEHOLDERS",
@@ -45,7 +49,7 @@ class ConvertSettings(Section):
     ``rope_scaling`` stretches rotary positions over longer inputs: ``yarn:2.0``, ``linear:4``, ``dynamic:2``.
     """
 
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     overflow: Literal["error", "clip"] = "error"
     rope_scaling: ScalingField | None = None
 
@@ -125,15 +129,22 @@ class RotateSettings(Section):
     seed: Seed = 0
 
 
+def _text_of(scheme: object) -> str | None:
+    return str(scheme) if scheme is not None else None
+
+
 class QuantizeSettings(Section):
     """The method, the scheme and the format on disk; ``overrides`` give some layers another scheme.
+
+    Of GGUF's types the method is by default ``rtn``, or with calibration text ``imatrix``; of schemes without integers
+    ``rtn``. The format is the one that alone has the scheme: ``gguf``, or ``bitsandbytes``.
 
     ``options`` are the method's own settings, by the names that its class documents: ``{steps: 100}`` for signround.
     With ``format: gguf`` the scheme is one of llama.cpp's types, ``q4_k_m`` for example. With a ``budget`` bits and
     group sizes are chosen by layer, and the scheme says no more than whether there are zero points: ``w4a16-asym``.
     """
 
-    method: str
+    method: str = "gptq"
     options: Mapping[str, bool | int | float | str] = {}
     scheme: SchemeOrMix
     budget: BudgetSettings | None = None
@@ -143,10 +154,32 @@ class QuantizeSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _usual_scheme(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("budget") is not None and values.get("scheme") is None:
-            return {**values, "scheme": "w4a16"}
+    def _usual(cls, values: Any) -> Any:
+        """What can be only one thing need not be said: the scheme beside a budget, the format that has the scheme."""
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        if values.get("method") is None:
+            values["method"] = usual_method(_text_of(values.get("scheme")), text=False)
+        if values.get("budget") is not None and values.get("scheme") is None:
+            values["scheme"] = "w4a16"
+        if values.get("format") is None and isinstance(values.get("scheme"), str):
+            only = only_format(values["scheme"])
+            if only is not None:
+                values["format"] = only
+            else:
+                values.pop("format", None)
         return values
+
+    @classmethod
+    def meant_by(cls, value: object) -> Mapping[str, object]:
+        if value in METHODS:
+            return {"method": value, "scheme": "q4_k_m" if value == "imatrix" else "w4a16-g64"}
+        try:
+            scheme = str(parse_scheme(str(value)))
+        except SchemeError:
+            scheme = "w4a16-g64"
+        return {"method": usual_method(scheme, text=False), "scheme": scheme}
 
     @property
     def calibrates(self) -> bool:
@@ -178,6 +211,15 @@ PLACEHOLDERS = ("name", "model", "method", "scheme")
 Target = Annotated[str, AfterValidator(_check_placeholders)]
 
 
+_PLACE = re.compile(r"file:.+|[\w.{}-]+/[\w.{}-]+")
+
+
+def _check_place(target: str) -> str:
+    if _PLACE.fullmatch(target) is None:
+        raise ValueError(f"expected a Hub repository, user/name, or a directory, file:DIR; did you mean file:{target}?")
+    return target
+
+
 class PublishSettings(Section):
     """Where the artifact goes: ``file:DIR`` or a Hub repository ``user/name``; the rest is for the Hub.
 
@@ -190,7 +232,7 @@ class PublishSettings(Section):
     What nothing tells the quality of goes to the Hub with ``unmeasured: true`` only, and its card says so.
     """
 
-    to: Annotated[Target, AfterValidator(possible), Field(pattern=r"^(file:.+|[\w.{}-]+/[\w.{}-]+)$")]
+    to: Annotated[Target, AfterValidator(possible), AfterValidator(_check_place)]
     private: bool | None = None
     revision: Target | None = None
     folder: Annotated[Target, Field(pattern=r"^[\w.{}-]+(/[\w.{}-]+)*$")] | None = None
@@ -228,9 +270,18 @@ class Recipe(Section):
     validation: ValidateSettings | None = Field(default=None, alias="validate")
     card: CardSettings = CardSettings()
     publish: PublishSettings | None = None
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    memory: Bytes | None = None
+    device: Device = "cpu"
+    memory: Memory | None = None
     work_dir: Name = "work"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_method(cls, values: Any) -> Any:
+        quantize = values.get("quantize") if isinstance(values, Mapping) else None
+        if not isinstance(quantize, Mapping) or quantize.get("method") is not None:
+            return values
+        method = usual_method(_text_of(quantize.get("scheme")), text=values.get("calibrate") is not None)
+        return {**values, "quantize": {**quantize, "method": method}}
 
     @property
     def predictions_measured(self) -> bool:

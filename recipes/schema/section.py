@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-__all__ = ["Count", "Length", "Name", "Section", "Seed", "possible", "switch", "to_tuple"]
+__all__ = ["Count", "Device", "Length", "Name", "Section", "Seed", "possible", "switch", "to_tuple"]
 
 
 def possible(name: str) -> str:
@@ -23,6 +25,23 @@ def possible(name: str) -> str:
 # What file systems take, in bytes: of a name between slashes, and of all of them.
 _LONGEST_PART, _LONGEST_NAME = 255, 4095
 
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?|auto")
+_DEVICES = {"gpu": "cuda"}
+
+
+def _device(name: object) -> object:
+    """``gpu`` is ``cuda``; ``auto`` is a GPU where there is one, when the job begins."""
+    if not isinstance(name, str):
+        return name
+    found = _DEVICES.get(name.lower(), name.lower())
+    if _DEVICE.fullmatch(found) is None:
+        raise ValueError("expected cpu, cuda, cuda:N or auto")
+    return found
+
+
+#: Where to compute.
+Device = Annotated[str, BeforeValidator(_device)]
+
 #: A model, a dataset, a directory: on this machine or elsewhere.
 Name = Annotated[str, Field(min_length=1), AfterValidator(possible)]
 # Nothing is counted further: what is absurd is told before the work.
@@ -33,6 +52,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+    @classmethod
+    def meant_by(cls, value: object) -> Mapping[str, object]:
+        """What somebody meant who gave a value in the section's place: its first key, for an error that shows it."""
+        return {next(field.alias or name for name, field in cls.model_fields.items()): value}
 
 
 def switch(value: object) -> object:

@@ -12,7 +12,8 @@ from support.tiny_models import tiny_llama_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmconvert.convert.dtype import convert_dtype
-from llmconvert.convert.rope_scaling import RopeScaling, RopeScalingView, scale_positions
+from llmconvert.convert.rope_factor import RopeScaling
+from llmconvert.convert.rope_scaling import RopeScalingView, scale_positions
 from llmconvert.errors import UnsupportedError, UsageError
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 

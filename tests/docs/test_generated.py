@@ -66,7 +66,7 @@ def test_the_recipe_reference_names_every_key_of_a_full_recipe() -> None:
     assert found["calibrate"]["samples"] == ["whole number, ≥ 1", "`128`"]
     assert found["validate"]["min_top1"][0] == "a share: `5%` or `0.05`"
     assert "or `true`" in found["validate"]["generation"][0] and "or `true`" not in found["validate"]["perplexity"][0]
-    assert found["quantize"]["method"][1] == "**required**"
+    assert found["quantize"]["scheme"][1] == "**required**"
 
 
 def _tables(text: str) -> list[tuple[str, dict[str, list[str]]]]:

@@ -10,18 +10,19 @@ from llmconvert.engine.statistics import Hessian
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.ggml.blocks import load_codec
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
-from llmconvert.quantize.formats.base import FORMATS, load_format
+from llmconvert.quantize.catalog.formats import FORMATS
+from llmconvert.quantize.catalog.methods import METHODS, usual_method
+from llmconvert.quantize.catalog.schemes import USUAL
+from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.matrix import (
-    USUAL,
     Combination,
     check_combination,
     combinations,
     methods_for,
     readers_of,
     readership,
-    usual_method,
 )
-from llmconvert.quantize.methods.base import METHODS, GgmlQuantizer, Quantizer, Target, load_method
+from llmconvert.quantize.methods.base import GgmlQuantizer, Quantizer, Target, load_method
 from llmconvert.quantize.runtimes import RUNTIMES
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 

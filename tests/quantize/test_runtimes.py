@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmconvert.quantize.formats.base import FORMATS, load_format
+from llmconvert.quantize.catalog.formats import FORMATS
+from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.matrix import check_format
 from llmconvert.quantize.runtimes import RUNTIMES, Pair, pairs, recorded_runs, runtimes_of
 

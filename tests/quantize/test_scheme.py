@@ -59,7 +59,7 @@ def test_defaults_are_filled_in(name: str, scheme: Scheme, canonical: str) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["", "w4", "4bit", "w4a16-128", "w4a16-g", "w4a16-symm", "w4a16-sym-g64", "w4a16-g64-"]
+    "name", ["", "w4", "5bit", "w4a16-128", "w4a16-g", "w4a16-symm", "w4a16-sym-g64", "w4a16-g64-"]
 )
 def test_names_outside_the_grammar_are_refused_with_an_example(name: str) -> None:
     with pytest.raises(SchemeError, match=r"is not understood; expected w<bits>a<bits>.*for example w4a16-g128"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ from hypothesis import strategies as st
 from llmconvert.errors import RecipeError
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.recipes.loading import load_recipe, make_recipe, parse_recipe, read_override, shipped_recipes
+from llmconvert.recipes.loading import load_recipe, make_recipe, parse_recipe, read_override
 from llmconvert.recipes.schema.quantities import parse_bytes, parse_share
-from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
+from llmconvert.recipes.shipped import shipped_recipes
 
 FULL = """\
 model: meta-llama/Llama-2-7b-hf
@@ -116,6 +119,7 @@ def test_mistakes_are_explained(text: str, expected: str) -> None:
     assert expected in refusal(text)
 
 
+GPTQ = "model: m\ncalibrate: {dataset: d}\nquantize: {method: gptq, scheme: w4a16-g64, options: {sweep: 2}}"
 RTN = "model: a\nquantize: {method: rtn, scheme: w4a16}\n"
 BUDGET = "model: a\ncalibrate: {dataset: d}\nquantize: {method: gptq, budget: {bits_per_weight: 4}"
 
@@ -161,7 +165,25 @@ def test_what_is_given_is_used_or_refused(text: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("model: a\nquantize: 5", "quantize: found 5: should be a section, with keys of its own"),
+        (
+            "model: a\nquantize: 5",
+            "found 5: should be a section, for example quantize: {method: gptq, scheme: w4a16-g64}",
+        ),
+        ("model: a\nquantize: rtn", "should be a section, for example quantize: {method: rtn, scheme: w4a16-g64}"),
+        ("model: a\nquantize: q4_k_m", "should be a section, for example quantize: {method: rtn, scheme: q4_k_m}"),
+        ("model: a\ncalibrate: text.txt", "should be a section, for example calibrate: {dataset: text.txt}"),
+        ("model: a\nvalidate: {perplexity: t}", "should be a section, for example perplexity: {dataset: t}"),
+        ("model: a\nvalidate: [1]", "should be a section, with keys of its own"),
+        ("model: a\nmemory: 4", "memory: found 4: 4 bytes are too few for anything; with a unit it is 4GB or 4MB"),
+        ("model: a\npublish: {to: out/x/y}", "user/name, or a directory, file:DIR; did you mean file:out/x/y?"),
+        ("model: a\npublish: {to: out/x}", "out/x is a Hub repository; a directory is file:out/x"),
+        ("model: a\ndevice: tpu", "expected cpu, cuda, cuda:N or auto"),
+        (RTN.replace("rtn", "gtpq"), "method 'gtpq' is not known; known are rtn, gptq, "),
+        (RTN.replace("rtn", "gtpq"), "; did you mean gptq?"),
+        (RTN.replace("}", ", format: gguff}"), "; did you mean gguf?"),
+        (RTN.replace("w4a16", "q4km"), "; did you mean q4_k_m?"),
+        (GPTQ, "method 'gptq' has no option 'sweep'"),
+        (GPTQ, "; did you mean sweeps?"),
         (RTN.replace("}", ", options: {sarch: true}}"), "has no option 'sarch'; it has search; did you mean search?"),
     ],
 )
@@ -272,7 +294,7 @@ def test_what_does_not_go_together_is_refused(settings: str, expected: str) -> N
 
 def test_limits_need_the_text_they_are_measured_on() -> None:
     text = refusal("model: a\nvalidate: {max_kl: 1}")
-    assert "validate.max_kl is measured on the text of validate.perplexity" in text
+    assert "validate.max_kl: is measured on text; name one, for example validate: {perplexity: {dataset: " in text
 
 
 def test_layers_can_be_left_alone() -> None:
@@ -306,3 +328,57 @@ def test_options_are_those_of_the_method() -> None:
     assert settings is not None and settings.options == {"search": True}
     assert "quantize.options: method 'rtn' has no option " in (message := refusal(text.replace("search", "serach")))
     assert "serach" in message
+
+
+def quantize_of(text: str) -> QuantizeSettings:
+    settings = parse_recipe(text, "x.yaml").quantize
+    assert settings is not None
+    return settings
+
+
+def test_what_can_be_only_one_thing_need_not_be_said() -> None:
+    found = quantize_of("model: m\nquantize: {scheme: q4_k_m}")
+    assert (found.method, found.format) == ("rtn", "gguf")
+    found = quantize_of("model: m\ncalibrate: {dataset: d}\nquantize: {scheme: q4_k_m}")
+    assert (found.method, found.format) == ("imatrix", "gguf")
+    found = quantize_of("model: m\nquantize: {scheme: nf4}")
+    assert (found.method, found.format) == ("rtn", "bitsandbytes")
+    found = quantize_of("model: m\ncalibrate: {dataset: d}\nquantize: {scheme: w4a16-g64}")
+    assert (found.method, found.format) == ("gptq", "compressed-tensors")
+
+
+def test_what_people_type_is_understood() -> None:
+    recipe = parse_recipe("model: m\nconvert: {dtype: bf16}\ndevice: gpu\nquantize: {method: rtn, scheme: 4bit}", "x")
+    assert (recipe.convert.dtype, recipe.device) == ("bfloat16", "cuda")
+    assert str(quantize_of("model: m\nquantize: {method: rtn, scheme: int8}").scheme) == "w8a8-channel-sym"
+    assert recipe.quantize is not None and str(recipe.quantize.scheme) == "w4a16-g128-sym"
+    assert parse_recipe("model: m\nconvert: {dtype: fp16}\nquantize: {scheme: fp8}\ndevice: AUTO", "x").device == "auto"
+
+
+def test_a_mistake_in_a_recipe_is_told_before_torch_is_loaded() -> None:
+    """Everything that a recipe's text alone tells: names, types, settings that contradict each other."""
+    program = """
+import sys
+from llmconvert.errors import RecipeError
+from llmconvert.recipes.loading import parse_recipe
+for text in sys.argv[1:]:
+    try:
+        parse_recipe(text, "x.yaml")
+    except RecipeError:
+        continue
+    raise SystemExit(f"{text}: read")
+loaded = {"torch", "transformers", "numba", "huggingface_hub"} & sys.modules.keys()
+raise SystemExit(f"{loaded} loaded" if loaded else 0)
+"""
+    texts = [
+        "model: m\nquantise: {}",
+        "model: m\nquantize: {method: gptq, scheme: w4a16-g64}",
+        "model: m\nquantize: {method: gptqq, scheme: w4a16-g64}",
+        "model: m\nquantize: {method: rtn, scheme: w4x16}",
+        "model: m\nquantize: {method: rtn, scheme: w4a16-g64, format: x}",
+        "model: m\nquantize: {method: rtn, scheme: w4a16-g64, options: {serach: true}}",
+        "model: m\nconvert: {rope_scaling: yarn:0.5}",
+        "model: m\nvalidate: {max_kl: 1}",
+    ]
+    done = subprocess.run([sys.executable, "-c", program, *texts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

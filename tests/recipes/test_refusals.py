@@ -10,7 +10,8 @@ import pytest
 
 from llmconvert import load_recipe, make_recipe, run_recipe
 from llmconvert.errors import SourceError, UnsupportedError
-from llmconvert.quantize.formats.base import FORMATS, load_format
+from llmconvert.quantize.catalog.formats import FORMATS
+from llmconvert.quantize.formats.base import load_format
 from llmconvert.recipes.stages.measurements import require_loader
 
 QUANTIZE = {"method": "rtn", "scheme": "w8a16-g32"}

@@ -22,7 +22,7 @@ __all__ = ["every_code", "hessian_of", "random_inputs", "random_tensor", "random
 def every_code(number: Number) -> torch.Tensor:
     """All codes of a number, in the order of their bits."""
     if isinstance(number, Float):
-        every = torch.arange(1 << number.bits).to(torch.uint8).view(number.dtype)
+        every = torch.arange(1 << number.bits).to(torch.uint8).view(number.code_dtype)
         return every[torch.isfinite(every.float())]
     low, high = (0, len(number.levels) - 1) if isinstance(number, Levels) else map(int, number.limits)
     return torch.arange(low, high + 1).to(torch.int8)
@@ -38,7 +38,7 @@ def random_tensor(
     codes = torch.randint(low, high + 1, (rows, columns), generator=generator, dtype=torch.int64).to(torch.int8)
     scale = torch.rand((rows, groups), generator=generator).mul_(0.1).add_(0.01).to(dtype)
     if isinstance(scheme.number, Float):
-        codes = torch.randn((rows, columns), generator=generator).to(scheme.number.dtype)
+        codes = torch.randn((rows, columns), generator=generator).to(scheme.number.code_dtype)
         return QuantizedTensor(codes, scale, None, scheme)
     zero = torch.randint(low, high + 1, (rows, groups), generator=generator, dtype=torch.int64).to(torch.int8)
     return QuantizedTensor(codes, scale, None if scheme.symmetric else zero, scheme)

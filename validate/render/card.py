@@ -15,9 +15,10 @@ from huggingface_hub import ModelCardData
 
 from llmconvert.errors import HubError, SchemeError
 from llmconvert.hub.card import CARD, front_matter, mark_card, state_of_card
-from llmconvert.quantize.formats.base import FORMATS, load_format
+from llmconvert.quantize.catalog.formats import FORMATS
+from llmconvert.quantize.catalog.methods import METHODS
+from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.matrix import Readership, readership
-from llmconvert.quantize.methods.base import METHODS
 from llmconvert.quantize.runtimes import runtimes_of
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix, parse_scheme
 from llmconvert.report.report import ModelInfo, Report

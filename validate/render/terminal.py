@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,6 +19,8 @@ __all__ = ["render_terminal"]
 _STYLES = {"passed": "green", "failed": "bold red", "not measured": "yellow"}
 # Speeds hold for one machine; the report files have them.
 _SPEED = "speed."
+# Columns below which the table does without its frame, so that numbers stay whole beside what they are of.
+_NARROW = 100
 
 
 def render_terminal(report: Report, console: Console, *, locations: Mapping[str, str] | None = None) -> None:
@@ -27,10 +30,16 @@ def render_terminal(report: Report, console: Console, *, locations: Mapping[str,
         locations: what lies where, in the order to print: ``{"artifact": "out/demo", …}``.
     """
     report = printable_report(report)
-    table = Table(title=escape(f"{report.model.source} → {report.model.name}"), title_justify="left")
-    table.add_column("")
+    narrow = console.width < _NARROW
+    table = Table(
+        title=escape(f"{report.model.source} → {report.model.name}"),
+        title_justify="left",
+        box=box.SIMPLE if narrow else box.HEAVY_HEAD,
+        padding=(0, 1, 0, 0) if narrow else (0, 1),
+    )
+    table.add_column("", overflow="fold")
     for heading in ("original", "artifact", "change", "limit"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows(report):
         if row.quiet or (row.name.startswith(_SPEED) and row.ok):
             continue

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from llmconvert.errors import SchemeError
-from llmconvert.gguf.ggml.blocks import load_codec
 
 __all__ = ["FLOATS", "MIXES", "GgmlMix", "MixContext"]
 
@@ -78,6 +77,8 @@ class GgmlMix:
             shape: slowest dimension first.
             context: what else decides.
         """
+        from llmconvert.gguf.ggml.blocks import load_codec  # names of types are known without what encodes them
+
         chosen = self.wanted(name, shape, context)
         if shape[-1] % load_codec(chosen).size:
             chosen = _FALLBACKS.get(chosen, chosen)

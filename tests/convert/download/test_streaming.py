@@ -24,8 +24,8 @@ from llmconvert.cli import main
 from llmconvert.convert.cast import CastView
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.catalog.methods import METHODS, needs_calibration
 from llmconvert.quantize.job import quantize_checkpoint
-from llmconvert.quantize.methods.base import METHODS, needs_calibration
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 

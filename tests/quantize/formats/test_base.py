@@ -14,7 +14,8 @@ from compressed_tensors.quantization import QuantizationConfig
 from support.quantized import random_tensor
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.formats.base import FORMATS, FileFormat, Format, load_format
+from llmconvert.quantize.catalog.formats import FORMATS
+from llmconvert.quantize.formats.base import FileFormat, Format, load_format
 from llmconvert.quantize.matrix import check_format, check_method
 from llmconvert.quantize.methods.base import load_method
 from llmconvert.quantize.numbers import E4M3, Int

@@ -1,0 +1,129 @@
+"""What every command understands: how much it says and in which form, and whether errors show their traceback."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import click
+from click.shell_completion import CompletionItem
+
+from llmconvert.cli.say import say
+from llmconvert.convert.dtype_names import ALIASES, NAMES
+
+__all__ = ["DEBUG", "DtypeName", "Known", "Manners", "manners", "manners_but_json"]
+
+C = TypeVar("C", bound=Callable[..., Any])
+#: Under which key of click's context it says that errors show their traceback.
+DEBUG = "llmconvert.debug"
+
+
+@dataclass(frozen=True, slots=True)
+class Manners:
+    """How a command talks.
+
+    Attributes:
+        quiet: nothing but the result.
+        verbose: a line for each piece of work, and what libraries log.
+        as_json: the result as JSON, where the command has that option.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    as_json: bool = False
+
+    def progress(self) -> Any:
+        """Where long work is shown."""
+        import sys
+
+        from llmconvert.progress import SILENT, LineProgress, console_progress
+
+        if self.verbose:
+            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+            return LineProgress(sys.stderr, interval=0)
+        return SILENT if self.quiet else console_progress()
+
+    def result(self, value: Any, *lines: str) -> None:
+        """Print a result: ``value`` as JSON where that was asked for, the lines otherwise."""
+        if self.as_json:
+            say(json.dumps(value, indent=2, ensure_ascii=False))
+            return
+        for line in lines:
+            say(line)
+
+
+def manners(command: C) -> C:
+    """Give a command ``-q``, ``-v``, ``--json`` and ``--debug``; it gets them as the argument ``manners``."""
+    return _polite(command, as_json=True)
+
+
+def manners_but_json(command: C) -> C:
+    """The same of a command whose own ``--json`` does more."""
+    return _polite(command, as_json=False)
+
+
+def _polite(command: C, *, as_json: bool) -> C:
+    @functools.wraps(command)
+    def polite(*args: Any, quiet: bool, verbose: bool, debug: bool, **options: Any) -> Any:
+        click.get_current_context().meta[DEBUG] = debug
+        if quiet and verbose:
+            raise click.UsageError("-q and -v exclude each other")
+        wanted = options.pop("json_result", False)
+        return command(*args, manners=Manners(quiet, verbose, wanted), **options)
+
+    decorators = [
+        click.option("-q", "--quiet", is_flag=True, help="Say nothing but the result."),
+        click.option("-v", "--verbose", is_flag=True, help="A line for each piece of work, and what libraries log."),
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    ]
+    if as_json:
+        decorators.insert(2, click.option("--json", "json_result", is_flag=True, help="Print the result as JSON."))
+    decorated: Any = polite
+    for decorate in reversed(decorators):
+        decorated = decorate(decorated)
+    return cast(C, decorated)
+
+
+class DtypeName(click.Choice[str]):
+    """A dtype by its name, or by what people call it: ``bf16``, ``fp16``."""
+
+    name = "dtype"
+
+    def __init__(self) -> None:
+        super().__init__(NAMES)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(ALIASES.get(str(value).lower(), value), param, ctx)
+
+
+class Known(click.ParamType[str]):
+    """A name of a registry, which the shell completes; whether it is one is for the recipe to say.
+
+    Args:
+        kind: ``method``, ``format``, ``scheme`` or ``recipe``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.name = kind
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "TEXT"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Names that begin so; of recipes files too."""
+        found = [CompletionItem(name) for name in _names(self.name) if name.startswith(incomplete)]
+        return [*found, CompletionItem(incomplete, type="file")] if self.name == "recipe" else found
+
+
+def _names(kind: str) -> Iterable[str]:
+    from llmconvert.quantize.catalog.formats import FORMATS
+    from llmconvert.quantize.catalog.methods import METHODS
+    from llmconvert.quantize.catalog.schemes import usual_schemes
+    from llmconvert.recipes.shipped import shipped_recipes
+
+    known = {"method": lambda: METHODS, "format": lambda: FORMATS, "scheme": usual_schemes, "recipe": shipped_recipes}
+    return known[kind]()

@@ -1,0 +1,85 @@
+"""Whether a recipe's method, scheme and format go together: what their classes say, which loads torch.
+
+Names and settings of a recipe by themselves are :mod:`llmconvert.recipes.consistency`'s, and checked before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.formats.base import Feature, Format, load_format
+from llmconvert.quantize.matrix import check_format, check_method
+from llmconvert.quantize.methods.base import ScalingQuantizer, load_method
+from llmconvert.quantize.scheme import Scheme, SchemeOrMix
+from llmconvert.recipes.consistency import KeyPath, repair_refusal
+from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
+
+__all__ = ["incompatibilities"]
+
+
+def incompatibilities(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Key path and explanation of everything in a consistent recipe that does not go together."""
+    settings = recipe.quantize
+    if settings is None:
+        return
+    try:
+        method = load_method(settings.method, settings.options)
+    except UnsupportedError as error:
+        yield ("quantize", "options"), f"quantize.options: {error}"
+        return
+    layout = load_format(settings.format)
+    yield from _lacking(recipe, settings, layout)
+    schemes: list[tuple[KeyPath, SchemeOrMix]] = []
+    if settings.budget is None:
+        schemes.append((("quantize", "scheme"), settings.scheme))
+    for index, override in enumerate(settings.overrides):
+        if override.scheme != "none":
+            schemes.append((("quantize", "overrides", index, "scheme"), override.scheme))
+    for path, scheme in schemes:
+        try:
+            check_method(method, scheme)
+            check_format(layout, scheme)
+        except UnsupportedError as error:
+            yield path, f"{'.'.join(map(str, path))}: {error}"
+    if isinstance(method, ScalingQuantizer) and recipe.validation is not None and recipe.validation.repair is not None:
+        yield ("validate", "repair"), repair_refusal(settings.method)
+    yield from _asymmetric_mixture(recipe)
+
+
+def _lacking(recipe: Recipe, settings: QuantizeSettings, layout: Format) -> Iterator[tuple[KeyPath, str]]:
+    """What is asked for and does not go with the format."""
+    checks = recipe.validation
+    asked: tuple[tuple[Feature, KeyPath, object], ...] = (
+        ("overrides", ("quantize", "overrides"), settings.overrides),
+        ("budget", ("quantize", "budget"), settings.budget),
+        ("rotations", ("quantize", "rotate"), settings.rotate),
+        ("streaming", ("stream",), recipe.stream),
+        ("generation", ("validate", "generation"), checks and checks.generation),
+        ("generation", ("validate", "attention"), checks and checks.attention),
+        ("generation", ("validate", "positions"), checks and checks.positions),
+        ("generation", ("validate", "decoding"), checks and checks.decoding),
+        ("repair", ("validate", "repair"), checks and checks.repair),
+    )
+    for feature, path, value in asked:
+        if value and feature in layout.lacks:
+            what = "stream (--stream)" if feature == "streaming" else "it"
+            yield path, f"{'.'.join(map(str, path))}: {layout.lacks[feature]}; leave {what} out"
+
+
+def _asymmetric_mixture(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Linears with zero points in several schemes, where the runtime that validation asks can't load them."""
+    settings, checks = recipe.quantize, recipe.validation
+    if settings is None or checks is None:
+        return
+    lacking = load_format(settings.format).lacks.get("mixed zero points")
+    if lacking is None:
+        return
+    schemes = {settings.scheme, *(override.scheme for override in settings.overrides)} - {"none"}
+    mixed = len(schemes) > 1 or settings.budget is not None or checks.repair is not None
+    if mixed and any(isinstance(scheme, Scheme) and not scheme.symmetric for scheme in schemes):
+        yield (
+            ("quantize", "scheme"),
+            f"quantize.scheme: {lacking} (a budget, overrides and repair make such), so the artifact could not pass; "
+            "take a symmetric scheme, or one for all linears, or leave out validate for another runtime",
+        )
