@@ -126,7 +126,7 @@ def plan_quantization(
     gates = {name for name, site in sites.items() if _is_gate(site, experts)}
     dense = gates | (_idle(blocks) if skeleton.reach.idle else set())
     assigned = {name: _assigned(name, None if name in dense else scheme, overrides) for name in sites}
-    _check_experts(sites, assigned, method, layout)
+    _check_experts(skeleton, assigned, method, layout)
     _check_overrides(overrides, sites)
     for name, site in sites.items():
         chosen = assigned[name]
@@ -142,13 +142,14 @@ def plan_quantization(
     if not any(assigned.values()):
         raise SchemeError("the overrides leave no linear to quantize")
     schemes = {name: chosen for name, chosen in assigned.items() if chosen is not None}
-    quantized = {sites[name].tensor: (sites[name], chosen) for name, chosen in schemes.items()}
+    quantized: dict[str, list[tuple[Site, Scheme]]] = {}
+    for name, chosen in schemes.items():
+        quantized.setdefault(sites[name].tensor, []).append((sites[name], chosen))
     specs: list[TensorSpec] = []
     for name, info in skeleton.checkpoint.infos.items():
-        if name in quantized:
-            site, chosen = quantized[name]
+        for site, chosen in quantized.get(name, ()):
             specs += layout.specs(site.stored, site.shape, chosen, layout.scale_dtype(chosen, skeleton.dtype))
-        else:
+        if name not in quantized:
             specs.append(TensorSpec(name, info.dtype, info.shape))
     names = _DeclaredNames.of(skeleton)
     declared = {called: chosen for name, chosen in schemes.items() for called in names.of_site(sites[name])}
@@ -192,8 +193,12 @@ class _DeclaredNames:
             dense: linears of the decoder that are left so.
             quantized: the names of the others, with their schemes.
         """
+        sites = list(dense)
+        # Experts are no linears: all of a layer go by the name of their module.
+        called = ([site.layer] if site.kind == "expert" else self.of_site(site) for site in sites)
+        names = dict.fromkeys(name for found in called for name in found)
+        experts = {site.tensor for site in sites if site.kind == "expert"}
         stored = {module: tensor.removesuffix(_WEIGHT) for tensor, module in self.modules.items()}
-        names = dict.fromkeys(name for site in dense for name in self.of_site(site))
         embeddings: set[str] = set()
         for name, module in self.skeleton.model.named_modules():
             if isinstance(module, nn.Embedding):
@@ -204,7 +209,7 @@ class _DeclaredNames:
             found = tensor.removesuffix(_WEIGHT)
             name = self.modules.get(tensor, found)
             matrix = tensor.endswith(_WEIGHT) and len(info.shape) == 2 and info.dtype.is_floating_point
-            if matrix and not {name, found} & quantized.keys() and name not in embeddings:
+            if matrix and not {name, found} & quantized.keys() and name not in embeddings and tensor not in experts:
                 names |= dict.fromkeys((name, found))
         return tuple(names)
 
@@ -292,23 +297,22 @@ def _check_architecture(skeleton: Skeleton) -> None:
             )
 
 
-def _check_experts(
-    sites: Mapping[str, Site], assigned: Mapping[str, Scheme | None], method: Method, layout: Format
-) -> None:
+def _check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], method: Method, layout: Format) -> None:
     """Refuse what no reader of mixtures has, or what a method can't do to them.
 
     Args:
-        sites: of the model.
-        assigned: the scheme of each; None stays dense.
+        skeleton: the model.
+        assigned: the scheme of each of its sites; None stays dense.
         method: what chooses codes.
         layout: of the artifact.
 
     Raises:
-        UnsupportedError: the method takes blocks as a whole, or the format holds no experts in this scheme.
+        UnsupportedError: the method takes blocks as a whole, or the format holds no experts in this scheme or of this
+            class.
         SchemeError: experts differ in their scheme.
     """
-    experts = [name for name, site in sites.items() if site.kind == "expert"]
-    schemes = dict.fromkeys(assigned[name] for name in experts)
+    experts = [site for site in skeleton.sites.values() if site.kind == "expert"]
+    schemes = dict.fromkeys(assigned[site.name] for site in experts)
     if not experts:
         return
     if len(schemes) > 1:
@@ -319,13 +323,22 @@ def _check_experts(
         )
     scheme = next(iter(schemes))
     if scheme is None:
-        raise SchemeError("the overrides leave all experts dense, and so most of the weights; leave the model as it is")
+        if any(site.stored_alone for site in experts):
+            layout.check_dense_experts({chosen for chosen in assigned.values() if chosen is not None})
+        return
     if isinstance(method, BlockQuantizer):
         raise UnsupportedError(
             f"{type(method).__name__.lower()} takes the linears of a block together and knows no experts; methods for "
             "mixtures of experts are gptq, gptaq, rtn and hqq"
         )
     layout.check_experts(scheme)
+    unread = [site for site in experts if not site.readable]
+    if unread:
+        raise UnsupportedError(
+            f"architecture {skeleton.architecture.model_type!r}: transformers reads the experts of a layer from one "
+            f"tensor ({unread[0].tensor}), which no format holds quantized, and has no names for each of them; leave "
+            "them dense with an override (match: '*.experts.*', scheme: none), and the other linears are quantized"
+        )
 
 
 def _is_gate(site: Site, experts: int) -> bool:

@@ -240,7 +240,8 @@ class CalibratedSteps:
                 continue
             is_expert = run.site(names[0]).kind == "expert"
             if is_expert:
-                if self.mixtures and run.site(names[0]).projection != "down_proj":
+                slot = run.slots[run.site(names[0]).layer]
+                if self.mixtures and run.site(names[0]).projection != "down_proj" and slot.is_proportional:
                     scaling = self._scale_expert(run, stop, following, experts)
                 with self.phases.measure("Hessians"):
                     hessian = experts.hessian(stop)

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.config import build_config
-from llmconvert.engine.architecture.experts import PROJECTIONS, expert_parameter, expert_sizes, find_experts
+from llmconvert.engine.architecture.experts import ExpertsLayout, expert_parameter, find_experts
 from llmconvert.engine.architecture.model import build_meta_model, fix_frequencies
 from llmconvert.engine.architecture.reach import on_shapes
 from llmconvert.engine.skeleton import Skeleton
@@ -83,8 +83,8 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
     model = build_meta_model(config, skeleton.dtype, skeleton.attention)
     fix_frequencies(model)
     taken = {name for slots in skeleton.experts for name in slots}
-    for name, experts in [found for found in find_experts(model) if found[0] in taken]:
-        model.set_submodule(name, _ExpertShapes(experts))
+    for name, _, layout in [found for found in find_experts(model) if found[0] in taken]:
+        model.set_submodule(name, _ExpertShapes(layout))
     # Fake, but on the real device, whose attention kernels decide what is alive.
     with on_shapes(model, skeleton.device):
         listed: Any = model.get_submodule(skeleton.reach.blocks)
@@ -108,14 +108,14 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
 class _ExpertShapes(nn.Module):
     """Stands in for the experts of a layer, whose forward asks for values; most of its memory is one expert's."""
 
-    def __init__(self, experts: nn.Module) -> None:
+    def __init__(self, layout: ExpertsLayout) -> None:
         super().__init__()
-        self.count, self.inner, self.columns = expert_sizes(experts)
+        self.layout = layout
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         # At worst all tokens go to one expert: they are copied, go up and down, are weighted and added.
         output = torch.zeros_like(hidden)
-        inside = hidden.new_empty((len(hidden), 4 * self.inner + 3 * self.columns))
+        inside = hidden.new_empty((len(hidden), 4 * self.layout.inner_size + 3 * self.layout.hidden_size))
         del inside
         return output
 
@@ -254,11 +254,11 @@ class _BlockRecorder:
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:
             if name in self._seen:
                 raise ValueError(f"{name} is called more than once")
-            held = self._tracker.live
-            for number in range(experts.count):
-                gate, up, down = (expert_parameter(name, number, part).removesuffix(".weight") for part in PROJECTIONS)
-                self._groups.append(_Group(None, [gate, up], experts.columns, held))
-                self._groups.append(_Group(None, [down], experts.inner, held))
+            held, layout = self._tracker.live, experts.layout
+            for number in range(layout.count):
+                for stop in layout.stops():
+                    names = [expert_parameter(name, number, part).removesuffix(".weight") for part in stop]
+                    self._groups.append(_Group(None, names, layout.matrices[stop[0]].columns, held))
             self._seen.add(name)
 
         return record

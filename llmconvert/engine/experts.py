@@ -13,6 +13,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,7 +21,7 @@ from greenlet import getcurrent
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from llmconvert.engine.architecture.experts import PROJECTIONS, expert_parameter, expert_sizes
+from llmconvert.engine.architecture.experts import ExpertsLayout
 
 __all__ = ["ExpertsRun", "ExpertsSlot", "Visit", "Visitor"]
 
@@ -59,20 +60,27 @@ class ExpertsSlot(nn.Module):
     Args:
         experts: the class's own module, on the meta device.
         name: of it in the model.
-        read: gives a weight by the name of :func:`~llmconvert.engine.architecture.experts.expert_parameter`,
-            ``[rows, columns]``, on the device and in the dtype that is computed in.
+        layout: of it.
+        read: gives what one of its parameters has of an expert (:attr:`ExpertsLayout.parts`), on the device and in the
+            dtype that is computed in.
     """
 
-    def __init__(self, experts: nn.Module, name: str, read: Callable[[str], torch.Tensor]) -> None:
+    def __init__(
+        self, experts: nn.Module, name: str, layout: ExpertsLayout, read: Callable[[int, str], torch.Tensor]
+    ) -> None:
         super().__init__()
         self.name = name
-        self.count, self.inner_size, self.hidden_size = expert_sizes(experts)
+        self.layout = layout
         self._read = read
-        # The class's module with one expert. Kept in a list, so that its parameters are not the model's.
+        # The class's module with one expert. Kept in a list, so that its parameters are not the model's; what else it
+        # has (a norm behind the experts) is.
         one = copy.copy(experts)
         one._parameters = dict(experts._parameters)
-        one.num_experts = 1  # type: ignore[assignment]
+        for counter in layout.counters:
+            setattr(one, counter, 1)
         self._one = [one]
+        for child, module in experts.named_children():
+            self.add_module(child, module)
         # The forward that the class has of its own, whatever implementation its config asks for.
         self._forward = inspect.unwrap(type(one).forward)
         #: The expert that is loaded.
@@ -89,70 +97,94 @@ class ExpertsSlot(nn.Module):
             return answer
         output = torch.zeros_like(hidden)
         for number in index.unique().tolist():
-            self.load(number)
-            output = self.add(output, visit)
+            if number < self.layout.count:
+                self.load(number)
+                output = self.add(output, visit)
         self.clear()
-        return output
+        return output.to(hidden.dtype)
 
     def load(self, number: int) -> None:
         """Read an expert's weights into fresh memory, in place of the one that is there."""
         if self.number == number:
             return
         self.clear()
-        gate, up, down = (self._read(expert_parameter(self.name, number, part)) for part in PROJECTIONS)
-        self._set(torch.cat([gate, up]).unsqueeze(0), down.unsqueeze(0))
+        for leaf in self.layout.parts:
+            self._set(leaf, self._read(number, leaf))
         self.number = number
         if self.scale is not None:
-            for projection in ("gate_proj", "up_proj"):
+            for projection in self.layout.stops()[0]:
                 self.value(number, projection).mul_(self.scale)
 
     def clear(self) -> None:
         """Free the weights."""
         if self.number is not None:
             self.number = None
-            self._set(*(torch.empty(0, device="meta") for _ in range(2)))
+            for leaf in self.layout.parts:
+                self._set(leaf, torch.empty(0, device="meta"))
 
     def value(self, number: int, projection: str) -> torch.Tensor:
         """One matrix ``[rows, columns]`` of the expert that is loaded, in the model's own memory."""
         assert self.number == number
-        gate_up, down = (self._one[0]._parameters[leaf] for leaf in ("gate_up_proj", "down_proj"))
-        assert gate_up is not None and down is not None
-        if projection == "down_proj":
-            return down.data[0]
-        half = slice(0, self.inner_size) if projection == "gate_proj" else slice(self.inner_size, None)
-        return gate_up.data[0, half]
+        matrix = self.layout.matrices[projection]
+        return matrix.of(self._parameter(matrix.leaf).data)
 
     def add(self, output: torch.Tensor, visit: Visit) -> torch.Tensor:
-        """``output [tokens, hidden size]`` and what the loaded expert adds to it, in place where no gradient flows."""
+        """``output [tokens, hidden size]`` and what the loaded expert adds to it, in place where no gradient flows.
+
+        In the dtype that the class adds in, whatever it gives in the end.
+        """
         assert self.number is not None
         token, weights = visit.routed(self.number)
         if not len(token):
             return output
-        part = self._call(visit.hidden[token], weights)
+        part = self._call(_Sum(), visit.hidden[token], weights)
+        output = output.to(part.dtype)
         if torch.is_grad_enabled() and part.requires_grad:
             return output.index_add(0, token, part)
         return output.index_add_(0, token, part)
 
     def inner(self, rows: torch.Tensor) -> torch.Tensor:
         """What reaches the loaded expert's down projection for inputs ``[tokens, hidden size]``."""
-        down = self._one[0]._parameters["down_proj"]
-        assert down is not None
+        down = self._parameter(self.layout.matrices["down_proj"].leaf)
+        return self._call(_Product(down), rows, rows.new_ones(len(rows)))
+
+    @cached_property
+    def is_proportional(self) -> bool:
+        """Whether what reaches a down projection is proportional, neuron by neuron, to what the up projection gives.
+
+        Tried out on random weights and inputs so large that a class with limits meets them.
+        """
+        if len(self.layout.parts) > len({matrix.leaf for matrix in self.layout.matrices.values()}):
+            return False  # biases
+        tried = copy.copy(self)
+        tried._one = [copy.copy(self._one[0])]
+        tried._one[0]._parameters = {}
+        generator = torch.Generator().manual_seed(0)
+        for leaf, shape in self.layout.parts.items():
+            tried._set(leaf, torch.randn(shape, generator=generator))
+        rows = 16 * torch.randn((8, self.layout.hidden_size), generator=generator)
+        up, before = self.layout.matrices["up_proj"], tried.inner(rows)
+        factors = 2.0 ** torch.randint(-3, 4, (self.layout.inner_size,), generator=generator)
+        up.of(tried._parameter(up.leaf).data).mul_(factors[:, None])
+        return torch.equal(tried.inner(rows), before * factors)
+
+    def _call(self, end: _Sum | _Product, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Run the class's forward with the loaded expert alone up to where it meets its end; gives what is there."""
+        index = torch.zeros((len(rows), 1), dtype=torch.long, device=rows.device)
         try:
-            with _Interception(down):
-                self._call(rows, rows.new_ones(len(rows)))
+            with end:
+                self._forward(self._one[0], rows, index, weights[:, None])
         except _Interrupt as found:
             return found.value
-        raise AssertionError(f"{type(self._one[0]).__name__}: its forward does not multiply by down_proj")
+        raise AssertionError(f"{type(self._one[0]).__name__}: its forward has no {end.what}")
 
-    def _call(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        index = torch.zeros((len(rows), 1), dtype=torch.long, device=rows.device)
-        result: torch.Tensor = self._forward(self._one[0], rows, index, weights[:, None])
-        return result
+    def _parameter(self, leaf: str) -> torch.Tensor:
+        parameter = self._one[0]._parameters[leaf]
+        assert parameter is not None
+        return parameter
 
-    def _set(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        parameters = self._one[0]._parameters
-        parameters["gate_up_proj"] = nn.Parameter(gate_up, requires_grad=False)
-        parameters["down_proj"] = nn.Parameter(down, requires_grad=False)
+    def _set(self, leaf: str, value: torch.Tensor) -> None:
+        self._one[0]._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 @dataclass(slots=True)
@@ -176,7 +208,7 @@ class ExpertsRun:
     @property
     def complete(self) -> bool:
         """Whether batches can go on."""
-        return self.current == self.slot.count
+        return self.current == self.slot.layout.count
 
     def reach(self, number: int) -> None:
         """Let all batches pass the experts before this one, and load it."""
@@ -195,7 +227,7 @@ class ExpertsRun:
             self._pass()
         self.slot.clear()
         outputs, self._outputs = self._outputs, {}
-        return outputs
+        return {batch: output.to(self.visits[batch].hidden.dtype) for batch, output in outputs.items()}
 
     def inputs(self, number: int, projection: str, like: ExpertsRun | None = None) -> Iterator[torch.Tensor]:
         """What reaches a matrix of an expert, ``[tokens, columns]``, batch after batch; batches may bring no token.
@@ -218,15 +250,16 @@ class ExpertsRun:
 
     def tokens(self) -> Sequence[int]:
         """How many tokens go to each expert."""
-        counts = torch.zeros(self.slot.count, dtype=torch.long)
+        count = self.slot.layout.count
+        counts = torch.zeros(count, dtype=torch.long)
         for visit in self.visits.values():
-            counts += torch.bincount(visit.index.flatten().cpu(), minlength=self.slot.count)[: self.slot.count]
+            counts += torch.bincount(visit.index.flatten().cpu(), minlength=count)[:count]
         return [int(count) for count in counts]
 
     def _at(self, projection: str, rows: torch.Tensor) -> torch.Tensor:
         if projection != "down_proj":
             return rows
-        return self.slot.inner(rows) if len(rows) else rows.new_empty((0, self.slot.inner_size))
+        return self.slot.inner(rows) if len(rows) else rows.new_empty((0, self.slot.layout.inner_size))
 
     def _pass(self) -> None:
         """Add what the current expert gives, and leave it."""
@@ -245,8 +278,21 @@ class _Interrupt(BaseException):
         self.value = value
 
 
-class _Interception(TorchFunctionMode):
+class _Sum(TorchFunctionMode):
+    """Ends a forward where something is added to rows of its output, with what that was."""
+
+    what = "sum over experts"
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.index_add_:
+            raise _Interrupt(args[3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Product(TorchFunctionMode):
     """Ends a forward where something is multiplied by a parameter, with what that was."""
+
+    what = "product with its down projection"
 
     def __init__(self, parameter: torch.Tensor) -> None:
         super().__init__()

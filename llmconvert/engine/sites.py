@@ -6,14 +6,15 @@ asks it for the rest, so that another kind of site is described here, and nowher
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
 
-from llmconvert.engine.architecture.experts import PROJECTIONS, expert_parameter
+from llmconvert.engine.architecture.expert_storage import StoredExperts
+from llmconvert.engine.architecture.experts import expert_parameter
 from llmconvert.engine.experts import ExpertsSlot
 from llmconvert.storage.checkpoint import Checkpoint
 
@@ -28,12 +29,13 @@ class Site:
 
     Attributes:
         name: what schemes, overrides and stops know it by: its module in the model, ``model.layers.0.mlp.up_proj``.
-        tensor: the tensor of the checkpoint that holds it.
+        tensor: the tensor of the checkpoint that holds it, or it and other experts' matrices.
         rows: outputs.
         columns: inputs.
         block: index of the decoder block that it is in.
         kind: how the model holds it: as the weight of a linear of its own, or as a matrix of one of a layer's experts.
         expert: which of them.
+        experts: where the checkpoint has those of the layer.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Site:
     block: int
     kind: Literal["linear", "expert"] = "linear"
     expert: int = 0
+    experts: StoredExperts | None = field(default=None, compare=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,8 +74,20 @@ class Site:
 
     @property
     def stored(self) -> str:
-        """What artifacts and reports call it: the checkpoint's name of its module."""
+        """What artifacts and reports call it: the checkpoint's name of its module, if there is one."""
+        if self.experts is not None:
+            return self.experts.artifact_name(self.expert, self.projection) or self.name
         return self.tensor.removesuffix(f".{_WEIGHT}")
+
+    @property
+    def stored_alone(self) -> bool:
+        """Whether its tensor holds nothing else."""
+        return self.experts is None or self.experts.layout.matrices[self.projection].leaf not in self.experts.whole
+
+    @property
+    def readable(self) -> bool:
+        """Whether transformers has a name for it by itself, under which it reads it from an artifact."""
+        return self.experts is None or self.experts.artifact_name(self.expert, self.projection) is not None
 
     @property
     def prefix(self) -> str:
@@ -81,6 +96,8 @@ class Site:
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         """Its values in a checkpoint of the model's names, ``[rows, columns]``, in CPU memory of the caller's own."""
+        if self.experts is not None:
+            return self.experts.read_matrix(checkpoint, self.expert, self.projection)
         return checkpoint[self.tensor]
 
     def value(self, module: nn.Module) -> torch.Tensor:
@@ -102,26 +119,24 @@ class Site:
 def find_sites(
     blocks: Sequence[Mapping[str, nn.Linear]],
     names: Mapping[str, str],
-    experts: Sequence[Mapping[str, ExpertsSlot]] = (),
+    experts: Sequence[Iterable[StoredExperts]] = (),
 ) -> dict[str, Site]:
     """The sites of a model by name, block after block.
 
     Args:
         blocks: the linears of each block, by their names in the model.
         names: the model's parameters → the checkpoint's tensors.
-        experts: of each block, the modules that hold experts, by name.
+        experts: of each block.
     """
     sites: dict[str, Site] = {}
     for block, linears in enumerate(blocks):
         for name, linear in linears.items():
             tensor = names[f"{name}.{_WEIGHT}"]
             sites[name] = Site(name, tensor, linear.out_features, linear.in_features, block)
-        for module, slot in experts[block].items() if experts else ():
-            shapes = dict.fromkeys(PROJECTIONS, (slot.inner_size, slot.hidden_size))
-            shapes["down_proj"] = slot.hidden_size, slot.inner_size
-            for number in range(slot.count):
-                for projection, shape in shapes.items():
-                    parameter = expert_parameter(module, number, projection)
-                    name = parameter.removesuffix(f".{_WEIGHT}")
-                    sites[name] = Site(name, names[parameter], *shape, block, "expert", number)
+        for stored in experts[block] if experts else ():
+            for number in range(stored.layout.count):
+                for projection, matrix in stored.layout.matrices.items():
+                    name = expert_parameter(stored.name, number, projection).removesuffix(f".{_WEIGHT}")
+                    tensor = stored.tensor(number, projection)
+                    sites[name] = Site(name, tensor, matrix.rows, matrix.columns, block, "expert", number, stored)
     return sites

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -22,14 +23,15 @@ from llmconvert.compute.precision import Scratch, WideLinear, compute_dtype
 from llmconvert.engine.architecture.buffers import restore_buffers
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
-from llmconvert.engine.architecture.experts import PROJECTIONS, expert_parameter, find_experts
+from llmconvert.engine.architecture.experts import find_experts
 from llmconvert.engine.architecture.model import build_meta_model, find_decoder, find_linears, forget_lengths
-from llmconvert.engine.architecture.names import map_names
+from llmconvert.engine.architecture.names import map_names, stored_experts
 from llmconvert.engine.architecture.reach import find_reach
 from llmconvert.engine.experts import ExpertsSlot
 from llmconvert.engine.sites import Site, find_sites
 from llmconvert.errors import CheckpointError
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.dense import main_dtype
 
 __all__ = ["BlockCall", "BlockSlot", "Gate", "Skeleton"]
 
@@ -119,7 +121,7 @@ class Skeleton:
         self.checkpoint = checkpoint
         self.device = device
         config = build_config(checkpoint.config)
-        self.dtype = dtype or _checkpoint_dtype(checkpoint)
+        self.dtype = dtype or main_dtype(checkpoint)
         self.architecture = Architecture.of(config)
         self.architecture.check_layers(checkpoint.infos)
         attention = "eager" if self.architecture.eager_only else "sdpa"
@@ -128,7 +130,11 @@ class Skeleton:
         #: What of the model text reaches; the rest is never loaded.
         self.reach = find_reach(self.model, config, self.dtype, self.attention)
         self.names = map_names(self.model, checkpoint, self.reach.needs)
-        self._check_shapes({name: tuple(state.shape) for name, state in self.model.state_dict().items()})
+        #: Of the module of each layer's experts, by its name.
+        self.stored_experts = stored_experts(self.model, checkpoint, self.names)
+        whole = {f"{name}.{leaf}" for name, stored in self.stored_experts.items() for leaf in stored.whole}
+        states = self.model.state_dict()
+        self._check_shapes({name: tuple(state.shape) for name, state in states.items() if name not in whole})
         blocks: Any = self.model.get_submodule(self.reach.blocks)
         self.blocks: list[nn.Module] = [blocks[position] for position in self.reach.positions]
         self.slots = [BlockSlot(block, index) for index, block in enumerate(self.blocks)]
@@ -145,7 +151,8 @@ class Skeleton:
             use_attention(find_decoder(self.model), "tiled")
         for position, slot in zip(self.reach.positions, self.slots, strict=True):
             blocks[position] = slot
-        self.sites = find_sites(self.linears, self.names, self.experts)
+        stored = [[self.stored_experts[name] for name in slots] for slots in self.experts]
+        self.sites = find_sites(self.linears, self.names, stored)
         self._check_shapes({site.parameter: site.shape for site in self.sites.values() if site.kind == "expert"})
         inputs = checkpoint.quantized_inputs
         self.quantize_inputs({site.name: inputs[site.tensor] for site in self.sites.values() if site.tensor in inputs})
@@ -202,15 +209,17 @@ class Skeleton:
     def _take_experts(self, index: int) -> dict[str, ExpertsSlot]:
         """Put slots in the place of a block's experts."""
         block, prefix = self.blocks[index], self.prefix(index)
-        found = {prefix + name: module for name, module in find_experts(block)}
         slots = {
-            name: ExpertsSlot(module, name, self._read)
-            for name, module in found.items()
-            if expert_parameter(name, 0, PROJECTIONS[0]) in self.names
+            prefix + name: ExpertsSlot(module, prefix + name, layout, partial(self._read_expert, prefix + name))
+            for name, module, layout in find_experts(block)
+            if prefix + name in self.stored_experts
         }
         for name, slot in slots.items():
             block.set_submodule(self.inside(index, name), slot)
         return slots
+
+    def _read_expert(self, experts: str, number: int, leaf: str) -> torch.Tensor:
+        return self.stored_experts[experts].read(self.checkpoint, number, leaf, self.dtype).to(self.device)
 
     def _widen_products(self) -> None:
         scratch = Scratch()
@@ -285,7 +294,7 @@ class Skeleton:
     def expert_nbytes(self) -> int:
         """Bytes of the largest expert when loaded, and of its parts as they are read; 0 without experts."""
         slots = [slot for slots in self.experts for slot in slots.values()]
-        return max((6 * slot.hidden_size * slot.inner_size for slot in slots), default=0) * self.dtype.itemsize
+        return 2 * max((slot.layout.numel for slot in slots), default=0) * self.dtype.itemsize
 
     def visit_nbytes(self, tokens: int, *, held: bool) -> int:
         """Bytes of what a layer's experts give for so many tokens; with what these bring, if no frame holds it."""
@@ -359,14 +368,3 @@ class Skeleton:
             if info is not None and info.shape != shape:
                 found, wanted = list(info.shape), list(shape)
                 raise CheckpointError(f"tensor {info.name!r} has shape {found}, config.json says {wanted}")
-
-
-def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that most of a checkpoint's bytes are stored in."""
-    sizes: dict[torch.dtype, int] = {}
-    for info in checkpoint.infos.values():
-        if info.dtype.is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    if not sizes:
-        raise CheckpointError("the checkpoint holds no floating-point tensor")
-    return max(sizes, key=lambda dtype: sizes[dtype])

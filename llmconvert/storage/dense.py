@@ -1,4 +1,4 @@
-"""Refusing checkpoints whose weights are quantized already: casting or quantizing codes would destroy them."""
+"""What dense weights are stored in; refusing those that are quantized already, which casting would destroy."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 
-__all__ = ["holds_codes", "require_dense"]
+__all__ = ["holds_codes", "main_dtype", "require_dense"]
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -67,3 +67,18 @@ def _declared(config: Mapping[str, Any]) -> str | None:
             return str(declared.get("quant_method", key)) if isinstance(declared, Mapping) else key
     nested = (_declared(value) for value in config.values() if isinstance(value, Mapping))
     return next((method for method in nested if method is not None), None)
+
+
+def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating dtype that most of a checkpoint's bytes are stored in.
+
+    Raises:
+        CheckpointError: no tensor has one.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for info in checkpoint.infos.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    if not sizes:
+        raise CheckpointError("the checkpoint holds no floating-point tensor")
+    return max(sizes, key=lambda dtype: sizes[dtype])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -191,6 +191,17 @@ class Format(Reader, Protocol):
             f"{type(self).__name__.lower()}: no reader of this format has been seen to take the experts of a mixture; "
             "use format: compressed-tensors"
         )
+
+    def check_dense_experts(self, schemes: Collection[Scheme]) -> None:
+        """Refuse schemes of other linears beside which no reader takes dense experts, each in tensors of its own.
+
+        Args:
+            schemes: of all that is quantized.
+
+        Raises:
+            UnsupportedError: with what to do instead.
+        """
+        return
 
     def check_source(self, source: Checkpoint) -> None:
         """Refuse a model that no runtime of the format has, as far as its config and names tell.

@@ -29,6 +29,7 @@ _CLASS = "Linear"
 _PATTERN = "re:"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _EXPERTS = rf"{_PATTERN}.*{_EXPERT.pattern}"
+_LAYER_OF_EXPERTS = ".experts"
 # Of a rotation: fused into the weights, so that nothing is left of it. All other places turn what the model computes.
 _FUSED = ("weight_input", "weight_output")
 
@@ -231,7 +232,7 @@ def written_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[s
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(kept),
+        "ignore": list(dict.fromkeys(_EXPERTS if name.endswith(_LAYER_OF_EXPERTS) else name for name in kept)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

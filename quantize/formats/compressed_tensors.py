@@ -9,7 +9,7 @@ tensor or block, NVFP4, MXFP4 and MXFP8 are read alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -69,6 +69,15 @@ class CompressedTensors(Format):
             raise UnsupportedError(
                 f"scheme {scheme}: transformers reads experts in symmetric integers with 16-bit activations and in "
                 "E4M3 only (w4a16-g64, w8a16-g128, fp8); what else they have would be lost there"
+            )
+
+    def check_dense_experts(self, schemes: Collection[Scheme]) -> None:
+        # transformers 5.23 looks for codes in the tensors of experts wherever a group has integers, and drops the rest.
+        others = [scheme for scheme in schemes if stored_layout(scheme) != "float-quantized"]
+        if others:
+            raise UnsupportedError(
+                f"scheme {others[0]}: transformers can't load dense experts in tensors of their own beside integers; "
+                "quantize the experts too (w4a16-g64, w8a16-g128, fp8), or give all other linears fp8"
             )
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:

@@ -94,7 +94,8 @@ def describe_edges(
     words = [f"{', '.join(edge.linears)} to {edge.producer}" for edge in edges[0]]
     if mixtures:
         shared = next((edge for found in mixtures for edge in found), None)
-        words.append("every expert's down_proj to its up_proj")
+        if all(slot.is_proportional for slots in skeleton.experts for slot in slots.values()):
+            words.append("every expert's down_proj to its up_proj")
         if shared is not None:
             seeing = ", ".join((*shared.routers, *shared.linears))
             words.append(f"all experts' gate_proj and up_proj to {shared.producer}, in powers of two, with {seeing}")
@@ -160,7 +161,7 @@ def rescale_block(
         beside = [prefix + name for name in mixture.linears]
         seen = [Target(name, run.weight(name), schemes[name]) for name in beside if name in schemes]
         slot = run.slots[prefix + mixture.experts]
-        channels = torch.arange(slot.hidden_size)
+        channels = torch.arange(slot.layout.hidden_size)
         sites = (run.site(name) for stop in run.plan.stops for name in stop.linears)
         every = ExpertTargets(slot, sites, schemes, seen)
         chosen = method.scales(ScaledEdge(every, channels, *found, binary=True), scale_dtype)
@@ -255,7 +256,7 @@ def _gather(
 ) -> list[tuple[Hessian | None, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Run all batches through the block as it is; for each edge what :class:`ScaledEdge` has of its inputs."""
     widths = {edge.linears[0]: len(edge.channels) for edge in edges}
-    widths |= {mixture.experts: run.slots[prefix + mixture.experts].hidden_size for mixture in mixtures}
+    widths |= {mixture.experts: run.slots[prefix + mixture.experts].layout.hidden_size for mixture in mixtures}
     device = next(block.parameters()).device
     per_batch = math.ceil(method.sample_tokens / batches)
     inputs = {name: _Inputs(width, device, per_batch) for name, width in widths.items()}

@@ -312,7 +312,7 @@ def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
     mixtures: tuple[tuple[MixtureEdge, ...], ...] = ()
     if isinstance(method, ScalingQuantizer):
         edges = find_edges(skeleton, blocks)
-        if any(skeleton.experts) and method.moments:
+        if method.moments and any(decisions.sites[name].kind == "expert" for name in decisions.schemes):
             mixtures = find_mixture_edges(skeleton, blocks)
         described = describe_edges(skeleton, blocks, edges, mixtures)
         inputs.context.progress.log(f"{plan.request.method}: {described}")

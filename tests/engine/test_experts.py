@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.tiny_architectures import ids
-from support.tiny_mixtures import MIXTURES, load_mixture, tiny_mixture
-from transformers import AutoConfig, AutoModelForCausalLM
+from support.tiny_mixtures import MIXTURES, WHOLE, fuse_experts, load_mixture, tiny_mixture
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from llmconvert.engine.discovery import discover
@@ -110,10 +110,15 @@ def test_what_is_installed_is_what_all_batches_meet(mixture: Mixture, mode: Mode
     stream.close()
 
 
-def _counted(read: Callable[[str], torch.Tensor], reads: list[str]) -> Callable[[str], torch.Tensor]:
-    def counted(name: str) -> torch.Tensor:
-        reads.append(name)
-        return read(name)
+Part = tuple[str, int, str]
+
+
+def _counted(
+    slot: str, read: Callable[[int, str], torch.Tensor], reads: list[Part]
+) -> Callable[[int, str], torch.Tensor]:
+    def counted(number: int, leaf: str) -> torch.Tensor:
+        reads.append((slot, number, leaf))
+        return read(number, leaf)
 
     return counted
 
@@ -121,15 +126,15 @@ def _counted(read: Callable[[str], torch.Tensor], reads: list[str]) -> Callable[
 def test_an_expert_is_read_once_and_never_beside_another(mixture: Mixture) -> None:
     skeleton = Skeleton(SafetensorsCheckpoint(mixture("qwen3_moe")), CPU)
     slots = [slot for slots in skeleton.experts for slot in slots.values()]
-    reads: list[str] = []
+    reads: list[Part] = []
     for slot in slots:
-        slot._read = _counted(slot._read, reads)
+        slot._read = _counted(slot.name, slot._read, reads)
     stream = Stream(skeleton, windows(), discover(skeleton, max(LENGTHS)), mode="replay", head=True)
     for _ in stream.blocks():
         assert sum(slot.number is not None for slot in slots) == 0
     list(stream.logits())
     stream.close()
-    assert len(reads) == len(set(reads)) <= 2 * 6 * 3
+    assert len(reads) == len(set(reads)) <= 2 * 6 * 2
 
 
 def test_the_memory_stated_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:
@@ -149,8 +154,6 @@ def test_the_memory_stated_does_not_grow_with_the_number_of_experts(tmp_path: Pa
 
 
 def test_a_missing_expert_and_a_wrong_shape_are_named(tmp_path: Path, mixture: Mixture) -> None:
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(mixture("mixtral") / "model.safetensors")
     (tmp_path / "config.json").write_bytes((mixture("mixtral") / "config.json").read_bytes())
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
@@ -164,22 +167,73 @@ def test_a_missing_expert_and_a_wrong_shape_are_named(tmp_path: Path, mixture: M
             Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
 
 
-def test_experts_in_one_tensor_stay_parts_of_their_block(tmp_path: Path) -> None:
-    settings = AutoConfig.for_model(
-        "granitemoe",
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
+@pytest.mark.parametrize("kind", WHOLE)
+def test_matrices_of_a_tensor_with_all_experts_are_sites_of_their_own(mixture: Mixture, kind: str) -> None:
+    """Oracle: what reaches them, times what a site reads, is what the resident model's experts make of it."""
+    checkpoint = SafetensorsCheckpoint(mixture(kind))
+    skeleton = Skeleton(checkpoint, CPU)
+    stream = Stream(skeleton, windows()[:1], discover(skeleton, max(LENGTHS)), mode="lockstep")
+    model = load_mixture(mixture(kind))
+    run = next(stream.blocks())
+    stops = [stop for stop in run.plan.stops if run.site(stop.linears[0]).kind == "expert"]
+    assert len(stops) == 2 * 4
+    for stop in stops:
+        (given,) = run.inputs(stop.linears[0])
+        for name in stop.linears:
+            site = run.site(name)
+            assert not site.readable and checkpoint.infos[site.tensor].shape[0] == 4
+            assert site.shape == tuple(run.weight(name).shape) and torch.equal(site.read(checkpoint), run.weight(name))
+            assert given.shape[1] == site.columns
+    # All of the tensor's numbers are in exactly one matrix of one expert.
+    experts = model.get_submodule(next(iter(skeleton.experts[0])))
+    for tensor in {run.site(stop.linears[0]).tensor for stop in stops}:
+        sites = [site for site in skeleton.sites_of(0) if site.tensor == tensor]
+        read = torch.cat([site.read(checkpoint).flatten() for site in sites])
+        assert torch.equal(read.sort().values, checkpoint[tensor].flatten().sort().values)
+    assert experts.num_experts == 4
+    stream.close()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "nemotron_h", "deepseek_v3"])
+def test_a_checkpoint_of_fused_experts_computes_what_one_of_single_ones_does(
+    mixture: Mixture, tmp_path: Path, kind: str
+) -> None:
+    single, fused = (
+        SafetensorsCheckpoint(path) for path in (mixture(kind), fuse_experts(mixture(kind), tmp_path / "fused"))
     )
-    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path)
-    skeleton = Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
-    assert not any(skeleton.experts) and all(site.kind == "linear" for site in skeleton.sites.values())
-    assert "model.layers.0.block_sparse_moe.experts.gate_up_proj" in skeleton.names
+    assert len(fused) < len(single)
+    sites, others = (Skeleton(checkpoint, CPU).sites for checkpoint in (single, fused))
+    assert sites.keys() == others.keys()
+    for site, other in zip(sites.values(), others.values(), strict=True):
+        assert torch.equal(site.read(single), other.read(fused))
+        assert other.readable
+    found, wanted = (stream_logits(checkpoint, windows(), device=CPU) for checkpoint in (fused, single))
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_one_expert_is_read_at_a_time_from_a_tensor_with_all(mixture: Mixture) -> None:
+    checkpoint = SafetensorsCheckpoint(mixture("granitemoe"))
+    read_rows, rows = checkpoint.read_rows, []
+
+    def counted(name: str, start: int, stop: int) -> torch.Tensor:
+        if len(checkpoint.infos[name].shape) == 3:
+            rows.append((name, start, stop))
+        return read_rows(name, start, stop)
+
+    checkpoint.read_rows = counted  # type: ignore[method-assign]
+    list(stream_logits(checkpoint, windows(), device=CPU))
+    assert len(rows) == len(set(rows)) == 2 * 2 * 4
+    assert all(stop == start + 1 for _, start, stop in rows)
+
+
+def test_a_tensor_with_all_experts_of_a_wrong_shape_is_named(tmp_path: Path, mixture: Mixture) -> None:
+    source = mixture("gpt_oss")
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj"
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file({**weights, name: weights[name].transpose(1, 2).contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"experts\.down_proj' has shape \[4, 64, 32\].*\[4, 32, 64\]"):
+        Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
 
 
 def test_what_would_be_merged_into_an_unknown_layout_is_refused_by_name(
@@ -188,5 +242,23 @@ def test_what_would_be_merged_into_an_unknown_layout_is_refused_by_name(
     monkeypatch.setattr(
         MixtralExperts, "has_bias", property(lambda self: True, lambda self, value: None), raising=False
     )
-    with pytest.raises(UnsupportedError, match=r"tensor '.*experts\.0\.w1\.weight' is merged .* layout that is not"):
+    with pytest.raises(UnsupportedError, match=r"tensor '.*experts\.0\.w1\.weight' is made into .* not known here"):
         Skeleton(SafetensorsCheckpoint(mixture("mixtral")), CPU)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("mixtral", True), ("nemotron_h", False), ("gpt_oss", False)])
+def test_whether_down_follows_up_neuron_by_neuron_is_tried_out(mixture: Mixture, kind: str, expected: bool) -> None:
+    slots = Skeleton(SafetensorsCheckpoint(mixture(kind)), CPU).experts
+    assert {slot.is_proportional for found in slots for slot in found.values()} == {expected}
+
+
+def test_a_limit_of_what_up_gives_is_met(mixture: Mixture) -> None:
+    (slot,) = Skeleton(SafetensorsCheckpoint(mixture("mixtral")), CPU).experts[0].values()
+
+    def limited(self: torch.nn.Module, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        gate, up = torch.nn.functional.linear(rows, self.gate_up_proj[0]).chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gate) * up.clamp(-7, 7)
+        return torch.zeros_like(rows).index_add_(0, index[:, 0], torch.nn.functional.linear(inner, self.down_proj[0]))
+
+    slot._forward = limited
+    assert not slot.is_proportional

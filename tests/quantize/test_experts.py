@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.quantize_process import start
 from support.tiny_architectures import ids
-from support.tiny_mixtures import load_mixture, tiny_mixture
+from support.tiny_mixtures import WHOLE, fuse_experts, load_mixture, tiny_mixture
 from transformers import PreTrainedModel
 
 from llmconvert.engine.discovery import discover
@@ -104,6 +104,15 @@ CASES = [
     ("ernie4_5_moe", "rtn", "w4a16-g32"),
     ("deepseek_v2", "awq", "w4a16-g16"),
     ("qwen3_moe", "smoothquant", "w8a16-g32"),
+    ("glm4_moe_lite", "rtn", "w4a16-g16"),
+    ("minimax_m2", "rtn", "w4a16-g32"),
+    ("exaone_moe", "rtn", "w4a16-g32"),
+    ("afmoe", "rtn", "w4a16-g32"),
+    ("flex_olmo", "rtn", "w4a16-g32"),
+    ("solar_open", "rtn", "w4a16-g32"),
+    ("nemotron_h", "gptq", "w4a16-g16"),
+    ("nemotron_h", "awq", "w4a16-g16"),
+    ("qwen3_5_moe_text", "hqq", "w4a16-g32"),
 ]
 
 
@@ -119,6 +128,56 @@ def test_transformers_computes_what_the_engine_does(
     with torch.no_grad():
         theirs = load_mixture(tmp_path / "out")(WINDOWS[0]).logits
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("qwen3_5_moe_text", "gptq"), ("mixtral", "rtn"), ("nemotron_h", "gptaq"), ("deepseek_v3", "hqq")],
+)
+def test_of_a_tensor_with_all_experts_comes_what_comes_of_single_ones(
+    mixture: Mixture, tmp_path: Path, kind: str, method: str
+) -> None:
+    fused = fuse_experts(mixture(kind), tmp_path / "fused")
+    artifacts = [
+        quantize(source, tmp_path / name, method=method) for source, name in ((mixture(kind), "a"), (fused, "b"))
+    ]
+    single, of_fused = ({name.rsplit("layers.", 1)[-1]: found[name] for name in found} for found in artifacts)
+    single = {name.replace("block_sparse_moe", "mlp"): value for name, value in single.items()}
+    single, of_fused = ({n: v for n, v in found.items() if n[0].isdigit()} for found in (single, of_fused))
+    assert single.keys() == of_fused.keys()
+    assert all(torch.equal(value, of_fused[name]) for name, value in single.items())
+    with torch.no_grad():
+        theirs = [load_mixture(tmp_path / name)(WINDOWS[0]).logits for name in ("a", "b")]
+    assert torch.equal(*theirs)
+    assert torch.equal(theirs[0], next(stream_logits(open_dense(artifacts[1]), WINDOWS[:1], device=CPU)))
+
+
+DENSE = [Override("*.experts.*", None)]
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_experts_that_no_reader_takes_one_by_one_are_refused_or_left_dense(
+    mixture: Mixture, tmp_path: Path, kind: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=rf"'{kind}': transformers reads .* one tensor .*match: '\*\.experts\."):
+        quantize(mixture(kind), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    artifact, source = quantize(mixture(kind), tmp_path / "out", overrides=DENSE), SafetensorsCheckpoint(mixture(kind))
+    experts = [name for name, info in source.infos.items() if len(info.shape) == 3 and "expert" in name]
+    assert all(torch.equal(artifact[name], source[name]) for name in experts)
+    assert any(name.endswith("self_attn.q_proj.weight_packed") for name in artifact)
+    ours = next(stream_logits(open_dense(artifact), WINDOWS[:1], device=CPU))
+    with torch.no_grad():
+        assert torch.equal(ours, load_mixture(tmp_path / "out")(WINDOWS[0]).logits)
+
+
+def test_dense_experts_beside_fp8(mixture: Mixture, tmp_path: Path) -> None:
+    artifact = quantize(mixture("qwen3_moe"), tmp_path / "out", "fp8", method="rtn", overrides=DENSE)
+    assert "model.layers.0.mlp.experts.0.up_proj.weight" in artifact
+    assert len(artifact.config["quantization_config"]["ignore"]) == 4  # experts, two routers, the head
+    ours = next(stream_logits(open_dense(artifact), WINDOWS[:1], device=CPU))
+    with torch.no_grad():
+        assert torch.equal(ours, load_mixture(tmp_path / "out")(WINDOWS[0]).logits)
 
 
 @pytest.mark.parametrize(("rest", "attention"), [("w4a16-g16", "w8a16-g16"), ("w4a16-g16", None)])
@@ -157,7 +216,7 @@ def test_lockstep_and_replay_give_the_same_bytes(mixture: Mixture, tmp_path: Pat
         ({"scheme": "w8a8"}, "transformers reads experts in symmetric integers"),
         ({"format": "gptq"}, "no reader of this format .* use format: compressed-tensors"),
         ({"overrides": [Override("*.experts.1.*", None)]}, "experts get different schemes"),
-        ({"overrides": [Override("*.experts.*", None)]}, "the overrides leave all experts dense"),
+        ({"overrides": [Override("*.experts.*", None)]}, "can't load dense experts in tensors of their own beside"),
     ],
 )
 def test_what_no_reader_has_is_refused(mixture: Mixture, tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from support.tiny_architectures import VOCABULARY
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-__all__ = ["MIXTURES", "load_mixture", "tiny_mixture"]
+__all__ = ["MIXTURES", "WHOLE", "fuse_experts", "load_mixture", "tiny_mixture"]
 
 _BASE: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -51,6 +52,8 @@ _GROUPED_ROUTING: Mapping[str, Any] = {
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
 }
+
+_SIGMOID: Mapping[str, Any] = {**_GROUPED_ROUTING, "num_experts": 6}
 
 #: Model type → what its config has beside the sizes that all share.
 MIXTURES: Mapping[str, Mapping[str, Any]] = {
@@ -95,19 +98,117 @@ MIXTURES: Mapping[str, Mapping[str, Any]] = {
         "num_dense_layers": 1,
         "layer_types": ["conv", "full_attention"],
     },
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+    "glm4_moe_lite": {**_DEEPSEEK, "head_dim": 16},
+    "exaone_moe": {**_SIGMOID, "layer_types": ["full_attention"] * 2},
+    "afmoe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "solar_open": _SIGMOID,
+    "jamba": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "expert_layer_offset": 0,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "mamba_d_state": 16,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    # No gate, and sums of what experts give in float32.
+    "nemotron_h": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 64,
+        "n_group": 1,
+        "topk_group": 1,
+        "layers_block_type": ["attention", "moe"],
+        "num_hidden_layers": None,
+    },
+    # Experts in one tensor.
+    "qwen3_5_moe_text": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "granitemoehybrid": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "shared_intermediate_size": 64,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
+    "granitemoeshared": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "shared_intermediate_size": 64,
+    },
+    "gemma4_text": {
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "global_head_dim": 16,
+        "num_kv_shared_layers": 0,
+    },
+    # Transposed; gpt-oss with biases, and with gate and up in turns.
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
+#: Those whose checkpoints hold a layer's experts in one tensor, and that transformers knows no other way to read.
+WHOLE = ("granitemoe", "granitemoehybrid", "granitemoeshared", "gemma4_text", "aria_text", "gpt_oss")
 
 
 def tiny_mixture(directory: Path, kind: str, **config: Any) -> Path:
     """Save a mixture in bfloat16; ``config`` overrides its settings."""
     torch.manual_seed(0)
-    settings = AutoConfig.for_model(kind, **{**_BASE, **MIXTURES[kind], **config})
-    AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).save_pretrained(directory)
+    given = {**_BASE, **MIXTURES[kind], **config}
+    settings = AutoConfig.for_model(kind, **{name: value for name, value in given.items() if value is not None})
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if len(parameter.unique()) == 1:  # norms and biases, by which nothing could be told apart
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(directory)
+    return directory
+
+
+def fuse_experts(source: Path, directory: Path) -> Path:
+    """Save a mixture as its class holds it: a layer's experts in one tensor for each of their parameters."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    states = model.state_dict()
+    stored = {name: states[name].contiguous() for name in states if name not in model.all_tied_weights_keys}
+    directory.mkdir()
+    (directory / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file(stored, directory / "model.safetensors")
     return directory
 
 
 def load_mixture(directory: Path, **options: Any) -> PreTrainedModel:
     """The resident model with transformers' eager experts, which the engine has to equal."""
+    if AutoConfig.from_pretrained(directory).model_type == "gpt_oss":  # whose attention has no other implementation
+        options = {"attn_implementation": "eager", **options}
     return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, experts_implementation="eager", attn_implementation="sdpa", **options
+        directory, dtype=torch.bfloat16, experts_implementation="eager", **{"attn_implementation": "sdpa", **options}
     ).eval()

@@ -1,84 +1,123 @@
-"""Mixtures of experts: where a model's class holds them, and which tensors of a checkpoint they are.
+"""Mixtures of experts: which modules of a class hold the experts of a layer, and where each matrix lies in them.
 
-transformers 5 holds the experts of a layer in two three-dimensional parameters, ``experts.gate_up_proj [E, 2I, H]`` and
-``experts.down_proj [E, H, I]``; checkpoints hold three matrices per expert under each family's own names. Its table of
-conversions says which of them become rows of which parameter.
+transformers 5 holds the experts of a layer in parameters of three dimensions. Most classes have ``gate_up_proj
+[E, 2I, H]`` and ``down_proj [E, H, I]``; others hold them transposed, the gate's and up's outputs in turns, with
+biases, or without a gate. What a class says of itself where it is made (``use_experts_implementation``), or what is
+known here of classes that say nothing, becomes one description.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
-from llmconvert.errors import UnsupportedError
+__all__ = ["ExpertsLayout", "Matrix", "expert_parameter", "find_experts"]
 
-__all__ = ["PROJECTIONS", "expert_parameter", "expert_sizes", "expert_weight", "find_experts"]
-
-#: What an expert's matrices are called here, whatever the checkpoint calls them.
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-_FUSED: Mapping[str, Sequence[str]] = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-_NUMBER = re.compile(r"(?:^|\.)experts\.(\d+)\.")
-# What a class says of itself (``use_experts_implementation``): a gate, no biases, ``[E, 2I, H]`` with the gate first.
-_PLAIN: Mapping[str, bool] = {
-    "has_gate": True,
-    "has_bias": False,
-    "has_post_expert_norm": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-}
+_GATE, _UP, _DOWN = "gate_proj", "up_proj", "down_proj"
+_FUSED = "gate_up_proj"
+# What a class says of itself.
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
-def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that hold the experts of a layer each, by name, as far as their layout is known here.
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One matrix of an expert, as a part of what a parameter holds of that expert.
 
-    Others are parts of their block like any module.
+    Attributes:
+        leaf: the parameter, by its name in the module of the experts.
+        rows: outputs.
+        columns: inputs.
+        outputs: which of the parameter's outputs they are.
+        transposed: whether the parameter holds inputs by outputs.
+    """
+
+    leaf: str
+    rows: int
+    columns: int
+    outputs: slice
+    transposed: bool
+
+    def of(self, part: torch.Tensor) -> torch.Tensor:
+        """The matrix ``[rows, columns]`` in one expert's part of the parameter, whose memory it shares."""
+        matrix = part.reshape(part.shape[-2:])
+        return (matrix.T if self.transposed else matrix)[self.outputs]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsLayout:
+    """How a module holds the experts of a layer.
+
+    Attributes:
+        count: how many there are.
+        inner_size: neurons of each.
+        hidden_size: width of its inputs.
+        parts: what a parameter has of one expert, by name: the shape of as many of its first rows.
+        matrices: gate, up and down, or up and down, by :data:`their names here <llmconvert.engine.sites.Site>`, in the
+            order in which a token meets them.
+        counters: attributes of the module with the number of experts.
+    """
+
+    count: int
+    inner_size: int
+    hidden_size: int
+    parts: Mapping[str, tuple[int, ...]]
+    matrices: Mapping[str, Matrix]
+    counters: tuple[str, ...] = ("num_experts",)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ExpertsLayout | None:
+        """Of a module of a class that is known; None for any other."""
+        flags: list[Any] = [getattr(module, flag, None) for flag in _FLAGS]
+        shapes = {leaf: tuple(value.shape) for leaf, value in module.named_parameters(recurse=False)}
+        count: Any = getattr(module, "num_experts", None)
+        if None in flags or not isinstance(count, int):
+            return None
+        has_gate, has_bias, transposed, concatenated = flags
+        first = _FUSED if has_gate else _UP
+        matrices = {first, _DOWN}
+        biases = {f"{leaf}_bias" for leaf in matrices} if has_bias else set()
+        if set(shapes) != matrices | biases or any(shape[:1] != (count,) for shape in shapes.values()):
+            return None
+        if any(len(shapes[leaf]) != 3 for leaf in matrices):
+            return None
+        inputs, outputs = shapes[first][1:] if transposed else shapes[first][:0:-1]
+        inner = outputs // 2 if has_gate else outputs
+        gates = {_UP: slice(None)}
+        if has_gate and concatenated:
+            gates = {_GATE: slice(0, inner), _UP: slice(inner, None)}
+        elif has_gate:
+            gates = {_GATE: slice(0, None, 2), _UP: slice(1, None, 2)}
+        found = {name: Matrix(first, inner, inputs, part, transposed) for name, part in gates.items()}
+        found[_DOWN] = Matrix(_DOWN, inputs, inner, slice(None), transposed)
+        parts = {leaf: (1, *shape[1:]) for leaf, shape in shapes.items()}
+        return cls(count, inner, inputs, parts, found)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers an expert has."""
+        return sum(torch.Size(shape).numel() for shape in self.parts.values())
+
+    def stops(self) -> tuple[tuple[str, ...], ...]:
+        """The matrices that share an input, in the order in which a token meets them."""
+        before = tuple(name for name in self.matrices if name != _DOWN)
+        return before, (_DOWN,)
+
+
+def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertsLayout]]:
+    """The modules that hold the experts of a layer each, by name.
+
+    Those of classes that are not known are parts of their block like any module.
     """
     for name, module in model.named_modules():
-        shapes = {leaf: value.dim() for leaf, value in module.named_parameters(recurse=False)}
-        if shapes.get("gate_up_proj") != 3 or shapes.get("down_proj") != 3:
-            continue
-        others = [leaf for leaf in shapes if leaf not in _FUSED]
-        plain = all(getattr(module, flag, None) is wanted for flag, wanted in _PLAIN.items())
-        if plain and not others and hasattr(module, "num_experts"):
-            yield name, module
-
-
-def expert_sizes(experts: nn.Module) -> tuple[int, int, int]:
-    """How many experts a module of :func:`find_experts` holds, the neurons of each, and the width of its inputs."""
-    fused = experts.get_parameter("gate_up_proj")
-    return len(fused), fused.shape[1] // 2, fused.shape[2]
+        layout = ExpertsLayout.of(module)
+        if layout is not None:
+            yield name, module, layout
 
 
 def expert_parameter(experts: str, number: int, projection: str) -> str:
     """What one matrix of one expert is called here, as if it were the weight of a linear of its own."""
     return f"{experts}.{number}.{projection}.weight"
-
-
-def expert_weight(model: PreTrainedModel, name: str, fused: str, pattern: str, conversion: WeightConverter) -> str:
-    """The matrix of an expert that a tensor of a checkpoint is, under the name of :func:`expert_parameter`.
-
-    Args:
-        model: for errors.
-        name: of the tensor.
-        fused: the parameter that transformers merges it into.
-        pattern: the one of the conversion's source patterns that the tensor has.
-        conversion: what does so.
-
-    Raises:
-        UnsupportedError: transformers does something else with it.
-    """
-    experts, _, leaf = fused.rpartition(".")
-    number, sources = _NUMBER.search(name), list(conversion.source_patterns)
-    kinds = {type(operation) for operation in conversion.operations}
-    if number is None or len(sources) != len(_FUSED.get(leaf, ())) or not kinds <= {MergeModulelist, Concatenate}:
-        raise UnsupportedError(
-            f"{type(model).__name__}: transformers merges tensor {name!r} into {fused!r} in a way that is not known "
-            "here; checkpoints that can be read hold either what the class holds, or a gate, an up and a down matrix "
-            "per expert"
-        )
-    return expert_parameter(experts, int(number[1]), _FUSED[leaf][sources.index(pattern)])

@@ -7,23 +7,22 @@ matrices get names of their own. Results are always written under checkpoint nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
-import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from llmconvert.engine.architecture.experts import (
-    PROJECTIONS,
-    expert_parameter,
-    expert_sizes,
-    expert_weight,
-    find_experts,
+from llmconvert.engine.architecture.expert_storage import (
+    Conversions,
+    StoredExperts,
+    WholeTensor,
+    expert_matrix,
+    is_whole,
 )
+from llmconvert.engine.architecture.experts import ExpertsLayout, expert_parameter, find_experts
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["map_names"]
+__all__ = ["map_names", "stored_experts"]
 
 
 def map_names(
@@ -31,7 +30,8 @@ def map_names(
 ) -> Mapping[str, str]:
     """Module parameter name → checkpoint tensor name, for every state of ``model`` that the checkpoint holds.
 
-    In the place of the parameters that hold all experts of a layer stand the matrices of each, under the names of
+    Where the checkpoint has a tensor for each matrix of each expert, these stand in the place of the parameters that
+    hold all experts of a layer, under the names of
     :func:`~llmconvert.engine.architecture.experts.expert_parameter`.
 
     Args:
@@ -44,21 +44,24 @@ def map_names(
         UnsupportedError: transformers would merge or split tensors of this checkpoint in a way that is not known.
         CheckpointError: two tensors claim one parameter, or a needed parameter has no tensor.
     """
-    states = model.state_dict()
-    renamed = list(_renamed(model, checkpoint_names))
-    wanted = _one_by_one(model, states, {target for _, target, conversion in renamed if conversion is None})
+    conversions = Conversions(model)
+    loaded = [(name, *conversions.target(name)) for name in checkpoint_names]
+    layouts = {name: layout for name, _, layout in find_experts(model)}
+    held = {f"{name}.{matrix.leaf}": name for name, layout in layouts.items() for matrix in layout.matrices.values()}
+    whole = {target for _, target, conversion in loaded if target in held and is_whole(conversion)}
+    wanted = _one_by_one(model.state_dict(), layouts, held, whole)
     mapping: dict[str, str] = {}
-    for name, target, conversion in renamed:
-        if conversion is not None:
+    for name, target, conversion in loaded:
+        if conversion is not None and target not in whole:
             if not needed(target):
                 continue
-            target = expert_weight(model, name, target, *conversion)
-            if target not in wanted:
+            if target not in held:
                 raise UnsupportedError(
-                    f"{type(model).__name__}: tensor {name!r} is merged with others when transformers loads it, "
-                    "into experts of a layout that is not known here; mixtures that can be run have a gate, an up and "
-                    "a down matrix per expert, without biases (Mixtral, Qwen-MoE, DeepSeek, OLMoE, …)"
+                    f"{type(model).__name__}: tensor {name!r} is made into {target!r} when transformers loads it, in a "
+                    "way that is not known here; of what is merged, known are the experts of classes that say how "
+                    "they hold them"
                 )
+            target = expert_matrix(model, name, target, held[target], layouts[held[target]], conversion)
         if target not in wanted:
             continue
         if target in mapping:
@@ -75,32 +78,59 @@ def map_names(
     return mapping
 
 
-def _renamed(
-    model: PreTrainedModel, checkpoint_names: Iterable[str]
-) -> Iterator[tuple[str, str, tuple[str, WeightConverter] | None]]:
-    """Each tensor's name, the one that transformers loads it under, and how it is merged with others there, if it is.
+def stored_experts(
+    model: PreTrainedModel, checkpoint: Checkpoint, names: Mapping[str, str]
+) -> Mapping[str, StoredExperts]:
+    """Where a checkpoint has the experts of each layer, by the names of their modules.
 
-    That is the conversion, and the one of its source patterns that the tensor has.
+    Args:
+        model: what runtimes load, and read artifacts with.
+        checkpoint: whose headers are looked at.
+        names: of :func:`map_names`.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the config asks for.
+        UnsupportedError: it is turned around in a way that is not known here.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
-    converters = [item for item in transforms if isinstance(item, WeightConverter)]
-    states: dict[str, torch.Tensor] = model.state_dict()
-    for name in checkpoint_names:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, states)
-        found = next((item for item in converters if pattern in item.source_patterns), None)
-        yield name, target, None if pattern is None or found is None else (pattern, found)
+    modules = list(find_experts(model))
+    if not modules:
+        return {}
+    conversions = Conversions(model)
+    found: dict[str, StoredExperts] = {}
+    for name, module, layout in modules:
+        first = next(iter(layout.matrices))
+        if f"{name}.{layout.matrices[first].leaf}" not in names and expert_parameter(name, 0, first) not in names:
+            continue  # nothing needs them
+        whole: dict[str, WholeTensor] = {}
+        written: dict[str, str] = {}
+        for leaf in layout.parts:
+            tensor = names.get(f"{name}.{leaf}")
+            if tensor is None:
+                continue
+            shape = tuple(module.get_parameter(leaf).shape)
+            target, conversion = conversions.target(tensor)
+            whole[leaf] = WholeTensor.of(checkpoint.infos[tensor], shape, layout.count, conversion)
+            matrices = [projection for projection, matrix in layout.matrices.items() if matrix.leaf == leaf]
+            each = conversions.one_by_one(target, tensor)
+            if len(each) == len(matrices):
+                paired = zip(matrices, each, strict=True)
+                written |= {projection: other.removesuffix(".weight") for projection, other in paired}
+        complete = set(written) == {key for key, matrix in layout.matrices.items() if matrix.leaf in whole}
+        found[name] = StoredExperts(name, layout, names, whole, written if complete else {})
+    return found
 
 
-def _one_by_one(model: PreTrainedModel, states: Iterable[str], stored: Collection[str]) -> dict[str, None]:
-    """The states of a model, the matrices of its experts in the place of what holds them together and is not stored."""
-    experts = {name: module for name, module in find_experts(model) if f"{name}.gate_up_proj" not in stored}
+def _one_by_one(
+    states: Iterable[str], layouts: Mapping[str, ExpertsLayout], held: Mapping[str, str], whole: Collection[str]
+) -> dict[str, None]:
+    """The states of a model, each matrix of its experts in the place of what holds them together and is not stored."""
     wanted: dict[str, None] = {}
     for name in states:
-        owner = name.rpartition(".")[0]
-        if owner not in experts:
+        if name not in held or name in whole:
             wanted[name] = None
             continue
-        for number in range(expert_sizes(experts[owner])[0]):
-            wanted |= dict.fromkeys(expert_parameter(owner, number, part) for part in PROJECTIONS)
+        layout, leaf = layouts[held[name]], name.removeprefix(f"{held[name]}.")
+        matrices = [projection for projection, matrix in layout.matrices.items() if matrix.leaf == leaf]
+        for number in range(layout.count):
+            wanted |= dict.fromkeys(expert_parameter(held[name], number, part) for part in matrices)
     return wanted

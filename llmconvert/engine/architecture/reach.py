@@ -109,7 +109,9 @@ def _unlogged() -> Iterator[None]:
 def _trace(model: PreTrainedModel, kind: str) -> frozenset[str]:
     """The modules that token ids reach, by name: what is called, what an operator reads from, and what holds such."""
     fix_frequencies(model)
-    for name, experts in list(find_experts(model)):
+    parts: set[str] = set()
+    for name, experts, _ in list(find_experts(model)):
+        parts |= {f"{name}.{part}" for part, _ in experts.named_modules() if part}
         model.set_submodule(name, _Experts(experts))
     reached: set[str] = set()
     with on_shapes(model, torch.device("cpu")):
@@ -123,7 +125,7 @@ def _trace(model: PreTrainedModel, kind: str) -> frozenset[str]:
             model(input_ids=ids, use_cache=False)
     parents = {name[:end] for name in reached for end, letter in enumerate(name) if letter == "."}
     inside = {name for name, module in model.named_modules() if isinstance(module, _Experts)}
-    return frozenset(reached | parents) | inside
+    return frozenset(reached | parents | parts) | inside
 
 
 class _Experts(nn.Module):

@@ -103,7 +103,8 @@ def test_a_tied_head_that_is_stored_again_is_no_conflict(tmp_path: Path) -> None
 
 
 def test_only_names_are_looked_at(tiny: Tiny) -> None:
+    config = Skeleton(SafetensorsCheckpoint(tiny("llama")), CPU).model.config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(Skeleton(SafetensorsCheckpoint(tiny("llama")), CPU).model.config)
+        model = AutoModelForCausalLM.from_config(config)
     names = list(SafetensorsCheckpoint(tiny("llama")))
     assert dict(map_names(model, names)) == {name: name for name in names}

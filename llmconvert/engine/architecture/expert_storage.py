@@ -1,0 +1,244 @@
+"""Where a checkpoint has the experts of a layer: a matrix each, or all of them in one tensor; and what artifacts have.
+
+transformers' table of conversions says which matrices become rows of which parameter while it loads. What is stored
+whole is read one expert at a time. Artifacts hold one matrix each, where that table has a way back from them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+from llmconvert.engine.architecture.experts import ExpertsLayout, expert_parameter
+from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
+
+__all__ = ["Conversion", "Conversions", "StoredExperts", "WholeTensor", "expert_matrix", "is_whole"]
+
+_NUMBER = re.compile(r"(?:^|\.)experts\.(\d+)\.")
+_EACH = ".*."
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """How transformers makes a parameter of a tensor and maybe others.
+
+    Attributes:
+        converter: of its table.
+        pattern: the one of the converter's source patterns that the tensor has.
+    """
+
+    converter: WeightConverter
+    pattern: str
+
+    @property
+    def kinds(self) -> set[type]:
+        """Of the operations that it takes."""
+        return {type(operation) for operation in self.converter.operations}
+
+
+class Conversions:
+    """transformers' table for a model.
+
+    Args:
+        model: on any device; only names are looked at.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
+        self._prefix = model.base_model_prefix
+        self._states: dict[str, torch.Tensor] = model.state_dict()
+        self.converters = [item for item in transforms if isinstance(item, WeightConverter)]
+
+    def target(self, name: str) -> tuple[str, Conversion | None]:
+        """The parameter that a tensor is loaded into, and how, if not as it is."""
+        target, pattern = rename_source_key(name, self._renamings, self.converters, self._prefix, self._states)
+        found = next((item for item in self.converters if pattern in item.source_patterns), None)
+        return target, None if pattern is None or found is None else Conversion(found, pattern)
+
+    def one_by_one(self, parameter: str, tensor: str) -> tuple[str, ...]:
+        """Names of one matrix each, with ``*`` for its expert, that become a parameter of a layer's experts.
+
+        Args:
+            parameter: of the model.
+            tensor: what a checkpoint calls it, as whose neighbours they are named.
+
+        Returns:
+            In the order in which their rows are put together; empty if there are none that transformers would take.
+        """
+        for converter in self.converters:
+            sources, target = converter._original_source_patterns, converter.target_patterns[0]
+            kinds = Conversion(converter, sources[0]).kinds
+            named = all(_EACH in source and source.endswith(_WEIGHT) for source in sources)
+            if not named or not kinds <= {MergeModulelist, Concatenate} or not parameter.endswith(target):
+                continue
+            stem = (tensor if tensor.endswith(target) else parameter).removesuffix(target)
+            names = tuple(stem + source.replace("\\", "") for source in sources)
+            found = [self.target(name.replace("*", "0")) for name in names]
+            if all(back == parameter and how is not None and how.converter is converter for back, how in found):
+                return names
+        return ()
+
+
+def is_whole(conversion: Conversion | None) -> bool:
+    """Whether a tensor holds a parameter of all experts of a layer, as it is or turned around."""
+    if conversion is None:
+        return True
+    return len(conversion.converter.source_patterns) == 1 and conversion.kinds <= {Transpose, Interleave}
+
+
+def expert_matrix(
+    model: PreTrainedModel, name: str, parameter: str, experts: str, layout: ExpertsLayout, conversion: Conversion
+) -> str:
+    """The matrix of an expert that a tensor is, under the name of
+    :func:`~llmconvert.engine.architecture.experts.expert_parameter`.
+
+    Args:
+        model: for errors.
+        name: of the tensor.
+        parameter: what transformers merges it into.
+        experts: the module that has the parameter.
+        layout: of it.
+        conversion: how it does so.
+
+    Raises:
+        UnsupportedError: in a way that is not known here.
+    """
+    leaf = parameter.removeprefix(f"{experts}.")
+    number, sources = _NUMBER.search(name), list(conversion.converter.source_patterns)
+    projections = [projection for projection, matrix in layout.matrices.items() if matrix.leaf == leaf]
+    known = conversion.kinds <= {MergeModulelist, Concatenate} and not any(
+        layout.matrices[projection].transposed for projection in projections
+    )
+    if number is None or len(sources) != len(projections) or not known:
+        raise UnsupportedError(
+            f"{type(model).__name__}: transformers merges tensor {name!r} into {parameter!r} in a way that is not "
+            "known here; checkpoints that can be read hold either what the class holds, or each matrix of each expert"
+        )
+    return expert_parameter(experts, int(number[1]), projections[sources.index(conversion.pattern)])
+
+
+@dataclass(frozen=True, slots=True)
+class WholeTensor:
+    """A tensor with a parameter of all experts of a layer, whose first dimension goes through them.
+
+    Attributes:
+        name: in the checkpoint.
+        count: of experts.
+        turned: whether the other two dimensions are stored the other way round.
+        in_turns: whether the first of them has two halves in turns that the class has one behind the other.
+    """
+
+    name: str
+    count: int
+    turned: bool = False
+    in_turns: bool = False
+
+    @classmethod
+    def of(cls, info: TensorInfo, shape: tuple[int, ...], count: int, conversion: Conversion | None) -> WholeTensor:
+        """See :func:`is_whole`.
+
+        Args:
+            info: of the tensor.
+            shape: of the parameter.
+            count: of experts.
+            conversion: how it is loaded, if not as it is.
+
+        Raises:
+            CheckpointError: the tensor has another shape than the config asks for.
+            UnsupportedError: it is turned around in a way that is not known here.
+        """
+        operations: Sequence[Any] = [] if conversion is None else conversion.converter.operations
+        turned = in_turns = False
+        for operation in operations:
+            alone = len(operations) == 1
+            if alone and isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {1, 2}:
+                turned = not (operation.check_dims and info.shape == shape)
+            elif alone and isinstance(operation, Interleave) and operation.dim == 1 and not operation.inverse:
+                in_turns = True
+            else:
+                raise UnsupportedError(
+                    f"tensor {info.name!r}: transformers turns it around ({type(operation).__name__}) in a way that is "
+                    "not known here"
+                )
+        stored = (shape[0], shape[2], shape[1]) if turned else shape
+        if info.shape != stored:
+            raise CheckpointError(f"tensor {info.name!r} has shape {list(info.shape)}, config.json says {list(stored)}")
+        return cls(info.name, count, turned, in_turns)
+
+    def read(self, checkpoint: Checkpoint, number: int) -> torch.Tensor:
+        """What it has of one expert, with as many rows in front as that takes, in memory of the caller's own."""
+        rows = checkpoint.infos[self.name].shape[0] // self.count
+        part = checkpoint.read_rows(self.name, number * rows, (number + 1) * rows)
+        if self.turned:
+            part = part.transpose(1, 2).contiguous()
+        if self.in_turns:
+            part = torch.cat([part[:, ::2], part[:, 1::2]], dim=1)
+        return part
+
+
+@dataclass(frozen=True, slots=True)
+class StoredExperts:
+    """The experts of a layer in a checkpoint, and in artifacts that are made of it.
+
+    Attributes:
+        name: of their module in the model.
+        layout: of that module.
+        names: parameters of the model → tensors of the checkpoint.
+        whole: parameters of the module that the checkpoint has in one tensor, by their names in it.
+        written: matrix → what artifacts call it, without ``.weight`` and with ``*`` for the expert, where transformers
+            reads experts so; empty where it does not.
+    """
+
+    name: str
+    layout: ExpertsLayout
+    names: Mapping[str, str]
+    whole: Mapping[str, WholeTensor]
+    written: Mapping[str, str]
+
+    def tensor(self, number: int, projection: str) -> str:
+        """The tensor that holds a matrix, by itself or with others."""
+        whole = self.whole.get(self.layout.matrices[projection].leaf)
+        return whole.name if whole is not None else self.names[expert_parameter(self.name, number, projection)]
+
+    def artifact_name(self, number: int, projection: str) -> str | None:
+        """What an artifact calls a matrix, without ``.weight``; None where no reader would take it."""
+        if self.layout.matrices[projection].leaf not in self.whole:
+            return self.tensor(number, projection).removesuffix(_WEIGHT)
+        return self.written[projection].replace("*", str(number)) if projection in self.written else None
+
+    def read(self, checkpoint: Checkpoint, number: int, leaf: str, dtype: torch.dtype) -> torch.Tensor:
+        """What a parameter of the module has of one expert (:attr:`ExpertsLayout.parts`), in CPU memory."""
+        if leaf in self.whole:
+            return self.whole[leaf].read(checkpoint, number).to(dtype)
+        part = torch.empty(self.layout.parts[leaf], dtype=dtype)
+        for projection, matrix in self.layout.matrices.items():
+            if matrix.leaf == leaf:
+                matrix.of(part).copy_(checkpoint[self.tensor(number, projection)])
+        return part
+
+    def read_matrix(self, checkpoint: Checkpoint, number: int, projection: str) -> torch.Tensor:
+        """One matrix ``[rows, columns]``, in CPU memory of the caller's own."""
+        matrix = self.layout.matrices[projection]
+        if matrix.leaf in self.whole:
+            return matrix.of(self.whole[matrix.leaf].read(checkpoint, number)).clone(
+                memory_format=torch.contiguous_format
+            )
+        return checkpoint[self.tensor(number, projection)]
