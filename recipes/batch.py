@@ -1,4 +1,4 @@
-"""Several recipes one after the other, sharing downloads and stages; one that fails doesn't stop the others."""
+"""Several recipes and sweeps one after the other, sharing downloads and stages; one that fails doesn't stop others."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.runner import RunResult, run_recipe
 from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.sweep.expand import Sweep, load_sweep
+from llmconvert.recipes.sweep.job import SweepResult, run_sweep
 from llmconvert.storage.stages import StageStore
 
 __all__ = ["Outcome", "run_batch"]
@@ -28,12 +30,14 @@ class Outcome:
         result: what was made; None if it failed.
         failure: why it failed; None if it didn't.
         seconds: wall-clock time.
+        sweep: what the variants of one recipe made together; None of a recipe by itself.
     """
 
     recipe: str
     result: RunResult | None
     failure: Exception | None
     seconds: float
+    sweep: SweepResult | None = None
 
     @property
     def exit_code(self) -> int:
@@ -85,7 +89,12 @@ def run_batch(
                 directory = Path(work_dir or loaded.work_dir).absolute()
                 if directory not in stores:
                     stores[directory] = stack.enter_context(StageStore(directory, progress=progress))
-                result = run_recipe(loaded, store=stores[directory], fresh=fresh, publish=publish, progress=progress)
+                store = stores[directory]
+                if isinstance(loaded, Sweep):
+                    swept = run_sweep(loaded, store=store, fresh=fresh, publish=publish, progress=progress)
+                    outcomes += _variants(name, swept)
+                    continue
+                result = run_recipe(loaded, store=store, fresh=fresh, publish=publish, progress=progress)
             except RunInterruptedError:
                 raise
             except LlmconvertError as error:
@@ -100,8 +109,17 @@ def run_batch(
     return outcomes
 
 
-def _attempt_load(name: str, overrides: Sequence[str]) -> Recipe | LlmconvertError:
+def _variants(recipe: str, swept: SweepResult) -> list[Outcome]:
+    """How each variant of a sweep ended."""
+    names = [variant.name for variant in swept.sweep.variants]
+    return [
+        Outcome(f"{recipe}: {name}", swept.results.get(name), swept.failures.get(name), swept.seconds[name], swept)
+        for name in names
+    ]
+
+
+def _attempt_load(name: str, overrides: Sequence[str]) -> Recipe | Sweep | LlmconvertError:
     try:
-        return load_recipe(name, overrides)
+        return load_sweep(name, overrides) or load_recipe(name, overrides)
     except LlmconvertError as error:
         return error

@@ -11,6 +11,7 @@ from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.base import Feature, Format, load_format
 from llmconvert.quantize.matrix import check_format, check_method
 from llmconvert.quantize.methods.base import ScalingQuantizer, load_method
+from llmconvert.quantize.passes.original import can_share
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.recipes.consistency import KeyPath, repair_refusal
 from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
@@ -44,6 +45,12 @@ def incompatibilities(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             yield path, f"{'.'.join(map(str, path))}: {error}"
     if isinstance(method, ScalingQuantizer) and recipe.validation is not None and recipe.validation.repair is not None:
         yield ("validate", "repair"), repair_refusal(settings.method)
+    calibrate = recipe.calibrate
+    if calibrate is not None and calibrate.statistics == "original" and not can_share(method):
+        yield (
+            ("calibrate", "statistics"),
+            f"calibrate.statistics: {settings.method} sees more than moments of the original's activations; leave it out",
+        )
     yield from _asymmetric_mixture(recipe)
 
 

@@ -22,7 +22,7 @@ from llmconvert.recipes.shipped import shipped_recipes
 from llmconvert.recipes.unused import unused
 from llmconvert.text.files import local_path, read_text
 
-__all__ = ["load_recipe", "make_recipe", "parse_recipe", "read_override"]
+__all__ = ["assign", "load_recipe", "load_values", "make_recipe", "parse_recipe", "read_override"]
 
 # Bytes of a recipe, and keys that YAML's merging may add to one; those that people write are a hundredth of both.
 _LONGEST = 1 << 20
@@ -43,11 +43,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file does not exist or is no YAML mapping, or a key or value is wrong.
     """
     path = _find(source)
-    try:
-        text = read_text(path, _LONGEST)
-    except ValueError as error:
-        raise RecipeError(f"recipe {path}: {error}") from error
-    return parse_recipe(text, str(source), overrides=overrides, name=path.stem)
+    return parse_recipe(_text_of(path), str(source), overrides=overrides, name=path.stem)
 
 
 def _find(source: str | Path) -> Path:
@@ -69,6 +65,35 @@ def parse_recipe(text: str, where: str, *, overrides: Sequence[str] = (), name: 
     Raises:
         RecipeError: one line per problem, each with the key's path, its line, and the nearest valid key.
     """
+    values, lines, problems = _read_values(text, where, overrides)
+    settings = tuple((override, read_override(override)[0]) for override in overrides)
+    return _validated({"name": name, **values}, Origin(where, lines, settings), problems)
+
+
+def load_values(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe file says, as plain values with a name, before any of them is checked; see :func:`load_recipe`.
+
+    Raises:
+        RecipeError: the file does not exist or is no YAML mapping, or a key is given twice.
+    """
+    path = _find(source)
+    values, _, problems = _read_values(_text_of(path), str(source), overrides)
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return {"name": path.stem, **values}
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return read_text(path, _LONGEST)
+    except ValueError as error:
+        raise RecipeError(f"recipe {path}: {error}") from error
+
+
+def _read_values(
+    text: str, where: str, overrides: Sequence[str]
+) -> tuple[dict[str, Any], dict[KeyPath, int], list[str]]:
+    """The plain values of a recipe, the lines of its keys, and what is wrong with these."""
     node, values = _read_yaml(text, where)
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: expected keys and values (model: …), found {_describe(values)}")
@@ -76,13 +101,9 @@ def parse_recipe(text: str, where: str, *, overrides: Sequence[str] = (), name: 
     problems = [f"{where}, line {line}: key {_dotted(path)} is given twice" for path, line in _keys(node, lines, set())]
     for override in overrides:
         key = read_override(override)
-        _assign(values, *key)
+        assign(values, *key)
         lines = {path: line for path, line in lines.items() if path[: len(key[0])] != key[0]}
-    return _validated(
-        {"name": name, **values},
-        Origin(where, lines, tuple((text, read_override(text)[0]) for text in overrides)),
-        problems,
-    )
+    return values, lines, problems
 
 
 def _read_yaml(text: str, where: str) -> tuple[yaml.Node | None, Any]:
@@ -127,28 +148,38 @@ def _merged(node: Any, known: dict[int, int]) -> int:
 
 
 def make_recipe(
-    values: Mapping[str, Any], where: str = "recipe", *, options: Mapping[KeyPath, str] | None = None
+    values: Mapping[str, Any],
+    where: str = "recipe",
+    *,
+    options: Mapping[KeyPath, str] | None = None,
+    unread: dict[KeyPath, str] | None = None,
 ) -> Recipe:
     """The recipe that plain values describe.
 
     Args:
         where: what they come from, for errors.
         options: key path → the command's option for it, given or not.
+        unread: is given the settings that nothing would use, with the reasons; without it they are problems.
 
     Raises:
         RecipeError: one line per problem, each with the key's path, and the option where there is one.
     """
-    return _validated(dict(values), Origin(where, options=options or {}), [])
+    return _validated(dict(values), Origin(where, options=options or {}), [], unread)
 
 
-def _validated(values: dict[str, Any], origin: Origin, problems: list[str]) -> Recipe:
+def _validated(
+    values: dict[str, Any], origin: Origin, problems: list[str], unread: dict[KeyPath, str] | None = None
+) -> Recipe:
     found: Iterable[tuple[KeyPath, str]]
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         found = _problems(error)
     else:
-        found = (*contradictions(recipe), *unused(recipe))
+        idle = dict(unused(recipe))
+        if unread is not None:
+            unread.update(idle)
+        found = (*contradictions(recipe), *(idle.items() if unread is None else ()))
     problems += origin.problems(found, values)
     if not problems and recipe.quantize is not None:
         # What classes of methods and formats say of each other: torch is loaded for it, and for nothing before.
@@ -174,7 +205,12 @@ def read_override(text: str) -> tuple[KeyPath, Any]:
     return tuple(int(part) if re.fullmatch(r"\d{1,9}", part, re.ASCII) else part for part in parts), value
 
 
-def _assign(values: dict[str, Any], path: KeyPath, value: Any) -> None:
+def assign(values: dict[str, Any], path: KeyPath, value: Any) -> None:
+    """Set a key in plain values, with the sections that it lies in.
+
+    Raises:
+        RecipeError: a part of the path is a value, or no place in a list.
+    """
     target: Any = values
     for depth, part in enumerate(path):
         last = depth == len(path) - 1

@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llmconvert.context import Context
 from llmconvert.convert.source import Source, open_source
@@ -39,7 +39,7 @@ from llmconvert.storage.dense import require_dense
 from llmconvert.storage.stages import StageRun, StageStore
 from llmconvert.validate.render.blame import blame
 
-__all__ = ["RunResult", "perform", "run_recipe"]
+__all__ = ["RunResult", "Running", "perform", "run_recipe"]
 
 D = TypeVar("D", bound=Value)
 
@@ -86,43 +86,119 @@ def run_recipe(
             store = stack.enter_context(StageStore(Path(work_dir or recipe.work_dir), progress=progress))
         filled = fill_target(recipe)
         target = filled.publish if publish else None
-        return _run(filled, target, store.begin(recipe.name, fresh=fresh), progress)
+        running = Running.begin(filled, target, store.begin(recipe.name, fresh=fresh), progress)
+        return running.publish(running.finish())
 
 
-def _run(recipe: Recipe, target: PublishSettings | None, stages: StageRun, progress: Progress) -> RunResult:
-    context = Context(open_device(recipe.device), recipe.memory, progress=progress)
-    require_measurable(recipe.measured)
-    require_loader(recipe)
-    require_texts(recipe)
-    if target is not None:
-        check_target(target, recipe.name, stages.store.hashes)
-    todo = stages_of(recipe)
-    source, fetched = _fetch(recipe, progress)
-    if recipe.quantize is not None:
-        require_dense(source.checkpoint, source.origin)
-    if recipe.attention is not None:
-        require_mergeable(source.checkpoint, recipe.attention)
-    require_accepted(recipe.measured, source.checkpoint)
-    work = Work(recipe, context, source, converted_view(recipe, source), steps=[fetched])
-    if (note := unread_card(source)) is not None:
-        progress.log(note)
-    if target is not None:
-        with work.original.open() as original:
-            check_metadata(target, front_matter_of(recipe, source, original))
-    for stage in todo.making:
-        perform(stages, work, stage)
-    made = _write_up(stages, work, todo)
-    artifact = made.model
-    report = Report.read(artifact / REPORT_FILE)
-    try:
-        require_passed(report.checks, blame(report))
-    except GateError as error:
-        raise GateError(f"{error}; the artifact is in {artifact}") from error
-    published = None
-    if target is not None:
-        contents = made.contents.below(MODEL)
-        published = publish_artifact(artifact, contents, target, recipe.name, stages.store.hashes, progress=progress)
-    return RunResult(recipe, report, artifact, published)
+@dataclass(slots=True)
+class Running:
+    """A run under way: what it was checked for, and the stages that are left.
+
+    Attributes:
+        recipe: with every placeholder filled.
+        target: where the artifact is published; None to leave it.
+        publisher: who publishes there.
+        stages: of the work directory.
+        work: what was made so far.
+        todo: all stages up to the artifact's model.
+        progress: where long work is shown.
+    """
+
+    recipe: Recipe
+    target: PublishSettings | None
+    publisher: str
+    stages: StageRun
+    work: Work
+    todo: RunStages
+    progress: Progress
+    _done: int = 0
+    _made: Finished[StepDetails] | None = None
+
+    @classmethod
+    def begin(
+        cls,
+        recipe: Recipe,
+        target: PublishSettings | None,
+        stages: StageRun,
+        progress: Progress,
+        publisher: str | None = None,
+    ) -> Running:
+        """Check everything that can be told before the long work, and fetch the model.
+
+        Args:
+            publisher: who may replace what is published there, if it isn't the recipe: a sweep that picks one of many.
+
+        Raises:
+            LlmconvertError: see :func:`run_recipe`.
+        """
+        context = Context(open_device(recipe.device), recipe.memory, progress=progress)
+        require_measurable(recipe.measured)
+        require_loader(recipe)
+        require_texts(recipe)
+        if target is not None:
+            check_target(target, publisher or recipe.name, stages.store.hashes)
+        todo = stages_of(recipe)
+        source, fetched = _fetch(recipe, progress)
+        if recipe.quantize is not None:
+            require_dense(source.checkpoint, source.origin)
+        if recipe.attention is not None:
+            require_mergeable(source.checkpoint, recipe.attention)
+        require_accepted(recipe.measured, source.checkpoint)
+        work = Work(recipe, context, source, converted_view(recipe, source), steps=[fetched])
+        if (note := unread_card(source)) is not None:
+            progress.log(note)
+        if target is not None:
+            with work.original.open() as original:
+                check_metadata(target, front_matter_of(recipe, source, original))
+        return cls(recipe, target, publisher or recipe.name, stages, work, todo, progress)
+
+    @property
+    def next_stage(self) -> Stage[Any] | None:
+        """The stage that :meth:`advance` does; None if the artifact's model is there."""
+        return self.todo.making[self._done] if self._done < len(self.todo.making) else None
+
+    def advance(self) -> None:
+        """Do the next stage."""
+        stage = self.next_stage
+        assert stage is not None
+        perform(self.stages, self.work, stage)
+        self._done += 1
+
+    def finish(self) -> RunResult:
+        """Do what is left; nothing is published.
+
+        Raises:
+            GateError: the artifact misses a limit; it is kept.
+            LlmconvertError: see :func:`run_recipe`.
+        """
+        while self.next_stage is not None:
+            self.advance()
+        self._made = _write_up(self.stages, self.work, self.todo)
+        report = Report.read(self._made.model / REPORT_FILE)
+        try:
+            require_passed(report.checks, blame(report))
+        except GateError as error:
+            raise GateError(f"{error}; the artifact is in {self._made.model}") from error
+        return RunResult(self.recipe, report, self._made.model, None)
+
+    @property
+    def artifact(self) -> Path | None:
+        """Where the artifact is, whatever was measured on it; None before :meth:`finish`."""
+        return self._made.model if self._made is not None else None
+
+    def publish(self, result: RunResult) -> RunResult:
+        """Publish what :meth:`finish` has made, where the recipe says so.
+
+        Raises:
+            LlmconvertError: see :func:`run_recipe`.
+        """
+        if self.target is None:
+            return result
+        assert self._made is not None
+        contents, hashes = self._made.contents.below(MODEL), self.stages.store.hashes
+        who, progress = self.publisher, self.progress
+        where = publish_artifact(result.artifact, contents, self.target, who, hashes, progress=progress)
+        return replace(result, published=where)
 
 
 def _fetch(recipe: Recipe, progress: Progress) -> tuple[Source, Step]:

@@ -28,7 +28,7 @@ from llmconvert.recipes.stages.conversion import convert_stage, converted_view, 
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
 from llmconvert.recipes.stages.provenance import unread_card
-from llmconvert.recipes.stages.quantization import quantize_stage
+from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.run import require_texts
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Work
 from llmconvert.recipes.stages.windows import (
@@ -162,7 +162,7 @@ def quantize_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT)
         if recipe.calibrate is not None and settings.calibrates:
             draw_text(work, CALIBRATION, WindowRequest.calibration(recipe.calibrate))
         _with_papers(work)
-        return quantize_stage(settings, after=ORIGINAL).build(work, Place(output))
+        return quantize_stage(settings, after=ORIGINAL, statistics=statistics_of(recipe)).build(work, Place(output))
 
 
 def validate_model(

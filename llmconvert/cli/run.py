@@ -41,11 +41,13 @@ def run(
       llmconvert run recipes/demo.yaml
       llmconvert run demo --set quantize.scheme=w3a16-g64 --set publish.to=file:out/w3
       llmconvert run a.yaml b.yaml more/*.yaml
+      llmconvert run demo --set quantize.scheme=w4a16-g64,w3a16-g64,w8a16
     """
     from llmconvert.recipes.loading import load_recipe
+    from llmconvert.recipes.sweep.expand import load_sweep
 
     settings = (*overrides, *(["stream=true"] if stream else []), *(["validate.repair=true"] if repair else []))
-    if len(recipes) == 1:
+    if len(recipes) == 1 and load_sweep(recipes[0], settings) is None:
         load_recipe(recipes[0], settings)  # a mistake in it is told before what computes is loaded
     from llmconvert.cli.summary import batch_values, print_batch
     from llmconvert.errors import LlmconvertError

@@ -13,9 +13,11 @@ from rich.text import Text
 from llmconvert.printable import printable
 from llmconvert.recipes.batch import Outcome
 from llmconvert.recipes.runner import RunResult
+from llmconvert.recipes.sweep.job import SweepResult
 from llmconvert.report.report import Report
 from llmconvert.validate.render.comparison import ReportComparison, render_comparison_table
-from llmconvert.validate.render.display import format_seconds
+from llmconvert.validate.render.display import format_bytes, format_seconds
+from llmconvert.validate.render.pareto import knee, points
 from llmconvert.validate.render.terminal import render_terminal
 
 __all__ = ["batch_values", "print_batch", "print_comparison", "print_report"]
@@ -49,10 +51,12 @@ def batch_values(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def print_batch(outcomes: Sequence[Outcome]) -> None:
-    """Every run's own table, and for several runs one that says how each ended."""
+    """Every run's own table, or one line of each variant of a sweep; and how each of several ended."""
     console = _console()
+    for sweep in {id(one.sweep): one.sweep for one in outcomes if one.sweep is not None}.values():
+        _print_sweep(sweep, console)
     for outcome in outcomes:
-        if outcome.result is not None:
+        if outcome.result is not None and outcome.sweep is None:
             render_terminal(outcome.result.report, console, locations=_locations(outcome.result))
     if len(outcomes) == 1:
         return
@@ -67,6 +71,31 @@ def print_batch(outcomes: Sequence[Outcome]) -> None:
             where = outcome.result.published or str(outcome.result.artifact)
         table.add_row(Text(printable(outcome.recipe)), format_seconds(outcome.seconds), verdict, Text(printable(where)))
     console.print(table)
+
+
+def _print_sweep(swept: SweepResult, console: Console) -> None:
+    table = Table(title=printable(swept.sweep.name), title_justify="left")
+    for heading in ("variant", "size", "bits", "perplexity", "KL", ""):
+        table.add_column(heading, overflow="fold", justify="left" if heading in ("variant", "") else "right")
+    bend = knee(points(swept.reports, "perplexity"))
+    for variant in swept.sweep.variants:
+        name, report = variant.name, swept.reports.get(variant.name)
+        cells = {check.name: check for check in report.checks} if report is not None else {}
+        notes = ["taken"] if name == swept.picked else []
+        notes += ["knee"] if bend is not None and bend.name == name else []
+        notes += ["failed"] if name in swept.failures else []
+        shown = ((check, cells.get(check)) for check in ("size_bytes", "bits_per_weight", "perplexity", "kl_mean"))
+        values = [_short(check, found.value) if found is not None else "" for check, found in shown]
+        table.add_row(Text(printable(name)), *values, Text(", ".join(notes)))
+    console.print(table)
+    if swept.page is not None:
+        console.print(Text(f"side by side: {swept.page}"), soft_wrap=True)
+
+
+def _short(check: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return format_bytes(value) if check == "size_bytes" else f"{value:.4f}" if check == "kl_mean" else f"{value:.2f}"
 
 
 def _locations(result: RunResult) -> dict[str, str]:

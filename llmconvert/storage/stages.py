@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -38,7 +38,7 @@ from llmconvert.storage.stage_record import (
 from llmconvert.storage.writer import publish_directory
 from llmconvert.version import __version__
 
-__all__ = ["StageRun", "StageStore"]
+__all__ = ["Begun", "StageRun", "StageStore"]
 
 
 class StageStore:
@@ -129,6 +129,15 @@ class _Wanted:
     resumable: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What it cost to begin a stage together with others, before its own builder continues; see
+    :meth:`StageRun.beginning`."""
+
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+
+
 class StageRun:
     """The stages of one run, in order; see :meth:`StageStore.begin`. ``results`` grows as they finish."""
 
@@ -140,6 +149,7 @@ class StageRun:
         self._record = store.work_dir / "runs" / f"{name}.json"
         self.previous = read_run(self._record)
         self._current: dict[str, dict[str, Any]] = {}
+        self._begun: dict[str, Begun] = {}
 
     def run(
         self,
@@ -161,10 +171,8 @@ class StageRun:
             Whatever ``build`` raises. A stage refused for bad input leaves nothing behind; one that can resume and
             was stopped by anything else keeps its hidden directory.
         """
-        key, values = stage_key(name, inputs), set(values_in(inputs))
-        made_from = {other.key: other.contents.digest for other in self.results if other.key in values}
-        path = self.store.work_dir / f"{name}-{key[:12]}"
-        wanted = _Wanted(name, key, path, inputs, made_from, build, resumable)
+        wanted = self._wanted(name, inputs, build, resumable=resumable)
+        key, path = wanted.key, wanted.path
         fresh = self._fresh and key not in self.store.built
         result = None if fresh else self.store.find(path, key)
         if result is None or self._damage(wanted, result):
@@ -177,6 +185,55 @@ class StageRun:
             self._remember(wanted)
         self.results.append(result)
         return result
+
+    @contextmanager
+    def beginning(self, name: str, inputs: Mapping[str, Any]) -> Iterator[Path | None]:
+        """Hold a stage that can resume, for one who begins several of them in one go.
+
+        Gives the directory to fill as the stage's builder would if it were stopped just before its end; None if the
+        stage is there. The builder continues from what is found when the stage is run.
+        """
+        wanted = self._wanted(name, inputs, lambda _: {}, resumable=True)
+        fresh = self._fresh and wanted.key not in self.store.built
+
+        def there() -> bool:
+            found = None if fresh else self.store.find(wanted.path, wanted.key)
+            return found is not None and not self._damage(wanted, found)
+
+        if there():
+            yield None
+            return
+        with locked(wanted.path, wait=lambda reason: self._log(f"{name}: {reason}")):
+            if there():  # whoever held the lock has built it
+                yield None
+                return
+            staging = _staging(wanted.path)
+            if fresh:
+                _remove(staging)
+            self._announce(wanted, "")
+            staging.mkdir(parents=True, exist_ok=True)
+            self._remember(wanted)
+            yield staging
+
+    def begun(self, name: str, inputs: Mapping[str, Any], cost: Begun) -> None:
+        """Say what a stage held by :meth:`beginning` has cost so far."""
+        self._begun[stage_key(name, inputs)] = cost
+
+    def place_of(self, name: str, inputs: Mapping[str, Any]) -> Path:
+        """Where the stage with these inputs is, or will be."""
+        return self.store.work_dir / f"{name}-{stage_key(name, inputs)[:12]}"
+
+    def _wanted(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        build: Callable[[Path], Mapping[str, Any]],
+        *,
+        resumable: bool,
+    ) -> _Wanted:
+        key, values = stage_key(name, inputs), set(values_in(inputs))
+        made_from = {other.key: other.contents.digest for other in self.results if other.key in values}
+        return _Wanted(name, key, self.place_of(name, inputs), inputs, made_from, build, resumable)
 
     def _build_locked(self, wanted: _Wanted, fresh: bool) -> StageResult:
         """Build the stage, unless another run does: then wait for it, and take what it has built."""
@@ -210,8 +267,9 @@ class StageRun:
 
     def _build(self, wanted: _Wanted) -> StageResult:
         name, path, staging = wanted.name, wanted.path, _staging(wanted.path)
-        resumed = wanted.resumable and staging.exists()
-        if not resumed:
+        begun = self._begun.pop(wanted.key, None)
+        resumed = wanted.resumable and staging.exists() and begun is None
+        if not resumed and begun is None:
             _remove(staging)
         self.store.remove(path)  # damaged, or its stage.json is
         try:
@@ -219,15 +277,16 @@ class StageRun:
             self._remember(wanted)
             begin = time.perf_counter()
             with PeakMemory() as memory:
-                details = self._fill(wanted, staging, resumed)
+                details = self._fill(wanted, staging, resumed or begun is not None)
+            before = begun or Begun()
             result = StageResult(
                 name=name,
                 path=path,
                 key=wanted.key,
                 reused=False,
                 resumed=resumed,
-                seconds=round(time.perf_counter() - begin, 3),
-                peak_rss_bytes=memory.nbytes,
+                seconds=round(time.perf_counter() - begin + before.seconds, 3),
+                peak_rss_bytes=max(memory.nbytes, before.peak_rss_bytes),
                 peak_rss_method=memory.method,
                 details=details,
                 contents=self.store.hashes.read(staging, but=STAGE_FILE),
@@ -275,7 +334,7 @@ class StageRun:
                     _remove(_staging(last))
                     note = ", the unfinished one is removed"
             self._log(f"{name}: {changes}, starting anew{note}")
-        elif _staging(path).exists():
+        elif _staging(path).exists() and wanted.key not in self._begun:
             self._log(f"{name}: was interrupted, continuing")
 
     def _remember(self, wanted: _Wanted) -> None:

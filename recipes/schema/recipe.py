@@ -86,13 +86,18 @@ class AttentionSettings(Section):
 
 
 class CalibrateSettings(Section):
-    """Text whose activations a method measures: ``samples`` windows of ``length`` tokens."""
+    """Text whose activations a method measures: ``samples`` windows of ``length`` tokens.
+
+    ``statistics`` says in which model: ``sequential`` in one whose layers before are quantized already, which makes up
+    for a part of their errors; ``original`` in the unquantized one, which the variants of a sweep share.
+    """
 
     dataset: Name
     samples: Count = 128
     length: Length = 2048
     order: Literal["shuffled", "sequential"] = "shuffled"
     seed: Seed = 0
+    statistics: Literal["sequential", "original"] = "sequential"
 
 
 class OverrideSettings(Section):

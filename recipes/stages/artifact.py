@@ -107,6 +107,8 @@ def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration
     words = None
     if calibration is not None:
         words = f"{public_name(calibration.dataset)}, {calibration.drawn} × {calibration.length} tokens"
+        if settings is not None and recipe.calibrate is not None and recipe.calibrate.statistics == "original":
+            words += ", activations of the original"
     return ModelInfo(
         name=artifact_name(recipe, source),
         source=public_name(source.origin),

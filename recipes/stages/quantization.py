@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from llmconvert.gguf.ggml.mix import FLOATS
 from llmconvert.gguf.split import read_model_header
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import plan_quantize
-from llmconvert.quantize.passes.run import LayerResult, read_layers
-from llmconvert.quantize.plan import QuantizeRequest
+from llmconvert.quantize.passes.run import LayerResult, QuantizePlan, QuantizeResult, read_layers
+from llmconvert.quantize.plan import QuantizeRequest, Statistics
 from llmconvert.quantize.requantize import Assignment, RequantizeRequest, plan_requantize
 from llmconvert.quantize.rotate import rotate_checkpoint
-from llmconvert.recipes.schema.recipe import QuantizeSettings
+from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
 from llmconvert.recipes.stages.artifact import model_stem
 from llmconvert.recipes.stages.budget import (
     ChosenReport,
@@ -39,16 +39,37 @@ from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import write_file, write_json
 from llmconvert.validate.size import measure_sizes
 
-__all__ = ["change_schemes", "quantize", "quantize_stage", "recovered"]
+__all__ = [
+    "QUANTIZE",
+    "Planned",
+    "change_schemes",
+    "keep_report",
+    "plan_stage",
+    "quantize",
+    "quantize_stage",
+    "recovered",
+    "statistics_of",
+]
 
+#: The name of the stage.
+QUANTIZE = "quantize"
 # Kept beside a stage's model, for one that is killed between its artifact and its own record: what came of each
 # linear, what a budget chose, and what there is to note.
 _LAYERS_FILE = "layers.json"
 _BUDGET_FILE = "budget.json"
 _NOTES_FILE = "notes.json"
+# Of one that was made in one pass with others: all that there is to say.
+_REPORT_FILE = "report.json"
 
 
-def quantize_stage(settings: QuantizeSettings, after: str) -> Stage[QuantizeReport]:
+def statistics_of(recipe: Recipe) -> Statistics:
+    """In which model the recipe's method measures activations."""
+    return recipe.calibrate.statistics if recipe.calibrate is not None else "sequential"
+
+
+def quantize_stage(
+    settings: QuantizeSettings, after: str, statistics: Statistics = "sequential"
+) -> Stage[QuantizeReport]:
     """Quantize the model of the stage ``after``."""
 
     def build(work: Work, place: Place) -> QuantizeReport:
@@ -63,13 +84,48 @@ def quantize_stage(settings: QuantizeSettings, after: str) -> Stage[QuantizeRepo
                 name=model_stem(work.source.origin),
                 windows=work.windows(CALIBRATION),
                 context=work.context_of(after),
+                statistics=statistics,
             )
 
     def inputs(work: Work) -> Mapping[str, Any]:
-        return {"device": work.context.device.type, **settings.model_dump(mode="json")}
+        own = {"statistics": statistics} if statistics != "sequential" else {}
+        return {"device": work.context.device.type, **settings.model_dump(mode="json"), **own}
 
     order = {"model": after, "calibration": CALIBRATION}
-    return Stage("quantize", order, QuantizeReport.model_validate, build, inputs, resumable=True)
+    return Stage(QUANTIZE, order, QuantizeReport.model_validate, build, inputs, resumable=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A quantization that is settled, with what a budget chose for it.
+
+    Attributes:
+        place: where it is built.
+        plan: of the job.
+        chosen: by the budget; None without one.
+    """
+
+    place: Place
+    plan: QuantizePlan
+    chosen: ChosenReport | None = None
+
+    def report(self, result: QuantizeResult) -> QuantizeReport:
+        """What the report says of what was made."""
+        chosen = self.chosen
+        return QuantizeReport(
+            budget=chosen.budget if chosen is not None else None,
+            sections=(*(chosen.sections if chosen is not None else ()), *_types_section(result.types, result.notes)),
+            file=result.files[0] if result.types else None,
+            layers=result.quantized,
+            linears=_linears(result.layers),
+            types=result.types,
+            notes=result.notes,
+            bytes=result.nbytes,
+            seconds=round(result.seconds, 3),
+            phases={name: round(seconds, 3) for name, seconds in result.phases.items()},
+            mode=result.memory.mode,
+            resumed_blocks=result.resumed_blocks,
+        )
 
 
 def quantize(
@@ -80,6 +136,7 @@ def quantize(
     name: str = "model",
     windows: Sequence[torch.Tensor] = (),
     context: Context,
+    statistics: Statistics = "sequential",
 ) -> QuantizeReport:
     """Quantize ``source``, or go on where an earlier call was stopped; see
     :func:`llmconvert.quantize.job.plan_quantize`.
@@ -87,7 +144,26 @@ def quantize(
     Args:
         name: of the model, for formats that store it.
         windows: calibration token ids, ``[1, length]`` each.
+        statistics: in which model activations are measured.
     """
+    planned = plan_stage(source, place, settings, name=name, windows=windows, context=context, statistics=statistics)
+    context.progress.log(f"{settings.format}: {planned.plan.readers}")
+    result = planned.plan.run()
+    forget_sensitivity(place.model)
+    return planned.report(result)
+
+
+def plan_stage(
+    source: Checkpoint,
+    place: Place,
+    settings: QuantizeSettings,
+    *,
+    name: str = "model",
+    windows: Sequence[torch.Tensor] = (),
+    context: Context,
+    statistics: Statistics = "sequential",
+) -> Planned:
+    """Settle what :func:`quantize` does; what a budget chooses from is measured for it."""
     if settings.rotate is not None:
         source = rotate_checkpoint(source, **settings.rotate.model_dump())
         context = replace(context, identity=f"{context.identity} rotated {settings.rotate.model_dump_json()}")
@@ -102,35 +178,36 @@ def quantize(
     plan = plan_quantize(
         source,
         place.model,
-        QuantizeRequest(settings.method, scheme, settings.format, tuple(overrides), settings.options, name=name),
+        QuantizeRequest(
+            settings.method,
+            scheme,
+            settings.format,
+            tuple(overrides),
+            settings.options,
+            name=name,
+            statistics=statistics,
+        ),
         windows=windows,
         context=context,
         record=place.notes / _LAYERS_FILE if place.notes is not None else None,
     )
     if place.notes is not None:
         write_json(place.notes / _NOTES_FILE, list(plan.container.notes))
-    context.progress.log(f"{settings.format}: {plan.readers}")
-    result = plan.run()
+    return Planned(place, plan, chosen)
+
+
+def keep_report(place: Place, report: QuantizeReport) -> None:
+    """Leave what there is to say of a model for the stage's own builder, which then finds both."""
+    assert place.notes is not None
     forget_sensitivity(place.model)
-    return QuantizeReport(
-        budget=chosen.budget if chosen is not None else None,
-        sections=(*(chosen.sections if chosen is not None else ()), *_types_section(result.types, result.notes)),
-        file=result.files[0] if result.types else None,
-        layers=result.quantized,
-        linears=_linears(result.layers),
-        types=result.types,
-        notes=result.notes,
-        bytes=result.nbytes,
-        seconds=round(result.seconds, 3),
-        phases={name: round(seconds, 3) for name, seconds in result.phases.items()},
-        mode=result.memory.mode,
-        resumed_blocks=result.resumed_blocks,
-    )
+    write_file(place.notes / _REPORT_FILE, report.model_dump_json(by_alias=True).encode())
 
 
 def recovered(place: Place) -> QuantizeReport:
     """What a call that was killed after its artifact appeared had to say, from its notes and from the artifact."""
     nbytes, notes = measure_sizes(place.model).weights, place.notes
+    if notes is not None and (notes / _REPORT_FILE).exists():
+        return QuantizeReport.model_validate_json((notes / _REPORT_FILE).read_bytes())
     noted = notes is not None and (notes / _LAYERS_FILE).exists()
     linears = _linears(read_layers(notes / _LAYERS_FILE)) if notes is not None and noted else ()
     with open_artifact(place.model) as stored:

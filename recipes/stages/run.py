@@ -11,7 +11,7 @@ from llmconvert.recipes.stages.attention import attention_stage
 from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import Measured, validate_stage
-from llmconvert.recipes.stages.quantization import quantize_stage
+from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.stage import ORIGINAL, Stage
 from llmconvert.recipes.stages.windows import (
     CALIBRATION,
@@ -85,7 +85,7 @@ def stages_of(recipe: Recipe) -> RunStages:
             between.append(making[-1].name)
             dense = model = making[-1].name
     if recipe.quantize is not None:
-        making.append(quantize_stage(recipe.quantize, after=dense))
+        making.append(quantize_stage(recipe.quantize, after=dense, statistics=statistics_of(recipe)))
         model = making[-1].name
     return RunStages(tuple(making), model, dense, tuple(between), recipe)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -65,11 +65,15 @@ class ReportComparison:
         reports: by a name that is unique among them.
         rows: how each was made, then what was measured.
         caveats: why some numbers don't compare.
+        remarks: what else there is to say.
+        links: to the pages of some of them, by name.
     """
 
     reports: Mapping[str, Report]
     rows: tuple[ComparedRow, ...]
     caveats: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+    links: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_reports(places: Iterable[str]) -> dict[str, Report]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmconvert.report.report import Check, Report
+from llmconvert.validate.render import pareto
 from llmconvert.validate.render.display import format_bytes
 from llmconvert.validate.render.drawing import COLOURS, INK, MARKERS, Format, legend, render, style
 
@@ -53,7 +54,10 @@ def layer_error_plot(report: Report, format: Format = "svg") -> bytes | None:
 
 
 def comparison_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes | None:
-    """Size on disk against perplexity of several artifacts and of their originals. None with fewer than two points."""
+    """Size on disk against perplexity of several artifacts and of their originals. None with fewer than two points.
+
+    From three artifacts on, a line joins those that no other one beats in both, and a ring marks its knee.
+    """
     points: list[_Point] = []
     for index, (label, report) in enumerate(reports.items()):
         size, quality = report.check("size_bytes"), report.check("perplexity")
@@ -64,7 +68,11 @@ def comparison_plot(reports: Mapping[str, Report], format: Format = "svg") -> by
         if size.reference and quality.reference and (size.reference, quality.reference) not in known:
             before = _interval(quality, "reference_")
             points.append(_Point("original", size.reference, quality.reference, before, COLOURS[8]))
-    return render(lambda figure: _draw_comparison(figure, points), format, "comparison") if len(points) > 1 else None
+    if len(points) < 2:
+        return None
+    made = pareto.points(reports, "perplexity")
+    line, bend = pareto.front(made) if len(made) > 2 else [], pareto.knee(made)
+    return render(lambda figure: _draw_comparison(figure, points, line, bend), format, "comparison")
 
 
 def drift_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes | None:
@@ -120,9 +128,17 @@ def _draw_quality(figure: Any, points: tuple[_Point, _Point]) -> None:
     axes.set_ylabel("perplexity, lower is better")
 
 
-def _draw_comparison(figure: Any, points: Sequence[_Point]) -> None:
+def _draw_comparison(
+    figure: Any, points: Sequence[_Point], line: Sequence[pareto.Point], bend: pareto.Point | None
+) -> None:
     axes = figure.add_subplot()
     style(axes)
+    if line:
+        axes.step([one.size for one in line], [one.cost for one in line], where="post", color=INK, alpha=0.35, zorder=0)
+    if bend is not None:
+        axes.plot(
+            bend.size, bend.cost, marker="o", markersize=15, markerfacecolor="none", color=INK, alpha=0.6, zorder=0
+        )
     for point in points:
         interval = point.interval or (point.perplexity, point.perplexity)
         bars = [[max(0.0, point.perplexity - interval[0])], [max(0.0, interval[1] - point.perplexity)]]
