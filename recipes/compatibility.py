@@ -49,7 +49,8 @@ def incompatibilities(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if calibrate is not None and calibrate.statistics == "original" and not can_share(method):
         yield (
             ("calibrate", "statistics"),
-            f"calibrate.statistics: {settings.method} sees more than moments of the original's activations; leave it out",
+            f"calibrate.statistics: {settings.method} needs more than moments of the original's activations; leave it "
+            "out",
         )
     yield from _asymmetric_mixture(recipe)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from llmconvert.report.report import Check, Report
-from llmconvert.validate.render.pareto import cost_of, points
+if TYPE_CHECKING:  # a rule is read before torch is loaded, which reports need
+    from llmconvert.report.report import Check, Report
 
 __all__ = ["Pick"]
 
@@ -64,6 +64,8 @@ class Pick:
 
     def choose(self, reports: Mapping[str, Report]) -> str | None:
         """The name of the variant that the rule takes; None if none is good or small enough."""
+        from llmconvert.validate.render.pareto import points
+
         found = points(reports, self.measure)
         if self.want == "best":
             small = [point for point in found if point.size <= self.limit]
@@ -77,6 +79,8 @@ class Pick:
 
     def _loss(self, check: Check) -> float:
         """How much worse a check is than the original, or than the best it can be."""
+        from llmconvert.validate.render.pareto import cost_of
+
         cost = cost_of(check)
         if not self.relative:
             return cost
