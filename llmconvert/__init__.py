@@ -66,6 +66,8 @@ __all__ = [
     "SourceError",
     "Step",
     "Subject",
+    "Sweep",
+    "SweepResult",
     "UnsupportedError",
     "UsageError",
     "__version__",
@@ -75,7 +77,9 @@ __all__ = [
     "convert_model",
     "inspect_model",
     "load_recipe",
+    "load_sweep",
     "make_recipe",
+    "make_sweep",
     "open_source",
     "plan_push",
     "push_model",
@@ -87,11 +91,17 @@ __all__ = [
     "require_passed",
     "run_batch",
     "run_recipe",
+    "run_sweep",
     "shipped_recipes",
     "validate_model",
 ]
 
 _MODULES = {
+    "run_sweep": "recipes.sweep.job",
+    "make_sweep": "recipes.sweep.expand",
+    "load_sweep": "recipes.sweep.expand",
+    "SweepResult": "recipes.sweep.job",
+    "Sweep": "recipes.sweep.expand",
     "SILENT": "progress",
     "AttentionReport": "report.steps",
     "CalibrationError": "errors",
@@ -194,6 +204,8 @@ if TYPE_CHECKING:
     from llmconvert.recipes.runner import RunResult, run_recipe
     from llmconvert.recipes.schema.recipe import Recipe
     from llmconvert.recipes.shipped import shipped_recipes
+    from llmconvert.recipes.sweep.expand import Sweep, load_sweep, make_sweep
+    from llmconvert.recipes.sweep.job import SweepResult, run_sweep
     from llmconvert.report.report import Check, ModelInfo, Report, Step, require_passed
     from llmconvert.report.section import Column, Plot, Section, Series
     from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
