@@ -23,6 +23,7 @@ from support.tiny_models import tiny_llama_dir
 
 from llmconvert.cli import main
 from llmconvert.recipes.loading import make_recipe
+from llmconvert.recipes.sweep.expand import make_sweep
 
 CONSOLE, PYTHON, YAML = ([*blocks(language)] for language in ("console", "python", "yaml"))
 # What the pages ask for is made smaller, so that a stand-in answers in seconds.
@@ -110,6 +111,8 @@ def pages_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "recipes").mkdir()
     for name in ("recipe", "other", "a", "b", "recipes/demo"):
         (here / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    matrix = {"quantize.scheme": ["w4a16-g64", "w8a16-g64"]}
+    (here / "many.yaml").write_text(yaml.safe_dump({**recipe, "matrix": matrix, "pick": "best under 1GB"}))
     (here / "once.yaml").write_text(yaml.safe_dump(recipe | {"publish": {"to": "file:A"}}))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
@@ -156,7 +159,8 @@ def test_recipes_are_valid(block: Block) -> None:
         "quantize": {"method": "gptq", "scheme": "w4a16-g64"},
         "validate": {"perplexity": {"dataset": "wikitext-2:test"}},
     }
-    make_recipe({"model": "org/name", **usual, **values})
+    made = make_sweep if "matrix" in values else make_recipe
+    made({"model": "org/name", **usual, **values})
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
