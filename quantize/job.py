@@ -17,7 +17,7 @@ from llmconvert.errors import CalibrationError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import ContainerRequest, load_format
 from llmconvert.quantize.matrix import check_combination
-from llmconvert.quantize.methods.base import Quantizer, load_method
+from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, load_method
 from llmconvert.quantize.passes.original import can_share
 from llmconvert.quantize.passes.run import Inputs, QuantizePlan, QuantizeResult
 from llmconvert.quantize.plan import (
@@ -91,6 +91,8 @@ def plan_quantize(
         assert isinstance(chosen, Quantizer)  # it chooses codes of schemes
         decisions = plan_quantization(skeleton, blocks, request.scheme, request.overrides, chosen, layout_format)
         work = work_nbytes(skeleton, blocks, decisions, chosen, skeleton.dtype)
+        if isinstance(chosen, BlockQuantizer) and any(skeleton.experts):  # what an expert is to give for every token
+            work += sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
         # Formats with several schemes in one model have one dtype for all their scales.
         scale_dtype = layout_format.scale_dtype(next(iter(decisions.schemes.values())), skeleton.dtype)
     streams = 2 if chosen.original else 1

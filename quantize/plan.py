@@ -19,7 +19,7 @@ from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.matrix import check_combination
-from llmconvert.quantize.methods.base import BlockQuantizer, Method, Quantizer, ScalingQuantizer
+from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQuantizer
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.solve.expert_moments import PRIOR
 from llmconvert.storage.checkpoint import TensorSpec
@@ -126,7 +126,7 @@ def plan_quantization(
     gates = {name for name, site in sites.items() if _is_gate(site, experts)}
     dense = gates | (_idle(blocks) if skeleton.reach.idle else set())
     assigned = {name: _assigned(name, None if name in dense else scheme, overrides) for name in sites}
-    _check_experts(skeleton, assigned, method, layout)
+    _check_experts(skeleton, assigned, layout)
     _check_overrides(overrides, sites)
     for name, site in sites.items():
         chosen = assigned[name]
@@ -235,8 +235,12 @@ def work_nbytes(
     needs = [0]
     for block in blocks:
         if isinstance(method, BlockQuantizer):
-            chosen = [sites[name].weights for stop in block.stops for name in stop.linears]
-            needs.append(method.block_nbytes(sum(chosen), block.peak_nbytes))
+            # Experts are blocks of their own, one at a time.
+            parts: dict[tuple[str, int], int] = {}
+            for site in (sites[name] for stop in block.stops for name in stop.linears):
+                part = (site.layer, site.expert) if site.kind == "expert" else ("", 0)
+                parts[part] = parts.get(part, 0) + site.weights
+            needs.append(method.block_nbytes(max(parts.values(), default=0), block.peak_nbytes))
             continue
         if isinstance(method, ScalingQuantizer):
             needs.append(_scaling_nbytes(block, sites, method, dtype))
@@ -297,18 +301,16 @@ def _check_architecture(skeleton: Skeleton) -> None:
             )
 
 
-def _check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], method: Method, layout: Format) -> None:
-    """Refuse what no reader of mixtures has, or what a method can't do to them.
+def _check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], layout: Format) -> None:
+    """Refuse what no reader of mixtures has.
 
     Args:
         skeleton: the model.
         assigned: the scheme of each of its sites; None stays dense.
-        method: what chooses codes.
         layout: of the artifact.
 
     Raises:
-        UnsupportedError: the method takes blocks as a whole, or the format holds no experts in this scheme or of this
-            class.
+        UnsupportedError: the format holds no experts in this scheme or of this class.
         SchemeError: experts differ in their scheme.
     """
     experts = [site for site in skeleton.sites.values() if site.kind == "expert"]
@@ -326,11 +328,6 @@ def _check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], me
         if any(site.stored_alone for site in experts):
             layout.check_dense_experts({chosen for chosen in assigned.values() if chosen is not None})
         return
-    if isinstance(method, BlockQuantizer):
-        raise UnsupportedError(
-            f"{type(method).__name__.lower()} takes the linears of a block together and knows no experts; methods for "
-            "mixtures of experts are gptq, gptaq, rtn and hqq"
-        )
     layout.check_experts(scheme)
     unread = [site for site in experts if not site.readable]
     if unread:

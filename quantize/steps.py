@@ -36,6 +36,7 @@ from llmconvert.quantize.methods.base import (
     Solution,
     Target,
 )
+from llmconvert.quantize.methods.expert_blocks import OriginalAnswers, learn_experts
 from llmconvert.quantize.methods.imatrix import mean_squares
 from llmconvert.quantize.methods.rescale import Rescaling, rescale_block
 from llmconvert.quantize.methods.rescale_experts import down_scale
@@ -286,11 +287,12 @@ class CalibratedSteps:
         """Quantize all linears of a block together, against what the original block gives for its own input."""
         method, index = self.method, run.plan.index
         assert isinstance(method, BlockQuantizer)
-        chosen = [tuple(name for name in stop.linears if name in self.plan.schemes) for stop in run.plan.stops]
-        stops = tuple(replace(stop, linears=names) for stop, names in zip(run.plan.stops, chosen, strict=True) if names)
-        if not stops:
-            return
+        ordinary = [stop for stop in run.plan.stops if run.site(stop.linears[0]).kind == "linear"]
+        chosen = [tuple(name for name in stop.linears if name in self.plan.schemes) for stop in ordinary]
+        stops = tuple(replace(stop, linears=names) for stop, names in zip(ordinary, chosen, strict=True) if names)
         names = [name for stop in stops for name in stop.linears]
+        with self.phases.measure("forward"):
+            answers = OriginalAnswers(other) if run.slots else None
 
         def outputs(batches: Iterable[int]) -> Iterator[torch.Tensor]:
             with self.phases.measure("forward"):
@@ -302,15 +304,20 @@ class CalibratedSteps:
             parameters={name: self.skeleton.inside(index, run.site(name).parameter) for name in names},
             stops=stops,
             tokens=tuple(window.shape[1] for window in self.windows),
-            entries=run.entries,
-            originals=other.entries,
+            entries=run.entries if answers is None else answers.entries(run),
+            originals=other.entries if answers is None else answers.entries(other),
             outputs=outputs,
         )
         with self.phases.measure("solving"):
-            solutions = method.quantize_block(self._targets(run, names, _AS_THEY_ARE), data, self.scale_dtype)
+            targets_here = self._targets(run, names, _AS_THEY_ARE)
+            solutions = method.quantize_block(targets_here, data, self.scale_dtype) if stops else {}
         for name, solution in solutions.items():
             yield name, solution
             run.install(name, solution.tensor.dequantize(self.skeleton.dtype))
+        if run.slots:
+            moments = ExpertMoments(run, other, self.skeleton.device, self.prior, every=self.every)
+            learned = learn_experts(run, other, moments, method, self.plan.schemes, self.scale_dtype)
+            yield from self.phases.pull("solving", learned)
 
     def _targets(self, run: BlockRun, names: Sequence[str], scaling: Rescaling) -> list[Target]:
         weights = {name: scaling.apply(name, run.weight(name)) for name in names}

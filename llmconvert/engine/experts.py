@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -148,6 +149,26 @@ class ExpertsSlot(nn.Module):
         down = self._parameter(self.layout.matrices["down_proj"].leaf)
         return self._call(_Product(down), rows, rows.new_ones(len(rows)))
 
+    def output(self, rows: torch.Tensor, matrices: Mapping[str, torch.Tensor] = MappingProxyType({})) -> torch.Tensor:
+        """What the loaded expert gives for inputs ``[tokens, hidden size]``, before it is weighted.
+
+        Args:
+            rows: the inputs.
+            matrices: stand in for its own ``[rows, columns]``, by projection; they may require gradients.
+        """
+        parameters = self._one[0]._parameters
+        kept = dict(parameters)
+        try:
+            if matrices:
+                own = {leaf: self._parameter(leaf).detach().clone() for leaf in self.layout.parts}
+                for projection, values in matrices.items():
+                    matrix = self.layout.matrices[projection]
+                    matrix.of(own[matrix.leaf]).copy_(values)
+                parameters.update(own)  # type: ignore[arg-type]
+            return self._call(_Sum(), rows, rows.new_ones(len(rows)))
+        finally:
+            parameters.update(kept)
+
     @cached_property
     def is_proportional(self) -> bool:
         """Whether what reaches a down projection is proportional, neuron by neuron, to what the up projection gives.
@@ -211,8 +232,7 @@ class ExpertsRun:
         return self.current == self.slot.layout.count
 
     def reach(self, number: int) -> None:
-        """Let all batches pass the experts before this one, and load it."""
-        assert number >= self.current, "experts are gone through in order"
+        """Let all batches pass the experts before this one, and load it; one that they have passed is read anew."""
         while self.current < number:
             self._pass()
         self.slot.load(number)

@@ -190,6 +190,15 @@ class BlockQuantizer(Quantizer, Protocol):
             CalibrationError: the block's activations are unusable.
         """
 
+    def refine(
+        self, targets: Sequence[Target], started: Mapping[str, Solution], data: BlockData
+    ) -> dict[str, Solution]:
+        """The part of :meth:`quantize_block` that begins with solutions; asks for entries and outputs alone.
+
+        Raises:
+            CalibrationError: the block's activations are unusable.
+        """
+
     def block_nbytes(self, weights: int, batch: int) -> int:
         """Peak bytes of :meth:`quantize_block` beside the block.
 

@@ -80,7 +80,11 @@ class SignRound:
     def quantize_block(
         self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype
     ) -> dict[str, Solution]:
-        started = self._start(targets, data, scale_dtype)
+        return self.refine(targets, self._start(targets, data, scale_dtype), data)
+
+    def refine(
+        self, targets: Sequence[Target], started: Mapping[str, Solution], data: BlockData
+    ) -> dict[str, Solution]:
         learned = [_Learned(target, started[target.name].tensor, data.parameters[target.name]) for target in targets]
         before = _relative_error(learned, data)
         kept = [weight.state() for weight in learned]

@@ -49,7 +49,8 @@ class ExpertMoments:
         every: bool = False,
     ) -> None:
         self._run, self._original, self._device = run, original, device
-        self._prior, self._every = prior, every
+        self._prior = prior
+        self.every = every
         self._layer: tuple[str, Hessian] | None = None
         self._counts: dict[str, Sequence[int]] = {}
 
@@ -106,7 +107,7 @@ class ExpertMoments:
         """How far the expert's own statistics are drawn: 0 not at all, 1 says that nothing is left of them."""
         name, columns = stop.linears[0], stop.columns
         tokens, weight = self.tokens(name), self._prior * columns
-        if self._every:
+        if self.every:
             return 1.0
         if not weight or (self._run.site(name).projection == "down_proj" and tokens > _ENOUGH * columns):
             return 0.0

@@ -94,6 +94,7 @@ def test_an_expert_without_tokens_gets_the_layers_moments(mixture: Mixture, tmp_
         quantize(source, tmp_path / "own", windows=ids((6,)), expert_prior=0.0)
 
 
+SETTINGS = {"signround": {"steps": 5, "batch": 2}}
 CASES = [
     ("mixtral", "gptq", "w4a16-g16"),
     ("mixtral", "rtn", "fp8"),
@@ -113,6 +114,7 @@ CASES = [
     ("nemotron_h", "gptq", "w4a16-g16"),
     ("nemotron_h", "awq", "w4a16-g16"),
     ("qwen3_5_moe_text", "hqq", "w4a16-g32"),
+    ("qwen2_moe", "signround", "w4a16-g16"),
 ]
 
 
@@ -120,7 +122,7 @@ CASES = [
 def test_transformers_computes_what_the_engine_does(
     mixture: Mixture, tmp_path: Path, kind: str, method: str, scheme: str
 ) -> None:
-    artifact = quantize(mixture(kind), tmp_path / "out", scheme, method=method)
+    artifact = quantize(mixture(kind), tmp_path / "out", scheme, method=method, options=SETTINGS.get(method))
     skeleton = Skeleton(SafetensorsCheckpoint(mixture(kind)), CPU)
     experts = [site for site in skeleton.sites.values() if site.kind == "expert"]
     assert experts and all(f"{site.stored}.weight_scale" in artifact for site in experts)
@@ -200,10 +202,12 @@ def test_routers_and_gates_of_shared_experts_stay_dense(mixture: Mixture, tmp_pa
     assert "model.layers.0.mlp.shared_expert_gate" in artifact.config["quantization_config"]["ignore"]
 
 
+@pytest.mark.slow
 def test_lockstep_and_replay_give_the_same_bytes(mixture: Mixture, tmp_path: Path) -> None:
-    for method in ("gptq", "gptaq", "awq"):
+    for method in ("gptq", "gptaq", "awq", "signround"):
         for mode in ("lockstep", "replay"):
-            quantize(mixture("qwen2_moe"), tmp_path / f"{method}-{mode}", method=method, mode=mode)
+            output, options = tmp_path / f"{method}-{mode}", SETTINGS.get(method)
+            quantize(mixture("qwen2_moe"), output, method=method, mode=mode, options=options)
         first, second = (tmp_path / f"{method}-{mode}" / "model.safetensors" for mode in ("lockstep", "replay"))
         assert first.read_bytes() == second.read_bytes()
 
@@ -211,7 +215,6 @@ def test_lockstep_and_replay_give_the_same_bytes(mixture: Mixture, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "signround"}, "signround takes the linears of a block together"),
         ({"scheme": "w4a16-g16-asym"}, "transformers reads experts in symmetric integers"),
         ({"scheme": "w8a8"}, "transformers reads experts in symmetric integers"),
         ({"format": "gptq"}, "no reader of this format .* use format: compressed-tensors"),
@@ -235,11 +238,13 @@ def test_rotations_and_budgets_are_refused(mixture: Mixture) -> None:
 
 
 @pytest.mark.slow
-def test_killed_among_experts_it_continues_to_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "kills"), [("gptq", 5), ("awq", 2), ("signround", 2)])
+def test_killed_among_experts_it_continues_to_the_same_bytes(tmp_path: Path, method: str, kills: int) -> None:
     source = tiny_mixture(tmp_path / "source", "mixtral", num_hidden_layers=3)
 
     def run(output: str, kill_at: int = 0) -> int:
-        process = start(source, tmp_path / output, tmp_path / f"{output}.log", kill_at=kill_at)
+        options = {"method": method, "settings": SETTINGS.get(method)}
+        process = start(source, tmp_path / output, tmp_path / f"{output}.log", kill_at=kill_at, **options)
         process.join()
         assert process.exitcode is not None and process.exitcode != 1, (tmp_path / f"{output}.log").read_text()
         return process.exitcode
@@ -247,8 +252,8 @@ def test_killed_among_experts_it_continues_to_the_same_bytes(tmp_path: Path) -> 
     assert run("whole") == 0
     steps = int((tmp_path / "whole.log").read_text().rsplit("steps ", 1)[1])
     wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    for number in range(1, 6):
+    for number in range(1, kills + 1):
         output = f"killed-{number}"
-        assert run(output, kill_at=number * steps // 6) != 0
+        assert run(output, kill_at=number * steps // (kills + 1)) != 0
         assert run(output) == 0
         assert {path.name: path.read_bytes() for path in (tmp_path / output).iterdir()} == wanted

@@ -41,7 +41,7 @@ def start(source: Path, output: Path, log: Path, *, kill_at: int = 0, **options:
         source: the model.
         output: the artifact.
         log: gets what the run reports, one line each, and ``steps N`` at the end.
-        options: ``scheme``, ``windows`` (lengths), ``seed`` of the windows, ``mode``, ``method``.
+        options: ``scheme``, ``windows`` (lengths), ``seed`` of the windows, ``mode``, ``method`` and its ``settings``.
     """
     process = _CONTEXT.Process(target=_run, args=(source, output, log, kill_at, options))
     process.start()
@@ -111,6 +111,7 @@ def _run(source: Path, output: Path, log: Path, kill_at: int, options: dict[str,
             scheme=Scheme.parse(options.get("scheme", "w4a16-g32")),
             windows=ids(options.get("windows", (16, 24)), seed=options.get("seed", 0)),
             mode=options.get("mode"),
+            options=options.get("settings"),
             max_shard_bytes=40_000,
             progress=progress,
         )
