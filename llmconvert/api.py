@@ -153,6 +153,8 @@ def quantize_model(
     format: str | None = None,
     overrides: Mapping[str, str] | None = None,
     rotate: bool = False,
+    experts: Literal["all"] | None = None,
+    min_tokens_per_expert: int | None = None,
     dtype: Dtype | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
@@ -183,6 +185,8 @@ def quantize_model(
             that alone has the scheme need not be named.
         overrides: shell pattern of layer names → another scheme, or ``none``; the first that matches counts.
         rotate: fold orthogonal rotations of hidden states and values into the weights first (QuaRot).
+        experts: calibrate every expert of a mixture on ``"all"`` tokens; by default on those that its router sends it.
+        min_tokens_per_expert: begin nothing while an expert gets fewer tokens of the calibration text.
         dtype: of what stays unquantized; bfloat16 by default.
         calibration: text that activations are measured on, a file or a named dataset.
         samples, length, order, seed: windows drawn from ``calibration`` (128), tokens per window (2,048), and which

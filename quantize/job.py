@@ -23,6 +23,7 @@ from llmconvert.quantize.passes.run import Inputs, QuantizePlan, QuantizeResult
 from llmconvert.quantize.plan import (
     Override,
     QuantizeRequest,
+    ShownTokens,
     Statistics,
     plan_encoding,
     plan_quantization,
@@ -78,12 +79,22 @@ def plan_quantize(
             f"method {request.method!r} needs to see what the linears before have become, or no text at all; "
             "statistics of the original are for gptq, imatrix and their like: leave them sequential"
         )
+    if request.experts == "all" and chosen.calibration not in ("inputs", "block"):
+        raise UnsupportedError(
+            f"experts: all is for methods that measure what comes to linears; {request.method!r} does not: leave it out"
+        )
     require_dense(source, "the source")
     layout_format.check_source(source)
     calibrated = chosen.calibration != "none"
     if calibrated and not windows:
         raise CalibrationError(f"method {request.method!r} needs calibration text and was given none")
     skeleton = Skeleton(source, context.device, fast_products=True)
+    if (request.experts == "all" or request.min_tokens_per_expert) and not any(skeleton.experts):
+        key = "experts: all" if request.experts == "all" else "min_tokens_per_expert"
+        raise UnsupportedError(
+            f"{key}: architecture {skeleton.architecture.model_type!r} has no experts that are quantized one by one; "
+            "leave it out"
+        )
     lengths = [window.shape[1] for window in windows] if calibrated else []
     blocks = discover(skeleton, max(lengths) if lengths else PROBE_LENGTH)
     decisions, work, scale_dtype = plan_encoding(skeleton), 0, skeleton.dtype
@@ -135,14 +146,16 @@ def quantize_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     expert_prior: float = PRIOR,
     statistics: Statistics = "sequential",
+    experts: ShownTokens = "routed",
+    min_tokens_per_expert: int = 0,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
     """Quantize the linears of every decoder block and write the artifact: :func:`plan_quantize` and its run in one.
 
     Args:
         source, output, windows, original, record: see :func:`plan_quantize`.
-        method, scheme, format, overrides, options, mode, name, max_shard_bytes, expert_prior, statistics: see
-            :class:`~llmconvert.quantize.plan.QuantizeRequest`.
+        method, scheme, format, overrides, options, mode, name, max_shard_bytes, expert_prior, statistics, experts,
+            min_tokens_per_expert: see :class:`~llmconvert.quantize.plan.QuantizeRequest`.
         device, memory_budget, identity, progress: see :class:`~llmconvert.context.Context`.
 
     Raises:
@@ -159,6 +172,8 @@ def quantize_checkpoint(
         max_shard_bytes,
         expert_prior,
         statistics,
+        experts,
+        min_tokens_per_expert,
     )
     context = Context(device or torch.device("cpu"), memory_budget, identity, progress)
     return plan_quantize(

@@ -31,6 +31,7 @@ __all__ = [
     "Override",
     "QuantizationPlan",
     "QuantizeRequest",
+    "ShownTokens",
     "Statistics",
     "plan_encoding",
     "plan_quantization",
@@ -48,6 +49,8 @@ class Override:
 
 #: Of what model a linear's moments are.
 Statistics = Literal["sequential", "original"]
+#: Which tokens of the text an expert is calibrated on.
+ShownTokens = Literal["routed", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class QuantizeRequest:
         mode: lockstep or replay; chosen by the memory when None. The result is the same.
         name: of the model, for formats that store it; the output's by default.
         max_shard_bytes: size at which a new shard is begun.
+        experts: which tokens an expert is calibrated on: those that the router sends it, or all of the layer.
+        min_tokens_per_expert: with fewer tokens for an expert, by the original's routers, nothing is begun.
         expert_prior: how strongly experts' moments are drawn toward their layer's, in tokens by the columns of an
             input (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
         statistics: of what model the moments are: ``sequential`` of one whose linears before are quantized already,
@@ -79,6 +84,8 @@ class QuantizeRequest:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     expert_prior: float = PRIOR
     statistics: Statistics = "sequential"
+    experts: ShownTokens = "routed"
+    min_tokens_per_expert: int = 0
 
 
 @dataclass(frozen=True, slots=True)

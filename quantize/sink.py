@@ -49,10 +49,11 @@ class ArtifactSink:
         self._changed: set[str] = set()
         self._squares: dict[str, torch.Tensor] = {}
         self.blocks = finished_blocks(artifact)
-        #: Error and damping of every quantized linear so far, by its module name.
-        self.results: dict[str, tuple[float | None, float | None]] = {}
+        #: Error, damping and an expert's tokens, of every quantized linear so far, by its module name.
+        self.results: dict[str, tuple[float | None, float | None, int | None]] = {}
         for index in range(self.blocks):
-            self.results |= {name: (error, damping) for name, error, damping in artifact.done[_piece(index)]}
+            found = artifact.done[_piece(index)]
+            self.results |= {name: (error, damping, tokens) for name, error, damping, tokens in found}
         with phases.measure("copying"):
             container.begin(artifact.writer)
             for name in self._outer_names():
@@ -75,7 +76,7 @@ class ArtifactSink:
             with self._phases.measure("writing"):
                 for stored, tensor in packed.items():
                     self._artifact.writer.write(stored, tensor)
-            self.results[name] = (outcome.error, outcome.damping)
+            self.results[name] = (outcome.error, outcome.damping, outcome.tokens)
 
     def complete(self, index: int) -> None:
         with self._phases.measure("copying"):

@@ -46,6 +46,14 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
                 f"quantize.method: {who} needs calibration text; give it, for example "
                 "[[calibrate.dataset=pydoc-topics:train]]",
             )
+        if not settings.calibrates:
+            for key in ("experts", "min_tokens_per_expert"):
+                if getattr(settings, key) is not None:
+                    yield (
+                        ("quantize", key),
+                        f"quantize.{key}: {settings.method} sees no calibration text, so nothing comes to experts; "
+                        "leave it out, or take a method that does, for example [[quantize.method=gptq]]",
+                    )
         try:
             check_options(settings.method, settings.options)
         except UnsupportedError as error:

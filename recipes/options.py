@@ -31,6 +31,8 @@ _CONVERT = {
 _QUANTIZE = {
     **_EVERYWHERE,
     **{name: f"quantize.{name}" for name in ("method", "scheme", "format", "overrides", "rotate")},
+    "experts": "quantize.experts",
+    "min_tokens_per_expert": "quantize.min_tokens_per_expert",
     "bits_per_weight": "quantize.budget.bits_per_weight",
     "dtype": "convert.dtype",
     "memory": "memory",

@@ -48,6 +48,8 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
     help="Another scheme for layers whose name matches.",
 )
 @click.option("--rotate", is_flag=True, help="Rotate hidden states and values first, folded into the weights.")
+@click.option("--experts", type=click.Choice(["all"]), help="Calibrate every expert on all tokens.")
+@click.option("--min-tokens-per-expert", type=int, help="Begin nothing while an expert gets fewer.")
 @click.option("--dtype", type=DtypeName(), help="Of the rest; or bf16, fp16, fp32. [default: bfloat16]")
 @click.option("--calibration", metavar="FILE|NAME", help="Text to calibrate on, pydoc-topics:train for example.")
 @click.option("--samples", type=int, help="Windows of calibration text. [default: 128]")

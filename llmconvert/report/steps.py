@@ -16,6 +16,7 @@ __all__ = [
     "AttentionReport",
     "BudgetReport",
     "DtypeReport",
+    "ExpertsReport",
     "HealReport",
     "LayerReport",
     "LinearReport",
@@ -205,6 +206,25 @@ class BudgetReport(Value):
     units: tuple[UnitReport, ...]
 
 
+class ExpertsReport(Value):
+    """The experts of a layer, and how many tokens of the calibration text its router sent to each.
+
+    Attributes:
+        layer: the module that has them, ``model.layers.0.mlp.experts``.
+        tokens: by the expert's number.
+        columns: width of their inputs.
+    """
+
+    layer: str
+    tokens: tuple[int, ...]
+    columns: int
+
+    @property
+    def starved(self) -> tuple[int, ...]:
+        """Numbers of the experts with fewer tokens than their inputs have columns."""
+        return tuple(number for number, tokens in enumerate(self.tokens) if tokens < self.columns)
+
+
 class QuantizeReport(StepDetails):
     """A quantization.
 
@@ -217,6 +237,7 @@ class QuantizeReport(StepDetails):
         mode: how batches went through the blocks, ``lockstep`` or ``replay``; None where none did.
         resumed_blocks: blocks that an earlier, interrupted call had finished.
         budget: what a budget chose; None without one.
+        experts: of a mixture, how many tokens each expert was calibrated on; empty without text.
         file: of GGUF, the file's name.
         types: of GGUF, how many tensors have each type.
         notes: what is otherwise than asked for, or otherwise in the runtime than in transformers, a sentence each.
@@ -225,6 +246,7 @@ class QuantizeReport(StepDetails):
 
     budget: BudgetReport | None = Field(default=None, exclude_if=_is_none)
     file: str | None = Field(default=None, exclude_if=_is_none)
+    experts: tuple[ExpertsReport, ...] = Field(default=(), exclude_if=_is_empty)
     layers: int
     linears: tuple[LinearReport, ...] = Field(default=(), exclude_if=_is_empty)
     types: Mapping[str, int] = Field(default_factory=dict, exclude_if=_is_empty)

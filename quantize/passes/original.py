@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -102,7 +102,7 @@ class OriginalSteps:
         blocks: what a forward pass does.
         windows: calibration batches.
         mode: lockstep or replay.
-        prior: see :class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`.
+        prior, every: see :class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`.
     """
 
     skeleton: Skeleton
@@ -112,6 +112,7 @@ class OriginalSteps:
     windows: tuple[torch.Tensor, ...]
     mode: Mode
     prior: float = PRIOR
+    every: bool = False
 
     def lost(self, work: Path, done: int) -> bool:
         inside = 0 < done < self.skeleton.block_count
@@ -145,7 +146,7 @@ class OriginalSteps:
         return [window.shape[1] for window in self.windows], self.skeleton.hidden_size, self.skeleton.dtype
 
     def _solve(self, run: BlockRun) -> Iterator[tuple[str, ForVariant]]:
-        experts = ExpertMoments(run, None, self.skeleton.device, self.prior)
+        experts = ExpertMoments(run, None, self.skeleton.device, self.prior, every=self.every)
         for stop in run.plan.stops:
             yield from self._squares(run, stop)
             wanted = self._wanted(stop)
@@ -159,7 +160,9 @@ class OriginalSteps:
                 own = hessian if number == len(wanted) - 1 else Hessian(hessian.matrix.clone(), hessian.tokens)
                 solutions = self._solutions(run, way, schemes, own)
                 del own
-                for (name, scheme), solution in solutions.items():
+                for (name, scheme), found in solutions.items():
+                    counted = run.site(name).kind == "expert"
+                    solution = replace(found, tokens=experts.tokens(name)) if counted else found
                     for variant in self._of(way):
                         if self.variants[variant].plan.schemes.get(name) == scheme:
                             yield name, ForVariant(variant, solution)

@@ -27,6 +27,7 @@ from llmconvert.quantize.formats.container import Container
 from llmconvert.quantize.matrix import Readership, readership
 from llmconvert.quantize.methods.base import Method, ScalingQuantizer
 from llmconvert.quantize.methods.rescale import describe_edges
+from llmconvert.quantize.passes.expert_tokens import require_tokens
 from llmconvert.quantize.passes.original import OriginalSteps, Variant, VariantSink
 from llmconvert.quantize.plan import QuantizationPlan, QuantizeRequest
 from llmconvert.quantize.sink import ArtifactSink, finished_blocks
@@ -56,6 +57,8 @@ class LayerResult:
         shape: ``(rows, columns)``.
         error: squared output error over squared output on the calibration inputs; None for data-free methods.
         damping: share of the mean diagonal that its Hessian needed; None without one.
+        expert: the expert that it belongs to, ``model.layers.0.mlp.experts.3``; None for others.
+        tokens: of calibration text that the router sent to that expert; None without text.
     """
 
     name: str
@@ -63,6 +66,8 @@ class LayerResult:
     shape: tuple[int, int]
     error: float | None
     damping: float | None
+    expert: str | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +179,7 @@ class QuantizePlan:
                 "device": inputs.skeleton.device.type,
                 "statistics": "original" if request.statistics == "original" else None,
                 "expert prior": request.expert_prior if any(inputs.skeleton.experts) else None,
+                "experts": request.experts if any(inputs.skeleton.experts) else None,
                 "schemes": {linear: str(planned) for linear, planned in self.decisions.schemes.items()},
                 "original": original.identity if original is not None and not identity else "",
             },
@@ -202,6 +208,11 @@ def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ..
         progress.log(f"note: {note}")
     memory = first.memory
     try:
+        least = max(plan.request.min_tokens_per_expert for plan in plans)
+        if least:
+            inputs = first.inputs
+            every = first.request.experts == "all"
+            require_tokens(skeleton, inputs.blocks, inputs.windows, memory.mode, least, every=every, phases=phases)
         if first.request.statistics == "original":
             memory = _joint_memory(plans)
             steps = _original_steps(plans, memory.mode, phases)
@@ -296,8 +307,17 @@ def _joint_memory(plans: Sequence[QuantizePlan]) -> MemoryEstimate:
 def _original_steps(plans: Sequence[QuantizePlan], mode: Mode, phases: Phases) -> OriginalSteps:
     inputs = plans[0].inputs
     variants = [Variant(plan.inputs.method, plan.decisions, plan.inputs.scale_dtype) for plan in plans]
-    prior = plans[0].request.expert_prior
-    return OriginalSteps(inputs.skeleton, variants, phases, inputs.blocks, inputs.windows, mode, prior)
+    request = plans[0].request
+    return OriginalSteps(
+        inputs.skeleton,
+        variants,
+        phases,
+        inputs.blocks,
+        inputs.windows,
+        mode,
+        request.expert_prior,
+        request.experts == "all",
+    )
 
 
 def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
@@ -329,13 +349,22 @@ def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
         edges,
         mixtures,
         plan.request.expert_prior,
+        plan.request.experts == "all",
     )
 
 
 def _layers(plan: QuantizationPlan, sink: ArtifactSink) -> tuple[LayerResult, ...]:
     return tuple(
-        LayerResult(plan.sites[name].stored, str(plan.schemes[name]), plan.sites[name].shape, error, damping)
-        for name, (error, damping) in sink.results.items()
+        LayerResult(
+            (site := plan.sites[name]).stored,
+            str(plan.schemes[name]),
+            site.shape,
+            error,
+            damping,
+            f"{site.layer}.{site.expert}" if site.kind == "expert" else None,
+            tokens,
+        )
+        for name, (error, damping, tokens) in sink.results.items()
     )
 
 

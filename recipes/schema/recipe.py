@@ -147,6 +147,9 @@ class QuantizeSettings(Section):
     ``options`` are the method's own settings, by the names that its class documents: ``{steps: 100}`` for signround.
     With ``format: gguf`` the scheme is one of llama.cpp's types, ``q4_k_m`` for example. With a ``budget`` bits and
     group sizes are chosen by layer, and the scheme says no more than whether there are zero points: ``w4a16-asym``.
+
+    Of a mixture each expert is calibrated on the tokens that the router sends it; with ``experts: all`` on all of the
+    text. ``min_tokens_per_expert`` begins nothing while an expert gets fewer.
     """
 
     method: str = "gptq"
@@ -156,6 +159,8 @@ class QuantizeSettings(Section):
     rotate: Annotated[RotateSettings | None, BeforeValidator(switch)] = None
     format: str = "compressed-tensors"
     overrides: Annotated[tuple[OverrideSettings, ...], BeforeValidator(to_tuple)] = ()
+    experts: Literal["all"] | None = None
+    min_tokens_per_expert: Count | None = None
 
     @model_validator(mode="before")
     @classmethod

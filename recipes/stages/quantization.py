@@ -31,6 +31,7 @@ from llmconvert.recipes.stages.budget import (
     forget_sensitivity,
     layer_overrides,
 )
+from llmconvert.recipes.stages.expert_report import expert_counts, expert_sections
 from llmconvert.recipes.stages.stage import Place, Stage, Work
 from llmconvert.recipes.stages.windows import CALIBRATION
 from llmconvert.report.section import Column, Section
@@ -111,10 +112,12 @@ class Planned:
 
     def report(self, result: QuantizeResult) -> QuantizeReport:
         """What the report says of what was made."""
-        chosen = self.chosen
+        chosen, experts = self.chosen, expert_counts(result.layers)
+        sections = chosen.sections if chosen is not None else ()
         return QuantizeReport(
             budget=chosen.budget if chosen is not None else None,
-            sections=(*(chosen.sections if chosen is not None else ()), *_types_section(result.types, result.notes)),
+            experts=experts,
+            sections=(*sections, *expert_sections(experts), *_types_section(result.types, result.notes)),
             file=result.files[0] if result.types else None,
             layers=result.quantized,
             linears=_linears(result.layers),
@@ -186,6 +189,8 @@ def plan_stage(
             settings.options,
             name=name,
             statistics=statistics,
+            experts=settings.experts or "routed",
+            min_tokens_per_expert=settings.min_tokens_per_expert or 0,
         ),
         windows=windows,
         context=context,
@@ -209,7 +214,8 @@ def recovered(place: Place) -> QuantizeReport:
     if notes is not None and (notes / _REPORT_FILE).exists():
         return QuantizeReport.model_validate_json((notes / _REPORT_FILE).read_bytes())
     noted = notes is not None and (notes / _LAYERS_FILE).exists()
-    linears = _linears(read_layers(notes / _LAYERS_FILE)) if notes is not None and noted else ()
+    layers = read_layers(notes / _LAYERS_FILE) if notes is not None and noted else ()
+    linears, experts = _linears(layers), expert_counts(layers)
     with open_artifact(place.model) as stored:
         if isinstance(stored, GgufCheckpoint):
             types = Counter(tensor.qtype.name for tensor in read_model_header(stored.path).tensors.values())
@@ -228,13 +234,16 @@ def recovered(place: Place) -> QuantizeReport:
                 seconds=0.0,
             )
         linears = linears if noted else _stored_linears(stored)
-    found = QuantizeReport(layers=len(linears), linears=linears, bytes=nbytes, seconds=0.0)
+    counted = expert_sections(experts)
+    found = QuantizeReport(
+        layers=len(linears), linears=linears, experts=experts, sections=counted, bytes=nbytes, seconds=0.0
+    )
     if notes is None or not noted:
         return found
     if not (notes / _BUDGET_FILE).exists():
         return found
     chosen = ChosenReport.model_validate_json((notes / _BUDGET_FILE).read_bytes())
-    return found.model_copy(update={"budget": chosen.budget, "sections": chosen.sections})
+    return found.model_copy(update={"budget": chosen.budget, "sections": (*chosen.sections, *counted)})
 
 
 def _types_section(types: Mapping[str, int], notes: Sequence[str]) -> tuple[Section, ...]:

@@ -17,7 +17,7 @@ from llmconvert.engine.discovery import discover
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Stream
-from llmconvert.errors import LlmconvertError, SchemeError, UnsupportedError
+from llmconvert.errors import CalibrationError, LlmconvertError, SchemeError, UnsupportedError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.mixed_precision.units import fused_units
@@ -50,13 +50,13 @@ def visits(model: PreTrainedModel, layer: int) -> list[tuple[torch.Tensor, torch
     return seen
 
 
-@pytest.mark.parametrize("prior", [0.0, 0.25])
-def test_moments_are_what_they_are_defined_as(mixture: Mixture, prior: float) -> None:
+@pytest.mark.parametrize(("prior", "whole"), [(0.0, False), (0.25, False), (0.25, True)])
+def test_moments_are_what_they_are_defined_as(mixture: Mixture, prior: float, whole: bool) -> None:
     directory = mixture("mixtral")
     skeleton = Skeleton(SafetensorsCheckpoint(directory), CPU)
     stream = Stream(skeleton, WINDOWS, discover(skeleton, 56), mode="lockstep")
     run = next(stream.blocks())
-    moments = ExpertMoments(run, None, CPU, prior)
+    moments = ExpertMoments(run, None, CPU, prior, every=whole)
     seen = visits(model := load_mixture(directory), 0)
     experts = model.model.layers[0].mlp.experts
     every = torch.cat([hidden for hidden, _ in seen])
@@ -78,9 +78,9 @@ def test_moments_are_what_they_are_defined_as(mixture: Mixture, prior: float) ->
             rows, drawn_rows = inner(rows), inner(every)
         drawn = layer if site.projection != "down_proj" else drawn_rows.T @ drawn_rows / len(drawn_rows)
         kappa = prior * stop.columns
-        wanted = (rows.T @ rows + kappa * drawn) / (len(rows) + kappa)
+        wanted = drawn if whole else (rows.T @ rows + kappa * drawn) / (len(rows) + kappa)
         found = moments.hessian(stop)
-        assert found.tokens == len(rows)
+        assert found.tokens == len(every if whole else rows) and moments.tokens(stop.linears[0]) == len(rows)
         torch.testing.assert_close(found.matrix, wanted, rtol=2e-2, atol=2e-2 * float(wanted.diagonal().mean()))
     stream.close()
 
@@ -92,6 +92,47 @@ def test_an_expert_without_tokens_gets_the_layers_moments(mixture: Mixture, tmp_
     assert sum(name.endswith("weight_packed") for name in artifact) == 2 * (4 + 3 * 16)
     with pytest.raises(LlmconvertError, match="no calibration token reached this linear"):
         quantize(source, tmp_path / "own", windows=ids((6,)), expert_prior=0.0)
+
+
+@pytest.mark.parametrize("statistics", ["sequential", "original"])
+def test_results_say_how_many_tokens_each_expert_got(mixture: Mixture, tmp_path: Path, statistics: Any) -> None:
+    options: dict[str, Any] = {"method": "gptq", "windows": WINDOWS, "statistics": statistics}
+    scheme = Scheme.parse("w4a16-g16")
+    result = quantize_checkpoint(
+        SafetensorsCheckpoint(mixture("mixtral")), tmp_path / "out", scheme=scheme, min_tokens_per_expert=1, **options
+    )
+    seen = visits(load_mixture(mixture("mixtral")), 0)
+    for number in range(6):
+        name = f"model.layers.0.mlp.experts.{number}"
+        counts = {layer.tokens for layer in result.layers if layer.expert == name}
+        if statistics == "original":  # attention is not quantized before the routers see what it gives
+            assert counts == {sum(int((index == number).sum()) for _, index in seen)}
+        assert len(counts) == 1
+    assert all(layer.tokens is None for layer in result.layers if layer.expert is None)
+
+
+def test_too_few_tokens_for_an_expert_are_told_before_anything_is_written(mixture: Mixture, tmp_path: Path) -> None:
+    seen = visits(load_mixture(mixture("mixtral")), 0)
+    counts = {number: sum(int((index == number).sum()) for _, index in seen) for number in range(6)}
+    fewest = min(counts, key=lambda number: counts[number])
+    with pytest.raises(
+        CalibrationError, match=r"min_tokens_per_expert is 90,.* of the 144 calibration.*experts: all"
+    ) as told:
+        quantize(mixture("mixtral"), tmp_path / "out", min_tokens_per_expert=90)
+    assert f"model.layers.0.mlp.experts.{fewest} ({counts[fewest]})" in str(told.value)
+    assert not list(tmp_path.iterdir())
+    quantize(mixture("mixtral"), tmp_path / "all", min_tokens_per_expert=90, experts="all")
+    assert (tmp_path / "all").exists()
+    with pytest.raises(CalibrationError, match="the calibration text has 144 tokens in all"):
+        quantize(mixture("mixtral"), tmp_path / "more", min_tokens_per_expert=145, experts="all")
+
+
+def test_what_is_asked_of_experts_is_refused_where_there_are_none(tiny: Mixture, tmp_path: Path) -> None:
+    for asked, words in (({"experts": "all"}, "experts: all"), ({"min_tokens_per_expert": 1}, "min_tokens_per_expert")):
+        with pytest.raises(UnsupportedError, match=f"{words}: architecture 'llama' has no experts"):
+            quantize(tiny("llama"), tmp_path / "out", **asked)
+    with pytest.raises(UnsupportedError, match="'rtn' does not"):
+        quantize(tiny("llama"), tmp_path / "out", method="rtn", experts="all")
 
 
 SETTINGS = {"signround": {"steps": 5, "batch": 2}}
