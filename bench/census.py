@@ -1,0 +1,384 @@
+"""Which of transformers' classes work: a tiny checkpoint of each is quantized, read back, and held against its twin.
+
+    python bench/census.py [--only PATTERN ...] [--kind causal|image-text] [--state FILE] [--again VERDICT ...]
+        [--side-by-side 1] [--page docs/families.md]
+
+Every class of transformers' automatic mappings for causal language models and for image-text-to-text gets a random
+checkpoint with the structure of the real one. It is quantized to ``w4a16-g32`` by rtn and by gptq; the artifact is read
+by the class that its config names, and must give the logits of its dense twin: the artifact's own weights, written out
+dense, in the original class. What the engine computes must be what transformers computes. Verdicts:
+
+- ``works``: by both methods;
+- ``refused``: by name, before the work; the message is in the table;
+- ``wrong``: it went through, and logits, kept tensors or names are not what they should be;
+- ``crash``: anything else but a refusal: an exception of another kind, a signal, or out of time or memory;
+- ``not built``: transformers itself cannot build, save or run such a model on text alone.
+
+Each class runs in a process of its own, forked before anything was computed. Results are kept in ``--state``, and a
+later run goes on with what is missing there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, logging
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from support.tiny_checkpoints import FIRST_TEXT_TOKEN, VOCABULARY, save_tiny_checkpoint
+
+from llmconvert.convert.source import open_source
+from llmconvert.engine.evaluation import stream_logits
+from llmconvert.errors import LlmconvertError
+from llmconvert.quantize.formats.dense_view import open_dense
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.scheme import Scheme
+
+__all__ = ["CLASSES", "Case", "Finding", "examine", "examine_all", "markdown_page"]
+
+SECONDS = 150
+MEMORY = 3 << 30
+SCHEME = "w4a16-g32"
+METHODS = ("rtn", "gptq")
+LENGTH = 24
+CPU = torch.device("cpu")
+# Logits of the artifact against its twin's, and streamed against resident ones: norm of the difference by the latter's.
+TOLERANCE = 2e-4
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """A class: under which model type, and in which mapping, transformers has it."""
+
+    kind: str
+    model_type: str
+    class_name: str
+
+    @property
+    def key(self) -> str:
+        """Of its result."""
+        return f"{self.kind}/{self.model_type}"
+
+
+def _cases(kind: str, mapping: Mapping[str, Any]) -> list[Case]:
+    found = []
+    for model_type, named in mapping.items():
+        found.append(Case(kind, model_type, named if isinstance(named, str) else named[0]))
+    return found
+
+
+CLASSES: Sequence[Case] = (
+    *_cases("causal", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    *_cases("image-text", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of a class.
+
+    Attributes:
+        verdict: see the module.
+        detail: of a refusal, its message; of an error, what was wrong.
+        method: that it came of; empty where both did the same.
+        weights: numbers in the checkpoint.
+        quantized: of these, those that were quantized.
+        trace: of a crash.
+    """
+
+    verdict: str
+    detail: str = ""
+    method: str = ""
+    weights: int = 0
+    quantized: int = 0
+    trace: str = ""
+
+
+class _WrongError(Exception):
+    """Something went through and is not what it should be."""
+
+
+def examine(case: Case, directory: Path) -> Finding:
+    """Build, quantize, read back and compare in this process."""
+    source = directory / "model"
+    try:
+        save_tiny_checkpoint(source, case.model_type, case.class_name)
+        expected = _logits(source)
+    except Exception as error:
+        return Finding("not built", _line(error), trace=traceback.format_exc())
+    finding = Finding("works")
+    for method in METHODS:
+        try:
+            finding = _quantized(source, directory / method, method, expected)
+        except LlmconvertError as error:
+            return Finding("refused", str(error), method, finding.weights, finding.quantized)
+        except _WrongError as error:
+            return Finding("wrong", str(error), method, finding.weights, finding.quantized)
+        except Exception as error:
+            return Finding("crash", _line(error), method, trace=traceback.format_exc())
+    return finding
+
+
+def _quantized(source: Path, output: Path, method: str, expected: torch.Tensor) -> Finding:
+    checkpoint = open_source(str(source)).checkpoint
+    generator = torch.Generator().manual_seed(1)
+    windows = [_ids(generator) for _ in range(4)]
+    quantize_checkpoint(checkpoint, output, method=method, scheme=Scheme.parse(SCHEME), windows=windows)
+    (streamed,) = stream_logits(checkpoint, [_ids()], device=CPU)
+    _same("what the engine computes of the unquantized model", streamed, expected)
+    dense = open_dense(open_source(str(output)).checkpoint)
+    weights = quantized = 0
+    tensors = {}
+    for name in checkpoint:
+        if name not in dense.infos:
+            raise _WrongError(f"the artifact has no {name}")
+        before, after = checkpoint[name], dense[name]
+        weights += before.numel()
+        if before.shape != after.shape or before.dtype != after.dtype:
+            raise _WrongError(f"{name} was {before.dtype} {list(before.shape)}, is {after.dtype} {list(after.shape)}")
+        if not torch.equal(before, after):
+            quantized += before.numel()
+            if _distance(after, before) > 0.3:
+                raise _WrongError(f"{name} is another than it was: {_distance(after, before):.0%} away")
+        tensors[name] = after
+    if not quantized:
+        raise _WrongError("nothing is quantized")
+    twin = output.with_name(f"{output.name}-twin")
+    twin.mkdir()
+    save_file(tensors, twin / "model.safetensors", {"format": "pt"})
+    (twin / "config.json").write_bytes((source / "config.json").read_bytes())
+    right = _logits(twin)
+    _same("what the artifact gives in transformers", _logits(output), right)
+    if torch.equal(right, expected):
+        raise _WrongError("logits are the unquantized model's: what is quantized takes no part")
+    return Finding("works", weights=weights, quantized=quantized)
+
+
+def _logits(directory: Path) -> torch.Tensor:
+    """What the class that the config names computes.
+
+    Raises:
+        _WrongError: it finds tensors missing, or does not know some of those that are there.
+    """
+    config = json.loads((directory / "config.json").read_text())
+    kind: type[PreTrainedModel] = getattr(transformers, config["architectures"][0])
+    model, info = kind.from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise _WrongError(f"{kind.__name__} finds {what.replace('_', ' ')}: {sorted(map(str, info[what]))[:2]}")
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=_ids(), use_cache=False).logits
+    if not bool(logits.isfinite().all()):
+        raise ValueError("logits are not finite")
+    return logits.float()
+
+
+def _ids(generator: torch.Generator | None = None) -> torch.Tensor:
+    generator = generator or torch.Generator().manual_seed(0)
+    return torch.randint(FIRST_TEXT_TOKEN, VOCABULARY, (1, LENGTH), generator=generator)
+
+
+def _same(what: str, found: torch.Tensor, right: torch.Tensor) -> None:
+    if found.shape != right.shape:
+        raise _WrongError(f"{what}: {list(found.shape)}, expected {list(right.shape)}")
+    if (distance := _distance(found, right)) > TOLERANCE:
+        raise _WrongError(f"{what} is {distance:.2g} away from what it should be")
+
+
+def _distance(found: torch.Tensor, right: torch.Tensor) -> float:
+    return float((found.double() - right.double()).norm() / right.double().norm().clamp_min(1e-30))
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _child(case: Case, result: Path) -> None:
+    """In a process of its own."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(null, stream)
+    with tempfile.TemporaryDirectory() as directory:
+        result.write_text(json.dumps(asdict(examine(case, Path(directory)))))
+
+
+def examine_all(cases: Sequence[Case], state: Path, processes: int = 1) -> dict[str, Finding]:
+    """Every case that ``state`` doesn't know yet, so many side by side; returns all that are known."""
+    known = read_state(state)
+    waiting = [case for case in cases if case.key not in known]
+    running: dict[Case, tuple[BaseProcess, Path, float]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                case = waiting.pop(0)
+                result = Path(directory) / f"{case.key.replace('/', '-')}.json"
+                process = multiprocessing.get_context("fork").Process(target=_child, args=(case, result))
+                process.start()
+                running[case] = process, result, time.monotonic()
+            time.sleep(0.05)
+            for case, (process, result, begin) in list(running.items()):
+                late = time.monotonic() - begin > 2 * SECONDS
+                if late:
+                    process.kill()
+                if process.is_alive() and not late:
+                    continue
+                process.join()
+                del running[case]
+                finding = _finding(process, result, late)
+                known[case.key] = finding
+                with contextlib.suppress(FileNotFoundError):
+                    result.unlink()
+                state.write_text(json.dumps({key: asdict(value) for key, value in known.items()}, indent=1))
+                print(f"{case.key:40} {finding.verdict:10} {finding.method:5} {finding.detail[:150]}", flush=True)
+    return known
+
+
+def _finding(process: BaseProcess, result: Path, late: bool) -> Finding:
+    if result.exists() and (text := result.read_text()):
+        return Finding(**json.loads(text))
+    return Finding("crash", "out of time" if late else f"the process ended with {process.exitcode}")
+
+
+def read_state(state: Path) -> dict[str, Finding]:
+    """What is known."""
+    if not state.exists():
+        return {}
+    return {key: Finding(**value) for key, value in json.loads(state.read_text()).items()}
+
+
+def markdown_page(findings: Mapping[str, Finding], today: str) -> str:
+    """The page of the documentation: counts, what works by name, and of the rest what is said.
+
+    Args:
+        findings: by key.
+        today: the date that they are of.
+    """
+    return _PAGE.format(
+        date=today,
+        transformers=version("transformers"),
+        compressed_tensors=version("compressed-tensors"),
+        torch=version("torch"),
+        scheme=SCHEME,
+        counts=_counts(findings),
+        parts="\n\n".join(_part(kind, title, findings) for kind, title in _TITLES.items()),
+    )
+
+
+_TITLES = {"causal": "Causal language models", "image-text": "Image-text-to-text"}
+_VERDICTS = ("works", "refused", "wrong", "crash", "not built")
+_PAGE = """# Families of models
+
+Which of transformers' classes can be quantized, read back and trusted. Written by `bench/census.py` on {date}, with
+transformers {transformers}, compressed-tensors {compressed_tensors} and torch {torch}.
+
+Every class of transformers' automatic mappings gets a tiny random checkpoint with the structure of the real one: layers
+of every kind, experts, tied weights as the class has them by default. It is quantized to {scheme} by rtn and by gptq,
+and the artifact is read by the class that its config names. It **works** if by both methods no tensor is missing,
+unknown or other than it was, and logits are those of the artifact's own weights written out dense. **refused** is said
+before any work, with the reason in the table. **not built**: transformers cannot build, save or run such a model on
+text alone with the settings that it has by default.
+
+{counts}
+
+{parts}
+"""
+
+
+def _counts(findings: Mapping[str, Finding]) -> str:
+    rows = [["", *_VERDICTS, "works, of those that transformers runs"]]
+    for kind, title in _TITLES.items():
+        found = Counter(finding.verdict for key, finding in findings.items() if key.startswith(f"{kind}/"))
+        ran = sum(found.values()) - found["not built"]
+        rows.append([title, *(str(found[verdict]) for verdict in _VERDICTS), f"{found['works']} of {ran}"])
+    return markdown_table(rows)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Of a header and rows of text, all columns to the left."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _part(kind: str, title: str, findings: Mapping[str, Finding]) -> str:
+    cases = sorted(case for case in CLASSES if case.kind == kind and case.key in findings)
+    works = ", ".join(f"`{case.model_type}`" for case in cases if findings[case.key].verdict == "works")
+    rows = [["model type", "class", "verdict", "what is said"]]
+    for verdict in _VERDICTS[1:]:
+        for case in cases:
+            finding = findings[case.key]
+            if finding.verdict == verdict:
+                by = f" ({finding.method})" if finding.method and finding.method != METHODS[0] else ""
+                said = finding.detail.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+                rows.append([f"`{case.model_type}`", f"`{case.class_name}`", verdict + by, said])
+    return f"## {title}\n\nWork: {works or 'none'}.\n\n{markdown_table(rows)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="of model types or classes")
+    parser.add_argument("--kind", choices=["causal", "image-text"])
+    parser.add_argument("--state", type=Path, default=Path("build/census.json"))
+    parser.add_argument("--again", action="append", default=[], metavar="VERDICT", help="examine these anew; or all")
+    parser.add_argument("--side-by-side", type=int, default=1)
+    parser.add_argument("--page", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    cases = [
+        case
+        for case in CLASSES
+        if options.kind in (None, case.kind)
+        and (
+            not options.only
+            or any(fnmatch.fnmatch(name, one) for one in options.only for name in (case.model_type, case.class_name))
+        )
+    ]
+    options.state.parent.mkdir(parents=True, exist_ok=True)
+    known = read_state(options.state)
+    again = {
+        case.key
+        for case in cases
+        if case.key in known and ("all" in options.again or known[case.key].verdict in options.again)
+    }
+    if again:
+        kept = {key: asdict(value) for key, value in known.items() if key not in again}
+        options.state.write_text(json.dumps(kept, indent=1))
+    findings = examine_all(cases, options.state, options.side_by_side)
+    for kind in ("causal", "image-text"):
+        counts = Counter(finding.verdict for key, finding in findings.items() if key.startswith(kind))
+        print(kind, dict(counts))
+    if options.page:
+        options.page.write_text(markdown_page(findings, datetime.now(UTC).date().isoformat()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The census over a few classes of different kinds, and that it notices what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def census() -> ModuleType:
+    path = Path(__file__).parent.parent / "bench" / "census.py"
+    spec = importlib.util.spec_from_file_location("census", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["census"] = module  # where its dataclasses look for themselves
+    spec.loader.exec_module(module)
+    return module
+
+
+def case(census: ModuleType, key: str) -> Any:
+    return next(one for one in census.CLASSES if one.key == key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["causal/qwen3_moe", "causal/lfm2", "image-text/qwen3_5"])
+def test_classes_of_several_kinds_work(census: ModuleType, tmp_path: Path, key: str) -> None:
+    """A mixture, convolutions beside attention, a vision tower beside linear attention."""
+    finding = census.examine(case(census, key), tmp_path)
+    assert finding.verdict == "works", finding
+    assert 0 < finding.quantized < finding.weights
+
+
+@pytest.mark.slow
+def test_an_engine_that_computes_something_else_is_wrong(
+    census: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = census.stream_logits
+
+    def stream_logits(*args: Any, **kwargs: Any) -> Any:
+        for logits in original(*args, **kwargs):
+            yield logits + 0.1
+
+    monkeypatch.setattr(census, "stream_logits", stream_logits)
+    finding = census.examine(case(census, "causal/llama"), tmp_path)
+    assert finding.verdict == "wrong"
+    assert "what the engine computes" in finding.detail
+
+
+@pytest.mark.slow
+def test_an_artifact_with_another_weight_is_wrong(
+    census: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = census.open_dense
+
+    class Changed(dict[str, torch.Tensor]):
+        infos: Any
+
+    def open_dense(checkpoint: Any) -> Any:
+        view = original(checkpoint)
+        changed = Changed({name: view[name] for name in view})
+        changed.infos = view.infos
+        norm = next(name for name in changed if "norm" in name)
+        changed[norm] = 2 * changed[norm]
+        return changed
+
+    monkeypatch.setattr(census, "open_dense", open_dense)
+    finding = census.examine(case(census, "causal/llama"), tmp_path)
+    assert finding.verdict == "wrong"
+    assert "norm.weight is another than it was" in finding.detail
+
+
+def test_the_page_counts_and_says_why(census: ModuleType) -> None:
+    findings = {
+        "causal/llama": census.Finding("works"),
+        "causal/xlm": census.Finding("refused", "it has | no *blocks*", "gptq"),
+        "image-text/blip": census.Finding("not built", "TypeError"),
+    }
+    page = census.markdown_page(findings, "2030-01-01")
+    assert "on 2030-01-01" in page
+    assert "| Causal language models | 1 | 1 | 0 | 0 | 0 | 1 of 2 |" in page
+    assert "| `xlm` | `XLMWithLMHeadModel` | refused (gptq) | it has \\| no \\*blocks\\* |" in page
+    assert "Work: `llama`." in page
