@@ -99,6 +99,8 @@ class QuantizationPlan:
             could be taken for one.
         specs: every tensor of the artifact, in the order of the source.
         declared: what ``config.json`` says about them.
+        uncalibrated: linears with a scheme that a calibrated method has no inputs for, since the forward never calls
+            them; they are rounded to nearest.
     """
 
     schemes: Mapping[str, Scheme]
@@ -106,6 +108,18 @@ class QuantizationPlan:
     kept: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
     declared: Mapping[str, Any]
+    uncalibrated: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is otherwise than asked for, a sentence each."""
+        if not self.uncalibrated:
+            return ()
+        count, first = len(self.uncalibrated), self.uncalibrated[0]
+        return (
+            f"{count} of {len(self.schemes)} linears take no part when text alone passes the model ({first}, …); "
+            "without inputs to be calibrated on they are rounded to nearest; an override with scheme: none keeps them",
+        )
 
 
 def plan_quantization(
@@ -123,7 +137,7 @@ def plan_quantization(
             runtimes fuse (they share one input) would get different schemes.
         UnsupportedError: the format cannot hold a scheme, the method cannot choose its codes, or the model's weights
             are not in linears.
-        CalibrationError: the method is calibrated, and the forward never calls a linear that is to be quantized.
+        CalibrationError: the method is calibrated, and the forward calls none of the linears that are to be quantized.
     """
     for used in {scheme, *(override.scheme for override in overrides if override.scheme)}:
         check_combination(method, used, layout)
@@ -140,11 +154,12 @@ def plan_quantization(
         if chosen is not None:
             chosen.check_fits(name, site.columns)
     _check_fused(blocks, {name: chosen for name, chosen in assigned.items() if name not in gates})
-    unreached = [name for block in blocks for name in block.unreached if assigned[name] is not None]
-    if method.calibration != "none" and unreached:
+    unreached = tuple(name for block in blocks for name in block.unreached if assigned[name] is not None)
+    calibrated = method.calibration != "none"
+    if calibrated and unreached and len(unreached) == sum(chosen is not None for chosen in assigned.values()):
         raise CalibrationError(
-            f"{unreached[0]}: the model's forward never calls this linear, so it cannot be calibrated; "
-            "leave it dense with an override (scheme: none) or use rtn"
+            f"{unreached[0]}: the model's forward never calls this linear, nor any other that is to be quantized, so "
+            "none can be calibrated; use rtn"
         )
     if not any(assigned.values()):
         raise SchemeError("the overrides leave no linear to quantize")
@@ -161,7 +176,8 @@ def plan_quantization(
     names = _DeclaredNames.of(skeleton)
     declared = {called: chosen for name, chosen in schemes.items() for called in names.of_site(sites[name])}
     kept = names.kept([sites[name] for name, chosen in assigned.items() if chosen is None], declared)
-    return QuantizationPlan(schemes, sites, kept, tuple(specs), layout.quantization_config(declared, kept))
+    config = layout.quantization_config(declared, kept)
+    return QuantizationPlan(schemes, sites, kept, tuple(specs), config, unreached if calibrated else ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,12 +40,13 @@ from llmconvert.quantize.methods.expert_blocks import OriginalAnswers, learn_exp
 from llmconvert.quantize.methods.imatrix import mean_squares
 from llmconvert.quantize.methods.rescale import Rescaling, rescale_block
 from llmconvert.quantize.methods.rescale_experts import down_scale
+from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
 from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["CalibratedSteps", "DataFreeSteps", "Outcome", "Step", "Steps"]
+__all__ = ["CalibratedSteps", "DataFreeSteps", "Outcome", "Step", "Steps", "round_unreached"]
 
 #: What comes of a name in a block.
 Outcome = Solution | InputSquares | torch.Tensor
@@ -180,7 +181,7 @@ class CalibratedSteps:
                     solve = partial(self._measure, run)
                 if original is not None and other is not None and self.method.calibration == "block":
                     solve = partial(self._solve_block, run, other, original, kept[1])
-                yield Step(index, solve, partial(_sync_all, kept, index))
+                yield Step(index, partial(self._solve_all, run, solve), partial(_sync_all, kept, index))
 
     @property
     def _shape(self) -> tuple[list[int], int, torch.dtype]:
@@ -202,6 +203,14 @@ class CalibratedSteps:
             phases=self.phases,
         )
         return states, stack.enter_context(closing(stream))
+
+    def _solve_all(
+        self, run: BlockRun, solve: Callable[[], Iterator[tuple[str, Outcome]]]
+    ) -> Iterator[tuple[str, Outcome]]:
+        """The linears that batches reach, and then those that none does."""
+        yield from solve()
+        with self.phases.measure("solving"):
+            yield from round_unreached(run, self.plan, self.scale_dtype)
 
     def _measure(self, run: BlockRun) -> Iterator[tuple[str, InputSquares]]:
         """The importance matrix of a block, which keeps its weights."""
@@ -322,6 +331,13 @@ class CalibratedSteps:
     def _targets(self, run: BlockRun, names: Sequence[str], scaling: Rescaling) -> list[Target]:
         weights = {name: scaling.apply(name, run.weight(name)) for name in names}
         return [Target(name, weight, self.plan.schemes[name]) for name, weight in weights.items()]
+
+
+def round_unreached(run: BlockRun, plan: QuantizationPlan, scale_dtype: torch.dtype) -> Iterator[tuple[str, Solution]]:
+    """The linears of a block that no batch calls but which get a scheme, rounded to nearest."""
+    for name in run.plan.unreached:
+        if name in plan.uncalibrated:
+            yield from Rtn().quantize([Target(name, run.weight(name), plan.schemes[name])], None, scale_dtype).items()
 
 
 def _sync_all(kept: Sequence[DiskStates], index: int) -> None:

@@ -33,7 +33,7 @@ from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
 from llmconvert.quantize.solve.kernels import load_kernels
-from llmconvert.quantize.steps import Outcome, Step
+from llmconvert.quantize.steps import Outcome, Step, round_unreached
 
 __all__ = ["ForVariant", "OriginalSteps", "Variant", "VariantSink", "can_share"]
 
@@ -168,6 +168,10 @@ class OriginalSteps:
                             yield name, ForVariant(variant, solution)
                 del solutions
             del hessian
+        for number, one in enumerate(self.variants):
+            with self.phases.measure("solving"):
+                for name, solution in round_unreached(run, one.plan, one.scale_dtype):
+                    yield name, ForVariant(number, solution)
 
     def _squares(self, run: BlockRun, stop: Stop) -> Iterator[tuple[str, ForVariant]]:
         """Mean squares of the inputs, for the variants that want these."""

@@ -155,6 +155,11 @@ class QuantizePlan:
         """Which runtimes read what is made, by the schemes that its linears really have."""
         return readership(self.request.format, {*self.decisions.schemes.values()} or {self.request.scheme})
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What will be otherwise than asked for, or otherwise in the runtime than in transformers."""
+        return *self.decisions.notes, *self.container.notes
+
     def run(self) -> QuantizeResult:
         """Write the artifact, or go on where an interrupted run of the same plan was stopped.
 
@@ -204,7 +209,7 @@ def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ..
     first = plans[0]
     skeleton, progress = first.inputs.skeleton, first.inputs.context.progress
     phases = Phases(partial(torch.cuda.synchronize, skeleton.device) if skeleton.device.type == "cuda" else None)
-    for note in dict.fromkeys(note for plan in plans for note in plan.container.notes):
+    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
         progress.log(f"note: {note}")
     memory = first.memory
     try:
@@ -246,7 +251,7 @@ def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ..
             resumed_blocks=resumed,
             files=tuple(shard.name for shard in plan.container.layout.shards),
             types=plan.container.types,
-            notes=plan.container.notes,
+            notes=plan.notes,
         )
         for plan, found in zip(plans, layers, strict=True)
     )

@@ -197,7 +197,7 @@ def plan_stage(
         record=place.notes / _LAYERS_FILE if place.notes is not None else None,
     )
     if place.notes is not None:
-        write_json(place.notes / _NOTES_FILE, list(plan.container.notes))
+        write_json(place.notes / _NOTES_FILE, list(plan.notes))
     return Planned(place, plan, chosen)
 
 

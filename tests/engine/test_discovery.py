@@ -154,10 +154,26 @@ def test_encoder_decoders_are_refused_by_name(tmp_path: Path) -> None:
         Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
 
 
-def test_a_model_without_a_list_of_blocks_is_refused_by_name(tmp_path: Path) -> None:
+def test_blocks_are_found_in_a_class_that_declares_none(tmp_path: Path) -> None:
     settings = AutoConfig.for_model("ctrl", vocab_size=128, n_embd=64, n_layer=2, n_head=4, dff=64)
     AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="architecture 'ctrl': expected one list of 2 decoder blocks"):
+    assert Skeleton(SafetensorsCheckpoint(tmp_path), CPU).prefix(1) == "transformer.h.1."
+
+
+def test_a_decoder_whose_config_counts_an_encoders_layers_has_its_own(tmp_path: Path) -> None:
+    """BART's ``num_hidden_layers`` are those of the encoder, which its causal class doesn't have."""
+    settings = AutoConfig.for_model(
+        "bart", vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=3, decoder_ffn_dim=96, is_decoder=True
+    )
+    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path)
+    assert Skeleton(SafetensorsCheckpoint(tmp_path), CPU).block_count == 3
+
+
+def test_a_model_whose_layers_are_several_lists_is_refused_by_name(tmp_path: Path) -> None:
+    """XLM has one list of attentions and one of MLPs: neither is a decoder's blocks."""
+    settings = AutoConfig.for_model("xlm", vocab_size=128, emb_dim=64, n_layers=2, n_heads=4)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"'xlm': its layers are not one list .*transformer.attentions with 2"):
         Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
 
 

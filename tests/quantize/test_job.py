@@ -278,16 +278,30 @@ def test_calibrating_without_text_is_refused(tiny: Tiny, tmp_path: Path) -> None
     refused(tmp_path, CalibrationError, "'gptq' needs calibration text and was given none", tiny("llama"), windows=())
 
 
-def test_a_linear_that_is_never_called_is_refused(tmp_path: Path) -> None:
+def test_a_linear_that_is_never_called_is_rounded_and_said(tmp_path: Path) -> None:
     source = unreached_model(tmp_path / "source")
-    refused(tmp_path, CalibrationError, r"encoder_attn\.k_proj: the model's forward never calls", source)
+    result = quantize(source, tmp_path / "out")
+    (note,) = result.notes
+    assert "8 of 20 linears take no part when text alone passes the model" in note
+    quantize(source, tmp_path / "rtn", method="rtn")
+    made, rounded = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "rtn" / "model.safetensors")
+    unreached = {name for name in made if ".encoder_attn." in name}
+    assert {name for name in made if torch.equal(made[name], rounded[name]) and "packed" in name} == {
+        name for name in unreached if "packed" in name
+    }
 
 
-def test_a_linear_that_is_never_called_can_be_left_out_or_rounded(tmp_path: Path) -> None:
+def test_where_none_of_the_linears_is_called_none_can_be_calibrated(tmp_path: Path) -> None:
+    source = unreached_model(tmp_path / "source")
+    overrides = [Override("*.encoder_attn.*", Scheme(Int(4), 32)), Override("*", None)]
+    refused(tmp_path, CalibrationError, "never calls this linear, nor any other", source, overrides=overrides)
+
+
+def test_a_linear_that_is_never_called_can_be_left_out(tmp_path: Path) -> None:
     source = unreached_model(tmp_path / "source")
     result = quantize(source, tmp_path / "out", overrides=[Override("*.encoder_attn.*", None)])
     assert len(result.layers) == 12
-    assert len(quantize(source, tmp_path / "rtn", method="rtn").layers) == 20
+    assert result.notes == ()
 
 
 def test_a_model_without_linears_is_refused_by_name(tmp_path: Path) -> None:

@@ -28,10 +28,13 @@ __all__ = [
     "fix_frequencies",
     "forget_lengths",
     "loaded_class",
+    "main_blocks",
 ]
 
 _WHOLE = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
 
+# A list with this share of the weights of all lists that text passes is the decoder's blocks.
+_MOST_WEIGHTS = 0.9
 _LONGEST_SEEN = "max_seq_len_cached"
 
 
@@ -133,23 +136,43 @@ def _forget_length(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def find_blocks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """The lists that can be the one of decoder blocks, by their names in the model: one, beside those of towers.
+    """The lists that can be the one of decoder blocks, by their names in the model.
 
-    Raises:
-        UnsupportedError: there is none of as many blocks as the config says.
+    They have as many modules as the config says, of the classes that the model declares as its blocks; in classes that
+    declare none, or whose config counts another part's layers, all lists with weights that no other list holds can be.
     """
     count = Architecture.of(model.config).layers
     kinds = set(model._no_split_modules or ())
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and all(type(block).__name__ in kinds for block in module)
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside and next(module.parameters(), None) is not None:
+            lists[name] = module
+    declared = {
+        name: blocks
+        for name, blocks in lists.items()
+        if len(blocks) == count and all(type(block).__name__ in kinds for block in blocks)
     }
-    if not found or (len(found) > 1 and not type(model.config).sub_configs):
+    return declared or lists
+
+
+def main_blocks(model: PreTrainedModel, lists: Mapping[str, nn.ModuleList]) -> str:
+    """The name of the list of decoder blocks: the one that holds nearly all of the weights of those that text passes.
+
+    Args:
+        model: for errors.
+        lists: of :func:`find_blocks`, those that text passes.
+
+    Raises:
+        UnsupportedError: there is no such list.
+    """
+    weights = {name: sum(value.numel() for value in blocks.parameters()) for name, blocks in lists.items()}
+    largest = max(weights, key=lambda name: weights[name], default=None)
+    if largest is None or weights[largest] < _MOST_WEIGHTS * sum(weights.values()):
+        found = ", ".join(f"{name} with {len(blocks)}" for name, blocks in lists.items()) or "none"
         raise UnsupportedError(
-            f"architecture {model.config.model_type!r}: expected one list of {count} decoder blocks "
-            f"({', '.join(sorted(kinds)) or 'none declared'}), found {len(found)}; the streaming engine cannot run it"
+            f"architecture {model.config.model_type!r}: its layers are not one list of decoder blocks, and only such a "
+            f"list can be run block by block; lists in {type(model).__name__} that text passes: {found}. It takes a "
+            "tool that holds the whole model"
         )
-    return found
+    return largest

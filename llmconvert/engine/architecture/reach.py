@@ -22,8 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.experts import find_experts
-from llmconvert.engine.architecture.model import build_meta_model, find_blocks, fix_frequencies
-from llmconvert.errors import UnsupportedError
+from llmconvert.engine.architecture.model import build_meta_model, find_blocks, fix_frequencies, main_blocks
 
 __all__ = ["Reach", "find_reach", "on_shapes"]
 
@@ -64,21 +63,17 @@ def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dt
     """
     found = find_blocks(model)
     if not type(config).sub_configs:
-        name, blocks = next(iter(found.items()))
-        return Reach(name, tuple(range(len(blocks))), frozenset())
+        name = main_blocks(model, found)
+        return Reach(name, tuple(range(len(found[name]))), frozenset())
     reached = _trace(build_meta_model(config, dtype, attention), config.model_type)
     passed = {
         name: tuple(index for index in range(len(blocks)) if f"{name}.{index}" in reached)
         for name, blocks in found.items()
     }
     passed = {name: positions for name, positions in passed.items() if positions}
-    if len(passed) != 1:
-        raise UnsupportedError(
-            f"architecture {config.model_type!r}: text passes {len(passed)} of the lists that could be its decoder's "
-            f"blocks ({', '.join(found)}), expected one; the streaming engine cannot run it"
-        )
+    name = main_blocks(model, {name: found[name] for name in passed})
     idle = frozenset(name for name, _ in model.named_modules() if name and name not in reached)
-    return Reach(*passed.popitem(), idle)
+    return Reach(name, passed[name], idle)
 
 
 @contextmanager
