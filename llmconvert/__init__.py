@@ -56,6 +56,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "RunInterruptedError",
+    "RunPlan",
     "RunResult",
     "SafetensorsCheckpoint",
     "Scheme",
@@ -82,6 +83,7 @@ __all__ = [
     "make_sweep",
     "open_source",
     "plan_push",
+    "plan_recipe",
     "push_model",
     "quantize_checkpoint",
     "quantize_model",
@@ -135,6 +137,7 @@ _MODULES = {
     "RecipeError": "errors",
     "Report": "report.report",
     "RunInterruptedError": "errors",
+    "RunPlan": "recipes.planning.plan",
     "RunResult": "recipes.runner",
     "SafetensorsCheckpoint": "storage.checkpoint",
     "Scheme": "quantize.scheme",
@@ -156,6 +159,7 @@ _MODULES = {
     "make_recipe": "recipes.loading",
     "open_source": "convert.source",
     "plan_push": "recipes.publishing",
+    "plan_recipe": "recipes.planning.planner",
     "push_model": "api",
     "quantize_checkpoint": "quantize.job",
     "quantize_model": "api",
@@ -200,6 +204,8 @@ if TYPE_CHECKING:
     from llmconvert.quantize.tensor import QuantizedTensor
     from llmconvert.recipes.batch import Outcome, run_batch
     from llmconvert.recipes.loading import load_recipe, make_recipe
+    from llmconvert.recipes.planning.plan import RunPlan
+    from llmconvert.recipes.planning.planner import plan_recipe
     from llmconvert.recipes.publishing import plan_push
     from llmconvert.recipes.runner import RunResult, run_recipe
     from llmconvert.recipes.schema.recipe import Recipe

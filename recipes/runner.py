@@ -22,6 +22,10 @@ from llmconvert.errors import GateError
 from llmconvert.interrupt import interruptible
 from llmconvert.memory import PeakMemory, release_freed_memory
 from llmconvert.progress import SILENT, Progress
+from llmconvert.recipes.planning.headers import UnknownWeightsError
+from llmconvert.recipes.planning.plan import RunPlan
+from llmconvert.recipes.planning.planner import foresee
+from llmconvert.recipes.planning.render import plan_lines
 from llmconvert.recipes.publishing import check_metadata, check_target, fill_target, publish_artifact
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, artifact_stage, front_matter_of
@@ -86,8 +90,9 @@ def run_recipe(
             store = stack.enter_context(StageStore(Path(work_dir or recipe.work_dir), progress=progress))
         filled = fill_target(recipe)
         target = filled.publish if publish else None
-        running = Running.begin(filled, target, store.begin(recipe.name, fresh=fresh), progress)
-        return running.publish(running.finish())
+        running = Running.begin(filled, target, store.begin(recipe.name, fresh=fresh), progress, planned=True)
+        result = running.finish()
+        return running.publish(result)
 
 
 @dataclass(slots=True)
@@ -102,6 +107,7 @@ class Running:
         work: what was made so far.
         todo: all stages up to the artifact's model.
         progress: where long work is shown.
+        plan: of it; None where it was not planned.
     """
 
     recipe: Recipe
@@ -111,6 +117,7 @@ class Running:
     work: Work
     todo: RunStages
     progress: Progress
+    plan: RunPlan | None = None
     _done: int = 0
     _made: Finished[StepDetails] | None = None
 
@@ -122,11 +129,15 @@ class Running:
         stages: StageRun,
         progress: Progress,
         publisher: str | None = None,
+        *,
+        planned: bool = False,
     ) -> Running:
         """Check everything that can be told before the long work, and fetch the model.
 
         Args:
             publisher: who may replace what is published there, if it isn't the recipe: a sweep that picks one of many.
+            planned: say what the run will do and need, refuse what can't fit before the first byte is fetched, and keep
+                how long its steps take.
 
         Raises:
             LlmconvertError: see :func:`run_recipe`.
@@ -138,6 +149,7 @@ class Running:
         if target is not None:
             check_target(target, publisher or recipe.name, stages.store.hashes)
         todo = stages_of(recipe)
+        plan = _foresee(recipe, target, stages, progress) if planned else None
         source, fetched = _fetch(recipe, progress)
         if recipe.quantize is not None:
             require_dense(source.checkpoint, source.origin)
@@ -150,7 +162,7 @@ class Running:
         if target is not None:
             with work.original.open() as original:
                 check_metadata(target, front_matter_of(recipe, source, original))
-        return cls(recipe, target, publisher or recipe.name, stages, work, todo, progress)
+        return cls(recipe, target, publisher or recipe.name, stages, work, todo, progress, plan)
 
     @property
     def next_stage(self) -> Stage[Any] | None:
@@ -174,6 +186,8 @@ class Running:
         while self.next_stage is not None:
             self.advance()
         self._made = _write_up(self.stages, self.work, self.todo)
+        if self.plan is not None:
+            self.plan.remember(self.work.steps)
         report = Report.read(self._made.model / REPORT_FILE)
         try:
             require_passed(report.checks, blame(report))
@@ -199,6 +213,22 @@ class Running:
         who, progress = self.publisher, self.progress
         where = publish_artifact(result.artifact, contents, self.target, who, hashes, progress=progress)
         return replace(result, published=where)
+
+
+def _foresee(recipe: Recipe, target: PublishSettings | None, stages: StageRun, progress: Progress) -> RunPlan | None:
+    """Say what the run will do and need, and refuse what can't fit, before the first byte is fetched.
+
+    Returns:
+        the plan; None where nothing is known of the weights before they are fetched.
+    """
+    try:
+        plan = foresee(recipe, target, stages.store.work_dir, fresh=stages.fresh)
+    except UnknownWeightsError:
+        return None
+    for line in plan_lines(plan) if plan.todo else ():
+        progress.log(line)
+    plan.require_room()
+    return plan
 
 
 def _fetch(recipe: Recipe, progress: Progress) -> tuple[Source, Step]:

@@ -14,6 +14,8 @@ import torch
 # llmconvert/, which lacks what lies beside it. Neither the tests nor the processes that they start look there.
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent.parent]
 os.environ["PYTHONSAFEPATH"] = "1"
+# How long tests take is no use to plans.
+os.environ["LLMCONVERT_HISTORY"] = ""
 
 from support.tiny_architectures import tiny_model
 from support.tiny_mixtures import tiny_mixture

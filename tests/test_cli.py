@@ -19,7 +19,7 @@ from llmconvert import __version__
 from llmconvert.cli import main
 
 COMMANDS = (
-    *("inspect", "run", "convert", "quantize", "report", "validate", "push"),
+    *("inspect", "plan", "run", "convert", "quantize", "report", "validate", "push"),
     *("methods", "schemes", "formats", "recipes", "doctor"),
 )
 

@@ -7,6 +7,7 @@ are evaluated by the streaming engine side by side, block by block; the runtime 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,9 +116,9 @@ def plan_validation(
         measurement.require()
     needs = Needs(memory=BASE_NBYTES)
     if windows is not None:
-        with open_artifact(artifact) as stored:
-            model = open_dense(reference if reference is not None else stored)
-            needs = _streaming_needs(model, windows, 1 if reference is None else 2, context, dtype)
+        # Of an original the artifact needs no more; it may be still to be made.
+        with open_artifact(artifact) if reference is None else nullcontext(reference) as model:
+            needs = _streaming_needs(open_dense(model), windows, 1 if reference is None else 2, context, dtype)
     needed = needs.memory if context.device.type == "cpu" else needs.device_memory
     if context.memory is not None and needed > context.memory:
         raise CapacityError(

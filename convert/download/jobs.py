@@ -56,6 +56,11 @@ class StreamedDtypePlan:
     _job: _CastJob
     _context: Context
 
+    @property
+    def layout(self) -> Layout:
+        """Of the output's weight files."""
+        return self._job.layout
+
     def run(self) -> DtypeReport:
         """Convert; the same bytes as fetching the model first. What an interrupted run left is continued.
 
@@ -209,6 +214,11 @@ class StreamedQuantizePlan:
     _output: Path
     _job: _QuantizeJob
     _context: Context
+
+    @property
+    def layout(self) -> Layout:
+        """Of the output's weight files."""
+        return self._job.layout
 
     @property
     def readers(self) -> Readership:

@@ -19,6 +19,7 @@ from llmconvert.cli.doctor import doctor
 from llmconvert.cli.inspect import inspect
 from llmconvert.cli.lists import formats, methods, recipes, schemes
 from llmconvert.cli.manners import DEBUG
+from llmconvert.cli.plan import plan
 from llmconvert.cli.push import push
 from llmconvert.cli.quantize import quantize
 from llmconvert.cli.report import report
@@ -77,5 +78,19 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-for _command in (inspect, run, convert, quantize, validate, report, push, methods, schemes, formats, recipes, doctor):
+for _command in (
+    inspect,
+    plan,
+    run,
+    convert,
+    quantize,
+    validate,
+    report,
+    push,
+    methods,
+    schemes,
+    formats,
+    recipes,
+    doctor,
+):
     main.add_command(_command)

@@ -5,7 +5,7 @@ goes from there into request headers and nowhere else.
 """
 
 from llmconvert.hub.errors import hub_errors, without_tokens
-from llmconvert.hub.fetch import FetchedModel, RemoteModel, fetch, fetch_without_weights
+from llmconvert.hub.fetch import FetchedModel, RemoteModel, fetch, fetch_without_weights, missing_weights
 from llmconvert.hub.plan import PlannedFile, PushOptions, PushPlan, plan_push
 from llmconvert.hub.push import check_card, check_push, push_folder, reaches_hub
 from llmconvert.hub.retry import Backoff
@@ -27,6 +27,7 @@ __all__ = [
     "hub_errors",
     "iterate_content",
     "list_files",
+    "missing_weights",
     "plan_push",
     "push_folder",
     "reaches_hub",

@@ -27,7 +27,7 @@ from llmconvert.hub.retry import TRANSPORT_ERROR, Backoff, is_unreachable, retry
 from llmconvert.hub.transfer import RemoteFile, download_file, git_blob_id, list_files
 from llmconvert.progress import SILENT, Bytes, Progress, Task
 
-__all__ = ["FetchedModel", "RemoteModel", "fetch", "fetch_without_weights"]
+__all__ = ["FetchedModel", "RemoteModel", "fetch", "fetch_without_weights", "missing_weights"]
 
 
 _INDEX = "model.safetensors.index.json"
@@ -165,6 +165,19 @@ def fetch_without_weights(model_id: str, revision: str | None = None, *, cache_d
         names = sorted(name for name in wanted.weights if name.endswith(".safetensors"))
         files = list_files(model_id, wanted.commit, names)
     return RemoteModel(directory, model_id, wanted.commit, tuple(files[name] for name in names))
+
+
+def missing_weights(
+    model_id: str, revision: str | None = None, *, cache_dir: Path | None = None, allow_pickle: bool = False
+) -> dict[str, int]:
+    """The weight files that :func:`fetch` would have to download, by name → bytes; config and listing are fetched.
+
+    Raises:
+        HubError: see :func:`fetch`.
+    """
+    with hub_errors(model_id, revision):
+        wanted = _look_up(model_id, revision, cache_dir, allow_pickle)
+    return {name: size for name, size in wanted.weights.items() if not (wanted.directory / name).exists()}
 
 
 def _look_up(model_id: str, revision: str | None, cache_dir: Path | None, allow_pickle: bool) -> _Wanted:

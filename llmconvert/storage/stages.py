@@ -139,13 +139,16 @@ class Begun:
 
 
 class StageRun:
-    """The stages of one run, in order; see :meth:`StageStore.begin`. ``results`` grows as they finish."""
+    """The stages of one run, in order; see :meth:`StageStore.begin`. ``results`` grows as they finish.
+
+    ``fresh``: what earlier runs of this name did is built anew.
+    """
 
     def __init__(self, store: StageStore, name: str, *, fresh: bool) -> None:
         self.store = store
         self.name = name
         self.results: list[StageResult] = []
-        self._fresh = fresh
+        self.fresh = fresh
         self._record = store.work_dir / "runs" / f"{name}.json"
         self.previous = read_run(self._record)
         self._current: dict[str, dict[str, Any]] = {}
@@ -173,7 +176,7 @@ class StageRun:
         """
         wanted = self._wanted(name, inputs, build, resumable=resumable)
         key, path = wanted.key, wanted.path
-        fresh = self._fresh and key not in self.store.built
+        fresh = self.fresh and key not in self.store.built
         result = None if fresh else self.store.find(path, key)
         if result is None or self._damage(wanted, result):
             result = self._build_locked(wanted, fresh)
@@ -194,7 +197,7 @@ class StageRun:
         stage is there. The builder continues from what is found when the stage is run.
         """
         wanted = self._wanted(name, inputs, lambda _: {}, resumable=True)
-        fresh = self._fresh and wanted.key not in self.store.built
+        fresh = self.fresh and wanted.key not in self.store.built
 
         def there() -> bool:
             found = None if fresh else self.store.find(wanted.path, wanted.key)

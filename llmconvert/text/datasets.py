@@ -26,7 +26,7 @@ from llmconvert.storage.parsing import parse_json
 from llmconvert.text.files import local_path, read_text
 from llmconvert.text.topics import SPLITS, topics_text
 
-__all__ = ["Corpus", "Document", "Messages", "load_dataset_text", "require_dataset"]
+__all__ = ["Corpus", "Document", "Messages", "is_here", "load_dataset_text", "require_dataset"]
 
 #: A conversation: mappings with at least ``role`` and ``content``, as chat templates take them.
 Messages = Sequence[Mapping[str, Any]]
@@ -77,6 +77,11 @@ def load_dataset_text(dataset: str) -> Corpus:
             "wikitext-2, or org/name[/config][:split] on the Hub"
         )
     return _load_hub(match["id"], match["config"], match["split"] or "train", joined=False)
+
+
+def is_here(dataset: str) -> bool:
+    """Whether a text lies on this machine, and is not to be fetched."""
+    return dataset.partition(":")[0] == _TOPICS or _looks_like_file(dataset, local_path(dataset))
 
 
 def require_dataset(dataset: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llmconvert.convert.gqa.geometry import read_geometry, require_kv_heads
 from llmconvert.convert.gqa.job import AttentionRequest, plan_attention
 from llmconvert.convert.gqa.report import attention_sections
+from llmconvert.recipes.forecast import Forecast, files_of_layout, parameters
 from llmconvert.recipes.schema.recipe import AttentionSettings
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
 from llmconvert.recipes.stages.windows import CALIBRATION
@@ -45,8 +47,28 @@ def attention_stage(settings: AttentionSettings) -> Stage[AttentionReport]:
             ).run()
         return report.model_copy(update={"sections": tuple(attention_sections(report))})
 
+    def forecast(work: Work, output: Path) -> Forecast:
+        windows = work.windows(CALIBRATION)
+        with work.original.open() as checkpoint:
+            plan = plan_attention(
+                checkpoint,
+                output,
+                AttentionRequest(settings.kv_heads, settings.method, settings.refit),
+                windows=windows,
+                context=work.context_of(ORIGINAL),
+            )
+        tokens = sum(window.shape[1] for window in windows) if plan.calibrated else 1
+        return Forecast(
+            plan.needs,
+            files_of_layout(plan.layout),
+            tensors=len(plan.layout.specs),
+            model=plan.view,
+            kind=f"attention {settings.method}{' refit' if plan.calibrated else ''} {work.context.device.type}",
+            work=float(parameters(plan.view) * tokens),
+        )
+
     def inputs(work: Work) -> Mapping[str, Any]:
         return {"device": work.context.device.type, **settings.model_dump(mode="json", exclude={"heal"})}
 
     after = {"model": ORIGINAL, "calibration": CALIBRATION}
-    return Stage("attention", after, AttentionReport.model_validate, build, inputs, resumable=True)
+    return Stage("attention", after, AttentionReport.model_validate, build, inputs, resumable=True, forecast=forecast)

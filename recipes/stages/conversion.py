@@ -6,12 +6,18 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmconvert.convert.cast import CastView
-from llmconvert.convert.download.jobs import plan_stream_convert, plan_stream_quantize
+from llmconvert.convert.download.jobs import (
+    StreamedDtypePlan,
+    StreamedQuantizePlan,
+    plan_stream_convert,
+    plan_stream_quantize,
+)
 from llmconvert.convert.download.shards import describe_remote
 from llmconvert.convert.dtype import DtypeRequest, plan_dtype
 from llmconvert.convert.rope_scaling import RopeScalingView
@@ -21,6 +27,7 @@ from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.plan import QuantizeRequest
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.recipes.forecast import Forecast, files_of_layout
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.budget import layer_overrides
 from llmconvert.recipes.stages.quantization import recovered
@@ -52,7 +59,22 @@ def convert_stage(recipe: Recipe) -> Stage[DtypeReport]:
             context = replace(work.context, identity=work.view.key)
             return plan_dtype(checkpoint, place.model, _unquantized(work), context=context).run()
 
-    return Stage("convert", {}, DtypeReport.model_validate, build, lambda work: _settings(recipe, work.source), True)
+    def forecast(work: Work, output: Path) -> Forecast:
+        source = work.source.checkpoint
+        plan = plan_dtype(source, output, _unquantized(work), context=work.context)
+        files = files_of_layout(plan.layout)
+        tensors = len(plan.layout.specs)
+        return Forecast(plan.needs, files, tensors=tensors, kind="convert", work=source.nbytes + sum(files.values()))
+
+    return Stage(
+        "convert",
+        {},
+        DtypeReport.model_validate,
+        build,
+        lambda work: _settings(recipe, work.source),
+        resumable=True,
+        forecast=forecast,
+    )
 
 
 def _settings(recipe: Recipe, source: Source) -> Mapping[str, Any]:
@@ -100,20 +122,42 @@ def stream_stage(recipe: Recipe) -> Stage[StepDetails]:
     def settings(work: Work) -> Mapping[str, Any]:
         return {"streamed": True, **(quantize.model_dump(mode="json") if quantize is not None else {})}
 
+    def forecast(work: Work, output: Path) -> Forecast:
+        plan: StreamedDtypePlan | StreamedQuantizePlan
+        if quantize is None:
+            plan, readers = _plan_stream_dtype(work, output), ""
+        else:
+            plan = _plan_stream_quantized(work, output)
+            readers = str(plan.readers)
+        return Forecast(
+            plan.needs,
+            files_of_layout(plan.layout),
+            tensors=len(plan.layout.specs),
+            kind=f"stream {name}",
+            work=float(work.source.checkpoint.nbytes),
+            readers=readers,
+        )
+
     name = "quantize" if quantize is not None else "convert"
-    return Stage(name, {"model": ORIGINAL}, partial(read_details, name), build, settings, resumable=True)
+    return Stage(
+        name, {"model": ORIGINAL}, partial(read_details, name), build, settings, resumable=True, forecast=forecast
+    )
 
 
 def _stream_dtype(work: Work, place: Place) -> StepDetails:
+    return _plan_stream_dtype(work, place.model).run()
+
+
+def _plan_stream_dtype(work: Work, output: Path) -> StreamedDtypePlan:
     source = work.source
     return plan_stream_convert(
         source.origin,
-        place.model,
+        output,
         _unquantized(work),
         revision=source.revision,
         files=source.checkpoint.files,
         context=work.context,
-    ).run()
+    )
 
 
 def _stream_quantized(work: Work, place: Place) -> StepDetails:
@@ -122,23 +166,27 @@ def _stream_quantized(work: Work, place: Place) -> StepDetails:
     Raises:
         UsageError: the scheme is one of GGUF's.
     """
+    plan = _plan_stream_quantized(work, place.model)
+    work.context.progress.log(f"{plan.request.format}: {plan.readers}")
+    return plan.run()
+
+
+def _plan_stream_quantized(work: Work, output: Path) -> StreamedQuantizePlan:
     source, settings = work.source, work.recipe.quantize
     assert settings is not None
     if not isinstance(settings.scheme, Scheme):
         raise UsageError(f"quantize.scheme {settings.scheme}: a GGUF file is not streamed; leave out --stream")
     overrides = tuple(layer_overrides(settings))
     request = QuantizeRequest(settings.method, settings.scheme, settings.format, overrides, settings.options)
-    plan = plan_stream_quantize(
+    return plan_stream_quantize(
         source.origin,
-        place.model,
+        output,
         request,
         rest=_unquantized(work),
         revision=source.revision,
         files=source.checkpoint.files,
         context=work.context,
     )
-    work.context.progress.log(f"{settings.format}: {plan.readers}")
-    return plan.run()
 
 
 def _unquantized(work: Work) -> DtypeRequest:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llmconvert.convert.heal.job import HealOptions, plan_heal
 from llmconvert.convert.heal.report import healing_sections
 from llmconvert.errors import RecipeError
+from llmconvert.recipes.forecast import Forecast, files_of_layout, parameters
 from llmconvert.recipes.schema.recipe import HealSettings, Recipe
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
 from llmconvert.recipes.stages.windows import HEALING_TEXT, WindowRequest
@@ -74,11 +76,31 @@ def heal_stage(settings: HealSettings, after: str) -> Stage[HealReport]:
         state.unlink(missing_ok=True)
         return report
 
+    def forecast(work: Work, output: Path) -> Forecast:
+        with work.original.open() as teacher, work.open(after) as student:
+            plan = plan_heal(
+                teacher,
+                student,
+                output,
+                _options(settings),
+                windows=work.windows(HEALING_TEXT),
+                context=work.context_of(after),
+            )
+            tokens = settings.steps * settings.batch * settings.length
+            return Forecast(
+                plan.needs,
+                files_of_layout(plan.layout),
+                tensors=len(plan.layout.specs),
+                model=student,
+                kind=f"heal {work.context.device.type}",
+                work=float(parameters(student) * tokens),
+            )
+
     def inputs(work: Work) -> Mapping[str, Any]:
         return {"device": work.context.device.type, **settings.model_dump(mode="json")}
 
     order = {"original": ORIGINAL, "model": after, "text": HEALING_TEXT}
-    return Stage("heal", order, HealReport.model_validate, build, inputs, resumable=True)
+    return Stage("heal", order, HealReport.model_validate, build, inputs, resumable=True, forecast=forecast)
 
 
 def _options(settings: HealSettings) -> HealOptions:

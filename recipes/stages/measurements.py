@@ -14,6 +14,7 @@ from typing import Any
 from llmconvert.context import Context
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.base import load_format
+from llmconvert.recipes.forecast import Forecast, parameters
 from llmconvert.recipes.schema.measuring import BackendSettings, PerplexitySettings, PositionSettings, ValidateSettings
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.artifact import public_name
@@ -82,12 +83,28 @@ def validate_stage(
             checks = measure(work.finished[model].model, reference, wanted, evaluation, context=work.context)
         return Measured(checks=tuple(checks))
 
+    def forecast(work: Work, output: Path) -> Forecast:
+        evaluation = work.texts.get(EVALUATION_TEXT)
+        with work.original.open() as reference:
+            plan = plan_validation(
+                output, measurements(settings), reference=reference, windows=evaluation, context=work.context
+            )
+            weights = parameters(reference)
+        tokens = evaluation.drawn * evaluation.length if evaluation is not None else 0
+        asked = [name for name in type(settings).model_fields if getattr(settings, name) is not None]
+        written = settings.generation.max_new_tokens if settings.generation is not None else 0
+        return Forecast(
+            plan.needs,
+            kind=f"validate {' '.join(asked)} {work.context.device.type}",
+            work=float(weights * (tokens + 64 * written + 1)),
+        )
+
     def inputs(work: Work) -> Mapping[str, Any]:
         own = {"between": [work.key(step) for step in between], "device": work.context.device.type}
         return {**own, **settings.model_dump(mode="json", exclude={"repair"})}
 
     after = {"original": ORIGINAL, "artifact": model, "text": EVALUATION_TEXT, "calibration": CALIBRATION}
-    return Stage(name, after, Measured.model_validate, build, inputs)
+    return Stage(name, after, Measured.model_validate, build, inputs, forecast=forecast)
 
 
 def measure(

@@ -22,6 +22,7 @@ from llmconvert.quantize.passes.run import LayerResult, QuantizePlan, QuantizeRe
 from llmconvert.quantize.plan import QuantizeRequest, Statistics
 from llmconvert.quantize.requantize import Assignment, RequantizeRequest, plan_requantize
 from llmconvert.quantize.rotate import rotate_checkpoint
+from llmconvert.recipes.forecast import Forecast, foresee_quantization
 from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
 from llmconvert.recipes.stages.artifact import model_stem
 from llmconvert.recipes.stages.budget import (
@@ -88,12 +89,25 @@ def quantize_stage(
                 statistics=statistics,
             )
 
+    def forecast(work: Work, output: Path) -> Forecast:
+        with work.open(after) as checkpoint:
+            return foresee_quantization(
+                checkpoint,
+                output,
+                settings,
+                tuple(layer_overrides(settings)),
+                name=model_stem(work.source.origin),
+                windows=work.windows(CALIBRATION) if settings.calibrates else (),
+                context=work.context_of(after),
+                statistics=statistics,
+            )
+
     def inputs(work: Work) -> Mapping[str, Any]:
         own = {"statistics": statistics} if statistics != "sequential" else {}
         return {"device": work.context.device.type, **settings.model_dump(mode="json"), **own}
 
     order = {"model": after, "calibration": CALIBRATION}
-    return Stage(QUANTIZE, order, QuantizeReport.model_validate, build, inputs, resumable=True)
+    return Stage(QUANTIZE, order, QuantizeReport.model_validate, build, inputs, resumable=True, forecast=forecast)
 
 
 @dataclass(frozen=True, slots=True)

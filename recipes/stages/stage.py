@@ -16,6 +16,7 @@ import torch
 
 from llmconvert.context import Context
 from llmconvert.convert.source import Source
+from llmconvert.recipes.forecast import Forecast
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.report.report import Step
 from llmconvert.report.section import Value
@@ -104,6 +105,7 @@ class Work:
         texts: token windows, by the name of the stage that drew them.
         finished: stages, by name.
         steps: what the report will say of the run so far.
+        foreseen: models that stages will make, by name, where a run is only planned.
     """
 
     recipe: Recipe
@@ -113,6 +115,7 @@ class Work:
     texts: dict[str, TokenWindows] = field(default_factory=dict)
     finished: dict[str, Finished[Any]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    foreseen: dict[str, Checkpoint] = field(default_factory=dict)
 
     @property
     def original(self) -> Original:
@@ -129,7 +132,9 @@ class Work:
         return self.finished[name].key if name in self.finished else None
 
     def open(self, name: str) -> AbstractContextManager[Checkpoint]:
-        """The model that a stage made, or the original."""
+        """The model that a stage made, or will make, or the original."""
+        if name in self.foreseen and name not in self.finished:
+            return nullcontext(self.foreseen[name])
         return self.original.open() if name == ORIGINAL else SafetensorsCheckpoint(self.finished[name].model)
 
     def windows(self, name: str) -> Sequence[torch.Tensor]:
@@ -149,6 +154,10 @@ def _no_check(work: Work) -> None:
     pass
 
 
+def _nothing_to_foresee(work: Work, output: Path) -> Forecast:
+    return Forecast()
+
+
 @dataclass(frozen=True, slots=True)
 class Stage(Generic[D]):
     """One step of a run.
@@ -162,6 +171,8 @@ class Stage(Generic[D]):
         resumable: ``build`` continues from what it finds; otherwise it always finds its place empty.
         finish: called when it is there, built now or earlier.
         reported: whether the report counts it among its steps.
+        forecast: what building it in an output will need and make; nothing but headers and texts is read. It refuses
+            what building would refuse.
     """
 
     name: str
@@ -172,6 +183,7 @@ class Stage(Generic[D]):
     resumable: bool = False
     finish: Callable[[Work], None] = _no_check
     reported: bool = True
+    forecast: Callable[[Work, Path], Forecast] = _nothing_to_foresee
 
     def inputs(self, work: Work) -> Mapping[str, Any]:
         """Everything that decides the stage's output: its key is their hash."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save
 
 from llmconvert.engine.architecture.config import declared_number
+from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import UsageError
+from llmconvert.needs import Needs
+from llmconvert.recipes.forecast import Forecast
 from llmconvert.recipes.schema.measuring import PerplexitySettings
 from llmconvert.recipes.schema.recipe import CalibrateSettings
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
 from llmconvert.report.section import Value
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import write_file
-from llmconvert.text.datasets import Corpus, load_dataset_text
+from llmconvert.text.datasets import Corpus, is_here, load_dataset_text
 from llmconvert.text.tokenizer import load_tokenizer
 from llmconvert.text.tokens import TokenWindows, check_disjoint, draw_windows
 
@@ -37,6 +41,8 @@ CALIBRATION, EVALUATION_TEXT, HEALING_TEXT = "calibrate", "evaluation-text", "he
 _FILE = "windows.safetensors"
 #: More windows than any text has.
 _ALL = 1 << 40
+# Windows that are reckoned with where all of a text are wanted, and it is not here to count.
+_FORESEEN = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +129,22 @@ class _Text:
         del asked["setting"]
         return {"text": self._corpus.digest, **asked}
 
+    def forecast(self, work: Work, output: Path) -> Forecast:
+        """Draw the windows for what is planned on them; of a text still to be fetched, blank ones, as many as asked."""
+        request = self._request
+        if is_here(request.dataset):
+            draw_text(work, self._name, request)
+            notes: tuple[str, ...] = ()
+        else:
+            count = min(request.samples, _FORESEEN)
+            blank = torch.zeros((1, request.length), dtype=torch.int64)
+            about = (count, count * request.length, request.dataset, "", "", False, request.stride or request.length)
+            work.texts[self._name] = TokenWindows((blank,) * count, *about)
+            notes = (f"{request.dataset} is still to be fetched, {count:,} windows of it are reckoned with",)
+        windows = work.texts[self._name]
+        disk = 8 * windows.drawn * windows.length
+        return Forecast(Needs(memory=BASE_NBYTES, disk=disk), kind=f"text {request.dataset}", work=1.0, notes=notes)
+
     def build(self, work: Work, place: Place) -> DrawnText:
         assert self._corpus is not None and place.notes is not None
         with work.original.open() as checkpoint:
@@ -163,7 +185,9 @@ def text_stage(name: str, request: WindowRequest) -> Stage[DrawnText]:
     """
     text = _Text(name, request)
     after = {"tokenizer of": ORIGINAL}
-    return Stage(name, after, DrawnText.model_validate, text.build, text.settings, finish=text.finish)
+    return Stage(
+        name, after, DrawnText.model_validate, text.build, text.settings, finish=text.finish, forecast=text.forecast
+    )
 
 
 def draw_text(work: Work, name: str, request: WindowRequest) -> None:

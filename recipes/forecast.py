@@ -1,0 +1,164 @@
+"""What a stage will need and make, known before it is built; of a quantization exact sizes, or a budget's bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from llmconvert.context import Context
+from llmconvert.needs import Needs
+from llmconvert.quantize.job import plan_quantize
+from llmconvert.quantize.mixed_precision.budget import Budget
+from llmconvert.quantize.mixed_precision.job import plan_choice
+from llmconvert.quantize.passes.run import QuantizePlan
+from llmconvert.quantize.plan import Override, QuantizeRequest, Statistics
+from llmconvert.quantize.rotate import rotate_checkpoint
+from llmconvert.quantize.scheme import Scheme, SchemeOrMix
+from llmconvert.recipes.schema.recipe import BudgetSettings, QuantizeSettings
+from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.writer import Layout
+
+__all__ = ["Forecast", "files_of_layout", "foresee_quantization", "parameters"]
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a stage will need of the machine, and what it will make.
+
+    Attributes:
+        needs: peak memory while it runs, disk of what it leaves, and download.
+        files: weight files by name → bytes.
+        least: bytes of the weight files at least, where ``files`` are the most they can be; None where they are exact.
+        tensors: in those files.
+        model: what it makes as later stages will see it, its tensors still to be computed; None of what is no model, or
+            looks like what it was made from.
+        kind: what other stages with this kind have taken time for; of one kind, time is in proportion to ``work``.
+        work: how much there is to do, in units that only stages of the same kind share.
+        readers: which runtimes read what it makes; empty where that is not the question.
+        notes: what else to know, a sentence each.
+    """
+
+    needs: Needs = field(default_factory=Needs)
+    files: Mapping[str, int] = field(default_factory=dict)
+    least: int | None = None
+    tensors: int = 0
+    model: Checkpoint | None = None
+    kind: str = ""
+    work: float = 0.0
+    readers: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weight files, at most."""
+        return sum(self.files.values())
+
+
+def files_of_layout(layout: Layout) -> dict[str, int]:
+    """The weight files of a layout, and its index where it has one."""
+    files = {shard.name: shard.nbytes for shard in layout.shards}
+    return files | ({"model.safetensors.index.json": len(layout.index)} if layout.index else {})
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """Numbers in a checkpoint's tensors."""
+    return sum(info.nbytes // info.dtype.itemsize for info in checkpoint.infos.values())
+
+
+def foresee_quantization(
+    source: Checkpoint,
+    output: Path,
+    settings: QuantizeSettings,
+    overrides: tuple[Override, ...],
+    *,
+    name: str,
+    windows: Sequence[torch.Tensor],
+    context: Context,
+    statistics: Statistics = "sequential",
+) -> Forecast:
+    """What :func:`llmconvert.recipes.stages.quantization.quantize` would need and make.
+
+    Raises:
+        LlmconvertError: whatever it would refuse before its work.
+    """
+    if settings.rotate is not None:
+        source = rotate_checkpoint(source, **settings.rotate.model_dump())
+    tokens = sum(window.shape[1] for window in windows)
+
+    def plan_with(scheme: SchemeOrMix) -> QuantizePlan:
+        request = QuantizeRequest(settings.method, scheme, settings.format, overrides, settings.options, name=name)
+        request = replace(request, statistics=statistics)
+        return plan_quantize(source, output, request, windows=windows, context=context)
+
+    kind = " ".join(
+        ("quantize", settings.method, *map(str, sorted(settings.options.items())), context.device.type)
+        + (("gguf",) if settings.format == "gguf" else ())
+        + (("rotated",) if settings.rotate is not None else ())
+    )
+    if settings.budget is None:
+        plan = plan_with(settings.scheme)
+        return Forecast(
+            plan.needs,
+            files_of_layout(plan.container.layout),
+            tensors=len(plan.container.layout.specs),
+            kind=kind,
+            work=_work(plan, tokens),
+            readers=str(plan.readers),
+            notes=tuple(plan.container.notes),
+        )
+    scheme = settings.scheme
+    assert isinstance(scheme, Scheme)  # recipes with another kind are refused
+    budget = settings.budget
+    choice = plan_choice(
+        source,
+        output.with_name(f".{output.name}.sensitivity"),
+        Budget(budget.bits_per_weight, budget.bits, budget.group_sizes),
+        QuantizeRequest(settings.method, scheme, settings.format, overrides, settings.options),
+        windows=windows,
+        context=context,
+    )
+    least, most = (plan_with(bound) for bound in _bounds(scheme, budget))
+    largest = int(min(most.container.layout.nbytes, _within(least, source, budget.bits_per_weight)))
+    smallest = min(least.container.layout.nbytes, largest)
+    needs = choice.needs.then(most.needs)
+    return Forecast(
+        needs,
+        {shard.name: shard.nbytes for shard in most.container.layout.shards}
+        if len(most.container.layout.shards) > 1
+        else {most.container.layout.shards[0].name: largest},
+        least=smallest,
+        tensors=len(least.container.layout.specs),
+        kind=f"{kind} budget",
+        work=_work(least, tokens),
+        readers=str(least.readers),
+        notes=(f"bits by layer are chosen by measured sensitivity, {budget.bits_per_weight:g} per weight at most",),
+    )
+
+
+def _bounds(scheme: Scheme, budget: BudgetSettings) -> tuple[Scheme, Scheme]:
+    """The smallest and the largest scheme that a budget may choose."""
+    words = "" if scheme.symmetric else "-asym"
+    return (
+        Scheme.parse(f"w{min(budget.bits)}a16-g{max(budget.group_sizes)}{words}"),
+        Scheme.parse(f"w{max(budget.bits)}a16-g{min(budget.group_sizes)}{words}"),
+    )
+
+
+def _within(plan: QuantizePlan, source: Checkpoint, bits: float) -> float:
+    """Bytes of an artifact whose quantized linears take so many bits per weight, scales included."""
+    chosen = [plan.decisions.sites[name] for name in plan.decisions.schemes]
+    quantized = {site.tensor for site in chosen}
+    dense = sum(info.nbytes for name, info in source.infos.items() if name not in quantized)
+    headers = plan.container.layout.nbytes - sum(spec.nbytes for spec in plan.container.layout.specs.values())
+    return dense + headers + bits * sum(site.weights for site in chosen) / 8
+
+
+def _work(plan: QuantizePlan, tokens: int) -> float:
+    """Products of the forward pass and of the solution, up to a factor: weights by tokens and columns."""
+    sites = plan.decisions.sites.values()
+    if not tokens:
+        return float(sum(site.weights for site in sites))
+    return float(sum(site.weights * (tokens + 2 * site.columns) for site in sites))

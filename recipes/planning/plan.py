@@ -1,0 +1,210 @@
+"""What a run will do and need, as values: step by step, and in all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from llmconvert.errors import CapacityError
+from llmconvert.needs import Needs
+from llmconvert.recipes.planning.history import Seconds, remember
+from llmconvert.report.report import Step
+
+__all__ = ["RunPlan", "StepPlan"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step.
+
+    Attributes:
+        name: of the step.
+        reused: it is there already, and nothing is done.
+        needs: what it takes of the machine.
+        files: weight files that it makes, by name → bytes.
+        least: bytes of these at least, where they are bounds; None where they are exact.
+        tensors: in them.
+        seconds: how long it will take; None where nothing like it was timed here.
+        kind: what it has in common with steps that take time in proportion; empty of those that nobody times.
+        work: how much there is to do, in units of the kind.
+        place: where it writes; whose disk counts.
+        notes: what else to know.
+    """
+
+    name: str
+    reused: bool = False
+    needs: Needs = field(default_factory=Needs)
+    files: Mapping[str, int] | None = None
+    least: int | None = None
+    tensors: int = 0
+    seconds: Seconds | None = None
+    kind: str = ""
+    work: float = 0.0
+    place: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weight files, at most."""
+        return sum((self.files or {}).values())
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """A run as it will be.
+
+    Attributes:
+        name: of the recipe, or the command.
+        model: what it begins with.
+        makes: what the artifact calls itself; empty where none is made.
+        steps: in order, what is fetched and published among them.
+        parameters: numbers in the model.
+        blocks: decoder blocks of the model.
+        readers: which runtimes read the result.
+        memory: bytes that may be used; those that are free now, or the recipe's own limit.
+        device_memory: the same on an accelerator; None where the run computes on the processor.
+    """
+
+    name: str
+    model: str
+    makes: str
+    steps: tuple[StepPlan, ...]
+    parameters: int
+    blocks: int
+    readers: str
+    memory: int
+    device_memory: int | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """Of the steps one after the other."""
+        return reduce(Needs.then, (step.needs for step in self.steps if not step.reused), Needs())
+
+    @property
+    def todo(self) -> bool:
+        """Whether anything is left to build; publishing again what is there is not."""
+        return any(not step.reused and step.name != "publish" for step in self.steps)
+
+    @property
+    def seconds(self) -> Seconds | None:
+        """Of all steps; None where one of those that take time was never timed."""
+        todo = [step for step in self.steps if not step.reused]
+        if not todo or any(step.seconds is None for step in todo):
+            return None
+        return reduce(Seconds.__add__, (step.seconds for step in todo if step.seconds is not None))
+
+    def remember(self, done: Iterable[Step]) -> None:
+        """Keep how long steps took that were done from beginning to end, for plans to come."""
+        timed = {step.name: step for step in self.steps if not step.reused}
+        for one in done:
+            step = timed.get(one.name)
+            if step is not None and not one.reused and not one.resumed:
+                remember(step.kind, step.work, one.seconds)
+
+    def require_room(self) -> None:
+        """Refuse a run that can't fit this machine.
+
+        Raises:
+            CapacityError: with the step, what it needs, what there is, and the setting that would make it fit.
+        """
+        for step in self.steps:
+            if step.reused:
+                continue
+            needs, device = step.needs, self.device_memory
+            if device is not None and needs.device_memory > device:
+                raise CapacityError(
+                    f"{step.name}: needs {_size(needs.device_memory)} on the device, {_size(device)} are free there; "
+                    f"{_advice(step.name)}"
+                )
+            if device is None and needs.memory > self.memory:
+                raise CapacityError(
+                    f"{step.name}: needs {_size(needs.memory)} of memory, {_size(self.memory)} may be used; "
+                    f"{_advice(step.name)}"
+                )
+        for place, needed in self._disks().items():
+            free = shutil.disk_usage(place).free
+            if needed > free:
+                raise CapacityError(
+                    f"the run needs {_size(needed)} of disk in {place}, {_size(free)} are free; remove something, or "
+                    "keep finished stages on another disk (work_dir, --work-dir) and downloads as well (HF_HOME); a "
+                    "method without calibration can also work on a Hub model while it downloads (stream: true)"
+                )
+
+    def _disks(self) -> dict[Path, int]:
+        """Bytes that each disk has to take, by one of the directories on it."""
+        named: dict[int, Path] = {}
+        total: dict[Path, int] = {}
+        for step in self.steps:
+            if step.reused or step.place is None or not step.needs.disk:
+                continue
+            place = _existing(step.place)
+            first = named.setdefault(place.stat().st_dev, place)
+            total[first] = total.get(first, 0) + step.needs.disk
+        return total
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON values."""
+        needs = self.needs
+        return {
+            "name": self.name,
+            "model": self.model,
+            "makes": self.makes,
+            "parameters": self.parameters,
+            "blocks": self.blocks,
+            "readers": self.readers,
+            "memory_free": self.memory,
+            "device_memory_free": self.device_memory,
+            "needs": _needs(needs),
+            "seconds": _seconds(self.seconds),
+            "steps": [
+                {
+                    "name": step.name,
+                    "reused": step.reused,
+                    "needs": _needs(step.needs),
+                    "files": dict(step.files or {}),
+                    "bytes_least": step.nbytes if step.least is None else step.least,
+                    "bytes_most": step.nbytes,
+                    "tensors": step.tensors,
+                    "seconds": _seconds(step.seconds),
+                    "notes": list(step.notes),
+                }
+                for step in self.steps
+            ],
+        }
+
+
+def _needs(needs: Needs) -> dict[str, int]:
+    return {
+        "memory": needs.memory,
+        "device_memory": needs.device_memory,
+        "disk": needs.disk,
+        "download": needs.download,
+    }
+
+
+def _seconds(seconds: Seconds | None) -> list[float] | None:
+    return None if seconds is None else [round(seconds.least, 1), round(seconds.most, 1)]
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.0f} MB"
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _advice(step: str) -> str:
+    """The setting that makes a step need less."""
+    if step.startswith("validate"):
+        return "take shorter windows (validate.perplexity.window)"
+    if step == "heal":
+        return "take shorter windows (attention.heal.length), or a smaller batch"
+    return "take fewer or shorter windows (calibrate.samples, calibrate.length), or close what else runs"

@@ -1,0 +1,191 @@
+"""Planning a run from headers and texts: what it will do and reuse, make and need, before the first byte is fetched.
+
+The stages are those of the run; each foresees what it needs and makes (:class:`~llmconvert.recipes.forecast.Forecast`),
+on models that are still to be made where they come from stages before it. What a run would refuse is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from llmconvert.context import Context
+from llmconvert.device import open_device
+from llmconvert.engine.architecture.config import declared_number
+from llmconvert.memory import available_nbytes
+from llmconvert.needs import Needs
+from llmconvert.recipes.forecast import Forecast, parameters
+from llmconvert.recipes.planning.headers import Headers, open_headers
+from llmconvert.recipes.planning.history import expected_seconds
+from llmconvert.recipes.planning.plan import RunPlan, StepPlan
+from llmconvert.recipes.publishing import check_metadata, check_target, fill_target
+from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
+from llmconvert.recipes.stages.artifact import artifact_name, front_matter_of
+from llmconvert.recipes.stages.attention import require_mergeable
+from llmconvert.recipes.stages.conversion import converted_view
+from llmconvert.recipes.stages.measurements import require_accepted, require_loader, require_measurable
+from llmconvert.recipes.stages.run import require_texts, stages_of
+from llmconvert.recipes.stages.stage import Finished, Stage, Work
+from llmconvert.storage.contents import Hashes
+from llmconvert.storage.dense import require_dense
+from llmconvert.storage.stage_record import read_stage, stage_key
+from llmconvert.text.files import local_path
+
+__all__ = ["foresee", "foresee_steps", "plan_recipe"]
+
+
+def plan_recipe(
+    recipe: Recipe, *, work_dir: Path | str | None = None, publish: bool = True, fresh: bool = False
+) -> RunPlan:
+    """What :func:`llmconvert.run_recipe` would do with a recipe: nothing is fetched but headers, nothing written.
+
+    Example::
+
+        plan = llmconvert.plan_recipe(llmconvert.load_recipe("demo"))
+        print(plan.needs, plan.seconds)
+
+    Args:
+        work_dir: where finished stages are looked for; the recipe's own by default.
+        publish: whether it shall be published, and the target be checked.
+        fresh: reckon with no finished stage.
+
+    Raises:
+        LlmconvertError: whatever a run would refuse before its work; memory and disk are
+            :meth:`~llmconvert.recipes.planning.plan.RunPlan.require_room`'s.
+    """
+    filled = fill_target(recipe)
+    target = filled.publish if publish else None
+    require_measurable(filled.measured)
+    require_loader(filled)
+    require_texts(filled)
+    if target is not None:
+        check_target(target, filled.name, Hashes())
+    return foresee(filled, target, Path(work_dir or filled.work_dir), fresh=fresh)
+
+
+def foresee(recipe: Recipe, target: PublishSettings | None, work_dir: Path, *, fresh: bool = False) -> RunPlan:
+    """The plan of a recipe whose environment, texts and target were checked, and whose target is filled in."""
+    todo = stages_of(recipe)
+    headers = open_headers(recipe)
+    work = _work(recipe, headers)
+    source = headers.source
+    if recipe.quantize is not None:
+        require_dense(source.checkpoint, source.origin)
+    if recipe.attention is not None:
+        require_mergeable(source.checkpoint, recipe.attention)
+    require_accepted(recipe.measured, source.checkpoint)
+    if target is not None:
+        with work.original.open() as original:
+            check_metadata(target, front_matter_of(recipe, source, original))
+    measuring = todo.measuring(todo.model)
+    stages = [*todo.making, *([measuring] if measuring is not None else [])]
+    steps = list(_fetching(headers))
+    readers = ""
+    made = None
+    for step, forecast in foresee_steps(stages, work, None if fresh else work_dir, work_dir):
+        steps.append(step)
+        if step.name == todo.model:
+            made, readers = step, forecast.readers if forecast is not None else ""
+    if made is not None and target is not None:
+        steps.append(_publishing(target, made))
+    return _plan(recipe, work, steps, artifact_name(recipe, source), readers)
+
+
+def foresee_steps(
+    stages: Iterable[Stage[Any]], work: Work, finished: Path | None, output: Path
+) -> Iterator[tuple[StepPlan, Forecast | None]]:
+    """Each stage as it will be, with its forecast; those that are there already have none.
+
+    Args:
+        finished: work directory to look for finished stages in; None for none.
+        output: where stages will be built.
+    """
+    pending: set[str] = set()
+    for stage in stages:
+        found = _found(stage, work, pending, finished) if finished is not None else None
+        if found is not None:
+            work.finished[stage.name] = found
+            stage.finish(work)
+            yield StepPlan(stage.name, reused=True), None
+            continue
+        pending.add(stage.name)
+        forecast = stage.forecast(work, output / f"{stage.name}-planned" / "model")
+        if stage.name in work.texts:
+            pending.discard(stage.name)  # drawn now, so its key is known
+        if forecast.model is not None:
+            work.foreseen[stage.name] = forecast.model
+        yield step_of(stage.name, forecast, output), forecast
+
+
+def step_of(name: str, forecast: Forecast, output: Path) -> StepPlan:
+    """A stage as it will be."""
+    return StepPlan(
+        name,
+        needs=forecast.needs,
+        files=forecast.files,
+        least=forecast.least,
+        tensors=forecast.tensors,
+        seconds=expected_seconds(forecast.kind, forecast.work),
+        kind=forecast.kind,
+        work=forecast.work,
+        place=output,
+        notes=forecast.notes,
+    )
+
+
+def _found(stage: Stage[Any], work: Work, pending: set[str], work_dir: Path) -> Finished[Any] | None:
+    """The finished stage, where all that it follows is finished as well."""
+    if pending & set(stage.after.values()):
+        return None
+    key = stage_key(stage.name, stage.inputs(work))
+    path = work_dir.absolute() / f"{stage.name}-{key[:12]}"
+    result = read_stage(path, key)
+    if result is None:
+        return None
+    return Finished(stage.name, key, path, stage.read(result.details), result.contents)
+
+
+def _work(recipe: Recipe, headers: Headers) -> Work:
+    context = Context(open_device(recipe.device), recipe.memory)
+    return Work(recipe, context, headers.source, converted_view(recipe, headers.source))
+
+
+def _fetching(headers: Headers) -> Iterator[StepPlan]:
+    if headers.download:
+        size = headers.download
+        needs = Needs(disk=size, download=size)
+        cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+        yield StepPlan(
+            "fetch", needs=needs, seconds=expected_seconds("fetch", size), kind="fetch", work=size, place=cache
+        )
+
+
+def _publishing(target: PublishSettings, made: StepPlan) -> StepPlan:
+    if not target.to.startswith("file:"):
+        return StepPlan("publish", seconds=expected_seconds("publish hub", made.nbytes), notes=(f"to {target.to}",))
+    place = local_path(target.to.removeprefix("file:"))
+    seconds = expected_seconds("publish", made.nbytes)
+    return StepPlan("publish", needs=Needs(disk=made.nbytes), seconds=seconds, place=place, notes=(f"to {target.to}",))
+
+
+def _plan(recipe: Recipe, work: Work, steps: Sequence[StepPlan], makes: str, readers: str) -> RunPlan:
+    checkpoint, device = work.source.checkpoint, work.context.device
+    free = partial(available_nbytes, device)
+    accelerated = device.type != "cpu"
+    host = available_nbytes(replace(work.context, device=open_device("cpu")).device)
+    return RunPlan(
+        name=recipe.name,
+        model=work.source.origin,
+        makes=makes,
+        steps=tuple(steps),
+        parameters=parameters(checkpoint),
+        blocks=declared_number(checkpoint.config, "num_hidden_layers") or 0,
+        readers=readers,
+        memory=host if accelerated or recipe.memory is None else recipe.memory,
+        device_memory=(recipe.memory or free()) if accelerated else None,
+    )
