@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.convert.source import open_source, parse_hub_id
+from llmconvert.engine.architecture.auto import auto_class, has_parts
 from llmconvert.engine.architecture.config import declared_class
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.families import EMBEDDINGS, HEADS, LEARNED_POSITIONS
@@ -61,6 +64,9 @@ class ModelSummary:
         context: longest sequence the config allows, in tokens; None if it doesn't say.
         tied: whether input and output embedding are one tensor.
         parameters: numbers in all tensors, of quantized ones those that they stand for; None if they can't be read.
+        beside: how many of them text never meets: towers for images and sound, what joins them to the decoder, and what
+            the model's class has no place for; 0 of a decoder.
+        loader: transformers' class that loads the whole of it, for example ``AutoModelForCausalLM``.
         kv_bytes_per_token: of a 16-bit cache, all layers; sliding windows bound it but are not in it.
         stored_bytes: of all tensors as they are.
         mixture: scheme, GGUF type or dtype → what is stored in it; most weights first. Empty if they can't be read.
@@ -84,6 +90,8 @@ class ModelSummary:
     context: int | None
     tied: bool
     parameters: int | None
+    beside: int
+    loader: str
     kv_bytes_per_token: int
     stored_bytes: int
     mixture: Mapping[str, Stored]
@@ -136,7 +144,9 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
     quantization = str(declared.get("quant_method", "unknown")) if declared else None
     if isinstance(checkpoint, GgufCheckpoint) and mixture.keys() - _FLOATS:
         quantization = "gguf"
-    embedding = max((info.shape[0] for info in _matrices(dense) if _is_embedding(info.name)), default=0)
+    beside = _beside(dense)
+    met = [info for info in _matrices(dense) if info.name not in beside]
+    embedding = max((info.shape[0] for info in met if _is_embedding(info.name)), default=0)
     return ModelSummary(
         architecture=declared_class(checkpoint.config) or found.model_type,
         layers=found.layers,
@@ -152,13 +162,29 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
         context=found.context,
         tied=not any(name.endswith(HEADS) for name in dense.infos),
         parameters=sum(stored.weights for stored in mixture.values()) if unread is None else None,
+        beside=sum(math.prod(dense.infos[name].shape) for name in beside),
+        loader=auto_class(checkpoint.config),
         kv_bytes_per_token=cache_layout(found).bytes_per_token(),
         stored_bytes=checkpoint.stored_nbytes,
         mixture=mixture,
-        weight_bytes={} if declared else _weight_bytes(checkpoint),
+        weight_bytes={} if declared else _weight_bytes(checkpoint, beside),
         quantization=quantization,
         unread=unread,
     )
+
+
+def _beside(dense: Checkpoint) -> frozenset[str]:
+    """The tensors that text never meets; none of a model that can't be run, of which that isn't known."""
+    if not has_parts(dense.config):
+        return frozenset()
+    from llmconvert.engine.skeleton import Skeleton
+
+    try:
+        skeleton = Skeleton(dense, torch.device("cpu"))
+    except (UnsupportedError, CheckpointError):
+        return frozenset()
+    met = {stored for name, stored in skeleton.names.items() if skeleton.reach.needs(name)}
+    return frozenset(dense.infos.keys() - met)
 
 
 def _mixture(dense: Checkpoint) -> dict[str, Stored]:
@@ -219,9 +245,9 @@ def _is_embedding(name: str) -> bool:
     return any(part in name for part in EMBEDDINGS)
 
 
-def _weight_bytes(checkpoint: Checkpoint) -> dict[str, int]:
+def _weight_bytes(checkpoint: Checkpoint, beside: Collection[str]) -> dict[str, int]:
     count = sum(math.prod(info.shape) for info in checkpoint.infos.values() if info.dtype.is_floating_point)
-    linear = [info for info in _matrices(checkpoint) if not _is_embedding(info.name)]
+    linear = [info for info in _matrices(checkpoint) if not _is_embedding(info.name) and info.name not in beside]
     quantized = sum(math.prod(info.shape) for info in linear)
     sizes = {"float32": 4 * count, "bfloat16": 2 * count}
     for scheme in _SCHEMES:

@@ -217,6 +217,8 @@ def validate_model(
         revision=(original or source).revision,
         architecture=summary.architecture,
         parameters=summary.parameters,
+        beside=summary.beside,
+        loader=summary.loader,
     )
     with suppress(SourceError):  # an artifact that was made here knows more of itself
         info = Report.read(source.path / REPORT_FILE).model.model_copy(update={"name": info.name})

@@ -20,6 +20,7 @@ from llmconvert.convert.gqa.families import (
     Norm,
     Pairing,
 )
+from llmconvert.engine.architecture.auto import has_parts
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import CheckpointError, UnsupportedError
@@ -154,6 +155,12 @@ def require_kv_heads(geometry: AttentionGeometry, kv_heads: int) -> None:
 
 def _family(kind: str, architecture: Architecture) -> Family:
     family = FAMILIES.get(kind)
+    if family is None and has_parts({"model_type": kind}):
+        raise UnsupportedError(
+            f"attention heads of architecture {kind!r} cannot be merged: it has parts for images or sound beside "
+            f"its decoder ({architecture.model_type}), and heads are merged in decoders without such parts; quantize "
+            "it as it is"
+        )
     if family is None:
         known = f"known are {', '.join(FAMILIES)}" if architecture.has_kv_heads_setting else NO_SETTING
         reason = REASONS.get(kind) or known

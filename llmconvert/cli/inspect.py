@@ -42,6 +42,11 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
         ("positions", summary.positions),
         ("vocabulary", f"{summary.vocabulary:,}"),
     ]
+    if summary.beside:
+        rows.insert(
+            2, ("  met by no text", f"{summary.beside:,}: towers for images or sound, and what joins them to the text")
+        )
+        rows.insert(3, ("loaded by", summary.loader))
     if summary.context:
         rows.append(("context", f"{summary.context:,} tokens"))
     if summary.windows:

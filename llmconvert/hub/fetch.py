@@ -56,6 +56,7 @@ _NEEDED = (
     "chat_template.*",
     f"{_FOLDER}*.jinja",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "LICENSE*",
     "LICENCE*",

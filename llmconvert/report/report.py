@@ -46,6 +46,10 @@ def _is_empty(value: object) -> bool:
     return not value
 
 
+def _is_usual(value: object) -> bool:
+    return value == "AutoModelForCausalLM"
+
+
 class ModelInfo(Value):
     """What was made of what.
 
@@ -55,6 +59,8 @@ class ModelInfo(Value):
         revision: commit hash of a Hub source.
         architecture: the transformers class, ``LlamaForCausalLM``.
         parameters: numbers in the original.
+        beside: how many of them text never meets: towers for images and sound, and what joins them to the decoder.
+        loader: transformers' class that loads the whole, where it is not ``AutoModelForCausalLM``.
         license: identifier inherited from the original.
         base_model: Hub id of the original, where the source or the recipe says so.
         parents: Hub ids of the models that the original was made from, where only these are known.
@@ -68,6 +74,8 @@ class ModelInfo(Value):
     revision: str | None = None
     architecture: str | None = None
     parameters: int | None = None
+    beside: int = Field(default=0, exclude_if=_is_empty)
+    loader: str = Field(default="AutoModelForCausalLM", exclude_if=_is_usual)
     license: str | None = None
     base_model: str | None = None
     parents: tuple[str, ...] = ()

@@ -39,7 +39,10 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 
 
 # Configs that may name classes in Python files of the model's.
-_MAPPING = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_MAPPING = (
+    *("config.json", "tokenizer_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
 # What a Hub's cache calls the folder of a repository.
 _CACHE_FOLDER = re.compile(r"(models|datasets|spaces)--")
 # What file systems take, in bytes.

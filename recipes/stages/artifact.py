@@ -115,6 +115,8 @@ def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration
         revision=source.revision,
         architecture=summary.architecture,
         parameters=summary.parameters,
+        beside=summary.beside,
+        loader=summary.loader,
         license=origin.license,
         base_model=recipe.card.base_model or origin.base_model,
         parents=origin.parents,

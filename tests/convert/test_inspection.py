@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.every_architecture import save_tiny
+from support.multimodal_families import save_family
 from support.tiny_models import tiny_llama, tiny_llama_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -234,6 +235,30 @@ def test_weights_that_cannot_be_read_are_not_counted(tiny_llama: Path, tmp_path:
     (directory / "config.json").write_text(json.dumps(config))
     found = inspect_model(str(directory))
     assert (found.parameters, found.bits_per_weight, found.mixture, found.layers) == (None, None, {}, 2)
-    assert found.quantization == "hqq" and "quantized with 'hqq'; this reader knows" in str(found.unread)
+    assert found.quantization == "hqq" and "quantized with 'hqq'" in str(found.unread)
     lines = CliRunner().invoke(main, ["inspect", str(directory)]).output
     assert "parameters           not known" in lines and "not read here        quantized with 'hqq'" in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "loader"),
+    [
+        ("llava", ("vision_tower", "multi_modal_projector"), "AutoModelForImageTextToText"),
+        ("phi4_multimodal", ("embed_tokens_extend",), "AutoModelForCausalLM"),
+    ],
+)
+def test_of_a_multimodal_model_the_parts_for_images_are_counted_apart(
+    tmp_path: Path, name: str, parts: tuple[str, ...], loader: str
+) -> None:
+    found = inspect_model(str(save_family(tmp_path, name)))
+    stored = SafetensorsCheckpoint(tmp_path).infos
+    beside = {tensor: info for tensor, info in stored.items() if any(part in tensor for part in parts)}
+    assert found.beside == sum(math.prod(info.shape) for info in beside.values()) > 0
+    assert (found.vocabulary, found.loader) == (320, loader)
+    # Scales stand for groups of the decoder's linears alone, and nothing else leaves 16 bits.
+    linear = [info for tensor, info in stored.items() if tensor not in beside and len(info.shape) == 2]
+    inside = [info for info in linear if not any(word in info.name for word in ("embed", "lm_head"))]
+    eight = sum(math.prod(info.shape) for info in inside)
+    scales = sum(info.shape[0] for info in inside)
+    assert found.weight_bytes["w8a16-channel-sym"] == eight + 2 * scales + 2 * ((found.parameters or 0) - eight)
+    assert "met by no text" in CliRunner().invoke(main, ["inspect", str(tmp_path)]).output

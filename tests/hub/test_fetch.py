@@ -51,6 +51,13 @@ def test_fetch_takes_only_what_is_needed_and_pins_the_commit(hub: HubServer, cli
     assert hub.count(r"^GET /org/model/resolve") == downloads
 
 
+def test_fetch_takes_what_prepares_images(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    files = ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"]
+    hub.add_repo("org/images", {**MODEL, **dict.fromkeys(files, b"{}")})
+    result = client("fetch", "org/images", cache_dir=tmp_path)["result"]
+    assert names(result) == sorted([*NEEDED, *files])
+
+
 def test_fetch_takes_chat_templates_beside_the_default_one(hub: HubServer, client: Client, tmp_path: Path) -> None:
     templates = "additional_chat_templates"
     hub.add_repo("org/templates", {**MODEL, f"{templates}/tools.jinja": b"{{ tools }}", "onnx/model.onnx": b"o"})

@@ -25,13 +25,17 @@ SCHEME = Scheme.parse("w4a16-g32")
 WINDOWS = ids((24,))
 # One of every mechanism: names that differ, towers of their own kind, blocks for images, several inputs, experts.
 FAST = ("llava", "mllama", "qwen2_5_vl")
-# Their experts are of layouts that are not known.
-REFUSED = ("qwen3_vl_moe", "llama4")
+# Formats hold no experts of classes that load all of a layer as one tensor.
+DENSE = {"qwen3_vl_moe": (Override("*.experts.*", None),)}
+# Its experts are of a layout that is not known.
+REFUSED = ("llama4",)
 
 
 def load(directory: Path) -> PreTrainedModel:
     """What transformers makes of a directory, with nothing missing, unexpected or of another shape."""
-    model, info = AutoModelForMultimodalLM.from_pretrained(directory, output_loading_info=True)
+    model, info = AutoModelForMultimodalLM.from_pretrained(
+        directory, output_loading_info=True, experts_implementation="eager"
+    )
     assert not any(info.values()), info
     loaded: PreTrainedModel = model.eval()
     return loaded
@@ -43,12 +47,15 @@ def load(directory: Path) -> PreTrainedModel:
 )
 def test_the_decoder_is_quantized_and_the_rest_keeps_its_bytes(tmp_path: Path, name: str) -> None:
     source, output = save_family(tmp_path / "model", name), tmp_path / "out"
-    quantize_checkpoint(SafetensorsCheckpoint(source), output, method="rtn", scheme=SCHEME)
+    overrides = DENSE.get(name, ())
+    quantize_checkpoint(SafetensorsCheckpoint(source), output, method="rtn", scheme=SCHEME, overrides=overrides)
     model, dense = load(output), open_dense(SafetensorsCheckpoint(output))
     assert type(model).__name__ in json.loads((output / "config.json").read_text())["architectures"]
     with torch.no_grad():
         theirs = model(input_ids=WINDOWS[0], use_cache=False).logits
-    assert torch.equal(theirs, next(iter(stream_logits(dense, WINDOWS, device=CPU))))
+    ours = next(iter(stream_logits(dense, WINDOWS, device=CPU)))
+    # transformers turns these experts' matrices while loading, and multiplies them as they then lie in memory.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if name in DENSE else 0)
     seen, before = image_features(model, name), image_features(load(source), name)
     assert before and all(map(torch.equal, seen, before))
     assert isinstance(dense, QuantizedView)

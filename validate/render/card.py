@@ -33,6 +33,8 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # What an original's card says of the model itself, and so of every artifact made from it.
 _INHERITED = ("license", "license_name", "license_link", "language", "tags")
+# The Hub's word for what a model does, by the class that loads it.
+_PIPELINES = {"AutoModelForImageTextToText": "image-text-to-text", "AutoModelForMultimodalLM": "any-to-any"}
 # What the mark of a card that is written here calls it.
 _KIND = "model card"
 _OF_SCHEMES = re.compile(r"\d+-bit|w\d+(a\d+)?")
@@ -148,7 +150,7 @@ def card_metadata(model: ModelInfo, inherited: Mapping[str, Any]) -> str:
     fields: dict[str, Any] = {
         **{key: inherited[key] for key in _INHERITED if key in inherited and key != "tags"},
         "library_name": _library(model.format),
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _PIPELINES.get(model.loader, "text-generation"),
         "tags": list(dict.fromkeys([*tags, *inherited.get("tags", ())])),
     }
     if model.license and "license" not in fields:

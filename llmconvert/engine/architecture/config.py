@@ -9,6 +9,7 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from llmconvert.engine.architecture.auto import language_classes
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.families import CONTEXT, QUIRKS, Quirks
 from llmconvert.engine.architecture.settings import check_counts, check_settings
@@ -80,16 +81,9 @@ def build_config(config: Mapping[str, Any]) -> PretrainedConfig:
     Raises:
         UnsupportedError: as :func:`read_config`; no language model's class, or an encoder-decoder.
     """
-    from transformers.models.auto import modeling_auto as auto
-
     built = read_config(config)
     model_type = config["model_type"]
-    tables = (
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-    )
-    if not any(model_type in table for table in tables):
+    if not language_classes(config):
         raise UnsupportedError(f"architecture {model_type!r} has no causal language model in transformers")
     if built.is_encoder_decoder or built.get_text_config().is_encoder_decoder:
         raise UnsupportedError(f"architecture {model_type!r} is an encoder-decoder; only decoders can be streamed")

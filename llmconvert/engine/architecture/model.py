@@ -9,12 +9,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
 
+from llmconvert.engine.architecture.auto import language_classes
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.families import LINEARS
@@ -31,7 +27,6 @@ __all__ = [
     "main_blocks",
 ]
 
-_WHOLE = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
 
 # A list with this share of the weights of all lists that text passes is the decoder's blocks.
 _MOST_WEIGHTS = 0.9
@@ -47,14 +42,10 @@ def loaded_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
     model_type, named = config.get("model_type"), config.get("architectures")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
-    config_class = CONFIG_MAPPING[model_type]
     found = _transformers_class(named[0]) if isinstance(named, list) and named else None
-    if found is not None and found.config_class is config_class:
+    if found is not None and found.config_class is CONFIG_MAPPING[model_type]:
         return found
-    tables = (*_WHOLE, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    names = [table[model_type] for table in tables if model_type in table]
-    if not config_class.sub_configs:
-        names.reverse()
+    names = language_classes(config).values()
     return next((found for name in names if (found := _transformers_class(name)) is not None), None)
 
 

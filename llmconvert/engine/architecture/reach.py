@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llmconvert.engine.architecture.auto import has_parts
 from llmconvert.engine.architecture.boundary import foreign_settings
 from llmconvert.engine.architecture.experts import find_experts
 from llmconvert.engine.architecture.model import build_meta_model, find_blocks, fix_frequencies, main_blocks
@@ -62,7 +63,7 @@ def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dt
         UnsupportedError: the model does not run on token ids alone, or its decoder blocks cannot be told.
     """
     found = find_blocks(model)
-    if not type(config).sub_configs:
+    if not has_parts({"model_type": config.model_type}):
         name = main_blocks(model, found)
         return Reach(name, tuple(range(len(found[name]))), frozenset())
     reached = _trace(build_meta_model(config, dtype, attention), config.model_type)

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
+from support.multimodal_families import save_family
 from support.tiny_models import tiny_llama_dir
 from transformers import AutoModelForCausalLM
 
 import llmconvert
 from llmconvert.errors import SourceError
 from llmconvert.recipes.stages.artifact import card_for
+from llmconvert.report.report import Report
 from llmconvert.validate.render.card import Address
+from llmconvert.validate.render.html import render_html
 
 SOURCE = """---
 license: [mit, apache-2.0]
@@ -119,3 +122,19 @@ def test_a_damaged_report_beside_an_untouched_card_is_named(quantized: Path) -> 
     (quantized / "llmconvert" / "report.json").write_text("{")
     with pytest.raises(SourceError, match=r"report\.json"):
         card_for(quantized, Address("me/published"))
+
+
+def test_of_a_multimodal_model_the_card_says_what_text_cannot_show(tmp_path: Path) -> None:
+    source = save_family(tmp_path / "llava", "llava")
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        (source / name).write_text('{"a": 1}')
+    made = llmconvert.quantize_model(source, tmp_path / "w4", method="rtn", scheme="w4a16-g32", dtype="float32").path
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        assert json.loads((made / name).read_text()) == {"a": 1}
+    card = (made / "README.md").read_text()
+    assert front(card)["pipeline_tag"] == "image-text-to-text"
+    assert 'model = AutoModelForImageTextToText.from_pretrained("."' in card and "AutoModelForCausalLM" not in card
+    assert "30,208 of the original's 163,776 parameters, its parts for images or sound, are carried over" in card
+    report = Report.read(made / "llmconvert" / "report.json")
+    assert (report.model.beside, report.model.loader) == (30_208, "AutoModelForImageTextToText")
+    assert "Measured on text alone" in render_html(report)
