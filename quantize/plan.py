@@ -33,6 +33,7 @@ __all__ = [
     "QuantizeRequest",
     "ShownTokens",
     "Statistics",
+    "gates_of",
     "plan_encoding",
     "plan_quantization",
     "work_nbytes",
@@ -143,8 +144,7 @@ def plan_quantization(
         check_combination(method, used, layout)
     _check_architecture(skeleton)
     sites = skeleton.sites
-    experts = skeleton.architecture.experts if any(skeleton.experts) else 0
-    gates = {name for name, site in sites.items() if _is_gate(site, experts)}
+    gates = gates_of(skeleton)
     dense = gates | (_idle(blocks) if skeleton.reach.idle else set())
     assigned = {name: _assigned(name, None if name in dense else scheme, overrides) for name in sites}
     _check_experts(skeleton, assigned, layout)
@@ -359,6 +359,12 @@ def _check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], la
             f"tensor ({unread[0].tensor}), which no format holds quantized, and has no names for each of them; leave "
             "them dense with an override (match: '*.experts.*', scheme: none), and the other linears are quantized"
         )
+
+
+def gates_of(skeleton: Skeleton) -> set[str]:
+    """The linears of a mixture that stay dense unless an override says otherwise; see :func:`_is_gate`."""
+    experts = skeleton.architecture.experts if any(skeleton.experts) else 0
+    return {name for name, site in skeleton.sites.items() if _is_gate(site, experts)}
 
 
 def _is_gate(site: Site, experts: int) -> bool:

@@ -81,7 +81,7 @@ def walk_back(
     """
     last = skeleton.block_count - 1
     leaves = _Leaves(tape)
-    stream = Stream(skeleton, windows, plans, mode="replay", states=leaves, start=last, head=True)
+    stream = Stream(skeleton, windows, plans, mode="replay", states=leaves, start=last, head=True, answers=False)
     try:
         for index in range(last if begin is None else begin, -1, -1):
             skeleton.load_block(index)

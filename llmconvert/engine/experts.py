@@ -96,13 +96,36 @@ class ExpertsSlot(nn.Module):
         answer = current.visit(self, visit) if isinstance(current, Visitor) else None
         if answer is not None:
             return answer
-        output = torch.zeros_like(hidden)
-        for number in index.unique().tolist():
-            if number < self.layout.count:
-                self.load(number)
-                output = self.add(output, visit)
+        output: torch.Tensor = _OnTheSpot.apply(self, hidden, index, weights)
+        return output
+
+    def compute(self, visit: Visit) -> torch.Tensor:
+        """What the layer gives ``[tokens, hidden size]``, one expert after the other."""
+        output = torch.zeros_like(visit.hidden)
+        for number in self._met(visit.index):
+            self.load(number)
+            output = self.add(output, visit)
         self.clear()
-        return output.to(hidden.dtype)
+        return output.to(visit.hidden.dtype)
+
+    def gradients(self, visit: Visit, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what :meth:`compute` gives, by hidden states and by weights; each expert is read and run once more."""
+        by_hidden, by_weights = torch.zeros_like(visit.hidden), torch.zeros_like(visit.weights)
+        for number in self._met(visit.index):
+            self.load(number)
+            place, token = torch.where((visit.index == number).T)
+            with torch.enable_grad():
+                rows = visit.hidden[token].detach().requires_grad_()
+                weights = visit.weights[token, place].detach().requires_grad_()
+                part = self._call(_Sum(), rows, weights)
+            found = torch.autograd.grad(part, (rows, weights), gradient[token].to(part.dtype))
+            by_hidden.index_add_(0, token, found[0])
+            by_weights[token, place] = found[1]
+        self.clear()
+        return by_hidden, by_weights
+
+    def _met(self, index: torch.Tensor) -> list[int]:
+        return [number for number in index.unique().tolist() if number < self.layout.count]
 
     def load(self, number: int) -> None:
         """Read an expert's weights into fresh memory, in place of the one that is there."""
@@ -288,6 +311,23 @@ class ExpertsRun:
             for batch, visit in self.visits.items():
                 self._outputs[batch] = self.slot.add(self._outputs[batch], visit)
         self.current += 1
+
+
+class _OnTheSpot(torch.autograd.Function):
+    """A layer's experts for one batch, whose gradients keep none of them in memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, slot: ExpertsSlot, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.slot = slot
+        ctx.save_for_backward(hidden, index, weights)
+        return slot.compute(Visit(hidden, index, weights))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, torch.Tensor]:
+        by_hidden, by_weights = ctx.slot.gradients(Visit(*ctx.saved_tensors), gradient)
+        return None, by_hidden, None, by_weights
 
 
 class _Interrupt(BaseException):

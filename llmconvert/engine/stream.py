@@ -159,8 +159,7 @@ class BlockRun:
         """What the given batches enter the block with: the hidden state, and the call that takes it.
 
         To be asked for before any of the block's :meth:`inputs` where the stream keeps no states. Calls and hidden
-        states stay usable until the next block; whether they are kept, which takes memory for every batch, is up to the
-        caller.
+        states stay usable until the next block; whether they are kept, for every batch, is up to the caller.
         """
         for batch in batches:
             coroutine = self._stream.enter(self.plan.index, batch)
@@ -188,6 +187,7 @@ class Stream:
         start: first block to run; above 0, its inputs are taken from ``states``.
         head: whether :meth:`logits` will be asked for; loads the output head.
         residuals: whether :meth:`BlockRun.arrivals` will be asked for.
+        answers: whether experts are gone through once for all batches, or for each batch on the spot.
         phases: where the time spent reading weights is counted.
     """
 
@@ -202,6 +202,7 @@ class Stream:
         start: int = 0,
         head: bool = False,
         residuals: bool = False,
+        answers: bool = True,
         phases: Phases | None = None,
     ) -> None:
         self.skeleton = skeleton
@@ -214,7 +215,7 @@ class Stream:
             self._own_states = passing_states(lengths, skeleton.hidden_size, skeleton.dtype)
         self._states: States | None = self._own_states if states is None else states
         self._start = start
-        self._keeps_residuals = residuals
+        self._keeps_residuals, self._answers = residuals, answers
         self._passes: list[Pass] = []
         self._crossed = start - 1
         self._experts: dict[ExpertsSlot, ExpertsRun] = {}  # of the current block
@@ -258,7 +259,7 @@ class Stream:
             CalibrationError: they are not finite.
         """
         last = self.skeleton.block_count - 1
-        if self._crossed < last:
+        if self._crossed < last and self._answers:
             self._finish_experts(last)
         for batch in range(len(self.windows)):
             coroutine = self.enter(max(last, self._crossed + 1), batch)
@@ -281,7 +282,7 @@ class Stream:
         """The coroutine of ``batch``, at the entry of block ``index`` or wherever in it lockstep has left it."""
         if self._mode == "lockstep":
             return self._passes[batch]
-        return self._pass(batch, index, self.state(index, batch), self.windows[batch])
+        return self._pass(batch if self._answers else None, index, self.state(index, batch), self.windows[batch])
 
     def state(self, index: int, batch: int) -> torch.Tensor:
         """The hidden state, ``[1, length, hidden size]``, with which ``batch`` enters the current block; if kept."""

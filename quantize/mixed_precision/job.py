@@ -155,6 +155,12 @@ def plan_choice(
     blocks = discover(skeleton, max(window.shape[1] for window in windows))
     storage = Storage(quantizer, layout, skeleton.dtype)
     units, given = _split(fused_units(skeleton, blocks), overrides)
+    if any(unit.experts for unit in units):
+        raise SchemeError(
+            f"architecture {skeleton.architecture.model_type!r}: runtimes read one scheme for all experts, so "
+            "a budget chooses for what is no expert; say what experts have with an override, for example "
+            "match: '*.experts.*', scheme: w4a16-g64, which counts into the mean"
+        )
     if not units:
         raise SchemeError("the overrides leave no linear for the budget to choose for")
     schemes = {unit: candidates(unit, scheme, budget, storage) for unit in units}

@@ -267,7 +267,8 @@ def _work_nbytes(subject: Subject) -> int:
         matrix = 4 * unit.columns**2 + subject.quantizer.nbytes(rows * len(schemes), unit.columns)
         solving.append(slopes + max(hessian_nbytes(unit.columns, skeleton.dtype), matrix))
     for block in subject.blocks:
-        stops = (stop.columns + 2 * _ROWS * len(stop.linears) for stop in block.stops)
+        ordinary = (stop for stop in block.stops if skeleton.sites[stop.linears[0]].kind == "linear")
+        stops = (stop.columns + 2 * _ROWS * len(stop.linears) for stop in ordinary)
         kept.append(tokens * skeleton.dtype.itemsize * sum(stops))
     longest = max(window.shape[1] for window in subject.windows)
     head = skeleton.outer_nbytes(head=True) - skeleton.outer_nbytes(head=False)

@@ -9,10 +9,11 @@ import torch
 
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.errors import UnsupportedError, UsageError
+from llmconvert.errors import UsageError
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import Quantizer
+from llmconvert.quantize.plan import gates_of
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = ["FusedUnit", "Storage", "fused_units"]
@@ -26,11 +27,13 @@ class FusedUnit:
         linears: module names, in calling order.
         shapes: ``(rows, columns)`` of each.
         block: index of theirs.
+        experts: whether they are the experts of all layers.
     """
 
     linears: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     block: int
+    experts: bool = False
 
     @property
     def weights(self) -> int:
@@ -46,19 +49,25 @@ class FusedUnit:
 def fused_units(skeleton: Skeleton, blocks: Sequence[BlockPlan]) -> tuple[FusedUnit, ...]:
     """The units of a model, in the order in which it calls them; linears it never calls are in none.
 
-    Raises:
-        UnsupportedError: the model is a mixture of experts, whose experts need one scheme in all layers.
+    All experts of a mixture are one, since runtimes read one scheme for all of them; it is that of the first block that
+    has some. Routers and gates are in none.
     """
-    if any(skeleton.experts):
-        raise UnsupportedError(
-            f"{skeleton.architecture.model_type}: runtimes read one scheme for all experts of a mixture, so bits can't "
-            "be chosen by layer; give `scheme`, with `overrides` for what is no expert, and leave out budget and repair"
-        )
+    gates, sites = gates_of(skeleton), skeleton.sites
     found: list[FusedUnit] = []
+    experts: list[str] = []
+    first = 0
     for block in blocks:
         for stop in block.stops:
-            shapes = tuple(skeleton.sites[name].shape for name in stop.linears)
-            found.append(FusedUnit(stop.linears, shapes, block.index))
+            names = tuple(name for name in stop.linears if name not in gates)
+            if names and sites[names[0]].kind == "expert":
+                first = first if experts else block.index
+                experts += names
+            elif names:
+                found.append(FusedUnit(names, tuple(sites[name].shape for name in names), block.index))
+    if experts:
+        whole = FusedUnit(tuple(experts), tuple(sites[name].shape for name in experts), first, experts=True)
+        place = next((place for place, unit in enumerate(found) if unit.block > first), len(found))
+        found.insert(place, whole)
     return tuple(found)
 
 

@@ -129,3 +129,21 @@ def test_samples_have_the_fisher_information_as_covariance() -> None:
     torch.testing.assert_close(samples.T @ samples / len(samples), fisher, rtol=0.02, atol=2e-3)
     # What adds the same to all logits changes no probability, and costs nothing.
     torch.testing.assert_close(samples.sum(-1), torch.zeros(len(samples), dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_gradients_pass_through_experts_one_at_a_time(mixture: Tiny, tmp_path: Path) -> None:
+    """Those of the resident model, in float32; attention's have passed the experts of its block and those behind."""
+    source = mixture("qwen2_moe")
+    directory = tmp_path / "float32"
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(directory)
+    expected = resident(directory)
+    blocks = []
+    for index, seen in walk(directory, tmp_path):
+        blocks.append(index)
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            linear = f"model.layers.{index}.self_attn.{part}"
+            passage = seen[linear]
+            for ours, theirs in zip(passage.gradients, expected[linear].gradients, strict=True):
+                tolerance = 1e-4 * float(theirs.abs().max())
+                torch.testing.assert_close(ours, theirs[:, ::3], rtol=1e-3, atol=tolerance)
+    assert blocks == [1, 0]

@@ -20,8 +20,10 @@ from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError, LlmconvertError, SchemeError, UnsupportedError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.mixed_precision.budget import Budget
+from llmconvert.quantize.mixed_precision.job import plan_choice
 from llmconvert.quantize.mixed_precision.units import fused_units
-from llmconvert.quantize.plan import Override
+from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.expert_moments import ExpertMoments
@@ -269,13 +271,40 @@ def test_what_no_reader_has_is_refused(mixture: Mixture, tmp_path: Path, options
     assert not (tmp_path / "out").exists()
 
 
-def test_rotations_and_budgets_are_refused(mixture: Mixture) -> None:
+def test_rotations_and_budgets_over_experts_are_refused(mixture: Mixture, tmp_path: Path) -> None:
     source = SafetensorsCheckpoint(mixture("mixtral"))
     with pytest.raises(UnsupportedError, match="rotations can't be folded into a mixture"):
         rotate_checkpoint(source)
+    request = QuantizeRequest("gptq", Scheme.parse("w4a16"))
+    with pytest.raises(SchemeError, match=r"one scheme for all experts.*say what experts have with an override"):
+        plan_choice(source, tmp_path / "work", Budget(5.0), request, windows=WINDOWS)
+
+
+def test_all_experts_are_one_unit_and_gates_are_in_none(mixture: Mixture) -> None:
+    skeleton = Skeleton(SafetensorsCheckpoint(mixture("hunyuan_v1_moe")), CPU)
+    units = fused_units(skeleton, discover(skeleton))
+    (experts,) = (unit for unit in units if unit.experts)
+    assert set(experts.linears) == {site.name for site in skeleton.sites.values() if site.kind == "expert"}
+    assert experts.weights == sum(site.weights for site in skeleton.sites.values() if site.kind == "expert")
+    assert not any(".gate." in name for unit in units for name in unit.linears)
+
+
+def test_a_budget_chooses_for_what_is_no_expert(mixture: Mixture, tmp_path: Path) -> None:
+    """What experts have counts into the mean, and transformers computes with the result what the engine does."""
+    source, wanted = SafetensorsCheckpoint(mixture("qwen2_moe")), Scheme.parse("w4a16-g32")
+    request = QuantizeRequest("gptq", wanted, overrides=(Override("*.experts.*", wanted),))
+    budget = Budget(5.5, (3, 4, 8), (16, 32))
+    found = plan_choice(source, tmp_path / "work", budget, request, windows=WINDOWS).run()
+    assert 5.0 < found.bits_per_weight <= 5.5 and len({choice.scheme for choice in found.choices}) > 1
+    artifact = quantize(mixture("qwen2_moe"), tmp_path / "out", str(found.scheme), overrides=found.overrides)
+    nbytes = sum(info.nbytes for name, info in artifact.infos.items() if ".weight_" in name and "shape" not in name)
     skeleton = Skeleton(source, CPU)
-    with pytest.raises(UnsupportedError, match="one scheme for all experts"):
-        fused_units(skeleton, discover(skeleton))
+    weights = sum(unit.weights for unit in fused_units(skeleton, discover(skeleton)))
+    assert 8 * nbytes / weights == pytest.approx(found.bits_per_weight, rel=0.05)
+    ours = next(stream_logits(open_dense(artifact), WINDOWS[:1], device=CPU))
+    with torch.no_grad():
+        theirs = load_mixture(tmp_path / "out")(WINDOWS[0]).logits
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.slow
