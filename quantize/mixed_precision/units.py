@@ -11,9 +11,9 @@ from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UsageError
 from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.formats.experts import gates_of
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import Quantizer
-from llmconvert.quantize.plan import gates_of
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = ["FusedUnit", "Storage", "fused_units"]
