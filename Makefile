@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
-.PHONY: demo test test-fast examples readers lint types docs clean FORCE
+.PHONY: demo test test-fast examples readers wheel lint types docs clean FORCE
 
 # torch comes first and alone, so that the build which pip's own settings prefer is the one that stays. Triton, which one
 # test needs and not every system has, is kept apart: torch imports it where it finds it, and takes 80 MB more.
@@ -48,6 +48,14 @@ test: $(VENV)/.installed
 
 test-fast: $(VENV)/.installed
 	$(FAST)
+
+# dist/llmconvert-VERSION-py3-none-any.whl; and a fresh environment takes it and lists what there is.
+wheel: $(VENV)/.ready
+	rm -rf dist build/lib build/wheel
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) dist/*.whl
+	cd build/wheel && bin/llmconvert --version && bin/llmconvert recipes
 
 examples: $(VENV)/.installed
 	rm -rf build/examples

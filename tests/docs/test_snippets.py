@@ -70,6 +70,8 @@ def test_commands_parse(block: Block, tmp_path: Path, monkeypatch: pytest.Monkey
                 extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
                 for extra in re.findall(r"llmconvert\[([\w,-]+)\]", " ".join(wanted)):
                     assert set(extra.split(",")) <= set(extras)
+            case ["uv", "tool", "install", "."]:
+                assert (ROOT / "pyproject.toml").is_file()
             case ["python", script, *rest]:
                 source = (ROOT / script).read_text()
                 assert all(f'"{word}"' in source for word in rest if word.startswith("--"))
