@@ -15,9 +15,9 @@ from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.formats.base import ContainerRequest, load_format
+from llmconvert.quantize.formats.base import ContainerRequest, FileFormat, load_format
 from llmconvert.quantize.matrix import check_combination
-from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, load_method
+from llmconvert.quantize.methods.base import BlockQuantizer, GgmlQuantizer, Quantizer, load_method
 from llmconvert.quantize.passes.original import can_share
 from llmconvert.quantize.passes.run import Inputs, QuantizePlan, QuantizeResult
 from llmconvert.quantize.plan import (
@@ -98,9 +98,15 @@ def plan_quantize(
     lengths = [window.shape[1] for window in windows] if calibrated else []
     blocks = discover(skeleton, max(lengths) if lengths else PROBE_LENGTH)
     decisions, work, scale_dtype = plan_encoding(skeleton), 0, skeleton.dtype
-    if isinstance(request.scheme, Scheme):
+    if not isinstance(chosen, GgmlQuantizer) or isinstance(request.scheme, Scheme):
         assert isinstance(chosen, Quantizer)  # it chooses codes of schemes
-        decisions = plan_quantization(skeleton, blocks, request.scheme, request.overrides, chosen, layout_format)
+        schemes: Scheme | Mapping[str, Scheme]
+        if isinstance(request.scheme, Scheme):
+            schemes = request.scheme
+        else:
+            assert isinstance(layout_format, FileFormat)  # other formats have no mixes
+            schemes = layout_format.schemes(source, request.scheme)
+        decisions = plan_quantization(skeleton, blocks, schemes, request.overrides, chosen, layout_format)
         work = work_nbytes(skeleton, blocks, decisions, chosen, skeleton.dtype)
         if isinstance(chosen, BlockQuantizer) and any(skeleton.experts):  # what an expert is to give for every token
             work += sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize

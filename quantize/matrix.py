@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.gguf.ggml.mix import GgmlMix
+from llmconvert.gguf.ggml.mix import FLOATS, GgmlMix
 from llmconvert.quantize.catalog.formats import FORMATS
 from llmconvert.quantize.catalog.methods import METHODS
 from llmconvert.quantize.catalog.schemes import USUAL
@@ -130,7 +130,7 @@ def check_method(method: Method, scheme: SchemeOrMix) -> None:
         UnsupportedError: with the methods that can.
     """
     if not _chooses(method, scheme):
-        codes = "int" if method.numbers == "even" else "GGUF's"
+        codes = {"even": "int", "solved": "int and GGUF"}.get(method.numbers, "GGUF's")
         wanted = "GGUF types" if isinstance(scheme, GgmlMix) else scheme.number.name
         raise UnsupportedError(
             f"scheme {scheme}: {type(method).__name__.lower()} chooses {codes} codes only; methods for {wanted} are "
@@ -174,8 +174,10 @@ def _cell(format: str, scheme: SchemeOrMix) -> str:
 
 def _chooses(method: Method, scheme: SchemeOrMix) -> bool:
     if isinstance(scheme, GgmlMix):
-        return isinstance(method, GgmlQuantizer)
-    return method.numbers == "any" or (method.numbers == "even" and scheme.number.even)
+        return isinstance(method, GgmlQuantizer) or (method.numbers == "solved" and scheme.base not in FLOATS)
+    if method.numbers == "solved":
+        return scheme.number.solvable
+    return method.numbers == "any" or (method.numbers == "even" and scheme.number.even and scheme.block is None)
 
 
 def _holds(layout: Format, scheme: SchemeOrMix) -> bool:

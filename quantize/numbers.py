@@ -13,6 +13,7 @@ QLoRA (Dettmers et al. 2023, arXiv 2305.14314) for NF4; LLM.int8 (Dettmers et al
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ __all__ = [
     "Int",
     "Levels",
     "Number",
+    "Whole",
     "dtype_named",
-    "dynamic_levels",
 ]
 
 # bitsandbytes divides by no less.
@@ -63,6 +64,7 @@ class Number(ABC):
         nestable: whether its scales can be quantized themselves.
         blocks: whether rows can share scales: those of a block, or all of a tensor.
         scales: what its scales are stored as; None for floats of the format's choice.
+        minima: whether each group has a float beside its scale, which is added to its values.
     """
 
     bits: int
@@ -75,6 +77,7 @@ class Number(ABC):
     nestable: bool = False
     blocks: bool = False
     scales: ScaleNumber | None = None
+    minima: bool = False
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -100,8 +103,18 @@ class Number(ABC):
 
     @property
     def even(self) -> bool:
-        """Whether codes are integers that stand for themselves, under any scale: what solvers work on."""
+        """Whether codes are integers that stand for themselves, under any scale."""
         return False
+
+    @property
+    def table(self) -> torch.Tensor | None:
+        """What codes stand for, float32 and ascending, where they are indices and any scale will do; else None."""
+        return None
+
+    @property
+    def solvable(self) -> bool:
+        """Whether solvers can round to it under scales of their own choice: integers, and tables of levels."""
+        return self.even or self.table is not None
 
     @property
     def input_kind(self) -> InputKind:
@@ -197,6 +210,25 @@ class Int(Number):
 
 
 @dataclass(frozen=True, slots=True)
+class Whole(Number):
+    """Integers from zero up, which a group's minimum is added to: GGML's types with minima."""
+
+    minima: bool = True
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return 0.0, float((1 << self.bits) - 1)
+
+    @property
+    def even(self) -> bool:
+        return True
+
+    def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+        """Half to even."""
+        return values.round().clamp_(*self.limits).to(self.code_dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class Float(Number):
     """Small floats that torch has a dtype for.
 
@@ -265,6 +297,14 @@ class Levels(Number):
     @property
     def limits(self) -> tuple[float, float]:
         return min(self.levels), max(self.levels)
+
+    @property
+    def table(self) -> torch.Tensor | None:
+        import torch
+
+        ascending = all(low < high for low, high in itertools.pairwise(self.levels))
+        free = not self.absmax and self.scales is None
+        return torch.tensor(self.levels, dtype=torch.float32) if ascending and free else None
 
     def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
         """Between two levels the lower one wins a tie."""
@@ -358,20 +398,3 @@ FP4 = Levels(
 
 #: Those that schemes have a word for beside integers, by that word; FP4 is read alone.
 NAMED: Mapping[str, Number] = {number.name: number for number in (E4M3, NF4, LLM_INT8, NVFP4, MXFP4, MXFP8)}
-
-_EXPONENTS = 7
-
-
-def dynamic_levels(device: torch.device | None = None) -> torch.Tensor:
-    """The 256 values of 8-bit dynamic floats (Dettmers 2016, arXiv 1511.04561), ascending, float32.
-
-    The smaller one is, the fewer bits of it are left.
-    """
-    import torch
-
-    positive: list[float] = []
-    for exponent in range(_EXPONENTS):
-        edges = torch.linspace(0.1, 1, (1 << exponent) + 1, dtype=torch.float32)
-        positive += ((10 ** (exponent - _EXPONENTS + 1)) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
-    values = sorted([*positive, *(-value for value in positive), 0.0, 1.0])
-    return torch.tensor(values, dtype=torch.float32, device=device)

@@ -114,46 +114,46 @@ class QuantizationPlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is otherwise than asked for, a sentence each."""
-        if not self.uncalibrated:
-            return ()
-        count, first = len(self.uncalibrated), self.uncalibrated[0]
-        return (
+        count = len(self.uncalibrated)
+        return tuple(
             f"{count} of {len(self.schemes)} linears take no part when text alone passes the model ({first}, …); "
-            "without inputs to be calibrated on they are rounded to nearest; an override with scheme: none keeps them",
+            "without inputs to be calibrated on they are rounded to nearest; an override with scheme: none keeps them"
+            for first in self.uncalibrated[:1]
         )
 
 
 def plan_quantization(
     skeleton: Skeleton,
     blocks: Sequence[BlockPlan],
-    scheme: Scheme,
+    scheme: Scheme | Mapping[str, Scheme],
     overrides: Sequence[Override],
     method: Quantizer,
     layout: Format,
 ) -> QuantizationPlan:
-    """Assign a scheme to every linear of the decoder blocks; the first override that matches wins.
+    """Assign a scheme, one or those by tensors' names, to every linear of the blocks; the first override to match wins.
 
     Raises:
-        SchemeError: a group size does not divide a layer's columns, an override matches nothing, or linears that
-            runtimes fuse (they share one input) would get different schemes.
-        UnsupportedError: the format cannot hold a scheme, the method cannot choose its codes, or the model's weights
-            are not in linears.
+        SchemeError: a group size does not fit, an override matches nothing, or linears that are fused get two schemes.
+        UnsupportedError: the format has no such scheme, the method no such codes, or the model no such linears.
         CalibrationError: the method is calibrated, and the forward calls none of the linears that are to be quantized.
     """
-    for used in {scheme, *(override.scheme for override in overrides if override.scheme)}:
+    usual = [scheme] if isinstance(scheme, Scheme) else scheme.values()
+    for used in {*usual, *(override.scheme for override in overrides if override.scheme)}:
         check_combination(method, used, layout)
     _check_architecture(skeleton)
     sites = skeleton.sites
     gates = gates_of(skeleton)
     dense = gates | (_idle(blocks) if skeleton.reach.idle else set())
-    assigned = {name: _assigned(name, None if name in dense else scheme, overrides) for name in sites}
+    own = {name: scheme if isinstance(scheme, Scheme) else scheme.get(site.tensor) for name, site in sites.items()}
+    assigned = {name: _assigned(name, None if name in dense else own[name], overrides) for name in sites}
     check_experts(skeleton, assigned, layout)
     _check_overrides(overrides, sites)
     for name, site in sites.items():
         chosen = assigned[name]
         if chosen is not None:
             chosen.check_fits(name, site.columns)
-    _check_fused(blocks, {name: chosen for name, chosen in assigned.items() if name not in gates})
+    if layout.fuses:
+        _check_fused(blocks, {name: chosen for name, chosen in assigned.items() if name not in gates})
     unreached = tuple(name for block in blocks for name in block.unreached if assigned[name] is not None)
     calibrated = method.calibration != "none"
     if calibrated and unreached and len(unreached) == sum(chosen is not None for chosen in assigned.values()):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from llmconvert.errors import SchemeError
 from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
-from llmconvert.quantize.numbers import NAMED, Int, Number
+from llmconvert.quantize.numbers import NAMED, Int, Levels, Number, Whole
 
 if TYPE_CHECKING:
     from llmconvert.compute.activations import InputKind
@@ -51,8 +51,9 @@ class Scheme:
         number: what a weight's code is.
         group_size: columns that share one scale; None for all of them.
         activation_bits: 16 (untouched), 8 or 4.
-        nested: whether the scales are quantized themselves (the double quantization of QLoRA).
+        nested: whether the scales are quantized themselves (the double quantization of QLoRA, super-blocks of GGML).
         rows: rows that share one scale: one, those of a block, or None for all of them.
+        block: the GGML type whose blocks store codes and scales, and say what scales there are; None in other formats.
     """
 
     number: Number
@@ -60,9 +61,12 @@ class Scheme:
     activation_bits: int = 16
     nested: bool = False
     rows: int | None = 1
+    block: str | None = None
 
     def __post_init__(self) -> None:
         number = self.number
+        if self.block is not None:
+            return
         if not 2 <= number.bits <= 8:
             raise SchemeError(f"scheme {self}: weights can have 2 to 8 bits, found {number.bits}")
         if self.group_size is not None and self.group_size < 1:
@@ -103,7 +107,29 @@ class Scheme:
         rows = None if match["tensor"] else int(match["rows"] or 1)
         return cls(number, int(group) if group else None, int(match["act"]), match["nested"] is not None, rows)
 
+    @classmethod
+    def of_block(cls, name: str) -> Scheme:
+        """The scheme of a GGML type: ``Q4_K``.
+
+        Raises:
+            SchemeError: it has no blocks, and so no codes.
+        """
+        # Types come with numpy and their kernels, which who parses a name does not wait for.
+        from llmconvert.gguf.ggml.blocks import BlockCodec, load_codec
+
+        codec = load_codec(name)
+        if not isinstance(codec, BlockCodec):
+            raise SchemeError(f"GGUF type {name} stores floats, there are no codes to choose")
+        number: Number = Int(codec.bits)
+        if codec.levels:
+            number = Levels(codec.bits, name=name.lower(), levels=codec.levels)
+        elif codec.minima:
+            number = Whole(codec.bits)
+        return cls(number, codec.group, nested=codec.sub_range is not None, block=name)
+
     def __str__(self) -> str:
+        if self.block is not None:
+            return self.block.lower()
         number, grouping = self.number, f"g{'' if self.rows == 1 else f'{self.rows}x'}{self.group_size}"
         if self.group_size is None:
             grouping = "tensor" if self.rows is None else "channel"
@@ -132,7 +158,12 @@ class Scheme:
     @property
     def adjustable(self) -> bool:
         """Whether there are others with more or fewer bits: integer weights with 16-bit activations."""
-        return self.number.even and self.activation_bits == 16
+        return self.number.even and self.activation_bits == 16 and self.block is None
+
+    @property
+    def unnested(self) -> Scheme:
+        """The same codes in the same groups, with scales that are not quantized."""
+        return replace(self, nested=False, block=None)
 
     @property
     def input_kind(self) -> InputKind | None:

@@ -7,7 +7,7 @@ the architecture does not know are refused by name before anything is written.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,12 +20,13 @@ from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.config import Geometry
 from llmconvert.gguf.export_config import export_config, export_geometry, window_notes
 from llmconvert.gguf.export_tokenizer import export_tokenizer
+from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
 from llmconvert.gguf.names import ARCHITECTURES, Storage
 from llmconvert.gguf.rope import export_rope_tensors
 from llmconvert.memory import row_slices
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["ExportedTensor", "GgufExport", "check_exportable", "export_checkpoint"]
+__all__ = ["ExportedTensor", "GgufExport", "check_exportable", "export_checkpoint", "tensor_types"]
 
 #: transformers' ``model_type`` → GGUF architecture.
 GGUF_ARCHITECTURES: Final[Mapping[str, str]] = {
@@ -80,6 +81,7 @@ class GgufExport:
         settings: float32 tensors that llama.cpp keeps settings in, by name.
         layers: decoder blocks.
         tied: the embedding is the output matrix too.
+        queries_per_key: query heads that share a key-value head.
         notes: what llama.cpp does otherwise although the model can be used, a sentence each.
     """
 
@@ -88,7 +90,16 @@ class GgufExport:
     settings: Mapping[str, np.ndarray]
     layers: int
     tied: bool
+    queries_per_key: int
     notes: tuple[str, ...]
+
+    def types(self, mix: GgmlMix, *, importance: bool) -> dict[str, str]:
+        """Source of each tensor → the type that a mix gives it."""
+        return _types(self.tensors, mix, self.context(importance=importance))
+
+    def context(self, *, importance: bool) -> MixContext:
+        """What a mix looks at beside a tensor."""
+        return MixContext(self.layers, self.tied, importance, self.queries_per_key)
 
 
 def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
@@ -117,6 +128,7 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         settings=export_rope_tensors(values, arch),
         layers=model.layers,
         tied=tied,
+        queries_per_key=sizes.heads // sizes.kv_heads,
         notes=(*window_notes(model, arch), *tokenizer.notes),
     )
 
@@ -130,6 +142,23 @@ def check_exportable(source: Checkpoint) -> None:
     arch, model, values = _architecture(source)
     export_config(values, model, arch)
     _tensors(source, arch, export_geometry(values, model), tied=model.tied)
+
+
+def tensor_types(source: Checkpoint, mix: GgmlMix, *, importance: bool) -> dict[str, str]:
+    """Tensor of a checkpoint → the type that a mix gives it: :meth:`GgufExport.types` without the rest of an export.
+
+    Raises:
+        UnsupportedError, CheckpointError: see :func:`export_checkpoint`.
+    """
+    arch, model, values = _architecture(source)
+    sizes = export_geometry(values, model)
+    tied = model.tied and not _has_own_head(source)
+    tensors = _tensors(source, arch, sizes, tied=tied)
+    return _types(tensors, mix, MixContext(model.layers, tied, importance, sizes.heads // sizes.kv_heads))
+
+
+def _types(tensors: Iterable[ExportedTensor], mix: GgmlMix, context: MixContext) -> dict[str, str]:
+    return {tensor.source: mix.type_of(tensor.name, tensor.shape, context) for tensor in tensors}
 
 
 def _architecture(source: Checkpoint) -> tuple[str, Architecture, dict[str, Any]]:

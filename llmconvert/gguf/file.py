@@ -110,11 +110,9 @@ def plan_file(source: Checkpoint, file_name: str, name: str, mix: GgmlMix, *, im
         CheckpointError: tensors are missing.
     """
     export = export_checkpoint(source, name)
-    context = MixContext(export.layers, export.tied, importance)
+    context, kinds = export.context(importance=importance), export.types(mix, importance=importance)
     tensors = {
-        tensor.source: PlannedTensor(
-            tensor, GgufSpec(tensor.name, mix.type_of(tensor.name, tensor.shape, context), tensor.shape)
-        )
+        tensor.source: PlannedTensor(tensor, GgufSpec(tensor.name, kinds[tensor.source], tensor.shape))
         for tensor in export.tensors
     }
     settings = [GgufSpec(stored, "F32", values.shape) for stored, values in export.settings.items()]

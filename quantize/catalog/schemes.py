@@ -40,8 +40,8 @@ def about_scheme(scheme: SchemeOrMix) -> str:
 def _mix(mix: GgmlMix) -> str:
     if mix.base in FLOATS:
         return f"GGUF: every matrix in {mix.base}"
-    better = {"S": ", few of them better", "M": ", some of them better"}.get(mix.more, "")
-    return f"GGUF: most matrices in {mix.base}{better}"
+    better = {"s": ", few of them better", "m": ", some of them better", "l": ", many of them better"}
+    return f"GGUF: most matrices in {mix.base}{better.get(mix.name.rpartition('_')[2], '')}"
 
 
 def _scheme(scheme: Scheme) -> str:

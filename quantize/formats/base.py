@@ -137,6 +137,8 @@ class Format(Reader, Protocol):
     library: ClassVar[str] = "transformers"
     #: What does not go with it, and why.
     lacks: ClassVar[Mapping[Feature, str]] = {}
+    #: Whether its runtimes fuse linears that share an input, which then need one scheme.
+    fuses: ClassVar[bool] = True
     #: Packages that its library needs to load it, beside those that this one depends on.
     loaders: ClassVar[Sequence[str]] = ()
 
@@ -234,6 +236,15 @@ class FileFormat(Format, Protocol):
 
     def mix_of(self, scheme: SchemeOrMix) -> GgmlMix:
         """The types of the file's tensors, for a mix, or for a scheme that :meth:`check` lets pass."""
+
+    def schemes(self, source: Checkpoint, mix: GgmlMix) -> Mapping[str, Scheme]:
+        """What a mix stores a model's tensors in where a calibrated method chooses their codes, by their names.
+
+        Tensors that are stored as floats are not among them.
+
+        Raises:
+            UnsupportedError, CheckpointError: see :meth:`Format.check_source`.
+        """
 
 
 def half_scale_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -30,9 +30,9 @@ from llmconvert.quantize.formats.base import (
     settings,
 )
 from llmconvert.quantize.formats.reading import Declared
-from llmconvert.quantize.numbers import FP4, LLM_INT8, NF4, Int, Levels, dynamic_levels
+from llmconvert.quantize.numbers import FP4, LLM_INT8, NF4, Int, Levels
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.tensor import NESTED_GROUP, NestedScales, QuantizedTensor
+from llmconvert.quantize.tensor import NESTED_GROUP, NestedScales, QuantizedTensor, SuperBlockScales, dynamic_levels
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 
 __all__ = ["BitsAndBytes"]
@@ -110,6 +110,7 @@ class BitsAndBytes(Format):
                 f"{linear}.weight_format": torch.tensor(0, dtype=torch.uint8),
             }
         nested = tensor.nested
+        assert not isinstance(nested, SuperBlockScales)  # of GGUF
         codes = tensor.codes.view(torch.uint8).view(-1, 2)
         state = _state(tensor.shape, tensor.scheme, nested)
         stored = {

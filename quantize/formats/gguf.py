@@ -1,43 +1,43 @@
 """GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): llama.cpp's file, in GGML's block types.
 
-A scheme's codes are stored where a block type holds exactly these: groups of 32 with one float16 scale, in 4 or 8 bits.
-All other tensors, and all there are under one of llama.cpp's mixes, are encoded by a method that chooses such blocks
-itself (:class:`~llmconvert.quantize.methods.base.GgmlQuantizer`).
+Every block type is a scheme: a number, and groups whose scales the type quantizes in its own way
+(:meth:`~llmconvert.quantize.scheme.Scheme.of_block`). Codes that a method chose for it are stored as they are, and so
+are those of ``w4a16-g32-sym`` and ``w8a16-g32-sym``. All other tensors, and all of a file by a method that chooses
+blocks itself (:class:`~llmconvert.quantize.methods.base.GgmlQuantizer`), are encoded by it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, overload
 
 import numpy as np
 import torch
 
 from llmconvert.errors import OutputError, UnsupportedError
-from llmconvert.gguf.export import check_exportable
+from llmconvert.gguf.export import check_exportable, tensor_types
 from llmconvert.gguf.file import Encode, plan_file
-from llmconvert.gguf.ggml.blocks import BlockCodec, Blocks
-from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
-from llmconvert.gguf.ggml.q4_0 import CODEC as Q4_0
-from llmconvert.gguf.ggml.q8_0 import CODEC as Q8_0
+from llmconvert.gguf.ggml.blocks import BlockCodec, Blocks, load_codec
+from llmconvert.gguf.ggml.mix import FLOATS, MIXES, GgmlMix
 from llmconvert.quantize.formats.base import ContainerRequest, Feature, FileFormat, StoredLinear, half_scale_dtype
 from llmconvert.quantize.formats.container import Container
 from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.methods.base import GgmlQuantizer
 from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
-from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.quantize.solve.group_scales import nested_scales
+from llmconvert.quantize.tensor import QuantizedTensor, SuperBlockScales
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.writer import TensorWriter, check_output_directory
 
 __all__ = ["Gguf", "GgufContainer"]
 
-#: Scheme → the block type that holds its codes and scales as they are, and what is added to a code there. A scheme of
-#: another type joins here, with a method that chooses codes on that type's lattice.
-_CARRIERS: Final[Mapping[str, tuple[BlockCodec, int]]] = {"w4a16-g32-sym": (Q4_0, 8), "w8a16-g32-sym": (Q8_0, 0)}
+#: Scheme → the block type that holds its codes and scales as they are. The schemes of block types need no line here.
+_CARRIERS: Final[Mapping[str, str]] = {"w4a16-g32-sym": "Q4_0", "w8a16-g32-sym": "Q8_0"}
 _SUFFIX = ".gguf"
 _MORE_BITS = "a GGUF type says itself which tensors get more bits"
 
@@ -46,6 +46,7 @@ class Gguf(FileFormat):
     """One file with names, header and tokenizer of its own."""
 
     library: ClassVar[str] = "gguf"
+    fuses: ClassVar[bool] = False
     lacks: ClassVar[Mapping[Feature, str]] = {
         "overrides": _MORE_BITS,
         "budget": _MORE_BITS,
@@ -56,7 +57,7 @@ class Gguf(FileFormat):
     }
 
     def check(self, scheme: Scheme) -> None:
-        if str(scheme) not in _CARRIERS:
+        if _carrier(scheme) is None:
             raise UnsupportedError(
                 f"scheme {scheme}: no GGUF type holds its codes; GGUF takes {', '.join(MIXES)}, or the codes of "
                 f"{' and '.join(_CARRIERS)}"
@@ -66,7 +67,7 @@ class Gguf(FileFormat):
         return half_scale_dtype(dtype)
 
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:
-        codec, _ = _CARRIERS[str(scheme)]
+        codec = _codec(scheme)
         rows, columns = shape
         return [TensorSpec(f"{linear}.weight", torch.uint8, (rows, columns // codec.size * codec.nbytes))]
 
@@ -74,13 +75,16 @@ class Gguf(FileFormat):
         return {f"{linear}.weight": _blocks(linear, tensor)}
 
     def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
-        codec, shift = _CARRIERS[str(scheme)]
+        codec = _codec(scheme)
         raw = stored[f"{linear}.weight"]
+        rows = len(raw)
         blocks = codec.unpack(raw.numpy().reshape(-1, codec.nbytes))
-        codes = torch.from_numpy(blocks.codes.view(np.int8) - np.int8(shift))
-        return QuantizedTensor(
-            codes.reshape(len(raw), -1), torch.from_numpy(blocks.scale).reshape(len(raw), -1), None, scheme
-        )
+        codes = torch.from_numpy(blocks.codes.view(np.int8) - np.int8(codec.shift)).reshape(rows, -1)
+        nested = nested_scales(blocks, codec, rows)
+        if nested is not None:
+            return QuantizedTensor(codes, nested.steps, None, scheme, nested, offset=nested.offsets)
+        offset = None if blocks.minimum is None else torch.from_numpy(blocks.minimum).reshape(rows, -1)
+        return QuantizedTensor(codes, torch.from_numpy(blocks.scale).reshape(rows, -1), None, scheme, offset=offset)
 
     def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
         raise UnsupportedError(
@@ -95,7 +99,11 @@ class Gguf(FileFormat):
 
     def mix_of(self, scheme: SchemeOrMix) -> GgmlMix:
         """The types of a file's tensors; of a scheme, those of the mix whose base holds its codes."""
-        return scheme if isinstance(scheme, GgmlMix) else MIXES[_CARRIERS[str(scheme)][0].name.lower()]
+        return scheme if isinstance(scheme, GgmlMix) else MIXES[_codec(scheme).name.lower()]
+
+    def schemes(self, source: Checkpoint, mix: GgmlMix) -> Mapping[str, Scheme]:
+        types = tensor_types(source, mix, importance=True)
+        return {name: Scheme.of_block(kind) for name, kind in types.items() if kind not in FLOATS}
 
     def check_output(self, output: Path) -> None:
         """A file ending in ``.gguf``, or a directory for one."""
@@ -128,7 +136,7 @@ class GgufContainer:
         self.single = output.suffix == _SUFFIX
         name = request.name.removesuffix(_SUFFIX)
         file_name = output.name if self.single else f"{name}-{mix.name.upper()}{_SUFFIX}"
-        weighed = request.method.calibration == "squares"
+        weighed = isinstance(request.scheme, GgmlMix) and request.method.calibration != "none"
         self._source = source
         self._file = plan_file(source, file_name, name, mix, importance=weighed)
         # What a method leaves that chooses codes of schemes alone, the embedding for example, is rounded to nearest.
@@ -169,13 +177,24 @@ class GgufContainer:
         """The source's own codes, where the type holds them."""
         if not isinstance(self._source, QuantizedView):
             return None
-        carrier = _CARRIERS.get(str(self._source.scheme_of(name)))
-        if carrier is None or carrier[0].name != qtype:
+        scheme = self._source.scheme_of(name)
+        if scheme is None or _carrier(scheme) != qtype:
             return None
         try:
             return self._source.read_quantized(name)
         except UnsupportedError:  # groups of scattered columns: the weights are encoded anew
             return None
+
+
+def _carrier(scheme: Scheme) -> str | None:
+    """The block type that stores a scheme's codes; None if there is none."""
+    return scheme.block or _CARRIERS.get(str(scheme))
+
+
+def _codec(scheme: Scheme) -> BlockCodec:
+    codec = load_codec(_carrier(scheme) or "")
+    assert isinstance(codec, BlockCodec)
+    return codec
 
 
 def _blocks(linear: str, tensor: QuantizedTensor) -> torch.Tensor:
@@ -184,10 +203,35 @@ def _blocks(linear: str, tensor: QuantizedTensor) -> torch.Tensor:
     Raises:
         UnsupportedError: a scale is too large or too small for float16.
     """
-    codec, shift = _CARRIERS[str(tensor.scheme)]
-    scale = tensor.scale.to(torch.float16)
-    if not torch.equal(scale.to(tensor.scale.dtype), tensor.scale):
+    codec = _codec(tensor.scheme)
+    codes = (tensor.codes.cpu().numpy().reshape(-1, codec.size) + np.int8(codec.shift)).view(np.uint8)
+    nested = tensor.nested
+    if isinstance(nested, SuperBlockScales):
+        size = codec.size // codec.group
+
+        def subs(values: torch.Tensor | None) -> np.ndarray | None:
+            kind = np.int8 if nested.limits[0] < 0 else np.uint8
+            return None if values is None else values.cpu().numpy().astype(kind).reshape(-1, size)
+
+        blocks = Blocks(codes, _half(linear, nested.scale), _half(linear, nested.minimum), subs(nested.subs))
+        blocks = replace(blocks, sub_minima=subs(nested.sub_minima))
+    else:
+        blocks = Blocks(codes, _half(linear, tensor.scale), _half(linear, tensor.offset))
+    return torch.from_numpy(codec.pack(blocks).reshape(tensor.shape[0], -1))
+
+
+@overload
+def _half(linear: str, values: torch.Tensor) -> np.ndarray: ...
+@overload
+def _half(linear: str, values: None) -> None: ...
+@overload
+def _half(linear: str, values: torch.Tensor | None) -> np.ndarray | None: ...
+def _half(linear: str, values: torch.Tensor | None) -> np.ndarray | None:
+    """Scales or minima as float16, one after the other."""
+    if values is None:
+        return None
+    half = values.to(torch.float16)
+    if not torch.equal(half.to(values.dtype), values):
         raise UnsupportedError(f"{linear}: its scales do not fit float16, which GGUF stores them in; quantize it anew")
-    codes = tensor.codes.cpu().numpy().reshape(-1, codec.size) + np.int8(shift)
-    raw = codec.pack(Blocks(codes.view(np.uint8), scale.cpu().numpy().reshape(-1)))
-    return torch.from_numpy(raw.reshape(tensor.shape[0], -1))
+    found: np.ndarray = half.cpu().numpy().reshape(-1)
+    return found

@@ -49,7 +49,7 @@ class Awq(Finishing):
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = False
-    numbers: ClassVar[Numbers] = "even"
+    numbers: ClassVar[Numbers] = "solved"
     moments: ClassVar[bool] = True
     sample_tokens: ClassVar[int] = 0
 
@@ -94,8 +94,9 @@ def _loss(target: Target, scale: torch.Tensor, hessian: torch.Tensor, scale_dtyp
     for part in row_slices(target.weight.shape, _WEIGHTS_AT_ONCE):
         weight = target.weight[part].float()
         scaled = weight * scale
-        levels = full_range_scales(target.name, scaled, target.scheme, scale_dtype)
-        rounded = round_to_codes(scaled, levels, target.scheme).dequantize(torch.float32)
+        scheme = target.scheme.unnested
+        levels = full_range_scales(target.name, scaled, scheme, scale_dtype)
+        rounded = round_to_codes(scaled, levels, scheme).dequantize(torch.float32)
         loss += quadratic_form(rounded.div_(scale).sub_(weight), hessian)
     return loss
 

@@ -40,8 +40,9 @@ __all__ = [
 Calibration = Literal["none", "squares", "inputs", "block"]
 
 
-#: Which numbers a method can choose codes of: all there are, those whose levels lie evenly, or none but GGML's types.
-Numbers = Literal["any", "even", "none"]
+#: Which numbers a method can choose codes of: all there are; those whose levels lie evenly; these and all that lie in a
+#: table, under any scales, so that GGML's types are among them; or none but GGML's types.
+Numbers = Literal["any", "even", "solved", "none"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class Gptaq:
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = True
-    numbers: ClassVar[Numbers] = "even"
+    numbers: ClassVar[Numbers] = "solved"
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype

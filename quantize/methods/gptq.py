@@ -22,7 +22,9 @@ from llmconvert.compute.rows import over_rows
 from llmconvert.engine.statistics import Hessian
 from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
+from llmconvert.quantize.numbers import Number
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.solve.group_scales import GroupScales, divisors
 from llmconvert.quantize.solve.hessian import (
     lower_factor_,
     lower_factor_nbytes,
@@ -32,9 +34,10 @@ from llmconvert.quantize.solve.hessian import (
     quadratic_nbytes,
     with_damping,
 )
-from llmconvert.quantize.solve.kernels import gpu_kernels, solve_columns, transpose_in_order, weighted_squares
+from llmconvert.quantize.solve.kernels import gpu_kernels, levels_of, solve_columns, transpose_in_order
 from llmconvert.quantize.solve.refine import refine, refine_nbytes
-from llmconvert.quantize.solve.scales import GroupScales, search_scales
+from llmconvert.quantize.solve.scales import search_scales
+from llmconvert.quantize.solve.search_kernels import weighted_squares
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["Gptq", "Prepared"]
@@ -99,7 +102,7 @@ class Gptq:
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = False
-    numbers: ClassVar[Numbers] = "even"
+    numbers: ClassVar[Numbers] = "solved"
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
@@ -173,11 +176,11 @@ class Gptq:
     ) -> tuple[QuantizedTensor, torch.Tensor]:
         """Codes for given scales, and each row's squared output error per token."""
         # Transposed throughout: the solver works through columns, and a column's rows are independent of each other.
-        errors = _transpose_in_order(weight, prepared.order)
+        errors = _transpose_in_order(scales.without_offsets(weight), prepared.order)
         columns, rows = errors.shape
         codes = torch.empty((columns, rows), dtype=torch.int8, device=weight.device)
         loss = torch.zeros(rows, dtype=self.dtype, device=weight.device)
-        scale = scales.scale.T.to(self.dtype).contiguous()
+        scale = divisors(scales.scale.T, self.dtype).contiguous()
         zero = torch.zeros_like(scale) if scales.zero is None else scales.zero.T.to(self.dtype).contiguous()
         order, added = prepared.order, prepared.added
         for start in reversed(range(0, columns, self.block)):
@@ -186,8 +189,7 @@ class Gptq:
             within = prepared.factor[start:stop, start:stop].contiguous()
             _solve_block(errors, carried, scale, zero, codes, loss, order, added, within, start, scheme)
         del errors
-        tensor = QuantizedTensor(codes.T.contiguous(), scales.scale, scales.zero, scheme)
-        return tensor, loss.clamp_(min=0)
+        return scales.tensor(codes.T.contiguous(), scheme), loss.clamp_(min=0)
 
     def _solve_rows(
         self, targets: Sequence[Target], prepared: Prepared, scheme: Scheme, scale_dtype: torch.dtype
@@ -251,6 +253,8 @@ def _weighted_squares(weight: torch.Tensor, tensor: QuantizedTensor, importance:
     """``Σ importance (w - ŵ)²`` of every row."""
     if weight.device.type != "cpu":
         return (tensor.dequantize(weight.dtype) - weight).square() @ importance
+    if tensor.offset is not None or not tensor.scheme.number.even:
+        return (tensor.dequantize(weight.dtype) - weight).square_() @ importance.to(weight.dtype)
     scale = tensor.scale.to(weight.dtype)
     zero = torch.zeros_like(scale) if tensor.zero is None else tensor.zero.to(weight.dtype)
     sums = weight.new_empty(len(weight))
@@ -273,13 +277,13 @@ def _solve_block(
 ) -> None:
     """One block of columns; see :func:`~llmconvert.quantize.solve.kernels.solve_columns`."""
     arguments = errors, carried, scale, zero, codes, loss, order, added, factor, start
-    limits = scheme.number.limits
+    number = scheme.number
     if errors.device.type == "cpu":
-        over_rows(solve_columns, errors.shape[1], *arguments, *limits)
-    elif kernels := gpu_kernels(errors):
-        kernels.solve_columns(*arguments, *limits)
+        over_rows(solve_columns, errors.shape[1], *arguments, *number.limits, levels_of(number, errors))
+    elif number.even and (kernels := gpu_kernels(errors)):
+        kernels.solve_columns(*arguments, *number.limits)
     else:
-        _solve_block_plain(*arguments, *limits)
+        _solve_block_plain(*arguments, number)
 
 
 def _solve_block_plain(
@@ -293,19 +297,18 @@ def _solve_block_plain(
     added: torch.Tensor,
     factor: torch.Tensor,
     start: int,
-    low: float,
-    high: float,
+    number: Number,
 ) -> None:
-    """What the kernels do, in torch, for any device."""
+    """What the kernels do, in torch, for any device and number."""
     size = errors.shape[0] // scale.shape[0]
     places = order[start : start + len(factor)].tolist()
     for column in reversed(range(len(factor))):
         place, pivot = places[column], factor[column, column]
         step, origin, value = scale[place // size], zero[place // size], errors[start + column]
         wanted = value + carried[column] / pivot
-        code = torch.clamp(torch.round(wanted / step) + origin, low, high)
-        codes[place] = code.to(torch.int8)
-        level = (code - origin) * step
+        code = number.nearest(wanted / step, origin)
+        codes[place] = code
+        level = (number.values(code).to(origin.dtype) - origin) * step
         value -= level
         loss += ((wanted - level) * pivot).square() - added[place] * value.square()
         carried[:column].addr_(factor[column, :column], value)

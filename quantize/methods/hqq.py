@@ -23,7 +23,8 @@ from llmconvert.memory import rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
 from llmconvert.quantize.methods.rtn import round_rows
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.solve.scales import GroupScales, full_range_scales
+from llmconvert.quantize.solve.group_scales import GroupScales
+from llmconvert.quantize.solve.scales import full_range_scales
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["Hqq"]

@@ -19,7 +19,8 @@ from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Tar
 from llmconvert.quantize.narrow import check_held
 from llmconvert.quantize.numbers import dtype_named
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.solve.scales import GroupScales, full_range_scales, search_scales
+from llmconvert.quantize.solve.group_scales import GroupScales, divisors
+from llmconvert.quantize.solve.scales import full_range_scales, search_scales
 from llmconvert.quantize.tensor import NestedScales, QuantizedTensor
 
 __all__ = ["Rtn", "round_rows", "round_to_codes"]
@@ -111,6 +112,7 @@ def round_rows(target: Target, choose: Callable[[torch.Tensor], GroupScales], we
 def round_to_codes(weight: torch.Tensor, scales: GroupScales, scheme: Scheme) -> QuantizedTensor:
     """The nearest code of every weight, for given scales."""
     rows, columns = weight.shape
-    grouped = weight.reshape(rows, scales.scale.shape[1], -1) / scales.scale.unsqueeze(-1).to(weight.dtype)
+    grouped = scales.without_offsets(weight).reshape(rows, scales.scale.shape[1], -1)
+    grouped = grouped / divisors(scales.scale.unsqueeze(-1), weight.dtype)
     codes = scheme.number.nearest(grouped, None if scales.zero is None else scales.zero.unsqueeze(-1))
-    return QuantizedTensor(codes.reshape(rows, columns), scales.scale, scales.zero, scheme)
+    return scales.tensor(codes.reshape(rows, columns), scheme)

@@ -1,4 +1,4 @@
-"""The inner loops of quantization on the CPU, compiled with numba: per row, without temporaries, outside the GIL.
+"""The loops over columns of quantization on the CPU, compiled with numba: without temporaries, outside the GIL.
 
 Rows are independent, so results do not depend on how many threads share them. Every function has a plain torch
 counterpart in the module that calls it, used on other devices and as an oracle in the tests; for GPUs, the loops over
@@ -15,143 +15,25 @@ import numba
 import numpy as np
 import torch
 
+from llmconvert.quantize.numbers import Number
+from llmconvert.quantize.solve.search_kernels import best_candidates, weighted_squares
+
 __all__ = [
-    "best_candidates",
     "descend_columns",
     "gpu_kernels",
+    "levels_of",
     "load_kernels",
     "solve_columns",
     "transpose_in_order",
-    "weighted_squares",
 ]
 
-# Rows computed side by side: two vectors of 16 floats in the search; in the solver as many as fit the first-level
-# cache with 128 columns.
+# Rows computed side by side: as many as fit the first-level cache with 128 columns; and those laid down together.
 _LANES = 32
 _TILE_ROWS = 128
 # Columns whose errors are passed on, and values that are tried, together; the kernels spell them out.
 _PANEL = 4
 # Reordering sums lets the compiler vectorize them; nothing else is relaxed, NaN and infinity keep their meaning.
 _FAST = {"reassoc", "contract", "nsz"}
-
-
-@numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def best_candidates(
-    begin: int,
-    end: int,
-    weight: np.ndarray[Any, Any],
-    scales: np.ndarray[Any, Any],
-    zeros: np.ndarray[Any, Any],
-    best: np.ndarray[Any, Any],
-    importance: np.ndarray[Any, Any],
-    stride: int,
-    code_min: float,
-    code_max: float,
-) -> None:
-    """For each row and group, the candidate with the least ``Σ importance (w - (code - zero) scale)²``.
-
-    With a ``stride`` above one only every so many candidates are tried, and then those around the best of them.
-
-    Args:
-        begin, end: the rows to do.
-        weight: ``[rows, groups, group size]``.
-        scales, zeros: candidates, ``[rows, groups, candidates]``.
-        best: int64 ``[rows, groups]``, filled with candidate indices; the first wins a tie.
-        importance: ``[groups, group size]``, non-negative.
-        stride: one to try every candidate.
-        code_min, code_max: range of codes.
-    """
-    _, groups, size = weight.shape
-    candidates = scales.shape[2]
-    # Rows side by side through the vector units; lanes beyond the last row compute on zeros, and nobody looks.
-    # The same for columns, whose number is rounded up: they count nothing.
-    values = np.zeros(((size + _PANEL - 1) // _PANEL * _PANEL, _LANES), weight.dtype)
-    share = np.zeros(len(values), weight.dtype)
-    one, lowest, highest = weight.dtype.type(1), weight.dtype.type(code_min), weight.dtype.type(code_max)
-    step = np.ones(_LANES, weight.dtype)
-    origin = np.zeros(_LANES, weight.dtype)
-    inverse = np.ones(_LANES, weight.dtype)
-    low = np.zeros(_LANES, weight.dtype)
-    high = np.zeros(_LANES, weight.dtype)
-    loss = np.empty(_LANES, weight.dtype)
-    least = np.empty(_LANES, weight.dtype)
-    candidate = np.zeros(_LANES, np.int64)
-    centre = np.zeros(_LANES, np.int64)
-    for top in range(begin, end, _LANES):
-        height = min(_LANES, end - top)
-        for group in range(groups):
-            for lane in range(height):
-                for i in range(size):
-                    values[i, lane] = weight[top + lane, group, i]
-            share[:size] = importance[group]
-            least[:] = np.inf
-            coarse = (candidates + stride - 1) // stride
-            for attempt in range(coarse + 2 * (stride - 1)):
-                # After the coarse ones: stride - 1 below each row's best of them, and as many above.
-                offset = attempt - coarse - (stride - 1)
-                offset += offset >= 0
-                if attempt == coarse:
-                    centre[:height] = best[top : top + height, group]
-                for lane in range(height):
-                    tried = attempt * stride if attempt < coarse else centre[lane] + offset
-                    index = min(max(tried, 0), candidates - 1)
-                    candidate[lane] = index
-                    step[lane] = scales[top + lane, group, index]
-                    origin[lane] = zeros[top + lane, group, index]
-                for lane in range(_LANES):
-                    inverse[lane] = one / step[lane]
-                for lane in range(_LANES):
-                    low[lane] = lowest - origin[lane]
-                for lane in range(_LANES):
-                    high[lane] = highest - origin[lane]
-                loss[:] = 0
-                # Four values to each loading and storing of the sums.
-                for i in range(0, len(values), _PANEL):
-                    v0, v1, v2, v3 = values[i], values[i + 1], values[i + 2], values[i + 3]
-                    s0, s1, s2, s3 = share[i], share[i + 1], share[i + 2], share[i + 3]
-                    for lane in range(_LANES):
-                        e0 = v0[lane] - min(max(np.rint(v0[lane] * inverse[lane]), low[lane]), high[lane]) * step[lane]
-                        e1 = v1[lane] - min(max(np.rint(v1[lane] * inverse[lane]), low[lane]), high[lane]) * step[lane]
-                        e2 = v2[lane] - min(max(np.rint(v2[lane] * inverse[lane]), low[lane]), high[lane]) * step[lane]
-                        e3 = v3[lane] - min(max(np.rint(v3[lane] * inverse[lane]), low[lane]), high[lane]) * step[lane]
-                        loss[lane] += s0 * e0 * e0 + s1 * e1 * e1 + s2 * e2 * e2 + s3 * e3 * e3
-                for lane in range(height):
-                    if loss[lane] < least[lane]:
-                        least[lane] = loss[lane]
-                        best[top + lane, group] = candidate[lane]
-
-
-@numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def weighted_squares(
-    begin: int,
-    end: int,
-    weight: np.ndarray[Any, Any],
-    codes: np.ndarray[Any, Any],
-    scales: np.ndarray[Any, Any],
-    zeros: np.ndarray[Any, Any],
-    importance: np.ndarray[Any, Any],
-    sums: np.ndarray[Any, Any],
-) -> None:
-    """For each row, ``Σ importance (w - (code - zero) scale)²``.
-
-    Args:
-        begin, end: the rows to do.
-        weight: ``[rows, columns]``.
-        codes: int8 ``[rows, columns]``.
-        scales, zeros: ``[rows, groups]``.
-        importance: ``[columns]``.
-        sums: ``[rows]``, filled.
-    """
-    groups = scales.shape[1]
-    size = weight.shape[1] // groups
-    for row in range(begin, end):
-        total = weight.dtype.type(0)
-        for group in range(groups):
-            step, origin = scales[row, group], zeros[row, group]
-            for i in range(group * size, (group + 1) * size):
-                error = weight[row, i] - (codes[row, i] - origin) * step
-                total += importance[i] * error * error
-        sums[row] = total
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -180,6 +62,34 @@ def transpose_in_order(
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _nearest_levels(
+    values: np.ndarray[Any, Any],
+    codes: np.ndarray[Any, Any],
+    levels: np.ndarray[Any, Any],
+    counts: np.ndarray[Any, Any],
+) -> None:
+    """Replace each value by the level next to it; of two as near the lower one.
+
+    Args:
+        values: ``[rows]``.
+        codes: int8 ``[rows]``, filled with the levels' indices.
+        levels: ascending.
+        counts: int32 ``[at least rows]``, to work in.
+    """
+    height = len(values)
+    for row in range(height):
+        counts[row] = 0
+    for index in range(len(levels) - 1):
+        middle = (levels[index] + levels[index + 1]) / 2
+        for row in range(height):
+            counts[row] += values[row] > middle
+    for row in range(height):
+        codes[row] = np.int8(counts[row])
+    for row in range(height):
+        values[row] = levels[counts[row]]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def solve_columns(
     begin: int,
     end: int,
@@ -195,6 +105,7 @@ def solve_columns(
     start: int,
     code_min: float,
     code_max: float,
+    levels: np.ndarray[Any, Any],
 ) -> None:
     """Quantize a block of columns, the last one first, each answering the errors of all that were solved before it.
 
@@ -215,12 +126,14 @@ def solve_columns(
         factor: ``[block, block]``, the diagonal block of the Hessian's lower factor.
         start: first column of the block.
         code_min, code_max: range of codes.
+        levels: what codes stand for, ascending; empty where they stand for themselves.
     """
     block = factor.shape[0]
     size = errors.shape[0] // scales.shape[0]
     tile = np.zeros((block, _TILE_ROWS), errors.dtype)
     error = np.zeros((_PANEL, _TILE_ROWS), errors.dtype)
     level = np.zeros(_TILE_ROWS, errors.dtype)
+    counts = np.zeros(_TILE_ROWS, np.int32)
     lowest, highest = errors.dtype.type(code_min), errors.dtype.type(code_max)
     # Lines are taken out of their matrices first: in an index that is a sum the compiler must allow for a negative one,
     # and gives up on vectors. For the same reason no loop touches more than four of them: any two could overlap.
@@ -241,11 +154,16 @@ def solve_columns(
                 inverse = 1 / pivot
                 for row in range(height):
                     line[row] = line[row] * inverse + value[row]
-                for row in range(height):
-                    level[row] = min(max(np.rint(line[row] / step[row]) + origin[row], lowest), highest)
                 stored = codes[place, top:bottom]
-                for row in range(height):
-                    stored[row] = np.int8(level[row])
+                if len(levels) == 0:
+                    for row in range(height):
+                        level[row] = min(max(np.rint(line[row] / step[row]) + origin[row], lowest), highest)
+                    for row in range(height):
+                        stored[row] = np.int8(level[row])
+                else:
+                    for row in range(height):
+                        level[row] = line[row] / step[row]
+                    _nearest_levels(level[:height], stored, levels, counts)
                 for row in range(height):
                     level[row] = (level[row] - origin[row]) * step[row]
                 for row in range(height):
@@ -283,6 +201,7 @@ def descend_columns(
     moved: np.ndarray[Any, Any],
     code_min: float,
     code_max: float,
+    levels: np.ndarray[Any, Any],
 ) -> None:
     """Give every column the code that is best for the others, one after the other.
 
@@ -294,11 +213,13 @@ def descend_columns(
         scale: ``[rows]``.
         moved: ``[columns, rows]``, filled with the changes of the weights.
         code_min, code_max: range of codes.
+        levels: see :func:`solve_columns`.
     """
     count = len(hessian)
     tile = np.zeros((count, _TILE_ROWS), gradient.dtype)
     level = np.zeros(_TILE_ROWS, gradient.dtype)
     best = np.zeros(_TILE_ROWS, gradient.dtype)
+    counts = np.zeros(_TILE_ROWS, np.int32)
     lowest, highest = gradient.dtype.type(code_min), gradient.dtype.type(code_max)
     # Lines in matrices of their own, and few to a loop, for the sake of the vector units; see above.
     for top in range(begin, end, _TILE_ROWS):
@@ -312,12 +233,19 @@ def descend_columns(
         for column in range(count):
             line, stored, change = tile[column], codes[column, top:bottom], moved[column, top:bottom]
             inverse = 1 / hessian[column, column]
-            for row in range(height):
-                level[row] = stored[row]
-            for row in range(height):
-                best[row] = min(max(np.rint(level[row] - line[row] * inverse / step[row]), lowest), highest)
-            for row in range(height):
-                stored[row] = np.int8(best[row])
+            if len(levels) == 0:
+                for row in range(height):
+                    level[row] = stored[row]
+                for row in range(height):
+                    best[row] = min(max(np.rint(level[row] - line[row] * inverse / step[row]), lowest), highest)
+                for row in range(height):
+                    stored[row] = np.int8(best[row])
+            else:
+                for row in range(height):
+                    level[row] = levels[stored[row]]
+                for row in range(height):
+                    best[row] = level[row] - line[row] * inverse / step[row]
+                _nearest_levels(best[:height], stored, levels, counts)
             for row in range(height):
                 level[row] = (best[row] - level[row]) * step[row]
             for row in range(height):
@@ -330,6 +258,12 @@ def descend_columns(
             line, target = tile[column], gradient[column, top:bottom]
             for row in range(height):
                 target[row] = line[row]
+
+
+def levels_of(number: Number, like: torch.Tensor) -> torch.Tensor:
+    """What codes of a number stand for, as the kernels take it: ascending, in the dtype of what they work on."""
+    table = number.table
+    return like.new_empty(0) if table is None else table.to(like)
 
 
 def gpu_kernels(values: torch.Tensor) -> ModuleType | None:
@@ -352,6 +286,6 @@ def load_kernels() -> None:
     codes, index = np.zeros((1, 1), np.int8), np.zeros(1, np.int64)
     best_candidates(0, 0, one[None], one[None], one[None], index[None], one, 1, 0.0, 0.0)
     transpose_in_order(0, 0, one, index, one)
-    solve_columns(0, 0, one, one, one, one, codes, line, index, line, one, 0, 0.0, 0.0)
+    solve_columns(0, 0, one, one, one, one, codes, line, index, line, one, 0, 0.0, 0.0, line[:0])
     weighted_squares(0, 0, one, codes, one, one, line, line)
-    descend_columns(0, 0, one, one, codes, line, one, 0.0, 0.0)
+    descend_columns(0, 0, one, one, codes, line, one, 0.0, 0.0, line[:0])

@@ -8,13 +8,18 @@ least squares. Neither step can make the error larger.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.quantize.numbers import Number
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.solve.kernels import descend_columns, gpu_kernels
-from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.quantize.solve.group_scales import divisors
+from llmconvert.quantize.solve.kernels import descend_columns, gpu_kernels, levels_of
+from llmconvert.quantize.tensor import QuantizedTensor, SuperBlockScales
 
 __all__ = ["refine", "refine_nbytes"]
 
@@ -42,6 +47,7 @@ def refine(
     codes = tensor.codes.T.contiguous()
     scale = tensor.scale.T.to(weight.dtype).contiguous()
     zero = torch.zeros_like(scale) if tensor.zero is None else tensor.zero.T.to(weight.dtype).contiguous()
+    offset = None if tensor.offset is None else tensor.offset.T.to(weight.dtype).contiguous()
     # Half the gradient of the form. Transposed, as everything here: rows are independent, columns are not.
     gradient = hessian @ (tensor.dequantize(weight.dtype) - weight).T
     for _ in range(sweeps):
@@ -49,13 +55,24 @@ def refine(
             columns = slice(group * size, (group + 1) * size)
             within = hessian[columns, columns]
             local = gradient[columns].clone()
-            moved = _descend_group(local, within, codes[columns], scale[group], scheme)
-            level = codes[columns].to(weight.dtype) - zero[group]
-            change = _scale_change(level, local, within, scale[group], tensor.scale.dtype, scheme.number)
+            moved = _descend_group(local, within, codes[columns], divisors(scale[group], weight.dtype), scheme)
+            level = scheme.number.values(codes[columns]).to(weight.dtype) - zero[group]
+            if offset is None:
+                change = _scale_change(level, local, within, scale[group], _grid(tensor, group))
+                moved.addcmul_(level, change)
+            else:
+                change, shift = _affine_change(level, local, within, scale[group], offset[group], _grid(tensor, group))
+                moved.addcmul_(level, change).add_(shift)
+                offset[group] += shift
             scale[group] += change
-            gradient.addmm_(hessian[columns].T, moved.addcmul_(level, change))
+            gradient.addmm_(hessian[columns].T, moved)
     stored = scale.T.to(tensor.scale.dtype).contiguous()
-    refined = QuantizedTensor(codes.T.contiguous(), stored, tensor.zero, scheme)
+    offsets = None if offset is None else offset.T.to(tensor.scale.dtype).contiguous()
+    nested = tensor.nested
+    if isinstance(nested, SuperBlockScales):
+        nested = nested.moved(stored, offsets)
+        stored, offsets = nested.steps, nested.offsets
+    refined = QuantizedTensor(codes.T.contiguous(), stored, tensor.zero, scheme, nested, offset=offsets)
     error = (refined.dequantize(weight.dtype) - weight).T
     return refined, gradient.mul_(error).sum(0)
 
@@ -81,38 +98,83 @@ def _descend_group(
         how far the weights moved, ``[columns, rows]``.
     """
     moved = torch.empty_like(gradient)
-    limits = scheme.number.limits
+    number = scheme.number
     for start in range(0, len(codes), _COLUMNS):
         part = slice(start, start + _COLUMNS)
         within = hessian[part, part].contiguous()
         arguments = gradient[part], within, codes[part], scale, moved[part]
         if gradient.device.type == "cpu":
-            over_rows(descend_columns, codes.shape[1], *arguments, *limits)
-        elif kernels := gpu_kernels(gradient):
-            kernels.descend_columns(*arguments, *limits)
+            over_rows(descend_columns, codes.shape[1], *arguments, *number.limits, levels_of(number, gradient))
+        elif number.even and (kernels := gpu_kernels(gradient)):
+            kernels.descend_columns(*arguments, *number.limits)
         else:
-            _descend_plain(*arguments, *limits)
+            _descend_plain(*arguments, number)
         for other in (slice(0, start), slice(start + _COLUMNS, None)):
             gradient[other].addmm_(hessian[other, part], moved[part])
     return moved
 
 
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """Which scales and offsets a group can have.
+
+    Attributes:
+        step: the scales next to some, ``[rows]`` both.
+        offset: the same for what is added.
+        signed: whether scales below zero, and zero, are among them.
+    """
+
+    step: Callable[[torch.Tensor], torch.Tensor]
+    offset: Callable[[torch.Tensor], torch.Tensor]
+    signed: bool
+
+
+def _grid(tensor: QuantizedTensor, group: int) -> _Grid:
+    nested, number, dtype = tensor.nested, tensor.scheme.number, tensor.scale.dtype
+    if isinstance(nested, SuperBlockScales):
+        return _Grid(partial(nested.nearest_step, group), partial(nested.nearest_offset, group), signed=True)
+
+    def stored(values: torch.Tensor) -> torch.Tensor:
+        return number.round_scale(values, dtype).to(values.dtype)
+
+    return _Grid(stored, stored, signed=tensor.scheme.block is not None)
+
+
 def _scale_change(
-    level: torch.Tensor,
-    gradient: torch.Tensor,
-    hessian: torch.Tensor,
-    scale: torch.Tensor,
-    stored: torch.dtype,
-    number: Number,
+    level: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, grid: _Grid
 ) -> torch.Tensor:
     """What to add to a group's scales ``[rows]`` for levels ``[columns, rows]``; where nothing helps, zero."""
     slope = (level * gradient).sum(0)
     curvature = level.mul(hessian @ level).sum(0)
-    wanted = number.round_scale(scale - slope / curvature, stored).to(scale.dtype)
+    wanted = grid.step(scale - slope / curvature)
     change = wanted - scale
     # The scale is stored in few digits: what rounding leaves of the improvement may be none. So may 0 / 0.
-    helps = (wanted > 0) & (change * (2 * slope + change * curvature) < 0)
+    helps = change * (2 * slope + change * curvature) < 0
+    if not grid.signed:
+        helps &= wanted > 0
     return torch.where(helps, change, torch.zeros_like(change))
+
+
+def _affine_change(
+    level: torch.Tensor,
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    grid: _Grid,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to add to a group's scales and offsets ``[rows]``, both at once; where nothing helps, zero."""
+    product, ones = hessian @ level, hessian.sum(1, keepdim=True)
+    slope, tilt = (level * gradient).sum(0), gradient.sum(0)
+    ss, so, oo = (level * product).sum(0), product.sum(0), ones.sum()
+    # Of the scale, the one that is best with the offset that goes with it; then the offset for it.
+    free = scale - (slope * oo - tilt * so) / (ss * oo - so.square())
+    change = grid.step(free) - scale
+    shift = grid.offset(offset - (tilt + so * change) / oo) - offset
+    gain = change * (2 * slope + change * ss + 2 * shift * so) + shift * (2 * tilt + shift * oo)
+    helps = gain < 0
+    zero = torch.zeros_like(change)
+    return change.where(helps, zero), shift.where(helps, zero)
 
 
 def _descend_plain(
@@ -121,13 +183,12 @@ def _descend_plain(
     codes: torch.Tensor,
     scale: torch.Tensor,
     moved: torch.Tensor,
-    code_min: float,
-    code_max: float,
+    number: Number,
 ) -> None:
-    """What the kernels do, in torch, for any device."""
+    """What the kernels do, in torch, for any device and number."""
     for column in range(len(hessian)):
-        level = codes[column] - gradient[column] / hessian[column, column] / scale
-        best = torch.clamp(torch.round(level), code_min, code_max)
-        moved[column] = (best - codes[column]) * scale
-        codes[column] = best.to(torch.int8)
+        before = number.values(codes[column]).to(gradient.dtype)
+        best = number.nearest(before - gradient[column] / hessian[column, column] / scale)
+        moved[column] = (number.values(best).to(gradient.dtype) - before) * scale
+        codes[column] = best
         gradient.addr_(hessian[:, column], moved[column])

@@ -7,28 +7,19 @@ Scales are rounded to the dtype they are stored in before they are compared, so 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.errors import CheckpointError
 from llmconvert.quantize.narrow import check_held
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.solve.kernels import best_candidates
+from llmconvert.quantize.solve.group_scales import GroupScales, block_scales
+from llmconvert.quantize.solve.search_kernels import best_candidates
 
-__all__ = ["GroupScales", "full_range_scales", "search_scales"]
+__all__ = ["full_range_scales", "search_scales"]
 
 # Candidates hold several floats per weight group; this bounds their memory.
 _ROWS_AT_ONCE = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class GroupScales:
-    """``scale`` ``[rows, groups]`` in its stored dtype; ``zero`` int8 of the same shape, None when symmetric."""
-
-    scale: torch.Tensor
-    zero: torch.Tensor | None
 
 
 def full_range_scales(name: str, weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupScales:
@@ -47,7 +38,8 @@ def full_range_scales(name: str, weight: torch.Tensor, scheme: Scheme, scale_dty
     low, high = _group_range(name, weight, scheme, scale_dtype)
     scale, zero = _candidates(low, high, torch.ones(1, dtype=weight.dtype, device=weight.device), scheme, scale_dtype)
     stored = scale[..., 0].to(scale_dtype).contiguous()
-    return GroupScales(stored, None if scheme.symmetric else zero[..., 0].to(torch.int8).contiguous())
+    offset = low.to(scale_dtype) if scheme.number.minima else None
+    return GroupScales(stored, None if scheme.symmetric else zero[..., 0].to(torch.int8).contiguous(), offset)
 
 
 def search_scales(
@@ -63,6 +55,9 @@ def search_scales(
 ) -> GroupScales:
     """Scales with the least weighted error among ``steps`` fractions of the full range, from 1 down to ``narrowest``.
 
+    Those of GGML's types have a search of their own (:func:`~.group_scales.block_scales`), which the type's own
+    quantization of scales takes part in.
+
     Args:
         name: of the weight, for errors.
         weight: ``[rows, columns]``, float32 or float64.
@@ -77,6 +72,8 @@ def search_scales(
         CheckpointError: the weight has values that are not finite.
         UnsupportedError: they are so small that ``scale_dtype`` holds no scales for them.
     """
+    if scheme.block is not None:
+        return block_scales(name, weight, importance, scheme)
     low, high = _group_range(name, weight, scheme, scale_dtype)
     rows, groups = low.shape
     ratios = torch.linspace(1.0, narrowest, steps, dtype=weight.dtype, device=weight.device)
@@ -110,7 +107,7 @@ def _group_range(
 def _span(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, float]:
     """What a group's codes have to reach over, and how many steps of the scale that is."""
     number = scheme.number
-    if number.symmetric:
+    if number.symmetric and not number.minima:
         return torch.maximum(-low, high), number.largest
     code_min, code_max = number.limits
     return high - low, code_max - code_min

@@ -34,21 +34,22 @@ def test_what_is_listed_can_be_made(one: Combination) -> None:
     """The method chooses codes that the format packs, as it said it would, and unpacks to the bit."""
     method, layout = load_method(one.method, {}), load_format(one.format)
     check_combination(method, one.scheme, layout)
-    weight = random_weight(64, 128)
-    if isinstance(one.scheme, GgmlMix):
-        assert isinstance(method, GgmlQuantizer)
-        codec = load_codec(one.scheme.type_of("blk.0.ffn_up.weight", (64, 256), MixContext(2, False, False)))
+    weight, scheme = random_weight(64, 256), one.scheme
+    if isinstance(scheme, GgmlMix) and isinstance(method, GgmlQuantizer):
+        codec = load_codec(scheme.type_of("blk.0.ffn_up.weight", (64, 256), MixContext(2, False, False)))
         raw = method.encode(codec, random_weight(64, 256).float(), torch.ones(256))
         assert raw.dtype == torch.uint8 and raw.shape == (64, 256 // codec.size * codec.nbytes)
         return
     assert isinstance(method, Quantizer)
-    hessian = Hessian(torch.eye(128), 128, torch.eye(128)) if method.calibration != "none" else None
-    scale_dtype = layout.scale_dtype(one.scheme, torch.bfloat16)
-    found = method.quantize([Target("l", weight, one.scheme)], hessian, scale_dtype)["l"].tensor
+    if isinstance(scheme, GgmlMix):
+        scheme = Scheme.of_block(scheme.type_of("blk.0.ffn_up.weight", (64, 256), MixContext(2, False, True)))
+    hessian = Hessian(torch.eye(256), 256, torch.eye(256)) if method.calibration != "none" else None
+    scale_dtype = layout.scale_dtype(scheme, torch.bfloat16)
+    found = method.quantize([Target("l", weight, scheme)], hessian, scale_dtype)["l"].tensor
     stored = layout.pack("l", found)
-    specs = {spec.name: (spec.dtype, spec.shape) for spec in layout.specs("l", (64, 128), one.scheme, scale_dtype)}
+    specs = {spec.name: (spec.dtype, spec.shape) for spec in layout.specs("l", (64, 256), scheme, scale_dtype)}
     assert {name: (part.dtype, tuple(part.shape)) for name, part in stored.items()} == specs
-    again = layout.unpack("l", stored, one.scheme)
+    again = layout.unpack("l", stored, scheme)
     assert torch.equal(again.codes.view(torch.uint8), found.codes.view(torch.uint8))
     assert torch.equal(again.scale, found.scale)
 

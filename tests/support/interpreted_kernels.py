@@ -15,6 +15,7 @@ import torch
 from support.quantized import hessian_of, random_inputs, random_weight
 
 from llmconvert.quantize.methods.gptq import _solve_block_plain
+from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.solve import triton_kernels
 from llmconvert.quantize.solve.refine import _descend_plain
 
@@ -64,8 +65,19 @@ def descended(descend: Callable[..., None], rows: int, count: int) -> list[torch
     return [codes, gradient, moved]
 
 
-_SOLVERS = triton_kernels.solve_columns, _solve_block_plain
-_DESCENTS = triton_kernels.descend_columns, _descend_plain
+def _plain(function: Callable[..., None]) -> Callable[..., None]:
+    """What takes a number, with its limits instead."""
+
+    def run(*arguments: torch.Tensor | float) -> None:
+        *others, low, high = arguments
+        assert (low, high) == Int(4).limits
+        function(*others, Int(4))
+
+    return run
+
+
+_SOLVERS = triton_kernels.solve_columns, _plain(_solve_block_plain)
+_DESCENTS = triton_kernels.descend_columns, _plain(_descend_plain)
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,14 @@ from llmconvert.errors import SchemeError
 __all__ = ["FLOATS", "MIXES", "GgmlMix", "MixContext"]
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
-_FALLBACKS: Final[Mapping[str, str]] = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACKS: Final[Mapping[str, str]] = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
+}
 #: Types without blocks, which round as a cast does.
 FLOATS: Final = ("F32", "F16", "BF16")
 
@@ -30,11 +37,13 @@ class MixContext:
         layers: decoder blocks of the model.
         tied: the embedding serves as output matrix too.
         importance: the file is made with an importance matrix.
+        queries_per_key: query heads that share a key-value head.
     """
 
     layers: int
     tied: bool
     importance: bool
+    queries_per_key: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +54,11 @@ class GgmlMix:
         name: as ``llama-quantize`` calls it, in lower case.
         base: tensor type of most matrices.
         file_type: ``general.file_type``, llama.cpp's number.
-        more: how many tensors get a better type: ``""`` none by layer, ``S`` or ``M``.
     """
 
     name: str
     base: str
     file_type: int
-    more: str = ""
 
     @classmethod
     def parse(cls, text: str) -> GgmlMix:
@@ -98,24 +105,51 @@ class GgmlMix:
         return "Q6_K" if is_output and self.base != "Q8_0" else self.base
 
     def _in_layer(self, name: str, layer: int, context: MixContext) -> str:
+        part = name.split(".")[2]
+        if part == "attn_v":
+            return self._values(layer, context)
+        if part == "ffn_down":
+            return self._down(layer, context)
+        if part == "attn_output":
+            return _OUTPUTS.get(self.name, self.base)
+        if part == "attn_qkv":
+            return _FUSED.get(self.name, self.base)
+        return self.base
+
+    def _values(self, layer: int, context: MixContext) -> str:
+        shared = context.queries_per_key >= 4
+        chosen = self.base
+        if self.name == "q2_k":
+            chosen = "Q4_K" if shared else "Q3_K"
+        elif self.name == "q2_k_s" and shared:
+            chosen = "Q4_K"
+        elif self.name == "q3_k_m":
+            chosen = "Q5_K" if layer < 2 else "Q4_K"
+        elif self.name == "q3_k_l" or (self.base in ("IQ4_NL", "IQ4_XS") and shared):
+            chosen = "Q5_K"
+        elif self.name in ("q4_k_m", "q5_k_m") and _more_bits(layer, context.layers):
+            chosen = "Q6_K"
+        elif self.name == "q4_k_s" and layer < 4:
+            chosen = "Q5_K"
+        # Models of 80 layers have eight query heads per key-value head: their attn_v is small, and matters.
+        return "Q5_K" if context.layers == 80 and chosen in ("Q3_K", "Q4_K") else chosen
+
+    def _down(self, layer: int, context: MixContext) -> str:
         eighth = layer < context.layers // 8
-        if name.endswith("attn_v.weight"):
-            if self.more == "M" and _more_bits(layer, context.layers):
-                return "Q6_K"
-            if self.name == "q4_k_s" and layer < 4:
-                return "Q5_K"
-            # Models of 80 layers have eight query heads per key-value head: their attn_v is small, and matters.
-            if context.layers == 80 and self.base == "Q4_K":
-                return "Q5_K"
-        elif name.endswith("ffn_down.weight"):
-            if self.more == "M" and _more_bits(layer, context.layers):
-                return "Q6_K"
-            if eighth and self.name == "q4_k_s":
-                return "Q5_K"
-            if eighth and context.importance:
-                return {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}.get(self.base, self.base)
-        elif name.endswith("attn_qkv.weight") and self.more == "M":
-            return {"Q4_K": "Q5_K", "Q5_K": "Q6_K"}[self.base]
+        if self.name == "q2_k":
+            return "Q3_K"
+        if self.name == "q3_k_m":
+            return "Q5_K" if layer < context.layers // 16 else "Q4_K"
+        if self.name == "q3_k_l":
+            return "Q5_K"
+        if self.name in ("q4_k_m", "q5_k_m") and _more_bits(layer, context.layers):
+            return "Q6_K"
+        if eighth and self.name == "q2_k_s":
+            return "Q4_K"
+        if eighth and (self.name == "q4_k_s" or (self.base in ("IQ4_NL", "IQ4_XS") and not context.importance)):
+            return "Q5_K"
+        if eighth and context.importance:
+            return {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}.get(self.base, self.base)
         return self.base
 
 
@@ -124,7 +158,10 @@ def _more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-_ALIASES: Final[Mapping[str, str]] = {"q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+_ALIASES: Final[Mapping[str, str]] = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+#: Where attention puts out, and its fused inputs: by mix, if not the base.
+_OUTPUTS: Final[Mapping[str, str]] = {"q2_k": "Q3_K", "q3_k_m": "Q4_K", "q3_k_l": "Q5_K"}
+_FUSED: Final[Mapping[str, str]] = {"q3_k_m": "Q4_K", "q3_k_l": "Q4_K", "q4_k_m": "Q5_K", "q5_k_m": "Q6_K"}
 
 #: Name → mix.
 MIXES: Final[Mapping[str, GgmlMix]] = {
@@ -135,13 +172,20 @@ MIXES: Final[Mapping[str, GgmlMix]] = {
         GgmlMix("bf16", "BF16", 32),
         GgmlMix("q8_0", "Q8_0", 7),
         GgmlMix("q6_k", "Q6_K", 18),
-        GgmlMix("q5_k_m", "Q5_K", 17, "M"),
-        GgmlMix("q5_k_s", "Q5_K", 16, "S"),
+        GgmlMix("q5_k_m", "Q5_K", 17),
+        GgmlMix("q5_k_s", "Q5_K", 16),
         GgmlMix("q5_1", "Q5_1", 9),
         GgmlMix("q5_0", "Q5_0", 8),
-        GgmlMix("q4_k_m", "Q4_K", 15, "M"),
-        GgmlMix("q4_k_s", "Q4_K", 14, "S"),
+        GgmlMix("q4_k_m", "Q4_K", 15),
+        GgmlMix("q4_k_s", "Q4_K", 14),
         GgmlMix("q4_1", "Q4_1", 3),
         GgmlMix("q4_0", "Q4_0", 2),
+        GgmlMix("iq4_nl", "IQ4_NL", 25),
+        GgmlMix("iq4_xs", "IQ4_XS", 30),
+        GgmlMix("q3_k_l", "Q3_K", 13),
+        GgmlMix("q3_k_m", "Q3_K", 12),
+        GgmlMix("q3_k_s", "Q3_K", 11),
+        GgmlMix("q2_k", "Q2_K", 10),
+        GgmlMix("q2_k_s", "Q2_K", 21),
     )
 }

@@ -136,7 +136,7 @@ def test_a_refusal_names_the_formats_that_hold_the_scheme(layout: str, scheme: s
 @pytest.mark.parametrize(
     ("method", "scheme", "message"),
     [
-        ("gptq", "nf4", r"gptq chooses int codes only; methods for nf4 are rtn$"),
+        ("gptq", "nf4", r"gptq chooses int and GGUF codes only; methods for nf4 are rtn$"),
         ("hqq", "fp8", r"hqq chooses int codes only; methods for fp8 are rtn$"),
     ],
 )

@@ -29,8 +29,9 @@ from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.methods.base import Target
 from llmconvert.quantize.methods.rtn import Rtn
-from llmconvert.quantize.numbers import NF4, Int, dynamic_levels
+from llmconvert.quantize.numbers import NF4, Int
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.tensor import dynamic_levels
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 BNB = load_format("bitsandbytes")

@@ -75,7 +75,10 @@ CASES = [(family, "q4_k_m") for family in FAMILIES] + [("llama", mix) for mix in
 @pytest.mark.parametrize(("family", "mix"), CASES)
 def test_llama_cpp_computes_what_we_do(family: str, mix: str, models: Path, tmp_path: Path) -> None:
     directory = hugging_face(models, family)
-    path = written(directory, tmp_path / "tiny.gguf", mix)
+    runs_in_llama_cpp(written(directory, tmp_path / "tiny.gguf", mix), directory)
+
+
+def runs_in_llama_cpp(path: Path, directory: Path) -> None:
     theirs = LlamaCpp(path)
     found = theirs.log_probabilities(IDS[0].tolist(), VOCABULARY)
     with open_gguf(path) as checkpoint, SafetensorsCheckpoint(directory) as source:
@@ -88,6 +91,37 @@ def test_llama_cpp_computes_what_we_do(family: str, mix: str, models: Path, tmp_
     assert distance(exact, found) < 0.1  # a wrong layout is off by more than 1
     text = "Hello, world! It's 123 <|im_start|>user\nnot\tspaces  "
     assert theirs.tokenize(text) == tiny_tokenizer(VOCABULARY)(text).input_ids
+
+
+@pytest.mark.parametrize(
+    ("method", "mix", "family"),
+    [("gptq", "q2_k", "llama"), ("gptaq", "q4_k_m", "qwen2"), ("awq", "iq4_xs", "llama"), ("gptq", "q4_0", "gemma2")],
+)
+def test_error_feedback_fills_the_same_types(method: str, mix: str, family: str, models: Path, tmp_path: Path) -> None:
+    directory = hugging_face(models, family)
+    with SafetensorsCheckpoint(directory) as source:
+        plain = write(source, tmp_path / "plain.gguf", mix, windows=WINDOWS, name="tiny")
+        solved = write(source, tmp_path / "tiny.gguf", mix, windows=WINDOWS, name="tiny", method=method)
+    assert solved.types == plain.types and solved.nbytes == plain.nbytes
+    assert len(solved.layers) == 14 and all(layer.error is not None for layer in solved.layers)
+    assert len({layer.scheme for layer in solved.layers}) == (1 if mix in ("q4_0", "iq4_xs") else 2)
+    runs_in_llama_cpp(solved.output, directory)
+    with (
+        open_gguf(solved.output) as ours,
+        open_gguf(plain.output) as theirs,
+        SafetensorsCheckpoint(directory) as source,
+    ):
+        assert torch.equal(ours["model.embed_tokens.weight"], theirs["model.embed_tokens.weight"])
+        lost = [logits_lost(found, source) for found in (ours, theirs)]
+    assert method == "awq" or lost[0] < lost[1]
+
+
+def logits_lost(found: Checkpoint, source: Checkpoint) -> float:
+    """Mean square over the logits of the calibration windows."""
+    models = [built(checkpoint) for checkpoint in (found, source)]
+    with torch.no_grad():
+        pairs = [[model(window).logits for model in models] for window in WINDOWS]
+    return sum(float((ours - theirs).square().mean()) for ours, theirs in pairs)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -321,11 +355,43 @@ def test_mixes_follow_llama_quantize(name: str) -> None:
     context = MixContext(layers=32, tied=False, importance=False)
     assert mix.type_of("blk.0.attn_norm.weight", (4096,), context) == "F32"
     assert mix.type_of("blk.9.attn_q.weight", (4096, 4096), context) == mix.base
+    assert mix.type_of("blk.9.ffn_up.weight", (11008, 4096), context) == mix.base
     assert mix.type_of("token_embd.weight", (32000, 4096), context) == mix.base
     floats = mix.base in ("F32", "F16", "BF16", "Q8_0")
     assert mix.type_of("output.weight", (32000, 4096), context) == (mix.base if floats else "Q6_K")
     tied = MixContext(layers=32, tied=True, importance=False)
     assert mix.type_of("token_embd.weight", (32000, 4096), tied) == (mix.base if floats else "Q6_K")
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "expected"),
+    [  # of 32 layers: the first, the third, the tenth, the last
+        ("q2_k", "attn_v", ["Q3_K", "Q3_K", "Q3_K", "Q3_K"]),
+        ("q2_k", "ffn_down", ["Q3_K", "Q3_K", "Q3_K", "Q3_K"]),
+        ("q2_k", "attn_output", ["Q3_K", "Q3_K", "Q3_K", "Q3_K"]),
+        ("q2_k_s", "ffn_down", ["Q4_K", "Q4_K", "Q2_K", "Q2_K"]),
+        ("q3_k_m", "attn_v", ["Q5_K", "Q4_K", "Q4_K", "Q4_K"]),
+        ("q3_k_m", "ffn_down", ["Q5_K", "Q4_K", "Q4_K", "Q4_K"]),
+        ("q3_k_m", "attn_output", ["Q4_K", "Q4_K", "Q4_K", "Q4_K"]),
+        ("q3_k_m", "attn_qkv", ["Q4_K", "Q4_K", "Q4_K", "Q4_K"]),
+        ("q3_k_l", "ffn_down", ["Q5_K", "Q5_K", "Q5_K", "Q5_K"]),
+        ("q3_k_s", "attn_v", ["Q3_K", "Q3_K", "Q3_K", "Q3_K"]),
+        ("iq4_xs", "ffn_down", ["Q5_K", "Q5_K", "IQ4_XS", "IQ4_XS"]),
+        ("iq4_nl", "attn_v", ["IQ4_NL", "IQ4_NL", "IQ4_NL", "IQ4_NL"]),
+    ],
+)
+def test_types_by_layer_are_llama_cpps(name: str, part: str, expected: list[str]) -> None:
+    context = MixContext(layers=32, tied=False, importance=False)
+    layers = [f"blk.{layer}.{part}.weight" for layer in (0, 2, 9, 31)]
+    assert [MIXES[name].type_of(layer, (4096, 4096), context) for layer in layers] == expected
+
+
+def test_grouped_queries_give_values_more_bits() -> None:
+    context = MixContext(layers=32, tied=False, importance=True, queries_per_key=4)
+    found = {name: mix.type_of("blk.9.attn_v.weight", (1024, 4096), context) for name, mix in MIXES.items()}
+    assert (found["q2_k"], found["q2_k_s"], found["iq4_xs"], found["iq4_nl"]) == ("Q4_K", "Q4_K", "Q5_K", "Q5_K")
+    down = MIXES["iq4_xs"].type_of("blk.0.ffn_down.weight", (4096, 11008), context)
+    assert down == "IQ4_XS"  # with an importance matrix
 
 
 def test_q4_k_m_gives_more_bits_where_llama_cpp_does() -> None:

@@ -18,15 +18,9 @@ from llmconvert.quantize.methods.base import Solution, Target
 from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.solve.kernels import (
-    best_candidates,
-    descend_columns,
-    load_kernels,
-    solve_columns,
-    transpose_in_order,
-    weighted_squares,
-)
+from llmconvert.quantize.solve.kernels import descend_columns, load_kernels, solve_columns, transpose_in_order
 from llmconvert.quantize.solve.scales import search_scales
+from llmconvert.quantize.solve.search_kernels import best_candidates, weighted_squares
 from llmconvert.quantize.tensor import QuantizedTensor
 
 NAMES = ["w4a16-g32", "w4a16-g32-asym", "w4a16-channel", "w3a16-g64-asym", "w2a16-g32", "w8a16-channel-asym"]
@@ -233,7 +227,7 @@ def test_kernel_and_plain_torch_agree(name: str, dtype: torch.dtype, monkeypatch
 
     def plain(work: torch.Tensor, *arguments: Any) -> None:
         *tensors, scheme = arguments
-        gptq_module._solve_block_plain(work, *tensors, *scheme.number.limits)
+        gptq_module._solve_block_plain(work, *tensors, scheme.number)
 
     monkeypatch.setattr(gptq_module, "_solve_block", plain)
     other = quantized(method, weight, hessian, name)
@@ -259,7 +253,7 @@ def test_threads_change_nothing() -> None:
             scale = scales.scale.T.contiguous()
             zero, carried = torch.zeros_like(scale), torch.zeros_like(errors)
             arguments = errors, carried, scale, zero, codes, loss, prepared.order, prepared.added, prepared.factor
-            over_rows(solve_columns, 333, *arguments, 0, -8.0, 7.0)
+            over_rows(solve_columns, 333, *arguments, 0, -8.0, 7.0, loss[:0])
             results.append((codes, errors, loss))
     finally:
         torch.set_num_threads(before)

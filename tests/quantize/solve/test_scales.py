@@ -15,7 +15,8 @@ from llmconvert.errors import CheckpointError
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve import scales as scales_module
-from llmconvert.quantize.solve.scales import GroupScales, full_range_scales, search_scales
+from llmconvert.quantize.solve.group_scales import GroupScales
+from llmconvert.quantize.solve.scales import full_range_scales, search_scales
 
 NAMES = ["w4a16-g16", "w4a16-g16-asym", "w3a16-channel", "w2a16-g16-asym", "w8a16-channel-asym", "w8a16-g32"]
 CHANNEL = [name for name in NAMES if "channel" in name]

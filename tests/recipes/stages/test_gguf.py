@@ -20,10 +20,13 @@ CALIBRATE = 'calibrate: {dataset: "pydoc-topics:train", samples: 4, length: 64}\
 @pytest.mark.parametrize(
     ("quantize", "message"),
     [
-        ("{method: rtn, scheme: q4_k_m}", r"quantize.scheme: q4_k_m is a GGUF type; it needs format: gguf"),
         (
-            "{method: gptq, scheme: q4_k_m, format: gguf}",
-            r"gptq chooses int codes only; methods for GGUF types are rtn, imatrix",
+            "{method: rtn, scheme: q4_k_m, format: gptq}",
+            r"quantize.scheme: q4_k_m is a GGUF type; it needs format: gguf",
+        ),
+        (
+            "{method: signround, scheme: q4_k_m, format: gguf}",
+            r"signround chooses int codes only; methods for GGUF types are rtn, gptq, gptaq, awq, imatrix",
         ),
         ("{method: imatrix, scheme: w4a16-g64}", r"imatrix chooses GGUF's codes only; methods for int are rtn, gptq"),
         ("{method: rtn, scheme: w4a16-g64, format: gguf}", r"w4a16-g64-sym: no GGUF type holds its codes; .*q4_k_m"),
@@ -35,8 +38,9 @@ CALIBRATE = 'calibrate: {dataset: "pydoc-topics:train", samples: 4, length: 64}\
     ],
 )
 def test_what_does_not_go_together_is_refused(quantize: str, message: str) -> None:
+    text = "" if "rtn" in quantize else CALIBRATE
     with pytest.raises(RecipeError, match=message):
-        parse_recipe(f"model: m\n{CALIBRATE}quantize: {quantize}\n", "x.yaml")
+        parse_recipe(f"model: m\n{text}quantize: {quantize}\n", "x.yaml")
 
 
 def test_an_importance_matrix_needs_text() -> None:

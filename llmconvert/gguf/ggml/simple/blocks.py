@@ -17,14 +17,12 @@ from llmconvert.gguf.ggml.fit import CANDIDATES, best_affine, best_step
 
 __all__ = [
     "BLOCK",
-    "affine_weights",
     "fit_minimum_blocks",
     "fit_scale_blocks",
     "half",
     "join_nibbles",
     "nearest_codes",
     "split_nibbles",
-    "step_weights",
 ]
 
 BLOCK = 32
@@ -84,20 +82,6 @@ def nearest_codes(values: Array, scale: Array, minimum: Array | None, zero: int,
     scaled = blocks * np.divide(np.float32(1), step, out=np.zeros_like(step), where=step != 0)
     codes: Array = np.clip(np.rint(scaled) + np.float32(zero), 0, top).astype(np.uint8)
     return codes
-
-
-def step_weights(blocks: Blocks, zero: int) -> Array:
-    """``scale · (code - zero)``, float32 ``[n, 32]``."""
-    weights: Array = (blocks.codes.astype(np.float32) - np.float32(zero)) * blocks.scale.astype(np.float32)[:, None]
-    return weights
-
-
-def affine_weights(blocks: Blocks) -> Array:
-    """``scale · code + minimum``, float32 ``[n, 32]``."""
-    assert blocks.minimum is not None
-    weights: Array = blocks.codes * blocks.scale.astype(np.float32)[:, None]
-    weights += blocks.minimum.astype(np.float32)[:, None]
-    return weights
 
 
 def join_nibbles(codes: Array) -> Array:

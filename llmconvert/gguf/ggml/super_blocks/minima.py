@@ -1,8 +1,8 @@
-"""K-quants with minima (Q4_K, Q5_K): super-blocks of 256 weights in 8 sub-blocks, and the search for their parameters.
+"""K-quants with minima (Q2_K, Q4_K, Q5_K): super-blocks of 256 weights, and the search for their parameters.
 
-A weight is ``scale · s · code - minimum · m``, ``s`` and ``m`` of 6 bits per sub-block, the others float16.
-Each sub-block's own best step and minimum come first (:func:`~llmconvert.gguf.ggml.fit.best_affine`). Rounding
-these to 6 bits and float16 costs something, so ``s`` and ``m`` are then chosen by the error they cause, the two float16
+A weight is ``scale · s · code - minimum · m``, ``s`` and ``m`` of 4 or 6 bits per sub-block, the others float16. Each
+sub-block's own best step and minimum come first (:func:`~llmconvert.gguf.ggml.fit.best_affine`). Rounding these to
+integers and float16 costs something, so ``s`` and ``m`` are then chosen by the error they cause, the two float16
 numbers fitted to that choice in closed form, and so on in turn; the best round counts.
 """
 
@@ -18,40 +18,49 @@ from llmconvert.gguf.ggml.blocks import Array, Blocks, block_importance
 from llmconvert.gguf.ggml.fit import FAST, best_affine
 
 __all__ = [
-    "SUB_BLOCKS",
     "SUPER_BLOCK",
-    "decode_minimum_super_blocks",
     "fit_minimum_super_blocks",
+    "join_pairs",
+    "join_quarters",
     "pack_six",
+    "split_pairs",
+    "split_quarters",
     "unpack_six",
 ]
 
 SUPER_BLOCK = 256
-SUB_BLOCKS = 8
-_SUB = SUPER_BLOCK // SUB_BLOCKS
-_TOP = 63
 _ROUNDS = 3
 
 
-def fit_minimum_super_blocks(values: Array, importance: Array | None, bits: int) -> Blocks:
-    """Super-blocks for float32 ``[rows, columns]`` with codes of ``bits``."""
+def fit_minimum_super_blocks(
+    values: Array, importance: Array | None, bits: int, *, sub_blocks: int = 8, top: int = 63
+) -> Blocks:
+    """Super-blocks for float32 ``[rows, columns]`` with codes of ``bits``.
+
+    Args:
+        values: finite.
+        importance: see :meth:`~llmconvert.gguf.ggml.blocks.Codec.encode`.
+        bits: of a code.
+        sub_blocks: of a super-block.
+        top: the largest ``s`` and ``m``.
+    """
     count, rows = values.size // SUPER_BLOCK, len(values)
     weights = block_importance(importance, values.shape[1])
-    high = np.float32((1 << bits) - 1)
-    steps = np.empty((count, SUB_BLOCKS), np.float32)
-    depths = np.empty((count, SUB_BLOCKS), np.float32)
+    high, most = np.float32((1 << bits) - 1), np.float32(top)
+    steps = np.empty((count, sub_blocks), np.float32)
+    depths = np.empty((count, sub_blocks), np.float32)
     over_rows(_fit_sub_blocks, rows, values, weights, steps, depths, high)
-    scale = (steps.max(axis=1) / np.float32(_TOP)).astype(np.float16)
-    minimum = (depths.max(axis=1) / np.float32(_TOP)).astype(np.float16)
+    scale = (steps.max(axis=1) / most).astype(np.float16)
+    minimum = (depths.max(axis=1) / most).astype(np.float16)
     best_scale, best_minimum = scale, minimum
     least = np.full(count, np.inf, np.float32)
-    subs = np.empty((2, count, SUB_BLOCKS), np.uint8)
+    subs = np.empty((2, count, sub_blocks), np.uint8)
     best_subs = np.zeros_like(subs)
     codes = np.empty((count, SUPER_BLOCK), np.uint8)
     for _ in range(_ROUNDS):
         refit = np.empty((count, 3), np.float32)
         wide = np.stack([scale, minimum], axis=1).astype(np.float32)
-        over_rows(_choose_sub_scales, rows, values, weights, steps, depths, wide, subs[0], subs[1], refit, high)
+        over_rows(_choose_sub_scales, rows, values, weights, steps, depths, wide, subs[0], subs[1], refit, high, most)
         better = refit[:, 2] < least
         least = np.where(better, refit[:, 2], least)
         best_scale, best_minimum = np.where(better, scale, best_scale), np.where(better, minimum, best_minimum)
@@ -60,16 +69,6 @@ def fit_minimum_super_blocks(values: Array, importance: Array | None, bits: int)
     wide = np.stack([best_scale, best_minimum], axis=1).astype(np.float32)
     over_rows(_take_codes, rows, values, wide, best_subs[0], best_subs[1], codes, high)
     return Blocks(codes, best_scale, best_minimum, best_subs[0], best_subs[1])
-
-
-def decode_minimum_super_blocks(blocks: Blocks) -> Array:
-    """float32 ``[n, 256]``, with llama.cpp's order of operations."""
-    assert blocks.sub_scales is not None and blocks.sub_minima is not None and blocks.minimum is not None
-    step = blocks.scale.astype(np.float32)[:, None] * blocks.sub_scales
-    depth = blocks.minimum.astype(np.float32)[:, None] * blocks.sub_minima
-    codes = blocks.codes.reshape(-1, SUB_BLOCKS, _SUB)
-    weights: Array = (step[..., None] * codes - depth[..., None]).astype(np.float32)
-    return weights.reshape(-1, SUPER_BLOCK)
 
 
 def pack_six(scales: Array, minima: Array) -> Array:
@@ -91,6 +90,33 @@ def unpack_six(raw: Array) -> tuple[Array, Array]:
     return scales, minima
 
 
+def join_pairs(codes: Array) -> Array:
+    """``[n, 256]`` codes below 16 → ``[n, 128]`` bytes; of every 64 the second half goes into the high nibbles."""
+    pairs = codes.reshape(len(codes), -1, 2, 32)
+    joined: Array = pairs[:, :, 0] | (pairs[:, :, 1] << 4)
+    return joined.reshape(len(codes), -1)
+
+
+def split_pairs(raw: Array) -> Array:
+    """The inverse of :func:`join_pairs`."""
+    joined = raw.reshape(len(raw), -1, 32)
+    return np.stack([joined & 15, joined >> 4], axis=2).reshape(len(raw), -1)
+
+
+def join_quarters(codes: Array) -> Array:
+    """``[n, 256]`` codes below 4 → ``[n, 64]`` bytes, of each half 32: its four quarters share them."""
+    quarters = codes.reshape(len(codes), 2, 4, 32)
+    joined: Array = quarters[:, :, 0] | (quarters[:, :, 1] << 2) | (quarters[:, :, 2] << 4) | (quarters[:, :, 3] << 6)
+    return joined.reshape(len(codes), -1)
+
+
+def split_quarters(raw: Array) -> Array:
+    """The inverse of :func:`join_quarters`."""
+    shifted = raw.reshape(len(raw), 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
+    codes: Array = (shifted & 3).reshape(len(raw), -1)
+    return codes
+
+
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _fit_sub_blocks(
     begin: int,
@@ -102,14 +128,16 @@ def _fit_sub_blocks(
     high: float,
 ) -> None:
     """The best step and (negated) minimum of every sub-block by itself."""
-    x = np.empty(_SUB, np.float32)
-    w = np.empty(_SUB, np.float32)
+    sub_blocks = steps.shape[1]
+    size = SUPER_BLOCK // sub_blocks
+    x = np.empty(size, np.float32)
+    w = np.empty(size, np.float32)
     per_row = values.shape[1] // SUPER_BLOCK
     for row in range(begin, end):
         for block in range(per_row):
-            for sub in range(SUB_BLOCKS):
-                start = block * SUPER_BLOCK + sub * _SUB
-                for i in range(_SUB):
+            for sub in range(sub_blocks):
+                start = block * SUPER_BLOCK + sub * size
+                for i in range(size):
                     x[i] = values[row, start + i]
                     w[i] = importance[start + i]
                 step, minimum = best_affine(x, w, high, np.float32(0))
@@ -130,13 +158,16 @@ def _choose_sub_scales(
     minima: np.ndarray[Any, Any],
     refit: np.ndarray[Any, Any],
     high: float,
+    top: float,
 ) -> None:
-    """For given ``wide`` (scale, minimum): each sub-block's 6-bit pair among the nearest nine, by error.
+    """For given ``wide`` (scale, minimum): each sub-block's pair of integers among the nearest nine, by error.
 
     ``refit`` gets the scale and the minimum that suit the choice, and its loss.
     """
-    x = np.empty(_SUB, np.float32)
-    w = np.empty(_SUB, np.float32)
+    sub_blocks = steps.shape[1]
+    size = SUPER_BLOCK // sub_blocks
+    x = np.empty(size, np.float32)
+    w = np.empty(size, np.float32)
     zero, one = np.float32(0), np.float32(1)
     per_row = values.shape[1] // SUPER_BLOCK
     for row in range(begin, end):
@@ -144,9 +175,9 @@ def _choose_sub_scales(
             n = row * per_row + block
             scale, minimum = wide[n, 0], wide[n, 1]
             aa = ab = bb = ax = bx = total = zero
-            for sub in range(SUB_BLOCKS):
-                start = block * SUPER_BLOCK + sub * _SUB
-                for i in range(_SUB):
+            for sub in range(sub_blocks):
+                start = block * SUPER_BLOCK + sub * size
+                for i in range(size):
                     x[i] = values[row, start + i]
                     w[i] = importance[start + i]
                 near_s = np.rint(steps[n, sub] / scale) if scale > 0 else zero
@@ -154,17 +185,17 @@ def _choose_sub_scales(
                 best_s, best_m, least = zero, zero, np.float32(np.inf)
                 for ds in range(-1, 2):
                     s = near_s + np.float32(ds)
-                    if s < 0 or s > _TOP:
+                    if s < 0 or s > top:
                         continue
                     step = scale * s
                     inverse = one / step if step > 0 else zero
                     for dm in range(-1, 2):
                         m = near_m + np.float32(dm)
-                        if m < 0 or m > _TOP:
+                        if m < 0 or m > top:
                             continue
                         depth = minimum * m
                         loss = zero
-                        for i in range(_SUB):
+                        for i in range(size):
                             above = x[i] + depth
                             error = above - min(max(np.rint(above * inverse), zero), high) * step
                             loss += w[i] * error * error
@@ -174,7 +205,7 @@ def _choose_sub_scales(
                 total += least
                 step, depth = scale * best_s, minimum * best_m
                 inverse = one / step if step > 0 else zero
-                for i in range(_SUB):
+                for i in range(size):
                     a = best_s * min(max(np.rint((x[i] + depth) * inverse), zero), high)
                     weighted = w[i] * a
                     aa += weighted * a
@@ -206,15 +237,17 @@ def _take_codes(
     high: float,
 ) -> None:
     """The nearest code of every weight for settled parameters."""
+    sub_blocks = scales.shape[1]
+    size = SUPER_BLOCK // sub_blocks
     per_row = values.shape[1] // SUPER_BLOCK
     for row in range(begin, end):
         for block in range(per_row):
             n = row * per_row + block
-            for sub in range(SUB_BLOCKS):
+            for sub in range(sub_blocks):
                 step = wide[n, 0] * np.float32(scales[n, sub])
                 depth = wide[n, 1] * np.float32(minima[n, sub])
                 inverse = np.float32(1) / step if step > 0 else np.float32(0)
-                start = sub * _SUB
-                for i in range(_SUB):
+                start = sub * size
+                for i in range(size):
                     above = values[row, block * SUPER_BLOCK + start + i] + depth
                     codes[n, start + i] = np.uint8(min(max(np.rint(above * inverse), np.float32(0)), high))

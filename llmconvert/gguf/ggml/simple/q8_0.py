@@ -8,16 +8,19 @@ import numba
 import numpy as np
 
 from llmconvert.compute.rows import over_rows
-from llmconvert.gguf.ggml.blocks import Array, Blocks
-from llmconvert.gguf.ggml.simple import BLOCK, half, step_weights
+from llmconvert.gguf.ggml.blocks import Array, BlockCodec, Blocks
+from llmconvert.gguf.ggml.simple.blocks import BLOCK, half
 
 __all__ = ["CODEC", "Q8_0"]
 
 
-class Q8_0:
-    """See :class:`~llmconvert.gguf.ggml.blocks.Codec`. Importance changes nothing here, as in llama.cpp."""
+class Q8_0(BlockCodec):
+    """See :class:`~llmconvert.gguf.ggml.blocks.BlockCodec`. Importance changes nothing here, as in llama.cpp."""
 
-    name, size, nbytes = "Q8_0", BLOCK, 34
+    name, size, nbytes, bits, group = "Q8_0", BLOCK, 34, 8, BLOCK
+
+    def fit(self, values: Array, importance: Array | None = None) -> Blocks:
+        return self.unpack(self.encode(values).reshape(-1, self.nbytes))
 
     def encode(self, values: Array, importance: Array | None = None) -> Array:
         raw = np.empty((values.size // BLOCK, self.nbytes), np.uint8)
@@ -27,15 +30,10 @@ class Q8_0:
         raw[:, :2] = half(scales)[:, None].view(np.uint8)
         return raw.reshape(len(values), -1)
 
-    def decode(self, raw: Array) -> Array:
-        return step_weights(self.unpack(raw.reshape(-1, self.nbytes)), 0).reshape(len(raw), -1)
-
     def pack(self, blocks: Blocks) -> Array:
-        """``[n, nbytes]``."""
         return np.concatenate([blocks.scale[:, None].view(np.uint8), blocks.codes.view(np.uint8)], axis=1)
 
     def unpack(self, raw: Array) -> Blocks:
-        """The inverse of :meth:`pack`."""
         return Blocks(raw[:, 2:].view(np.int8), raw[:, :2].copy().view(np.float16)[:, 0])
 
 

@@ -1,0 +1,169 @@
+"""IQ4_XS: super-blocks of 256 weights, ``scale · s · level``: 4-bit codes of IQ4_NL's table, a 6-bit ``s`` per 32.
+
+136 bytes: the float16 scale, 2 of the upper bits of ``s + 32``, 4 of their low nibbles, nibbles of each 32 weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from llmconvert.compute.rows import over_rows
+from llmconvert.gguf.ggml.blocks import Array, BlockCodec, Blocks, block_importance
+from llmconvert.gguf.ggml.fit import FAST
+from llmconvert.gguf.ggml.levels import LEVELS, best_level_step, nearest_level
+from llmconvert.gguf.ggml.super_blocks.minima import SUPER_BLOCK
+
+__all__ = ["CODEC", "IQ4_XS"]
+
+_SUB = 32
+_SUBS = SUPER_BLOCK // _SUB
+_ROUNDS = 3
+_S_LOW, _S_HIGH = -32, 31
+_VALUES = np.array(LEVELS, np.float32)
+
+
+class IQ4_XS(BlockCodec):
+    """See :class:`~llmconvert.gguf.ggml.blocks.BlockCodec`."""
+
+    name, size, nbytes, bits, group = "IQ4_XS", SUPER_BLOCK, 136, 4, _SUB
+    levels, sub_range = LEVELS, (_S_LOW, _S_HIGH)
+
+    def fit(self, values: Array, importance: Array | None = None) -> Blocks:
+        count, rows = values.size // SUPER_BLOCK, len(values)
+        weights = block_importance(importance, values.shape[1])
+        steps = np.empty((count, _SUBS), np.float32)
+        over_rows(_fit_sub_blocks, rows, values, weights, steps)
+        largest = np.take_along_axis(steps, np.abs(steps).argmax(axis=1, keepdims=True), axis=1)[:, 0]
+        scale = (largest / np.float32(_S_LOW)).astype(np.float16)
+        best, least = scale, np.full(count, np.inf, np.float32)
+        subs = np.empty((count, _SUBS), np.int8)
+        best_subs = np.zeros_like(subs)
+        for _ in range(_ROUNDS):
+            refit = np.empty((count, 2), np.float32)
+            over_rows(_choose_sub_scales, rows, values, weights, steps, scale.astype(np.float32), subs, refit)
+            better = refit[:, 1] < least
+            least, best = np.where(better, refit[:, 1], least), np.where(better, scale, best)
+            best_subs[better] = subs[better]
+            scale = refit[:, 0].astype(np.float16)
+        codes = np.empty((count, SUPER_BLOCK), np.uint8)
+        over_rows(_take_codes, rows, values, best.astype(np.float32), best_subs, codes)
+        return Blocks(codes, best, sub_scales=best_subs)
+
+    def pack(self, blocks: Blocks) -> Array:
+        assert blocks.sub_scales is not None
+        n = len(blocks.codes)
+        subs = (blocks.sub_scales.astype(np.int16) - _S_LOW).astype(np.uint16)
+        upper = ((subs >> 4) << np.arange(0, 16, 2, dtype=np.uint16)).sum(axis=1, dtype=np.uint16)
+        lower = (subs[:, ::2] & 15 | (subs[:, 1::2] & 15) << 4).astype(np.uint8)
+        pairs = blocks.codes.reshape(n, _SUBS, 2, _SUB // 2)
+        nibbles = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(n, -1)
+        outer = np.stack([blocks.scale.view(np.uint16), upper], axis=1).view(np.uint8)
+        return np.concatenate([outer, lower, nibbles], axis=1)
+
+    def unpack(self, raw: Array) -> Blocks:
+        n = len(raw)
+        outer = raw[:, :4].copy().view(np.uint16)
+        upper = (outer[:, 1:] >> np.arange(0, 16, 2, dtype=np.uint16) & 3).astype(np.uint8)
+        lower = np.stack([raw[:, 4:8] & 15, raw[:, 4:8] >> 4], axis=2).reshape(n, -1)
+        subs = (lower | (upper << 4)).astype(np.int8) + np.int8(_S_LOW)
+        nibbles = raw[:, 8:].reshape(n, _SUBS, _SUB // 2)
+        codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(n, -1)
+        return Blocks(codes, outer[:, 0].copy().view(np.float16), sub_scales=subs)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _fit_sub_blocks(
+    begin: int,
+    end: int,
+    values: np.ndarray[Any, Any],
+    importance: np.ndarray[Any, Any],
+    steps: np.ndarray[Any, Any],
+) -> None:
+    """The best step of every sub-block by itself."""
+    x = np.empty(_SUB, np.float32)
+    w = np.empty(_SUB, np.float32)
+    subs = values.shape[1] // _SUB
+    per_row = values.shape[1] // SUPER_BLOCK
+    for row in range(begin, end):
+        for sub in range(subs):
+            for i in range(_SUB):
+                x[i] = values[row, sub * _SUB + i]
+                w[i] = importance[sub * _SUB + i]
+            steps[row * per_row + sub // _SUBS, sub % _SUBS] = best_level_step(x, w)
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _choose_sub_scales(
+    begin: int,
+    end: int,
+    values: np.ndarray[Any, Any],
+    importance: np.ndarray[Any, Any],
+    steps: np.ndarray[Any, Any],
+    wide: np.ndarray[Any, Any],
+    subs: np.ndarray[Any, Any],
+    refit: np.ndarray[Any, Any],
+) -> None:
+    """For given scales ``wide``: each sub-block's integer among the nearest three, by error.
+
+    ``refit`` gets the scale that suits the choice, and its loss.
+    """
+    zero, one = np.float32(0), np.float32(1)
+    per_row = values.shape[1] // SUPER_BLOCK
+    for row in range(begin, end):
+        for block in range(per_row):
+            n = row * per_row + block
+            scale = wide[n]
+            aa = ax = total = zero
+            for sub in range(_SUBS):
+                x = values[row, block * SUPER_BLOCK + sub * _SUB : block * SUPER_BLOCK + (sub + 1) * _SUB]
+                w = importance[block * SUPER_BLOCK + sub * _SUB : block * SUPER_BLOCK + (sub + 1) * _SUB]
+                near = np.rint(steps[n, sub] / scale) if scale != 0 else zero
+                best, least = zero, np.float32(np.inf)
+                for ds in range(-1, 2):
+                    s = min(max(near + np.float32(ds), np.float32(_S_LOW)), np.float32(_S_HIGH))
+                    step = scale * s
+                    inverse = one / step if step != 0 else zero
+                    loss = zero
+                    for i in range(_SUB):
+                        error = x[i] - _VALUES[nearest_level(x[i] * inverse)] * step
+                        loss += w[i] * error * error
+                    if loss < least:
+                        best, least = s, loss
+                subs[n, sub] = np.int8(best)
+                total += least
+                step = scale * best
+                inverse = one / step if step != 0 else zero
+                for i in range(_SUB):
+                    a = best * _VALUES[nearest_level(x[i] * inverse)]
+                    aa += w[i] * a * a
+                    ax += w[i] * a * x[i]
+            refit[n, 0], refit[n, 1] = scale, total
+            if aa > 0:
+                refit[n, 0] = ax / aa
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _take_codes(
+    begin: int,
+    end: int,
+    values: np.ndarray[Any, Any],
+    wide: np.ndarray[Any, Any],
+    subs: np.ndarray[Any, Any],
+    codes: np.ndarray[Any, Any],
+) -> None:
+    """The nearest code of every weight for settled parameters."""
+    per_row = values.shape[1] // SUPER_BLOCK
+    for row in range(begin, end):
+        for block in range(per_row):
+            n = row * per_row + block
+            for sub in range(_SUBS):
+                step = wide[n] * np.float32(subs[n, sub])
+                inverse = np.float32(1) / step if step != 0 else np.float32(0)
+                for i in range(sub * _SUB, (sub + 1) * _SUB):
+                    codes[n, i] = nearest_level(values[row, block * SUPER_BLOCK + i] * inverse)
+
+
+CODEC = IQ4_XS()
