@@ -14,13 +14,13 @@ import torch
 from llmconvert.context import Context
 from llmconvert.convert.cast import CASTABLE, TARGETS, CastErrors, Overflow, check_overflow, check_underflow, with_dtype
 from llmconvert.convert.pipeline import BUFFER_NBYTES, stream_tensors
+from llmconvert.convert.quantized import dense_source
 from llmconvert.convert.rope_factor import RopeScaling
 from llmconvert.convert.rope_scaling import scale_positions
 from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import UnsupportedError
 from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Bytes, Progress
-from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.steps import DtypeReport
 from llmconvert.storage.artifact import Artifact, build_artifact, job_key, output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
@@ -108,7 +108,7 @@ def plan_dtype(source: Checkpoint, output: Path, request: DtypeRequest, *, conte
     if dtype not in TARGETS:
         raise UnsupportedError(f"{dtype} is no target; convert to float32, float16 or bfloat16")
     origin, context = str(getattr(source, "directory", "the model")), context or Context()
-    source = open_dense(source, dtype, progress=context.progress)
+    source = dense_source(source, dtype, progress=context.progress)
     require_dense(source, origin)
     check_output_directory(output)
     config = with_dtype(source.config, dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from llmconvert.convert.kv_cache import cache_layout
+from llmconvert.convert.quantized import stored_as
 from llmconvert.convert.source import open_source, parse_hub_id
 from llmconvert.engine.architecture.auto import auto_class, has_parts
 from llmconvert.engine.architecture.config import declared_class
@@ -73,6 +74,8 @@ class ModelSummary:
         weight_bytes: dtype or scheme → size of all weights in it, in bytes; schemes apply to the blocks' linears and
             leave the rest in 16 bits. Empty for a model that is already quantized.
         quantization: the method of a model that is already quantized, or None.
+        released: whether models are released in this; quantizing others anew has to be asked for. None of what is dense
+            or can't be read.
         unread: why the quantized weights can't be read here; None if they can.
     """
 
@@ -98,6 +101,7 @@ class ModelSummary:
     weight_bytes: Mapping[str, int]
     quantization: str | None
     unread: str | None = None
+    released: bool | None = None
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -140,6 +144,7 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
         dense = open_dense(checkpoint)
     except (UnsupportedError, CheckpointError) as error:
         unread = str(error)
+    stored = stored_as(checkpoint) if unread is None else None
     mixture = {} if unread is not None else _mixture(dense)
     quantization = str(declared.get("quant_method", "unknown")) if declared else None
     if isinstance(checkpoint, GgufCheckpoint) and mixture.keys() - _FLOATS:
@@ -170,6 +175,7 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
         weight_bytes={} if declared else _weight_bytes(checkpoint, beside),
         quantization=quantization,
         unread=unread,
+        released=stored.released if stored is not None else None,
     )
 
 

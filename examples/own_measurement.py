@@ -75,7 +75,12 @@ def main() -> None:
     progress = llmconvert.console_progress()
 
     quantized = llmconvert.quantize_model(
-        options.model, options.output / "w4", method="rtn", scheme="w4a16-g64", progress=progress
+        options.model,
+        options.output / "w4",
+        method="rtn",
+        scheme="w4a16-g64",
+        requantize=True,  # the model without one being named was 4-bit before
+        progress=progress,
     )
     report = llmconvert.validate_model(
         quantized.path, options.model, measurements=[WeightError(limit=0.05)], progress=progress

@@ -31,6 +31,7 @@ def main() -> None:
         calibration="pydoc-topics:train",
         samples=4,
         length=256,
+        requantize=True,  # the model without one being named was 4-bit before
         progress=progress,
     )
     report = llmconvert.validate_model(

@@ -86,6 +86,7 @@ def convert_model(
     dtype: Dtype | None = None,
     overflow: Literal["error", "clip"] | None = None,
     rope_scaling: str | None = None,
+    adapter: str | Path | None = None,
     allow_pickle: bool = False,
     kv_heads: int | None = None,
     gqa_method: Literal["svd", "mean", "first"] | None = None,
@@ -112,6 +113,7 @@ def convert_model(
         output: directory to make; it may exist if it is empty.
         dtype: of every floating-point tensor; bfloat16 by default.
         overflow: whether values too large for ``dtype`` are an error (the default), or are clipped to its range.
+        adapter: a LoRA of peft to merge into the model: a directory, or a Hub id.
         rope_scaling: stretches rotary positions, by kind and factor: ``"yarn:2.0"``, ``"linear:4"``, ``"dynamic:2"``.
         allow_pickle: read ``.bin`` weights, by torch's ``weights_only`` loader.
         kv_heads: merge key-value heads to this number per layer; 1 is MQA. None leaves attention as it is.
@@ -155,6 +157,8 @@ def quantize_model(
     rotate: bool = False,
     experts: Literal["all"] | None = None,
     min_tokens_per_expert: int | None = None,
+    adapter: str | Path | None = None,
+    requantize: bool = False,
     dtype: Dtype | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
@@ -187,6 +191,9 @@ def quantize_model(
         rotate: fold orthogonal rotations of hidden states and values into the weights first (QuaRot).
         experts: calibrate every expert of a mixture on ``"all"`` tokens; by default on those that its router sends it.
         min_tokens_per_expert: begin nothing while an expert gets fewer tokens of the calibration text.
+        adapter: a LoRA of peft to merge into the model first: a directory, or a Hub id.
+        requantize: quantize again what was quantized for deployment (GPTQ, AWQ, bitsandbytes, GGUF below 8 bits, an
+            artifact of this package), which is refused otherwise; releases in FP8, MXFP4, NVFP4 or int4 need no word.
         dtype: of what stays unquantized; bfloat16 by default.
         calibration: text that activations are measured on, a file or a named dataset.
         samples, length, order, seed: windows drawn from ``calibration`` (128), tokens per window (2,048), and which

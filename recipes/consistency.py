@@ -89,6 +89,8 @@ def _streaming(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("stream",), "stream: rotations need the whole model; leave out stream (--stream), or quantize.rotate"
     elif settings is not None and settings.budget is not None:
         yield ("stream",), "stream: a budget measures the whole model; leave out stream (--stream), or the budget"
+    if recipe.adapter is not None:
+        yield ("stream",), "stream: an adapter is merged into a model that is there; leave out stream (--stream)"
     if recipe.attention is not None:
         yield ("stream",), "stream: heads are merged in the whole model; leave out stream (--stream), or attention"
 

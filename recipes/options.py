@@ -17,7 +17,7 @@ _CALIBRATE = {
     "calibration": "calibrate.dataset",
     **{name: f"calibrate.{name}" for name in ("samples", "length", "order", "seed")},
 }
-_EVERYWHERE = {name: name for name in ("model", "allow_pickle", "device", "stream")}
+_EVERYWHERE = {name: name for name in ("model", "adapter", "allow_pickle", "device", "stream")}
 _CONVERT = {
     **_EVERYWHERE,
     **{name: f"convert.{name}" for name in ("dtype", "overflow", "rope_scaling")},
@@ -33,6 +33,7 @@ _QUANTIZE = {
     **{name: f"quantize.{name}" for name in ("method", "scheme", "format", "overrides", "rotate")},
     "experts": "quantize.experts",
     "min_tokens_per_expert": "quantize.min_tokens_per_expert",
+    "requantize": "requantize",
     "bits_per_weight": "quantize.budget.bits_per_weight",
     "dtype": "convert.dtype",
     "memory": "memory",
@@ -52,7 +53,7 @@ _VALIDATE = {
     "positions_window": "validate.positions.window",
 }
 # Options that are off unless they are given.
-_SWITCHES = ("allow_pickle", "stream", "rotate", "generation", "positions", "memory")
+_SWITCHES = ("allow_pickle", "stream", "requantize", "rotate", "generation", "positions", "memory")
 _KEYS = {"convert": _CONVERT, "quantize": _QUANTIZE, "validate": _VALIDATE}
 
 

@@ -30,7 +30,7 @@ from llmconvert.recipes.publishing import check_metadata, check_target, fill_tar
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, artifact_stage, front_matter_of
 from llmconvert.recipes.stages.attention import require_mergeable
-from llmconvert.recipes.stages.conversion import converted_view, open_remote
+from llmconvert.recipes.stages.conversion import converted_view, open_remote, recipe_adapter, require_source
 from llmconvert.recipes.stages.measurements import Measured, require_accepted, require_loader, require_measurable
 from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.repair import repair
@@ -39,7 +39,6 @@ from llmconvert.recipes.stages.stage import MODEL, Finished, Place, Stage, Work
 from llmconvert.report.report import Check, Report, Step, require_passed
 from llmconvert.report.section import Value
 from llmconvert.report.steps import StepDetails
-from llmconvert.storage.dense import require_dense
 from llmconvert.storage.stages import StageRun, StageStore
 from llmconvert.validate.render.blame import blame
 
@@ -151,12 +150,14 @@ class Running:
         todo = stages_of(recipe)
         plan = _foresee(recipe, target, stages, progress) if planned else None
         source, fetched = _fetch(recipe, progress)
-        if recipe.quantize is not None:
-            require_dense(source.checkpoint, source.origin)
-        if recipe.attention is not None:
-            require_mergeable(source.checkpoint, recipe.attention)
-        require_accepted(recipe.measured, source.checkpoint)
-        work = Work(recipe, context, source, converted_view(recipe, source), steps=[fetched])
+        stored = require_source(recipe, source)
+        adapter = recipe_adapter(recipe, progress)
+        view = converted_view(recipe, source, stored, adapter)
+        with view.open() as dense:
+            if recipe.attention is not None:
+                require_mergeable(dense, recipe.attention)
+            require_accepted(recipe.measured, dense)
+        work = Work(recipe, context, source, view, stored, adapter, steps=[fetched])
         if (note := unread_card(source)) is not None:
             progress.log(note)
         if target is not None:

@@ -24,7 +24,14 @@ from llmconvert.recipes.schema.measuring import ValidateSettings
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, public_name, with_papers
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
-from llmconvert.recipes.stages.conversion import convert_stage, converted_view, open_remote, stream_stage
+from llmconvert.recipes.stages.conversion import (
+    convert_stage,
+    converted_view,
+    open_remote,
+    recipe_adapter,
+    require_source,
+    stream_stage,
+)
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
 from llmconvert.recipes.stages.provenance import unread_card
@@ -64,13 +71,15 @@ def _opened(recipe: Recipe, progress: Progress) -> Iterator[Work]:
     with source.checkpoint:
         if (note := unread_card(source)) is not None:
             progress.log(note)
-        yield Work(recipe, context, source, converted_view(recipe, source))
+        stored = require_source(recipe, source)
+        adapter = recipe_adapter(recipe, progress)
+        yield Work(recipe, context, source, converted_view(recipe, source, stored, adapter), stored, adapter)
 
 
 def _with_papers(work: Work) -> None:
     """Before the weights are written: what lies beside them will be about them, and not about their source."""
     with_papers(work)
-    work.view = converted_view(work.recipe, work.source)
+    work.view = converted_view(work.recipe, work.source, work.stored, work.adapter)
 
 
 def convert_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) -> DtypeReport:

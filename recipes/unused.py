@@ -98,6 +98,10 @@ def _device(recipe: Recipe) -> str:
     return "" if any(part is not None for part in computes) else "a change of dtype computes on no device"
 
 
+def _requantize(recipe: Recipe) -> str:
+    return "" if recipe.quantize is not None else "nothing is quantized; a change of dtype reads what is"
+
+
 def _hub(recipe: Recipe) -> str:
     local = recipe.publish is not None and recipe.publish.to.startswith("file:")
     return "is for the Hub, and publish.to is a directory" if local else ""
@@ -139,4 +143,5 @@ _RULES = (
     _Rule(("quantize", "scheme"), _scheme),
     _Rule(("publish",), _hub, but=("to",)),
     _Rule(("device",), _device),
+    _Rule(("requantize",), _requantize),
 )

@@ -70,7 +70,7 @@ class ValidationPlan:
                 stored=stored,
                 dense=open_dense(stored, progress=self._context.progress),
                 reference=reference,
-                original=open_dense(reference) if reference is not None else None,
+                original=open_dense(reference, weights_only=True) if reference is not None else None,
                 windows=self._windows,
                 device=self._context.device,
                 dtype=self._dtype,
@@ -118,7 +118,13 @@ def plan_validation(
     if windows is not None:
         # Of an original the artifact needs no more; it may be still to be made.
         with open_artifact(artifact) if reference is None else nullcontext(reference) as model:
-            needs = _streaming_needs(open_dense(model), windows, 1 if reference is None else 2, context, dtype)
+            needs = _streaming_needs(
+                open_dense(model, weights_only=reference is not None),
+                windows,
+                1 if reference is None else 2,
+                context,
+                dtype,
+            )
     needed = needs.memory if context.device.type == "cpu" else needs.device_memory
     if context.memory is not None and needed > context.memory:
         raise CapacityError(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     help="What to do with values beyond or below the dtype's range. [default: error]",
 )
 @click.option("--rope-scaling", metavar="KIND:FACTOR", help="Stretch positions: yarn:2.0, linear:4, dynamic:2.")
+@click.option("--adapter", metavar="DIR|ID", help="Merge this LoRA of peft into the model first.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights; what is more than tensors is refused.")
 @click.option("--kv-heads", type=int, help="Merge key-value heads to this number per layer; 1 is MQA.")
 @click.option("--gqa-method", type=click.Choice(["svd", "mean", "first"]), help="[default: svd]")

@@ -59,13 +59,25 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
         bits = f", {summary.bits_per_weight:.3f} bits per weight in all" if summary.bits_per_weight else ""
         rows.append(("quantized", f"{summary.quantization}, {_megabytes(summary.stored_bytes)}{bits}"))
         rows += [
-            (f"  {way}", f"{stored.weights:,} weights in {stored.tensors} tensors")
+            (f"  {way}", f"{stored.weights:,} weights in {stored.tensors} tensors{_words(way)}")
             for way, stored in summary.mixture.items()
         ]
+        if summary.released is False:
+            rows.append(("quantizing it anew", "needs --requantize: it was quantized for deployment"))
     if summary.unread:
         rows.append(("not read here", summary.unread))
     rows += [(f"weights, {name}", _megabytes(size)) for name, size in summary.weight_bytes.items()]
     return rows
+
+
+def _words(way: str) -> str:
+    from llmconvert.errors import SchemeError
+    from llmconvert.quantize.scheme import Scheme
+
+    try:
+        return f": {Scheme.parse(way).words}"
+    except SchemeError:  # a GGUF type, or a dtype
+        return ""
 
 
 def _counted(summary: ModelSummary) -> str:

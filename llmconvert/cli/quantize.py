@@ -50,6 +50,7 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 @click.option("--rotate", is_flag=True, help="Rotate hidden states and values first, folded into the weights.")
 @click.option("--experts", type=click.Choice(["all"]), help="Calibrate every expert on all tokens.")
 @click.option("--min-tokens-per-expert", type=int, help="Begin nothing while an expert gets fewer.")
+@click.option("--requantize", is_flag=True, help="Quantize again what was quantized for deployment.")
 @click.option("--dtype", type=DtypeName(), help="Of the rest; or bf16, fp16, fp32. [default: bfloat16]")
 @click.option("--calibration", metavar="FILE|NAME", help="Text to calibrate on, pydoc-topics:train for example.")
 @click.option("--samples", type=int, help="Windows of calibration text. [default: 128]")
@@ -58,6 +59,7 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="cpu, cuda, cuda:N or auto. [default: cpu]")
 @click.option("--memory", metavar="SIZE", help="Use at most this much memory, 4GB for example.")
+@click.option("--adapter", metavar="DIR|ID", help="Merge this LoRA of peft into the model first.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights; what is more than tensors is refused.")
 @click.option("--stream", is_flag=True, help="Quantize while downloading, by a method without calibration.")
 @manners

@@ -5,7 +5,14 @@ goes from there into request headers and nowhere else.
 """
 
 from llmconvert.hub.errors import hub_errors, without_tokens
-from llmconvert.hub.fetch import FetchedModel, RemoteModel, fetch, fetch_without_weights, missing_weights
+from llmconvert.hub.fetch import (
+    FetchedModel,
+    RemoteModel,
+    fetch,
+    fetch_adapter,
+    fetch_without_weights,
+    missing_weights,
+)
 from llmconvert.hub.plan import PlannedFile, PushOptions, PushPlan, plan_push
 from llmconvert.hub.push import check_card, check_push, push_folder, reaches_hub
 from llmconvert.hub.retry import Backoff
@@ -23,6 +30,7 @@ __all__ = [
     "check_push",
     "download_file",
     "fetch",
+    "fetch_adapter",
     "fetch_without_weights",
     "hub_errors",
     "iterate_content",

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from llmconvert.hub.retry import TRANSPORT_ERROR, Backoff, is_unreachable, retry
 from llmconvert.hub.transfer import RemoteFile, download_file, git_blob_id, list_files
 from llmconvert.progress import SILENT, Bytes, Progress, Task
 
-__all__ = ["FetchedModel", "RemoteModel", "fetch", "fetch_without_weights", "missing_weights"]
+__all__ = ["FetchedModel", "RemoteModel", "fetch", "fetch_adapter", "fetch_without_weights", "missing_weights"]
 
 
 _INDEX = "model.safetensors.index.json"
@@ -37,6 +38,8 @@ _OLD_INDEX = "gptq_model-*.safetensors.index.json"
 _OLD_SINGLE = "gptq_model-*.safetensors"
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
 _PICKLE_SINGLE = "pytorch_model.bin"
+# What has to be there to choose among the others.
+_FIRST = ("config.json", _INDEX, _PICKLE_INDEX)
 # The one folder whose files belong to a model: chat templates beside the default one.
 _FOLDER = "additional_chat_templates/"
 #: Files besides the weights that a converted model needs or must keep (licences travel with the weights, and the
@@ -46,6 +49,7 @@ _NEEDED = (
     "generation_config.json",
     "quantize_config.json",
     "quant_config.json",
+    "hf_quant_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -65,6 +69,13 @@ _NEEDED = (
     "README.md",
 )
 
+
+# What an adapter of peft consists of, with what tells of its licence.
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WITH_ADAPTERS = (_ADAPTER_CONFIG, "LICENSE*", "LICENCE*", "NOTICE*", "README.md")
+
+#: The files to fetch of those a repository has (sizes by name) and the directory they come to: others, and weights.
+_Choice = Callable[[dict[str, int], Path], tuple[list[str], list[str]]]
 
 T = TypeVar("T")
 
@@ -143,8 +154,41 @@ def fetch(
             cached, or a repository without usable weights.
         CapacityError: the disk is full.
     """
+    choice = partial(_choose, model_id, allow_pickle=allow_pickle)
+    return _fetch(model_id, revision, cache_dir, _FIRST, choice, progress)
+
+
+def fetch_adapter(
+    adapter_id: str, revision: str | None = None, *, cache_dir: Path | None = None, progress: Progress = SILENT
+) -> FetchedModel:
+    """Download an adapter of peft, its config and its weights, as :func:`fetch` downloads a model.
+
+    Raises:
+        HubError: see :func:`fetch`; or the repository has no adapter, or one in pickle alone.
+        CapacityError: the disk is full.
+    """
+
+    def choice(names: dict[str, int], directory: Path) -> tuple[list[str], list[str]]:
+        missing = [name for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS) if name not in names]
+        if missing:
+            found = ", ".join(sorted(name for name in names if name.startswith("adapter_"))) or "nothing of one"
+            raise HubError(f"{adapter_id}: has no {missing[0]}, so it is no adapter that can be read; it has {found}")
+        others = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in _WITH_ADAPTERS)]
+        return others, [_ADAPTER_WEIGHTS]
+
+    return _fetch(adapter_id, revision, cache_dir, [_ADAPTER_CONFIG], choice, progress)
+
+
+def _fetch(
+    model_id: str,
+    revision: str | None,
+    cache_dir: Path | None,
+    first: Sequence[str],
+    choice: _Choice,
+    progress: Progress,
+) -> FetchedModel:
     with hub_errors(model_id, revision):
-        wanted = _look_up(model_id, revision, cache_dir, allow_pickle)
+        wanted = _look_up(model_id, revision, cache_dir, first, choice)
         total = sum(wanted.weights.values()) + sum(wanted.others.values())
         with progress.task(f"fetching {model_id}", Bytes(total)) as task:
             _fetch_weights(model_id, wanted, task)
@@ -161,7 +205,7 @@ def fetch_without_weights(model_id: str, revision: str | None = None, *, cache_d
         HubError, CapacityError: see :func:`fetch`; also if the weights are no safetensors.
     """
     with hub_errors(model_id, revision):
-        wanted = _look_up(model_id, revision, cache_dir, allow_pickle=False)
+        wanted = _look_up(model_id, revision, cache_dir, _FIRST, partial(_choose, model_id, allow_pickle=False))
         directory = _small_files(model_id, wanted)
         names = sorted(name for name in wanted.weights if name.endswith(".safetensors"))
         files = list_files(model_id, wanted.commit, names)
@@ -177,17 +221,21 @@ def missing_weights(
         HubError: see :func:`fetch`.
     """
     with hub_errors(model_id, revision):
-        wanted = _look_up(model_id, revision, cache_dir, allow_pickle)
+        wanted = _look_up(
+            model_id, revision, cache_dir, _FIRST, partial(_choose, model_id, allow_pickle=allow_pickle)
+        )
     return {name: size for name, size in wanted.weights.items() if not (wanted.directory / name).exists()}
 
 
-def _look_up(model_id: str, revision: str | None, cache_dir: Path | None, allow_pickle: bool) -> _Wanted:
+def _look_up(
+    model_id: str, revision: str | None, cache_dir: Path | None, first: Sequence[str], choice: _Choice
+) -> _Wanted:
     api = huggingface_hub.HfApi()
     resolved = _retrying(lambda: api.resolve_revision(model_id, revision=revision, cache_dir=cache_dir))
     wanted = _Wanted(resolved, cache_dir, Path(), {}, {}, {})
-    directory = _snapshot(model_id, wanted, ["config.json", _INDEX, _PICKLE_INDEX])
+    directory = _snapshot(model_id, wanted, first)
     sizes, hashes = _listing(model_id, wanted.commit, cache_dir, directory)
-    others, weights = _choose(model_id, sizes, directory, allow_pickle)
+    others, weights = choice(sizes, directory)
     return replace(
         wanted,
         directory=directory,

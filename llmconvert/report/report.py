@@ -64,6 +64,9 @@ class ModelInfo(Value):
         license: identifier inherited from the original.
         base_model: Hub id of the original, where the source or the recipe says so.
         parents: Hub ids of the models that the original was made from, where only these are known.
+        stored: what the original itself was quantized in, ``fp8, w8a8-g128x128-fp8``; None if it was dense.
+        adapter: the LoRA that was merged into the original, as given or with its commit on the Hub; None without one.
+        requantized: whether that was made for deployment, so that weights were rounded twice.
         method, scheme, format: of the quantization, ``gptq``, ``w4a16-g64-sym``, ``compressed-tensors``.
         calibration: dataset and amount in words.
         calibration_digest: of the dataset's content, to tell the same text under another name.
@@ -79,6 +82,9 @@ class ModelInfo(Value):
     license: str | None = None
     base_model: str | None = None
     parents: tuple[str, ...] = ()
+    stored: str | None = None
+    requantized: bool = False
+    adapter: str | None = None
     method: str | None = None
     scheme: str | None = None
     format: str | None = None

@@ -31,18 +31,20 @@ _COMPANIONS = (
 )
 
 
-def require_dense(checkpoint: Checkpoint, origin: str) -> None:
+def require_dense(
+    checkpoint: Checkpoint, origin: str, advice: str = "start from the original, unquantized model"
+) -> None:
     """Refuse a quantized checkpoint before any work; nothing but headers and config is looked at.
 
     Args:
         checkpoint: the checkpoint.
         origin: what to call it in the error.
+        advice: what to do instead.
 
     Raises:
         UnsupportedError: the config declares a quantization, or a tensor holds or accompanies quantized weights.
     """
     method = _declared(checkpoint.config)
-    advice = "start from the original, unquantized model"
     if method is not None:
         raise UnsupportedError(f"{origin}: is already quantized ({method}, says config.json); {advice}")
     for name, info in checkpoint.infos.items():

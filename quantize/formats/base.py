@@ -73,6 +73,11 @@ class StoredLinear(ABC):
         return f"{self.linear}.weight"
 
     @property
+    def holds_codes(self) -> bool:
+        """Whether it still has its codes: a weight that was decompressed is as dense as any."""
+        return True
+
+    @property
     def unmeasured_inputs(self) -> str:
         """How its inputs are quantized while the model runs, where nothing here does that; "" otherwise."""
         return ""

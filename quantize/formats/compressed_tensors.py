@@ -211,6 +211,10 @@ def _scattered(tensor: QuantizedTensor, checkpoint: Checkpoint, order: str, dtyp
 class _Decompressed(StoredLinear):
     """A weight that was decompressed and saved with its scales beside it: it is dense, its inputs may not be."""
 
+    @property
+    def holds_codes(self) -> bool:
+        return False
+
     def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         return checkpoint.read_rows(f"{self.linear}.weight", start, stop).to(dtype)
 

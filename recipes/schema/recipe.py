@@ -265,13 +265,18 @@ class CardSettings(Section):
 class Recipe(Section):
     """One job. ``name`` names it in tables and in the work directory; it defaults to the file's name.
 
-    With ``stream``, a Hub model is worked on while it downloads, and is never on this disk as a whole.
+    With ``stream``, a Hub model is worked on while it downloads, and is never on this disk as a whole. What somebody
+    quantized for deployment (GPTQ, AWQ, bitsandbytes, GGUF below 8 bits, artifacts of this package) is quantized again
+    with ``requantize: true`` only; releases in FP8, MXFP4, NVFP4 or int4 are read as any model is. ``adapter`` is a
+    LoRA of peft that is merged into the model first: a directory, or ``org/name[@revision]`` on the Hub.
     """
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "recipe"
     model: Name
     allow_pickle: bool = False
     stream: bool = False
+    requantize: bool = False
+    adapter: Name | None = None
     convert: ConvertSettings = ConvertSettings()
     attention: AttentionSettings | None = None
     calibrate: CalibrateSettings | None = None

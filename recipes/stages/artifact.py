@@ -20,7 +20,9 @@ from typing import Any
 
 import yaml
 
+from llmconvert.convert.adapter.files import Adapter
 from llmconvert.convert.inspection import describe_model
+from llmconvert.convert.quantized import StoredAs
 from llmconvert.convert.source import Source
 from llmconvert.gguf.split import without_part
 from llmconvert.hub.card import CARD
@@ -99,8 +101,15 @@ def artifact_name(recipe: Recipe, source: Source) -> str:
     return "-".join((model_stem(source.origin), *heads, suffix))
 
 
-def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration: TokenWindows | None) -> ModelInfo:
-    """What was made of what, for the report. ``original`` is the converted model."""
+def model_info(
+    recipe: Recipe,
+    source: Source,
+    original: Checkpoint,
+    calibration: TokenWindows | None,
+    stored: StoredAs | None = None,
+    adapter: Adapter | None = None,
+) -> ModelInfo:
+    """What was made of what, for the report. ``original`` is the converted model, ``stored`` what it came in."""
     summary = describe_model(original)
     settings = recipe.quantize
     origin = provenance(source)
@@ -120,12 +129,19 @@ def model_info(recipe: Recipe, source: Source, original: Checkpoint, calibration
         license=origin.license,
         base_model=recipe.card.base_model or origin.base_model,
         parents=origin.parents,
+        adapter=_named(adapter) if adapter is not None else None,
+        stored=str(stored) if stored is not None else None,
+        requantized=stored is not None and not stored.released and settings is not None and recipe.requantize,
         method=settings.method if settings is not None else None,
         scheme=settings.label if settings is not None else None,
         format=settings.format if settings is not None else None,
         calibration=words,
         calibration_digest=calibration.corpus_digest if calibration is not None else None,
     )
+
+
+def _named(adapter: Adapter) -> str:
+    return public_name(adapter.origin) + (f"@{adapter.revision}" if adapter.revision else "")
 
 
 def resolved_recipe(recipe: Recipe, source: Source, report: Report) -> str:
@@ -137,6 +153,8 @@ def resolved_recipe(recipe: Recipe, source: Source, report: Report) -> str:
     for key in ("publish", "work_dir", "memory", "stream"):
         values.pop(key, None)
     values["model"] = public_name(source.origin) + (f"@{source.revision}" if source.revision else "")
+    if report.model.adapter is not None:
+        values["adapter"] = report.model.adapter
     for section in (values.get("calibrate"), values.get("validate", {}).get("perplexity")):
         if section is not None:
             section["dataset"] = public_name(section["dataset"])
@@ -185,7 +203,7 @@ def with_papers(work: Work) -> None:
     """
     source = work.source
     with work.original.open() as checkpoint:
-        info = model_info(work.recipe, source, checkpoint, work.texts.get(CALIBRATION))
+        info = model_info(work.recipe, source, checkpoint, work.texts.get(CALIBRATION), work.stored, work.adapter)
     report = Report(model=info, environment=environment())
     text = resolved_recipe(work.recipe, source, report)
     files = source.checkpoint.files
@@ -253,7 +271,9 @@ def artifact_stage(
 
     def build(work: Work, place: Place) -> StepDetails:
         with work.original.open() as checkpoint:
-            info = model_info(work.recipe, work.source, checkpoint, work.texts.get(CALIBRATION))
+            info = model_info(
+                work.recipe, work.source, checkpoint, work.texts.get(CALIBRATION), work.stored, work.adapter
+            )
         report = Report(model=info, environment=environment(), steps=tuple(work.steps), checks=(*checks, *more))
         assemble_artifact(work.finished[model].model, place.model, work.recipe, work.source, report)
         return StepDetails()

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from llmconvert.convert.adapter.files import Adapter, open_adapter
+from llmconvert.convert.adapter.view import AdapterView
 from llmconvert.convert.cast import CastView
 from llmconvert.convert.download.jobs import (
     StreamedDtypePlan,
@@ -20,9 +22,11 @@ from llmconvert.convert.download.jobs import (
 )
 from llmconvert.convert.download.shards import describe_remote
 from llmconvert.convert.dtype import DtypeRequest, plan_dtype
+from llmconvert.convert.quantized import StoredAs, dense_source, require_released, stored_as
 from llmconvert.convert.rope_scaling import RopeScalingView
 from llmconvert.convert.source import Source, parse_hub_id, source_fingerprint
-from llmconvert.errors import UsageError
+from llmconvert.errors import UnsupportedError, UsageError
+from llmconvert.progress import Progress
 from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.plan import QuantizeRequest
@@ -38,7 +42,16 @@ from llmconvert.storage.dense import require_dense
 from llmconvert.storage.stage_record import stage_key
 from llmconvert.text.files import local_path
 
-__all__ = ["DTYPES", "convert_stage", "converted_view", "hub_model", "open_remote", "stream_stage"]
+__all__ = [
+    "DTYPES",
+    "convert_stage",
+    "converted_view",
+    "hub_model",
+    "open_remote",
+    "recipe_adapter",
+    "require_source",
+    "stream_stage",
+]
 
 #: The dtypes a recipe can name.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -55,12 +68,13 @@ def convert_stage(recipe: Recipe) -> Stage[DtypeReport]:
         if place.notes is not None:
             shutil.rmtree(place.model, ignore_errors=True)  # complete, and killed before it could report
         # Closed at once: what was read stays mapped until then.
-        with work.source.checkpoint as checkpoint:
+        with work.source.checkpoint:
             context = replace(work.context, identity=work.view.key)
-            return plan_dtype(checkpoint, place.model, _unquantized(work), context=context).run()
+            dense = _dense(recipe, work.source, work.adapter)
+            return plan_dtype(dense, place.model, _unquantized(work), context=context).run()
 
     def forecast(work: Work, output: Path) -> Forecast:
-        source = work.source.checkpoint
+        source = _dense(recipe, work.source, work.adapter)
         plan = plan_dtype(source, output, _unquantized(work), context=work.context)
         files = files_of_layout(plan.layout)
         tensors = len(plan.layout.specs)
@@ -71,30 +85,85 @@ def convert_stage(recipe: Recipe) -> Stage[DtypeReport]:
         {},
         DtypeReport.model_validate,
         build,
-        lambda work: _settings(recipe, work.source),
+        lambda work: _settings(recipe, work.source, work.adapter),
         resumable=True,
         forecast=forecast,
     )
 
 
-def _settings(recipe: Recipe, source: Source) -> Mapping[str, Any]:
-    return {"source": source_fingerprint(source), **recipe.convert.model_dump(mode="json")}
+def _settings(recipe: Recipe, source: Source, adapter: Adapter | None) -> Mapping[str, Any]:
+    merged = {"adapter": adapter.fingerprint} if adapter is not None else {}
+    return {"source": source_fingerprint(source), **merged, **recipe.convert.model_dump(mode="json")}
 
 
-def converted_view(recipe: Recipe, source: Source) -> Original:
-    """What :func:`convert_stage` would write; each tensor is cast, and of a Hub model downloaded, whenever it is read.
+def _dense(recipe: Recipe, source: Source, adapter: Adapter | None) -> Checkpoint:
+    """The source's dense weights, with the adapter merged."""
+    if adapter is None:
+        return dense_source(source.checkpoint, DTYPES[recipe.convert.dtype])
+    dense = dense_source(source.checkpoint, torch.float32)
+    return AdapterView(dense, adapter)
+
+
+def recipe_adapter(recipe: Recipe, progress: Progress) -> Adapter | None:
+    """The adapter that the recipe names, fetched if need be; None without one.
+
+    Raises:
+        LlmconvertError: see :func:`llmconvert.convert.adapter.files.open_adapter`.
+    """
+    return open_adapter(recipe.adapter, progress=progress) if recipe.adapter is not None else None
+
+
+def converted_view(
+    recipe: Recipe, source: Source, stored: StoredAs | None = None, adapter: Adapter | None = None
+) -> Original:
+    """What :func:`convert_stage` would write; each tensor is dequantized and cast, and of a Hub model downloaded,
+    whenever it is read. ``stored`` is what :func:`require_source` found, ``adapter`` is merged into it.
 
     It identifies itself by the key that the stage would have.
     """
-    settings, key = recipe.convert, stage_key("convert", _settings(recipe, source))
-    if recipe.quantize is not None and isinstance(load_format(recipe.quantize.format), FileFormat):
-        dense = open_dense(source.checkpoint)
-        if dense is not source.checkpoint:  # quantized, in codes that the file may take over as they are
-            return Original.seen(key, dense)
-    view: Checkpoint = CastView(source.checkpoint, DTYPES[settings.dtype], settings.overflow)
+    settings, key = recipe.convert, stage_key("convert", _settings(recipe, source, adapter))
+    if adapter is None and any(_carried(recipe, stored)):
+        return Original.seen(key, open_dense(source.checkpoint))
+    dtype = DTYPES[settings.dtype]
+    view: Checkpoint = CastView(_dense(recipe, source, adapter), dtype, settings.overflow)
     if settings.rope_scaling is not None:
         view = RopeScalingView(view, settings.rope_scaling)
     return Original.seen(key, view, _traffic(recipe, source))
+
+
+def _carried(recipe: Recipe, stored: StoredAs | None) -> list[bool]:
+    """Of each scheme that a source holds codes in, whether they go into a file as they are, in the type that has them;
+    nothing where the output is no such file, or the source is dense."""
+    settings = recipe.quantize
+    if settings is None or stored is None:
+        return []
+    layout = load_format(settings.format)
+    if not isinstance(layout, FileFormat):
+        return []
+    wanted = layout.mix_of(settings.scheme)
+    return [_holds(layout, scheme) and layout.mix_of(scheme) == wanted for scheme in stored.schemes]
+
+
+def _holds(layout: FileFormat, scheme: Scheme) -> bool:
+    try:
+        layout.check(scheme)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def require_source(recipe: Recipe, source: Source) -> StoredAs | None:
+    """Refuse a source that the recipe can't start from; what it is stored in where that is quantized.
+
+    Raises:
+        UsageError: it was quantized for deployment, and would be rounded a second time without having been asked for.
+        UnsupportedError, CheckpointError: it is quantized in a way that isn't read.
+    """
+    stored = stored_as(source.checkpoint)
+    kept = _carried(recipe, stored)
+    if recipe.quantize is not None:
+        require_released(stored, source.origin, requantize=recipe.requantize or bool(kept and all(kept)))
+    return stored
 
 
 def _traffic(recipe: Recipe, source: Source) -> str:
@@ -218,6 +287,6 @@ def open_remote(recipe: Recipe) -> Source:
         HubError, CheckpointError: see :func:`llmconvert.convert.download.shards.describe_remote`.
     """
     model = describe_remote(*hub_model(recipe))
-    require_dense(model.checkpoint, recipe.model)
+    require_dense(model.checkpoint, recipe.model, "its scales may come with another shard; leave out --stream")
     remote = model.remote
     return Source("hub", remote.repo_id, remote.commit_hash, remote.directory, model.checkpoint)

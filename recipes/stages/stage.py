@@ -15,6 +15,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from llmconvert.context import Context
+from llmconvert.convert.adapter.files import Adapter
+from llmconvert.convert.quantized import StoredAs
 from llmconvert.convert.source import Source
 from llmconvert.recipes.forecast import Forecast
 from llmconvert.recipes.schema.recipe import Recipe
@@ -102,6 +104,8 @@ class Work:
         context: device, memory and progress.
         source: the model as it came.
         view: it in the recipe's dtype, converted whenever it is read.
+        stored: what the model is quantized in as it came; None if it is dense.
+        adapter: what is merged into it; None without one.
         texts: token windows, by the name of the stage that drew them.
         finished: stages, by name.
         steps: what the report will say of the run so far.
@@ -112,6 +116,8 @@ class Work:
     context: Context
     source: Source
     view: Original
+    stored: StoredAs | None = None
+    adapter: Adapter | None = None
     texts: dict[str, TokenWindows] = field(default_factory=dict)
     finished: dict[str, Finished[Any]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
