@@ -35,6 +35,8 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Order = Literal["shuffled", "sequential"]
 #: A share of something: ``0.05``, or ``"5%"``.
 Share = float | str
+#: A text, or names of several and what share of the windows comes from each.
+Calibration = str | Path | Mapping[str, Share]
 #: Bytes: a number, or one with a unit, ``"4GB"``.
 Size = int | str
 
@@ -92,7 +94,7 @@ def convert_model(
     gqa_method: Literal["svd", "mean", "first"] | None = None,
     refit: bool | None = None,
     heal_steps: int | None = None,
-    calibration: str | Path | None = None,
+    calibration: Calibration | None = None,
     samples: int | None = None,
     length: int | None = None,
     order: Order | None = None,
@@ -120,7 +122,8 @@ def convert_model(
         gqa_method: how heads of a group become one; ``svd`` by default.
         refit: adapt queries, keys and output projections to the original's attention, as is the default.
         heal_steps: steps of distillation from the original after the merge; none by default.
-        calibration: text for the merge, a file or a named dataset; without it the weights alone decide.
+        calibration: text for the merge, a file or a named dataset, or several with their shares; without it the weights
+            alone decide.
         samples, length, order, seed: windows drawn from ``calibration`` (128), tokens per window (2,048), and which
             (``shuffled``, by seed 0).
         device: where heads are merged, ``cpu`` (the default), ``cuda``, ``cuda:N`` or ``auto``; a change of dtype needs
@@ -135,7 +138,7 @@ def convert_model(
         RunInterruptedError: the process was asked to stop.
     """
     shorter = length if heal_steps and length is not None and length < _HEAL_LENGTH else None
-    recipe = recipe_of("convert", {**locals(), "heal_length": shorter})
+    recipe = recipe_of("convert", {**locals(), "calibration": _mix(calibration), "heal_length": shorter})
     from llmconvert.recipes import single
 
     if recipe.attention is None:
@@ -160,7 +163,7 @@ def quantize_model(
     adapter: str | Path | None = None,
     requantize: bool = False,
     dtype: Dtype | None = None,
-    calibration: str | Path | None = None,
+    calibration: Calibration | None = None,
     samples: int | None = None,
     length: int | None = None,
     order: Order | None = None,
@@ -195,7 +198,8 @@ def quantize_model(
         requantize: quantize again what was quantized for deployment (GPTQ, AWQ, bitsandbytes, GGUF below 8 bits, an
             artifact of this package), which is refused otherwise; releases in FP8, MXFP4, NVFP4 or int4 need no word.
         dtype: of what stays unquantized; bfloat16 by default.
-        calibration: text that activations are measured on, a file or a named dataset.
+        calibration: text that activations are measured on, a file or a named dataset, or several with their shares:
+            ``{"pydoc-topics:train": "60%", "chats.jsonl": "40%"}``.
         samples, length, order, seed: windows drawn from ``calibration`` (128), tokens per window (2,048), and which
             (``shuffled``, by seed 0).
         device: where to compute, ``cpu`` (the default), ``cuda``, ``cuda:N`` or ``auto``.
@@ -215,7 +219,7 @@ def quantize_model(
     method = method or usual_method(scheme, text=calibration is not None)
     if format is None and Path(output).suffix == ".gguf":
         format = "gguf"
-    recipe = recipe_of("quantize", {**locals(), "overrides": _overrides(overrides)})
+    recipe = recipe_of("quantize", {**locals(), "calibration": _mix(calibration), "overrides": _overrides(overrides)})
     from llmconvert.recipes import single
 
     made = single.quantize_model(recipe, Path(output), progress=progress)
@@ -354,6 +358,13 @@ def push_model(
     instead = card_there(Path(directory), repository, revision, folder)
     with interruptible("files already sent are not sent again; run the same command to continue"):
         return push_folder(Path(directory), repository, options, instead=instead, progress=progress)
+
+
+def _mix(calibration: Calibration | None) -> str | Path | list[dict[str, Share]] | None:
+    """Datasets with shares as a recipe lists them."""
+    if isinstance(calibration, Mapping):
+        return [{"name": name, "share": share} for name, share in calibration.items()]
+    return calibration
 
 
 def _overrides(overrides: Mapping[str, str] | None) -> list[dict[str, str]] | None:

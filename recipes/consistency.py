@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import DatasetError, UnsupportedError
 from llmconvert.quantize.catalog.formats import require_format
 from llmconvert.quantize.catalog.methods import METHODS, check_options, needs_calibration
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.text.shares import MixedSource, windows_by_share
 
 __all__ = ["KeyPath", "contradictions", "repair_refusal"]
 
@@ -24,6 +25,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _quantization(recipe)
     yield from _streaming(recipe)
     yield from _same_text(recipe)
+    yield from _shares(recipe)
     yield from _gaps(recipe)
     yield from _limits_without_text(recipe)
     yield from _repair_of_nothing(recipe)
@@ -97,7 +99,7 @@ def _streaming(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 def _same_text(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     perplexity = recipe.validation.perplexity if recipe.validation is not None else None
-    if recipe.calibrate is None or perplexity is None or recipe.calibrate.dataset != perplexity.dataset:
+    if recipe.calibrate is None or perplexity is None or perplexity.dataset not in recipe.calibrate.names:
         return
     other = (
         "pydoc-topics:train and pydoc-topics:test are disjoint"
@@ -109,6 +111,22 @@ def _same_text(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         f"validate.perplexity.dataset: found {perplexity.dataset!r}, which calibrate.dataset uses as well; a score on "
         f"the calibration text flatters the result; {other}",
     )
+
+
+def _shares(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    calibrate = recipe.calibrate
+    if calibrate is None or isinstance(calibrate.dataset, str):
+        return
+    twice = [name for index, name in enumerate(calibrate.names) if name in calibrate.names[:index]]
+    if twice:
+        yield ("calibrate", "dataset"), f"calibrate.dataset: {twice[0]} is there twice; give it one share"
+        return
+    try:
+        windows_by_share(
+            [MixedSource(source.name, source.share, source.template) for source in calibrate.dataset], calibrate.samples
+        )
+    except DatasetError as error:
+        yield ("calibrate", "dataset"), f"calibrate.dataset: {error}"
 
 
 def _gaps(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

@@ -287,7 +287,9 @@ def _require_no_comparison(settings: ValidateSettings) -> None:
 
 def _require_other_text(artifact: Path, windows: TokenWindows) -> None:
     report = artifact / REPORT_FILE
-    if report.is_file() and Report.read(report).model.calibration_digest == windows.corpus_digest:
+    model = Report.read(report).model if report.is_file() else None
+    known = (model.calibration_digest, *(source.digest for source in model.calibration_sources)) if model else ()
+    if windows.corpus_digest in known:
         raise DatasetError(
             f"dataset {public_name(windows.dataset)}: {artifact.name} was calibrated on this very text, which would "
             "flatter it; name another split or another dataset"

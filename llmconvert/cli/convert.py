@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmconvert.cli.calibration import calibration_option
 from llmconvert.cli.manners import DtypeName, Manners, manners
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--gqa-method", type=click.Choice(["svd", "mean", "first"]), help="[default: svd]")
 @click.option("--refit/--no-refit", default=None, help="Refit merged attention to the original's. [default: refit]")
 @click.option("--heal-steps", type=int, help="Steps of distillation after the merge. [default: 0]")
-@click.option("--calibration", metavar="FILE|NAME", help="Text for the merge, pydoc-topics:train for example.")
+@calibration_option("Text for the merge, pydoc-topics:train for example")
 @click.option("--samples", type=int, help="Windows of calibration text. [default: 128]")
 @click.option("--length", type=int, help="Tokens per window. [default: 2048]")
 @click.option("--order", type=click.Choice(["shuffled", "sequential"]), help="[default: shuffled]")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from llmconvert.cli.calibration import calibration_option
 from llmconvert.cli.manners import DtypeName, Known, Manners, manners
 
 
@@ -52,7 +53,7 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 @click.option("--min-tokens-per-expert", type=int, help="Begin nothing while an expert gets fewer.")
 @click.option("--requantize", is_flag=True, help="Quantize again what was quantized for deployment.")
 @click.option("--dtype", type=DtypeName(), help="Of the rest; or bf16, fp16, fp32. [default: bfloat16]")
-@click.option("--calibration", metavar="FILE|NAME", help="Text to calibrate on, pydoc-topics:train for example.")
+@calibration_option("Text to calibrate on, pydoc-topics:train for example")
 @click.option("--samples", type=int, help="Windows of calibration text. [default: 128]")
 @click.option("--length", type=int, help="Tokens per window. [default: 2048]")
 @click.option("--order", type=click.Choice(["shuffled", "sequential"]), help="[default: shuffled]")

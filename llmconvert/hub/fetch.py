@@ -221,9 +221,7 @@ def missing_weights(
         HubError: see :func:`fetch`.
     """
     with hub_errors(model_id, revision):
-        wanted = _look_up(
-            model_id, revision, cache_dir, _FIRST, partial(_choose, model_id, allow_pickle=allow_pickle)
-        )
+        wanted = _look_up(model_id, revision, cache_dir, _FIRST, partial(_choose, model_id, allow_pickle=allow_pickle))
     return {name: size for name, size in wanted.weights.items() if not (wanted.directory / name).exists()}
 
 

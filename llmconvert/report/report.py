@@ -50,6 +50,22 @@ def _is_usual(value: object) -> bool:
     return value == "AutoModelForCausalLM"
 
 
+class CalibrationSource(Value):
+    """What one dataset of a calibration mix gave.
+
+    Attributes:
+        dataset: its name.
+        digest: of its content.
+        samples: windows from it.
+        tokens: in these.
+    """
+
+    dataset: str
+    digest: str
+    samples: int
+    tokens: int
+
+
 class ModelInfo(Value):
     """What was made of what.
 
@@ -69,7 +85,8 @@ class ModelInfo(Value):
         requantized: whether that was made for deployment, so that weights were rounded twice.
         method, scheme, format: of the quantization, ``gptq``, ``w4a16-g64-sym``, ``compressed-tensors``.
         calibration: dataset and amount in words.
-        calibration_digest: of the dataset's content, to tell the same text under another name.
+        calibration_digest: of the dataset's content, to tell the same text under another name; of a mix that of all.
+        calibration_sources: of a mix, what each dataset gave.
     """
 
     name: str
@@ -90,6 +107,7 @@ class ModelInfo(Value):
     format: str | None = None
     calibration: str | None = None
     calibration_digest: str | None = None
+    calibration_sources: tuple[CalibrationSource, ...] = ()
 
 
 class Check(Value):

@@ -33,19 +33,20 @@ class ChatTemplate:
     tokens: tuple[tuple[str, str | tuple[str, ...]], ...]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-        """The template that a tokenizer renders conversations by; None without one.
+    def of(cls, tokenizer: PreTrainedTokenizerBase, name: str = "default") -> ChatTemplate | None:
+        """The template of that name by which a tokenizer renders conversations; None without one at all.
 
         Raises:
-            SourceError: it has several and none is the default, or one that is no text.
+            SourceError: it has others and none of that name, or one that is no text.
         """
         found = tokenizer.chat_template
         if not found:
             return None
-        if isinstance(found, dict):
-            if "default" not in found:
-                raise SourceError(f"the model's chat templates are {', '.join(map(str, found))}; none is the default")
-            found = found["default"]
+        known = found if isinstance(found, dict) else {"default": found}
+        if name not in known:
+            lacking = "none is the default" if name == "default" else f"none is called {name!r}"
+            raise SourceError(f"the model's chat templates are {', '.join(map(str, known))}; {lacking}")
+        found = known[name]
         if not isinstance(found, str):
             raise SourceError(f"the model's chat template is no text, but a {type(found).__name__}")
         tokens = tokenizer.special_tokens_map.items()

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,19 +22,41 @@ import torch
 from llmconvert.errors import DatasetError, SourceError
 from llmconvert.text.chat import ChatRenderer, ChatTemplate
 from llmconvert.text.datasets import Corpus, Document
+from llmconvert.text.shares import DEFAULT_TEMPLATE
 from llmconvert.text.tokenizer import tokenizer_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Order", "Overlap", "TokenWindows", "check_disjoint", "draw_windows"]
+__all__ = ["Order", "Overlap", "TokenWindows", "WindowSource", "check_disjoint", "draw_windows"]
 
 Order = Literal["shuffled", "sequential"]
 
+# In the place of a chat template: what is said in conversations, as text.
+_AS_TEXT = "none"
 # Runs of this many equal tokens don't happen by chance; idioms and headings are shorter.
 _NGRAM = 32
 # Above this share of common text the evaluation measures memory, not quality.
 _MAX_SHARED = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSource:
+    """What one dataset gave to a mixture.
+
+    Attributes:
+        dataset: its full name.
+        corpus_digest: content digest of the whole dataset.
+        samples: windows from it.
+        tokens: in these.
+        tokens_total: of its text that were available to cut windows from.
+    """
+
+    dataset: str
+    corpus_digest: str
+    samples: int
+    tokens: int
+    tokens_total: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,7 @@ class TokenWindows:
         digest: hex SHA-256 of the ids as little-endian int64, window after window.
         bos: whether every window starts with the tokenizer's beginning-of-text token.
         stride: tokens from the beginning of a window to that of the next; its length if they don't overlap.
+        sources: of a mixture, what each dataset gave; none where all comes from one.
     """
 
     windows: tuple[torch.Tensor, ...] = field(repr=False)
@@ -60,6 +83,14 @@ class TokenWindows:
     digest: str
     bos: bool
     stride: int
+    sources: tuple[WindowSource, ...] = ()
+
+    @property
+    def texts(self) -> tuple[tuple[str, str], ...]:
+        """Full name and content digest of every dataset."""
+        return tuple((source.dataset, source.corpus_digest) for source in self.sources) or (
+            (self.dataset, self.corpus_digest),
+        )
 
     @property
     def drawn(self) -> int:
@@ -101,6 +132,7 @@ def draw_windows(
     order: Order = "shuffled",
     seed: int = 0,
     vocab_size: int | None = None,
+    template: str = DEFAULT_TEMPLATE,
 ) -> TokenWindows:
     """Cut ``samples`` windows of ``length`` tokens from a corpus.
 
@@ -113,6 +145,7 @@ def draw_windows(
         stride: tokens from the beginning of a window to that of the next; ``length`` by default. Windows that overlap
             are consecutive, so their order is sequential.
         vocab_size: the model's vocabulary size, to catch a tokenizer that belongs to another model.
+        template: which of the tokenizer's chat templates renders conversations; ``none`` takes what is said as text.
 
     Raises:
         DatasetError: the text does not fill a single window, an id lies outside the vocabulary, or conversations
@@ -131,7 +164,7 @@ def draw_windows(
     whole = len(corpus.documents) == 1
     wanted = None if samples is None or (whole and order == "shuffled") else body + (samples - 1) * step
     documents = _in_order(corpus.documents, generator if order == "shuffled" else None)
-    ids = _tokenize(tokenizer, documents, corpus.dataset, wanted)
+    ids = _tokenize(tokenizer, documents, corpus.dataset, wanted, template)
     count = (len(ids) - body) // step + 1
     if count < 1:
         raise DatasetError(
@@ -168,13 +201,13 @@ def _in_order(documents: Sequence[Document], generator: np.random.Generator | No
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterator[Document], dataset: str, wanted: int | None
+    tokenizer: PreTrainedTokenizerBase, documents: Iterator[Document], dataset: str, wanted: int | None, template: str
 ) -> np.ndarray:
     """Ids of documents one after the other, int64 ``[tokens]``, until ``wanted`` are there (all without it)."""
     end = tokenizer.eos_token_id
     parts: list[np.ndarray] = []
     total = 0
-    for text in _texts(tokenizer, documents, dataset):
+    for text in _texts(tokenizer, documents, dataset, template):
         # verbose=False: exceeding model_max_length is what cutting windows is for, and not worth a warning.
         with tokenizer_errors():
             ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
@@ -189,23 +222,37 @@ def _tokenize(
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, documents: Iterator[Document], dataset: str) -> Iterator[str]:
-    """Documents as texts; conversations rendered."""
+def _texts(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterator[Document], dataset: str, template: str
+) -> Iterator[str]:
+    """Documents as texts; conversations rendered, or what is said in them alone."""
     with contextlib.ExitStack() as stack:
         renderer: ChatRenderer | None = None
         for document in documents:
             if isinstance(document, str):
                 yield document
                 continue
+            if template == _AS_TEXT:
+                yield "\n\n".join(filter(None, map(_said, document)))
+                continue
             try:
-                renderer = renderer or stack.enter_context(ChatRenderer(_template(tokenizer)))
+                renderer = renderer or stack.enter_context(ChatRenderer(_template(tokenizer, template)))
                 yield renderer.render(document)
             except SourceError as error:
                 raise DatasetError(f"dataset {dataset}: holds conversations, and {error}") from error
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    template = ChatTemplate.of(tokenizer)
+def _said(message: Mapping[str, Any]) -> str:
+    """The text of a message, without what is no text in it."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return "\n".join(str(part["text"]) for part in parts if isinstance(part, Mapping) and "text" in part)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, name: str) -> ChatTemplate:
+    template = ChatTemplate.of(tokenizer, name)
     if template is None:
         raise SourceError("the model's tokenizer has no chat template to render them; use a dataset with a text field")
     return template
@@ -218,7 +265,8 @@ def check_disjoint(calibration: TokenWindows, evaluation: TokenWindows) -> Overl
         DatasetError: the same dataset and split, the same content under another name, or more than half of the
             evaluation text in the calibration windows.
     """
-    if calibration.dataset == evaluation.dataset or calibration.corpus_digest == evaluation.corpus_digest:
+    name, digest = evaluation.dataset, evaluation.corpus_digest
+    if any(name == dataset or digest == known for dataset, known in calibration.texts):
         raise DatasetError(
             f"dataset {evaluation.dataset}: calibration and evaluation use the same text, which would flatter the "
             "result; name another split or another dataset for one of them"

@@ -19,6 +19,7 @@ from llmconvert.device import open_device
 from llmconvert.engine.architecture.config import declared_number
 from llmconvert.memory import available_nbytes
 from llmconvert.needs import Needs
+from llmconvert.progress import SILENT
 from llmconvert.recipes.forecast import Forecast, parameters
 from llmconvert.recipes.planning.headers import Headers, open_headers
 from llmconvert.recipes.planning.history import expected_seconds
@@ -27,12 +28,11 @@ from llmconvert.recipes.publishing import check_metadata, check_target, fill_tar
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import artifact_name, front_matter_of
 from llmconvert.recipes.stages.attention import require_mergeable
-from llmconvert.recipes.stages.conversion import converted_view
+from llmconvert.recipes.stages.conversion import converted_view, recipe_adapter, require_source
 from llmconvert.recipes.stages.measurements import require_accepted, require_loader, require_measurable
 from llmconvert.recipes.stages.run import require_texts, stages_of
 from llmconvert.recipes.stages.stage import Finished, Stage, Work
 from llmconvert.storage.contents import Hashes
-from llmconvert.storage.dense import require_dense
 from llmconvert.storage.stage_record import read_stage, stage_key
 from llmconvert.text.files import local_path
 
@@ -74,11 +74,10 @@ def foresee(recipe: Recipe, target: PublishSettings | None, work_dir: Path, *, f
     headers = open_headers(recipe)
     work = _work(recipe, headers)
     source = headers.source
-    if recipe.quantize is not None:
-        require_dense(source.checkpoint, source.origin)
-    if recipe.attention is not None:
-        require_mergeable(source.checkpoint, recipe.attention)
-    require_accepted(recipe.measured, source.checkpoint)
+    with work.view.open() as dense:
+        if recipe.attention is not None:
+            require_mergeable(dense, recipe.attention)
+        require_accepted(recipe.measured, dense)
     if target is not None:
         with work.original.open() as original:
             check_metadata(target, front_matter_of(recipe, source, original))
@@ -152,7 +151,9 @@ def _found(stage: Stage[Any], work: Work, pending: set[str], work_dir: Path) -> 
 
 def _work(recipe: Recipe, headers: Headers) -> Work:
     context = Context(open_device(recipe.device), recipe.memory)
-    return Work(recipe, context, headers.source, converted_view(recipe, headers.source))
+    source = headers.source
+    stored, adapter = require_source(recipe, source), recipe_adapter(recipe, SILENT)
+    return Work(recipe, context, source, converted_view(recipe, source, stored, adapter), stored, adapter)
 
 
 def _fetching(headers: Headers) -> Iterator[StepPlan]:

@@ -24,7 +24,7 @@ from llmconvert.quantize.catalog.methods import METHODS, needs_calibration, usua
 from llmconvert.quantize.scheme import parse_scheme
 from llmconvert.recipes.schema.measuring import DecodingSettings, ValidateSettings
 from llmconvert.recipes.schema.named import Dtype, OptionalScheme, ScalingField, SchemeOrMix
-from llmconvert.recipes.schema.quantities import Memory
+from llmconvert.recipes.schema.quantities import Memory, Share
 from llmconvert.recipes.schema.section import Count, Device, Length, Name, Section, Seed, possible, switch, to_tuple
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "CardSettings",
     "ConvertSettings",
     "HealSettings",
+    "MixSettings",
     "OverrideSettings",
     "PublishSettings",
     "QuantizeSettings",
@@ -85,19 +86,38 @@ class AttentionSettings(Section):
     heal: HealSettings | None = None
 
 
+class MixSettings(Section):
+    """One dataset of a calibration mix, and its ``share`` of the windows.
+
+    ``template`` names which of the tokenizer's chat templates renders conversations; ``none`` takes what is said in
+    them as text.
+    """
+
+    name: Name
+    share: Annotated[Share, Field(gt=0, le=1)]
+    template: Annotated[str, Field(min_length=1)] = "default"
+
+
 class CalibrateSettings(Section):
     """Text whose activations a method measures: ``samples`` windows of ``length`` tokens.
+
+    ``dataset`` may be a list of datasets with shares, which add up to 100 %.
 
     ``statistics`` says in which model: ``sequential`` in one whose layers before are quantized already, which makes up
     for a part of their errors; ``original`` in the unquantized one, which the variants of a sweep share.
     """
 
-    dataset: Name
+    dataset: Name | Annotated[tuple[MixSettings, ...], BeforeValidator(to_tuple), Field(min_length=1)]
     samples: Count = 128
     length: Length = 2048
     order: Literal["shuffled", "sequential"] = "shuffled"
     seed: Seed = 0
     statistics: Literal["sequential", "original"] = "sequential"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all datasets."""
+        return (self.dataset,) if isinstance(self.dataset, str) else tuple(source.name for source in self.dataset)
 
 
 class OverrideSettings(Section):

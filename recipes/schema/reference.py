@@ -58,6 +58,11 @@ def _value(path: str, value: Mapping[str, Any]) -> str:
     if not name:
         return _type(value)
     described = f"a list of sections, [`{path}[]`](#{_anchor(path)})" if many else f"[a section](#{_anchor(path)})"
+    plain = [
+        choice for choice in value.get("anyOf", ()) if "type" in choice and choice["type"] not in ("null", "array")
+    ]
+    if many and plain:
+        return f"{_type(plain[0])}, or {described}"
     return f"{described}, or `true` for its defaults" if not many and _takes_true(path) else described
 
 

@@ -30,7 +30,7 @@ from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.provenance import REPORT_FILE, provenance
 from llmconvert.recipes.stages.stage import Place, Stage, Work
 from llmconvert.recipes.stages.windows import CALIBRATION
-from llmconvert.report.report import Check, ModelInfo, Report, environment
+from llmconvert.report.report import CalibrationSource, Check, ModelInfo, Report, environment
 from llmconvert.report.steps import StepDetails
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.contents import listing
@@ -115,7 +115,10 @@ def model_info(
     origin = provenance(source)
     words = None
     if calibration is not None:
-        words = f"{public_name(calibration.dataset)}, {calibration.drawn} × {calibration.length} tokens"
+        named = public_name(calibration.dataset)
+        if calibration.sources:
+            named = " and ".join(f"{public_name(one.dataset)} ({one.samples})" for one in calibration.sources)
+        words = f"{named}, {calibration.drawn} × {calibration.length} tokens"
         if settings is not None and recipe.calibrate is not None and recipe.calibrate.statistics == "original":
             words += ", activations of the original"
     return ModelInfo(
@@ -137,6 +140,12 @@ def model_info(
         format=settings.format if settings is not None else None,
         calibration=words,
         calibration_digest=calibration.corpus_digest if calibration is not None else None,
+        calibration_sources=tuple(
+            CalibrationSource(
+                dataset=public_name(one.dataset), digest=one.corpus_digest, samples=one.samples, tokens=one.tokens
+            )
+            for one in (calibration.sources if calibration is not None else ())
+        ),
     )
 
 
@@ -157,7 +166,12 @@ def resolved_recipe(recipe: Recipe, source: Source, report: Report) -> str:
         values["adapter"] = report.model.adapter
     for section in (values.get("calibrate"), values.get("validate", {}).get("perplexity")):
         if section is not None:
-            section["dataset"] = public_name(section["dataset"])
+            found = section["dataset"]
+            section["dataset"] = (
+                public_name(found)
+                if isinstance(found, str)
+                else [{**source, "name": public_name(source["name"])} for source in found]
+            )
     versions = ", ".join(f"{name} {version}" for name, version in report.environment.items())
     return f"# Made with {versions}.\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 

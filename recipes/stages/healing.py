@@ -13,7 +13,7 @@ from llmconvert.errors import RecipeError
 from llmconvert.recipes.forecast import Forecast, files_of_layout, parameters
 from llmconvert.recipes.schema.recipe import HealSettings, Recipe
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
-from llmconvert.recipes.stages.windows import HEALING_TEXT, WindowRequest
+from llmconvert.recipes.stages.windows import HEALING_TEXT, WindowRequest, mixed
 from llmconvert.report.steps import HealReport
 from llmconvert.storage.writer import write_file
 
@@ -40,7 +40,7 @@ def heal_request(recipe: Recipe) -> WindowRequest | None:
     settings = heal_settings(recipe)
     if settings is None:
         return None
-    dataset = settings.dataset or (recipe.calibrate.dataset if recipe.calibrate is not None else None)
+    dataset = settings.dataset or (mixed(recipe.calibrate) if recipe.calibrate is not None else None)
     if dataset is None:
         raise RecipeError(
             "attention.heal: learns from text, and the recipe names none; add attention.heal.dataset or calibrate"

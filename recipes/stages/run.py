@@ -58,9 +58,12 @@ def require_texts(recipe: Recipe) -> None:
     """
     checks, heal = recipe.validation, recipe.attention.heal if recipe.attention is not None else None
     read = (checks.perplexity, checks.positions) if checks is not None else ()
-    for section in (recipe.calibrate, heal, *read):
+    for section in (heal, *read):
         if section is not None and section.dataset is not None:
             require_dataset(section.dataset)
+    if recipe.calibrate is not None:
+        for name in recipe.calibrate.names:
+            require_dataset(name)
 
 
 def stages_of(recipe: Recipe) -> RunStages:

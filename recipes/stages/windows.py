@@ -22,8 +22,10 @@ from llmconvert.report.section import Value
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import write_file
 from llmconvert.text.datasets import Corpus, is_here, load_dataset_text
+from llmconvert.text.mixture import MixedCorpus, draw_mixture
+from llmconvert.text.shares import MixedSource, windows_by_share
 from llmconvert.text.tokenizer import load_tokenizer
-from llmconvert.text.tokens import TokenWindows, check_disjoint, draw_windows
+from llmconvert.text.tokens import TokenWindows, WindowSource, check_disjoint, draw_windows
 
 __all__ = [
     "CALIBRATION",
@@ -32,6 +34,7 @@ __all__ = [
     "DrawnText",
     "WindowRequest",
     "draw_text",
+    "mixed",
     "text_stage",
 ]
 
@@ -47,10 +50,10 @@ _FORESEEN = 128
 
 @dataclass(frozen=True, slots=True)
 class WindowRequest:
-    """Windows to draw. ``setting`` is the recipe's section, for errors."""
+    """Windows to draw. ``setting`` is the recipe's section, for errors; ``dataset`` a name, or a mixture of several."""
 
     setting: str
-    dataset: str
+    dataset: str | tuple[MixedSource, ...]
     samples: int
     length: int
     order: Literal["shuffled", "sequential"]
@@ -60,7 +63,7 @@ class WindowRequest:
     @classmethod
     def calibration(cls, settings: CalibrateSettings) -> WindowRequest:
         """What ``calibrate`` asks for."""
-        return cls("calibrate", settings.dataset, settings.samples, settings.length, settings.order, settings.seed)
+        return cls("calibrate", mixed(settings), settings.samples, settings.length, settings.order, settings.seed)
 
     @classmethod
     def evaluation(cls, settings: PerplexitySettings) -> WindowRequest:
@@ -68,15 +71,23 @@ class WindowRequest:
         samples = settings.max_windows or _ALL
         return cls("validate.perplexity", settings.dataset, samples, settings.window, "sequential", 0, settings.stride)
 
-    def corpus(self) -> Corpus:
-        """The text.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all datasets."""
+        return (self.dataset,) if isinstance(self.dataset, str) else tuple(source.dataset for source in self.dataset)
+
+    def corpus(self) -> Corpus | MixedCorpus:
+        """The text, or the texts.
 
         Raises:
-            DatasetError: it does not exist or cannot be read.
+            DatasetError: one does not exist or cannot be read, or shares don't come to whole windows.
         """
-        return load_dataset_text(self.dataset)
+        if isinstance(self.dataset, str):
+            return load_dataset_text(self.dataset)
+        windows_by_share(self.dataset, self.samples)
+        return MixedCorpus(tuple((source, load_dataset_text(source.dataset)) for source in self.dataset))
 
-    def draw(self, checkpoint: Checkpoint, corpus: Corpus) -> TokenWindows:
+    def draw(self, checkpoint: Checkpoint, corpus: Corpus | MixedCorpus) -> TokenWindows:
         """Tokenize ``corpus`` with the model's tokenizer and cut the windows.
 
         Raises:
@@ -90,6 +101,16 @@ class WindowRequest:
                 f"{self.setting}: windows of {self.length:,} tokens don't fit the model's {positions:,} positions; "
                 f"take {positions:,} tokens at most"
             )
+        if isinstance(corpus, MixedCorpus):
+            return draw_mixture(
+                load_tokenizer(checkpoint),
+                corpus,
+                samples=self.samples,
+                length=self.length,
+                order=self.order,
+                seed=self.seed,
+                vocab_size=declared_number(checkpoint.config, "vocab_size"),
+            )
         return draw_windows(
             load_tokenizer(checkpoint),
             corpus,
@@ -100,6 +121,24 @@ class WindowRequest:
             seed=self.seed,
             vocab_size=declared_number(checkpoint.config, "vocab_size"),
         )
+
+
+def mixed(settings: CalibrateSettings) -> str | tuple[MixedSource, ...]:
+    """The dataset that a section names, or the datasets of its mix."""
+    found = settings.dataset
+    if isinstance(found, str):
+        return found
+    return tuple(MixedSource(source.name, source.share, source.template) for source in found)
+
+
+class DrawnSource(Value):
+    """What one dataset gave: all of :class:`~llmconvert.text.tokens.WindowSource`."""
+
+    dataset: str
+    corpus_digest: str
+    samples: int
+    tokens: int
+    tokens_total: int
 
 
 class DrawnText(Value):
@@ -113,6 +152,7 @@ class DrawnText(Value):
     digest: str
     bos: bool
     stride: int
+    sources: tuple[DrawnSource, ...] = ()
 
 
 class _Text:
@@ -121,7 +161,7 @@ class _Text:
     def __init__(self, name: str, request: WindowRequest) -> None:
         self._name = name
         self._request = request
-        self._corpus: Corpus | None = None
+        self._corpus: Corpus | MixedCorpus | None = None
 
     def settings(self, work: Work) -> Mapping[str, Any]:
         self._corpus = self._corpus or self._request.corpus()
@@ -132,18 +172,19 @@ class _Text:
     def forecast(self, work: Work, output: Path) -> Forecast:
         """Draw the windows for what is planned on them; of a text still to be fetched, blank ones, as many as asked."""
         request = self._request
-        if is_here(request.dataset):
+        named = " + ".join(request.names)
+        if all(map(is_here, request.names)):
             draw_text(work, self._name, request)
             notes: tuple[str, ...] = ()
         else:
             count = min(request.samples, _FORESEEN)
             blank = torch.zeros((1, request.length), dtype=torch.int64)
-            about = (count, count * request.length, request.dataset, "", "", False, request.stride or request.length)
+            about = (count, count * request.length, named, "", "", False, request.stride or request.length)
             work.texts[self._name] = TokenWindows((blank,) * count, *about)
-            notes = (f"{request.dataset} is still to be fetched, {count:,} windows of it are reckoned with",)
+            notes = (f"{named} is still to be fetched, {count:,} windows of it are reckoned with",)
         windows = work.texts[self._name]
         disk = 8 * windows.drawn * windows.length
-        return Forecast(Needs(memory=BASE_NBYTES, disk=disk), kind=f"text {request.dataset}", work=1.0, notes=notes)
+        return Forecast(Needs(memory=BASE_NBYTES, disk=disk), kind=f"text {named}", work=1.0, notes=notes)
 
     def build(self, work: Work, place: Place) -> DrawnText:
         assert self._corpus is not None and place.notes is not None
@@ -151,7 +192,8 @@ class _Text:
             windows = self._request.draw(checkpoint, self._corpus)
         write_file(place.notes / _FILE, save({"ids": torch.cat(windows.windows)}))
         known = {field.name: getattr(windows, field.name) for field in fields(windows) if field.name != "windows"}
-        return DrawnText.model_validate({**known, "drawn": windows.drawn})
+        sources = [asdict(source) for source in windows.sources]
+        return DrawnText.model_validate({**known, "drawn": windows.drawn, "sources": sources})
 
     def finish(self, work: Work) -> None:
         self._corpus = None
@@ -167,6 +209,7 @@ class _Text:
             about.digest,
             about.bos,
             about.stride,
+            tuple(WindowSource(**source.model_dump()) for source in about.sources),
         )
         work.texts[self._name] = windows
         evaluation = work.texts.get(EVALUATION_TEXT)

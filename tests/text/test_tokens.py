@@ -14,29 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from support.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
 from llmconvert.errors import DatasetError
 from llmconvert.text.datasets import Corpus, load_dataset_text, require_dataset
 from llmconvert.text.tokens import Overlap, TokenWindows, check_disjoint, draw_windows
 from llmconvert.text.topics import split_topics, topics_text
-
-CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
-
-
-def byte_tokenizer(*, bos: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token per byte, so that ids can be worked out by hand: 0 is <s>, 1 is </s>, bytes follow in order."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<s>": 0, "</s>": 1} | {char: i + 2 for i, char in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=chat_template
-    )
 
 
 def corpus(*documents: Any, name: str = "made:up", digest: str | None = None) -> Corpus:
