@@ -207,7 +207,9 @@ def test_a_mixture_is_told_by_scheme(tiny_llama: Path, tmp_path: Path) -> None:
     }
     lines = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).output
     assert re.search(r"^quantized +compressed-tensors, 0\.\d MB, \d+\.\d{3} bits per weight in all$", lines, re.M)
-    assert re.search(r"^  w8a16-g64-sym +16,384 weights in 2 tensors$", lines, re.M)
+    assert re.search(
+        r"^  w8a16-g64-sym +16,384 weights in 2 tensors: 8-bit integers, one scale per 64 columns$", lines, re.M
+    )
 
 
 def test_a_gguf_files_types_are_told(tiny_llama: Path, tmp_path: Path) -> None:

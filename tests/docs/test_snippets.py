@@ -16,8 +16,10 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from support.pages import PAGES, ROOT, Block, blocks, prose
 from support.tiny_models import tiny_llama_dir
 
@@ -32,6 +34,8 @@ SMALLER = {"--samples": "4", "--length": "64", "--window": "64", "--stride": "32
 OF_THE_HUB = ("--stream", "--private")
 # Run at shorter lengths by tests/validate/long_inputs: each length and backend in a process of its own takes minutes.
 MEASURED_FOR_MINUTES = ("--attention", "--memory")
+# What the pages' adapter is of.
+LINEAR = "model.layers.0.self_attn.q_proj"
 RUNTIMES = ("vllm", "gptqmodel", "xllamacpp")
 
 
@@ -105,6 +109,14 @@ def pages_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama_dir(here / "MODEL", hidden_size=256, intermediate_size=256)
     for name in ("REF", "PLAIN", "org/name"):
         shutil.copytree(here / "MODEL", here / name)
+    weight = load_file(here / "MODEL" / "model.safetensors")[f"{LINEAR}.weight"]
+    matrices = {"A": torch.ones(2, weight.shape[1]), "B": torch.ones(len(weight), 2)}
+    (here / "org/lora").mkdir()
+    save_file(
+        {f"base_model.model.{LINEAR}.lora_{part}.weight": matrix for part, matrix in matrices.items()},
+        here / "org/lora/adapter_model.safetensors",
+    )
+    (here / "org/lora/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 0.001}')
     texts = [topics[key] for key in sorted(topics)]
     (here / "FILE").write_text("\n".join(texts[:20])[:16_000])
     (here / "TEST").write_text("\n".join(texts[-20:])[:8_000])
