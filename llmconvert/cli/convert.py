@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmconvert.cli.calibration import calibration_option
-from llmconvert.cli.manners import DtypeName, Manners, manners
+from llmconvert.cli.manners import DtypeName, Manners, calibration_option, manners
 
 if TYPE_CHECKING:
     from llmconvert.report.steps import AttentionReport, HealReport

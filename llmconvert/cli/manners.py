@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -15,11 +16,12 @@ from click.shell_completion import CompletionItem
 from llmconvert.cli.say import say
 from llmconvert.convert.dtype_names import ALIASES, NAMES
 
-__all__ = ["DEBUG", "DtypeName", "Known", "Manners", "manners", "manners_but_json"]
+__all__ = ["DEBUG", "DtypeName", "Known", "Manners", "calibration_option", "manners", "manners_but_json"]
 
 C = TypeVar("C", bound=Callable[..., Any])
 #: Under which key of click's context it says that errors show their traceback.
 DEBUG = "llmconvert.debug"
+_WITH_SHARE = re.compile(r"(?P<name>.+)=(?P<share>\d+(?:\.\d+)?%|[01]?\.\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,3 +129,29 @@ def _names(kind: str) -> Iterable[str]:
 
     known = {"method": lambda: METHODS, "format": lambda: FORMATS, "scheme": usual_schemes, "recipe": shipped_recipes}
     return known[kind]()
+
+
+def calibration_option(text: str) -> Callable[[Any], Any]:
+    """The option, with ``text`` as its help."""
+    return click.option(
+        "--calibration",
+        multiple=True,
+        callback=_mix,
+        metavar="FILE|NAME[=SHARE]",
+        help=f"{text}; several with shares (a=60%, b=40%) are mixed.",
+    )
+
+
+def _mix(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> str | dict[str, str] | None:
+    """One name as it is; names with shares as a mapping."""
+    found = [_WITH_SHARE.fullmatch(text) for text in values]
+    if len(values) < 2 and not any(found):
+        return values[0] if values else None
+    mix: dict[str, str] = {}
+    for text, match in zip(values, found, strict=True):
+        if match is None:
+            raise click.BadParameter(f"{text!r} has no share; say how much of the text it is, {text}=50%")
+        if match["name"] in mix:
+            raise click.BadParameter(f"{match['name']!r} is there twice; give it one share")
+        mix[match["name"]] = match["share"]
+    return mix

@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from llmconvert.cli.calibration import calibration_option
-from llmconvert.cli.manners import DtypeName, Known, Manners, manners
+from llmconvert.cli.manners import DtypeName, Known, Manners, calibration_option, manners
 
 
 def _overrides(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
 from llmconvert.api import quantize_model
-from llmconvert.cli.calibration import calibration_option
+from llmconvert.cli.manners import calibration_option
 from llmconvert.errors import DatasetError, RecipeError
 from llmconvert.recipes.loading import make_recipe
 from llmconvert.recipes.schema.recipe import Recipe
