@@ -9,7 +9,7 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
@@ -43,6 +43,7 @@ def drawn(
     return draw_mixture(tokenizer, mixture, samples=samples, length=length, seed=seed, order=order)  # type: ignore[arg-type]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=6), st.integers(100, 400))
 def test_windows_by_share_add_up_and_are_next_to_exact(weights: list[int], samples: int) -> None:
     sources = [MixedSource(str(index), weight / sum(weights)) for index, weight in enumerate(weights)]
