@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from llmconvert.context import Context
+from llmconvert.engine.sites import Site
+from llmconvert.errors import UnsupportedError
 from llmconvert.needs import Needs
 from llmconvert.quantize.job import plan_quantize
 from llmconvert.quantize.mixed_precision.budget import Budget
@@ -21,7 +23,7 @@ from llmconvert.recipes.schema.recipe import BudgetSettings, QuantizeSettings
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import Layout
 
-__all__ = ["Forecast", "files_of_layout", "foresee_quantization", "parameters"]
+__all__ = ["Forecast", "files_of_layout", "foresee_quantization", "parameters", "require_repairable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,21 @@ def parameters(checkpoint: Checkpoint) -> int:
     return sum(info.nbytes // info.dtype.itemsize for info in checkpoint.infos.values())
 
 
+def require_repairable(sites: Iterable[Site]) -> None:
+    """Refuse repair of a model by what can be quantized in it.
+
+    Raises:
+        UnsupportedError: it is a mixture of experts.
+    """
+    expert = next((site.name for site in sites if site.kind == "expert"), None)
+    if expert is not None:
+        raise UnsupportedError(
+            f"validate.repair: the model is a mixture of experts ({expert}, for one), whose linears can't be quantized "
+            "anew one by one in a finished artifact; leave repair out, and give more bits with quantize.overrides or a "
+            "quantize.budget"
+        )
+
+
 def foresee_quantization(
     source: Checkpoint,
     output: Path,
@@ -78,8 +95,9 @@ def foresee_quantization(
     windows: Sequence[torch.Tensor],
     context: Context,
     statistics: Statistics = "sequential",
+    repaired: bool = False,
 ) -> Forecast:
-    """What :func:`llmconvert.recipes.stages.quantization.quantize` would need and make.
+    """What :func:`llmconvert.recipes.stages.quantization.quantize` would need and make; ``repaired``: if need be.
 
     Raises:
         LlmconvertError: whatever it would refuse before its work.
@@ -90,8 +108,12 @@ def foresee_quantization(
 
     def plan_with(scheme: SchemeOrMix) -> QuantizePlan:
         request = QuantizeRequest(settings.method, scheme, settings.format, overrides, settings.options, name=name)
-        request = replace(request, statistics=statistics)
-        return plan_quantize(source, output, request, windows=windows, context=context)
+        request = replace(request, statistics=statistics, experts=settings.experts or "routed")
+        request = replace(request, min_tokens_per_expert=settings.min_tokens_per_expert or 0)
+        plan = plan_quantize(source, output, request, windows=windows, context=context)
+        if repaired:
+            require_repairable(plan.decisions.sites.values())
+        return plan
 
     kind = " ".join(
         ("quantize", settings.method, *map(str, sorted(settings.options.items())), context.device.type)

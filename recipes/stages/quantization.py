@@ -100,6 +100,7 @@ def quantize_stage(
                 windows=work.windows(CALIBRATION) if settings.calibrates else (),
                 context=work.context_of(after),
                 statistics=statistics,
+                repaired=work.recipe.validation is not None and work.recipe.validation.repair is not None,
             )
 
     def inputs(work: Work) -> Mapping[str, Any]:

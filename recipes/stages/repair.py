@@ -11,13 +11,13 @@ import torch
 
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.methods.base import load_quantizer
 from llmconvert.quantize.mixed_precision.units import Storage, fused_units
 from llmconvert.quantize.plan import Override, plan_quantization
 from llmconvert.quantize.requantize import Assignment, trace
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.recipes.forecast import require_repairable
 from llmconvert.recipes.schema.measuring import RepairSettings
 from llmconvert.recipes.schema.recipe import QuantizeSettings
 from llmconvert.recipes.stages.budget import layer_overrides
@@ -169,12 +169,7 @@ class _State:
         cls, source: Checkpoint, settings: QuantizeSettings, made: QuantizeReport, device: torch.device
     ) -> _State:
         skeleton, blocks = trace(source, device)
-        if any(skeleton.experts):
-            raise UnsupportedError(
-                f"validate.repair: architecture {skeleton.architecture.model_type!r} is a mixture of experts, whose "
-                "linears can't be quantized anew one by one in a finished artifact; leave repair out, and give more "
-                "bits with quantize.overrides or a quantize.budget"
-            )
+        require_repairable(skeleton.sites.values())
         layout = load_format(settings.format)
         assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
         quantizer, overrides = load_quantizer(settings.method, settings.options), layer_overrides(settings)

@@ -48,3 +48,11 @@ def test_too_few_tokens_for_an_expert_end_the_command_before_the_work(source: Pa
     assert "min_tokens_per_expert is 96" in failed.output and "experts: all" in failed.output
     refused = quantize(source, tmp_path / "out", "--method", "rtn", "--experts", "all")
     assert refused.exit_code == 2 and "--experts: rtn sees no calibration text" in refused.output
+
+
+def test_repair_of_a_mixture_is_refused_before_the_work(source: Path, tmp_path: Path, write_recipe: Any) -> None:
+    recipe = write_recipe(model=str(source), quantize={"method": "gptq", "scheme": "w4a16-g16"})
+    limits = ("--set", "validate.max_kl=1e-9", "--set", "validate.repair.rounds=1")
+    refused = CliRunner().invoke(main, ["run", str(recipe), *limits])
+    assert refused.exit_code == 2 and "validate.repair: the model is a mixture of experts" in refused.output
+    assert not list((tmp_path / "work").glob("quantize-*/model"))
