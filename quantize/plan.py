@@ -146,7 +146,7 @@ def plan_quantization(
     dense = gates | (_idle(blocks) if skeleton.reach.idle else set())
     own = {name: scheme if isinstance(scheme, Scheme) else scheme.get(site.tensor) for name, site in sites.items()}
     assigned = {name: _assigned(name, None if name in dense else own[name], overrides) for name in sites}
-    check_experts(skeleton, assigned, layout)
+    check_experts(skeleton, assigned, method, layout)
     _check_overrides(overrides, sites)
     for name, site in sites.items():
         chosen = assigned[name]

@@ -112,7 +112,7 @@ class _ExpertShapes(nn.Module):
         super().__init__()
         self.layout = layout
 
-    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         # At worst all tokens go to one expert: they are copied, go up and down, are weighted and added.
         output = torch.zeros_like(hidden)
         inside = hidden.new_empty((len(hidden), 4 * self.layout.inner_size + 3 * self.layout.hidden_size))

@@ -20,8 +20,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from greenlet import getcurrent
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from llmconvert.engine.architecture.expert_forward import Interrupt, Product, Sum, with_own_parameters
 from llmconvert.engine.architecture.experts import ExpertsLayout
 
 __all__ = ["ExpertsRun", "ExpertsSlot", "Visit", "Visitor"]
@@ -75,13 +75,14 @@ class ExpertsSlot(nn.Module):
         self._read = read
         # The class's module with one expert. Kept in a list, so that its parameters are not the model's; what else it
         # has (a norm behind the experts) is.
-        one = copy.copy(experts)
-        one._parameters = dict(experts._parameters)
-        for counter in layout.counters:
-            setattr(one, counter, 1)
-        self._one = [one]
+        self._one = [with_own_parameters(experts, layout)]
+        one = self._one[0]
+        for counter, number in layout.counters.items():
+            setattr(one, counter, number)
+        holding = {leaf.rpartition(".")[0] for leaf in layout.parts}
         for child, module in experts.named_children():
-            self.add_module(child, module)
+            if child not in holding:
+                self.add_module(child, module)
         # The forward that the class has of its own, whatever implementation its config asks for.
         self._forward = inspect.unwrap(type(one).forward)
         #: The expert that is loaded.
@@ -91,12 +92,22 @@ class ExpertsSlot(nn.Module):
         #: What the layer gives, by batch, as far as that is known.
         self.answers: dict[int, torch.Tensor] = {}
 
-    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        visit, current = Visit(hidden, index, weights), getcurrent()
+    def forward(self, hidden: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        if not self.layout.stacked:
+            index, weights = routing
+            return self._answer(Visit(hidden.flatten(0, -2), index, weights)).view(hidden.shape)
+        number, _ = torch.where(hidden.view(self.layout.count, -1, self.layout.hidden_size).any(-1))
+        (row,) = torch.where(hidden.any(-1))
+        rows = hidden[row]
+        given = self._answer(Visit(rows, number[:, None], rows.new_ones((len(row), 1))))
+        return torch.zeros_like(hidden).index_copy(0, row, given)
+
+    def _answer(self, visit: Visit) -> torch.Tensor:
+        current = getcurrent()
         answer = current.visit(self, visit) if isinstance(current, Visitor) else None
         if answer is not None:
             return answer
-        output: torch.Tensor = _OnTheSpot.apply(self, hidden, index, weights)
+        output: torch.Tensor = _OnTheSpot.apply(self, visit.hidden, visit.index, visit.weights)
         return output
 
     def compute(self, visit: Visit) -> torch.Tensor:
@@ -117,24 +128,35 @@ class ExpertsSlot(nn.Module):
             with torch.enable_grad():
                 rows = visit.hidden[token].detach().requires_grad_()
                 weights = visit.weights[token, place].detach().requires_grad_()
-                part = self._call(_Sum(), rows, weights)
-            found = torch.autograd.grad(part, (rows, weights), gradient[token].to(part.dtype))
+                part = self._call(Sum(), rows, weights)
+            found = torch.autograd.grad(
+                part, (rows, weights), gradient[token].to(part.dtype), materialize_grads=True, allow_unused=True
+            )
             by_hidden.index_add_(0, token, found[0])
             by_weights[token, place] = found[1]
         self.clear()
         return by_hidden, by_weights
 
     def _met(self, index: torch.Tensor) -> list[int]:
-        return [number for number in index.unique().tolist() if number < self.layout.count]
+        return [number for number in index.unique().tolist() if number < self.ends]
+
+    @property
+    def ends(self) -> int:
+        """The number behind the last expert, those without weights included."""
+        return self.layout.count + self.layout.passing
 
     def load(self, number: int) -> None:
         """Read an expert's weights into fresh memory, in place of the one that is there."""
         if self.number == number:
             return
         self.clear()
+        self.number = number
+        if self.layout.passing:  # by the first counter the class tells which experts have weights
+            setattr(self._one[0], next(iter(self.layout.counters)), int(number < self.layout.count))
+        if number >= self.layout.count:
+            return
         for leaf in self.layout.parts:
             self._set(leaf, self._read(number, leaf))
-        self.number = number
         if self.scale is not None:
             for projection in self.layout.stops()[0]:
                 self.value(number, projection).mul_(self.scale)
@@ -161,7 +183,7 @@ class ExpertsSlot(nn.Module):
         token, weights = visit.routed(self.number)
         if not len(token):
             return output
-        part = self._call(_Sum(), visit.hidden[token], weights)
+        part = self._call(Sum(), visit.hidden[token], weights)
         output = output.to(part.dtype)
         if torch.is_grad_enabled() and part.requires_grad:
             return output.index_add(0, token, part)
@@ -170,7 +192,7 @@ class ExpertsSlot(nn.Module):
     def inner(self, rows: torch.Tensor) -> torch.Tensor:
         """What reaches the loaded expert's down projection for inputs ``[tokens, hidden size]``."""
         down = self._parameter(self.layout.matrices["down_proj"].leaf)
-        return self._call(_Product(down), rows, rows.new_ones(len(rows)))
+        return self._call(Product(down), rows, rows.new_ones(len(rows)))
 
     def output(self, rows: torch.Tensor, matrices: Mapping[str, torch.Tensor] = MappingProxyType({})) -> torch.Tensor:
         """What the loaded expert gives for inputs ``[tokens, hidden size]``, before it is weighted.
@@ -179,18 +201,16 @@ class ExpertsSlot(nn.Module):
             rows: the inputs.
             matrices: stand in for its own ``[rows, columns]``, by projection; they may require gradients.
         """
-        parameters = self._one[0]._parameters
-        kept = dict(parameters)
-        try:
-            if matrices:
-                own = {leaf: self._parameter(leaf).detach().clone() for leaf in self.layout.parts}
-                for projection, values in matrices.items():
-                    matrix = self.layout.matrices[projection]
-                    matrix.of(own[matrix.leaf]).copy_(values)
-                parameters.update(own)  # type: ignore[arg-type]
-            return self._call(_Sum(), rows, rows.new_ones(len(rows)))
-        finally:
-            parameters.update(kept)
+        own = copy.copy(self)
+        own._one = [with_own_parameters(self._one[0], self.layout)]
+        for leaf in self.layout.parts if matrices else ():
+            value = self._parameter(leaf).detach().clone()
+            for projection, values in matrices.items():
+                if (matrix := self.layout.matrices[projection]).leaf == leaf:
+                    matrix.of(value).copy_(values)
+            owner, _, name = leaf.rpartition(".")
+            own._one[0].get_submodule(owner)._parameters[name] = value  # type: ignore[assignment]
+        return own._call(Sum(), rows, rows.new_ones(len(rows)))
 
     @cached_property
     def is_proportional(self) -> bool:
@@ -201,8 +221,7 @@ class ExpertsSlot(nn.Module):
         if len(self.layout.parts) > len({matrix.leaf for matrix in self.layout.matrices.values()}):
             return False  # biases
         tried = copy.copy(self)
-        tried._one = [copy.copy(self._one[0])]
-        tried._one[0]._parameters = {}
+        tried._one = [with_own_parameters(self._one[0], self.layout)]
         generator = torch.Generator().manual_seed(0)
         for leaf, shape in self.layout.parts.items():
             tried._set(leaf, torch.randn(shape, generator=generator))
@@ -212,23 +231,26 @@ class ExpertsSlot(nn.Module):
         up.of(tried._parameter(up.leaf).data).mul_(factors[:, None])
         return torch.equal(tried.inner(rows), before * factors)
 
-    def _call(self, end: _Sum | _Product, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _call(self, end: Sum | Product, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Run the class's forward with the loaded expert alone up to where it meets its end; gives what is there."""
-        index = torch.zeros((len(rows), 1), dtype=torch.long, device=rows.device)
+        choices = max(self.layout.counters.values())
+        index = torch.arange(choices, device=rows.device).expand(len(rows), choices)
+        routing = () if self.layout.stacked else (index, weights[:, None].expand_as(index))
         try:
             with end:
-                self._forward(self._one[0], rows, index, weights[:, None])
-        except _Interrupt as found:
-            return found.value
+                result: torch.Tensor = self._forward(self._one[0], rows, *routing)
+        except Interrupt as found:
+            return found.value.flatten(0, -2)
+        if self.layout.stacked and isinstance(end, Sum):
+            return result
         raise AssertionError(f"{type(self._one[0]).__name__}: its forward has no {end.what}")
 
     def _parameter(self, leaf: str) -> torch.Tensor:
-        parameter = self._one[0]._parameters[leaf]
-        assert parameter is not None
-        return parameter
+        return self._one[0].get_parameter(leaf)
 
     def _set(self, leaf: str, value: torch.Tensor) -> None:
-        self._one[0]._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        owner, _, name = leaf.rpartition(".")
+        self._one[0].get_submodule(owner)._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
 @dataclass(slots=True)
@@ -252,7 +274,7 @@ class ExpertsRun:
     @property
     def complete(self) -> bool:
         """Whether batches can go on."""
-        return self.current == self.slot.layout.count
+        return self.current == self.slot.ends
 
     def reach(self, number: int) -> None:
         """Let all batches pass the experts before this one, and load it; one that they have passed is read anew."""
@@ -328,41 +350,3 @@ class _OnTheSpot(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, torch.Tensor]:
         by_hidden, by_weights = ctx.slot.gradients(Visit(*ctx.saved_tensors), gradient)
         return None, by_hidden, None, by_weights
-
-
-class _Interrupt(BaseException):
-    """Carries a tensor out of a forward that need not be finished."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        super().__init__()
-        self.value = value
-
-
-class _Sum(TorchFunctionMode):
-    """Ends a forward where something is added to rows of its output, with what that was."""
-
-    what = "sum over experts"
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.index_add_:
-            raise _Interrupt(args[3])
-        return func(*args, **(kwargs or {}))
-
-
-class _Product(TorchFunctionMode):
-    """Ends a forward where something is multiplied by a parameter, with what that was."""
-
-    what = "product with its down projection"
-
-    def __init__(self, parameter: torch.Tensor) -> None:
-        super().__init__()
-        self._storage = parameter.untyped_storage().data_ptr()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        factor = args[1] if len(args) > 1 else None
-        if isinstance(factor, torch.Tensor) and factor.dim() > 1 and self._is_part(factor):
-            raise _Interrupt(args[0])
-        return func(*args, **(kwargs or {}))
-
-    def _is_part(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() == self._storage

@@ -85,9 +85,9 @@ class Site:
         return self.experts is None or self.experts.layout.matrices[self.projection].leaf not in self.experts.whole
 
     @property
-    def readable(self) -> bool:
-        """Whether transformers has a name for it by itself, under which it reads it from an artifact."""
-        return self.experts is None or self.experts.artifact_name(self.expert, self.projection) is not None
+    def unread(self) -> str:
+        """Why transformers reads no artifact that has it quantized; "" where it does."""
+        return "" if self.experts is None else self.experts.unread
 
     @property
     def prefix(self) -> str:

@@ -188,8 +188,12 @@ class Format(Reader, Protocol):
         """
         check_output_directory(output)
 
-    def check_experts(self, scheme: Scheme) -> None:
+    def check_experts(self, scheme: Scheme, *, apart: bool) -> None:
         """Refuse a scheme in which no reader of the format takes the experts of a mixture; by default all.
+
+        Args:
+            scheme: of the experts.
+            apart: whether transformers makes linears of them where it knows the format to need that.
 
         Raises:
             UnsupportedError: with the format and the schemes that are read.
@@ -199,11 +203,12 @@ class Format(Reader, Protocol):
             "use format: compressed-tensors"
         )
 
-    def check_dense_experts(self, schemes: Collection[Scheme]) -> None:
-        """Refuse schemes of other linears beside which no reader takes dense experts, each in tensors of its own.
+    def check_dense_experts(self, schemes: Collection[Scheme], *, apart: bool) -> None:
+        """Refuse schemes of other linears beside which no reader takes dense experts; by default none.
 
         Args:
             schemes: of all that is quantized.
+            apart: see :meth:`check_experts`; otherwise each expert is in tensors of its own.
 
         Raises:
             UnsupportedError: with what to do instead.

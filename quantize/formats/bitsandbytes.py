@@ -13,7 +13,7 @@ magnitude of every row, which stands for 127.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,6 +75,21 @@ class BitsAndBytes(Format):
             return
         sizes = ", ".join(f"g{size}" for size in _BLOCKS)
         raise UnsupportedError(f"scheme {scheme}: bitsandbytes stores nf4 and nf4-dq (with {sizes}), llm.int8 and w8a8")
+
+    def check_experts(self, scheme: Scheme, *, apart: bool) -> None:
+        if not apart or scheme.input_kind is not None:
+            raise UnsupportedError(
+                f"scheme {scheme}: transformers reads bitsandbytes in linears alone, and has the experts of this model "
+                "in one tensor or would quantize what comes to them; leave them dense with an override "
+                "(match: '*.experts.*', scheme: none), or use format: compressed-tensors"
+            )
+
+    def check_dense_experts(self, schemes: Collection[Scheme], *, apart: bool) -> None:
+        if apart:
+            raise UnsupportedError(
+                "transformers makes linears of this model's experts where others are quantized, and finds no weights "
+                "for dense ones; quantize the experts too (nf4)"
+            )
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         # 127 scales in bfloat16 are exact in float32, so the row's largest magnitude gives the scale back.

@@ -63,15 +63,27 @@ class CompressedTensors(Format):
                 f"scheme {scheme}: compressed-tensors stores int8 activations with w8a8-channel-sym weights only"
             )
 
-    def check_experts(self, scheme: Scheme) -> None:
+    def check_experts(self, scheme: Scheme, *, apart: bool) -> None:
         # transformers 5.23 merges the experts of a layer as it loads them, from these two layouts alone.
         if not scheme.symmetric or stored_layout(scheme) == "int-quantized":
             raise UnsupportedError(
                 f"scheme {scheme}: transformers reads experts in symmetric integers with 16-bit activations and in "
-                "E4M3 only (w4a16-g64, w8a16-g128, fp8); what else they have would be lost there"
+                "E4M3 only (w4a16-g64, w8a16-g128, fp8); what else they have would be lost there. Give them one of "
+                "these with an override (match: '*.experts.*')"
+            )
+        if apart and scheme.input_kind is not None:
+            raise UnsupportedError(
+                f"scheme {scheme}: transformers makes linears of these experts and quantizes what comes to them, which "
+                "is not measured here; give them a scheme with 16-bit activations with an override "
+                "(match: '*.experts.*', scheme: w8a16-g128)"
             )
 
-    def check_dense_experts(self, schemes: Collection[Scheme]) -> None:
+    def check_dense_experts(self, schemes: Collection[Scheme], *, apart: bool) -> None:
+        if apart:
+            raise UnsupportedError(
+                "transformers makes linears of this model's experts where others are quantized, and finds no weights "
+                "for dense ones; quantize the experts too (w4a16-g64, w8a16-g128)"
+            )
         # transformers 5.23 looks for codes in the tensors of experts wherever a group has integers, and drops the rest.
         others = [scheme for scheme in schemes if stored_layout(scheme) != "float-quantized"]
         if others:

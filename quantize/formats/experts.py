@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import SchemeError, UnsupportedError
 from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.methods.base import Method
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = ["check_experts", "gates_of"]
 
 
-def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], layout: Format) -> None:
-    """Refuse what no reader of mixtures has.
+def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], method: Method, layout: Format) -> None:
+    """Refuse what no reader of mixtures has, or what a method can't do to them.
 
     Args:
         skeleton: the model.
         assigned: the scheme of each of its sites; None stays dense.
+        method: what chooses codes.
         layout: of the artifact.
 
     Raises:
-        UnsupportedError: the format holds no experts in this scheme or of this class.
+        UnsupportedError: the format holds no experts in this scheme or of this class, or the method needs more of them
+            than the class gives.
         SchemeError: experts differ in their scheme.
     """
     experts = [site for site in skeleton.sites.values() if site.kind == "expert"]
@@ -36,29 +39,38 @@ def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], lay
             "Overrides have to match all of them, for example `*.experts.*`"
         )
     scheme = next(iter(schemes))
+    apart = any(site.experts is not None and site.experts.apart for site in experts)
     if scheme is None:
-        if any(site.stored_alone for site in experts):
-            layout.check_dense_experts({chosen for chosen in assigned.values() if chosen is not None})
+        if apart or any(site.stored_alone for site in experts):
+            layout.check_dense_experts({chosen for chosen in assigned.values() if chosen is not None}, apart=apart)
         return
-    layout.check_experts(scheme)
-    unread = [site for site in experts if not site.readable]
+    layout.check_experts(scheme, apart=apart)
+    unread = next((site.unread for site in experts if site.unread), "")
     if unread:
         raise UnsupportedError(
-            f"architecture {skeleton.architecture.model_type!r}: transformers reads the experts of a layer from one "
-            f"tensor ({unread[0].tensor}), which no format holds quantized, and has no names for each of them; leave "
-            "them dense with an override (match: '*.experts.*', scheme: none), and the other linears are quantized"
+            f"architecture {skeleton.architecture.model_type!r}: {unread}; leave them dense with an override "
+            "(match: '*.experts.*', scheme: none), and the other linears are quantized"
+        )
+    kind = skeleton.architecture.model_type
+    if method.original and any(slot.layout.stacked for slots in skeleton.experts for slot in slots.values()):
+        raise UnsupportedError(
+            f"architecture {kind!r}: {type(method).__name__.lower()} compares what comes to an expert with "
+            "what the original model has at the same tokens, and these experts get tokens only where the router sends "
+            "them; use gptq, awq, hqq or rtn"
         )
 
 
 def gates_of(skeleton: Skeleton) -> set[str]:
     """The linears of a mixture that stay dense unless an override says otherwise."""
-    experts = skeleton.architecture.experts if any(skeleton.experts) else 0
-    return {name for name, site in skeleton.sites.items() if _is_gate(site, experts)}
+    counts = {slot.ends for slots in skeleton.experts for slot in slots.values()}
+    if counts:
+        counts.add(skeleton.architecture.experts)
+    return {name for name, site in skeleton.sites.items() if counts and _is_gate(site, counts)}
 
 
-def _is_gate(site: Site, experts: int) -> bool:
+def _is_gate(site: Site, experts: Collection[int]) -> bool:
     """Whether a linear of a mixture decides where tokens go, or how much of a shared expert they get.
 
     Such stay dense: they are tiny, and a token that goes elsewhere is worse than any rounding of weights.
     """
-    return site.kind == "linear" and experts > 0 and site.rows in (1, experts)
+    return site.kind == "linear" and site.rows in (1, *experts)

@@ -167,13 +167,11 @@ def test_a_missing_expert_and_a_wrong_shape_are_named(tmp_path: Path, mixture: M
             Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
 
 
-@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("kind", [*WHOLE, "llama4_text"])
 def test_matrices_of_a_tensor_with_all_experts_are_sites_of_their_own(mixture: Mixture, kind: str) -> None:
-    """Oracle: what reaches them, times what a site reads, is what the resident model's experts make of it."""
     checkpoint = SafetensorsCheckpoint(mixture(kind))
     skeleton = Skeleton(checkpoint, CPU)
     stream = Stream(skeleton, windows()[:1], discover(skeleton, max(LENGTHS)), mode="lockstep")
-    model = load_mixture(mixture(kind))
     run = next(stream.blocks())
     stops = [stop for stop in run.plan.stops if run.site(stop.linears[0]).kind == "expert"]
     assert len(stops) == 2 * 4
@@ -181,16 +179,14 @@ def test_matrices_of_a_tensor_with_all_experts_are_sites_of_their_own(mixture: M
         (given,) = run.inputs(stop.linears[0])
         for name in stop.linears:
             site = run.site(name)
-            assert not site.readable and checkpoint.infos[site.tensor].shape[0] == 4
+            assert bool(site.unread) == (kind in WHOLE) and checkpoint.infos[site.tensor].shape[0] in (4, 4 * 32)
             assert site.shape == tuple(run.weight(name).shape) and torch.equal(site.read(checkpoint), run.weight(name))
             assert given.shape[1] == site.columns
     # All of the tensor's numbers are in exactly one matrix of one expert.
-    experts = model.get_submodule(next(iter(skeleton.experts[0])))
     for tensor in {run.site(stop.linears[0]).tensor for stop in stops}:
         sites = [site for site in skeleton.sites_of(0) if site.tensor == tensor]
         read = torch.cat([site.read(checkpoint).flatten() for site in sites])
         assert torch.equal(read.sort().values, checkpoint[tensor].flatten().sort().values)
-    assert experts.num_experts == 4
     stream.close()
 
 
@@ -206,7 +202,7 @@ def test_a_checkpoint_of_fused_experts_computes_what_one_of_single_ones_does(
     assert sites.keys() == others.keys()
     for site, other in zip(sites.values(), others.values(), strict=True):
         assert torch.equal(site.read(single), other.read(fused))
-        assert other.readable
+        assert not other.unread
     found, wanted = (stream_logits(checkpoint, windows(), device=CPU) for checkpoint in (fused, single))
     assert all(map(torch.equal, found, wanted))
 

@@ -156,6 +156,7 @@ CASES = [
     ("solar_open", "rtn", "w4a16-g32"),
     ("nemotron_h", "gptq", "w4a16-g16"),
     ("nemotron_h", "awq", "w4a16-g16"),
+    ("llama4_text", "gptq", "w4a16-g16"),
     ("qwen3_5_moe_text", "hqq", "w4a16-g32"),
     ("qwen2_moe", "signround", "w4a16-g16"),
 ]
@@ -208,12 +209,34 @@ def test_experts_that_no_reader_takes_one_by_one_are_refused_or_left_dense(
         quantize(mixture(kind), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     artifact, source = quantize(mixture(kind), tmp_path / "out", overrides=DENSE), SafetensorsCheckpoint(mixture(kind))
-    experts = [name for name, info in source.infos.items() if len(info.shape) == 3 and "expert" in name]
-    assert all(torch.equal(artifact[name], source[name]) for name in experts)
-    assert any(name.endswith("self_attn.q_proj.weight_packed") for name in artifact)
+    experts = {site.tensor for site in Skeleton(source, CPU).sites.values() if site.kind == "expert"}
+    assert experts and all(torch.equal(artifact[name], source[name]) for name in experts)
+    assert any("attn" in name and name.endswith(".weight_packed") for name in artifact)
     ours = next(stream_logits(open_dense(artifact), WINDOWS[:1], device=CPU))
     with torch.no_grad():
         assert torch.equal(ours, load_mixture(tmp_path / "out")(WINDOWS[0]).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("llama4_text", {"scheme": "fp8", "method": "rtn"}, "quantizes what comes to them, which is not measured here"),
+        ("llama4_text", {"method": "gptaq"}, "gptaq compares what comes to an expert .* use gptq, awq"),
+        ("llama4_text", {"overrides": DENSE}, "finds no weights for dense ones; quantize the experts too"),
+        ("longcat_flash", {}, r"others without weights behind them; leave them dense .*match: '\*\.experts\."),
+        (
+            "mixtral",
+            {"scheme": "nf4", "format": "bitsandbytes", "method": "rtn"},
+            "reads bitsandbytes in linears alone",
+        ),
+    ],
+)
+def test_experts_that_a_class_or_a_format_has_otherwise_are_refused(
+    mixture: Mixture, tmp_path: Path, kind: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        quantize(mixture(kind), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_dense_experts_beside_fp8(mixture: Mixture, tmp_path: Path) -> None:

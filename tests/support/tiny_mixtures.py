@@ -56,7 +56,7 @@ _GROUPED_ROUTING: Mapping[str, Any] = {
 _SIGMOID: Mapping[str, Any] = {**_GROUPED_ROUTING, "num_experts": 6}
 
 #: Model type → what its config has beside the sizes that all share.
-MIXTURES: Mapping[str, Mapping[str, Any]] = {
+MIXTURES: dict[str, Mapping[str, Any]] = {
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
     "qwen2_moe": {
@@ -175,8 +175,36 @@ MIXTURES: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }
+# Classes that say nothing of how they hold experts. Llama 4's get an input per expert and token; LongCat has experts
+# that give tokens back as they are; DBRX has matrices one below the other.
+MIXTURES["llama4_text"] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+    "moe_layers": [0, 1],
+}
+MIXTURES["longcat_flash"] = {
+    **_DEEPSEEK,
+    "n_routed_experts": 4,
+    "moe_topk": 2,
+    "zero_expert_num": 2,
+    "expert_ffn_hidden_size": 32,
+    "ffn_hidden_size": 96,
+    "num_layers": 2,
+    "num_hidden_layers": None,
+}
+MIXTURES["dbrx"] = {
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")),
+    "d_model": 64,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 128,
+    "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+    "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+}
 #: Those whose checkpoints hold a layer's experts in one tensor, and that transformers knows no other way to read.
-WHOLE = ("granitemoe", "granitemoehybrid", "granitemoeshared", "gemma4_text", "aria_text", "gpt_oss")
+WHOLE = ("granitemoe", "granitemoehybrid", "granitemoeshared", "gemma4_text", "aria_text", "gpt_oss", "dbrx")
 
 
 def tiny_mixture(directory: Path, kind: str, **config: Any) -> Path:

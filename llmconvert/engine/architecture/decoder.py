@@ -62,8 +62,13 @@ class Architecture:
 
     @property
     def layers(self) -> int:
-        """Decoder blocks."""
+        """Decoder layers; each attends once, or does what its kind has instead."""
         return self._number("num_hidden_layers")
+
+    @property
+    def blocks(self) -> int:
+        """Modules that the decoder passes one after the other; some families have several layers in one."""
+        return self.layers // self._quirks.layers_per_block
 
     @property
     def hidden_size(self) -> int:

@@ -141,24 +141,24 @@ class WholeTensor:
 
     Attributes:
         name: in the checkpoint.
-        count: of experts.
+        rows: of it that an expert has.
         turned: whether the other two dimensions are stored the other way round.
         in_turns: whether the first of them has two halves in turns that the class has one behind the other.
     """
 
     name: str
-    count: int
+    rows: int
     turned: bool = False
     in_turns: bool = False
 
     @classmethod
-    def of(cls, info: TensorInfo, shape: tuple[int, ...], count: int, conversion: Conversion | None) -> WholeTensor:
+    def of(cls, info: TensorInfo, shape: tuple[int, ...], rows: int, conversion: Conversion | None) -> WholeTensor:
         """See :func:`is_whole`.
 
         Args:
             info: of the tensor.
             shape: of the parameter.
-            count: of experts.
+            rows: of it that an expert has.
             conversion: how it is loaded, if not as it is.
 
         Raises:
@@ -181,12 +181,11 @@ class WholeTensor:
         stored = (shape[0], shape[2], shape[1]) if turned else shape
         if info.shape != stored:
             raise CheckpointError(f"tensor {info.name!r} has shape {list(info.shape)}, config.json says {list(stored)}")
-        return cls(info.name, count, turned, in_turns)
+        return cls(info.name, rows, turned, in_turns)
 
     def read(self, checkpoint: Checkpoint, number: int) -> torch.Tensor:
         """What it has of one expert, with as many rows in front as that takes, in memory of the caller's own."""
-        rows = checkpoint.infos[self.name].shape[0] // self.count
-        part = checkpoint.read_rows(self.name, number * rows, (number + 1) * rows)
+        part = checkpoint.read_rows(self.name, number * self.rows, (number + 1) * self.rows)
         if self.turned:
             part = part.transpose(1, 2).contiguous()
         if self.in_turns:
@@ -205,6 +204,7 @@ class StoredExperts:
         whole: parameters of the module that the checkpoint has in one tensor, by their names in it.
         written: matrix → what artifacts call it, without ``.weight`` and with ``*`` for the expert, where transformers
             reads experts so; empty where it does not.
+        apart: whether transformers puts a linear for each matrix in their place as it loads a quantized model.
     """
 
     name: str
@@ -212,6 +212,20 @@ class StoredExperts:
     names: Mapping[str, str]
     whole: Mapping[str, WholeTensor]
     written: Mapping[str, str]
+    apart: bool
+
+    @property
+    def unread(self) -> str:
+        """Why transformers reads no artifact that has these experts quantized; "" where it does."""
+        if self.layout.passing:
+            return "transformers takes no quantized experts of a class that has others without weights behind them"
+        first = next(iter(self.layout.matrices))
+        if self.artifact_name(0, first) is None:
+            return (
+                f"transformers reads the experts of a layer from one tensor ({self.tensor(0, first)}), which no format "
+                "holds quantized, and has no names for each of them"
+            )
+        return ""
 
     def tensor(self, number: int, projection: str) -> str:
         """The tensor that holds a matrix, by itself or with others."""

@@ -8,8 +8,8 @@ known here of classes that say nothing, becomes one description.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,8 +19,14 @@ __all__ = ["ExpertsLayout", "Matrix", "expert_parameter", "find_experts"]
 
 _GATE, _UP, _DOWN = "gate_proj", "up_proj", "down_proj"
 _FUSED = "gate_up_proj"
-# What a class says of itself.
+# What a class says of itself: whether there is a gate, are biases, parameters are transposed, the gate comes whole.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+# The same of classes that say nothing.
+_UNSAID: Mapping[str, Sequence[bool]] = {
+    "Llama4TextExperts": (True, False, True, True),
+    "LongcatFlashExperts": (True, False, False, True),
+    "Step3p7Experts": (True, False, False, True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,10 @@ class ExpertsLayout:
         parts: what a parameter has of one expert, by name: the shape of as many of its first rows.
         matrices: gate, up and down, or up and down, by :data:`their names here <llmconvert.engine.sites.Site>`, in the
             order in which a token meets them.
-        counters: attributes of the module with the number of experts.
+        counters: attributes of the module that say how many experts there are, with what they are for one of them.
+        passing: how many experts come behind these that give tokens back as they are.
+        stacked: whether the module gets one input per expert and token, zero where the token does not go there,
+            instead of tokens and where they go.
     """
 
     count: int
@@ -66,23 +75,24 @@ class ExpertsLayout:
     hidden_size: int
     parts: Mapping[str, tuple[int, ...]]
     matrices: Mapping[str, Matrix]
-    counters: tuple[str, ...] = ("num_experts",)
+    counters: Mapping[str, int] = field(default_factory=lambda: {"num_experts": 1})
+    passing: int = 0
+    stacked: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> ExpertsLayout | None:
         """Of a module of a class that is known; None for any other."""
-        flags: list[Any] = [getattr(module, flag, None) for flag in _FLAGS]
+        kind = type(module).__name__
+        if kind == "DbrxExperts":
+            return cls._of_dbrx(module)
+        said = (getattr(module, flag, None) for flag in _FLAGS)
+        has_gate, has_bias, transposed, concatenated = _UNSAID.get(kind, said)
         shapes = {leaf: tuple(value.shape) for leaf, value in module.named_parameters(recurse=False)}
-        count: Any = getattr(module, "num_experts", None)
-        if None in flags or not isinstance(count, int):
-            return None
-        has_gate, has_bias, transposed, concatenated = flags
         first = _FUSED if has_gate else _UP
-        matrices = {first, _DOWN}
-        biases = {f"{leaf}_bias" for leaf in matrices} if has_bias else set()
-        if set(shapes) != matrices | biases or any(shape[:1] != (count,) for shape in shapes.values()):
+        biases = {f"{leaf}_bias" for leaf in (first, _DOWN)} if has_bias else set()
+        if None in (has_gate, has_bias, transposed, concatenated) or set(shapes) != {first, _DOWN} | biases:
             return None
-        if any(len(shapes[leaf]) != 3 for leaf in matrices):
+        if any(len(shapes[leaf]) != 3 for leaf in (first, _DOWN)):
             return None
         inputs, outputs = shapes[first][1:] if transposed else shapes[first][:0:-1]
         inner = outputs // 2 if has_gate else outputs
@@ -91,10 +101,28 @@ class ExpertsLayout:
             gates = {_GATE: slice(0, inner), _UP: slice(inner, None)}
         elif has_gate:
             gates = {_GATE: slice(0, None, 2), _UP: slice(1, None, 2)}
-        found = {name: Matrix(first, inner, inputs, part, transposed) for name, part in gates.items()}
-        found[_DOWN] = Matrix(_DOWN, inputs, inner, slice(None), transposed)
+        found = {name: Matrix(first, inner, inputs, part, bool(transposed)) for name, part in gates.items()}
+        found[_DOWN] = Matrix(_DOWN, inputs, inner, slice(None), bool(transposed))
         parts = {leaf: (1, *shape[1:]) for leaf, shape in shapes.items()}
-        return cls(count, inner, inputs, parts, found)
+        count = shapes[_DOWN][0]
+        if kind == "LongcatFlashExperts":
+            # With a single choice for a token its forward fails: the other one is an expert that passes.
+            counters = {"num_routed_experts": 1, "total_experts": 2}
+            return cls(count, inner, inputs, parts, found, counters, passing=shapes[first][0] - count)
+        return cls(count, inner, inputs, parts, found, stacked=kind == "Llama4TextExperts")
+
+    @classmethod
+    def _of_dbrx(cls, module: nn.Module) -> ExpertsLayout:
+        """Matrices of all experts one below the other, in a module inside."""
+        count: Any = module.num_experts
+        height, width = module.get_parameter("mlp.w1").shape
+        inner = height // count
+        found = {
+            _GATE: Matrix("mlp.w1", inner, width, slice(None), transposed=False),
+            _UP: Matrix("mlp.v1", inner, width, slice(None), transposed=False),
+            _DOWN: Matrix("mlp.w2", width, inner, slice(None), transposed=True),
+        }
+        return cls(count, inner, width, {matrix.leaf: (inner, width) for matrix in found.values()}, found)
 
     @property
     def numel(self) -> int:

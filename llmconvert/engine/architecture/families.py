@@ -53,6 +53,7 @@ class Quirks:
         rotary_window: whether that applies only to models with a sliding window.
         alibi: whether positions enter as ALiBi biases whatever the config says.
         eager: whether only eager attention gives the reference result.
+        layers_per_block: how many of the config's layers a decoder block holds.
     """
 
     kv_heads: str = "num_key_value_heads"
@@ -63,6 +64,7 @@ class Quirks:
     rotary_window: bool = False
     alibi: bool = False
     eager: bool = False
+    layers_per_block: int = 1
 
 
 QUIRKS: Mapping[str, Quirks] = {
@@ -72,6 +74,7 @@ QUIRKS: Mapping[str, Quirks] = {
     "falcon": Quirks(kv_heads="num_kv_heads", multi_query=True, grouped_by="new_decoder_architecture"),
     "gemma2": Quirks(eager=True),
     "gpt_bigcode": Quirks(multi_query=True),
+    "longcat_flash": Quirks(layers_per_block=2),
     "mpt": Quirks(eager=True),
     "smollm3": Quirks(rotary_flags="no_rope_layers"),
 }

@@ -132,7 +132,7 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     They have as many modules as the config says, of the classes that the model declares as its blocks; in classes that
     declare none, or whose config counts another part's layers, all lists with weights that no other list holds can be.
     """
-    count = Architecture.of(model.config).layers
+    count = Architecture.of(model.config).blocks
     kinds = set(model._no_split_modules or ())
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from transformers import PreTrainedModel
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from llmconvert.engine.architecture.expert_storage import (
     Conversions,
@@ -103,20 +104,24 @@ def stored_experts(
             continue  # nothing needs them
         whole: dict[str, WholeTensor] = {}
         written: dict[str, str] = {}
+        apart = type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
         for leaf in layout.parts:
             tensor = names.get(f"{name}.{leaf}")
             if tensor is None:
                 continue
             shape = tuple(module.get_parameter(leaf).shape)
             target, conversion = conversions.target(tensor)
-            whole[leaf] = WholeTensor.of(checkpoint.infos[tensor], shape, layout.count, conversion)
+            whole[leaf] = WholeTensor.of(checkpoint.infos[tensor], shape, layout.parts[leaf][0], conversion)
             matrices = [projection for projection, matrix in layout.matrices.items() if matrix.leaf == leaf]
             each = conversions.one_by_one(target, tensor)
             if len(each) == len(matrices):
                 paired = zip(matrices, each, strict=True)
                 written |= {projection: other.removesuffix(".weight") for projection, other in paired}
+            elif apart:
+                stem = tensor.removesuffix(leaf)
+                written |= {projection: f"{stem}*.{projection}" for projection in matrices}
         complete = set(written) == {key for key, matrix in layout.matrices.items() if matrix.leaf in whole}
-        found[name] = StoredExperts(name, layout, names, whole, written if complete else {})
+        found[name] = StoredExperts(name, layout, names, whole, written if complete else {}, apart)
     return found
 
 
