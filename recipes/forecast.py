@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from llmconvert.context import Context
 from llmconvert.engine.sites import Site
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import SchemeError, UnsupportedError
 from llmconvert.needs import Needs
 from llmconvert.quantize.job import plan_quantize
 from llmconvert.quantize.mixed_precision.budget import Budget
@@ -19,7 +20,7 @@ from llmconvert.quantize.passes.run import QuantizePlan
 from llmconvert.quantize.plan import Override, QuantizeRequest, Statistics
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
-from llmconvert.recipes.schema.recipe import BudgetSettings, QuantizeSettings
+from llmconvert.recipes.schema.recipe import QuantizeSettings
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import Layout
 
@@ -142,8 +143,22 @@ def foresee_quantization(
         windows=windows,
         context=context,
     )
-    least, most = (plan_with(bound) for bound in _bounds(scheme, budget))
-    largest = int(min(most.container.layout.nbytes, _within(least, source, budget.bits_per_weight)))
+    symmetry = "" if scheme.symmetric else "-asym"
+    # One scale per channel takes the least of all groupings, and fits every layer; the smallest groups take the most.
+    coarse = [f"g{size}" for size in sorted(budget.group_sizes, reverse=True)]
+    fine = f"w{max(budget.bits)}a16-g{min(budget.group_sizes)}{symmetry}"
+    note = f"bits by layer are chosen by measured sensitivity, {budget.bits_per_weight:g} per weight at most"
+    try:
+        least = _first([f"w{min(budget.bits)}a16-{group}{symmetry}" for group in ("channel", *coarse)], plan_with)
+    except (SchemeError, UnsupportedError):  # only what is chosen goes together, which is not known yet
+        if repaired:
+            raise
+        return Forecast(choice.needs, notes=(note,))
+    try:
+        most = plan_with(Scheme.parse(fine))
+        largest = min(most.container.layout.nbytes, int(_within(least, source, budget.bits_per_weight)))
+    except SchemeError:  # layers that these groups don't divide get others; the budget bounds all of them
+        most, largest = least, int(_within(least, source, budget.bits_per_weight))
     smallest = min(least.container.layout.nbytes, largest)
     needs = choice.needs.then(most.needs)
     return Forecast(
@@ -156,17 +171,21 @@ def foresee_quantization(
         kind=f"{kind} budget",
         work=_work(least, tokens),
         readers=str(least.readers),
-        notes=(f"bits by layer are chosen by measured sensitivity, {budget.bits_per_weight:g} per weight at most",),
+        notes=(note,),
     )
 
 
-def _bounds(scheme: Scheme, budget: BudgetSettings) -> tuple[Scheme, Scheme]:
-    """The smallest and the largest scheme that a budget may choose."""
-    words = "" if scheme.symmetric else "-asym"
-    return (
-        Scheme.parse(f"w{min(budget.bits)}a16-g{max(budget.group_sizes)}{words}"),
-        Scheme.parse(f"w{max(budget.bits)}a16-g{min(budget.group_sizes)}{words}"),
-    )
+def _first(schemes: Sequence[str], plan_with: Callable[[SchemeOrMix], QuantizePlan]) -> QuantizePlan:
+    """The plan with the first scheme that format and layers take.
+
+    Raises:
+        UsageError: none of them goes; what the last one lacks.
+    """
+    *others, last = schemes
+    for scheme in others:
+        with suppress(SchemeError, UnsupportedError):
+            return plan_with(Scheme.parse(scheme))
+    return plan_with(Scheme.parse(last))
 
 
 def _within(plan: QuantizePlan, source: Checkpoint, bits: float) -> float:

@@ -64,8 +64,10 @@ def test_sizes_are_exact_in_every_format(
     assert plan.needs.disk >= taken - sum(path.stat().st_size for path in result.artifact.rglob("*") if path.is_file())
 
 
-def test_a_budget_has_bounds_that_hold(write_recipe: Writer) -> None:
-    quantize = {"method": "gptq", "budget": {"bits_per_weight": 5, "bits": [3, 4, 8], "group_sizes": [32]}}
+@pytest.mark.parametrize("sizes", [[32], [32, 128], [16, 48]], ids=str)
+def test_a_budget_has_bounds_that_hold(write_recipe: Writer, sizes: list[int]) -> None:
+    """Of groups that don't divide every layer (64 and 128 columns), too."""
+    quantize = {"method": "gptq", "budget": {"bits_per_weight": 6, "bits": [3, 4, 8], "group_sizes": sizes}}
     recipe = load_recipe(write_recipe(quantize=quantize, validate=None))
     step = step_of(plan_recipe(recipe), "quantize")
     assert step.least is not None and step.least < step.nbytes
