@@ -2,8 +2,8 @@
 
 A layer caches keys and values for every token of the context (full attention), for the last ``window - 1`` of them
 (sliding window, as transformers keeps it: the newest token brings its own), a compressed latent (MLA, DeepSeek-V2,
-arXiv 2405.04434; what a runtime with its kernels keeps, transformers expands it), or nothing that grows (linear
-attention).
+arXiv 2405.04434; what a runtime with its kernels keeps, transformers expands it), or nothing that grows with
+the text (linear attention, attention to images).
 """
 
 from __future__ import annotations
@@ -56,6 +56,6 @@ def cache_layout(architecture: Architecture, kv_heads: int | None = None) -> Cac
 
 def _layer(architecture: Architecture, kind: str, kv_heads: int | None) -> CacheLayer:
     values = architecture.latent_size or 2 * (kv_heads or architecture.kv_heads) * architecture.head_dim
-    grows = kind.endswith("attention") and not kind.startswith("linear")
+    grows = kind.endswith("attention") and not kind.startswith(("linear", "cross"))
     reach = architecture.reach(kind)
     return CacheLayer(values if grows else 0, None if reach is None else reach - 1)

@@ -109,5 +109,5 @@ def test_models_that_need_an_image_are_refused(tmp_path: Path) -> None:
     text = {**small, "vocab_size": 64, "encoder_hidden_size": 32}
     config = BlipConfig(text_config=text, vision_config={**small, "image_size": 16, "patch_size": 8})
     BlipForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match=r"'blip'.* does not run on text alone: .*pixel_values"):
+    with pytest.raises(UnsupportedError, match=r"'blip'.* cannot be traced on text alone: .*pixel_values"):
         Skeleton(SafetensorsCheckpoint(tmp_path), CPU)

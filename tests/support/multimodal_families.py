@@ -16,7 +16,7 @@ import transformers
 from support.tiny_models import tiny_tokenizer
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Family", "image_features", "save_family"]
+__all__ = ["FAMILIES", "Family", "family_config", "image_features", "save_family"]
 
 _TEXT: Mapping[str, Any] = {
     "vocab_size": 320,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,8 +43,8 @@ class _Blank:
 def restore_buffers(model: PreTrainedModel, device: torch.device, *, idle: Collection[str], most: int) -> None:
     """Compute the non-persistent buffers of a model (rotary frequencies, embedding scales); weights stay as they are.
 
-    transformers computes them where it initializes weights: in a module's own turn, or in its parent's. So all
-    modules take their turn here, with the weights marked as initialized.
+    transformers computes them where it initializes weights: in a module's own turn, or in that of one around it. So
+    these modules take their turn here, with the weights marked as initialized.
 
     Args:
         model: on any device.
@@ -65,9 +66,10 @@ def restore_buffers(model: PreTrainedModel, device: torch.device, *, idle: Colle
             for weight in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 weight._is_hf_initialized = True
         for path, module in modules.items():
-            module._is_hf_initialized = False
             for name in sorted(module._non_persistent_buffers_set):
                 if (buffer := module._buffers[name]) is not None:
+                    for part in _around(model, path):
+                        part._is_hf_initialized = False
                     blank = _Blank.like(buffer, device)
                     module._buffers[name] = blank.tensor
                     transient.append((f"{path}.{name}", module, name, blank))
@@ -78,6 +80,12 @@ def restore_buffers(model: PreTrainedModel, device: torch.device, *, idle: Colle
                 f"architecture {kind!r}: nothing computes {path!r}, which no checkpoint holds, from these "
                 "settings; the streaming engine cannot run it"
             )
+
+
+def _around(model: nn.Module, path: str) -> Iterator[Any]:
+    """A module and all those that it lies in."""
+    names = path.split(".") if path else []
+    yield from (model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1))
 
 
 def _check_sizes(modules: Mapping[str, nn.Module], most: int) -> None:

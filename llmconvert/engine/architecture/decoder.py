@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmconvert.engine.architecture.config import read_config
-from llmconvert.engine.architecture.families import CONTEXT, EXPERTS, INNER_SIZES, QUIRKS, Quirks
+from llmconvert.engine.architecture.families import CONTEXT, EXPERTS, IMAGE_LAYERS, INNER_SIZES, QUIRKS, Quirks
 from llmconvert.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -132,11 +132,15 @@ class Architecture:
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
-        """transformers' name of each layer's kind, ``full_attention`` or ``sliding_attention``, for example."""
+        """transformers' name of each layer's kind, ``full_attention`` or ``sliding_attention``, for example.
+
+        Layers that attend to images, and to no token of the text, are ``cross_attention``.
+        """
         kinds: Sequence[str] | None = self._get("layer_types")
         if kinds:
             return tuple(kinds)
-        return ("sliding_attention" if self.window else "full_attention",) * self.layers
+        usual, images = "sliding_attention" if self.window else "full_attention", self._get(IMAGE_LAYERS) or ()
+        return tuple("cross_attention" if layer in images else usual for layer in range(self.layers))
 
     @property
     def window(self) -> int | None:

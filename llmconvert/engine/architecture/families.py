@@ -14,6 +14,7 @@ __all__ = [
     "EMBEDDINGS",
     "EXPERTS",
     "HEADS",
+    "IMAGE_LAYERS",
     "INNER_SIZES",
     "LEARNED_POSITIONS",
     "LINEARS",
@@ -27,6 +28,8 @@ CONTEXT = "max_position_embeddings"
 INNER_SIZES = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 #: Settings that hold the number of experts in a layer.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+#: The setting that lists the layers that attend to images alone.
+IMAGE_LAYERS = "cross_attention_layers"
 #: What the names of tensors with learned positions end with.
 LEARNED_POSITIONS = (".wpe.weight", "wpe.weight", "embed_positions.weight", "position_embeddings.weight")
 #: What the names of embeddings and output heads contain.

@@ -117,7 +117,7 @@ def _trace(model: PreTrainedModel, kind: str) -> frozenset[str]:
             for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 owners[value.untyped_storage()._cdata] = name
         ids = torch.zeros((1, _LENGTH), dtype=torch.long)
-        with foreign_settings(f"architecture {kind!r} does not run on text alone"), _Readings(owners, reached):
+        with foreign_settings(f"architecture {kind!r} cannot be traced on text alone"), _Readings(owners, reached):
             model(input_ids=ids, use_cache=False)
     parents = {name[:end] for name in reached for end, letter in enumerate(name) if letter == "."}
     inside = {name for name, module in model.named_modules() if isinstance(module, _Experts)}

@@ -14,6 +14,7 @@ from support.tiny_models import tiny_llama_dir
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from llmconvert.api import quantize_model
 from llmconvert.engine.architecture.decoder import Architecture
@@ -94,6 +95,21 @@ def test_a_buffer_that_is_half_computed_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(type(skeleton.model), "_init_weights", half)
     with pytest.raises(UnsupportedError, match=r"nothing computes 'extra\.table'"):
         skeleton.restore_buffers()
+
+
+def test_modules_without_buffers_take_no_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some classes ask there for weights of parts of theirs that a slot stands for."""
+    skeleton = Skeleton(SafetensorsCheckpoint(save_tiny(tmp_path, "llama")), CPU)
+    original: Any = LlamaPreTrainedModel._init_weights
+    seen: list[str] = []
+
+    def noted(self: nn.Module, module: nn.Module) -> None:
+        seen.append(type(module).__name__)
+        original(self, module)
+
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", noted)
+    skeleton.restore_buffers()
+    assert "LlamaRotaryEmbedding" in seen and not {"LlamaMLP", "LlamaDecoderLayer", "Linear"} & set(seen)
 
 
 def test_buffers_are_the_same_when_restored_again_and_weights_stay(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.multimodal_families import FAMILIES, family_config
 from support.tiny_architectures import ARCHITECTURES, tiny_model
 from support.tiny_models import tiny_llama_dir
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -67,3 +68,10 @@ def test_a_difference_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cache_size, "measured_cache_nbytes", lambda *_: 1)
     check = measure(tiny_llama_dir(tmp_path / "m"), CacheCheck((64,), (1,)))
     assert not check.ok and "instead of" in check.text
+
+
+def test_layers_that_attend_to_images_keep_nothing_of_the_text() -> None:
+    config = family_config(FAMILIES["mllama"])
+    layout = cache_layout(Architecture.of(config))
+    assert [layer.values > 0 for layer in layout.layers] == [True, False, True, False]
+    assert layout.nbytes(50) == measured_cache_nbytes(config.to_dict(), 50)
