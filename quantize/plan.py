@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.sites import Site
@@ -18,7 +17,9 @@ from llmconvert.engine.statistics import hessian_nbytes
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
 from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.formats.coverage import check_coverage
 from llmconvert.quantize.formats.experts import check_experts, gates_of
+from llmconvert.quantize.formats.loading import asked_for, check_joined, left_dense, unloadable
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQuantizer
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
@@ -102,6 +103,7 @@ class QuantizationPlan:
         declared: what ``config.json`` says about them.
         uncalibrated: linears with a scheme that a calibrated method has no inputs for, since the forward never calls
             them; they are rounded to nearest.
+        asked: linears left dense because transformers' class sets their weights by name while it loads.
     """
 
     schemes: Mapping[str, Scheme]
@@ -110,16 +112,19 @@ class QuantizationPlan:
     specs: tuple[TensorSpec, ...]
     declared: Mapping[str, Any]
     uncalibrated: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is otherwise than asked for, a sentence each."""
-        count = len(self.uncalibrated)
-        return tuple(
-            f"{count} of {len(self.schemes)} linears take no part when text alone passes the model ({first}, …); "
-            "without inputs to be calibrated on they are rounded to nearest; an override with scheme: none keeps them"
-            for first in self.uncalibrated[:1]
-        )
+        notes: list[str] = []
+        if self.uncalibrated:
+            notes.append(
+                f"{len(self.uncalibrated)} of {len(self.schemes)} linears take no part when text alone passes the "
+                f"model ({self.uncalibrated[0]}, …); without inputs to be calibrated on they are rounded to nearest; "
+                "an override with scheme: none keeps them"
+            )
+        return *notes, *([left_dense(self.asked)] if self.asked else ())
 
 
 def plan_quantization(
@@ -140,10 +145,13 @@ def plan_quantization(
     usual = [scheme] if isinstance(scheme, Scheme) else scheme.values()
     for used in {*usual, *(override.scheme for override in overrides if override.scheme)}:
         check_combination(method, used, layout)
-    _check_architecture(skeleton)
+    prefixes = [skeleton.prefix(index) for index in range(skeleton.block_count)]
+    check_coverage(skeleton.model, skeleton.blocks, prefixes, skeleton.linears)
     sites = skeleton.sites
     gates = gates_of(skeleton)
-    dense = gates | (_idle(blocks) if skeleton.reach.idle else set())
+    check_joined(skeleton, layout)
+    asked = asked_for(skeleton, scheme, layout) if isinstance(scheme, Scheme) else frozenset()
+    dense = gates | asked | (_idle(blocks) if skeleton.reach.idle else set())
     own = {name: scheme if isinstance(scheme, Scheme) else scheme.get(site.tensor) for name, site in sites.items()}
     assigned = {name: _assigned(name, None if name in dense else own[name], overrides) for name in sites}
     check_experts(skeleton, assigned, method, layout)
@@ -153,7 +161,7 @@ def plan_quantization(
         if chosen is not None:
             chosen.check_fits(name, site.columns)
     if layout.fuses:
-        _check_fused(blocks, {name: chosen for name, chosen in assigned.items() if name not in gates})
+        _check_fused(blocks, {name: chosen for name, chosen in assigned.items() if name not in gates | asked})
     unreached = tuple(name for block in blocks for name in block.unreached if assigned[name] is not None)
     calibrated = method.calibration != "none"
     if calibrated and unreached and len(unreached) == sum(chosen is not None for chosen in assigned.values()):
@@ -161,6 +169,8 @@ def plan_quantization(
             f"{unreached[0]}: the model's forward never calls this linear, nor any other that is to be quantized, so "
             "none can be calibrated; use rtn"
         )
+    if asked and not any(assigned.values()):
+        raise UnsupportedError(unloadable(skeleton.architecture.model_type, asked))
     if not any(assigned.values()):
         raise SchemeError("the overrides leave no linear to quantize")
     schemes = {name: chosen for name, chosen in assigned.items() if chosen is not None}
@@ -177,7 +187,8 @@ def plan_quantization(
     declared = {called: chosen for name, chosen in schemes.items() for called in names.of_site(sites[name])}
     kept = names.kept([sites[name] for name, chosen in assigned.items() if chosen is None], declared)
     config = layout.quantization_config(declared, kept)
-    return QuantizationPlan(schemes, sites, kept, tuple(specs), config, unreached if calibrated else ())
+    left = tuple(name for name in sites if name in asked and name not in schemes)
+    return QuantizationPlan(schemes, sites, kept, tuple(specs), config, unreached if calibrated else (), left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +230,7 @@ class _DeclaredNames:
         sites = list(dense)
         # Experts are no linears: all of a layer go by the name of their module.
         called = ([site.layer] if site.kind == "expert" else self.of_site(site) for site in sites)
-        names = dict.fromkeys(name for found in called for name in found)
+        names = dict.fromkeys(self.skeleton.shared) | dict.fromkeys(name for found in called for name in found)
         experts = {site.tensor for site in sites if site.kind == "expert"}
         stored = {module: tensor.removesuffix(_WEIGHT) for tensor, module in self.modules.items()}
         embeddings: set[str] = set()
@@ -299,29 +310,6 @@ def _scaling_nbytes(block: BlockPlan, sites: Mapping[str, Site], method: Scaling
     held += 2 * method.sample_tokens * dtype.itemsize * sum(widths)
     heights = {stop: sum(sites[name].rows for name in stop.linears) for stop in block.stops}
     return held + max((method.scales_nbytes(rows, stop.columns) for stop, rows in heights.items()), default=0)
-
-
-def _check_architecture(skeleton: Skeleton) -> None:
-    """Refuse a model with experts, or with most weights outside linears: the artifact would look quantized and not be.
-
-    transformers keeps experts as three-dimensional parameters, and some older models have layers of their own
-    (GPT-2's ``Conv1D``) in the place of linears.
-    """
-    for index, (block, linears) in enumerate(zip(skeleton.blocks, skeleton.linears, strict=True)):
-        others: dict[str, nn.Parameter] = {}
-        for name, module in block.named_modules():
-            if not isinstance(module, nn.Embedding | _ConvNd) and skeleton.prefix(index) + name not in linears:
-                others |= {f"{name}.{leaf}": value for leaf, value in module.named_parameters(recurse=False)}
-        inside = sum(linear.weight.numel() for linear in linears.values())
-        outside = sum(value.numel() for value in others.values())
-        if outside > inside or any(sum(size > 1 for size in value.shape) > 2 for value in others.values()):
-            largest = max(others, key=lambda name: others[name].numel())
-            owner = type(block.get_submodule(largest.rpartition(".")[0])).__name__
-            raise UnsupportedError(
-                f"architecture {skeleton.architecture.model_type!r}: {outside / (inside + outside):.0%} of the weights "
-                f"of block {index} are not in linear layers, most of them in {owner} ({largest}); "
-                "such layers (experts, among others) cannot be quantized yet"
-            )
 
 
 def _idle(blocks: Sequence[BlockPlan]) -> set[str]:

@@ -28,9 +28,9 @@ def case(census: ModuleType, key: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["causal/qwen3_moe", "causal/lfm2", "image-text/qwen3_5"])
+@pytest.mark.parametrize("key", ["causal/qwen3_moe", "causal/zamba2", "causal/bart", "image-text/qwen3_5"])
 def test_classes_of_several_kinds_work(census: ModuleType, tmp_path: Path, key: str) -> None:
-    """A mixture, convolutions beside attention, a vision tower beside linear attention."""
+    """A mixture; weights that blocks share; linears that text never meets; a vision tower beside linear attention."""
     finding = census.examine(case(census, key), tmp_path)
     assert finding.verdict == "works", finding
     assert 0 < finding.quantized < finding.weights

@@ -25,7 +25,7 @@ from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.experts import find_experts
 from llmconvert.engine.architecture.model import build_meta_model, find_decoder, find_linears, forget_lengths
-from llmconvert.engine.architecture.names import map_names, stored_experts
+from llmconvert.engine.architecture.names import joined_tensors, map_names, stored_experts
 from llmconvert.engine.architecture.reach import find_reach
 from llmconvert.engine.experts import ExpertsSlot
 from llmconvert.engine.sites import Site, find_sites
@@ -130,6 +130,8 @@ class Skeleton:
         #: What of the model text reaches; the rest is never loaded.
         self.reach = find_reach(self.model, config, self.dtype, self.attention)
         self.names = map_names(self.model, checkpoint, self.reach.needs)
+        #: Parameters that are several tensors of the checkpoint, one behind the other.
+        self.joined = joined_tensors(self.model, checkpoint)
         #: Of the module of each layer's experts, by its name.
         self.stored_experts = stored_experts(self.model, checkpoint, self.names)
         whole = {f"{name}.{leaf}" for name, stored in self.stored_experts.items() for leaf in stored.whole}
@@ -140,10 +142,16 @@ class Skeleton:
         self.slots = [BlockSlot(block, index) for index, block in enumerate(self.blocks)]
         #: Of each block, by name: where it has experts.
         self.experts = [self._take_experts(index) for index in range(len(self.blocks))]
-        self.linears = [
+        tied = {*self.model.all_tied_weights_keys, *self.model.all_tied_weights_keys.values()}
+        found = [
             {self.prefix(index) + name: linear for name, linear in find_linears(block).items()}
             for index, block in enumerate(self.blocks)
         ]
+        self.linears = [
+            {name: linear for name, linear in linears.items() if f"{name}.weight" not in tied} for linears in found
+        ]
+        #: Linears whose weights several blocks share. No reader ties packed weights, so these stay as they are.
+        self.shared = tuple(name for linears in found for name in linears if f"{name}.weight" in tied)
         if fast_products and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:
             self._widen_products()
             use_attention(find_decoder(self.model), "float32")
@@ -268,7 +276,7 @@ class Skeleton:
                 continue
             for leaf in self._own_states(module, recurse=False):
                 name = f"{module_name}.{leaf}" if module_name else leaf
-                source = name if name in self.names else tied[name]
+                source = name if name in self.names or name in self.joined else tied[name]
                 if source not in loaded:
                     value = self._read(source, self._dtype_of(module, leaf))
                     loaded[source] = nn.Parameter(value, requires_grad=False)
@@ -284,7 +292,7 @@ class Skeleton:
                 continue
             for leaf in self._own_states(module, recurse=False):
                 name = f"{module_name}.{leaf}" if module_name else leaf
-                names.add(self.names.get(name) or self.names[self.model.all_tied_weights_keys[name]])
+                names.update(self._stored(name))
         return sum(self._numel(name) for name in names) * self.dtype.itemsize
 
     def block_nbytes(self, index: int) -> int:
@@ -323,13 +331,21 @@ class Skeleton:
 
     def _stored_names(self, index: int) -> list[str]:
         """What a block's weights are called in the checkpoint."""
-        return [self.names[self.prefix(index) + name] for name in self._own_states(self.blocks[index])]
+        own = (self._stored(self.prefix(index) + name) for name in self._own_states(self.blocks[index]))
+        return [name for names in own for name in names]
+
+    def _stored(self, name: str) -> tuple[str, ...]:
+        """The tensor of a parameter or buffer, or its parts; of one that is tied to another, that one's."""
+        if name in self.joined:
+            return self.joined[name]
+        return (self.names[name] if name in self.names else self.names[self.model.all_tied_weights_keys[name]],)
 
     def _numel(self, checkpoint_name: str) -> int:
         return int(torch.Size(self.checkpoint.infos[checkpoint_name].shape).numel())
 
     def _read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        tensor = self.checkpoint[self.names[name]]
+        parts = [self.checkpoint[stored] for stored in self._stored(name)]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         wanted = (dtype or self.dtype) if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=self.device, dtype=wanted)
 

@@ -134,6 +134,8 @@ _OTHERS: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 6,
         "layers_block_type": _ZAMBA,
         "n_mamba_heads": 2,
+        "mamba_dt_rank": 4,
+        "mamba_d_state": 4,
         "attention_head_dim": 32,
         "attention_hidden_size": 128,
     },

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -28,7 +29,7 @@ from llmconvert.engine.architecture.experts import ExpertsLayout, expert_paramet
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 
-__all__ = ["Conversion", "Conversions", "StoredExperts", "WholeTensor", "expert_matrix", "is_whole"]
+__all__ = ["Conversion", "Conversions", "StoredExperts", "WholeTensor", "expert_matrix", "is_joined", "is_whole"]
 
 _NUMBER = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 _EACH = ".*."
@@ -102,6 +103,18 @@ def is_whole(conversion: Conversion | None) -> bool:
     if conversion is None:
         return True
     return len(conversion.converter.source_patterns) == 1 and conversion.kinds <= {Transpose, Interleave}
+
+
+def is_joined(model: PreTrainedModel, parameter: str, conversion: Conversion) -> bool:
+    """Whether a parameter is several tensors one behind the other, and no matrix that anybody quantizes."""
+    owner, _, leaf = parameter.rpartition(".")
+    try:
+        held = leaf in dict(model.get_submodule(owner).named_parameters(recurse=False))
+    except AttributeError:
+        return False
+    operations = conversion.converter.operations
+    behind = len(operations) == 1 and isinstance(operations[0], Concatenate) and operations[0].dim == 0
+    return held and behind and not isinstance(model.get_submodule(owner), nn.Linear | nn.Embedding)
 
 
 def expert_matrix(

@@ -17,13 +17,14 @@ from llmconvert.engine.architecture.expert_storage import (
     StoredExperts,
     WholeTensor,
     expert_matrix,
+    is_joined,
     is_whole,
 )
 from llmconvert.engine.architecture.experts import ExpertsLayout, expert_parameter, find_experts
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["map_names", "stored_experts"]
+__all__ = ["joined_tensors", "map_names", "stored_experts"]
 
 
 def map_names(
@@ -56,6 +57,8 @@ def map_names(
         if conversion is not None and target not in whole:
             if not needed(target):
                 continue
+            if is_joined(model, target, conversion):
+                continue
             if target not in held:
                 raise UnsupportedError(
                     f"{type(model).__name__}: tensor {name!r} is made into {target!r} when transformers loads it, in a "
@@ -69,7 +72,8 @@ def map_names(
             raise CheckpointError(f"tensors {mapping[target]!r} and {name!r} are both meant for {target!r}")
         mapping[target] = name
     absent = [name for name in wanted if name not in mapping and name not in model.all_tied_weights_keys]
-    missing = [name for name in absent if needed(name)]
+    joined = {target for _, target, conversion in loaded if conversion is not None and target not in held}
+    missing = [name for name in absent if needed(name) and name not in joined]
     if missing:
         raise CheckpointError(
             f"{type(model).__name__}: the checkpoint has no tensor for {missing[0]!r}"
@@ -77,6 +81,30 @@ def map_names(
             + "; config.json and the weights do not belong together"
         )
     return mapping
+
+
+def joined_tensors(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
+    """Parameters that transformers makes of several tensors, one behind the other → these, in order.
+
+    Kernels of short convolutions of queries, keys and values are such: nobody quantizes them, and a checkpoint keeps
+    them apart.
+
+    Raises:
+        CheckpointError: some of the tensors of one are missing.
+    """
+    conversions, parts = Conversions(model), dict[str, dict[str, str]]()
+    orders: dict[str, list[str]] = {}
+    for name in checkpoint_names:
+        target, conversion = conversions.target(name)
+        if conversion is not None and is_joined(model, target, conversion):
+            parts.setdefault(target, {})[conversion.pattern] = name
+            orders[target] = list(conversion.converter.source_patterns)
+    for target, order in orders.items():
+        if len(parts[target]) != len(order):
+            raise CheckpointError(
+                f"{target!r} is made of {len(order)} tensors, the checkpoint has {len(parts[target])}"
+            )
+    return {target: tuple(parts[target][pattern] for pattern in order) for target, order in orders.items()}
 
 
 def stored_experts(

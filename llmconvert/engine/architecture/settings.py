@@ -18,11 +18,13 @@ __all__ = ["check_counts", "check_settings"]
 # Lists are as long as these are large. No model comes near.
 _COUNTED = re.compile(r"(?:.*_)?(?:layers?|labels|blocks|depth|stages)")
 _MOST = 10_000
+# Of RoPE's parameters.
+_FACTOR = re.compile(r".*_factor")
 # What a division or a root needs.
 _POSITIVE = re.compile(
     r"hidden_size|vocab_size|num_hidden_layers|num_attention_heads|num_key_value_heads|num_kv_heads|head_dim"
-    r"|max_position_embeddings|.*logit_?softcapping|logits_scaling|query_pre_attn_scalar|rope_theta|factor"
-    r"|.*_factor|original_max_position_embeddings|beta_fast|beta_slow"
+    r"|max_position_embeddings|(?:attn|final)_logit_?softcapping|logits_scaling|query_pre_attn_scalar|rope_theta|factor"
+    r"|original_max_position_embeddings|beta_fast|beta_slow"
 )
 _NOT_NEGATIVE = re.compile(r".*_eps|eps|.*epsilon|rotary_dim|partial_rotary_factor")
 _FINITE = re.compile(r".*_multiplier|.*_scale|.*_scaling|mscale.*")
@@ -53,7 +55,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for path, name, value in _values(settings):
         if _NOT_NEGATIVE.fullmatch(name):
             wanted, right = "a number, zero or above", _is_number(value) and math.isfinite(value) and value >= 0
-        elif _POSITIVE.fullmatch(name):
+        elif _POSITIVE.fullmatch(name) or (path != name and _FACTOR.fullmatch(name)):
             wanted, right = "a number above zero", _is_number(value) and math.isfinite(value) and value > 0
         elif _FINITE.fullmatch(name):
             wanted, right = "a number", _is_number(value) and math.isfinite(value)
