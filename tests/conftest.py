@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # `python -m` and `python -c` put the working directory before what is installed: in the checkout that is the folder
 # llmconvert/, which lacks what lies beside it. Neither the tests nor the processes that they start look there.
@@ -20,6 +21,10 @@ os.environ["LLMCONVERT_HISTORY"] = ""
 from support.tiny_architectures import tiny_model
 from support.tiny_mixtures import tiny_mixture
 from support.tiny_models import tiny_llama_dir
+
+# Tests run side by side: how long an example takes says nothing.
+settings.register_profile("side by side", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("side by side")
 
 
 @pytest.fixture(scope="session")

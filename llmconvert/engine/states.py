@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from llmconvert.errors import CapacityError, MachineError
+from llmconvert.errors import CapacityError, MachineError, UnsupportedError
 
 __all__ = [
     "STATES_IN_MEMORY_NBYTES",
@@ -79,6 +79,13 @@ class _File:
             raise self._failed(error, "reserved") from error
 
     def put(self, batch: int, hidden: torch.Tensor) -> None:
+        if hidden.dtype != self._dtype or tuple(hidden.shape) != self._shapes[batch]:
+            found = f"{str(hidden.dtype).removeprefix('torch.')} {list(hidden.shape)}"
+            raise UnsupportedError(
+                f"the model's blocks hand on hidden states of {found}; those of "
+                f"{str(self._dtype).removeprefix('torch.')} {list(self._shapes[batch])} are kept, as its weights have. "
+                "A model that computes them in another dtype can be converted to that one first (convert --dtype)"
+            )
         data = hidden.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         position = self._offsets[batch]
         while data:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmconvert.engine.states import DiskStates, MemoryStates, ScratchStates, States, passing_states
-from llmconvert.errors import CapacityError
+from llmconvert.errors import CapacityError, UnsupportedError
 
 LENGTHS = (5, 3, 8)
 WIDTH = 6
@@ -47,6 +47,14 @@ def test_tensors_that_are_not_contiguous_are_kept_as_well(tmp_path: Path) -> Non
     value = torch.randn((1, WIDTH, LENGTHS[0])).transpose(1, 2)
     states.put(0, 0, value)
     assert torch.equal(states.get(0, 0), value)
+    states.close()
+
+
+@pytest.mark.parametrize("hidden", [torch.ones(1, 3, 8), torch.ones(1, 3, 2, 4, dtype=torch.bfloat16)])
+def test_what_would_run_into_the_next_batch_is_refused(tmp_path: Path, hidden: torch.Tensor) -> None:
+    states = DiskStates(tmp_path, [3, 5], 8, torch.bfloat16)
+    with pytest.raises(UnsupportedError, match=r"hidden states of .*convert --dtype"):
+        states.put(1, 0, hidden)
     states.close()
 
 

@@ -27,8 +27,8 @@ WINDOWS = ids((24,))
 FAST = ("llava", "mllama", "qwen2_5_vl")
 # Formats hold no experts of classes that load all of a layer as one tensor.
 DENSE = {"qwen3_vl_moe": (Override("*.experts.*", None),)}
-# Its experts are of a layout that is not known.
-REFUSED = ("llama4",)
+# transformers multiplies these families' experts in an order of its own: the last bits differ, of the original too.
+ABOUT = ("qwen3_vl_moe", "llama4")
 
 
 def load(directory: Path) -> PreTrainedModel:
@@ -43,7 +43,7 @@ def load(directory: Path) -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FAMILIES if name not in REFUSED],
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FAMILIES],
 )
 def test_the_decoder_is_quantized_and_the_rest_keeps_its_bytes(tmp_path: Path, name: str) -> None:
     source, output = save_family(tmp_path / "model", name), tmp_path / "out"
@@ -54,8 +54,7 @@ def test_the_decoder_is_quantized_and_the_rest_keeps_its_bytes(tmp_path: Path, n
     with torch.no_grad():
         theirs = model(input_ids=WINDOWS[0], use_cache=False).logits
     ours = next(iter(stream_logits(dense, WINDOWS, device=CPU)))
-    # transformers turns these experts' matrices while loading, and multiplies them as they then lie in memory.
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if name in DENSE else 0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if name in ABOUT else 0)
     seen, before = image_features(model, name), image_features(load(source), name)
     assert before and all(map(torch.equal, seen, before))
     assert isinstance(dense, QuantizedView)
