@@ -20,7 +20,8 @@ def asked_for(skeleton: Skeleton, scheme: Scheme, layout: Format) -> frozenset[s
     linears = {name: site for name, site in skeleton.sites.items() if site.kind == "linear"}
     if layout.library != "transformers" or not linears:
         return frozenset()
-    name, size = next(iter(linears.values())).stored, scheme.group_size or 64
+    # Of a shape that every format takes: what counts are the names.
+    name, size = next(iter(linears.values())).stored, 256 * (scheme.group_size or 1)
     specs = layout.specs(name, (size, size), scheme, layout.scale_dtype(scheme, skeleton.dtype))
     if any(spec.name == f"{name}.weight" for spec in specs):
         return frozenset()

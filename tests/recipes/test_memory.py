@@ -51,9 +51,8 @@ def test_every_job_of_a_run_is_planned_within_it(
 
 
 def test_what_cannot_fit_is_refused_with_what_would(write_recipe: Any) -> None:
-    """The first step that allocates by the model is the rewrite: nothing after it was begun."""
+    """From headers: nothing was begun."""
     recipe = load_recipe(write_recipe(attention=ATTENTION, memory="20MB"))
     with pytest.raises(CapacityError, match=r"needs .* MB .*, 10 MB may be used; use shorter calibration samples"):
         run_recipe(recipe)
-    begun = {path.name.strip(".").partition("-")[0] for path in Path(recipe.work_dir).iterdir()}
-    assert not begun & {"quantize", "validate", "artifact"} and not list(Path(recipe.work_dir).glob("attention-*"))
+    assert not Path(recipe.work_dir).exists()

@@ -119,7 +119,13 @@ def test_rounds_are_limited_and_what_they_achieved_is_kept(write_recipe: Any, tm
     [
         ({"quantize": None}, "nothing is quantized"),
         ({}, "there is no limit on quality that could be missed"),
-        ({"quantize": {"method": "awq", "scheme": "w4a16-g32"}}, "awq changes norms along with the linears"),
+        (
+            {
+                "quantize": {"method": "awq", "scheme": "w4a16-g32"},
+                "validate": {"perplexity": {"dataset": "pydoc-topics:test"}, "max_kl": 1.0},
+            },
+            "awq changes norms along with the linears",
+        ),
         ({"quantize": {"method": "gptq", "scheme": "w4a16", "rotate": True}}, "a rotation changes norms along with"),
         ({"stream": True, "calibrate": None, "quantize": {"method": "rtn", "scheme": "w4a16"}}, "leave one of them"),
     ],
