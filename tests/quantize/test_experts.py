@@ -227,7 +227,7 @@ def test_experts_that_no_reader_takes_one_by_one_are_refused_or_left_dense(
         (
             "mixtral",
             {"scheme": "nf4", "format": "bitsandbytes", "method": "rtn"},
-            "reads bitsandbytes in linears alone",
+            "reads bitsandbytes in ordinary linears alone",
         ),
     ],
 )
