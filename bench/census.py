@@ -240,7 +240,7 @@ def examine_all(cases: Sequence[Case], state: Path, processes: int = 1) -> dict[
             while waiting and len(running) < processes:
                 case = waiting.pop(0)
                 result = Path(directory) / f"{case.key.replace('/', '-')}.json"
-                process = multiprocessing.get_context("fork").Process(target=_child, args=(case, result))
+                process: BaseProcess = multiprocessing.get_context("fork").Process(target=_child, args=(case, result))
                 process.start()
                 running[case] = process, result, time.monotonic()
             time.sleep(0.05)

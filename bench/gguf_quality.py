@@ -38,7 +38,7 @@ from llmconvert.recipes.stages.windows import WindowRequest
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
 
 sys.path += [str(Path(__file__).parent / "peers"), str(Path(__file__).parent.parent / "tests")]
-from llama_cpp import llama_cpp_logits
+from llama_cpp import llama_cpp_logits  # type: ignore[import-not-found]  # beside it, in peers/
 from measured import markdown_table
 from support.ggml_reference import ggml_quantize
 from support.importance import collect_importance

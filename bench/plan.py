@@ -116,7 +116,7 @@ COMMAND = (sys.executable, "-P", "-m", "llmconvert.cli")
 
 def run(recipe: Path, work: Path, history: Path) -> tuple[int, dict[str, float]]:
     """Peak resident bytes of a run's process, and seconds by step."""
-    command = [*COMMAND, "run", recipe, "--work-dir", work, "-q"]
+    command: list[str | Path] = [*COMMAND, "run", recipe, "--work-dir", work, "-q"]
     extra = {"LLMCONVERT_HISTORY": str(history)}
     cost = run_measured(command, threads=THREADS, log=work.with_suffix(".log"), extra=extra)
     (report,) = work.glob("artifact-*/model/llmconvert/report.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -251,7 +252,7 @@ def test_whether_down_follows_up_neuron_by_neuron_is_tried_out(mixture: Mixture,
 def test_a_limit_of_what_up_gives_is_met(mixture: Mixture) -> None:
     (slot,) = Skeleton(SafetensorsCheckpoint(mixture("mixtral")), CPU).experts[0].values()
 
-    def limited(self: torch.nn.Module, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def limited(self: Any, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         gate, up = torch.nn.functional.linear(rows, self.gate_up_proj[0]).chunk(2, dim=-1)
         inner = torch.nn.functional.silu(gate) * up.clamp(-7, 7)
         return torch.zeros_like(rows).index_add_(0, index[:, 0], torch.nn.functional.linear(inner, self.down_proj[0]))

@@ -275,7 +275,9 @@ class _Shrinking:
 
 def _rope(value: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Sections of rotary dimensions sum up to half of them."""
-    small = {name: _rope(part, given) if isinstance(part, Mapping) else part for name, part in value.items()}
+    small: dict[str, Any] = {
+        name: _rope(part, given) if isinstance(part, Mapping) else part for name, part in value.items()
+    }
     sections = small.get("mrope_section")
     half = int(_HEAD * float(small.get("partial_rotary_factor") or 1)) // 2
     if sections and sum(sections) > half:

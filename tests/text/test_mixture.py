@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -105,7 +106,7 @@ def test_what_does_not_come_out_is_named() -> None:
     assert evaluation.texts == (("chats:train", "chats"),)
 
 
-def recipe(mixture: list[dict[str, object]], **more: object) -> Recipe:
+def recipe(mixture: Sequence[Mapping[str, object]], **more: object) -> Recipe:
     quantize = {"method": "gptq", "scheme": "w4a16-g32"}
     return make_recipe({"model": "m", "quantize": quantize, "calibrate": {"dataset": mixture, "samples": 10}, **more})
 
@@ -147,7 +148,7 @@ def test_the_command_takes_shares() -> None:
 def test_counts_are_in_report_and_card(tiny_llama: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"{name} thing after another and so it goes on. " * 60)
-    shares = {str(tmp_path / "one.txt"): "75%", str(tmp_path / "two.txt"): 0.25}
+    shares: dict[str, float | str] = {str(tmp_path / "one.txt"): "75%", str(tmp_path / "two.txt"): 0.25}
     quantize_model(
         tiny_llama, tmp_path / "w4", scheme="w4a16-g32", method="gptq", calibration=shares, samples=8, length=32
     )

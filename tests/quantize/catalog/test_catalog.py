@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from llmconvert.quantize.scheme import parse_scheme
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_say_in_their_source_what_they_are(name: str) -> None:
-    method = load_method(name, {})
+    method: Any = load_method(name, {})
     fields = [field for field in dataclasses.fields(method) if field.name != "dtype"]
     settings = method_settings(name)
     assert [setting.name for setting in settings] == [field.name for field in fields]

@@ -101,7 +101,7 @@ def test_both_ways_are_tried_where_asked_for() -> None:
     edge = edge_of(weights, inputs, Scheme.parse("w3a16-g16"), torch.arange(COLUMNS))
 
     def loss(scale: torch.Tensor) -> float:
-        error = inputs / scale @ rounded(weights[0] * scale, edge.targets[0].scheme).T - inputs @ weights[0].T
+        error = inputs / scale @ rounded(weights[0] * scale, next(iter(edge.targets)).scheme).T - inputs @ weights[0].T
         return float(error.square().sum())
 
     one, other, both = (loss(Awq(weights=use).scales(edge, torch.float32)) for use in (True, False, "both"))
@@ -112,7 +112,7 @@ def test_scaled_weights_lose_less_than_plain_ones() -> None:
     inputs = random_inputs(512, COLUMNS).float()
     scheme = Scheme.parse("w3a16-g32-asym")
     edge = edge_of([random_weight(40, COLUMNS)], inputs, scheme, torch.arange(COLUMNS))
-    target, hessian = edge.targets[0], edge.hessian
+    target, hessian = next(iter(edge.targets)), edge.hessian
     assert hessian is not None
     scale = Awq().scales(edge, torch.float32)
     scaled = Target("linear0", target.weight * scale, scheme)

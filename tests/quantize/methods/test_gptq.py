@@ -227,7 +227,8 @@ def test_kernel_and_plain_torch_agree(name: str, dtype: torch.dtype, monkeypatch
 
     def plain(work: torch.Tensor, *arguments: Any) -> None:
         *tensors, scheme = arguments
-        gptq_module._solve_block_plain(work, *tensors, scheme.number)
+        numbered: Any = (*tensors, scheme.number)
+        gptq_module._solve_block_plain(work, *numbered)
 
     monkeypatch.setattr(gptq_module, "_solve_block", plain)
     other = quantized(method, weight, hessian, name)

@@ -40,7 +40,7 @@ class RandomScales(Awq):
 
     def scales(self, edge: ScaledEdge, scale_dtype: torch.dtype) -> torch.Tensor:
         self.seen.append(edge)
-        generator = torch.Generator().manual_seed(len(edge.targets))
+        generator = torch.Generator().manual_seed(len([*edge.targets]))
         return share_by_channel(4 ** (2 * torch.rand(len(edge.mean), generator=generator) - 1), edge.channels, "amax")
 
 
@@ -92,7 +92,7 @@ def test_statistics_are_those_of_the_inputs(tiny: Tiny) -> None:
         for window in WINDOWS:
             model(input_ids=window)
     rows, edge = torch.cat(inputs), method.seen[3]
-    assert edge.targets[0].name == "model.layers.0.mlp.down_proj"
+    assert next(iter(edge.targets)).name == "model.layers.0.mlp.down_proj"
     assert edge.hessian is not None and edge.hessian.tokens == len(rows)
     torch.testing.assert_close(edge.hessian.matrix, rows.T @ rows / len(rows), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(edge.mean, rows.abs().mean(0))

@@ -16,7 +16,7 @@ def report(size: float, perplexity: float | None, kl: float, top1: float) -> Rep
         Check(name="kl_mean", value=kl, unit="nats"),
         Check(name="top1_agreement", value=top1, unit="share"),
     ]
-    return Report(model=ModelInfo(name="m", source="s"), checks=tuple(checks), created="", environment={}, steps=())
+    return Report(model=ModelInfo(name="m", source="s"), checks=tuple(checks), environment={}, steps=())
 
 
 REPORTS = {
