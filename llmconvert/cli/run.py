@@ -41,7 +41,7 @@ def run(
       llmconvert run recipes/demo.yaml
       llmconvert run demo --set quantize.scheme=w3a16-g64 --set publish.to=file:out/w3
       llmconvert run a.yaml b.yaml more/*.yaml
-      llmconvert run demo --set quantize.scheme=w4a16-g64,w3a16-g64,w8a16
+      llmconvert run demo --set quantize.scheme=w4a16-g64,w3a16-g64 --no-publish
     """
     from llmconvert.recipes.loading import load_recipe
     from llmconvert.recipes.sweep.expand import load_sweep

@@ -29,7 +29,7 @@ from llmconvert.recipes.loading import assign, load_values, make_recipe, read_ov
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.sweep.pick import Pick
 
-__all__ = ["Sweep", "Variant", "load_sweep", "make_sweep"]
+__all__ = ["Sweep", "Variant", "load_sweep", "make_sweep", "require_places"]
 
 #: Variants of one sweep; more are refused.
 _MOST = 256
@@ -129,7 +129,6 @@ def make_sweep(values: Mapping[str, Any], where: str = "recipe", lists: Mapping[
     idle = [text for path, text in made[0].unread.items() if all(path in variant.unread for variant in made)]
     if idle:
         raise RecipeError("\n".join(f"{where}: {text}" for text in idle))
-    _refuse_same_target(variants, where, pick)
     return Sweep(str(base.get("name", "recipe")), tuple(variants), pick)
 
 
@@ -212,14 +211,18 @@ def _taken_whole(source: str | Path, overrides: tuple[str, ...], override: str) 
     return True
 
 
-def _refuse_same_target(variants: Sequence[Variant], where: str, pick: Pick | None) -> None:
-    """Refuse variants that would take each other's place where they are published."""
+def require_places(sweep: Sweep) -> None:
+    """Refuse variants that would take each other's place where they are published.
+
+    Raises:
+        RecipeError: naming two of them.
+    """
     from llmconvert.recipes.publishing import fill_target
 
-    if pick is not None:
+    if sweep.pick is not None:
         return  # one of them goes there
     places: dict[tuple[str, ...], str] = {}
-    for variant in variants:
+    for variant in sweep.variants:
         if variant.recipe is None or variant.recipe.publish is None:
             continue
         target = fill_target(variant.recipe).publish
@@ -227,7 +230,7 @@ def _refuse_same_target(variants: Sequence[Variant], where: str, pick: Pick | No
         place = (target.to, target.revision or "", target.folder or "")
         if place in places:
             raise RecipeError(
-                f"{where}: publish: {places[place]} and {variant.name} would both be published to {target.to}; tell "
-                "them apart, for example with {name} in publish.to or publish.folder, or pick one of them"
+                f"{sweep.name}: publish: {places[place]} and {variant.name} would both be published to {target.to}; "
+                "tell them apart, for example with {name} in publish.to or publish.folder, or pick one of them"
             )
         places[place] = variant.name

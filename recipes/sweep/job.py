@@ -27,7 +27,7 @@ from llmconvert.recipes.runner import Running, RunResult
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.provenance import REPORT_FILE
 from llmconvert.recipes.stages.quantization import QUANTIZE
-from llmconvert.recipes.sweep.expand import Sweep
+from llmconvert.recipes.sweep.expand import Sweep, require_places
 from llmconvert.recipes.sweep.page import write_page
 from llmconvert.recipes.sweep.together import quantize_variants
 from llmconvert.report.report import Report
@@ -79,8 +79,11 @@ def run_sweep(
         publish: false leaves all artifacts in the work directory.
 
     Raises:
+        RecipeError: two variants would be published to one place.
         RunInterruptedError: the process was asked to stop; the same call continues.
     """
+    if publish:
+        require_places(sweep)
     with interruptible(), ExitStack() as stack:
         if store is None:
             store = stack.enter_context(StageStore(Path(work_dir or sweep.work_dir), progress=progress))

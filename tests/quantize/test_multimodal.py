@@ -59,8 +59,16 @@ def test_the_decoder_is_quantized_and_the_rest_keeps_its_bytes(tmp_path: Path, n
     assert before and all(map(torch.equal, seen, before))
     assert isinstance(dense, QuantizedView)
     original = SafetensorsCheckpoint(source)
-    assert dense.quantized and set(dense) == set(original)
-    assert all(torch.equal(dense[tensor], original[tensor]) for tensor in original if tensor not in dense.quantized)
+    # Llama 4 holds a layer's experts in two tensors; its artifact holds them one by one.
+    kept = {tensor for tensor in original if tensor not in dense.quantized and not joined(tensor, dense)}
+    assert dense.quantized and kept <= set(dense) and set(dense) - set(original) <= dense.quantized.keys()
+    assert all(torch.equal(dense[tensor], original[tensor]) for tensor in kept)
+
+
+def joined(tensor: str, dense: QuantizedView) -> bool:
+    """Whether a tensor holds experts that ``dense`` has one by one."""
+    experts, _, _ = tensor.rpartition(".")
+    return experts.endswith(".experts") and f"{experts}.0.down_proj.weight" in dense
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

@@ -44,7 +44,9 @@ def resident_logits(directory: Path) -> torch.Tensor:
 
 def assert_streams(directory: Path) -> None:
     (streamed,) = stream_logits(SafetensorsCheckpoint(directory), WINDOW, device=CPU)
-    assert torch.equal(streamed, resident_logits(directory))
+    # Llama 4 multiplies all experts in one batched product, here each goes alone: their last bits differ.
+    tolerance = 1e-5 if "llama4" in json.loads((directory / "config.json").read_text())["model_type"] else 0
+    torch.testing.assert_close(streamed, resident_logits(directory), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("model_type", ["falcon_h1", "bamba"])

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llmconvert.errors import RecipeError
-from llmconvert.recipes.sweep.expand import load_sweep, make_sweep
+from llmconvert.recipes.sweep.expand import load_sweep, make_sweep, require_places
 
 BASE: dict[str, Any] = {
     "name": "base",
@@ -83,10 +83,6 @@ def test_text_that_one_method_does_not_read_is_no_mistake_where_another_does() -
         ({"matrix": {"calibrate.seed": list(range(20)), "calibrate.samples": list(range(1, 21))}}, "400 variants"),
         ({"pick": "smallest within 2%"}, "nothing to choose from"),
         ({"matrix": {"quantize.scheme": ["w8a16"]}, "pick": "cheapest"}, "pick: 'cheapest' is not understood"),
-        (
-            {"matrix": {"quantize.scheme": ["w8a16", "w4a16"]}, "publish": {"to": "user/model", "unmeasured": True}},
-            "would both be published to user/model",
-        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_key(values: dict[str, Any], message: str) -> None:
@@ -100,10 +96,14 @@ def test_one_of_them_may_go_where_all_would() -> None:
         {**BASE, "matrix": matrix, "publish": {"to": "user/model", "unmeasured": True}, "pick": "best under 1GB"}
     )
     assert picked.pick is not None
+    require_places(picked)
     apart = make_sweep(
         {**BASE, "matrix": matrix, "publish": {"to": "user/model", "folder": "{name}", "unmeasured": True}}
     )
-    assert len(apart.variants) == 2
+    require_places(apart)
+    together = make_sweep({**BASE, "matrix": matrix, "publish": {"to": "user/model", "unmeasured": True}})
+    with pytest.raises(RecipeError, match="would both be published to user/model"):
+        require_places(together)
 
 
 def test_settings_of_the_command_line_can_be_lists(tmp_path: Path) -> None:
