@@ -1,7 +1,7 @@
-# llmconvert for the processor, or for CUDA:
+# llmconvert, with the torch that pip finds, or the one of another index (of torch's builds for the processor, or for CUDA):
 #
 #   docker build -t llmconvert .
-#   docker build -t llmconvert:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+#   docker build -t llmconvert:cpu --build-arg TORCH_INDEX=URL .
 #   docker run --rm -v "$PWD:/data" -v "$HOME/.cache/huggingface:/cache" llmconvert doctor
 #
 # Models and outputs lie in /data, downloads in /cache. A token is passed by `-e HF_TOKEN`, and is no part of the image.
@@ -16,10 +16,10 @@ COPY recipes recipes
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM python:3.12-slim
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 COPY constraints.txt /tmp/constraints.txt
 RUN version="$(sed -n 's/^torch==//p' /tmp/constraints.txt)" \
-    && pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch==$version"
+    && pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==$version"
 COPY --from=wheel /dist /dist
 RUN pip install --no-cache-dir -c /tmp/constraints.txt /dist/*.whl \
     && rm -r /dist /tmp/constraints.txt \

@@ -176,7 +176,7 @@ class StageRun:
         """
         wanted = self._wanted(name, inputs, build, resumable=resumable)
         key, path = wanted.key, wanted.path
-        fresh = self.fresh and key not in self.store.built
+        fresh = self._wants_fresh(key)
         result = None if fresh else self.store.find(path, key)
         if result is None or self._damage(wanted, result):
             result = self._build_locked(wanted, fresh)
@@ -197,7 +197,7 @@ class StageRun:
         stage is there. The builder continues from what is found when the stage is run.
         """
         wanted = self._wanted(name, inputs, lambda _: {}, resumable=True)
-        fresh = self.fresh and wanted.key not in self.store.built
+        fresh = self._wants_fresh(wanted.key)
 
         def there() -> bool:
             found = None if fresh else self.store.find(wanted.path, wanted.key)
@@ -212,6 +212,7 @@ class StageRun:
                 return
             staging = _staging(wanted.path)
             if fresh:
+                self.store.remove(wanted.path)
                 _remove(staging)
             self._announce(wanted, "")
             staging.mkdir(parents=True, exist_ok=True)
@@ -221,6 +222,10 @@ class StageRun:
     def begun(self, name: str, inputs: Mapping[str, Any], cost: Begun) -> None:
         """Say what a stage held by :meth:`beginning` has cost so far."""
         self._begun[stage_key(name, inputs)] = cost
+
+    def _wants_fresh(self, key: str) -> bool:
+        """Whether a stage is to be built although it may be there; what this run has begun or built is fresh."""
+        return self.fresh and key not in self.store.built and key not in self._begun
 
     def place_of(self, name: str, inputs: Mapping[str, Any]) -> Path:
         """Where the stage with these inputs is, or will be."""

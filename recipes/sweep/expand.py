@@ -88,7 +88,7 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = ()) -> Sweep | Non
     plain, lists = [], {}
     for override in overrides:
         path, value = read_override(override)
-        if isinstance(value, str) and "," in value and not _taken_whole(source, (*overrides,), override):
+        if isinstance(value, str) and "," in value and not _taken_whole(source, overrides, override):
             _, values = read_override(f"{override.partition('=')[0]}=[{value}]")
             lists[".".join(map(str, path))] = values
         else:
@@ -193,7 +193,7 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from _leaves(part) if isinstance(part, Mapping | list) else (part,)
 
 
-def _taken_whole(source: str | Path, overrides: tuple[str, ...], override: str) -> bool:
+def _taken_whole(source: str | Path, overrides: Sequence[str], override: str) -> bool:
     """Whether a setting's key takes its text with commas as it is."""
     others = [other for other in overrides if other != override and "," not in other]
     values = load_values(source, [*others, override])

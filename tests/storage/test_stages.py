@@ -17,7 +17,7 @@ import pytest
 
 from llmconvert.errors import CapacityError, CheckpointError, MachineError, OutputError, SchemeError
 from llmconvert.storage.stage_record import STAGE_FILE, describe_changes, stage_key, write_run
-from llmconvert.storage.stages import StageStore
+from llmconvert.storage.stages import Begun, StageStore
 
 
 class Log:
@@ -307,7 +307,7 @@ _SHARING = """
 import sys, time
 from pathlib import Path
 from llmconvert.progress import LineProgress
-from llmconvert.storage.stages import StageStore
+from llmconvert.storage.stages import Begun, StageStore
 
 work, name, go = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 
@@ -369,7 +369,7 @@ def test_a_stage_whose_builder_was_killed_is_built_by_who_waited(tmp_path: Path)
 _KILLED = """
 import sys, time
 from pathlib import Path
-from llmconvert.storage.stages import StageStore
+from llmconvert.storage.stages import Begun, StageStore
 
 def count(path):
     done = sorted(path.glob("part-*"))
@@ -397,3 +397,25 @@ def test_a_killed_run_continues_and_finished_stages_stay(tmp_path: Path) -> None
         process.send_signal(signal.SIGKILL)
     again = subprocess.run([*command, "0"], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     assert again[0] == "part 1" and again[-1] == "{'resumed_from': 1}"
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_was_begun_together_with_others_is_continued(tmp_path: Path, fresh: bool) -> None:
+    with StageStore(tmp_path) as store:
+        if fresh:
+            store.begin("demo").run("convert", {"a": 1}, writing("old"), resumable=True)
+            store.built.clear()  # by an earlier process
+        run = store.begin("demo", fresh=fresh)
+        with run.beginning("convert", {"a": 1}) as directory:
+            assert directory is not None and not list(directory.iterdir())
+            (directory / "begun").write_text("together")
+        run.begun("convert", {"a": 1}, Begun(seconds=100.0, peak_rss_bytes=1 << 60))
+
+        def build(path: Path) -> Mapping[str, Any]:
+            return {"text": (path / "begun").read_text()}
+
+        result = run.run("convert", {"a": 1}, build, resumable=True)
+        assert result.details == {"text": "together"} and not result.resumed and not result.reused
+        assert result.seconds >= 100 and result.peak_rss_bytes == 1 << 60
+        with run.beginning("convert", {"a": 1}) as directory:
+            assert directory is None
