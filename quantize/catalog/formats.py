@@ -14,7 +14,7 @@ __all__ = ["FORMATS", "READERS", "about_format", "loaders_of", "only_format", "r
 
 #: Format name, which is the ``quant_method`` of its configs → where its class lies; loaded on use.
 FORMATS: Mapping[str, str] = {
-    "compressed-tensors": "llmconvert.quantize.formats.compressed_tensors:CompressedTensors",
+    "compressed-tensors": "llmconvert.quantize.formats.compressed.tensors:CompressedTensors",
     "gptq": "llmconvert.quantize.formats.gptq:GptqFormat",
     "awq": "llmconvert.quantize.formats.awq_gemm:AwqGemm",
     "bitsandbytes": "llmconvert.quantize.formats.bitsandbytes:BitsAndBytes",

@@ -18,7 +18,7 @@ import torch
 from llmconvert.errors import MachineError, UnsupportedError, one_line
 from llmconvert.machine import of_machine
 from llmconvert.memory import available_nbytes, release_freed_memory
-from llmconvert.quantize.formats.compressed_config import has_zero_points
+from llmconvert.quantize.formats.compressed.config import has_zero_points
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.directory import read_config
 from llmconvert.text.tokenizer import try_tokenizer

@@ -17,8 +17,8 @@ import torch
 
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import FLOATS, Feature, Format, StoredLinear, model_dtype, require_shape
-from llmconvert.quantize.formats.compressed_config import Config, read_config, stored_layout, written_config
-from llmconvert.quantize.formats.compressed_numbers import INTS
+from llmconvert.quantize.formats.compressed.config import Config, read_config, stored_layout, written_config
+from llmconvert.quantize.formats.compressed.numbers import INTS
 from llmconvert.quantize.formats.released.scaled import ScaledLinear, require_scales
 from llmconvert.quantize.numbers import E4M3
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes

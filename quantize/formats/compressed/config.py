@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.compressed_numbers import Numbers, Word, activation_args, weight_args, weight_scheme
+from llmconvert.quantize.formats.compressed.numbers import Numbers, Word, activation_args, weight_args, weight_scheme
 from llmconvert.quantize.formats.reading import Declared, spell
 from llmconvert.quantize.numbers import E4M3
 from llmconvert.quantize.scheme import Scheme
