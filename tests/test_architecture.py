@@ -28,7 +28,7 @@ ORDER = (
         "context",
         "needs",
     ),
-    *("hub", "storage", "report", "text", "compute", "engine", "gguf"),
+    *("hub", "storage", "report", "text", "compute", "engine", "gguf", "training"),
     *("quantize", "convert", "validate", "recipes", "api", "cli"),
 )
 

@@ -12,9 +12,7 @@ from llmconvert.compute.precision import compute_dtype
 from llmconvert.context import Context
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.weights import attention_tensors
-from llmconvert.convert.heal.model import ResidentModel
-from llmconvert.convert.heal.state import HealState, load_state, save_state
-from llmconvert.convert.heal.training import Healing, HealOptions
+from llmconvert.convert.heal.muon import Muon
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import CapacityError, DatasetError, UsageError
@@ -27,6 +25,10 @@ from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.shared import share_tensors
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
+from llmconvert.training.loop import Learner, Training
+from llmconvert.training.model import ResidentModel
+from llmconvert.training.options import TrainingOptions
+from llmconvert.training.state import TrainingState, load_state, save_state
 
 __all__ = ["HealOptions", "HealPlan", "heal_attention", "plan_heal"]
 
@@ -34,6 +36,10 @@ __all__ = ["HealOptions", "HealPlan", "heal_attention", "plan_heal"]
 _HIDDEN_COPIES, _INNER_COPIES = 12, 4
 _USABLE = 0.9
 _STATE = "healing.safetensors"
+
+
+class HealOptions(TrainingOptions):
+    """How a model is healed: what is trained are attention's weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +87,18 @@ class HealPlan:
             start = found.step if found is not None else 0
             shared = share_tensors((original, merged), apart, context.device, dtype)
             teacher, student = (ResidentModel(view, context.device, dtype) for view in shared)
-            healing = Healing(teacher, student, names, self._windows, self.options)
+            learner = _learner(student, names, self.options)
+            healing = Training(teacher, student, learner, self._windows, self.options)
 
-            def save(current: HealState) -> None:
+            def save(current: TrainingState) -> None:
                 save_state(kept, current)
                 artifact.finish(f"step {current.step}")
 
             with context.progress.task("Healing attention", self.options.steps) as task:
                 final = healing.run(found, job, save, task)
-            best = final.best or final.weights
+            best = final.best or learner.keep()
             tokens = sum(self._windows[0].shape[1] * self.options.batch for _ in final.history)
-            del healing, teacher, student, shared
+            del healing, learner, teacher, student, shared
             release_freed_memory()
             for name in names:
                 artifact.writer.write(name, best[name].to(merged.infos[name].dtype))
@@ -185,7 +192,7 @@ def heal_attention(
     ).run()
 
 
-def _report(state: HealState, options: HealOptions, tokens: int, start: int) -> HealReport:
+def _report(state: TrainingState, options: HealOptions, tokens: int, start: int) -> HealReport:
     looks = state.held_out
     best = min(looks, key=lambda entry: entry["kl"]) if looks else None
     return HealReport(
@@ -201,6 +208,21 @@ def _report(state: HealState, options: HealOptions, tokens: int, start: int) -> 
         seconds=state.seconds,
         resumed_at=start,
     )
+
+
+def _learner(student: ResidentModel, names: Sequence[str], options: HealOptions) -> Learner:
+    """Attention's weights in float32, and Muon for heads, which learned more than AdamW from a given text."""
+    parameters = student.train(names)
+    geometry = read_geometry(student.skeleton.checkpoint)
+    outputs = {f"{projections.output}.weight" for projections in geometry.projections}
+    rows = [parameter for name, parameter in parameters.items() if name not in outputs]
+    columns = [parameter for name, parameter in parameters.items() if name in outputs]
+
+    def keep() -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    optimizer = Muon(rows, columns, head_dim=geometry.head_dim, lr=options.learning_rate)
+    return Learner(parameters, optimizer, keep, "attention.heal.learning_rate")
 
 
 def _attention_of(checkpoint: Checkpoint) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.convert.gqa.weights import attention_tensors
 from llmconvert.convert.heal.job import HealOptions
-from llmconvert.convert.heal.loss import hidden_divergence, prediction_divergence
-from llmconvert.convert.heal.model import ResidentModel
-from llmconvert.convert.heal.state import load_state
+from llmconvert.training.loss import hidden_divergence, prediction_divergence
+from llmconvert.training.model import ResidentModel
+from llmconvert.training.state import load_state
 from llmconvert.errors import CapacityError, DatasetError, UsageError
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME
@@ -157,7 +158,7 @@ def test_another_job_does_not_take_up_the_state(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     heal(original, merged, tmp_path / "one", state=state)
     assert heal(original, merged, tmp_path / "two", state=state).resumed_at == QUICK.steps
-    changed = HealOptions(**{**{k: getattr(QUICK, k) for k in QUICK.__slots__}, "learning_rate": 1e-4})
+    changed = replace(QUICK, learning_rate=1e-4)
     assert heal(original, merged, tmp_path / "three", state=state, options=changed).resumed_at == 0
 
 

@@ -1,4 +1,4 @@
-"""Distillation loss of healing: KL divergence of the predictions, and the error of hidden states.
+"""Distillation loss: KL divergence of the predictions, and the error of hidden states.
 
 Distillation on soft targets is Hinton et al. 2015 (arXiv 1503.02531), on hidden states Jiao et al. 2020, TinyBERT
 (arXiv 1909.10351). The divergence is KL(teacher ‖ student) in nats over the whole vocabulary; its gradient with respect
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmconvert.convert.heal.model import ResidentModel
+from llmconvert.training.model import ResidentModel
 from llmconvert.memory import row_slices
 
 __all__ = ["Losses", "hidden_divergence", "prediction_divergence"]

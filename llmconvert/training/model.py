@@ -1,7 +1,4 @@
-"""Resident teacher and student of healing: hidden states after every block, logits for some positions at a time.
-
-Teacher and student differ in attention alone, so every other tensor is in memory once.
-"""
+"""Resident teacher and student: hidden states after every block, logits for some positions at a time."""
 
 from __future__ import annotations
 
@@ -63,18 +60,17 @@ class ResidentModel:
         logits: torch.Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
         return logits
 
-    def train(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
-        """Make the tensors that the checkpoint calls ``names`` trainable, in float32; gives them by these names."""
+    def train(self, names: Sequence[str], dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+        """Make the tensors that the checkpoint calls ``names`` trainable, in ``dtype``; gives them by these names."""
         found: dict[str, nn.Parameter] = {}
-        wanted = set(names)
+        wanted, base = set(names), f"{self._model.base_model_prefix}."
         for module_name, stored in self.skeleton.names.items():
             if stored not in wanted:
                 continue
-            index = next(i for i in range(self.skeleton.block_count) if module_name.startswith(self.skeleton.prefix(i)))
-            path, _, leaf = module_name.removeprefix(self.skeleton.prefix(index)).rpartition(".")
-            weight = self.skeleton.checkpoint[stored].to(self.skeleton.device, torch.float32)
+            path, _, leaf = module_name.removeprefix(base).rpartition(".")
+            weight = self.skeleton.checkpoint[stored].to(self.skeleton.device, dtype)
             found[stored] = nn.Parameter(weight)
-            setattr(self.skeleton.blocks[index].get_submodule(path), leaf, found[stored])
+            setattr(self._decoder.get_submodule(path), leaf, found[stored])
         return {name: found[name] for name in names}
 
     def _record(self, slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoint of healing's training state: one safetensors file, there whole or not at all."""
+"""Checkpoint of a training's state: one safetensors file, there whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from llmconvert.errors import MachineError, one_line
 from llmconvert.machine import of_machine
 from llmconvert.storage.writer import write_file
 
-__all__ = ["HealState", "load_state", "save_state"]
+__all__ = ["TrainingState", "load_state", "save_state"]
 
-_SCHEMA = "llmconvert.heal/2"
-_GROUPS = ("weights", "momentum", "best")
+_SCHEMA = "llmconvert.training/1"
+_GROUPS = ("weights", "optimizer", "best")
 
 
 @dataclass
-class HealState:
-    """Everything a healing continues from, bit for bit.
+class TrainingState:
+    """Everything a training continues from, bit for bit.
 
     Attributes:
         identity: of the job; another one's state is not taken up.
         step: optimizer steps done.
-        weights: trained tensors by checkpoint name, float32.
-        momentum: the optimizer's running means of their gradients.
-        best: the weights that did best on the held-out text.
+        weights: trained tensors by checkpoint name.
+        optimizer: what it remembers of them, ``NAME/KEY``: running means of their gradients, for example.
+        best: what was kept of the weights that did best on the held-out text.
         history: one entry per step done: ``step``, ``kl``, ``hidden``, ``rate``.
         held_out: one entry per evaluation: ``step``, ``kl``.
         seconds: spent so far.
@@ -40,14 +40,14 @@ class HealState:
     identity: str
     step: int
     weights: dict[str, torch.Tensor]
-    momentum: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
     best: dict[str, torch.Tensor]
     history: list[dict[str, float]] = field(default_factory=list)
     held_out: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
 
 
-def save_state(path: Path, state: HealState) -> None:
+def save_state(path: Path, state: TrainingState) -> None:
     """Write ``state``; it is on disk when this returns.
 
     Raises:
@@ -69,7 +69,7 @@ def save_state(path: Path, state: HealState) -> None:
     write_file(path, save(tensors, {"state": json.dumps(about)}))
 
 
-def load_state(path: Path, identity: str) -> HealState | None:
+def load_state(path: Path, identity: str) -> TrainingState | None:
     """The state in ``path``, or None if there is none that can be used, or only another job's.
 
     Raises:
@@ -93,7 +93,7 @@ def load_state(path: Path, identity: str) -> HealState | None:
         }
         for group in _GROUPS
     }
-    return HealState(
+    return TrainingState(
         identity=identity,
         step=about["step"],
         history=about["history"],
