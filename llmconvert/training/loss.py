@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llmconvert.training.model import ResidentModel
 from llmconvert.memory import row_slices
+from llmconvert.training.model import ResidentModel
 
 __all__ = ["Losses", "hidden_divergence", "prediction_divergence"]
 

@@ -21,13 +21,13 @@ from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.convert.gqa.weights import attention_tensors
 from llmconvert.convert.heal.job import HealOptions
-from llmconvert.training.loss import hidden_divergence, prediction_divergence
-from llmconvert.training.model import ResidentModel
-from llmconvert.training.state import load_state
 from llmconvert.errors import CapacityError, DatasetError, UsageError
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME
 from llmconvert.storage.shared import share_tensors
+from llmconvert.training.loss import hidden_divergence, prediction_divergence
+from llmconvert.training.model import ResidentModel
+from llmconvert.training.state import load_state
 
 
 def pair(directory: Path, kind: str = "llama", **config: Any) -> tuple[Path, Path]:
