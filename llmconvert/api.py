@@ -248,6 +248,7 @@ def validate_model(
     positions_window: int | None = None,
     memory: bool = False,
     measurements: Sequence[Measurement] = (),
+    card: bool = False,
     device: str | None = None,
     progress: Progress = SILENT,
 ) -> Report:
@@ -278,6 +279,7 @@ def validate_model(
         positions, positions_window: perplexity by position, in windows of so many tokens (twice the trained length).
         memory: the key-value cache and the memory ladder, computed and measured.
         measurements: of one's own, made after these; their checks are shown like all others.
+        card: write report, page, plots and model card into the artifact, as a run does; it must have been made here.
         device: where to compute, ``cpu`` (the default), ``cuda``, ``cuda:N`` or ``auto``.
         progress: where long work is shown, :func:`llmconvert.console_progress` for example.
 
@@ -294,7 +296,7 @@ def validate_model(
     from llmconvert.recipes import single
 
     original = None if reference is None else str(reference)
-    return single.validate_model(recipe, original, measurements, progress=progress)
+    return single.validate_model(recipe, original, measurements, card=card, progress=progress)
 
 
 def push_model(
@@ -312,6 +314,7 @@ def push_model(
     gated: Literal["auto", "manual"] | None = None,
     collection: str | None = None,
     unmeasured: bool = False,
+    force: bool = False,
     progress: Progress = SILENT,
 ) -> str:
     """Push an artifact to the Hub in one commit; :func:`llmconvert.plan_push` says what it would send.
@@ -335,23 +338,25 @@ def push_model(
             (``"manual"``); also refuses to push into one that is open.
         collection: title or address of a collection that shall list the repository, made if need be.
         unmeasured: push even where no report in the directory tells how well the artifact predicts.
+        force: push it even if it is no model, has no card, did not pass its checks, or was not measured.
         progress: where to report, in bytes.
 
     Returns:
         The URL of the commit, or of the pull request.
 
     Raises:
-        UsageError: nothing tells how well the artifact predicts, and it was not said that it may go ``unmeasured``.
+        UsageError: it is no model, has no card, did not pass its checks, or nothing tells how well it predicts, and it
+            was not said that it may go so.
         HubError: there is no token, or the Hub refused or could not be reached.
         SourceError: the directory is no artifact.
         RunInterruptedError: the process was asked to stop; files already sent are not sent again.
     """
     from llmconvert.hub import PushOptions, push_folder
-    from llmconvert.recipes import single
     from llmconvert.recipes.publishing import card_there
+    from llmconvert.recipes.stages.papers import require_publishable
 
-    if not unmeasured:
-        single.require_measured(Path(directory))
+    if not force:
+        require_publishable(Path(directory), unmeasured=unmeasured)
     options = PushOptions(
         private, revision, folder, create_pr, tag, message, replace, verify_download, gated, collection
     )

@@ -7,16 +7,19 @@ beside the original, keeps its stages in a hidden directory beside the output un
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from llmconvert.context import Context
 from llmconvert.convert.inspection import describe_model
-from llmconvert.convert.source import open_source
+from llmconvert.convert.source import Source, open_source
 from llmconvert.device import open_device
 from llmconvert.errors import DatasetError, OutputError, SourceError, UsageError
 from llmconvert.interrupt import interruptible
+from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.recipes.runner import perform
@@ -34,10 +37,11 @@ from llmconvert.recipes.stages.conversion import (
 )
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
+from llmconvert.recipes.stages.papers import Papers, tell_step
 from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.run import require_texts
-from llmconvert.recipes.stages.stage import ORIGINAL, Place, Work
+from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
 from llmconvert.recipes.stages.windows import (
     CALIBRATION,
     HEALING_TEXT,
@@ -46,13 +50,15 @@ from llmconvert.recipes.stages.windows import (
     text_stage,
 )
 from llmconvert.report.report import ModelInfo, Report, environment
-from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
+from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport, StepDetails
 from llmconvert.storage.stages import StageStore
 from llmconvert.storage.writer import check_output_directory, publish_directory
 from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.measurement import Measurement
 
-__all__ = ["convert_model", "quantize_model", "require_measured", "rewrite_model", "validate_model"]
+__all__ = ["convert_model", "quantize_model", "rewrite_model", "validate_model"]
+
+D = TypeVar("D", bound=StepDetails)
 
 _FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 _NOTHING = "nothing was written; run the same command again"
@@ -82,6 +88,15 @@ def _with_papers(work: Work) -> None:
     work.view = converted_view(work.recipe, work.source, work.stored, work.adapter)
 
 
+def _built(stage: Stage[D], work: Work, output: Path) -> D:
+    """Build a stage's model in ``output``, and tell there what it did."""
+    begin = time.perf_counter()
+    with PeakMemory() as memory:
+        made = stage.build(work, Place(output))
+    tell_step(output, stage.name, made, time.perf_counter() - begin, memory)
+    return made
+
+
 def convert_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) -> DtypeReport:
     """Convert ``recipe.model`` to ``recipe.convert.dtype`` in the directory ``output``.
 
@@ -96,7 +111,7 @@ def convert_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) 
     recipe = recipe.model_copy(update={"quantize": None})
     with interruptible(), _opened(recipe, progress) as work:
         _with_papers(work)
-        made = (stream_stage(recipe) if recipe.stream else convert_stage(recipe)).build(work, Place(output))
+        made = _built(stream_stage(recipe) if recipe.stream else convert_stage(recipe), work, output)
     assert isinstance(made, DtypeReport)
     return made
 
@@ -133,7 +148,7 @@ def rewrite_model(
         _with_papers(work)
         merge = attention_stage(settings)
         if healing is None or request is None:
-            return merge.build(work, Place(output)), None
+            return _built(merge, work, output), None
         with StageStore(output.with_name(f".{output.name}.healing"), progress=progress) as store:
             stages = store.begin("convert")
             perform(stages, work, text_stage(HEALING_TEXT, request))
@@ -165,13 +180,13 @@ def quantize_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT)
     with interruptible(), _opened(recipe, progress) as work:
         if recipe.stream:
             _with_papers(work)
-            streamed = stream_stage(recipe).build(work, Place(output))
+            streamed = _built(stream_stage(recipe), work, output)
             assert isinstance(streamed, QuantizeReport)
             return streamed
         if recipe.calibrate is not None and settings.calibrates:
             draw_text(work, CALIBRATION, WindowRequest.calibration(recipe.calibrate))
         _with_papers(work)
-        return quantize_stage(settings, after=ORIGINAL, statistics=statistics_of(recipe)).build(work, Place(output))
+        return _built(quantize_stage(settings, ORIGINAL, statistics_of(recipe)), work, output)
 
 
 def validate_model(
@@ -179,12 +194,14 @@ def validate_model(
     reference: str | None = None,
     more: Sequence[Measurement] = (),
     *,
+    card: bool = False,
     progress: Progress = SILENT,
 ) -> Report:
     """Measure ``recipe.model``, by the recipe's validate section, against the model that ``reference`` names.
 
     Args:
         more: measurements that no section has.
+        card: write what is found into the artifact as a run does: report, page, plots and card.
 
     Raises:
         UsageError: the recipe has no validate section, or limits that need a reference where none is named; or the
@@ -204,6 +221,7 @@ def validate_model(
     context = Context(open_device(recipe.device), recipe.memory, progress=progress)
     with interruptible(_NOTHING):
         source = open_source(recipe.model, progress=progress)
+        papers = _papers(source) if card else None
         original = open_source(reference, progress=progress) if reference is not None else None
         with source.checkpoint as checkpoint:
             if not source.path.is_dir() and settings.generation is not None:
@@ -231,7 +249,18 @@ def validate_model(
     )
     with suppress(SourceError):  # an artifact that was made here knows more of itself
         info = Report.read(source.path / REPORT_FILE).model.model_copy(update={"name": info.name})
-    return Report(model=info, environment=environment(), checks=tuple(checks))
+    report = Report(model=info, environment=environment(), checks=tuple(checks))
+    if papers is not None:
+        papers.write(report)
+    return report
+
+
+def _papers(source: Source) -> Papers:
+    if source.kind == "hub":
+        raise UsageError(
+            f"{source.origin}: lies on the Hub, and --card writes into the directory of an artifact; name one"
+        )
+    return Papers.of(source.path)
 
 
 def _check_directory(output: Path) -> None:
@@ -246,26 +275,6 @@ def _refuse_file_name(output: Path) -> None:
             f"{output}: is named like a file, and what is written is a directory; name one, or for a GGUF file say "
             "--format gguf with one of its types (--scheme q8_0, f16)"
         )
-
-
-def require_measured(artifact: Path) -> None:
-    """Refuse an artifact whose own report doesn't tell how well it predicts.
-
-    Raises:
-        UsageError: it has no report, or one in which nothing of the kind was measured.
-        SourceError: its report cannot be read.
-    """
-    report = artifact / REPORT_FILE
-    if not report.is_file():
-        found = f"has no {REPORT_FILE}: nothing tells how well it predicts"
-    elif Report.read(report).outcome == "not measured":
-        found = f"nothing in its {REPORT_FILE} tells how well it predicts"
-    else:
-        return
-    raise UsageError(
-        f"{artifact}: {found}; measure it (llmconvert validate {artifact} --reference MODEL --text FILE "
-        f"--json {report}), or say that it goes unmeasured (--unmeasured)"
-    )
 
 
 def _require_no_comparison(settings: ValidateSettings) -> None:

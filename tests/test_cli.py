@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from click.testing import CliRunner, Result
 
 from llmconvert import __version__
 from llmconvert.cli import main
+from llmconvert.report.report import Report
+from llmconvert.report.steps import QuantizeReport
 
 COMMANDS = (
     *("inspect", "plan", "run", "convert", "quantize", "report", "validate", "push"),
@@ -192,11 +195,39 @@ def test_nothing_measured_is_not_passed(tiny_llama: Path, here: Path) -> None:
     assert "publish.unmeasured: true" in fails(2, "run", "bare.yaml", "--set", "publish.to=me/bare")
     assert "nothing in its llmconvert/report.json tells" in fails(2, "push", "out", "me/bare")
     assert "has no llmconvert/report.json" in fails(2, "push", tiny_llama, "me/bare")
-    artifact = here / "copied"
-    shutil.copytree(tiny_llama, artifact)
-    report = artifact / "llmconvert" / "report.json"
-    assert call("validate", artifact, "--generation", "--json", report).exit_code == 0
-    assert "HF_TOKEN" in fails(4, "push", artifact, "me/bare")
+
+
+def test_single_steps_end_like_runs(
+    tiny_llama: Path, here: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured with --card, an artifact has report and card as a run would write them; else it is not pushed."""
+    scored = ["--reference", tiny_llama, "--text", text, "--window", 64, "--max-windows", 1, "--card"]
+    assert "has no llmconvert/recipe.yaml" in fails(2, "validate", tiny_llama, *scored)
+    quantized = call("quantize", tiny_llama, "out", "--scheme", "w4a16-g32", "--method", "rtn")
+    assert quantized.exit_code == 0, quantized.output
+    assert "nothing in its llmconvert/report.json tells" in fails(2, "push", "out", "me/w4")
+    assert call("validate", "out", *scored).exit_code == 0
+    (step,) = Report.read("out/llmconvert/report.json").steps
+    assert isinstance(step.details, QuantizeReport) and step.details.layers == 14 and step.peak_rss_bytes
+    card = (here / "out" / "README.md").read_text()
+    assert (
+        "| Perplexity |" in card and "llmconvert/layers.png" in card and (here / "out/llmconvert/layers.png").is_file()
+    )
+    assert "HF_TOKEN" in fails(4, "push", "out", "me/w4")
+    (program,) = [one for one in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "transformers" in one]
+    with monkeypatch.context() as patch:
+        patch.chdir(here / "out")
+        exec(program, {})
+    assert capsys.readouterr().out
+    assert call("validate", "out", *scored, "--max-bytes", "1KB").exit_code == 3
+    assert "did not pass what it was measured for (size_bytes" in fails(2, "push", "out", "me/w4", "--unmeasured")
+    assert "HF_TOKEN" in fails(4, "push", "out", "me/w4", "--force")
+    assert "is no model, it has no weights" in fails(2, "push", "out/llmconvert", "me/w4")
+    (here / "out" / "README.md").write_text(f"{card}mine")
+    assert "was edited since" in fails(2, "validate", "out", *scored)
+    (here / "out" / "README.md").unlink()
+    assert call("validate", "out", *scored[:-1], "--json", "out/llmconvert/report.json").exit_code == 0
+    assert "has no model card (README.md)" in fails(2, "push", "out", "me/w4")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +306,7 @@ def test_mistakes_leave_nothing_behind(tiny_llama: Path, here: Path, text: Path)
     assert "gone.txt" in fails(4, "quantize", tiny_llama, "out", *missing)
     assert "no such" in fails(4, "inspect", "./gone")
     assert "no such" in fails(4, "convert", "./gone", "out")
-    assert "HF_TOKEN" in fails(4, "push", tiny_llama, "someone/something", "--unmeasured")
+    assert "HF_TOKEN" in fails(4, "push", tiny_llama, "someone/something", "--force")
     assert sorted(os.listdir(here)) == before
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--gated", type=click.Choice(["auto", "manual"]), help="Who wants a new repository's files has to ask.")
 @click.option("--collection", help="Collection that shall list the repository, made if need be.")
 @click.option("--unmeasured", is_flag=True, help="Push although no report tells how well the artifact predicts.")
+@click.option("--force", is_flag=True, help="Push what is no model, has no card, or failed its checks.")
 @click.option("--dry-run", is_flag=True, help="List files and card, and with a token ask the Hub; send nothing.")
 @manners
 def push(directory: Path, repository: str, dry_run: bool, manners: Manners, **options: Any) -> None:
@@ -49,19 +50,21 @@ def push(directory: Path, repository: str, dry_run: bool, manners: Manners, **op
     manners.result({"url": url}, url)
 
 
-def _dry_run(directory: Path, repository: str, manners: Manners, *, unmeasured: bool, **settings: Any) -> None:
+def _dry_run(
+    directory: Path, repository: str, manners: Manners, *, unmeasured: bool, force: bool, **settings: Any
+) -> None:
     """Show the plan, then ask the Hub whether it would be let through, where there is a token to ask with."""
     from llmconvert.hub import PushOptions, check_card, check_push, reaches_hub
     from llmconvert.recipes.publishing import plan_push
-    from llmconvert.recipes.single import require_measured
+    from llmconvert.recipes.stages.papers import require_publishable
 
     options = PushOptions(**settings)
     options.check(repository)
     plan = plan_push(directory, repository, revision=options.revision, folder=options.folder)
     files = {file.name: file.size for file in plan.files}
     manners.result({"repository": plan.repo_id, "files": files, "card": plan.card}, *_lines(plan))
-    if not unmeasured:
-        require_measured(directory)
+    if not force:
+        require_publishable(directory, unmeasured=unmeasured)
     if reaches_hub():
         check_push(repository, options)
         if plan.card is not None:

@@ -53,6 +53,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str | Non
 @click.option("--positions", is_flag=True, help="Perplexity by position, up to the trained length and beyond.")
 @click.option("--positions-window", type=int, help="Tokens per window for that; twice the trained length by default.")
 @click.option("--memory", is_flag=True, help="The KV cache and the memory ladder, computed and measured.")
+@click.option("--card", is_flag=True, help="Write report, page and model card into MODEL, as a run does.")
 @click.option("--device", help="cpu, cuda, cuda:N or auto. [default: cpu]")
 @click.option(
     "--json",
@@ -68,8 +69,9 @@ def validate(model: str, json_file: Path | None, html_file: Path | None, manners
     """Measure MODEL, a directory, against the original it was made from.
 
     \b
-    Example:
+    Examples:
       llmconvert validate out/w4 --reference org/name --text pydoc-topics:test --window 512 --max-windows 16
+      llmconvert validate out/w4 --reference org/name --text pydoc-topics:test --card
     """
     from llmconvert.api import validate_model
     from llmconvert.recipes.options import recipe_of

@@ -50,6 +50,7 @@ from llmconvert.validate.render.plots import divergence_plot, layer_error_plot, 
 from llmconvert.validate.render.section_plot import section_plot
 
 __all__ = [
+    "RECIPE_FILE",
     "REPORT_FILE",
     "address_of",
     "artifact_name",
@@ -59,9 +60,12 @@ __all__ = [
     "front_matter_of",
     "model_info",
     "model_stem",
+    "names_in",
     "public_name",
+    "render_for",
     "resolved_recipe",
     "with_papers",
+    "write_up",
 ]
 
 _GGUF_TYPE = re.compile(r"[.-](?:I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
@@ -74,7 +78,8 @@ _PLOTS = (
     ),
     ("layers", "Relative error of each quantized weight.", layer_error_plot),
 )
-_RECIPE_FILE = "llmconvert/recipe.yaml"
+#: Where an artifact has the recipe that repeats it.
+RECIPE_FILE = "llmconvert/recipe.yaml"
 _LINK_REFUSED = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -195,9 +200,24 @@ def assemble_artifact(model: Path, artifact: Path, recipe: Recipe, source: Sourc
     except OSError as error:
         raise disk_error(error, path) from error
     text = resolved_recipe(recipe, source, report)
+    write_file(artifact / RECIPE_FILE, text.encode())
+    write_up(artifact, report, text, provenance(source).inherited, address_of(recipe))
+
+
+def write_up(artifact: Path, report: Report, recipe: str, inherited: Mapping[str, Any], address: Address) -> None:
+    """Write what is told of an artifact into its directory: report, page, plots and card.
+
+    Args:
+        recipe: the resolved recipe as YAML.
+        inherited: what the original's card says of the model.
+        address: where users will load it from.
+
+    Raises:
+        MachineError: the disk fails or is full.
+    """
+    folder = artifact / "llmconvert"
     report.write(artifact / REPORT_FILE)
-    write_file(artifact / _RECIPE_FILE, text.encode())
-    write_file(folder / "report.html", render_html(report, recipe=text).encode())
+    write_file(folder / "report.html", render_html(report, recipe=recipe).encode())
     for name, _, draw in _PLOTS:
         picture = draw(report, "png")
         if picture is not None:
@@ -206,7 +226,7 @@ def assemble_artifact(model: Path, artifact: Path, recipe: Recipe, source: Sourc
         picture = section_plot(section, "png") if "card" in section.shown else None
         if picture is not None:
             write_file(folder / f"{section.name}.png", picture)
-    card = _card(report, text, provenance(source).inherited, address_of(recipe), _names(artifact))
+    card = render_for(report, recipe, inherited, address, names_in(artifact))
     write_file(artifact / CARD, card.encode())
 
 
@@ -221,8 +241,8 @@ def with_papers(work: Work) -> None:
     report = Report(model=info, environment=environment())
     text = resolved_recipe(work.recipe, source, report)
     files = source.checkpoint.files
-    card = _card(report, text, provenance(source).inherited, address_of(work.recipe), files)
-    papers = {CARD: card.encode(), REPORT_FILE: report.to_json().encode(), _RECIPE_FILE: text.encode()}
+    card = render_for(report, text, provenance(source).inherited, address_of(work.recipe), files)
+    papers = {CARD: card.encode(), REPORT_FILE: report.to_json().encode(), RECIPE_FILE: text.encode()}
     source.checkpoint.files = {**files, **papers}
 
 
@@ -234,7 +254,7 @@ def card_for(directory: Path, address: Address) -> bytes | None:
         SourceError: its report can't be read.
     """
     try:
-        card, text = (directory / CARD).read_text(), (directory / _RECIPE_FILE).read_text()
+        card, text = (directory / CARD).read_text(), (directory / RECIPE_FILE).read_text()
     except (OSError, UnicodeDecodeError):
         return None
     if not is_untouched(card):
@@ -242,10 +262,12 @@ def card_for(directory: Path, address: Address) -> bytes | None:
     report = Report.read(directory / REPORT_FILE)
     name = address.repository.split("/")[1] if address.hub else report.model.name
     report = report.model_copy(update={"model": report.model.model_copy(update={"name": name})})
-    return _card(report, text, inherited_metadata(card), address, _names(directory)).encode()
+    return render_for(report, text, inherited_metadata(card), address, names_in(directory)).encode()
 
 
-def _card(report: Report, recipe: str, inherited: Mapping[str, Any], address: Address, names: Collection[str]) -> str:
+def render_for(
+    report: Report, recipe: str, inherited: Mapping[str, Any], address: Address, names: Collection[str]
+) -> str:
     """The card of an artifact that has files of these names."""
     plots = {name: f"llmconvert/{name}.png" for name in (*(name for name, _, _ in _PLOTS), *_shown(report))}
     drawn = {name: path for name, path in plots.items() if path in names}
@@ -264,7 +286,7 @@ def _shown(report: Report) -> list[str]:
     return [section.name for section in report.sections if "card" in section.shown]
 
 
-def _names(directory: Path) -> set[str]:
+def names_in(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
