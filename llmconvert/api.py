@@ -352,8 +352,8 @@ def push_model(
         RunInterruptedError: the process was asked to stop; files already sent are not sent again.
     """
     from llmconvert.hub import PushOptions, push_folder
+    from llmconvert.recipes.papers.gate import require_publishable
     from llmconvert.recipes.publishing import card_there
-    from llmconvert.recipes.stages.papers import require_publishable
 
     if not force:
         require_publishable(Path(directory), unmeasured=unmeasured)

@@ -22,6 +22,7 @@ from llmconvert.interrupt import interruptible
 from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import FileFormat, load_format
+from llmconvert.recipes.papers.single_steps import Papers, tell_step
 from llmconvert.recipes.runner import perform
 from llmconvert.recipes.schema.measuring import ValidateSettings
 from llmconvert.recipes.schema.recipe import Recipe
@@ -37,7 +38,6 @@ from llmconvert.recipes.stages.conversion import (
 )
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
-from llmconvert.recipes.stages.papers import Papers, tell_step
 from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.run import require_texts
@@ -111,7 +111,9 @@ def convert_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) 
     recipe = recipe.model_copy(update={"quantize": None})
     with interruptible(), _opened(recipe, progress) as work:
         _with_papers(work)
-        made = _built(stream_stage(recipe) if recipe.stream else convert_stage(recipe), work, output)
+        made = (
+            _built(stream_stage(recipe), work, output) if recipe.stream else _built(convert_stage(recipe), work, output)
+        )
     assert isinstance(made, DtypeReport)
     return made
 

@@ -55,8 +55,8 @@ def _dry_run(
 ) -> None:
     """Show the plan, then ask the Hub whether it would be let through, where there is a token to ask with."""
     from llmconvert.hub import PushOptions, check_card, check_push, reaches_hub
+    from llmconvert.recipes.papers.gate import require_publishable
     from llmconvert.recipes.publishing import plan_push
-    from llmconvert.recipes.stages.papers import require_publishable
 
     options = PushOptions(**settings)
     options.check(repository)
