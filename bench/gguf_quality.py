@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmconvert.gguf.architectures.pieces import source_rows
 from llmconvert.gguf.export import tensor_types
 from llmconvert.gguf.file import plan_file
 from llmconvert.gguf.ggml.blocks import load_codec
@@ -135,15 +136,18 @@ class Bench:
         (shard,) = file.layout.shards
         with path.open("wb") as out:
             out.write(shard.header)
-            for name, planned in file.tensors.items():
-                weights = self.importance.get(name)
-                rows = planned.exported.store(self.source[name]).contiguous().numpy()
-                kind = planned.spec.qtype
-                given = None if weights is None else weights.numpy()
-                matrix = rows.reshape(-1, rows.shape[-1])
-                raw = (encode if kind in FLOATS else encoder)(matrix, kind, given)
-                out.seek(shard.offsets[planned.spec.name])
-                out.write(raw.tobytes())
+            for planned in file.tensors.values():
+                kind, spec = planned.spec.qtype, planned.spec
+                for piece in planned.exported.pieces:
+                    weights = self.importance.get(piece.name)
+                    given = None if weights is None else weights.numpy()
+                    length = self.source.infos[piece.name].shape[0]
+                    read = partial(self.source.read_rows, piece.name)
+                    for first, values in source_rows(piece, read, length, file.config, max(1, piece.rows)):
+                        matrix = values.reshape(-1, spec.shape[-1]).contiguous().numpy()
+                        raw = (encode if kind in FLOATS else encoder)(matrix, kind, given)
+                        out.seek(shard.offsets[spec.name] + first * spec.row_nbytes)
+                        out.write(raw.tobytes())
             out.truncate(shard.nbytes)
 
     def write_floor(self, path: Path, mix: str) -> None:

@@ -47,7 +47,7 @@ class ArtifactSink:
         self._plan = plan
         self._phases = phases
         self._changed: set[str] = set()
-        self._squares: dict[str, torch.Tensor] = {}
+        self._squares: dict[str, dict[str, torch.Tensor]] = {}
         self.blocks = finished_blocks(artifact)
         #: Error, damping and an expert's tokens, of every quantized linear so far, by its module name.
         self.results: dict[str, tuple[float | None, float | None, int | None]] = {}
@@ -64,7 +64,8 @@ class ArtifactSink:
 
     def take(self, name: str, outcome: Outcome) -> None:
         if isinstance(outcome, InputSquares):
-            self._squares[self._plan.sites[name].tensor] = outcome.mean
+            site = self._plan.sites[name]
+            self._squares.setdefault(site.tensor, {})[site.stored] = outcome.mean
         elif isinstance(outcome, torch.Tensor):
             stored = self._skeleton.names[name]
             with self._phases.measure("writing"):
@@ -72,10 +73,10 @@ class ArtifactSink:
             self._changed.add(stored)
         else:
             with self._phases.measure("packing"):
-                packed = self._container.pack(self._plan.sites[name].stored, outcome.tensor)
+                packed = list(self._container.pack(self._plan.sites[name].stored, outcome.tensor))
             with self._phases.measure("writing"):
-                for stored, tensor in packed.items():
-                    self._artifact.writer.write(stored, tensor)
+                for part in packed:
+                    self._artifact.writer.write_rows(part.name, part.start, part.rows)
             self.results[name] = (outcome.error, outcome.damping, outcome.tokens)
 
     def complete(self, index: int) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -21,9 +21,12 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from llmconvert.errors import ChangedError, CheckpointError, UnsupportedError
-from llmconvert.gguf.config import Geometry, build_config, build_generation_config, read_geometry
-from llmconvert.gguf.header import GgufHeader, GgufTensor, shown
-from llmconvert.gguf.names import ARCHITECTURES, Place, Storage, place_tensors
+from llmconvert.gguf.architectures.entries import Change
+from llmconvert.gguf.architectures.pieces import ReadRows, restored
+from llmconvert.gguf.architectures.placing import Place, check_tensors, place_tensors
+from llmconvert.gguf.architectures.reading import build_generation_config, count_layers, read_config
+from llmconvert.gguf.architectures.registry import described_by
+from llmconvert.gguf.header import GgufHeader, GgufTensor
 from llmconvert.gguf.split import gguf_models, read_model_header
 from llmconvert.gguf.tokenizer import UnknownTokenizerError, tokenizer_files
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
@@ -74,14 +77,12 @@ class GgufModel:
     """What a file's header says of its model, in Hugging Face terms.
 
     Attributes:
-        geometry: the sizes.
-        places: GGUF tensor name → where it goes.
+        places: the checkpoint's tensors by name, and what of the file they are.
         config: ``config.json``.
         files: the other small files, by name.
         without_tokenizer: why the tokenizer is not among them, or "".
     """
 
-    geometry: Geometry
     places: Mapping[str, Place]
     config: Mapping[str, Any]
     files: Mapping[str, bytes]
@@ -99,23 +100,19 @@ def describe_model(header: GgufHeader, read_setting: Callable[[GgufTensor], np.n
         CheckpointError: it is incomplete or contradicts itself.
         UnsupportedError: an architecture, tensor type or setting that cannot be restored; it is named.
     """
-    arch = header.metadata.text("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"{header.path}: GGUF architecture {shown(arch)} is not supported; "
-            f"supported are {', '.join(sorted(ARCHITECTURES))}"
-        )
+    arch = described_by(header)
     _check_types(header)
-    architecture = ARCHITECTURES[arch]
-    geometry = read_geometry(header, arch)
-    places = place_tensors(header, architecture, geometry.layers, geometry.symbols)
-    config = build_config(header, arch, architecture, geometry, lambda name: read_setting(header.tensors[name]))
+    layers = count_layers(header, arch)
+    check_tensors(header, arch, layers)
+    config = read_config(header, arch, lambda name: read_setting(header.tensors[name]))
+    places = place_tensors(header, arch, config, layers)
     generation = build_generation_config(config, header.metadata)
     files = {"generation_config.json": (json.dumps(generation, indent=2) + "\n").encode()}
     try:
-        return GgufModel(geometry, places, config, files | tokenizer_files(header.metadata, geometry.vocab), "")
+        tokenizer = tokenizer_files(header.metadata, header.tensors["token_embd.weight"].shape[0])
     except UnknownTokenizerError as error:
-        return GgufModel(geometry, places, config, files, str(error))
+        return GgufModel(places, config, files, str(error))
+    return GgufModel(places, config, files | tokenizer, "")
 
 
 class GgufCheckpoint(Checkpoint):
@@ -135,35 +132,37 @@ class GgufCheckpoint(Checkpoint):
         except BaseException:
             self.close()
             raise
-        self._geometry = described.geometry
-        self._sources = {place.name: (header.tensors[stored], place) for stored, place in described.places.items()}
-        self.infos = {name: self._info(*source) for name, source in self._sources.items()}
+        self._tensors = header.tensors
+        self._places = described.places
+        self.infos = {name: self._info(place) for name, place in self._places.items()}
         self.config = described.config
         self.files = described.files
         self.without_tokenizer = described.without_tokenizer
 
     @property
-    def geometry(self) -> Geometry:
-        """The model's sizes."""
-        return self._geometry
-
-    @property
     def stored_nbytes(self) -> int:
         """Bytes that the tensors take in the file."""
-        return sum(tensor.nbytes for tensor, _ in self._sources.values())
+        names = {piece.stored for place in self._places.values() for piece in place.pieces}
+        return sum(self._tensors[name].nbytes for name in names)
 
     def type_of(self, name: str) -> str:
-        """What a tensor is stored as: ``q4_k``."""
-        return str(self._sources[name][0].qtype.name).lower()
+        """What a tensor is stored as, the first part of one of several: ``q4_k``."""
+        return str(self._stored(self._places[name]).qtype.name).lower()
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        tensor, place = self._sources[name]
-        total = tensor.shape[0]
+        place = self._places[name]
+        total = place.shape[0] if place.shape else 1
         start, stop = max(0, min(start, total)), max(0, min(stop, total))
-        if place.storage in (Storage.QUERY_ROWS, Storage.KEY_ROWS):
-            return self._deinterleaved(tensor, start, stop)
-        rows = self._stored_rows(tensor, start, max(start, stop))
-        return rows.float().sub_(1.0) if place.storage is Storage.PLUS_ONE else rows
+        reads = {piece.stored: self._reader(self._tensors[piece.stored]) for piece in place.pieces}
+        return restored(place.pieces, reads, place.shape, self.config, start, max(start, stop))
+
+    def _stored(self, place: Place) -> GgufTensor:
+        return self._tensors[place.pieces[0].stored]
+
+    def _reader(self, tensor: GgufTensor) -> ReadRows:
+        """Rows of all of a tensor's dimensions but the last."""
+        flat = replace(tensor, shape=(math.prod(tensor.shape[:-1]), tensor.shape[-1]))
+        return lambda start, stop: self._stored_rows(flat, start, stop)
 
     def _open(self) -> None:
         for part in self._parts:
@@ -180,37 +179,21 @@ class GgufCheckpoint(Checkpoint):
         if hasattr(self, "_fds"):
             self.close()
 
-    def _info(self, tensor: GgufTensor, place: Place) -> TensorInfo:
-        # Subtracting one rounds differently in half precision, so such tensors are float32 whatever is stored.
-        dtype = torch.float32 if place.storage is Storage.PLUS_ONE else _DIRECT.get(tensor.qtype, torch.float32)
-        return TensorInfo(place.name, dtype, tensor.shape, self._parts[tensor.part].name)
+    def _info(self, place: Place) -> TensorInfo:
+        tensor = self._stored(place)
+        # What was computed rounds differently in half precision, so such tensors are float32 whatever is stored.
+        changed = any(piece.form.change is not Change.NONE for piece in place.pieces)
+        dtype = torch.float32 if changed else _DIRECT.get(tensor.qtype, torch.float32)
+        return TensorInfo(place.name, dtype, place.shape, self._parts[tensor.part].name)
 
     def _read_setting(self, tensor: GgufTensor) -> np.ndarray:
-        values: np.ndarray = self._stored_rows(tensor, 0, tensor.shape[0]).float().numpy()
-        return values
-
-    def _deinterleaved(self, tensor: GgufTensor, start: int, stop: int) -> torch.Tensor:
-        """Rows of a query or key projection in transformers' order.
-
-        Within a head of ``d`` rows, transformers' row ``j * d/2 + i`` is stored as row ``2 * i + j``.
-        """
-        if stop <= start:
-            return self._stored_rows(tensor, start, start)
-        size = self._geometry.head_dim
-        first = start // size * size
-        stored = self._stored_rows(tensor, first, -(-stop // size) * size)
-        rows = torch.arange(start, stop)
-        within = rows % size
-        return stored[rows - within - first + within % (size // 2) * 2 + within // (size // 2)]
+        values: np.ndarray = self._reader(tensor)(0, math.prod(tensor.shape[:-1])).float().numpy()
+        return values.reshape(tensor.shape)
 
     def _stored_rows(self, tensor: GgufTensor, start: int, stop: int) -> torch.Tensor:
         """Rows as they are stored, dequantized, in fresh memory."""
         block, block_bytes = GGML_QUANT_SIZES[tensor.qtype]
         width = math.prod(tensor.shape[1:])
-        if len(tensor.shape) == 1 and block > 1:  # a block is many rows of a vector: read it whole
-            flat = torch.empty(tensor.shape[0], dtype=torch.float32)
-            self._dequantize_into(tensor, 0, flat)
-            return flat[start:stop].clone()
         out = torch.empty((stop - start, *tensor.shape[1:]), dtype=_DIRECT.get(tensor.qtype, torch.float32))
         if out.numel() == 0:
             return out

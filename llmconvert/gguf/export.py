@@ -16,59 +16,23 @@ import torch
 
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
-from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.gguf.config import Geometry
-from llmconvert.gguf.export_config import export_config, export_geometry, window_notes
+from llmconvert.errors import UnsupportedError
+from llmconvert.gguf.architectures.architecture import GgufArchitecture
+from llmconvert.gguf.architectures.placing import StoredTensor, plan_tensors
+from llmconvert.gguf.architectures.registry import architecture_of
+from llmconvert.gguf.architectures.writing import complete_values, window_notes, write_metadata
 from llmconvert.gguf.export_tokenizer import export_tokenizer
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
-from llmconvert.gguf.names import ARCHITECTURES, Storage
 from llmconvert.gguf.rope import export_rope_tensors
 from llmconvert.memory import row_slices
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["ExportedTensor", "GgufExport", "check_exportable", "export_checkpoint", "tensor_types"]
+__all__ = ["GgufExport", "check_exportable", "export_checkpoint", "tensor_types"]
 
-#: transformers' ``model_type`` → GGUF architecture.
-GGUF_ARCHITECTURES: Final[Mapping[str, str]] = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "phi3": "phi3",
-    "gemma2": "gemma2",
-}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _COMPARED_AT_ONCE = 1 << 24
 # Buffers that old checkpoints hold and every runtime computes for itself.
-_COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.masked_bias")
-
-
-@dataclass(frozen=True, slots=True)
-class ExportedTensor:
-    """A tensor of the file: its name there, the checkpoint's tensor it comes from, and how it is stored."""
-
-    name: str
-    source: str
-    shape: tuple[int, ...]
-    storage: Storage
-    heads: int = 0
-
-    @property
-    def rows_together(self) -> int:
-        """Rows that must be read together: those of a head, where they change places."""
-        return self.shape[0] // self.heads if self.heads else 1
-
-    def store(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the checkpoint (whole heads) as rows of the file, in float32."""
-        rows = rows.float()
-        return rows + 1 if self.storage is Storage.PLUS_ONE else self.arrange(rows)
-
-    def arrange(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the checkpoint (whole heads), in values or encoded, in the file's order."""
-        if not self.heads:
-            return rows
-        halves = rows.reshape(-1, 2, self.rows_together // 2, *rows.shape[1:])
-        return halves.transpose(1, 2).reshape(rows.shape)
+_COMPUTED: Final = re.compile(r".*\.rotary_emb\.inv_freq|.*\.masked_bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +40,8 @@ class GgufExport:
     """What will be in a file, but for the weights themselves.
 
     Attributes:
+        arch: the file's architecture.
+        config: the model's, with transformers' defaults filled in.
         metadata: all of it, in order, without ``general.file_type``.
         tensors: in file order.
         settings: float32 tensors that llama.cpp keeps settings in, by name.
@@ -85,8 +51,10 @@ class GgufExport:
         notes: what llama.cpp does otherwise although the model can be used, a sentence each.
     """
 
+    arch: GgufArchitecture
+    config: Mapping[str, Any]
     metadata: Mapping[str, Any]
-    tensors: tuple[ExportedTensor, ...]
+    tensors: tuple[StoredTensor, ...]
     settings: Mapping[str, np.ndarray]
     layers: int
     tied: bool
@@ -94,7 +62,7 @@ class GgufExport:
     notes: tuple[str, ...]
 
     def types(self, mix: GgmlMix, *, importance: bool) -> dict[str, str]:
-        """Source of each tensor → the type that a mix gives it."""
+        """Name of each tensor in the file → the type that a mix gives it."""
         return _types(self.tensors, mix, self.context(importance=importance))
 
     def context(self, *, importance: bool) -> MixContext:
@@ -114,21 +82,22 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         CheckpointError: tensors are missing.
     """
     arch, model, values = _architecture(source)
-    settings = export_config(values, model, arch)
-    sizes = export_geometry(values, model)
+    settings = write_metadata(values, model, arch)
     tied = model.tied and not _has_own_head(source)
-    tensors = _tensors(source, arch, sizes, tied=tied)
+    tensors = _tensors(source, arch, values, tied=tied)
     tokenizer = export_tokenizer(source, values, name)
-    general = {"general.architecture": arch, "general.type": "model", "general.name": tokenizer.name}
-    if source.config["model_type"] == "mistral":
-        general["general.basename"] = "Mistral"
+    general = {"general.architecture": arch.name, "general.type": "model", "general.name": tokenizer.name}
+    if arch.base:
+        general["general.basename"] = arch.base
     return GgufExport(
+        arch=arch,
+        config=values,
         metadata={**general, **settings, **tokenizer.metadata},
         tensors=tensors,
-        settings=export_rope_tensors(values, arch),
+        settings=export_rope_tensors(values),
         layers=model.layers,
         tied=tied,
-        queries_per_key=sizes.heads // sizes.kv_heads,
+        queries_per_key=_queries_per_key(model),
         notes=(*window_notes(model, arch), *tokenizer.notes),
     )
 
@@ -140,37 +109,45 @@ def check_exportable(source: Checkpoint) -> None:
         UnsupportedError, CheckpointError: see there.
     """
     arch, model, values = _architecture(source)
-    export_config(values, model, arch)
-    _tensors(source, arch, export_geometry(values, model), tied=model.tied)
+    write_metadata(values, model, arch)
+    _tensors(source, arch, values, tied=model.tied)
 
 
 def tensor_types(source: Checkpoint, mix: GgmlMix, *, importance: bool) -> dict[str, str]:
-    """Tensor of a checkpoint → the type that a mix gives it: :meth:`GgufExport.types` without the rest of an export.
+    """What quantization calls each matrix, with ``.weight`` → the type that a mix gives it.
+
+    Of matrices that are transposed or cut on their way into a file, nothing is said: codes would not go along.
 
     Raises:
         UnsupportedError, CheckpointError: see :func:`export_checkpoint`.
     """
     arch, model, values = _architecture(source)
-    sizes = export_geometry(values, model)
     tied = model.tied and not _has_own_head(source)
-    tensors = _tensors(source, arch, sizes, tied=tied)
-    return _types(tensors, mix, MixContext(model.layers, tied, importance, sizes.heads // sizes.kv_heads))
+    tensors = _tensors(source, arch, values, tied=tied)
+    types = _types(tensors, mix, MixContext(model.layers, tied, importance, _queries_per_key(model)))
+    return {
+        f"{piece.linear}.weight" if piece.expert is not None else piece.name: types[tensor.name]
+        for tensor in tensors
+        if tensor.by_rows
+        for piece in tensor.pieces
+    }
 
 
-def _types(tensors: Iterable[ExportedTensor], mix: GgmlMix, context: MixContext) -> dict[str, str]:
-    return {tensor.source: mix.type_of(tensor.name, tensor.shape, context) for tensor in tensors}
+def _queries_per_key(model: Architecture) -> int:
+    return model.query_heads // model.kv_heads if model.has_attention else 1
 
 
-def _architecture(source: Checkpoint) -> tuple[str, Architecture, dict[str, Any]]:
-    """GGUF's name of the architecture, and the config as transformers completes it: llama.cpp is told all of it."""
-    model_type: str = source.config.get("model_type", "")
-    if model_type not in GGUF_ARCHITECTURES:
-        raise UnsupportedError(
-            f"architecture {model_type!r} cannot be written as GGUF; supported are {', '.join(GGUF_ARCHITECTURES)}"
-        )
+def _types(tensors: Iterable[StoredTensor], mix: GgmlMix, context: MixContext) -> dict[str, str]:
+    return {
+        tensor.name: "F32" if tensor.kept else mix.type_of(tensor.name, tensor.shape, context) for tensor in tensors
+    }
+
+
+def _architecture(source: Checkpoint) -> tuple[GgufArchitecture, Architecture, dict[str, Any]]:
+    """The file's architecture, and the config as transformers completes it: llama.cpp is told all of it."""
+    arch = architecture_of(source.config)
     config = build_config(source.config)
-    values: dict[str, Any] = config.to_dict()
-    return GGUF_ARCHITECTURES[model_type], Architecture.of(config), values
+    return arch, Architecture.of(config), complete_values(config)
 
 
 def _has_own_head(source: Checkpoint) -> bool:
@@ -189,39 +166,19 @@ def _has_own_head(source: Checkpoint) -> bool:
     )
 
 
-def _tensors(source: Checkpoint, arch: str, sizes: Geometry, *, tied: bool) -> tuple[ExportedTensor, ...]:
-    symbols = sizes.symbols
-    found: list[ExportedTensor] = []
-    for stored, place in ARCHITECTURES[arch].places(sizes.layers):
-        info = source.infos.get(place.name)
-        if stored == "output.weight" and tied:
-            continue
-        if info is None:
-            if place.required or stored == "output.weight":
-                raise CheckpointError(f"the checkpoint has no tensor {place.name!r}, which {arch} models need")
-            continue
-        expected = tuple(symbols[symbol] for symbol in place.shape)
-        if info.shape != expected:
-            raise CheckpointError(
-                f"tensor {place.name!r} has shape {list(info.shape)}, config.json asks for {list(expected)} "
-                f"({' × '.join(place.shape)})"
-            )
-        heads = {Storage.QUERY_ROWS: sizes.heads, Storage.KEY_ROWS: sizes.kv_heads}.get(place.storage, 0)
-        found.append(ExportedTensor(stored, place.name, info.shape, place.storage, heads))
-    _check_all_placed(source, found, arch, tied=tied)
-    return tuple(found)
-
-
-def _check_all_placed(source: Checkpoint, found: list[ExportedTensor], arch: str, *, tied: bool) -> None:
-    used = {tensor.source for tensor in found}
-    if tied:
-        used.add(_HEAD)
+def _tensors(
+    source: Checkpoint, arch: GgufArchitecture, values: Mapping[str, Any], *, tied: bool
+) -> tuple[StoredTensor, ...]:
+    tensors = plan_tensors({name: info.shape for name, info in source.infos.items()}, arch, values, tied=tied)
+    used = {piece.name for tensor in tensors for piece in tensor.pieces}
+    used |= {_HEAD} if tied else set()
     for name in source:
         if name == _HEAD and name not in used:
             raise UnsupportedError(
-                f"tensor {name!r} is not the embedding; llama.cpp's {arch} has no head of its own and would differ"
+                f"tensor {name!r} is not the embedding; llama.cpp's {arch.name} has no head of its own and would differ"
             )
         if name not in used and not _COMPUTED.fullmatch(name):
             raise UnsupportedError(
-                f"tensor {name!r} has no place in a GGUF file of architecture {arch!r}, and cannot be left out"
+                f"tensor {name!r} has no place in a GGUF file of architecture {arch.name!r}, and cannot be left out"
             )
+    return tensors

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from llmconvert.compute.narrowing import LOST, bounds
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.gguf.architectures.pieces import Piece, ReadRows, source_rows
+from llmconvert.gguf.architectures.placing import StoredTensor
+from llmconvert.gguf.architectures.writing import check_same_model
 from llmconvert.gguf.checkpoint import describe_model
-from llmconvert.gguf.export import ExportedTensor, export_checkpoint
+from llmconvert.gguf.export import GgufExport, export_checkpoint
 from llmconvert.gguf.ggml.blocks import Codec, load_codec
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
 from llmconvert.gguf.header import parse_gguf_header
 from llmconvert.gguf.layout import GgufSpec, plan_gguf
-from llmconvert.memory import row_slices
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import Layout, TensorWriter
 
@@ -39,7 +42,7 @@ _FADING = 2.0**-12
 class PlannedTensor:
     """A tensor of the file: where its values come from, and what they are stored in."""
 
-    exported: ExportedTensor
+    exported: StoredTensor
     spec: GgufSpec
 
     @property
@@ -54,13 +57,17 @@ class GgufFile:
 
     Attributes:
         layout: where everything goes; its one shard's header is the file's.
-        tensors: by the name in the checkpoint.
+        config: the model's, with transformers' defaults filled in.
+        tensors: by their names in the file.
+        parts: what each tensor of the checkpoint becomes: tensors and pieces of them.
         settings: float32 tensors that hold settings, by the name in the file.
         notes: what is otherwise than asked for, or in llama.cpp than in transformers, a sentence each.
     """
 
     layout: Layout
+    config: Mapping[str, Any]
     tensors: Mapping[str, PlannedTensor]
+    parts: Mapping[str, Sequence[tuple[PlannedTensor, Piece]]]
     settings: Mapping[str, np.ndarray]
     notes: tuple[str, ...]
 
@@ -70,29 +77,44 @@ class GgufFile:
             writer.write(name, torch.from_numpy(load_codec("F32").encode(values[None])))
 
     def write_rows(
-        self, writer: TensorWriter, name: str, read: Callable[[int, int], torch.Tensor], encode: Encode
+        self,
+        writer: TensorWriter,
+        name: str,
+        shape: Sequence[int],
+        read: ReadRows,
+        encode: Callable[[Piece], Encode],
+        wanted: Callable[[Piece], bool] = lambda piece: True,
     ) -> None:
-        """Encode a tensor and write it, some rows at a time.
+        """Encode a tensor of the checkpoint and write it where it goes, some rows at a time.
 
         Args:
             name: in the checkpoint.
-            read: rows ``start:stop`` of the checkpoint's tensor.
-            encode: what makes bytes of them, put in the file's order.
+            shape: there.
+            read: rows ``start:stop`` of it.
+            encode: what makes bytes of a piece's rows.
+            wanted: which pieces.
 
         Raises:
             CheckpointError: values that are not finite.
             UnsupportedError: values beyond the type's range.
         """
-        planned = self.tensors[name]
-        exported, spec = planned.exported, planned.spec
-        codec, length = load_codec(spec.qtype), exported.shape[0]
-        together = length if len(spec.shape) == 1 else exported.rows_together
-        for part in row_slices(exported.shape, _WEIGHTS_AT_ONCE, together=together):
-            rows = exported.store(read(part.start, part.stop)).contiguous()
-            _check_values(name, rows, spec.qtype)
-            encoded = encode(codec, rows.reshape(-1, spec.shape[-1]))
-            _check_faded(name, codec, rows, encoded)
-            writer.write_rows(spec.name, part.start, encoded)
+        for planned, piece in self.parts[name]:
+            if wanted(piece):
+                self._write_piece(writer, planned, piece, shape[0] if shape else 1, read, encode(piece))
+
+    def _write_piece(
+        self, writer: TensorWriter, planned: PlannedTensor, piece: Piece, length: int, read: ReadRows, encode: Encode
+    ) -> None:
+        spec = planned.spec
+        codec, columns = load_codec(spec.qtype), spec.shape[-1]
+        step = piece.rows if piece.stored_rows == 1 else max(1, _WEIGHTS_AT_ONCE // columns)
+        for first, values in source_rows(piece, read, length, self.config, step):
+            rows = values.reshape(-1, columns)
+            start = first if piece.stored_rows > 1 else piece.first
+            _check_values(piece.name, rows, spec.qtype)
+            encoded = encode(codec, rows)
+            _check_faded(piece.name, codec, rows, encoded)
+            writer.write_rows(spec.name, start, encoded)
 
 
 def plan_file(source: Checkpoint, file_name: str, name: str, mix: GgmlMix, *, importance: bool) -> GgufFile:
@@ -112,27 +134,39 @@ def plan_file(source: Checkpoint, file_name: str, name: str, mix: GgmlMix, *, im
     export = export_checkpoint(source, name)
     context, kinds = export.context(importance=importance), export.types(mix, importance=importance)
     tensors = {
-        tensor.source: PlannedTensor(tensor, GgufSpec(tensor.name, kinds[tensor.source], tensor.shape))
+        tensor.name: PlannedTensor(tensor, GgufSpec(tensor.name, kinds[tensor.name], tensor.shape))
         for tensor in export.tensors
     }
+    parts: dict[str, list[tuple[PlannedTensor, Piece]]] = {}
+    for planned in tensors.values():
+        for piece in planned.exported.pieces:
+            parts.setdefault(piece.name, []).append((planned, piece))
     settings = [GgufSpec(stored, "F32", values.shape) for stored, values in export.settings.items()]
     types = {"general.file_type": mix.file_type, "general.quantization_version": 2}
     specs = [*settings, *(planned.spec for planned in tensors.values())]
     layout = plan_gguf(file_name, {**export.metadata, **types}, specs)
-    _read_back(layout, export.settings)
-    return GgufFile(layout, tensors, export.settings, (*_fallbacks(tensors.values(), mix, context), *export.notes))
+    _read_back(layout, export)
+    return GgufFile(
+        layout,
+        export.config,
+        tensors,
+        parts,
+        export.settings,
+        (*_fallbacks(tensors.values(), mix, context), *export.notes),
+    )
 
 
-def _read_back(layout: Layout, settings: Mapping[str, np.ndarray]) -> None:
-    """Refuse a file that would be refused when it is opened."""
+def _read_back(layout: Layout, export: GgufExport) -> None:
+    """Refuse a file that would be refused when it is opened, or taken for another model."""
     (shard,) = layout.shards
     header = parse_gguf_header(Path(shard.name), shard.header, shard.nbytes)
     try:
-        describe_model(header, lambda tensor: settings[tensor.name])
+        described = describe_model(header, lambda tensor: export.settings[tensor.name])
     except (CheckpointError, UnsupportedError) as error:
         raise UnsupportedError(
             f"this model cannot be written as GGUF; read back, it would be refused: {error}"
         ) from error
+    check_same_model(export.config, described.config, export.arch)
 
 
 def _fallbacks(tensors: Iterable[PlannedTensor], mix: GgmlMix, context: MixContext) -> Iterator[str]:
@@ -142,7 +176,7 @@ def _fallbacks(tensors: Iterable[PlannedTensor], mix: GgmlMix, context: MixConte
     for tensor in tensors:
         spec = tensor.spec
         wanted = mix.wanted(spec.name, spec.shape, context)
-        if wanted != spec.qtype:
+        if wanted != spec.qtype and not tensor.exported.kept:
             changed[wanted, spec.qtype] += 1
             widths.add(spec.shape[-1])
     if changed:

@@ -8,7 +8,7 @@ computing the divisors from them again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -106,8 +106,13 @@ def head_dim_of(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def rope_metadata(config: Mapping[str, Any], arch: str) -> dict[str, Any]:
+def rope_metadata(config: Mapping[str, Any], arch: str, scalings: Collection[str]) -> dict[str, Any]:
     """The metadata's keys on the scaling of positions, without the architecture's name before them.
+
+    Args:
+        config: with transformers' defaults filled in.
+        arch: the GGUF architecture, for errors.
+        scalings: kinds that its class in llama.cpp knows.
 
     Raises:
         UnsupportedError: a kind of scaling that llama.cpp's class of this architecture does not know.
@@ -115,18 +120,16 @@ def rope_metadata(config: Mapping[str, Any], arch: str) -> dict[str, Any]:
     rope = rope_settings(config)
     kind = rope["rope_type"]
     if kind == "default":
-        return (
-            {"rope.scaling.original_context_length": config["original_max_position_embeddings"]}
-            if arch == "phi3"
-            else {}
-        )
-    if kind == "llama3" and arch == "llama":
+        original = config.get("original_max_position_embeddings") if "longrope" in scalings else None
+        return {"rope.scaling.original_context_length": original} if original else {}
+    if kind == "llama3" and kind in scalings:
         return {}
-    if kind == "linear":
+    if kind == "linear" and kind in scalings:
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn" and not {"mscale", "mscale_all_dim", "truncate"} & {k for k, v in rope.items() if v is not None}:
+    given = {key for key, value in rope.items() if value is not None}
+    if kind == "yarn" and kind in scalings and not {"mscale", "mscale_all_dim", "truncate"} & given:
         return _yarn_metadata(rope)
-    if kind == "longrope" and arch == "phi3":
+    if kind == "longrope" and kind in scalings:
         original = config["original_max_position_embeddings"]
         stretch = config["max_position_embeddings"] / original
         attention = rope.get("attention_factor")
@@ -157,7 +160,7 @@ def _yarn_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def export_rope_tensors(config: Mapping[str, Any], arch: str) -> dict[str, np.ndarray]:
+def export_rope_tensors(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What llama.cpp keeps of RoPE scalings as tensors: Llama 3's divisors, Phi-3's long and short factors."""
     rope = rope_settings(config)
     head_dim = head_dim_of(config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,16 @@ from llmconvert.storage.artifact import copy_tensor
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.writer import Layout, TensorWriter, plan_layout
 
-__all__ = ["CheckpointContainer", "Container"]
+__all__ = ["CheckpointContainer", "Container", "Packed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What a part of a linear is stored as: rows of one of the layout's tensors, from row ``start`` on."""
+
+    name: str
+    rows: torch.Tensor
+    start: int = 0
 
 
 class Container(Protocol):
@@ -35,18 +45,18 @@ class Container(Protocol):
     def begin(self, writer: TensorWriter) -> None:
         """Store what stands for no tensor of the source."""
 
-    def pack(self, linear: str, tensor: QuantizedTensor) -> Mapping[str, torch.Tensor]:
-        """What a linear's codes are stored as, by the layout's names. ``linear`` is its name without ``.weight``."""
+    def pack(self, linear: str, tensor: QuantizedTensor) -> Iterable[Packed]:
+        """What a linear's codes are stored as. ``linear`` is its name without ``.weight``."""
 
     def write_values(self, writer: TensorWriter, name: str, values: torch.Tensor) -> None:
         """Store new values for a tensor that is not quantized."""
 
-    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> None:
+    def copy(self, writer: TensorWriter, name: str, squares: Mapping[str, torch.Tensor] | None = None) -> None:
         """Store a tensor of the source that nothing was said of.
 
         Args:
-            squares: float32 ``[columns]``, the mean squares of its inputs where they were measured, for containers that
-                encode it.
+            squares: float32 ``[columns]``, the mean squares of the inputs of the matrices in it where they were
+                measured, by what artifacts call these, for containers that encode it.
         """
 
 
@@ -84,11 +94,11 @@ class CheckpointContainer:
     def begin(self, writer: TensorWriter) -> None:
         """There is nothing."""
 
-    def pack(self, linear: str, tensor: QuantizedTensor) -> Mapping[str, torch.Tensor]:
-        return self._pack(linear, tensor)
+    def pack(self, linear: str, tensor: QuantizedTensor) -> Iterable[Packed]:
+        return [Packed(name, stored) for name, stored in self._pack(linear, tensor).items()]
 
     def write_values(self, writer: TensorWriter, name: str, values: torch.Tensor) -> None:
         writer.write(name, values.to(self._source.infos[name].dtype))
 
-    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> None:
+    def copy(self, writer: TensorWriter, name: str, squares: Mapping[str, torch.Tensor] | None = None) -> None:
         copy_tensor(writer, self._source, name)

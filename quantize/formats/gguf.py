@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from llmconvert.errors import OutputError, UnsupportedError
+from llmconvert.gguf.architectures.pieces import Piece
 from llmconvert.gguf.export import check_exportable, tensor_types
-from llmconvert.gguf.file import Encode, plan_file
+from llmconvert.gguf.file import Encode, PlannedTensor, plan_file
 from llmconvert.gguf.ggml.blocks import BlockCodec, Blocks, load_codec
 from llmconvert.gguf.ggml.mix import FLOATS, MIXES, GgmlMix
 from llmconvert.quantize.formats.base import ContainerRequest, Feature, FileFormat, StoredLinear, half_scale_dtype
-from llmconvert.quantize.formats.container import Container
+from llmconvert.quantize.formats.container import Container, Packed
 from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.methods.base import GgmlQuantizer
 from llmconvert.quantize.methods.rtn import Rtn
@@ -143,6 +144,10 @@ class GgufContainer:
         self._method = request.method if isinstance(request.method, GgmlQuantizer) else Rtn()
         self.layout = self._file.layout
         self.notes = self._file.notes
+        self._linears: dict[str, list[tuple[PlannedTensor, Piece]]] = {}
+        for parts in self._file.parts.values():
+            for planned, piece in parts:
+                self._linears.setdefault(piece.linear, []).append((planned, piece))
         self.types: Mapping[str, int] = Counter(
             ["F32"] * len(self._file.settings) + [planned.spec.qtype for planned in self._file.tensors.values()]
         )
@@ -150,25 +155,38 @@ class GgufContainer:
     def begin(self, writer: TensorWriter) -> None:
         self._file.write_settings(writer)
 
-    def pack(self, linear: str, tensor: QuantizedTensor) -> Mapping[str, torch.Tensor]:
-        planned = self._file.tensors[f"{linear}.weight"]
-        return {planned.spec.name: planned.exported.arrange(_blocks(linear, tensor))}
+    def pack(self, linear: str, tensor: QuantizedTensor) -> Iterable[Packed]:
+        blocks: torch.Tensor | None = None
+        for planned, piece in self._linears[linear]:
+            blocks = _blocks(linear, tensor) if blocks is None else blocks
+            rows = blocks if piece.order is None else blocks[torch.from_numpy(piece.order)]
+            yield Packed(planned.spec.name, rows, piece.first)
 
     def write_values(self, writer: TensorWriter, name: str, values: torch.Tensor) -> None:
-        rounded = values.to(self._source.infos[name].dtype)
-        self._file.write_rows(writer, name, lambda start, stop: rounded[start:stop], self._encode(None))
+        info = self._source.infos[name]
+        rounded = values.to(info.dtype)
+        self._file.write_rows(
+            writer, name, info.shape, lambda start, stop: rounded[start:stop], lambda piece: self._encode(None)
+        )
 
-    def copy(self, writer: TensorWriter, name: str, squares: torch.Tensor | None = None) -> None:
+    def copy(self, writer: TensorWriter, name: str, squares: Mapping[str, torch.Tensor] | None = None) -> None:
         """Encode a tensor; those that the file does without (a tied head, computed buffers) are passed over."""
-        planned = self._file.tensors.get(name)
-        if planned is None:
+        parts = self._file.parts.get(name, ())
+        if not parts:
             return
-        codes = self._stored_codes(name, planned.spec.qtype)
+        codes = self._stored_codes(name, parts[0][0].spec.qtype)
         if codes is not None:
-            for stored, raw in self.pack(name.removesuffix(".weight"), codes).items():
-                writer.write(stored, raw)
+            for packed in self.pack(name.removesuffix(".weight"), codes):
+                writer.write_rows(packed.name, packed.start, packed.rows)
         else:
-            self._file.write_rows(writer, name, partial(self._source.read_rows, name), self._encode(squares))
+            measured = squares or {}
+            self._file.write_rows(
+                writer,
+                name,
+                self._source.infos[name].shape,
+                partial(self._source.read_rows, name),
+                lambda piece: self._encode(measured.get(piece.linear)),
+            )
 
     def _encode(self, squares: torch.Tensor | None) -> Encode:
         return lambda codec, rows: self._method.encode(codec, rows, squares)

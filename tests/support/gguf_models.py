@@ -31,7 +31,7 @@ def next_token(model: PreTrainedModel, ids: torch.Tensor = IDS) -> torch.Tensor:
 def round_inputs(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Let a model's linears round their inputs as llama.cpp does before multiplying weights of each type."""
     assert isinstance(checkpoint, GgufCheckpoint)
-    types = {place.name: tensor.qtype.name for tensor, place in checkpoint._sources.values()}
+    types = {name: checkpoint.type_of(name).upper() for name in checkpoint}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             stored = types.get(f"{name}.weight") or types["model.embed_tokens.weight"]

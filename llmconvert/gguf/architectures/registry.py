@@ -1,0 +1,54 @@
+"""All architectures: which of them a checkpoint is written as, and which a file is read as."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from llmconvert.errors import UnsupportedError
+from llmconvert.gguf.architectures.architecture import GgufArchitecture
+from llmconvert.gguf.architectures.entries import Config
+from llmconvert.gguf.architectures.families import decoders, gemma, granite, llama, mixtures, older, phi, qwen
+from llmconvert.gguf.header import GgufHeader, shown
+
+__all__ = ["ARCHITECTURES", "architecture_of", "described_by"]
+
+ARCHITECTURES: Final[tuple[GgufArchitecture, ...]] = (
+    *llama.ARCHITECTURES,
+    *qwen.ARCHITECTURES,
+    *gemma.ARCHITECTURES,
+    *phi.ARCHITECTURES,
+    *decoders.ARCHITECTURES,
+    *granite.ARCHITECTURES,
+    *mixtures.ARCHITECTURES,
+    *older.ARCHITECTURES,
+)
+
+
+def architecture_of(config: Config) -> GgufArchitecture:
+    """What a checkpoint with a ``config.json`` is written as.
+
+    Raises:
+        UnsupportedError: it cannot be.
+    """
+    model_type = config.get("model_type", "")
+    found = next((arch for arch in ARCHITECTURES if arch.model_type == model_type and arch.chosen(config)), None)
+    if found is None:
+        known = ", ".join(sorted(arch.model_type for arch in ARCHITECTURES if not arch.gap))
+        raise UnsupportedError(f"architecture {model_type!r} cannot be written as GGUF; supported are {known}")
+    return found
+
+
+def described_by(header: GgufHeader) -> GgufArchitecture:
+    """What a file is read as.
+
+    Raises:
+        UnsupportedError: an architecture, or a kind of it, that is not known.
+    """
+    name = header.metadata.text("general.architecture")
+    found = next((arch for arch in ARCHITECTURES if arch.name == name and arch.described(header)), None)
+    if found is None:
+        known = ", ".join(sorted({arch.name for arch in ARCHITECTURES}))
+        raise UnsupportedError(
+            f"{header.path}: GGUF architecture {shown(name)} is not supported; supported are {known}"
+        )
+    return found

@@ -1,0 +1,76 @@
+"""Every architecture written as GGUF: llama.cpp computes what transformers does, and the file reads back the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.gguf_families import GGUF_FAMILIES, REFUSED_FAMILIES, save_family
+from support.gguf_models import IDS, next_token
+from support.llama_cpp import LlamaCpp
+from transformers import AutoModelForCausalLM
+
+from llmconvert.errors import UnsupportedError
+from llmconvert.gguf.architectures.registry import ARCHITECTURES
+from llmconvert.gguf.checkpoint import open_gguf
+from llmconvert.gguf.ggml.mix import MIXES
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+
+#: Nat, over all log probabilities of the token after 40 random ones.
+TOLERANCE = 0.01
+# One of each way in which a file has tensors; the others are slow by their number.
+FAST = ("mixtral", "gemma3_text", "gpt_oss", "deepseek_v3", "granitemoeshared", "gpt2", "falcon", "bloom")
+PAGE = Path(__file__).parents[3] / "docs" / "gguf.md"
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def written(directory: Path) -> Path:
+    path = directory.with_suffix(".gguf")
+    with SafetensorsCheckpoint(directory) as source:
+        return quantize_checkpoint(source, path, method="rtn", scheme=MIXES["f32"], format="gguf", name="tiny").output
+
+
+def predicts(directory: Path) -> torch.Tensor:
+    model, found = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    return next_token(model.eval())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in GGUF_FAMILIES]
+)
+def test_llama_cpp_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+    directory = save_family(tmp_path / "model", *GGUF_FAMILIES[name])
+    expected = predicts(directory)
+    path = written(directory)
+    found = LlamaCpp(path).log_probabilities(IDS[0].tolist(), len(expected))
+    assert (found - expected).abs().max() < TOLERANCE
+    back = tmp_path / "back"
+    back.mkdir()
+    with open_gguf(path) as checkpoint:
+        save_file(
+            {key: value.contiguous() for key, value in checkpoint.items()}, back / "model.safetensors", {"format": "pt"}
+        )
+        (back / "config.json").write_text(json.dumps(dict(checkpoint.config)))
+        assert checkpoint.config["model_type"] == GGUF_FAMILIES[name][0]
+    torch.testing.assert_close(predicts(back), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", REFUSED_FAMILIES)
+def test_what_llama_cpp_computes_otherwise_is_refused(name: str, tmp_path: Path) -> None:
+    kind, settings, message = REFUSED_FAMILIES[name]
+    with pytest.raises(UnsupportedError, match=message):
+        written(save_family(tmp_path / "model", kind, settings))
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_every_architecture_is_tried() -> None:
+    tried = {kind for kind, _ in GGUF_FAMILIES.values()}
+    assert tried == {arch.model_type for arch in ARCHITECTURES if not arch.gap}
+    assert {arch.model_type for arch in ARCHITECTURES if arch.gap} <= {kind for kind, *_ in REFUSED_FAMILIES.values()}
