@@ -84,6 +84,7 @@ __all__ = [
     "open_source",
     "plan_push",
     "plan_recipe",
+    "plan_sweep",
     "push_model",
     "quantize_checkpoint",
     "quantize_model",
@@ -160,6 +161,7 @@ _MODULES = {
     "open_source": "convert.source",
     "plan_push": "recipes.publishing",
     "plan_recipe": "recipes.planning.planner",
+    "plan_sweep": "recipes.plans.sweep",
     "push_model": "api",
     "quantize_checkpoint": "quantize.job",
     "quantize_model": "api",
@@ -206,6 +208,7 @@ if TYPE_CHECKING:
     from llmconvert.recipes.loading import load_recipe, make_recipe
     from llmconvert.recipes.planning.plan import RunPlan
     from llmconvert.recipes.planning.planner import plan_recipe
+    from llmconvert.recipes.plans.sweep import plan_sweep
     from llmconvert.recipes.publishing import plan_push
     from llmconvert.recipes.runner import RunResult, run_recipe
     from llmconvert.recipes.schema.recipe import Recipe

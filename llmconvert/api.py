@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmconvert.errors import UsageError
 from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.catalog.methods import usual_method
-from llmconvert.recipes.options import recipe_of
+from llmconvert.recipes.options import convert_recipe, quantize_recipe, validate_recipe
 
 if TYPE_CHECKING:  # what computes is loaded once it is clear that what was asked for can be meant
     from llmconvert.report.report import Report
@@ -39,10 +37,6 @@ Share = float | str
 Calibration = str | Path | Mapping[str, Share]
 #: Bytes: a number, or one with a unit, ``"4GB"``.
 Size = int | str
-
-
-# Tokens per window of healing, where those of the calibration text are not fewer.
-_HEAL_LENGTH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +131,7 @@ def convert_model(
         CapacityError: memory or disk do not suffice.
         RunInterruptedError: the process was asked to stop.
     """
-    shorter = length if heal_steps and length is not None and length < _HEAL_LENGTH else None
-    recipe = recipe_of("convert", {**locals(), "calibration": _mix(calibration), "heal_length": shorter})
+    recipe = convert_recipe(locals())
     from llmconvert.recipes import single
 
     if recipe.attention is None:
@@ -214,12 +207,7 @@ def quantize_model(
         CapacityError: memory or disk do not suffice.
         RunInterruptedError: the process was asked to stop.
     """
-    if scheme is None and bits_per_weight is None:
-        raise UsageError("give a scheme, or bits per weight (--bits-per-weight) to have schemes chosen by layer")
-    method = method or usual_method(scheme, text=calibration is not None)
-    if format is None and Path(output).suffix == ".gguf":
-        format = "gguf"
-    recipe = recipe_of("quantize", {**locals(), "calibration": _mix(calibration), "overrides": _overrides(overrides)})
+    recipe = quantize_recipe(locals(), Path(output))
     from llmconvert.recipes import single
 
     made = single.quantize_model(recipe, Path(output), progress=progress)
@@ -290,9 +278,7 @@ def validate_model(
         CapacityError: memory does not suffice.
         RunInterruptedError: the process was asked to stop.
     """
-    if attention_lengths and not attention:
-        raise UsageError("--attention-lengths goes with --attention")
-    recipe = recipe_of("validate", locals())
+    recipe = validate_recipe(locals())
     from llmconvert.recipes import single
 
     original = None if reference is None else str(reference)
@@ -363,15 +349,3 @@ def push_model(
     instead = card_there(Path(directory), repository, revision, folder)
     with interruptible("files already sent are not sent again; run the same command to continue"):
         return push_folder(Path(directory), repository, options, instead=instead, progress=progress)
-
-
-def _mix(calibration: Calibration | None) -> str | Path | list[dict[str, Share]] | None:
-    """Datasets with shares as a recipe lists them."""
-    if isinstance(calibration, Mapping):
-        return [{"name": name, "share": share} for name, share in calibration.items()]
-    return calibration
-
-
-def _overrides(overrides: Mapping[str, str] | None) -> list[dict[str, str]] | None:
-    """The recipe's list; none of none, so that a format that has no overrides is not asked for any."""
-    return [{"match": pattern, "scheme": scheme} for pattern, scheme in overrides.items()] if overrides else None

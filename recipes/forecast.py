@@ -40,6 +40,7 @@ class Forecast:
             looks like what it was made from.
         kind: what other stages with this kind have taken time for; of one kind, time is in proportion to ``work``.
         work: how much there is to do, in units that only stages of the same kind share.
+        solving: bytes of the memory that a pass takes once more for each artifact that it makes beside this one.
         readers: which runtimes read what it makes; empty where that is not the question.
         notes: what else to know, a sentence each.
     """
@@ -51,6 +52,7 @@ class Forecast:
     model: Checkpoint | None = None
     kind: str = ""
     work: float = 0.0
+    solving: int = 0
     readers: str = ""
     notes: tuple[str, ...] = ()
 
@@ -129,6 +131,7 @@ def foresee_quantization(
             tensors=len(plan.container.layout.specs),
             kind=kind,
             work=_work(plan, tokens),
+            solving=plan.inputs.work,
             readers=str(plan.readers),
             notes=tuple(plan.container.notes),
         )

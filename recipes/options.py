@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmconvert.errors import UsageError
+from llmconvert.quantize.catalog.methods import usual_method
 from llmconvert.recipes.consistency import KeyPath
 from llmconvert.recipes.loading import make_recipe
 from llmconvert.recipes.schema.recipe import Recipe
 
-__all__ = ["recipe_of"]
+__all__ = ["convert_recipe", "quantize_recipe", "validate_recipe"]
 
 # Where each option stands in a recipe.
 _CALIBRATE = {
@@ -57,7 +59,61 @@ _SWITCHES = ("allow_pickle", "stream", "requantize", "rotate", "generation", "po
 _KEYS = {"convert": _CONVERT, "quantize": _QUANTIZE, "validate": _VALIDATE}
 
 
-def recipe_of(command: str, options: Mapping[str, Any]) -> Recipe:
+# Tokens per window of healing, where those of the calibration text are not fewer.
+_HEAL_LENGTH = 512
+
+
+def convert_recipe(options: Mapping[str, Any]) -> Recipe:
+    """The recipe of ``convert``; see :func:`_recipe_of`."""
+    length = options["length"]
+    shorter = length if options["heal_steps"] and length is not None and length < _HEAL_LENGTH else None
+    return _recipe_of("convert", {**options, "calibration": _mix(options["calibration"]), "heal_length": shorter})
+
+
+def quantize_recipe(options: Mapping[str, Any], output: Path) -> Recipe:
+    """The recipe of ``quantize``, with what can be only one thing; see :func:`_recipe_of`.
+
+    Raises:
+        UsageError: neither scheme nor budget is given.
+        RecipeError: naming the option.
+    """
+    scheme, calibration, format = options["scheme"], options["calibration"], options["format"]
+    if scheme is None and options["bits_per_weight"] is None:
+        raise UsageError("give a scheme, or bits per weight (--bits-per-weight) to have schemes chosen by layer")
+    given = {
+        "method": options["method"] or usual_method(scheme, text=calibration is not None),
+        "format": "gguf" if format is None and output.suffix == ".gguf" else format,
+        "calibration": _mix(calibration),
+        "overrides": _overrides(options["overrides"]),
+    }
+    return _recipe_of("quantize", {**options, **given})
+
+
+def validate_recipe(options: Mapping[str, Any]) -> Recipe:
+    """The recipe of ``validate``; see :func:`_recipe_of`.
+
+    Raises:
+        UsageError: prompts of some lengths, and nothing to compare on them.
+        RecipeError: naming the option.
+    """
+    if options["attention_lengths"] and not options["attention"]:
+        raise UsageError("--attention-lengths goes with --attention")
+    return _recipe_of("validate", options)
+
+
+def _mix(calibration: Any) -> Any:
+    """Datasets with shares as a recipe lists them."""
+    if isinstance(calibration, Mapping):
+        return [{"name": name, "share": share} for name, share in calibration.items()]
+    return calibration
+
+
+def _overrides(overrides: Mapping[str, str] | None) -> list[dict[str, str]] | None:
+    """The recipe's list; none of none, so that a format that has no overrides is not asked for any."""
+    return [{"match": pattern, "scheme": scheme} for pattern, scheme in overrides.items()] if overrides else None
+
+
+def _recipe_of(command: str, options: Mapping[str, Any]) -> Recipe:
     """The recipe that a command's options describe.
 
     Each is put at its key, its section made if need be: an option whose section lacks what it needs is thereby refused

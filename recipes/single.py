@@ -56,7 +56,14 @@ from llmconvert.storage.writer import check_output_directory, publish_directory
 from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.measurement import Measurement
 
-__all__ = ["convert_model", "quantize_model", "rewrite_model", "validate_model"]
+__all__ = [
+    "convert_model",
+    "quantize_model",
+    "require_comparable",
+    "require_output",
+    "rewrite_model",
+    "validate_model",
+]
 
 D = TypeVar("D", bound=StepDetails)
 
@@ -107,7 +114,7 @@ def convert_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) 
         LlmconvertError: see :func:`llmconvert.convert.source.open_source` and
             :func:`llmconvert.convert.dtype.convert_dtype`.
     """
-    _check_directory(output)
+    require_output(recipe, output)
     recipe = recipe.model_copy(update={"quantize": None})
     with interruptible(), _opened(recipe, progress) as work:
         _with_papers(work)
@@ -137,7 +144,7 @@ def rewrite_model(
     settings = recipe.attention
     if settings is None:
         raise UsageError("nothing to rewrite: the recipe has no attention section")
-    _check_directory(output)
+    require_output(recipe, output)
     request, healing = heal_request(recipe), heal_settings(recipe)
     with (
         interruptible(),
@@ -175,10 +182,7 @@ def quantize_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT)
     settings = recipe.quantize
     if settings is None:
         raise UsageError("nothing to quantize: the recipe has no quantize section")
-    layout = load_format(settings.format)
-    if not isinstance(layout, FileFormat):
-        _refuse_file_name(output)
-    layout.check_output(output)
+    require_output(recipe, output)
     with interruptible(), _opened(recipe, progress) as work:
         if recipe.stream:
             _with_papers(work)
@@ -214,8 +218,7 @@ def validate_model(
     settings = recipe.validation
     if settings is None:
         raise UsageError("nothing to measure: the recipe has no validate section")
-    if reference is None:
-        _require_no_comparison(settings)
+    require_comparable(settings, reference)
     require_measurable(settings)
     require_texts(recipe)
     for measurement in more:
@@ -265,9 +268,19 @@ def _papers(source: Source) -> Papers:
     return Papers.of(source.path)
 
 
-def _check_directory(output: Path) -> None:
-    _refuse_file_name(output)
-    check_output_directory(output)
+def require_output(recipe: Recipe, output: Path) -> None:
+    """Refuse, before any work, an output that could not be made.
+
+    Raises:
+        OutputError: it is there already, can't be written, or is named like what it won't be.
+    """
+    layout = load_format(recipe.quantize.format) if recipe.quantize is not None else None
+    if not isinstance(layout, FileFormat):
+        _refuse_file_name(output)
+    if layout is not None:
+        layout.check_output(output)
+    else:
+        check_output_directory(output)
 
 
 def _refuse_file_name(output: Path) -> None:
@@ -279,7 +292,14 @@ def _refuse_file_name(output: Path) -> None:
         )
 
 
-def _require_no_comparison(settings: ValidateSettings) -> None:
+def require_comparable(settings: ValidateSettings, reference: str | None) -> None:
+    """Refuse limits that compare with an original where none is named.
+
+    Raises:
+        UsageError: naming the limit.
+    """
+    if reference is not None:
+        return
     perplexity, generation, tasks = settings.perplexity, settings.generation, settings.tasks
     limits = {
         "max_increase": perplexity.max_increase if perplexity is not None else None,

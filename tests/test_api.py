@@ -21,7 +21,7 @@ from llmconvert import cli, errors
 ROOT = Path(__file__).parent.parent
 PROGRAM = Path(__file__).parent / "support" / "user_program.py"
 # Where a command writes what Python has as values already; a dry run is ``plan_push``.
-OF_THE_TERMINAL = {"json_file", "html_file", "dry_run", "quiet", "verbose", "debug", "json_result"}
+OF_THE_TERMINAL = {"plan", "json_file", "html_file", "dry_run", "quiet", "verbose", "debug", "json_result"}
 
 
 @pytest.mark.parametrize("name", sorted(set(llmconvert.__all__) - {"__version__"}))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmconvert.cli.manners import DtypeName, Manners, calibration_option, manners
+from llmconvert.cli.manners import DtypeName, Manners, calibration_option, manners, plan_option
 
 if TYPE_CHECKING:
     from llmconvert.report.steps import AttentionReport, HealReport
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="Where to merge: cpu, cuda, cuda:N or auto. [default: cpu]")
 @click.option("--stream", is_flag=True, help="Convert while downloading; disk need: the output and two source shards.")
+@plan_option
 @manners
-def convert(model: str, output: Path, manners: Manners, **options: Any) -> None:
+def convert(model: str, output: Path, plan: bool, manners: Manners, **options: Any) -> None:
     """Write MODEL to the directory OUTPUT as safetensors in another dtype, in constant memory.
 
     With --kv-heads, its attention is rewritten to fewer key-value heads: a smaller cache at long context.
@@ -49,6 +50,15 @@ def convert(model: str, output: Path, manners: Manners, **options: Any) -> None:
       llmconvert convert org/name out/model --stream
       llmconvert convert org/name out/gqa --kv-heads 8 --calibration pydoc-topics:train --length 512
     """
+    if plan:
+        from llmconvert.cli.plan import show_plan
+        from llmconvert.recipes.options import convert_recipe
+
+        recipe = convert_recipe({**options, "model": model})
+        from llmconvert.recipes.plans.commands import plan_making
+
+        show_plan(plan_making(recipe, output), manners)
+        return
     from llmconvert.api import convert_model
 
     made = convert_model(model, output, progress=manners.progress(), **options)

@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem
 from llmconvert.cli.say import say
 from llmconvert.convert.dtype_names import ALIASES, NAMES
 
-__all__ = ["DEBUG", "DtypeName", "Known", "Manners", "calibration_option", "manners", "manners_but_json"]
+__all__ = ["DEBUG", "DtypeName", "Known", "Manners", "calibration_option", "manners", "manners_but_json", "plan_option"]
 
 C = TypeVar("C", bound=Callable[..., Any])
 #: Under which key of click's context it says that errors show their traceback.
@@ -129,6 +129,11 @@ def _names(kind: str) -> Iterable[str]:
 
     known = {"method": lambda: METHODS, "format": lambda: FORMATS, "scheme": usual_schemes, "recipe": shipped_recipes}
     return known[kind]()
+
+
+def plan_option(command: C) -> C:
+    """Give a command ``--plan``; it gets it as the argument ``plan``."""
+    return click.option("--plan", is_flag=True, help="Show what it will do, make and need, and end.")(command)
 
 
 def calibration_option(text: str) -> Callable[[Any], Any]:

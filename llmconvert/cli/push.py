@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 @click.option("--collection", help="Collection that shall list the repository, made if need be.")
 @click.option("--unmeasured", is_flag=True, help="Push although no report tells how well the artifact predicts.")
 @click.option("--force", is_flag=True, help="Push what is no model, has no card, or failed its checks.")
-@click.option("--dry-run", is_flag=True, help="List files and card, and with a token ask the Hub; send nothing.")
+@click.option(
+    "--dry-run",
+    "--plan",
+    "dry_run",
+    is_flag=True,
+    help="List files and card, and with a token ask the Hub; send nothing.",
+)
 @manners
 def push(directory: Path, repository: str, dry_run: bool, manners: Manners, **options: Any) -> None:
     """Push an artifact DIRECTORY to the Hub, in one commit.

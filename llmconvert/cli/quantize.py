@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from llmconvert.cli.manners import DtypeName, Known, Manners, calibration_option, manners
+from llmconvert.cli.manners import DtypeName, Known, Manners, calibration_option, manners, plan_option
 
 
 def _overrides(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:
@@ -62,8 +62,9 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 @click.option("--adapter", metavar="DIR|ID", help="Merge this LoRA of peft into the model first.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin weights; what is more than tensors is refused.")
 @click.option("--stream", is_flag=True, help="Quantize while downloading, by a method without calibration.")
+@plan_option
 @manners
-def quantize(model: str, output: Path, manners: Manners, **options: Any) -> None:
+def quantize(model: str, output: Path, plan: bool, manners: Manners, **options: Any) -> None:
     """Quantize MODEL to the directory OUTPUT, or to a .gguf file. Stopped, the same command continues.
 
     \b
@@ -73,6 +74,15 @@ def quantize(model: str, output: Path, manners: Manners, **options: Any) -> None
       llmconvert quantize org/name out/mixed --bits-per-weight 4.25 --calibration FILE
       llmconvert quantize org/name model-q4_k_m.gguf --scheme q4_k_m
     """
+    if plan:
+        from llmconvert.cli.plan import show_plan
+        from llmconvert.recipes.options import quantize_recipe
+
+        recipe = quantize_recipe({**options, "model": model}, output)
+        from llmconvert.recipes.plans.commands import plan_making
+
+        show_plan(plan_making(recipe, output), manners)
+        return
     from llmconvert.api import quantize_model
 
     made = quantize_model(model, output, progress=manners.progress(), **options)

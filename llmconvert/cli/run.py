@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from llmconvert.cli.manners import Known, Manners, manners
+from llmconvert.cli.manners import Known, Manners, manners, plan_option
 
 
 @click.command(short_help="Run recipes from start to end.")
@@ -17,6 +17,7 @@ from llmconvert.cli.manners import Known, Manners, manners
 @click.option("--stream", is_flag=True, help="Work on Hub models while they download, by methods without calibration.")
 @click.option("--repair", is_flag=True, help="Give layers more bits if the gate fails, and measure again.")
 @click.option("--no-publish", is_flag=True, help="Leave the artifact in the work directory.")
+@plan_option
 @manners
 def run(
     recipes: tuple[str, ...],
@@ -26,6 +27,7 @@ def run(
     stream: bool,
     repair: bool,
     no_publish: bool,
+    plan: bool,
     manners: Manners,
 ) -> None:
     """Run recipes one after the other: files, or names of shipped recipes.
@@ -43,10 +45,15 @@ def run(
       llmconvert run a.yaml b.yaml more/*.yaml
       llmconvert run demo --set quantize.scheme=w4a16-g64,w3a16-g64 --no-publish
     """
+    settings = (*overrides, *(["stream=true"] if stream else []), *(["validate.repair=true"] if repair else []))
+    if plan:
+        from llmconvert.cli.plan import show_plans
+
+        show_plans(recipes, settings, work_dir, fresh=fresh, publish=not no_publish, manners=manners)
+        return
     from llmconvert.recipes.loading import load_recipe
     from llmconvert.recipes.sweep.expand import load_sweep
 
-    settings = (*overrides, *(["stream=true"] if stream else []), *(["validate.repair=true"] if repair else []))
     if len(recipes) == 1 and load_sweep(recipes[0], settings) is None:
         load_recipe(recipes[0], settings)  # a mistake in it is told before what computes is loaded
     from llmconvert.cli.summary import batch_values, print_batch

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from llmconvert.cli.manners import Manners, manners_but_json
+from llmconvert.cli.manners import Manners, manners_but_json, plan_option
 from llmconvert.cli.say import say
 
 
@@ -64,8 +65,11 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str | Non
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     help="Write the report here; without a file, print it.",
 )
+@plan_option
 @manners_but_json
-def validate(model: str, json_file: Path | None, html_file: Path | None, manners: Manners, **options: Any) -> None:
+def validate(
+    model: str, json_file: Path | None, html_file: Path | None, plan: bool, manners: Manners, **options: Any
+) -> None:
     """Measure MODEL, a directory, against the original it was made from.
 
     \b
@@ -73,10 +77,18 @@ def validate(model: str, json_file: Path | None, html_file: Path | None, manners
       llmconvert validate out/w4 --reference org/name --text pydoc-topics:test --window 512 --max-windows 16
       llmconvert validate out/w4 --reference org/name --text pydoc-topics:test --card
     """
-    from llmconvert.api import validate_model
-    from llmconvert.recipes.options import recipe_of
+    from llmconvert.recipes.options import validate_recipe
 
-    recipe_of("validate", options | {"model": model})  # what is wrong with the options themselves, before all else
+    # What is wrong with the options themselves is told before all else.
+    recipe = validate_recipe(options | {"model": model})
+    if plan:
+        from llmconvert.cli.plan import show_plan
+        from llmconvert.recipes.plans.commands import plan_measuring
+
+        shown = replace(manners, as_json=str(json_file) == "-")
+        show_plan(plan_measuring(recipe, options["reference"]), shown)
+        return
+    from llmconvert.api import validate_model
     from llmconvert.cli.summary import print_report
     from llmconvert.report.report import require_passed
     from llmconvert.storage.writer import check_output_file, write_file

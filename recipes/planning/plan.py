@@ -31,7 +31,9 @@ class StepPlan:
         seconds: how long it will take; None where nothing like it was timed here.
         kind: what it has in common with steps that take time in proportion; empty of those that nobody times.
         work: how much there is to do, in units of the kind.
+        solving: how much of the memory each artifact takes that is made in one pass with others.
         place: where it writes; whose disk counts.
+        key: equal for steps that are one where several recipes run; empty for those that each does for itself.
         notes: what else to know.
     """
 
@@ -44,7 +46,9 @@ class StepPlan:
     seconds: Seconds | None = None
     kind: str = ""
     work: float = 0.0
+    solving: int = 0
     place: Path | None = None
+    key: str = ""
     notes: tuple[str, ...] = ()
 
     @property

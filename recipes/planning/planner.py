@@ -6,7 +6,7 @@ on models that are still to be made where they come from stages before it. What 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from llmconvert.storage.contents import Hashes
 from llmconvert.storage.stage_record import read_stage, stage_key
 from llmconvert.text.files import local_path
 
-__all__ = ["foresee", "foresee_steps", "plan_recipe"]
+__all__ = ["assemble_plan", "fetching", "foresee", "foresee_steps", "plan_recipe", "plan_run", "step_of", "work_of"]
 
 
 def plan_recipe(
@@ -58,21 +58,28 @@ def plan_recipe(
         LlmconvertError: whatever a run would refuse before its work; memory and disk are
             :meth:`~llmconvert.recipes.planning.plan.RunPlan.require_room`'s.
     """
+    return plan_run(recipe, Path(work_dir or recipe.work_dir), publish=publish, fresh=fresh)
+
+
+def plan_run(
+    recipe: Recipe, work_dir: Path, *, publish: bool = True, fresh: bool = False, publisher: str | None = None
+) -> RunPlan:
+    """The plan of a recipe; ``publisher`` is who may replace what is published there, if it isn't the recipe."""
     filled = fill_target(recipe)
     target = filled.publish if publish else None
     require_measurable(filled.measured)
     require_loader(filled)
     require_texts(filled)
     if target is not None:
-        check_target(target, filled.name, Hashes())
-    return foresee(filled, target, Path(work_dir or filled.work_dir), fresh=fresh)
+        check_target(target, publisher or filled.name, Hashes())
+    return foresee(filled, target, work_dir, fresh=fresh)
 
 
 def foresee(recipe: Recipe, target: PublishSettings | None, work_dir: Path, *, fresh: bool = False) -> RunPlan:
     """The plan of a recipe whose environment, texts and target were checked, and whose target is filled in."""
     todo = stages_of(recipe)
     headers = open_headers(recipe)
-    work = _work(recipe, headers)
+    work = work_of(recipe, headers)
     source = headers.source
     with work.view.open() as dense:
         if recipe.attention is not None:
@@ -83,7 +90,7 @@ def foresee(recipe: Recipe, target: PublishSettings | None, work_dir: Path, *, f
             check_metadata(target, front_matter_of(recipe, source, original))
     measuring = todo.measuring(todo.model)
     stages = [*todo.making, *([measuring] if measuring is not None else [])]
-    steps = list(_fetching(headers))
+    steps = list(fetching(headers))
     readers = ""
     made = None
     for step, forecast in foresee_steps(stages, work, None if fresh else work_dir, work_dir):
@@ -92,7 +99,7 @@ def foresee(recipe: Recipe, target: PublishSettings | None, work_dir: Path, *, f
             made, readers = step, forecast.readers if forecast is not None else ""
     if made is not None and target is not None:
         steps.append(_publishing(target, made))
-    return _plan(recipe, work, steps, artifact_name(recipe, source), readers)
+    return assemble_plan(recipe, work, steps, artifact_name(recipe, source), readers)
 
 
 def foresee_steps(
@@ -105,12 +112,14 @@ def foresee_steps(
         output: where stages will be built.
     """
     pending: set[str] = set()
+    keys: dict[str, str] = {}
     for stage in stages:
         found = _found(stage, work, pending, finished) if finished is not None else None
         if found is not None:
             work.finished[stage.name] = found
             stage.finish(work)
-            yield StepPlan(stage.name, reused=True), None
+            keys[stage.name] = _identity(stage, work, keys)
+            yield StepPlan(stage.name, reused=True, key=keys[stage.name]), None
             continue
         pending.add(stage.name)
         forecast = stage.forecast(work, output / f"{stage.name}-planned" / "model")
@@ -118,7 +127,15 @@ def foresee_steps(
             pending.discard(stage.name)  # drawn now, so its key is known
         if forecast.model is not None:
             work.foreseen[stage.name] = forecast.model
-        yield step_of(stage.name, forecast, output), forecast
+        keys[stage.name] = _identity(stage, work, keys)
+        yield replace(step_of(stage.name, forecast, output), key=keys[stage.name]), forecast
+
+
+def _identity(stage: Stage[Any], work: Work, keys: Mapping[str, str]) -> str:
+    """What tells the stage from others of the same name, before what it follows is made; equal for equal work."""
+    text = work.texts.get(stage.name)
+    own: Any = (text.dataset, text.drawn, text.length, text.stride, text.digest) if text else stage.settings(work)
+    return stage_key(stage.name, {"own": own, **{role: keys.get(name, name) for role, name in stage.after.items()}})
 
 
 def step_of(name: str, forecast: Forecast, output: Path) -> StepPlan:
@@ -132,6 +149,7 @@ def step_of(name: str, forecast: Forecast, output: Path) -> StepPlan:
         seconds=expected_seconds(forecast.kind, forecast.work),
         kind=forecast.kind,
         work=forecast.work,
+        solving=forecast.solving,
         place=output,
         notes=forecast.notes,
     )
@@ -149,20 +167,28 @@ def _found(stage: Stage[Any], work: Work, pending: set[str], work_dir: Path) -> 
     return Finished(stage.name, key, path, stage.read(result.details), result.contents)
 
 
-def _work(recipe: Recipe, headers: Headers) -> Work:
+def work_of(recipe: Recipe, headers: Headers) -> Work:
+    """A recipe's model as its headers tell it, to plan stages on."""
     context = Context(open_device(recipe.device), recipe.memory)
     source = headers.source
     stored, adapter = require_source(recipe, source), recipe_adapter(recipe, SILENT)
     return Work(recipe, context, source, converted_view(recipe, source, stored, adapter), stored, adapter)
 
 
-def _fetching(headers: Headers) -> Iterator[StepPlan]:
+def fetching(headers: Headers, name: str = "fetch") -> Iterator[StepPlan]:
+    """What fetching a model takes, where it is still to be fetched."""
     if headers.download:
         size = headers.download
         needs = Needs(disk=size, download=size)
         cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
         yield StepPlan(
-            "fetch", needs=needs, seconds=expected_seconds("fetch", size), kind="fetch", work=size, place=cache
+            name,
+            needs=needs,
+            seconds=expected_seconds("fetch", size),
+            kind="fetch",
+            work=size,
+            place=cache,
+            key=f"{name} {headers.source.origin}@{headers.source.revision}",
         )
 
 
@@ -174,7 +200,8 @@ def _publishing(target: PublishSettings, made: StepPlan) -> StepPlan:
     return StepPlan("publish", needs=Needs(disk=made.nbytes), seconds=seconds, place=place, notes=(f"to {target.to}",))
 
 
-def _plan(recipe: Recipe, work: Work, steps: Sequence[StepPlan], makes: str, readers: str) -> RunPlan:
+def assemble_plan(recipe: Recipe, work: Work, steps: Sequence[StepPlan], makes: str, readers: str) -> RunPlan:
+    """Steps as a plan, beside what this machine has."""
     checkpoint, device = work.source.checkpoint, work.context.device
     free = partial(available_nbytes, device)
     accelerated = device.type != "cpu"

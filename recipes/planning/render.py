@@ -6,16 +6,20 @@ from collections.abc import Iterator
 
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 
-__all__ = ["plan_lines"]
+__all__ = ["gigabytes", "makes", "plan_lines", "row"]
 
 _WIDTHS = (17, 9, 9, 14)
 
 
-def plan_lines(plan: RunPlan) -> Iterator[str]:
-    """What it begins with and makes, a line for each step, and all of it against what there is."""
+def plan_lines(plan: RunPlan, *, probe: bool = True) -> Iterator[str]:
+    """What it begins with and makes, a line for each step, and all of it against what there is.
+
+    Args:
+        probe: whether its time can be probed for.
+    """
     yield f"plan: {plan.model} → {plan.makes}" if plan.makes else f"plan: {plan.model}"
     yield f"{plan.parameters / 1e6:,.0f}M parameters in {plan.blocks} blocks"
-    yield _row("step", "memory", "disk", "time") + "makes"
+    yield row("step", "memory", "disk", "time") + "makes"
     for step in plan.steps:
         yield from _step(step)
     needs, device = plan.needs, plan.device_memory
@@ -24,15 +28,17 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         yield "nothing is left to do"
         return
     seconds = plan.seconds
-    yield _row("in all", _size(needs.memory), _size(needs.disk), str(seconds) if seconds is not None else "not known")
-    free = f"{_size(plan.memory)} of memory may be used"
+    yield row(
+        "in all", gigabytes(needs.memory), gigabytes(needs.disk), str(seconds) if seconds is not None else "not known"
+    )
+    free = f"{gigabytes(plan.memory)} of memory may be used"
     if device is not None:
-        free += f"; {_size(needs.device_memory)} of {_size(device)} on the device"
-    yield f"{free}; {_size(needs.download) if needs.download else 'nothing'} to download"
+        free += f"; {gigabytes(needs.device_memory)} of {gigabytes(device)} on the device"
+    yield f"{free}; {gigabytes(needs.download) if needs.download else 'nothing'} to download"
     if plan.readers:
         yield plan.readers
     if any(step.seconds is None for step in todo):
-        yield "time: nothing like it was timed on this machine yet; --probe times two blocks"
+        yield f"time: nothing like it was timed on this machine yet{'; --probe times two blocks' if probe else ''}"
 
 
 def _step(step: StepPlan) -> Iterator[str]:
@@ -41,13 +47,15 @@ def _step(step: StepPlan) -> Iterator[str]:
         return
     time = str(step.seconds) if step.seconds is not None else ""
     memory = step.needs.memory or step.needs.device_memory
-    row = _row(step.name, _size(memory) if memory else "", _size(step.needs.disk) if step.needs.disk else "", time)
-    yield (row + _makes(step)).rstrip()
+    disk = step.needs.disk
+    cells = (gigabytes(memory) if memory else "", gigabytes(disk) if disk else "", time)
+    yield (row(step.name, *cells) + makes(step)).rstrip()
     for note in step.notes:
         yield f"  {note}"
 
 
-def _makes(step: StepPlan) -> str:
+def makes(step: StepPlan) -> str:
+    """Bytes of the weight files that a step makes, in words; empty where it makes none."""
     files = step.files or {}
     if not files:
         return ""
@@ -55,14 +63,13 @@ def _makes(step: StepPlan) -> str:
     return f"{size} in {len(files)} files" if len(files) > 1 else size
 
 
-def _row(*cells: str) -> str:
-    """Names to the left, numbers to the right; a cell that is longer pushes nothing but the end."""
+def row(*cells: str) -> str:
+    """Cells of the table: names to the left, numbers to the right; a cell that is longer pushes nothing but the end."""
     name, *numbers = cells
-    row = f"{name:<{_WIDTHS[0]}}" + "".join(
-        f"{cell:>{width}}" for cell, width in zip(numbers, _WIDTHS[1:], strict=False)
-    )
-    return f"{row}  "
+    right = "".join(f"{cell:>{width}}" for cell, width in zip(numbers, _WIDTHS[1:], strict=False))
+    return f"{name:<{_WIDTHS[0]}}{right}  "
 
 
-def _size(nbytes: int) -> str:
+def gigabytes(nbytes: int) -> str:
+    """``1,234 MB``, or ``12.3 GB`` of what is larger."""
     return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 10e9 else f"{nbytes / 1e6:,.0f} MB"

@@ -12,6 +12,8 @@ __all__ = ["Bytes", "LeastShare", "Memory", "Share", "parse_bytes", "parse_share
 _SIZE = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,18})?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
 _HUGE = 1 << 64
 # Fewer bytes of memory are a number that lacks its unit.
+# Below this a number was meant in a larger unit.
+_WITHOUT_UNIT = 100_000
 _LEAST_MEMORY = 1 << 20
 _UNITS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -62,7 +64,10 @@ def _reachable(share: float) -> float:
 
 def _working(size: int) -> int:
     if size < _LEAST_MEMORY:
-        raise ValueError(f"{size:,} bytes are too few for anything; with a unit it is {size}GB or {size}MB")
+        meant = (
+            f"with a unit it is {size}GB or {size}MB" if size < _WITHOUT_UNIT else "leave it out to use what is free"
+        )
+        raise ValueError(f"{size:,} bytes are too few for anything; {meant}")
     return size
 
 

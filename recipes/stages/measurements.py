@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmconvert.context import Context
 from llmconvert.errors import UnsupportedError
+from llmconvert.gguf.checkpoint import open_artifact
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.recipes.forecast import Forecast, parameters
 from llmconvert.recipes.schema.measuring import BackendSettings, PerplexitySettings, PositionSettings, ValidateSettings
@@ -45,6 +47,7 @@ from llmconvert.validate.vocabulary import VocabularyCheck
 
 __all__ = [
     "Measured",
+    "foresee_measuring",
     "measure",
     "measurements",
     "require_accepted",
@@ -84,20 +87,8 @@ def validate_stage(
         return Measured(checks=tuple(checks))
 
     def forecast(work: Work, output: Path) -> Forecast:
-        evaluation = work.texts.get(EVALUATION_TEXT)
         with work.original.open() as reference:
-            plan = plan_validation(
-                output, measurements(settings), reference=reference, windows=evaluation, context=work.context
-            )
-            weights = parameters(reference)
-        tokens = evaluation.drawn * evaluation.length if evaluation is not None else 0
-        asked = [name for name in type(settings).model_fields if getattr(settings, name) is not None]
-        written = settings.generation.max_new_tokens if settings.generation is not None else 0
-        return Forecast(
-            plan.needs,
-            kind=f"validate {' '.join(asked)} {work.context.device.type}",
-            work=float(weights * (tokens + 64 * written + 1)),
-        )
+            return foresee_measuring(settings, output, reference, work.texts.get(EVALUATION_TEXT), work.context)
 
     def inputs(work: Work) -> Mapping[str, Any]:
         own = {"between": [work.key(step) for step in between], "device": work.context.device.type}
@@ -105,6 +96,27 @@ def validate_stage(
 
     after = {"original": ORIGINAL, "artifact": model, "text": EVALUATION_TEXT, "calibration": CALIBRATION}
     return Stage(name, after, Measured.model_validate, build, inputs, forecast=forecast)
+
+
+def foresee_measuring(
+    settings: ValidateSettings,
+    artifact: Path,
+    reference: Checkpoint | None,
+    windows: TokenWindows | None,
+    context: Context,
+) -> Forecast:
+    """What :func:`measure` would need, of an artifact that may be still to be made where there is a reference."""
+    plan = plan_validation(artifact, measurements(settings), reference=reference, windows=windows, context=context)
+    with nullcontext(reference) if reference is not None else open_artifact(artifact) as model:
+        weights = parameters(model)
+    tokens = windows.drawn * windows.length if windows is not None else 0
+    asked = [name for name in type(settings).model_fields if getattr(settings, name) is not None]
+    written = settings.generation.max_new_tokens if settings.generation is not None else 0
+    return Forecast(
+        plan.needs,
+        kind=f"validate {' '.join(asked)} {context.device.type}",
+        work=float(weights * (tokens + 64 * written + 1)),
+    )
 
 
 def measure(

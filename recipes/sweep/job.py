@@ -33,7 +33,7 @@ from llmconvert.recipes.sweep.together import quantize_variants
 from llmconvert.report.report import Report
 from llmconvert.storage.stages import StageStore
 
-__all__ = ["SweepResult", "run_sweep"]
+__all__ = ["SweepResult", "run_sweep", "with_statistics"]
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ class _Job:
         return SweepResult(self.sweep, self.results, self.failures, reports, self.seconds, picked, page)
 
     def _begin(self, recipe: Recipe) -> Running:
-        filled = fill_target(_with_statistics(recipe))
+        filled = fill_target(with_statistics(recipe))
         target = filled.publish if self.publish else None
         publisher = self.sweep.name if self.sweep.pick is not None else None
         stages = self.store.begin(recipe.name, fresh=self.fresh)
@@ -187,7 +187,7 @@ def _shares(running: Running) -> bool:
     return running.next_stage is not None and calibrate is not None and calibrate.statistics == "original"
 
 
-def _with_statistics(recipe: Recipe) -> Recipe:
+def with_statistics(recipe: Recipe) -> Recipe:
     """The recipe with the original's statistics, where its method can do with them and it doesn't want others."""
     settings, calibrate = recipe.quantize, recipe.calibrate
     if settings is None or calibrate is None:
