@@ -146,12 +146,14 @@ def plan_quantization(
     for used in {*usual, *(override.scheme for override in overrides if override.scheme)}:
         check_combination(method, used, layout)
     prefixes = [skeleton.prefix(index) for index in range(skeleton.block_count)]
-    check_coverage(skeleton.model, skeleton.blocks, prefixes, skeleton.linears)
     sites = skeleton.sites
+    turned = set() if layout.transposes else {name for name, site in sites.items() if site.transposed}
+    linears = [{name: linear for name, linear in found.items() if name not in turned} for found in skeleton.linears]
+    check_coverage(skeleton.model, skeleton.blocks, prefixes, linears)
     gates = gates_of(skeleton)
     check_joined(skeleton, layout)
     asked = asked_for(skeleton, scheme, layout) if isinstance(scheme, Scheme) else frozenset()
-    dense = gates | asked | (_idle(blocks) if skeleton.reach.idle else set())
+    dense = gates | asked | turned | (_idle(blocks) if skeleton.reach.idle else set())
     own = {name: scheme if isinstance(scheme, Scheme) else scheme.get(site.tensor) for name, site in sites.items()}
     assigned = {name: _assigned(name, None if name in dense else own[name], overrides) for name in sites}
     check_experts(skeleton, assigned, method, layout)

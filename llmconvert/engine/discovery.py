@@ -206,7 +206,7 @@ class _BlockRecorder:
         self._returned = 0
         self._peak = 0
 
-    def attach(self, block: nn.Module, prefix: str, linears: Mapping[str, nn.Linear], order: list[int]) -> None:
+    def attach(self, block: nn.Module, prefix: str, linears: Mapping[str, nn.Module], order: list[int]) -> None:
         self._linears = tuple(linears)
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from llmconvert.engine.architecture.expert_storage import StoredExperts
 from llmconvert.engine.architecture.experts import expert_parameter
@@ -36,6 +37,7 @@ class Site:
         kind: how the model holds it: as the weight of a linear of its own, or as a matrix of one of a layer's experts.
         expert: which of them.
         experts: where the checkpoint has those of the layer.
+        transposed: whether model and checkpoint hold it ``[columns, rows]``, as GPT-2's ``Conv1D`` does.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Site:
     kind: Literal["linear", "expert"] = "linear"
     expert: int = 0
     experts: StoredExperts | None = field(default=None, compare=False, repr=False)
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,7 +101,7 @@ class Site:
         """Its values in a checkpoint of the model's names, ``[rows, columns]``, in CPU memory of the caller's own."""
         if self.experts is not None:
             return self.experts.read_matrix(checkpoint, self.expert, self.projection)
-        return checkpoint[self.tensor]
+        return checkpoint[self.tensor].T.contiguous() if self.transposed else checkpoint[self.tensor]
 
     def value(self, module: nn.Module) -> torch.Tensor:
         """Its values ``[rows, columns]`` in the loaded module that holds it; the model's own memory.
@@ -108,8 +111,8 @@ class Site:
         """
         if isinstance(module, ExpertsSlot):
             return module.value(self.expert, self.projection)
-        assert isinstance(module, nn.Linear)
-        return module.weight.data
+        assert isinstance(module, nn.Linear | Conv1D)
+        return module.weight.data.T if self.transposed else module.weight.data
 
     def put(self, module: nn.Module, value: torch.Tensor) -> None:
         """Let the loaded module that holds it compute with other values."""
@@ -117,7 +120,7 @@ class Site:
 
 
 def find_sites(
-    blocks: Sequence[Mapping[str, nn.Linear]],
+    blocks: Sequence[Mapping[str, nn.Linear | Conv1D]],
     names: Mapping[str, str],
     experts: Sequence[Iterable[StoredExperts]] = (),
 ) -> dict[str, Site]:
@@ -132,7 +135,10 @@ def find_sites(
     for block, linears in enumerate(blocks):
         for name, linear in linears.items():
             tensor = names[f"{name}.{_WEIGHT}"]
-            sites[name] = Site(name, tensor, linear.out_features, linear.in_features, block)
+            if isinstance(linear, Conv1D):
+                sites[name] = Site(name, tensor, linear.nf, linear.nx, block, transposed=True)
+            else:
+                sites[name] = Site(name, tensor, linear.out_features, linear.in_features, block)
         for stored in experts[block] if experts else ():
             for number in range(stored.layout.count):
                 for projection, matrix in stored.layout.matrices.items():

@@ -233,6 +233,8 @@ class Skeleton:
         scratch = Scratch()
         for index, linears in enumerate(self.linears):
             for name, linear in linears.items():
+                if not isinstance(linear, nn.Linear):
+                    continue
                 linears[name] = WideLinear.like(linear, scratch)
                 self.blocks[index].set_submodule(self.inside(index, name), linears[name])
 

@@ -153,16 +153,17 @@ class GgufCheckpoint(Checkpoint):
         place = self._places[name]
         total = place.shape[0] if place.shape else 1
         start, stop = max(0, min(start, total)), max(0, min(stop, total))
-        reads = {piece.stored: self._reader(self._tensors[piece.stored]) for piece in place.pieces}
+        dtype = self.infos[name].dtype
+        reads = {piece.stored: self._reader(self._tensors[piece.stored], dtype) for piece in place.pieces}
         return restored(place.pieces, reads, place.shape, self.config, start, max(start, stop))
 
     def _stored(self, place: Place) -> GgufTensor:
         return self._tensors[place.pieces[0].stored]
 
-    def _reader(self, tensor: GgufTensor) -> ReadRows:
+    def _reader(self, tensor: GgufTensor, dtype: torch.dtype = torch.float32) -> ReadRows:
         """Rows of all of a tensor's dimensions but the last."""
         flat = replace(tensor, shape=(math.prod(tensor.shape[:-1]), tensor.shape[-1]))
-        return lambda start, stop: self._stored_rows(flat, start, stop)
+        return lambda start, stop: self._stored_rows(flat, start, stop).to(dtype)
 
     def _open(self) -> None:
         for part in self._parts:
@@ -182,8 +183,9 @@ class GgufCheckpoint(Checkpoint):
     def _info(self, place: Place) -> TensorInfo:
         tensor = self._stored(place)
         # What was computed rounds differently in half precision, so such tensors are float32 whatever is stored.
+        kinds = {self._tensors[piece.stored].qtype for piece in place.pieces}
         changed = any(piece.form.change is not Change.NONE for piece in place.pieces)
-        dtype = torch.float32 if changed else _DIRECT.get(tensor.qtype, torch.float32)
+        dtype = torch.float32 if changed or len(kinds) > 1 else _DIRECT.get(tensor.qtype, torch.float32)
         return TensorInfo(place.name, dtype, place.shape, self._parts[tensor.part].name)
 
     def _read_setting(self, tensor: GgufTensor) -> np.ndarray:

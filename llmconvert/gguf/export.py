@@ -114,7 +114,7 @@ def check_exportable(source: Checkpoint) -> None:
 
 
 def tensor_types(source: Checkpoint, mix: GgmlMix, *, importance: bool) -> dict[str, str]:
-    """What quantization calls each matrix, with ``.weight`` → the type that a mix gives it.
+    """Tensor of a checkpoint → the type that a mix gives it, or each of the tensors that it becomes.
 
     Of matrices that are transposed or cut on their way into a file, nothing is said: codes would not go along.
 
@@ -125,12 +125,7 @@ def tensor_types(source: Checkpoint, mix: GgmlMix, *, importance: bool) -> dict[
     tied = model.tied and not _has_own_head(source)
     tensors = _tensors(source, arch, values, tied=tied)
     types = _types(tensors, mix, MixContext(model.layers, tied, importance, _queries_per_key(model)))
-    return {
-        f"{piece.linear}.weight" if piece.expert is not None else piece.name: types[tensor.name]
-        for tensor in tensors
-        if tensor.by_rows
-        for piece in tensor.pieces
-    }
+    return {piece.name: types[tensor.name] for tensor in tensors if tensor.by_rows for piece in tensor.pieces}
 
 
 def _queries_per_key(model: Architecture) -> int:

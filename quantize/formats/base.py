@@ -144,6 +144,10 @@ class Format(Reader, Protocol):
     lacks: ClassVar[Mapping[Feature, str]] = {}
     #: Whether its runtimes fuse linears that share an input, which then need one scheme.
     fuses: ClassVar[bool] = True
+    #: Whether it takes layers that hold their weights transposed (GPT-2's ``Conv1D``).
+    transposes: ClassVar[bool] = False
+    #: Whether a layer's experts are in tensors of all of them, each with a type of its own, whatever a class reads.
+    stacks_experts: ClassVar[bool] = False
     #: Packages that its library needs to load it, beside those that this one depends on.
     loaders: ClassVar[Sequence[str]] = ()
 

@@ -16,8 +16,9 @@ __all__ = ["check_coverage"]
 _HIGHER = 0.125
 # What most weights may lie in besides, and what to do then.
 _KNOWN: Mapping[str, str] = {
-    "Conv1D": "which holds its weights transposed: no format that transformers or vLLM reads knows such layers. "
-    "llama.cpp converts and quantizes these models itself (convert_hf_to_gguf.py, llama-quantize)",
+    "Conv1D": "which holds its weights transposed: compressed-tensors, with which transformers and vLLM read "
+    "artifacts, packs Linear alone, and leaves these as they are even where a config names them. Use format: gguf, which "
+    "llama.cpp reads",
 }
 
 
@@ -25,7 +26,7 @@ def check_coverage(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
     prefixes: Sequence[str],
-    linears: Sequence[Mapping[str, nn.Linear]],
+    linears: Sequence[Mapping[str, nn.Module]],
 ) -> None:
     """Refuse a model with most weights outside linears: the artifact would look quantized and not be.
 
@@ -50,7 +51,7 @@ def check_coverage(
                     for leaf, value in module.named_parameters(recurse=False)
                     if f"{prefix}{name}.{leaf}" not in shared
                 }
-        quantized = sum(linear.weight.numel() for linear in inside.values())
+        quantized = sum(linear.get_parameter("weight").numel() for linear in inside.values())
         rest = sum(value.numel() for value in others.values())
         higher = sum(value.numel() for value in others.values() if sum(size > 1 for size in value.shape) > 2)
         if rest > quantized or higher > _HIGHER * (quantized + rest):

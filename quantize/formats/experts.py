@@ -32,13 +32,15 @@ def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], met
     schemes = dict.fromkeys(assigned[site.name] for site in experts)
     if not experts:
         return
-    if len(schemes) > 1:
+    if layout.stacks_experts:
+        schemes.pop(None, None)
+    elif len(schemes) > 1:
         found = ", ".join("none" if scheme is None else str(scheme) for scheme in schemes)
         raise SchemeError(
             f"experts get different schemes ({found}); runtimes read one for the experts of all layers. "
             "Overrides have to match all of them, for example `*.experts.*`"
         )
-    scheme = next(iter(schemes))
+    scheme = next(iter(schemes), None)
     apart = any(site.experts is not None and site.experts.apart for site in experts)
     if scheme is None:
         if apart or any(site.stored_alone for site in experts):
@@ -46,7 +48,7 @@ def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], met
         return
     layout.check_experts(scheme, apart=apart)
     unread = next((site.unread for site in experts if site.unread), "")
-    if unread:
+    if unread and not layout.stacks_experts:
         raise UnsupportedError(
             f"architecture {skeleton.architecture.model_type!r}: {unread}; leave them dense with an override "
             "(match: '*.experts.*', scheme: none), and the other linears are quantized"

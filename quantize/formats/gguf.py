@@ -48,6 +48,8 @@ class Gguf(FileFormat):
 
     library: ClassVar[str] = "gguf"
     fuses: ClassVar[bool] = False
+    transposes: ClassVar[bool] = True
+    stacks_experts: ClassVar[bool] = True
     lacks: ClassVar[Mapping[Feature, str]] = {
         "overrides": _MORE_BITS,
         "budget": _MORE_BITS,
@@ -63,6 +65,9 @@ class Gguf(FileFormat):
                 f"scheme {scheme}: no GGUF type holds its codes; GGUF takes {', '.join(MIXES)}, or the codes of "
                 f"{' and '.join(_CARRIERS)}"
             )
+
+    def check_experts(self, scheme: Scheme, *, apart: bool) -> None:
+        """llama.cpp has experts in every type."""
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return half_scale_dtype(dtype)
@@ -159,7 +164,9 @@ class GgufContainer:
         blocks: torch.Tensor | None = None
         for planned, piece in self._linears[linear]:
             blocks = _blocks(linear, tensor) if blocks is None else blocks
-            rows = blocks if piece.order is None else blocks[torch.from_numpy(piece.order)]
+            # An expert's matrix was taken out of the tensor that holds it, its rows in the file's order.
+            same = piece.order is None or piece.expert is not None
+            rows = blocks if same else blocks[torch.from_numpy(piece.order)]
             yield Packed(planned.spec.name, rows, piece.first)
 
     def write_values(self, writer: TensorWriter, name: str, values: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmconvert.engine.architecture.auto import language_classes
 from llmconvert.engine.architecture.boundary import foreign_settings
@@ -88,10 +89,16 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     return next(parts, model)
 
 
-def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a block, by their names inside it; nothing that only derives from one."""
-    found = block.named_modules()
-    return {name: part for name, part in found if isinstance(part, nn.Linear) and type(part).__name__ in LINEARS}
+def find_linears(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers of a block, by their names inside it; nothing that only derives from one.
+
+    GPT-2's ``Conv1D`` computes what a linear does, and holds its weight ``[inputs, outputs]``.
+    """
+    return {
+        name: part
+        for name, part in block.named_modules()
+        if type(part) is Conv1D or (isinstance(part, nn.Linear) and type(part).__name__ in LINEARS)
+    }
 
 
 def fix_frequencies(model: PreTrainedModel) -> None:

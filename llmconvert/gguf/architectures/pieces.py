@@ -38,6 +38,7 @@ class Piece:
         order: the output of the checkpoint's matrix that each row is; None for all as they come.
         form: how they are stored.
         entry: what it is one of.
+        called: what quantization calls the matrix, where it is one expert's of many in a tensor.
     """
 
     stored: str
@@ -49,20 +50,27 @@ class Piece:
     order: np.ndarray | None
     form: Form
     entry: Entry
+    called: str = ""
 
     @property
     def linear(self) -> str:
         """What quantization calls the matrix: the checkpoint's name without ``.weight``, or the expert's."""
-        if self.expert is None:
-            return self.name.removesuffix(".weight")
-        return expert_linear(self.name, self.stored, self.expert)
+        return self.called or self.name.removesuffix(".weight")
 
 
-def expert_linear(name: str, stored: str, number: int) -> str:
-    """The name of one expert's matrix in a tensor of all: the module's, the expert's number, and the projection's."""
+def expert_linear(name: str, stored: str, number: int, projection: str = "") -> str:
+    """What quantization calls one expert's matrix in a tensor of all: their module, the expert, and the projection.
+
+    Args:
+        name: of the tensor.
+        stored: the file's.
+        number: of the expert.
+        projection: as checkpoints call it that have a matrix each; by default as the engine does.
+    """
     module = name.removesuffix(".weight").rpartition(".")[0]
-    kind = next(kind for kind in ("gate", "up", "down") if f"_{kind}_" in stored or f"_{kind}." in stored)
-    return f"{module}.{number}.{kind}_proj"
+    module += "" if module.endswith("experts") else ".experts"
+    kind = next(kind for kind in ("gate", "up", "down") if f"_{kind}_" in stored)
+    return f"{module}.{number}.{projection or kind + '_proj'}"
 
 
 def numbered(template: str, layer: int, expert: int | None = None) -> str:

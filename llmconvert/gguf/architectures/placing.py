@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.architectures.architecture import GgufArchitecture, lengths
 from llmconvert.gguf.architectures.entries import EXPERT, Config, Entry
-from llmconvert.gguf.architectures.pieces import Piece, numbered, piece_shape
+from llmconvert.gguf.architectures.pieces import Piece, expert_linear, numbered, piece_shape
 from llmconvert.gguf.header import GgufHeader, GgufTensor
 
 __all__ = ["Place", "StoredTensor", "check_tensors", "place_tensors", "plan_tensors"]
@@ -126,10 +127,14 @@ def _written(
     if not form.whole:
         piece, inner = _piece(stored, 0, name, shape, None, entry, config)
         return [piece], inner
+    first = re.sub(r"^blk\.\d+\.", "blk.0.", stored)
+    apart = next((other.name for key, other, _ in arch.entries(1) if EXPERT in other.name and key == first), "")
     pieces = []
     for number in range(shape[0]):
         piece, inner = _piece(stored, number, name, shape[1:], number, entry, config)
-        pieces.append(piece)
+        projection = apart.removesuffix(".weight").rpartition(".")[2]
+        called = expert_linear(name, stored, number, projection) if len(shape) > 2 else ""
+        pieces.append(replace(piece, called=called))
     return pieces, (shape[0], *inner)
 
 

@@ -162,7 +162,10 @@ MIXTRAL: Final = GgufArchitecture(
     "MixtralForCausalLM",
     outer(),
     entries(NORMS + ATTENTION + "block_sparse_moe.gate.weight", TURNED)
-    + experts("block_sparse_moe.experts", ("w1", "w3", "w2")),
+    + experts("block_sparse_moe.experts", ("w1", "w3", "w2"))
+    # As the class itself calls them.
+    + entries("mlp.gate.weight~ -> FFN_GATE_INP.weight", read=False)
+    + tuple(entry for entry in experts("mlp.experts") if not entry.read),
     (
         *RMS,
         _WINDOW,
