@@ -126,7 +126,7 @@ _MODULES = {
     "Measurement": "validate.measurement",
     "ModelInfo": "report.report",
     "ModelSummary": "convert.inspection",
-    "Outcome": "recipes.batch",
+    "Outcome": "recipes.batch.outcome",
     "OutputError": "errors",
     "Override": "quantize.plan",
     "Plot": "report.section",
@@ -169,7 +169,7 @@ _MODULES = {
     "render_comparison": "validate.render.comparison",
     "render_html": "validate.render.html",
     "require_passed": "report.report",
-    "run_batch": "recipes.batch",
+    "run_batch": "recipes.batch.run",
     "run_recipe": "recipes.runner",
     "shipped_recipes": "recipes.shipped",
     "validate_model": "api",
@@ -204,7 +204,8 @@ if TYPE_CHECKING:
     from llmconvert.quantize.plan import Override
     from llmconvert.quantize.scheme import Scheme
     from llmconvert.quantize.tensor import QuantizedTensor
-    from llmconvert.recipes.batch import Outcome, run_batch
+    from llmconvert.recipes.batch.outcome import Outcome
+    from llmconvert.recipes.batch.run import run_batch
     from llmconvert.recipes.loading import load_recipe, make_recipe
     from llmconvert.recipes.planning.plan import RunPlan
     from llmconvert.recipes.planning.planner import plan_recipe

@@ -24,6 +24,7 @@ __all__ = [
     "available_nbytes",
     "map_large_tensors",
     "release_freed_memory",
+    "resident_nbytes",
     "row_slices",
     "rows_at_once",
 ]
@@ -80,6 +81,11 @@ def _resident() -> tuple[int, int]:
     except (OSError, KeyError):
         mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return (mark if sys.platform == "darwin" else mark * 1024), 0
+
+
+def resident_nbytes() -> int:
+    """Bytes of this process that are in memory now; 0 where the system doesn't tell."""
+    return _resident()[1]
 
 
 def available_nbytes(device: torch.device) -> int:

@@ -91,14 +91,17 @@ _DESCRIPTION, _BAR, _WIDE_BAR = 24, 16, 30
 
 
 class TerminalProgress:
-    """Rich progress bars on a terminal: bar, count and time always, the rest as far as there is room."""
+    """Rich progress bars on a terminal: bar, count and time always, the rest as far as there is room.
+
+    ``console`` is for those who show more than bars there.
+    """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self.console = console
 
     @contextmanager
     def task(self, description: str, total: float) -> Iterator[Task]:
-        bar = _BAR if self._console.width < _NARROW else _WIDE_BAR
+        bar = _BAR if self.console.width < _NARROW else _WIDE_BAR
         described = Column(width=_DESCRIPTION, no_wrap=True, overflow="ellipsis")
         columns = (
             TextColumn("{task.description}", markup=False, table_column=described),
@@ -113,12 +116,12 @@ class TerminalProgress:
                 table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
             ),
         )
-        with RichProgress(*columns, console=self._console, refresh_per_second=4, expand=True) as bars:
+        with RichProgress(*columns, console=self.console, refresh_per_second=4, expand=True) as bars:
             counted = isinstance(total, Bytes)
             yield _BarTask(bars, bars.add_task(printable(description), total=total, note="", bytes=counted))
 
     def log(self, message: str) -> None:
-        self._console.print(printable(message), markup=False, highlight=False)
+        self.console.print(printable(message), markup=False, highlight=False)
 
 
 class _LineTask:

@@ -22,7 +22,7 @@ from llmconvert.report.report import Report
 from llmconvert.report.steps import QuantizeReport
 
 COMMANDS = (
-    *("inspect", "plan", "run", "convert", "quantize", "report", "validate", "push"),
+    *("inspect", "plan", "run", "batch", "convert", "quantize", "report", "validate", "push"),
     *("methods", "schemes", "formats", "recipes", "doctor"),
 )
 

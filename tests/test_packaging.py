@@ -80,7 +80,7 @@ def imported() -> set[str]:
 
 def test_what_the_code_imports_is_declared() -> None:
     project = SETTINGS["project"]
-    extras = (project["optional-dependencies"][name] for name in ("datasets", "bnb", "gptq", "lm-eval"))
+    extras = (project["optional-dependencies"][name] for name in ("datasets", "bnb", "gptq", "lm-eval", "ray"))
     declared = {canonical(Requirement(text).name) for part in (project["dependencies"], *extras) for text in part}
     # torch's CUDA builds bring Triton; vLLM lives in an environment of its own.
     assert {canonical(IMPORTS.get(name, name)) for name in imported()} <= declared | {"triton", "vllm"}

@@ -23,7 +23,7 @@ from llmconvert.cli.plan import plan
 from llmconvert.cli.push import push
 from llmconvert.cli.quantize import quantize
 from llmconvert.cli.report import report
-from llmconvert.cli.run import run
+from llmconvert.cli.run import batch, run
 from llmconvert.cli.validate import validate
 from llmconvert.errors import LlmconvertError, RunInterruptedError
 from llmconvert.machine import machine_errors
@@ -82,6 +82,7 @@ for _command in (
     inspect,
     plan,
     run,
+    batch,
     convert,
     quantize,
     validate,

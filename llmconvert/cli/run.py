@@ -1,36 +1,46 @@
-"""``llmconvert run``: recipes from start to end."""
+"""``llmconvert run`` and ``llmconvert batch``: recipes from start to end, one or many."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from llmconvert.cli.manners import Known, Manners, manners, plan_option
 
+C = TypeVar("C", bound=Callable[..., Any])
 
-@click.command(short_help="Run recipes from start to end.")
-@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...", type=Known("recipe"))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting: quantize.scheme=w8a16.")
-@click.option("--work-dir", type=click.Path(path_type=Path), help="Where finished stages are kept. [default: work]")
-@click.option("--fresh", is_flag=True, help="Forget what earlier runs of the recipe did.")
-@click.option("--stream", is_flag=True, help="Work on Hub models while they download, by methods without calibration.")
-@click.option("--repair", is_flag=True, help="Give layers more bits if the gate fails, and measure again.")
-@click.option("--no-publish", is_flag=True, help="Leave the artifact in the work directory.")
+
+def _settings(command: C) -> C:
+    """What both commands take."""
+    decorators: list[Callable[[C], C]] = [
+        click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...", type=Known("recipe")),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting: quantize.scheme=w8a16."
+        ),
+        click.option(
+            "--work-dir", type=click.Path(path_type=Path), help="Where finished stages are kept. [default: work]"
+        ),
+        click.option("--fresh", is_flag=True, help="Forget what earlier runs of the recipe did."),
+        click.option(
+            "--stream", is_flag=True, help="Work on Hub models while they download, by methods without calibration."
+        ),
+        click.option("--repair", is_flag=True, help="Give layers more bits if the gate fails, and measure again."),
+        click.option("--no-publish", is_flag=True, help="Leave the artifact in the work directory."),
+    ]
+    for decorate in reversed(decorators):
+        command = decorate(command)
+    return command
+
+
+@click.command(short_help="Run a recipe from start to end.")
+@_settings
 @plan_option
 @manners
-def run(
-    recipes: tuple[str, ...],
-    overrides: tuple[str, ...],
-    work_dir: Path | None,
-    fresh: bool,
-    stream: bool,
-    repair: bool,
-    no_publish: bool,
-    plan: bool,
-    manners: Manners,
-) -> None:
-    """Run recipes one after the other: files, or names of shipped recipes.
+def run(manners: Manners, **settings: Any) -> None:
+    """Run recipes: files, or names of shipped recipes. Several run one after the other; see batch for more.
 
     A run that was stopped continues with the same command. Recipes share downloads and conversions; one that fails
     does not stop the others.
@@ -42,31 +52,66 @@ def run(
     Examples:
       llmconvert run recipes/demo.yaml
       llmconvert run demo --set quantize.scheme=w3a16-g64 --set publish.to=file:out/w3
-      llmconvert run a.yaml b.yaml more/*.yaml
       llmconvert run demo --set quantize.scheme=w4a16-g64,w3a16-g64 --no-publish
     """
-    settings = (*overrides, *(["stream=true"] if stream else []), *(["validate.repair=true"] if repair else []))
-    if plan:
+    _run(manners, settings, engine="here")
+
+
+@click.command(short_help="Run many recipes, here or on a Ray cluster.")
+@_settings
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Where jobs run. [default: local]")
+@click.option("--jobs", "at_once", type=click.IntRange(1), default=1, help="Run together, at most. [default: 1]")
+@click.option("--memory", metavar="SIZE", help="What all may use together: 48GB. [default: what is free]")
+@click.option("--address", help="Of a Ray cluster. [default: one is started here]")
+@click.option(
+    "--logs", type=click.Path(path_type=Path), help="For a log per job and summary.json. [default: work/batch]"
+)
+@plan_option
+@manners
+def batch(manners: Manners, engine: str, memory: str | None, **settings: Any) -> None:
+    """Run many recipes, each in a process of its own: one that fails neither stops nor blocks the others.
+
+    Jobs start in order, as many at once as --jobs allows and as memory and disk take by their plans. The same command
+    continues what is unfinished. Two that would be published to one place are refused before anything starts.
+
+    \b
+    Examples:
+      llmconvert batch recipes/*.yaml
+      llmconvert batch a.yaml b.yaml c.yaml --jobs 2 --memory 48GB
+      llmconvert batch recipes/*.yaml --engine ray --address ray-head:6379 --work-dir /shared/work
+    """
+    _run(manners, settings, engine=engine, memory=memory)
+
+
+def _run(manners: Manners, settings: dict[str, Any], *, engine: Any, memory: str | None = None) -> None:
+    recipes, overrides = settings.pop("recipes"), settings.pop("overrides")
+    stream, repair = settings.pop("stream"), settings.pop("repair")
+    overrides = (*overrides, *(["stream=true"] if stream else []), *(["validate.repair=true"] if repair else []))
+    publish = not settings.pop("no_publish")
+    if settings.pop("plan"):
         from llmconvert.cli.plan import show_plans
 
-        show_plans(recipes, settings, work_dir, fresh=fresh, publish=not no_publish, manners=manners)
+        work_dir, fresh = settings["work_dir"], settings["fresh"]
+        show_plans(recipes, overrides, work_dir, fresh=fresh, publish=publish, manners=manners)
         return
-    from llmconvert.recipes.loading import load_recipe
-    from llmconvert.recipes.sweep.expand import load_sweep
+    if len(recipes) == 1:  # a mistake in it is told before what computes is loaded
+        from llmconvert.recipes.loading import load_recipe
+        from llmconvert.recipes.sweep.expand import load_sweep
 
-    if len(recipes) == 1 and load_sweep(recipes[0], settings) is None:
-        load_recipe(recipes[0], settings)  # a mistake in it is told before what computes is loaded
+        if load_sweep(recipes[0], overrides) is None:
+            load_recipe(recipes[0], overrides)
     from llmconvert.cli.summary import batch_values, print_batch
-    from llmconvert.errors import LlmconvertError
-    from llmconvert.recipes.batch import run_batch
+    from llmconvert.errors import LlmconvertError, UsageError
+    from llmconvert.recipes.batch.run import run_batch
+    from llmconvert.recipes.schema.quantities import parse_bytes
 
+    try:
+        usable = None if memory is None else parse_bytes(memory)
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}") from error
+    progress = manners.progress()
     outcomes = run_batch(
-        recipes,
-        overrides=settings,
-        work_dir=work_dir,
-        fresh=fresh,
-        publish=not no_publish,
-        progress=manners.progress(),
+        recipes, overrides=overrides, publish=publish, engine=engine, memory=usable, progress=progress, **settings
     )
     failed = [outcome for outcome in outcomes if outcome.failure is not None]
     if manners.as_json:

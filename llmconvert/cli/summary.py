@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmconvert.printable import printable
-from llmconvert.recipes.batch import Outcome
+from llmconvert.recipes.batch.outcome import Outcome
 from llmconvert.recipes.runner import RunResult
 from llmconvert.recipes.sweep.job import SweepResult
 from llmconvert.report.report import Report

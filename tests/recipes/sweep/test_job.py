@@ -15,7 +15,7 @@ import pytest
 
 from llmconvert.cli.summary import print_batch
 from llmconvert.progress import SILENT
-from llmconvert.recipes.batch import run_batch
+from llmconvert.recipes.batch.run import run_batch
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.runner import run_recipe
 from llmconvert.recipes.sweep.expand import load_sweep

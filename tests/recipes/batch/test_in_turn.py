@@ -10,8 +10,8 @@ import pytest
 
 from llmconvert.cli.summary import print_batch
 from llmconvert.errors import RecipeError, RunInterruptedError, SchemeError, SourceError
-from llmconvert.recipes import batch
-from llmconvert.recipes.batch import run_batch
+from llmconvert.recipes.batch import in_turn
+from llmconvert.recipes.batch.run import run_batch
 
 
 class Log:
@@ -65,14 +65,14 @@ def test_fresh_converts_once_for_the_whole_batch(write_recipe: Any) -> None:
 
 
 def test_a_bug_in_one_is_shown_and_the_next_one_runs(write_recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = batch.run_recipe
+    original = in_turn.run_recipe
 
     def broken(recipe: Any, **options: Any) -> Any:
         if recipe.name == "bad":
             raise ZeroDivisionError("a bug")
         return original(recipe, **options)
 
-    monkeypatch.setattr(batch, "run_recipe", broken)
+    monkeypatch.setattr(in_turn, "run_recipe", broken)
     log = Log()
     bad, good = write_recipe("bad"), write_recipe("good", calibrate=None, quantize=None, validate=None)
     outcomes = run_batch([str(bad), str(good)], progress=log)
@@ -85,6 +85,6 @@ def test_an_interruption_ends_the_batch(write_recipe: Any, monkeypatch: pytest.M
     def stopped(recipe: Any, **options: Any) -> Any:
         raise RunInterruptedError("stopped by SIGINT")
 
-    monkeypatch.setattr(batch, "run_recipe", stopped)
+    monkeypatch.setattr(in_turn, "run_recipe", stopped)
     with pytest.raises(RunInterruptedError):
         run_batch([str(write_recipe("a")), str(write_recipe("b"))])

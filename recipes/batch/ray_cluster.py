@@ -1,0 +1,328 @@
+"""Jobs as tasks of a Ray cluster (https://docs.ray.io): Ray decides where each runs, and runs it again if a node dies.
+
+A task asks for what the job's plan says: memory, a GPU where one is computed on, and ``disk`` where nodes declare such
+a resource, in bytes. It runs the job in a process of its own, as the local engine does. All nodes see work directory,
+recipes and local models under the same paths; finished stages are there for whichever node continues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from llmconvert.errors import CapacityError, LlmconvertError, MachineError, UsageError, one_line
+from llmconvert.recipes.batch.board import Board
+from llmconvert.recipes.batch.jobs import Job
+from llmconvert.recipes.batch.local import ended_early, worker_command
+from llmconvert.recipes.batch.outcome import Outcome, from_values
+
+__all__ = ["RayEngine", "converse"]
+
+_TICK = 0.25
+_SEND_EVERY = 0.5
+# Seconds in which a cluster has to take up a connection, and a job's process to stop.
+_ANSWER, _GRACE = 10.0, 60.0
+# How often a job is run again whose node or process dies.
+_RETRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RayEngine:
+    """A queue on a cluster.
+
+    Attributes:
+        address: ``host:port`` of its head, or ``ray://host:port``; a cluster of this machine alone is started if None.
+        at_once: jobs that share a node; each gets that part of the cores of the smallest one.
+    """
+
+    address: str | None = None
+    at_once: int = 1
+
+    def run(self, jobs: Sequence[Job], board: Board) -> None:
+        """Run all jobs; the board has their outcomes afterwards.
+
+        Raises:
+            KeyboardInterrupt: this process was asked to stop; tasks are cancelled.
+            UsageError: Ray is not installed.
+            MachineError: no cluster answers.
+        """
+        with _connected(self.address) as ray:
+            _Driver(ray, jobs, board, self.at_once).run()
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError('engine ray: Ray is not installed; pip install "llmconvert[ray]"') from error
+    if address is not None:
+        _require_listening(address)
+    # What a run says is on the board and in the logs; usage statistics are nobody's business.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    alone = {} if address is not None else {"include_dashboard": False}
+    try:
+        ray.init(address=address or "local", **quiet, **alone)
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+        raise MachineError(
+            f"no Ray cluster answers at {address or 'this machine'}: {one_line(error)}; "
+            "start one (ray start --head), or name another (--address)"
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _require_listening(address: str) -> None:
+    """Refuse an address that nobody listens at, which Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdecimal():
+        raise UsageError(f"address: found {address!r}, expected host:port, ray://host:port or auto")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_ANSWER):
+            pass
+    except OSError as error:
+        raise MachineError(
+            f"no Ray cluster answers at {address}: {error.strerror or error}; start one (ray start --head), or name "
+            "another (--address)"
+        ) from error
+
+
+@dataclass(slots=True)
+class _Mailbox:
+    """An actor beside the driver: jobs leave their messages, and are told what others have built."""
+
+    messages: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    keys: set[str] = field(default_factory=set)
+
+    def tell(self, number: int, messages: Sequence[dict[str, Any]]) -> None:
+        """Messages of a job, in order."""
+        self.messages += [(number, message) for message in messages]
+        for message in messages:
+            self.keys |= set(message.get("built", ()))
+
+    def take(self) -> list[tuple[int, dict[str, Any]]]:
+        """All that came since the last time."""
+        found, self.messages = self.messages, []
+        return found
+
+    def built(self) -> list[str]:
+        """Keys of the stages that jobs of this batch have built."""
+        return sorted(self.keys)
+
+
+class _Driver:
+    """A run of the engine, on the machine where it was started."""
+
+    def __init__(self, ray: Any, jobs: Sequence[Job], board: Board, at_once: int) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._ray, self._jobs, self._board = ray, jobs, board
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._mailbox = ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=here).remote()
+        self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cores = [int(node["CPU"]) for node in self._nodes if node.get("CPU")]
+        self._cores = max(1, min(cores, default=1) // at_once)
+        self._tasks: dict[Any, int] = {}
+
+    def run(self) -> None:
+        plan = self._ray.remote(num_cpus=1, max_retries=_RETRIES)(plan_task)
+        for number, job in enumerate(self._jobs):
+            if isinstance(job.loaded, LlmconvertError):
+                self._board.end(number, [Outcome(job.recipe, None, job.loaded, 0.0)])
+                continue
+            self._board.open_log(number)
+            self._board.begin(number, "planning")
+            self._tasks[plan.remote(job.to_values(), str(Path.cwd()))] = number
+        try:
+            while self._tasks:
+                ready, _ = self._ray.wait(list(self._tasks), timeout=_TICK)
+                self._listen()
+                for task in ready:
+                    self._advance(task, self._tasks.pop(task))
+                self._board.show()
+        finally:
+            for task in self._tasks:
+                self._ray.cancel(task, force=True)
+
+    def _listen(self) -> None:
+        for number, message in self._ray.get(self._mailbox.take.remote()):
+            if "begun" in message:
+                self._board.begin(number, "running")
+            self._board.hear(number, message)
+
+    def _advance(self, task: Any, number: int) -> None:
+        """A job has been planned, or has ended."""
+        try:
+            found: dict[str, Any] = self._ray.get(task)
+        except (self._ray.exceptions.RayError, LlmconvertError) as error:
+            self._fail(number, _reason(error))
+            return
+        job = self._jobs[number]
+        if "planned" in found:
+            self._board.hear(number, found)
+            self._submit(number, found["planned"] or {})
+            return
+        self._listen()
+        if "ends" in found:
+            assert not isinstance(job.loaded, LlmconvertError)
+            self._board.hear(number, found)
+            self._board.end(number, from_values(found["ends"], job.recipe, job.loaded, self._board.log_of(number)))
+        else:
+            self._fail(number, ended_early(found["status"], self._board.log_of(number)))
+
+    def _submit(self, number: int, needs: Mapping[str, int]) -> None:
+        """Hand a job to the cluster with what it needs, or refuse one that no node can hold."""
+        memory, disk = needs.get("memory", 0), needs.get("disk", 0)
+        asked: dict[str, Any] = {"num_cpus": self._cores, "memory": memory}
+        if needs.get("device_memory", 0):
+            asked["num_gpus"] = 1
+        if any("disk" in node for node in self._nodes):
+            asked["resources"] = {"disk": disk}
+        if not any(_holds(node, asked) for node in self._nodes):
+            largest = max((int(node.get("memory", 0)) for node in self._nodes), default=0)
+            self._fail(
+                number,
+                CapacityError(
+                    f"no node of the cluster can hold this job: it needs {memory / 1e6:,.0f} MB of memory, "
+                    f"{disk / 1e6:,.0f} MB of disk and {asked.get('num_gpus', 0)} GPUs; the largest declares "
+                    f"{largest / 1e6:,.0f} MB of memory"
+                ),
+            )
+            return
+        run = self._ray.remote(max_retries=_RETRIES, **asked)(run_task)
+        values, directory = self._jobs[number].to_values(), str(Path.cwd())
+        self._tasks[run.remote(values, directory, self._cores, number, self._mailbox)] = number
+
+    def _fail(self, number: int, failure: Exception) -> None:
+        recipe, log = self._jobs[number].recipe, self._board.log_of(number)
+        self._board.end(number, [Outcome(recipe, None, failure, self._board.seconds(number), log=log)])
+
+
+def _holds(node: Mapping[str, float], asked: Mapping[str, Any]) -> bool:
+    wanted = {"CPU": asked["num_cpus"], "memory": asked["memory"], "GPU": asked.get("num_gpus", 0)}
+    wanted |= asked.get("resources", {})
+    return all(node.get(name, 0) >= amount for name, amount in wanted.items())
+
+
+def _reason(error: Exception) -> Exception:
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, LlmconvertError):
+        return cause
+    return MachineError(f"the cluster could not finish this job: {one_line(error)}; the same command continues")
+
+
+def plan_task(values: dict[str, Any], directory: str) -> dict[str, Any]:
+    """On a node: what a job needs there, as ``{"planned": …}``, or the status that its process ended with."""
+    found: dict[str, Any] = {}
+
+    def hear(message: dict[str, Any]) -> bool:
+        found.update({"planned": message["planned"]} if "planned" in message else {})
+        return "planned" not in message
+
+    status = converse(values, directory, 1, hear, go=None)
+    return found or {"status": status}
+
+
+def run_task(values: dict[str, Any], directory: str, cores: int, number: int, mailbox: Any) -> dict[str, Any]:
+    """On a node: run a job. Gives its last message, or the status that its process ended with."""
+    import ray
+
+    outbox: list[dict[str, Any]] = [{"begun": True}]
+    sent = 0.0
+    last: dict[str, Any] = {}
+
+    def hear(message: dict[str, Any]) -> bool:
+        nonlocal outbox, sent, last
+        if "planned" not in message:
+            outbox.append({key: value for key, value in message.items() if key != "ends"})
+        if "ends" in message:
+            last = message
+        if time.monotonic() - sent >= _SEND_EVERY or last:
+            mailbox.tell.remote(number, outbox)
+            outbox, sent = [], time.monotonic()
+        return True
+
+    status = converse(values, directory, cores, hear, go=lambda: {"built": ray.get(mailbox.built.remote())})
+    # What was told is there before the result is.
+    ray.get(mailbox.tell.remote(number, outbox))
+    return last or {"status": status}
+
+
+def converse(
+    values: Mapping[str, Any],
+    directory: str,
+    cores: int,
+    hear: Callable[[dict[str, Any]], bool],
+    *,
+    go: Callable[[], dict[str, Any]] | None,
+) -> int:
+    """Run a job's process and pass on what it tells, and what it writes to its standard error as log lines.
+
+    Args:
+        values: the job.
+        directory: to run in; local paths of recipes are relative to it.
+        cores: threads to compute with.
+        hear: takes each message; the process is stopped when it gives False.
+        go: what to let the job in with, asked for when it has planned; None if it shall only plan.
+
+    Returns:
+        the process's exit status.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "GOMP_SPINCOUNT": "10000"}
+    process = subprocess.Popen(
+        worker_command(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=directory,
+        env=environment,
+    )
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    try:
+        lock = threading.Lock()
+        threading.Thread(target=_forward, args=(process.stderr, hear, lock), daemon=True).start()
+        _write(process.stdin, values)
+        for line in process.stdout:
+            message = json.loads(line)
+            with lock:
+                goes_on = hear(message)
+            if not goes_on:
+                break
+            if "planned" in message and go is not None:
+                _write(process.stdin, go())
+    finally:
+        # Its standard input ends: it stops in order.
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
+        process.kill()
+    return process.wait()
+
+
+def _forward(stream: IO[str], hear: Callable[[dict[str, Any]], bool], lock: threading.Lock) -> None:
+    for line in stream:
+        with lock:
+            hear({"log": line.rstrip("\n")})
+
+
+def _write(stream: IO[str], message: Mapping[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # it has ended, which its output tells
+        stream.write(json.dumps(message) + "\n")
+        stream.flush()
