@@ -30,7 +30,7 @@ from llmconvert.recipes.sweep.expand import make_sweep
 CONSOLE, PYTHON, YAML = ([*blocks(language)] for language in ("console", "python", "yaml"))
 # What the pages ask for is made smaller, so that a stand-in answers in seconds.
 SMALLER = {"--samples": "4", "--length": "64", "--window": "64", "--stride": "32", "--heal-steps": "2"}
-# Not run: what needs the Hub, or a cluster. What opens artifacts in other runtimes is run by tests/readers and tests/gguf.
+# Not run: what needs the Hub or a cluster. Artifacts are opened in other runtimes by tests/readers and tests/gguf.
 OF_THE_HUB = ("--stream", "--private", "--engine")
 # Run at shorter lengths by tests/validate/long_inputs: each length and backend in a process of its own takes minutes.
 MEASURED_FOR_MINUTES = ("--attention", "--memory")
