@@ -12,7 +12,6 @@ import os
 import selectors
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from llmconvert.memory import available_nbytes
 from llmconvert.recipes.batch.board import Board
 from llmconvert.recipes.batch.jobs import Job
 from llmconvert.recipes.batch.outcome import Outcome, from_values
+from llmconvert.recipes.batch.process import worker_command, worker_environment
 
-__all__ = ["LocalEngine", "worker_command", "worker_environment"]
+__all__ = ["LocalEngine", "ended_early"]
 
 _TICK = 0.25
 # Seconds that a process has to come to a stop when it is asked to.
@@ -184,20 +184,6 @@ class _Queue:
             said = refused or ended_early(status, self._board.log_of(number))
             ended = [Outcome(job.recipe, None, said, self._board.seconds(number), log=self._board.log_of(number))]
         self._board.end(number, ended)
-
-
-def worker_command() -> list[str]:
-    """What starts a job's process."""
-    return [sys.executable, "-P", "-m", "llmconvert.recipes.batch.worker"]
-
-
-def worker_environment(at_once: int) -> dict[str, str]:
-    """Of a job's process: the processor's cores are shared out among those that run together."""
-    environment = {**os.environ, "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}
-    if at_once > 1 and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // at_once))
-    return environment
 
 
 def ended_early(status: int, log: Path | None) -> MachineError:

@@ -8,30 +8,26 @@ recipes and local models under the same paths; finished stages are there for whi
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import socket
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from llmconvert.errors import CapacityError, LlmconvertError, MachineError, UsageError, one_line
 from llmconvert.recipes.batch.board import Board
 from llmconvert.recipes.batch.jobs import Job
-from llmconvert.recipes.batch.local import ended_early, worker_command
+from llmconvert.recipes.batch.local import ended_early
 from llmconvert.recipes.batch.outcome import Outcome, from_values
+from llmconvert.recipes.batch.ray_tasks import Mailbox, plan_task, run_task
 
-__all__ = ["RayEngine", "converse"]
+__all__ = ["RayEngine"]
 
 _TICK = 0.25
-_SEND_EVERY = 0.5
-# Seconds in which a cluster has to take up a connection, and a job's process to stop.
-_ANSWER, _GRACE = 10.0, 60.0
+# Seconds in which a cluster has to take up a connection.
+_ANSWER = 10.0
 # How often a job is run again whose node or process dies.
 _RETRIES = 3
 
@@ -102,29 +98,6 @@ def _require_listening(address: str) -> None:
         ) from error
 
 
-@dataclass(slots=True)
-class _Mailbox:
-    """An actor beside the driver: jobs leave their messages, and are told what others have built."""
-
-    messages: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    keys: set[str] = field(default_factory=set)
-
-    def tell(self, number: int, messages: Sequence[dict[str, Any]]) -> None:
-        """Messages of a job, in order."""
-        self.messages += [(number, message) for message in messages]
-        for message in messages:
-            self.keys |= set(message.get("built", ()))
-
-    def take(self) -> list[tuple[int, dict[str, Any]]]:
-        """All that came since the last time."""
-        found, self.messages = self.messages, []
-        return found
-
-    def built(self) -> list[str]:
-        """Keys of the stages that jobs of this batch have built."""
-        return sorted(self.keys)
-
-
 class _Driver:
     """A run of the engine, on the machine where it was started."""
 
@@ -133,7 +106,7 @@ class _Driver:
 
         self._ray, self._jobs, self._board = ray, jobs, board
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._mailbox = ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=here).remote()
+        self._mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
         self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = [int(node["CPU"]) for node in self._nodes if node.get("CPU")]
         self._cores = max(1, min(cores, default=1) // at_once)
@@ -224,105 +197,3 @@ def _reason(error: Exception) -> Exception:
     if isinstance(cause, LlmconvertError):
         return cause
     return MachineError(f"the cluster could not finish this job: {one_line(error)}; the same command continues")
-
-
-def plan_task(values: dict[str, Any], directory: str) -> dict[str, Any]:
-    """On a node: what a job needs there, as ``{"planned": …}``, or the status that its process ended with."""
-    found: dict[str, Any] = {}
-
-    def hear(message: dict[str, Any]) -> bool:
-        found.update({"planned": message["planned"]} if "planned" in message else {})
-        return "planned" not in message
-
-    status = converse(values, directory, 1, hear, go=None)
-    return found or {"status": status}
-
-
-def run_task(values: dict[str, Any], directory: str, cores: int, number: int, mailbox: Any) -> dict[str, Any]:
-    """On a node: run a job. Gives its last message, or the status that its process ended with."""
-    import ray
-
-    outbox: list[dict[str, Any]] = [{"begun": True}]
-    sent = 0.0
-    last: dict[str, Any] = {}
-
-    def hear(message: dict[str, Any]) -> bool:
-        nonlocal outbox, sent, last
-        if "planned" not in message:
-            outbox.append({key: value for key, value in message.items() if key != "ends"})
-        if "ends" in message:
-            last = message
-        if time.monotonic() - sent >= _SEND_EVERY or last:
-            mailbox.tell.remote(number, outbox)
-            outbox, sent = [], time.monotonic()
-        return True
-
-    status = converse(values, directory, cores, hear, go=lambda: {"built": ray.get(mailbox.built.remote())})
-    # What was told is there before the result is.
-    ray.get(mailbox.tell.remote(number, outbox))
-    return last or {"status": status}
-
-
-def converse(
-    values: Mapping[str, Any],
-    directory: str,
-    cores: int,
-    hear: Callable[[dict[str, Any]], bool],
-    *,
-    go: Callable[[], dict[str, Any]] | None,
-) -> int:
-    """Run a job's process and pass on what it tells, and what it writes to its standard error as log lines.
-
-    Args:
-        values: the job.
-        directory: to run in; local paths of recipes are relative to it.
-        cores: threads to compute with.
-        hear: takes each message; the process is stopped when it gives False.
-        go: what to let the job in with, asked for when it has planned; None if it shall only plan.
-
-    Returns:
-        the process's exit status.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "GOMP_SPINCOUNT": "10000"}
-    process = subprocess.Popen(
-        worker_command(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=directory,
-        env=environment,
-    )
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    try:
-        lock = threading.Lock()
-        threading.Thread(target=_forward, args=(process.stderr, hear, lock), daemon=True).start()
-        _write(process.stdin, values)
-        for line in process.stdout:
-            message = json.loads(line)
-            with lock:
-                goes_on = hear(message)
-            if not goes_on:
-                break
-            if "planned" in message and go is not None:
-                _write(process.stdin, go())
-    finally:
-        # Its standard input ends: it stops in order.
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
-        process.kill()
-    return process.wait()
-
-
-def _forward(stream: IO[str], hear: Callable[[dict[str, Any]], bool], lock: threading.Lock) -> None:
-    for line in stream:
-        with lock:
-            hear({"log": line.rstrip("\n")})
-
-
-def _write(stream: IO[str], message: Mapping[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # it has ended, which its output tells
-        stream.write(json.dumps(message) + "\n")
-        stream.flush()

@@ -1,4 +1,4 @@
-"""Batches on a real Ray cluster of two nodes on the loopback interface, one of which is killed in the middle."""
+"""Batches on a real Ray cluster of two nodes on this machine, one of which is killed in the middle."""
 
 from __future__ import annotations
 
@@ -39,10 +39,9 @@ def test_a_job_whose_node_dies_finishes_on_the_other(write_recipe: Any, tmp_path
     ]
     recipes.append(str(write_recipe("absent", model=str(tmp_path / "none"), validate=None)))
     work, logs = tmp_path / "work", tmp_path / "logs"
-    resources = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={**resources, "include_dashboard": False})
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        second = cluster.add_node(**resources)
+        second = cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         command = [sys.executable, "-m", "llmconvert.cli", "batch", *recipes, "--engine", "ray"]
         command += ["--address", cluster.address, "--work-dir", str(work), "--logs", str(logs)]
