@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.errors import CapacityError, LlmconvertError, MachineError, UsageError, one_line
+from llmconvert.recipes.batch import process, ray_tasks
 from llmconvert.recipes.batch.board import Board
 from llmconvert.recipes.batch.jobs import Job
 from llmconvert.recipes.batch.local import ended_early
@@ -75,6 +76,9 @@ def _connected(address: str | None) -> Iterator[Any]:
             f"no Ray cluster answers at {address or 'this machine'}: {one_line(error)}; "
             "start one (ray start --head), or name another (--address)"
         ) from error
+    # Sent along instead of imported: what a node's working directory holds may be in the way of this package.
+    for module in (ray_tasks, process):
+        ray.cloudpickle.register_pickle_by_value(module)
     try:
         yield ray
     finally:
