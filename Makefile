@@ -95,7 +95,12 @@ $(READERS)/autogptq/.ready:
 	$(READERS_PIP) --no-deps autoawq==0.2.4 zstandard==0.25.0
 	@touch $@
 
-readers: $(VENV)/.installed $(foreach name,vllm gptqmodel llmcompressor autogptq,$(READERS)/$(name)/.ready)
+$(READERS)/mlx/.ready:
+	$(PYTHON) -m venv --clear $(@D)
+	$(READERS_PIP) 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+	@touch $@
+
+readers: $(VENV)/.installed $(foreach name,vllm gptqmodel llmcompressor autogptq mlx,$(READERS)/$(name)/.ready)
 	mkdir -p build
 	LLMCONVERT_READERS=$(abspath $(READERS)) LLMCONVERT_SEEN=$(abspath build/readers.json) \
 		$(BIN)/pytest tests/readers tests/validate/runtimes/test_vllm.py

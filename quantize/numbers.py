@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # a scheme's name is read, and refused, before torch is loade
 from llmconvert.compute.scale_numbers import E4M3_SCALES, E8M0, ScaleNumber
 
 __all__ = [
+    "AFFINE",
     "E4M3",
     "FP4",
     "LLM_INT8",
@@ -211,9 +212,14 @@ class Int(Number):
 
 @dataclass(frozen=True, slots=True)
 class Whole(Number):
-    """Integers from zero up, which a group's minimum is added to: GGML's types with minima."""
+    """Integers from zero up, which a float of the group's is added to: GGML's types with minima, MLX's affine."""
 
     minima: bool = True
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Unsigned where the sign's bit is needed."""
+        return dtype_named("int8" if self.bits < 8 else "uint8")
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -333,6 +339,7 @@ E4M3 = Float(8, name="fp8", blocks=True)
 
 # Of floats and levels, by name.
 _WORDS = {
+    "affine": "integers, a float scale and bias",
     "fp8": "floats (E4M3)",
     "nvfp4": "floats (E2M1), scales in E4M3",
     "mxfp4": "floats (E2M1), scales powers of two",
@@ -364,22 +371,10 @@ NF4 = Levels(
     absmax=True,
     nestable=True,
     levels=(
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
 )
 
@@ -396,5 +391,8 @@ FP4 = Levels(
     levels=(*_FP4_SIZES, *(-size for size in _FP4_SIZES)),
 )
 
+#: Integers of any width, of which a group's scale and bias are floats of the model's dtype, as MLX has them.
+AFFINE = Whole(4, name="affine", grouped=True, activations=(16,))
+
 #: Those that schemes have a word for beside integers, by that word; FP4 is read alone.
-NAMED: Mapping[str, Number] = {number.name: number for number in (E4M3, NF4, LLM_INT8, NVFP4, MXFP4, MXFP8)}
+NAMED: Mapping[str, Number] = {one.name: one for one in (E4M3, NF4, LLM_INT8, NVFP4, MXFP4, MXFP8, AFFINE)}

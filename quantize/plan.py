@@ -22,6 +22,7 @@ from llmconvert.quantize.formats.experts import check_experts, gates_of
 from llmconvert.quantize.formats.loading import asked_for, check_joined, left_dense, unloadable
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQuantizer
+from llmconvert.quantize.methods.outer import outer_nbytes
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.solve.expert_moments import PRIOR
 from llmconvert.storage.checkpoint import TensorSpec
@@ -96,7 +97,8 @@ class QuantizationPlan:
 
     Attributes:
         schemes: module name of a linear → its scheme, in model order; linears left dense are not in it.
-        sites: all linears in the blocks by their module names, dense ones too.
+        sites: all linears in the blocks by their module names, dense ones too; and the embedding and the head where the
+            format may have them quantized.
         kept: what runtimes call all linears left dense, the output head included, and whatever else of the checkpoint
             could be taken for one.
         specs: every tensor of the artifact, in the order of the source.
@@ -113,6 +115,11 @@ class QuantizationPlan:
     declared: Mapping[str, Any]
     uncalibrated: tuple[str, ...] = ()
     asked: tuple[str, ...] = ()
+
+    @property
+    def outer(self) -> tuple[Site, ...]:
+        """The embedding and the head, those of them that are quantized."""
+        return tuple(site for name, site in self.sites.items() if site.is_outer and name in self.schemes)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -157,6 +164,9 @@ def plan_quantization(
     own = {name: scheme if isinstance(scheme, Scheme) else scheme.get(site.tensor) for name, site in sites.items()}
     assigned = {name: _assigned(name, None if name in dense else own[name], overrides) for name in sites}
     check_experts(skeleton, assigned, method, layout)
+    if layout.outer and isinstance(scheme, Scheme):
+        sites = {**sites, **skeleton.outer}
+        assigned |= {name: _assigned(name, scheme, overrides) for name in skeleton.outer}
     _check_overrides(overrides, sites)
     for name, site in sites.items():
         chosen = assigned[name]
@@ -217,9 +227,9 @@ class _DeclaredNames:
 
     def of_site(self, site: Site) -> Iterator[str]:
         """What runtimes call a linear of the decoder."""
-        name = self.modules.get(site.tensor, site.name) if site.kind == "linear" else site.name
+        name = site.name if site.kind == "expert" else self.modules.get(site.tensor, site.name)
         yield name
-        if site.kind == "linear" and site.stored != name:
+        if site.kind != "expert" and site.stored != name:
             yield site.stored
 
     def kept(self, dense: Iterable[Site], quantized: Mapping[str, Scheme]) -> tuple[str, ...]:
@@ -268,7 +278,7 @@ def work_nbytes(
     block. A method that moves scales gathers the Hessians of all stops at once.
     """
     sites = skeleton.sites
-    needs = [0]
+    needs = [0, *(outer_nbytes(site, method, dtype) for site in plan.outer)]
     for block in blocks:
         if isinstance(method, BlockQuantizer):
             # Experts are blocks of their own, one at a time.

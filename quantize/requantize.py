@@ -139,8 +139,9 @@ class RequantizePlan:
                 prefixes = tuple(sites[name].prefix for name in request.changes)
                 _merge(made, stored, source, part if request.anew else None, prefixes)
                 declared = self.decisions.declared
-                files = {**stored.files, **load_format(request.format).files(declared)}
-                made.publish({**stored.config, "quantization_config": declared}, files)
+                layout = load_format(request.format)
+                files = {**stored.files, **layout.files(declared)}
+                made.publish(layout.config(stored.config, declared), files)
         return results
 
     def _plan_part(self, stored: Checkpoint, part: Path) -> QuantizePlan:
@@ -217,7 +218,7 @@ def plan_requantize(
     layout = plan_layout(decisions.specs)
     plan = RequantizePlan(request, decisions, layout, Needs(), artifact, source, output, record, windows, context)
     with SafetensorsCheckpoint(artifact) as stored:
-        config = {**stored.config, "quantization_config": decisions.declared}
+        config = layout_format.config(stored.config, decisions.declared)
         files = {**stored.files, **layout_format.files(decisions.declared)}
         needs = Needs(memory=BASE_NBYTES, disk=output_nbytes(layout, config, files))
         if request.anew:

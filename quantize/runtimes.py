@@ -138,6 +138,22 @@ RUNTIMES: Sequence[Runtime] = (
         "gptq",
         ("w2a16-g64", "w3a16-g64", "w4a16-g128", "w4a16-g64-asym", "w8a16-g128"),
     ),
+    Runtime(
+        "mlx-lm",
+        "mlx",
+        "mlx",
+        ("mlx-lm", "mlx"),
+        "mlx",
+        (
+            "w2a16-g32-affine",
+            "w3a16-g64-affine",
+            "w4a16-g64-affine",
+            "w5a16-g128-affine",
+            "w6a16-g64-affine",
+            "w8a16-g32-affine",
+        ),
+        "embedding and head quantized too; run on the CPU in float32",
+    ),
 )
 
 

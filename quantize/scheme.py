@@ -3,7 +3,8 @@
 Grammar: ``w<bits>a<bits>[-g<size>|-g<rows>x<columns>|-channel|-tensor][-sym|-asym|-<number>]``, e.g. ``w4a16-g64``,
 ``w8a8``, ``w3a16-g128-asym``, ``w8a8-g128x128-fp8``. Weights default to symmetric integers, one scale per output
 channel when no group size is given; ``tensor`` is one scale for all. ``fp8`` weights are E4M3 floats, ``nf4`` weights
-one of 16 fixed levels, with ``dq`` (``nf4-dq``) their scales are quantized too; ``nvfp4``, ``mxfp4`` and ``mxfp8`` are
+one of 16 fixed levels, with ``dq`` (``nf4-dq``) their scales are quantized too; ``affine`` weights are integers with a
+float scale and a float bias per group, as MLX has them (``w4a16-g64-affine``); ``nvfp4``, ``mxfp4`` and ``mxfp8`` are
 E2M1 or E4M3 floats whose scales are numbers of 8 bits. ``a16`` leaves activations alone; ``a8`` and ``a4`` quantize
 them while the model runs, to the kind that the weights have. ``absmax`` weights are integers whose largest magnitude in
 a row is 127, as LLM.int8 has them. ``fp8``, ``nf4``, ``nf4-dq`` and ``llm.int8`` alone stand for their usual schemes;
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from llmconvert.errors import SchemeError
 from llmconvert.gguf.ggml.mix import MIXES, GgmlMix
-from llmconvert.quantize.numbers import NAMED, Int, Levels, Number, Whole
+from llmconvert.quantize.numbers import AFFINE, NAMED, Int, Levels, Number, Whole
 
 if TYPE_CHECKING:
     from llmconvert.compute.activations import InputKind
@@ -40,7 +41,8 @@ _SHORT = {
     "int4": "w4a16-g128",
     **{f"{bits}{word}": f"w{bits}a16-g128" for bits in (2, 3, 4, 8) for word in ("bit", "-bit", "bits", "-bits")},
 }
-_GUESSES = ("w8a8", "w8a16-g128", "w4a16-g128", "w4a16-g64", "w4a16-g128-asym", "w3a16-g64", "w2a16-g64", *_SHORT)
+_USUAL = ("w8a8", "w8a16-g128", "w4a16-g128", "w4a16-g64", "w4a16-g128-asym", "w3a16-g64", "w2a16-g64")
+_GUESSES = (*_USUAL, "w4a16-g64-affine", *_SHORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class Scheme:
             )
         bits, group = int(match["bits"]), match["group"]
         number = NAMED[match["other"]] if match["other"] else Int(bits, match["sym"] != "asym")
+        if number == AFFINE:
+            number = replace(number, bits=bits)
         if number.bits != bits:
             raise SchemeError(f"scheme {text}: {_demands(number)}")
         rows = None if match["tensor"] else int(match["rows"] or 1)

@@ -88,8 +88,8 @@ class ArtifactSink:
         self._squares.clear()
 
     def commit(self, index: int) -> None:
-        prefix = self._skeleton.prefix(index)
-        layers = [(name, *result) for name, result in self.results.items() if name.startswith(prefix)]
+        own = (name for name in self.results if self._plan.sites[name].block == index)
+        layers = [(name, *self.results[name]) for name in own]
         with self._phases.measure("writing"):
             self._artifact.finish(_piece(index), layers)
         self.blocks = index + 1
@@ -114,6 +114,7 @@ class ArtifactSink:
     def _outer_names(self) -> Iterable[str]:
         """Checkpoint tensors outside the blocks, and those that the model's class does not know."""
         inside = {stored for name, stored in self._skeleton.names.items() if self._skeleton.holds(name)}
+        inside |= {self._plan.sites[name].tensor for name in self._plan.schemes}
         return (name for name in self._skeleton.checkpoint if name not in inside)
 
 

@@ -38,6 +38,7 @@ from llmconvert.quantize.methods.base import (
 )
 from llmconvert.quantize.methods.expert_blocks import OriginalAnswers, learn_experts
 from llmconvert.quantize.methods.imatrix import mean_squares
+from llmconvert.quantize.methods.outer import head_hessian, solve_outer
 from llmconvert.quantize.methods.rescale import Rescaling, rescale_block
 from llmconvert.quantize.methods.rescale_experts import down_scale
 from llmconvert.quantize.methods.rtn import Rtn
@@ -105,8 +106,8 @@ class DataFreeSteps:
         if not self.plan.schemes:
             return
         assert isinstance(self.method, Quantizer)
-        for site in self.skeleton.sites_of(index):
-            if site.name in self.plan.schemes:
+        for site in self.plan.sites.values():
+            if site.block == index and site.name in self.plan.schemes:
                 with self.phases.measure("reading"):
                     weight = site.read(self.skeleton.checkpoint)
                 targets = [Target(site.name, weight.to(self.skeleton.device), self.plan.schemes[site.name])]
@@ -181,7 +182,8 @@ class CalibratedSteps:
                     solve = partial(self._measure, run)
                 if original is not None and other is not None and self.method.calibration == "block":
                     solve = partial(self._solve_block, run, other, original, kept[1])
-                yield Step(index, partial(self._solve_all, run, solve), partial(_sync_all, kept, index))
+                streams = [stream] if original is None else [stream, original]
+                yield Step(index, partial(self._solve_all, run, solve, streams), partial(_sync_all, kept, index))
 
     @property
     def _shape(self) -> tuple[list[int], int, torch.dtype]:
@@ -205,12 +207,21 @@ class CalibratedSteps:
         return states, stack.enter_context(closing(stream))
 
     def _solve_all(
-        self, run: BlockRun, solve: Callable[[], Iterator[tuple[str, Outcome]]]
+        self, run: BlockRun, solve: Callable[[], Iterator[tuple[str, Outcome]]], streams: Sequence[Stream]
     ) -> Iterator[tuple[str, Outcome]]:
-        """The linears that batches reach, and then those that none does."""
+        """The linears that batches reach, those that none does, and behind the last block embedding and head."""
         yield from solve()
         with self.phases.measure("solving"):
             yield from round_unreached(run, self.plan, self.scale_dtype)
+        outer = self.plan.outer if run.plan.index == self.skeleton.block_count - 1 else ()
+        if outer:
+            assert isinstance(self.method, Quantizer)
+            hessian = head_hessian(outer, streams[0], streams[1] if len(streams) > 1 else None, self.phases)
+            for site in outer:
+                with self.phases.measure("solving"):
+                    weight = site.read(self.skeleton.checkpoint).to(self.skeleton.device)
+                    scheme = self.plan.schemes[site.name]
+                    yield site.name, solve_outer(site, weight, scheme, self.method, hessian, self.scale_dtype)
 
     def _measure(self, run: BlockRun) -> Iterator[tuple[str, InputSquares]]:
         """The importance matrix of a block, which keeps its weights."""

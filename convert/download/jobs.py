@@ -336,7 +336,7 @@ class _QuantizeJob:
         self.memory = choose_mode(skeleton, blocks, [], work, context.memory)
         self.layout = plan_layout(self.plan.specs, request.max_shard_bytes)
         declared = self.plan.declared
-        self.config: Mapping[str, Any] = {**skeleton.checkpoint.config, "quantization_config": declared}
+        self.config: Mapping[str, Any] = layout_format.config(skeleton.checkpoint.config, declared)
         self.files: Mapping[str, Path | bytes] = {**model.checkpoint.files, **layout_format.files(declared)}
         settings = {
             "dtype": str(dtype),

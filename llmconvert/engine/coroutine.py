@@ -91,6 +91,13 @@ class Pass(greenlet):
         assert self.tensor is not None
         return self.tensor
 
+    def run_to_head(self, head: nn.Module) -> torch.Tensor | None:
+        """Go on behind the last block to the output head, which has :func:`stand_at_linear` as a hook; its input."""
+        self._target, self._leaves_last = head, False
+        while self.at is not None and self.at is not head:
+            self.switch()
+        return self.tensor if self.at is head else None
+
     def run_to_end(self) -> torch.Tensor:
         """Go on to the end of the forward; gives the logits."""
         self._target, self._leaves_last = None, False

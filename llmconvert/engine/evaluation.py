@@ -1,4 +1,4 @@
-"""Logits of a streamed model: one pass over all windows, in the memory of one block."""
+"""What comes of a streamed model behind its last block: logits, or what the output head is given for them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from llmconvert.engine.coroutine import stand_at_linear
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.statistics import Arrival
 from llmconvert.engine.stream import Stream
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["stream_logits"]
+__all__ = ["head_inputs", "stream_logits"]
 
 
 def stream_logits(
@@ -49,3 +51,20 @@ def stream_logits(
         yield from stream.logits()
     finally:
         stream.close()
+
+
+def head_inputs(stream: Stream) -> Iterator[Arrival]:
+    """What each batch brings to the output head, ``[tokens, width]``, when the last of ``stream.blocks()`` is current.
+
+    Nothing else can be asked of the stream then; the head itself need not be loaded.
+    """
+    head = stream.skeleton.model.get_output_embeddings()
+    assert head is not None
+    hook = head.register_forward_pre_hook(stand_at_linear)
+    try:
+        for coroutine in stream.departures(stream.skeleton.block_count - 1):
+            value = coroutine.run_to_head(head)
+            if value is not None:
+                yield Arrival(value.flatten(0, -2))
+    finally:
+        hook.remove()

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmconvert.engine.architecture.expert_storage import StoredExperts
@@ -19,7 +20,7 @@ from llmconvert.engine.architecture.experts import expert_parameter
 from llmconvert.engine.experts import ExpertsSlot
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["Site", "find_sites"]
+__all__ = ["Site", "find_outer_sites", "find_sites"]
 
 _WEIGHT = "weight"
 
@@ -33,8 +34,10 @@ class Site:
         tensor: the tensor of the checkpoint that holds it, or it and other experts' matrices.
         rows: outputs.
         columns: inputs.
-        block: index of the decoder block that it is in.
-        kind: how the model holds it: as the weight of a linear of its own, or as a matrix of one of a layer's experts.
+        block: index of the decoder block that it is in; of what lies outside them, of the last one, behind which it is
+            quantized.
+        kind: how the model holds it: as the weight of a linear of its own, or as a matrix of one of a layer's experts;
+            outside the blocks as the output head, the embedding, or both, tied.
         expert: which of them.
         experts: where the checkpoint has those of the layer.
         transposed: whether model and checkpoint hold it ``[columns, rows]``, as GPT-2's ``Conv1D`` does.
@@ -45,7 +48,7 @@ class Site:
     rows: int
     columns: int
     block: int
-    kind: Literal["linear", "expert"] = "linear"
+    kind: Literal["linear", "expert", "head", "embedding", "tied"] = "linear"
     expert: int = 0
     experts: StoredExperts | None = field(default=None, compare=False, repr=False)
     transposed: bool = False
@@ -62,8 +65,13 @@ class Site:
 
     @property
     def layer(self) -> str:
-        """The module of the layer's experts that an expert's matrix belongs to; of a linear, the linear."""
-        return self.name if self.kind == "linear" else self.name.rsplit(".", 2)[0]
+        """The module of the layer's experts that an expert's matrix belongs to; of others, themselves."""
+        return self.name if self.kind != "expert" else self.name.rsplit(".", 2)[0]
+
+    @property
+    def is_outer(self) -> bool:
+        """Whether it lies outside the blocks."""
+        return self.kind in ("head", "embedding", "tied")
 
     @property
     def projection(self) -> str:
@@ -146,3 +154,28 @@ def find_sites(
                     tensor = stored.tensor(number, projection)
                     sites[name] = Site(name, tensor, matrix.rows, matrix.columns, block, "expert", number, stored)
     return sites
+
+
+def find_outer_sites(model: PreTrainedModel, names: Mapping[str, str], last: int) -> dict[str, Site]:
+    """The token embedding and the output head of a model by name, if they are matrices of the checkpoint.
+
+    A head that is tied to the embedding is in one site with it.
+
+    Args:
+        model: on any device.
+        names: its parameters → the checkpoint's tensors.
+        last: the last block.
+    """
+    found: dict[str, Site] = {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    for name, module in model.named_modules():
+        tensor = names.get(f"{name}.{_WEIGHT}")
+        if tensor is None or f"{name}.{_WEIGHT}" in model.all_tied_weights_keys:
+            continue
+        if module is embedding and isinstance(module, nn.Embedding):
+            kind: Literal["tied", "embedding"] = "tied" if f"{name}.{_WEIGHT}" in tied else "embedding"
+            found[name] = Site(name, tensor, module.num_embeddings, module.embedding_dim, last, kind)
+        elif module is head and isinstance(module, nn.Linear):
+            found[name] = Site(name, tensor, module.out_features, module.in_features, last, "head")
+    return found

@@ -28,7 +28,7 @@ from llmconvert.engine.architecture.model import build_meta_model, find_decoder,
 from llmconvert.engine.architecture.names import joined_tensors, map_names, stored_experts
 from llmconvert.engine.architecture.reach import find_reach
 from llmconvert.engine.experts import ExpertsSlot
-from llmconvert.engine.sites import Site, find_sites
+from llmconvert.engine.sites import Site, find_outer_sites, find_sites
 from llmconvert.errors import CheckpointError
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import main_dtype
@@ -161,6 +161,8 @@ class Skeleton:
             blocks[position] = slot
         stored = [[self.stored_experts[name] for name in slots] for slots in self.experts]
         self.sites = find_sites(self.linears, self.names, stored)
+        #: The embedding and the head, by name.
+        self.outer = find_outer_sites(self.model, self.names, len(self.blocks) - 1)
         self._check_shapes({site.parameter: site.shape for site in self.sites.values() if site.kind == "expert"})
         inputs = checkpoint.quantized_inputs
         self.quantize_inputs({site.name: inputs[site.tensor] for site in self.sites.values() if site.tensor in inputs})

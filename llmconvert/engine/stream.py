@@ -243,14 +243,13 @@ class Stream:
                 self.skeleton.prefetch_block(index + 1)
             hooks = self._hook(index)
             yield BlockRun(self, self.plans[index])
+            for hook in hooks:
+                hook.remove()
             if index + 1 < self.skeleton.block_count:
                 self.cross(index)
-                _remove(hooks)
                 self._experts.clear()
                 self.skeleton.drop_block(index)
                 release_freed_memory()
-            else:
-                _remove(hooks)
 
     def logits(self) -> Iterator[torch.Tensor]:
         """After the last block of :meth:`blocks`: the logits of each batch, ``[1, length, vocabulary]``.
@@ -259,14 +258,21 @@ class Stream:
             CalibrationError: they are not finite.
         """
         last = self.skeleton.block_count - 1
-        if self._crossed < last and self._answers:
-            self._finish_experts(last)
-        for batch in range(len(self.windows)):
-            coroutine = self.enter(max(last, self._crossed + 1), batch)
+        for batch, coroutine in enumerate(self.departures(max(last, self._crossed + 1))):
             logits = coroutine.run_to_end()
             coroutine.kill()
             self._check_finite(logits, last, batch)
             yield logits
+
+    def departures(self, start: int) -> Iterator[Pass]:
+        """After the last block of :meth:`blocks`: each batch, where it is, or at the entry of ``start`` if not kept."""
+        last = self.skeleton.block_count - 1
+        if self._crossed < last and self._answers:
+            self._finish_experts(last)
+        for batch in range(len(self.windows)):
+            coroutine = self.enter(start, batch)
+            yield coroutine
+            coroutine.kill()
 
     def close(self) -> None:
         """Drop all batches and all weights."""
@@ -392,8 +398,3 @@ class Stream:
             f"block {index} ({self.skeleton.prefix(index).rstrip('.')}): batch {batch} leaves it with values "
             "that are not finite; the weights may be damaged, or need a wider dtype (bfloat16 or float32)"
         )
-
-
-def _remove(hooks: Sequence[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()

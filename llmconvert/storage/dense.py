@@ -13,7 +13,7 @@ from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 __all__ = ["holds_codes", "main_dtype", "require_dense"]
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
-_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint32, torch.int64)
 # What matrices of codes are called.
 _CODES = (".weight", "_blocks", "_packed")
 # What stands beside or instead of a weight: GPTQ/AWQ, compressed-tensors, DeepSeek's fp8, bitsandbytes (8 and 4 bit).
@@ -63,7 +63,7 @@ def holds_codes(info: TensorInfo) -> bool:
 
 def _declared(config: Mapping[str, Any]) -> str | None:
     """The quantization method that the config, or that of a submodel, names."""
-    for key in ("quantization_config", "compression_config"):
+    for key in ("quantization_config", "compression_config", "quantization"):
         declared = config.get(key)
         if declared:
             return str(declared.get("quant_method", key)) if isinstance(declared, Mapping) else key

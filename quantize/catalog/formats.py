@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 
 from llmconvert.errors import SchemeError, UnsupportedError
 from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.quantize.catalog.declared import declaration_of
+from llmconvert.quantize.numbers import AFFINE
 from llmconvert.quantize.scheme import parse_scheme
 
 __all__ = ["FORMATS", "READERS", "about_format", "loaders_of", "only_format", "require_format"]
@@ -19,6 +21,7 @@ FORMATS: Mapping[str, str] = {
     "awq": "llmconvert.quantize.formats.awq_gemm:AwqGemm",
     "bitsandbytes": "llmconvert.quantize.formats.bitsandbytes:BitsAndBytes",
     "gguf": "llmconvert.quantize.formats.gguf:Gguf",
+    "mlx": "llmconvert.quantize.formats.mlx.affine:Mlx",
 }
 
 #: ``quant_method`` of configs that are read and not written → where its reader lies; loaded on use.
@@ -53,6 +56,8 @@ def only_format(scheme: str) -> str | None:
         return None
     if isinstance(found, GgmlMix):
         return "gguf"
+    if found.number == replace(AFFINE, bits=found.bits):
+        return "mlx"
     return "bitsandbytes" if found.number.absmax else None
 
 

@@ -15,6 +15,7 @@ USUAL = (
     "w8a16-g128",
     "w4a16-g64",
     "w4a16-g64-asym",
+    "w4a16-g64-affine",
     "w4a16-g32",
     "nf4",
     "nf4-dq",

@@ -148,6 +148,9 @@ class Format(Reader, Protocol):
     transposes: ClassVar[bool] = False
     #: Whether a layer's experts are in tensors of all of them, each with a type of its own, whatever a class reads.
     stacks_experts: ClassVar[bool] = False
+    #: Whether its runtimes read embeddings and output heads in it, which are quantized too then unless overrides say
+    #: otherwise.
+    outer: ClassVar[bool] = False
     #: Packages that its library needs to load it, beside those that this one depends on.
     loaders: ClassVar[Sequence[str]] = ()
 
@@ -180,6 +183,10 @@ class Format(Reader, Protocol):
         Raises:
             UnsupportedError: the format cannot hold these schemes in one model.
         """
+
+    def config(self, source: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
+        """The ``config.json`` of an artifact, from the source's and what :meth:`quantization_config` gives."""
+        return {**source, "quantization_config": declared}
 
     def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
         """Files that readers want beside ``config.json``, by name; ``declared`` is :meth:`quantization_config`'s."""
@@ -228,6 +235,10 @@ class Format(Reader, Protocol):
         """
         return
 
+    def remarks(self, source: Checkpoint) -> tuple[str, ...]:
+        """What users should know of the format with such a model, a sentence each; by default nothing."""
+        return ()
+
     def container(self, source: Checkpoint, output: Path, request: ContainerRequest) -> Container:
         """What the artifact's tensors go into.
 
@@ -240,8 +251,15 @@ class Format(Reader, Protocol):
             UnsupportedError: the format's runtimes do not have such a model.
         """
         declared = request.declared
-        files = self.files(declared)
-        return CheckpointContainer(source, request.specs, self.pack, declared, files, request.max_shard_bytes)
+        return CheckpointContainer(
+            source,
+            request.specs,
+            self.pack,
+            self.config(source.config, declared),
+            self.files(declared),
+            request.max_shard_bytes,
+            self.remarks(source),
+        )
 
 
 @runtime_checkable

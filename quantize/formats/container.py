@@ -61,34 +61,36 @@ class Container(Protocol):
 
 
 class CheckpointContainer:
-    """Safetensors in Hugging Face layout, with a ``quantization_config``.
+    """Safetensors in Hugging Face layout, with a ``config.json`` that says how they are quantized.
 
     Args:
         source: whose other tensors, config and files are taken over.
         specs: every tensor, in order.
         pack: see :meth:`llmconvert.quantize.formats.base.Format.pack`.
-        declared: the ``quantization_config``.
+        config: see :meth:`llmconvert.quantize.formats.base.Format.config`.
+        notes: see :attr:`Container.notes`.
         files: what the format wants beside the source's files.
         max_shard_bytes: size at which a new shard is begun.
     """
 
     single = False
     types: Mapping[str, int] = {}
-    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
         source: Checkpoint,
         specs: Sequence[TensorSpec],
         pack: Callable[[str, QuantizedTensor], Mapping[str, torch.Tensor]],
-        declared: Mapping[str, Any],
+        config: Mapping[str, Any],
         files: Mapping[str, bytes],
         max_shard_bytes: int,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self._source = source
         self._pack = pack
+        self.notes = notes
         self.layout = plan_layout(specs, max_shard_bytes)
-        self.config: Mapping[str, Any] | None = {**source.config, "quantization_config": declared}
+        self.config: Mapping[str, Any] | None = config
         self.files: Mapping[str, Path | bytes] = {**source.files, **files}
 
     def begin(self, writer: TensorWriter) -> None:

@@ -27,7 +27,18 @@ _OUTPUTS: Final = ("output_scale", "output_zero_point")
 # What formats of quantized weights call their parts. None may be left when every linear has its own.
 _PARTS: Final = frozenset(
     (
-        *("qweight", "qzeros", "scales", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"),
+        *(
+            "qweight",
+            "qzeros",
+            "scales",
+            "biases",
+            "g_idx",
+            "SCB",
+            "absmax",
+            "quant_map",
+            "nested_absmax",
+            "nested_quant_map",
+        ),
         *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx", "weight_shape"),
         *("weight_global_scale", "weight_bitmask", "input_scale", "input_zero_point", "input_global_scale"),
         *("weight_scale_2", "activation_scale", "input_scale_ub", "qscale_weight", "qscale_act", "pre_quant_scale"),
@@ -43,6 +54,7 @@ _OLD_FILES: Final = {
     "hf_quant_config.json": ("modelopt", ".weight_scale"),
 }
 _KEY: Final = "quantization_config"
+_MLX_KEY: Final = "quantization"
 _UNSET: Final[Sequence[Any]] = (None, False, "", [], {})
 _SHOWN = 80
 
@@ -126,6 +138,9 @@ def declared_quantization(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
 
 def _of_config(config: Mapping[str, Any]) -> tuple[Any, str]:
     """What a config declares, itself or in a submodel, and where."""
+    mlx = config.get(_MLX_KEY)
+    if isinstance(mlx, Mapping) and mlx:  # mlx-lm names no method, and says the same in the usual place again
+        return {"quant_method": "mlx", **mlx}, f"config.json: {_MLX_KEY}"
     for name, part in ((None, config), *((name, part) for name, part in config.items() if isinstance(part, Mapping))):
         if part.get(_KEY):
             return part[_KEY], f"config.json: {_KEY if name is None else f'{name}.{_KEY}'}"
@@ -134,7 +149,7 @@ def _of_config(config: Mapping[str, Any]) -> tuple[Any, str]:
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config that declares no quantization, itself or in a submodel."""
-    dense = {key: value for key, value in config.items() if key != _KEY}
+    dense = {key: value for key, value in config.items() if key not in (_KEY, _MLX_KEY)}
     return {key: without_quantization(value) if isinstance(value, Mapping) else value for key, value in dense.items()}
 
 

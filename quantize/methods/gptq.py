@@ -178,7 +178,7 @@ class Gptq:
         # Transposed throughout: the solver works through columns, and a column's rows are independent of each other.
         errors = _transpose_in_order(scales.without_offsets(weight), prepared.order)
         columns, rows = errors.shape
-        codes = torch.empty((columns, rows), dtype=torch.int8, device=weight.device)
+        codes = torch.empty((columns, rows), dtype=scheme.number.code_dtype, device=weight.device)
         loss = torch.zeros(rows, dtype=self.dtype, device=weight.device)
         scale = divisors(scales.scale.T, self.dtype).contiguous()
         zero = torch.zeros_like(scale) if scales.zero is None else scales.zero.T.to(self.dtype).contiguous()
@@ -279,8 +279,9 @@ def _solve_block(
     arguments = errors, carried, scale, zero, codes, loss, order, added, factor, start
     number = scheme.number
     if errors.device.type == "cpu":
+        arguments = errors, carried, scale, zero, codes.view(torch.int8), loss, order, added, factor, start
         over_rows(solve_columns, errors.shape[1], *arguments, *number.limits, levels_of(number, errors))
-    elif number.even and (kernels := gpu_kernels(errors)):
+    elif number.even and codes.dtype == torch.int8 and (kernels := gpu_kernels(errors)):
         kernels.solve_columns(*arguments, *number.limits)
     else:
         _solve_block_plain(*arguments, number)

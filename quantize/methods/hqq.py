@@ -6,8 +6,9 @@ generalized soft threshold, which only large errors survive), and scale and zero
 
 As there, the search begins at scales that cover the whole range, and the threshold is in units of the weights, which
 few errors survive. (In units of the scale more do: of two models tried so, one got worse, one slightly better.) HQQ's
-own zero points are floats. The formats here hold integers or none, so the scale is fitted as well, in closed form for
-the codes at hand, and zero points are rounded. Each group keeps the best pair that it came by.
+own zero points are floats; most formats here hold integers or none, and zero points are rounded then. MLX's are floats
+(its biases). The scale is fitted as well, in closed form for the codes at hand. Each group keeps the best pair that it
+came by.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from llmconvert.memory import rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
 from llmconvert.quantize.methods.rtn import round_rows
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.solve.affine import fit_affine
 from llmconvert.quantize.solve.group_scales import GroupScales
 from llmconvert.quantize.solve.scales import full_range_scales
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -70,6 +72,8 @@ class Hqq:
             CheckpointError: the weight has values that are not finite.
         """
         start = full_range_scales(name, weight, scheme, scale_dtype)
+        if start.offset is not None:
+            return self._search_affine(weight, start, scheme)
         grouped = weight.reshape(*start.scale.shape, -1)
         scale = start.scale.float().unsqueeze(-1)
         zero = torch.zeros_like(scale) if start.zero is None else start.zero.float().unsqueeze(-1)
@@ -90,6 +94,25 @@ class Hqq:
             beta *= self.growth
         stored = best_scale.squeeze(-1).to(scale_dtype)
         return GroupScales(stored, None if scheme.symmetric else best_zero.squeeze(-1).to(torch.int8))
+
+    def _search_affine(self, weight: torch.Tensor, start: GroupScales, scheme: Scheme) -> GroupScales:
+        """The same where zero points are floats, as in the original; stored as what is added: scale and bias."""
+        assert start.offset is not None
+        stored = start.scale.dtype
+        grouped = weight.reshape(*start.scale.shape, -1)
+        scale, bias = start.scale.float().unsqueeze(-1), start.offset.float().unsqueeze(-1)
+        best_scale, best_bias, least = scale.clone(), bias.clone(), torch.full_like(scale, torch.inf)
+        beta = self.beta
+        for _ in range(self.iterations):
+            level = scheme.number.nearest((grouped - bias) / scale).float()
+            error = grouped - (level * scale + bias)
+            loss = error.abs().pow_(self.norm).sum(-1, keepdim=True)
+            better = loss < least
+            least = torch.where(better, loss, least)
+            best_scale, best_bias = torch.where(better, scale, best_scale), torch.where(better, bias, best_bias)
+            scale, bias = fit_affine(grouped - self._shrink(error, beta), level, scale, stored)
+            beta *= self.growth
+        return GroupScales(best_scale.squeeze(-1).to(stored), None, best_bias.squeeze(-1).to(stored))
 
     def _shrink(self, error: torch.Tensor, beta: float) -> torch.Tensor:
         """The generalized soft threshold, ``sign(x) max(0, |x| − |x|ᵖ⁻¹ / β)``."""

@@ -167,6 +167,8 @@ class _Learned:
         self._weight = target.weight.view(rows, groups, -1)
         self._scale = start.scale.float().unsqueeze(-1)
         self._zero = torch.zeros_like(self._scale) if start.zero is None else start.zero.float().unsqueeze(-1)
+        if start.offset is not None:  # a zero point that is a float, and grows with the scale as others do
+            self._zero = -start.offset.float().unsqueeze(-1) / self._scale
         codes = start.codes.view(rows, groups, -1)
         self.factor = torch.ones_like(self._scale)
         self.offset = torch.empty(codes.shape, device=codes.device)
@@ -208,10 +210,11 @@ class _Learned:
 
     def quantized(self) -> QuantizedTensor:
         """The weight as it stands."""
-        codes = torch.empty(self.offset.shape, dtype=torch.int8, device=self.offset.device)
+        codes = torch.empty(self.offset.shape, dtype=self._number.code_dtype, device=self.offset.device)
         for part in self._slices():
-            codes[part] = self._codes(part)
-        return QuantizedTensor(codes.flatten(1), self._stored(slice(None)), self.start.zero, self.start.scheme)
+            codes[part] = self._codes(part).to(codes.dtype)
+        stored, bias = self._stored(slice(None)), self._bias(slice(None))
+        return QuantizedTensor(codes.flatten(1), stored, self.start.zero, self.start.scheme, offset=bias)
 
     def _slices(self) -> Iterator[slice]:
         return row_slices(self._weight.shape, _WEIGHTS_AT_ONCE)
@@ -230,11 +233,23 @@ class _Learned:
         scale = (self._scale[part] * self.factor[part]).squeeze(-1)
         return self._number.round_scale(scale, self.start.scale.dtype)
 
+    def _bias(self, part: slice) -> torch.Tensor | None:
+        """Biases ``[rows, groups]`` as they will be stored; None where zero points are integers, or there are none."""
+        if self.start.offset is None:
+            return None
+        exact = -self._zero[part] * self._scale[part] * self.factor[part]
+        return exact.squeeze(-1).to(self.start.offset.dtype)
+
     def _write(self, part: slice) -> None:
         """Bring :attr:`value` up to date."""
-        level = self._codes(part).sub_(self._zero[part])
+        level, bias = self._codes(part), self._bias(part)
+        if bias is None:
+            level.sub_(self._zero[part])
+        level.mul_(self._stored(part).unsqueeze(-1))
+        if bias is not None:
+            level.add_(bias.unsqueeze(-1))
         with torch.no_grad():
-            self.value[part] = level.mul_(self._stored(part).unsqueeze(-1)).flatten(1)
+            self.value[part] = level.flatten(1)
 
 
 def _loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CalibrationError, SchemeError
 from llmconvert.needs import Needs
-from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.formats.base import Format, load_format
 from llmconvert.quantize.methods.base import load_quantizer
 from llmconvert.quantize.mixed_precision.budget import Budget, Choice, Options, allocate, candidates
 from llmconvert.quantize.mixed_precision.sensitivity import (
@@ -83,6 +83,7 @@ class ChoicePlan:
     _request: QuantizeRequest
     _storage: Storage
     _fixed: tuple[tuple[int, int], ...]
+    _outer: tuple[Override, ...]
     _source: Checkpoint
     _work: Path
     _context: Context
@@ -110,7 +111,7 @@ class ChoicePlan:
         nbytes = sum(choice.nbytes for choice in choices) + sum(size for _, size in self._fixed)
         return Allocation(
             choices,
-            tuple(_chosen(request.overrides, {choice.unit: choice.scheme for choice in choices})),
+            tuple(_chosen((*request.overrides, *self._outer), {one.unit: one.scheme for one in choices})),
             8 * nbytes / weights,
             sum(choice.divergence for choice in choices),
             _uniform(every, sum(choice.nbytes for choice in choices)),
@@ -134,8 +135,9 @@ def plan_choice(
         work: a directory of this job's own. What an interrupted run left there is continued, what a finished one
             found is taken over; to be removed when the artifact is there.
         budget: what is asked for.
-        request: its scheme gives what is not chosen, symmetry; its overrides name linears that are not up for choice:
-            quantized ones count into the mean, dense ones don't.
+        request: its scheme gives what is not chosen: symmetry, and the scheme of the embedding and the head where the
+            format has them quantized; its overrides name linears that are not up for choice: quantized ones count into
+            the mean, dense ones don't.
         windows, context: as for :func:`llmconvert.quantize.job.plan_quantize`.
 
     Raises:
@@ -167,14 +169,23 @@ def plan_choice(
     # Everything that can be refused is refused now: the smallest schemes stand for those to come.
     smallest = {unit: min(found, key=lambda option: _nbytes(unit, option, storage)) for unit, found in schemes.items()}
     first = next(iter(smallest.values()))
-    plan_quantization(skeleton, blocks, first, _chosen(overrides, smallest), quantizer, layout)
+    outside = _outside(skeleton, layout, scheme, overrides)
+    plan = plan_quantization(skeleton, blocks, first, _chosen((*overrides, *outside), smallest), quantizer, layout)
     fixed = tuple((unit.weights, _nbytes(unit, fixed_scheme, storage)) for unit, fixed_scheme in given.items())
+    fixed += tuple((site.weights, storage.nbytes(site.shape, plan.schemes[site.name])) for site in plan.outer)
     least = [Options(unit, {option: (_nbytes(unit, option, storage), 0.0)}) for unit, option in smallest.items()]
     allocate(least, budget, fixed)
     taken = enough_windows(windows, units)
     subject = Subject(skeleton, blocks, schemes, quantizer, layout.scale_dtype(first, skeleton.dtype), taken)
     needs = sensitivity_needs(subject, context.memory)
-    return ChoicePlan(budget, subject, needs, request, storage, fixed, source, work, context)
+    return ChoicePlan(budget, subject, needs, request, storage, fixed, outside, source, work, context)
+
+
+def _outside(skeleton: Skeleton, layout: Format, scheme: Scheme, overrides: Sequence[Override]) -> tuple[Override, ...]:
+    """The scheme of what lies outside the blocks and no override names, where the format has it quantized."""
+    names = skeleton.outer if layout.outer else ()
+    free = (name for name in names if not any(fnmatchcase(name, override.match) for override in overrides))
+    return tuple(Override(glob.escape(name), scheme) for name in free)
 
 
 def _split(

@@ -29,6 +29,7 @@ from llmconvert.phases import Phases
 from llmconvert.quantize.execute import Sink
 from llmconvert.quantize.methods.base import InputSquares, Method, Quantizer, ScalingQuantizer, Solution, Target
 from llmconvert.quantize.methods.imatrix import mean_squares
+from llmconvert.quantize.methods.outer import head_hessian, solve_outer
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
@@ -138,12 +139,27 @@ class OriginalSteps:
             with closing(stream):
                 for run in self.phases.pull("forward", stream.blocks()):
                     index = run.plan.index
-                    yield Step(index, partial(self._solve, run), partial(states.sync, index))
+                    yield Step(index, partial(self._solve_all, run, stream), partial(states.sync, index))
 
     @property
     def _shape(self) -> tuple[list[int], int, torch.dtype]:
         """Tokens of each batch, width and dtype of the hidden states."""
         return [window.shape[1] for window in self.windows], self.skeleton.hidden_size, self.skeleton.dtype
+
+    def _solve_all(self, run: BlockRun, stream: Stream) -> Iterator[tuple[str, ForVariant]]:
+        """The linears of a block, and behind the last one the embedding and the head."""
+        yield from self._solve(run)
+        if run.plan.index < self.skeleton.block_count - 1:
+            return
+        hessian = head_hessian([site for one in self.variants for site in one.plan.outer], stream, None, self.phases)
+        for number, one in enumerate(self.variants):
+            for site in one.plan.outer:
+                assert isinstance(one.method, Quantizer)
+                with self.phases.measure("solving"):
+                    weight = site.read(self.skeleton.checkpoint).to(self.skeleton.device)
+                    scheme = one.plan.schemes[site.name]
+                    solution = solve_outer(site, weight, scheme, one.method, hessian, one.scale_dtype)
+                yield site.name, ForVariant(number, solution)
 
     def _solve(self, run: BlockRun) -> Iterator[tuple[str, ForVariant]]:
         experts = ExpertMoments(run, None, self.skeleton.device, self.prior, every=self.every)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from llmconvert.quantize.numbers import Number
-from llmconvert.quantize.solve.search_kernels import best_candidates, weighted_squares
+from llmconvert.quantize.solve.search_kernels import affine_sums, best_candidates, weighted_squares
 
 __all__ = [
     "descend_columns",
@@ -119,7 +119,8 @@ def solve_columns(
         carried: ``[block, rows]``, sums of the errors of the columns behind this block, each times its entry of the
             factor.
         scales, zeros: ``[groups, rows]``, groups in the columns' own order.
-        codes: int8 ``[columns, rows]`` in the columns' own order; those of this block are filled.
+        codes: int8 ``[columns, rows]`` in the columns' own order; those of this block are filled. Codes above 127 are
+            the bytes of unsigned ones.
         loss: ``[rows]``, to which this block's part of the form is added.
         order: int64 ``[columns]``, the own place of each column.
         added: ``[columns]``, in their own order, what of the Hessian's diagonal is damping; not part of the loss.
@@ -159,7 +160,7 @@ def solve_columns(
                     for row in range(height):
                         level[row] = min(max(np.rint(line[row] / step[row]) + origin[row], lowest), highest)
                     for row in range(height):
-                        stored[row] = np.int8(level[row])
+                        stored[row] = np.int32(level[row])
                 else:
                     for row in range(height):
                         level[row] = line[row] / step[row]
@@ -209,7 +210,7 @@ def descend_columns(
         begin, end: the rows to do.
         gradient: ``[columns, rows]``, kept up to date.
         hessian: ``[columns, columns]``.
-        codes: int8 ``[columns, rows]``, changed.
+        codes: int8 ``[columns, rows]``, changed; see :func:`solve_columns`.
         scale: ``[rows]``.
         moved: ``[columns, rows]``, filled with the changes of the weights.
         code_min, code_max: range of codes.
@@ -234,12 +235,16 @@ def descend_columns(
             line, stored, change = tile[column], codes[column, top:bottom], moved[column, top:bottom]
             inverse = 1 / hessian[column, column]
             if len(levels) == 0:
-                for row in range(height):
-                    level[row] = stored[row]
+                if highest > 127:
+                    for row in range(height):
+                        level[row] = np.int32(stored[row]) & 255
+                else:
+                    for row in range(height):
+                        level[row] = stored[row]
                 for row in range(height):
                     best[row] = min(max(np.rint(level[row] - line[row] * inverse / step[row]), lowest), highest)
                 for row in range(height):
-                    stored[row] = np.int8(best[row])
+                    stored[row] = np.int32(best[row])
             else:
                 for row in range(height):
                     level[row] = levels[stored[row]]
@@ -288,4 +293,5 @@ def load_kernels() -> None:
     transpose_in_order(0, 0, one, index, one)
     solve_columns(0, 0, one, one, one, one, codes, line, index, line, one, 0, 0.0, 0.0, line[:0])
     weighted_squares(0, 0, one, codes, one, one, line, line)
+    affine_sums(0, 0, one[None], one, one, one, one[None], 0.0)
     descend_columns(0, 0, one, one, codes, line, one, 0.0, 0.0, line[:0])

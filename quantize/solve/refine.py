@@ -104,8 +104,9 @@ def _descend_group(
         within = hessian[part, part].contiguous()
         arguments = gradient[part], within, codes[part], scale, moved[part]
         if gradient.device.type == "cpu":
+            arguments = gradient[part], within, codes[part].view(torch.int8), scale, moved[part]
             over_rows(descend_columns, codes.shape[1], *arguments, *number.limits, levels_of(number, gradient))
-        elif number.even and (kernels := gpu_kernels(gradient)):
+        elif number.even and codes.dtype == torch.int8 and (kernels := gpu_kernels(gradient)):
             kernels.descend_columns(*arguments, *number.limits)
         else:
             _descend_plain(*arguments, number)

@@ -13,6 +13,7 @@ from llmconvert.compute.rows import over_rows
 from llmconvert.errors import CheckpointError
 from llmconvert.quantize.narrow import check_held
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.solve.affine import affine_range, affine_scales, is_affine
 from llmconvert.quantize.solve.group_scales import GroupScales, block_scales
 from llmconvert.quantize.solve.search_kernels import best_candidates
 
@@ -35,7 +36,8 @@ def full_range_scales(name: str, weight: torch.Tensor, scheme: Scheme, scale_dty
         CheckpointError: the weight has values that are not finite.
         UnsupportedError: they are so small that ``scale_dtype`` holds no scales for them.
     """
-    low, high = _group_range(name, weight, scheme, scale_dtype)
+    extremes = affine_range if is_affine(scheme) else _group_range
+    low, high = extremes(name, weight, scheme, scale_dtype)
     scale, zero = _candidates(low, high, torch.ones(1, dtype=weight.dtype, device=weight.device), scheme, scale_dtype)
     stored = scale[..., 0].to(scale_dtype).contiguous()
     offset = low.to(scale_dtype) if scheme.number.minima else None
@@ -56,7 +58,7 @@ def search_scales(
     """Scales with the least weighted error among ``steps`` fractions of the full range, from 1 down to ``narrowest``.
 
     Those of GGML's types have a search of their own (:func:`~.group_scales.block_scales`), which the type's own
-    quantization of scales takes part in.
+    quantization of scales takes part in, and so have scales with biases (:func:`~.affine.affine_scales`).
 
     Args:
         name: of the weight, for errors.
@@ -74,6 +76,10 @@ def search_scales(
     """
     if scheme.block is not None:
         return block_scales(name, weight, importance, scheme)
+    if is_affine(scheme):
+        return affine_scales(
+            name, weight, importance, scheme, scale_dtype, steps=steps, narrowest=narrowest, stride=stride
+        )
     low, high = _group_range(name, weight, scheme, scale_dtype)
     rows, groups = low.shape
     ratios = torch.linspace(1.0, narrowest, steps, dtype=weight.dtype, device=weight.device)

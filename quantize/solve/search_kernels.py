@@ -10,7 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["best_candidates", "weighted_squares"]
+__all__ = ["affine_sums", "best_candidates", "weighted_squares"]
 
 # Rows computed side by side: two vectors of 16 floats.
 _LANES = 32
@@ -137,3 +137,47 @@ def weighted_squares(
                 error = weight[row, i] - (codes[row, i] - origin) * step
                 total += importance[i] * error * error
         sums[row] = total
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def affine_sums(
+    begin: int,
+    end: int,
+    weight: np.ndarray[Any, Any],
+    scales: np.ndarray[Any, Any],
+    biases: np.ndarray[Any, Any],
+    importance: np.ndarray[Any, Any],
+    sums: np.ndarray[Any, Any],
+    code_max: float,
+) -> None:
+    """For each row and group, what the codes ``q`` next to the weights ``w`` come to under a scale and a bias.
+
+    Args:
+        begin, end: the rows to do.
+        weight: ``[rows, groups, group size]``.
+        scales, biases: ``[rows, groups]``.
+        importance: ``[groups, group size]``, what a squared error costs.
+        sums: ``[rows, groups, 4]``, filled with the squared error, and the sums of ``q``, ``q²`` and ``q w``, each
+            weighted with the importance.
+        code_max: the largest code; the least is zero.
+    """
+    _, groups, size = weight.shape
+    zero, highest, one = weight.dtype.type(0), weight.dtype.type(code_max), weight.dtype.type(1)
+    for row in range(begin, end):
+        for group in range(groups):
+            values, share = weight[row, group], importance[group]
+            step, start = scales[row, group], biases[row, group]
+            inverse = one / step
+            loss, linear, square, product = zero, zero, zero, zero
+            for i in range(size):
+                code = min(max(np.rint((values[i] - start) * inverse), zero), highest)
+                error = values[i] - (code * step + start)
+                weighted = share[i] * code
+                loss += share[i] * error * error
+                linear += weighted
+                square += weighted * code
+                product += weighted * values[i]
+            sums[row, group, 0] = loss
+            sums[row, group, 1] = linear
+            sums[row, group, 2] = square
+            sums[row, group, 3] = product

@@ -36,7 +36,7 @@ OF_THE_HUB = ("--stream", "--private", "--engine")
 MEASURED_FOR_MINUTES = ("--attention", "--memory")
 # What the pages' adapter is of.
 LINEAR = "model.layers.0.self_attn.q_proj"
-RUNTIMES = ("vllm", "gptqmodel", "xllamacpp")
+RUNTIMES = ("vllm", "gptqmodel", "xllamacpp", "mlx_lm")
 
 
 def commands(block: Block) -> list[list[str]]:

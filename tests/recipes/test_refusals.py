@@ -35,7 +35,7 @@ def test_a_template_that_fails_on_the_prompts_is_refused_before_the_work(
     assert not work.exists() or not list(work.glob("quantize-*"))
 
 
-@pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"gguf"}))
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"gguf", "mlx"}))
 def test_what_loads_a_format_is_known_before_the_work(
     write_recipe: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

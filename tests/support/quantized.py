@@ -36,10 +36,14 @@ def random_tensor(
     groups = scheme.groups(columns)
     low, high = map(int, scheme.number.limits)
     codes = torch.randint(low, high + 1, (rows, columns), generator=generator, dtype=torch.int64).to(torch.int8)
+    codes = codes.view(scheme.number.code_dtype) if scheme.number.even else codes
     scale = torch.rand((rows, groups), generator=generator).mul_(0.1).add_(0.01).to(dtype)
     if isinstance(scheme.number, Float):
         codes = torch.randn((rows, columns), generator=generator).to(scheme.number.code_dtype)
         return QuantizedTensor(codes, scale, None, scheme)
+    if scheme.number.minima:
+        offset = torch.randn((rows, groups), generator=generator).to(dtype)
+        return QuantizedTensor(codes, scale, None, scheme, offset=offset)
     zero = torch.randint(low, high + 1, (rows, groups), generator=generator, dtype=torch.int64).to(torch.int8)
     return QuantizedTensor(codes, scale, None if scheme.symmetric else zero, scheme)
 

@@ -1,4 +1,4 @@
-"""Error feedback on the grids of GGML's types: against the textbook, the gguf package and llama.cpp."""
+"""Error feedback on the grids of GGML's types, and of MLX's: against the textbook, the gguf package and llama.cpp."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from llmconvert.quantize.solve.refine import refine
 from llmconvert.quantize.tensor import QuantizedTensor, SuperBlockScales
 
 TYPES = [name for name in CODECS if name not in FLOATS]
+AFFINE = ["w3a16-g64-affine", "w8a16-g32-affine"]
 ROWS, COLUMNS = 40, 512
 EXACT = Gptq(dtype=torch.float64)
 
@@ -35,7 +36,7 @@ def problem(seed: int = 0) -> tuple[torch.Tensor, Hessian]:
 
 def solved(method: Quantizer | NearestCodes, name: str, weight: torch.Tensor, hessian: Hessian) -> QuantizedTensor:
     fresh = Hessian(hessian.matrix.clone(), hessian.tokens)
-    target = Target("layer", weight, Scheme.of_block(name))
+    target = Target("layer", weight, Scheme.parse(name) if name in AFFINE else Scheme.of_block(name))
     return method.quantize([target], fresh, torch.float16)["layer"].tensor
 
 
@@ -66,7 +67,7 @@ def textbook(weight: np.ndarray, hessian: np.ndarray, tensor: QuantizedTensor, l
     return found
 
 
-@every_type
+@pytest.mark.parametrize("name", [*TYPES, *AFFINE])
 def test_codes_are_those_of_the_textbook(name: str) -> None:
     weight, hessian = problem()
     ours = solved(EXACT, name, weight.double(), hessian)
@@ -91,7 +92,7 @@ def test_what_is_stored_decodes_to_the_solution_to_the_bit(name: str, sweeps: in
     assert torch.equal(again.codes, ours.codes) and torch.equal(again.dequantize(torch.float32), torch.tensor(expected))
 
 
-@every_type
+@pytest.mark.parametrize("name", [*TYPES, AFFINE[0]])
 def test_feedback_loses_less_than_an_importance_matrix_and_sweeps_less_than_that(name: str) -> None:
     weight, hessian = problem()
     methods = NearestCodes(), Gptq(), Gptq(sweeps=2)
@@ -99,7 +100,7 @@ def test_feedback_loses_less_than_an_importance_matrix_and_sweeps_less_than_that
     assert swept < 0.99 * once < 0.6 * nearest
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q4_1", "Q6_K", "IQ4_XS"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_1", "Q6_K", "IQ4_XS", AFFINE[1]])
 def test_a_sweep_changes_scales_within_what_the_type_can_store(name: str) -> None:
     weight, hessian = problem()
     before = solved(Gptq(), name, weight, hessian)

@@ -24,6 +24,8 @@ NAMES = (
     "llmcompressor",
     "autoawq",
     "auto-gptq",
+    "mlx-lm",
+    "mlx",
 )
 
 
