@@ -184,7 +184,8 @@ class GgufCheckpoint(Checkpoint):
         tensor = self._stored(place)
         # What was computed rounds differently in half precision, so such tensors are float32 whatever is stored.
         kinds = {self._tensors[piece.stored].qtype for piece in place.pieces}
-        changed = any(piece.form.change is not Change.NONE for piece in place.pieces)
+        forms = [piece.form for piece in place.pieces]
+        changed = any(form.change is not Change.NONE or form.factor is not None for form in forms)
         dtype = torch.float32 if changed or len(kinds) > 1 else _DIRECT.get(tensor.qtype, torch.float32)
         return TensorInfo(place.name, dtype, place.shape, self._parts[tensor.part].name)
 

@@ -29,7 +29,8 @@ from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["GgufExport", "check_exportable", "export_checkpoint", "tensor_types"]
 
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_OUTPUT, _EMBEDDING = "output.weight", "token_embd.weight"
+_HEAD = "lm_head.weight"
 _COMPARED_AT_ONCE = 1 << 24
 # Buffers that old checkpoints hold and every runtime computes for itself.
 _COMPUTED: Final = re.compile(r".*\.rotary_emb\.inv_freq|.*\.masked_bias")
@@ -83,7 +84,7 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
     """
     arch, model, values = _architecture(source)
     settings = write_metadata(values, model, arch)
-    tied = model.tied and not _has_own_head(source)
+    tied = model.tied and not _has_own_head(source, arch)
     tensors = _tensors(source, arch, values, tied=tied)
     tokenizer = export_tokenizer(source, values, name)
     general = {"general.architecture": arch.name, "general.type": "model", "general.name": tokenizer.name}
@@ -122,7 +123,7 @@ def tensor_types(source: Checkpoint, mix: GgmlMix, *, importance: bool) -> dict[
         UnsupportedError, CheckpointError: see :func:`export_checkpoint`.
     """
     arch, model, values = _architecture(source)
-    tied = model.tied and not _has_own_head(source)
+    tied = model.tied and not _has_own_head(source, arch)
     tensors = _tensors(source, arch, values, tied=tied)
     types = _types(tensors, mix, MixContext(model.layers, tied, importance, _queries_per_key(model)))
     return {piece.name: types[tensor.name] for tensor in tensors if tensor.by_rows for piece in tensor.pieces}
@@ -145,19 +146,25 @@ def _architecture(source: Checkpoint) -> tuple[GgufArchitecture, Architecture, d
     return arch, Architecture.of(config), complete_values(config)
 
 
-def _has_own_head(source: Checkpoint) -> bool:
+def _outer_name(arch: GgufArchitecture, stored: str) -> str:
+    """What a checkpoint calls a tensor outside the layers; "" where there is none."""
+    return next((entry.name for name, entry, _ in arch.entries(0) if name == stored), "")
+
+
+def _has_own_head(source: Checkpoint, arch: GgufArchitecture) -> bool:
     """Whether a head is stored that is not the embedding, though the config says that both are one.
 
     transformers then computes with the stored one. Equal rows are read to the end, others to the first that differs.
     """
-    head, embedding = source.infos.get(_HEAD), source.infos.get(_EMBEDDING)
-    if head is None or embedding is None:
+    head, embedding = _outer_name(arch, _OUTPUT) or _HEAD, _outer_name(arch, _EMBEDDING)
+    if head not in source.infos or embedding not in source.infos:
         return False
-    if head.shape != embedding.shape:
+    shape = source.infos[head].shape
+    if shape != source.infos[embedding].shape:
         return True
     return not all(
-        torch.equal(source.read_rows(_HEAD, part.start, part.stop), source.read_rows(_EMBEDDING, part.start, part.stop))
-        for part in row_slices(head.shape, _COMPARED_AT_ONCE)
+        torch.equal(source.read_rows(head, part.start, part.stop), source.read_rows(embedding, part.start, part.stop))
+        for part in row_slices(shape, _COMPARED_AT_ONCE)
     )
 
 
@@ -166,7 +173,7 @@ def _tensors(
 ) -> tuple[StoredTensor, ...]:
     tensors = plan_tensors({name: info.shape for name, info in source.infos.items()}, arch, values, tied=tied)
     used = {piece.name for tensor in tensors for piece in tensor.pieces}
-    used |= {_HEAD} if tied else set()
+    used |= {_HEAD, _outer_name(arch, _OUTPUT)} if tied else set()
     for name in source:
         if name == _HEAD and name not in used:
             raise UnsupportedError(

@@ -163,9 +163,8 @@ def _yarn_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
 def export_rope_tensors(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What llama.cpp keeps of RoPE scalings as tensors: Llama 3's divisors, Phi-3's long and short factors."""
     rope = rope_settings(config)
-    head_dim = head_dim_of(config)
     if rope["rope_type"] == "llama3":
-        return {"rope_freqs.weight": llama3_divisors(dict(rope), head_dim).astype(np.float32)}
+        return {"rope_freqs.weight": llama3_divisors(dict(rope), head_dim_of(config)).astype(np.float32)}
     if rope["rope_type"] == "longrope":
         return {
             f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)

@@ -17,8 +17,8 @@ _HIGHER = 0.125
 # What most weights may lie in besides, and what to do then.
 _KNOWN: Mapping[str, str] = {
     "Conv1D": "which holds its weights transposed: compressed-tensors, with which transformers and vLLM read "
-    "artifacts, packs Linear alone, and leaves these as they are even where a config names them. Use format: gguf, which "
-    "llama.cpp reads",
+    "artifacts, packs Linear alone, and leaves these as they are even where a config names them. "
+    "Use format: gguf, which llama.cpp reads",
 }
 
 

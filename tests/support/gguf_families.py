@@ -59,6 +59,28 @@ _SCALES: Mapping[str, Any] = {
     "residual_multiplier": 0.5,
     "attention_multiplier": 0.2,
 }
+_SPACES: Mapping[str, Any] = {**_TOKENS, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16}
+_GRANITE_HYBRID: Mapping[str, Any] = {
+    **_BASE,
+    **_SCALES,
+    "intermediate_size": 32,
+    "shared_intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+}
+_NEMOTRON_H: Mapping[str, Any] = {
+    **{key: value for key, value in _HEADS.items() if key != "num_hidden_layers"},
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "chunk_size": 8,
+}
 
 
 def _windows(layers: int, period: int) -> Mapping[str, Any]:
@@ -131,6 +153,77 @@ GGUF_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "seed_oss": ("seed_oss", _HEADS),
     "ernie4_5": ("ernie4_5", _HEADS),
     "dots1": ("dots1", _ROUTED),
+    "llama4_text": (
+        "llama4_text",
+        {
+            **_HEADS,
+            **_LOCAL,
+            "num_hidden_layers": 4,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 96,
+            "interleave_moe_layer_step": 2,
+            "moe_layers": [1, 3],
+        },
+    ),
+    "mamba": ("mamba", _SPACES),
+    "falcon_mamba": ("falcon_mamba", _SPACES),
+    "mamba2": ("mamba2", {**_SPACES, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8}),
+    "granitemoehybrid": ("granitemoehybrid", {**_GRANITE_HYBRID, **_LOCAL}),
+    "granitemoehybrid-dense": (
+        "granitemoehybrid",
+        {**_GRANITE_HYBRID, "num_local_experts": 0, "num_experts_per_tok": 0},
+    ),
+    "nemotron_h": ("nemotron_h", {**_NEMOTRON_H, "layers_block_type": ["mamba", "attention", "mlp", "mamba"]}),
+    "nemotron_h-moe": (
+        "nemotron_h",
+        {
+            **_NEMOTRON_H,
+            "layers_block_type": ["mamba", "attention", "moe", "mamba"],
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 64,
+        },
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **_HEADS,
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 2,
+            "mamba_chunk_size": 8,
+            "lm_head_multiplier": 0.5,
+            "embedding_multiplier": 2.0,
+            "mlp_multipliers": [0.7, 1.3],
+            "key_multiplier": 0.8,
+            "attention_out_multiplier": 0.9,
+            "attention_in_multiplier": 1.1,
+            "ssm_multipliers": [0.6, 0.7, 0.8, 0.9, 1.1],
+            "ssm_in_multiplier": 1.2,
+            "ssm_out_multiplier": 0.7,
+        },
+    ),
+    "lfm2": ("lfm2", {**_BASE, "layer_types": ["conv", "full_attention"], "block_multiple_of": 32}),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {**_BASE, **_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **_HEADS,
+            **_EXPERTS,
+            "num_hidden_layers": 4,
+            "shared_expert_intermediate_size": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+    ),
 }
 #: Those that llama.cpp computes otherwise: model type, config, and what the refusal says.
 REFUSED_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str]] = {

@@ -59,6 +59,7 @@ class Form:
         heads: given the config, into how many matrices the outputs are cut, one behind the other in a tensor of three
             dimensions; None: they are not.
         turned: whether the file has inputs by outputs.
+        factor: given the config and how many outputs there are, what each of them is multiplied by; None: by nothing.
         squeezed: whether the checkpoint has a dimension of one in the middle (kernels of convolutions).
         column: whether the file has a vector as a matrix of one column.
     """
@@ -69,8 +70,14 @@ class Form:
     whole: bool = False
     heads: Callable[[Config], int] | None = None
     turned: bool = False
+    factor: Callable[[Config, int], np.ndarray] | None = None
     squeezed: bool = False
     column: bool = False
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether codes that were chosen for rows of the checkpoint are the file's."""
+        return self.by_rows and self.factor is None and self.change is Change.NONE
 
     @property
     def by_rows(self) -> bool:

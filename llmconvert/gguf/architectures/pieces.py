@@ -128,11 +128,15 @@ def source_rows(
         step: how many rows at a time, where they can be read so.
     """
     form = piece.form
+    factor = None if form.factor is None else torch.from_numpy(form.factor(config, piece.rows)).float()
     if piece.expert is None and form.by_rows and not form.transposed:
         for start in range(0, piece.rows, step):
             stop = min(start + step, piece.rows)
             rows = read(start, stop) if piece.order is None else gather(read, piece.order[start:stop])
-            yield piece.first + start, form.change.store(rows.float())
+            values = form.change.store(rows.float())
+            if factor is not None:
+                values = values * factor[start:stop].reshape(-1, *(1 for _ in values.shape[1:]))
+            yield piece.first + start, values
         return
     matrix = read(0, length) if piece.expert is None else read(piece.expert, piece.expert + 1)[0]
     if form.transposed and matrix.dim() == 2:
@@ -143,7 +147,9 @@ def source_rows(
         matrix = matrix.reshape(-1, 1)
     if piece.order is not None:
         matrix = matrix[torch.from_numpy(piece.order)]
-    if form.heads is not None:
+    if form.heads is not None and matrix.dim() == 1:
+        matrix = matrix.reshape(form.heads(config), -1)
+    elif form.heads is not None:
         matrix = matrix.reshape(form.heads(config), -1, matrix.shape[-1])
         matrix = matrix.transpose(1, 2) if form.turned else matrix
     elif matrix.dim() == 1:
@@ -179,8 +185,11 @@ def restored(
         return torch.stack(found) if found else torch.empty((0, *shape[1:]))
     simple = len(pieces) == 1 and first.form.by_rows and not first.form.transposed
     if simple and first.order is None and len(shape) > 1:
-        rows = reads[first.stored](first.first + start, first.first + stop)
-        return first.form.change.restore(rows)
+        rows = first.form.change.restore(reads[first.stored](first.first + start, first.first + stop))
+        if first.form.factor is not None:
+            factor = torch.from_numpy(first.form.factor(config, first.rows)[start:stop]).float()
+            rows = rows.float() / factor.reshape(-1, *(1 for _ in rows.shape[1:]))
+        return rows
     wanted = None if first.form.transposed or not first.form.by_rows else np.arange(start, stop)
     found_rows = _matrix(pieces, reads, shape, config, wanted)
     return found_rows if wanted is not None else found_rows[start:stop].clone()
@@ -209,6 +218,7 @@ def _matrix(
         mine = np.flatnonzero((chosen >= before) & (chosen < before + piece.rows))
         rows = gather(reads[piece.stored], piece.first + chosen[mine] - before)
         rows = piece.form.change.restore(rows)
+        assert piece.form.factor is None  # no class has both: rows in another order, and factors
         if len(pieces) == 1:
             out = rows
         else:
@@ -227,13 +237,13 @@ def _whole(
     for piece in pieces:
         form = piece.form
         stored = form.change.restore(reads[piece.stored](piece.first, piece.first + piece.stored_rows))
-        if form.heads is not None:
+        if len(shape) == 1 or form.column:
+            stored = stored.reshape(-1)
+        elif form.heads is not None:
             heads = form.heads(config)
             stored = stored.reshape(heads, -1, stored.shape[-1])
             stored = stored.transpose(1, 2) if form.turned else stored
             stored = stored.reshape(-1, stored.shape[-1])
-        elif len(shape) == 1 or form.column:
-            stored = stored.reshape(-1)
         if out is None:
             out = torch.empty((outputs, *stored.shape[1:]), dtype=stored.dtype)
         out[torch.from_numpy(_order(piece))] = stored

@@ -37,7 +37,7 @@ class StoredTensor:
     @property
     def by_rows(self) -> bool:
         """Whether each row of weights is one of the checkpoint's, so that codes chosen there are this tensor's."""
-        return all(piece.form.by_rows for piece in self.pieces)
+        return all(piece.form.holds_codes for piece in self.pieces)
 
 
 def plan_tensors(
@@ -82,6 +82,7 @@ _KEPT = (
     "position_embd.weight",
     "ssm_conv1d.weight",
     "shortconv.conv.weight",
+    "ssm_norm.weight",
     "ssm_a",
     "ssm_d",
     ".bias",
@@ -293,8 +294,8 @@ def _order(header: GgufHeader, entry: Entry, tensor: GgufTensor, config: Config,
 def _outputs(entry: Entry, inner: Shape) -> int:
     """How many outputs of the checkpoint's matrix a tensor of that shape holds."""
     form = entry.form
-    if form.heads is not None and len(inner) == 3:
-        return inner[0] * (inner[2] if form.turned else inner[1])
+    if form.heads is not None:
+        return inner[0] * (inner[2] if form.turned and len(inner) > 2 else inner[1] if len(inner) > 1 else 1)
     return inner[0] if inner else 1
 
 
@@ -304,8 +305,8 @@ def _source_shape(entry: Entry, inner: Shape, outputs: int) -> Shape:
         return (inner[0], 1, *inner[1:])
     if form.column:
         return (inner[0],)
-    if form.heads is not None and len(inner) == 3:
-        return (outputs, inner[1] if form.turned else inner[2])
+    if form.heads is not None:
+        return (outputs, inner[1] if form.turned else inner[2]) if len(inner) > 2 else (outputs,)
     shape = (outputs, *inner[1:])
     return (shape[1], shape[0]) if form.transposed and len(shape) == 2 else shape
 

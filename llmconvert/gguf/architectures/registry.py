@@ -7,7 +7,19 @@ from typing import Final
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.architectures.architecture import GgufArchitecture
 from llmconvert.gguf.architectures.entries import Config
-from llmconvert.gguf.architectures.families import decoders, gemma, granite, llama, mixtures, older, phi, qwen
+from llmconvert.gguf.architectures.families import (
+    convolutions,
+    decoders,
+    gemma,
+    granite,
+    hybrids,
+    llama,
+    mixtures,
+    older,
+    phi,
+    qwen,
+    state_spaces,
+)
 from llmconvert.gguf.header import GgufHeader, shown
 
 __all__ = ["ARCHITECTURES", "architecture_of", "described_by"]
@@ -21,6 +33,9 @@ ARCHITECTURES: Final[tuple[GgufArchitecture, ...]] = (
     *granite.ARCHITECTURES,
     *mixtures.ARCHITECTURES,
     *older.ARCHITECTURES,
+    *state_spaces.ARCHITECTURES,
+    *hybrids.ARCHITECTURES,
+    *convolutions.ARCHITECTURES,
 )
 
 

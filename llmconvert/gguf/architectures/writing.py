@@ -39,7 +39,7 @@ def complete_values(config: PretrainedConfig) -> dict[str, Any]:
     """The settings of a config, the defaults of its class and its other names for some of them included."""
     values: dict[str, Any] = config.to_dict()
     aliases = {alias: getattr(config, alias, None) for alias in config.attribute_map}
-    return {**aliases, **values}
+    return {**aliases, **values, "num_hidden_layers": config.num_hidden_layers}
 
 
 def write_metadata(config: Mapping[str, Any], model: Architecture, arch: GgufArchitecture) -> dict[str, Any]:

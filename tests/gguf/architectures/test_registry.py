@@ -23,7 +23,7 @@ from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 #: Nat, over all log probabilities of the token after 40 random ones.
 TOLERANCE = 0.01
 # One of each way in which a file has tensors; the others are slow by their number.
-FAST = ("mixtral", "gemma3_text", "gpt_oss", "deepseek_v3", "granitemoeshared", "gpt2", "falcon", "bloom")
+FAST = ("mixtral", "gemma3_text", "gpt_oss", "deepseek_v3", "granitemoeshared", "gpt2", "falcon", "falcon_h1")
 PAGE = Path(__file__).parents[3] / "docs" / "gguf.md"
 pytestmark = pytest.mark.filterwarnings("ignore")
 

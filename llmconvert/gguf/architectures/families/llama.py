@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.architectures.architecture import SIZES, GgufArchitecture, Reading, Setting, outer
-from llmconvert.gguf.architectures.entries import Entry, Form, entries
+from llmconvert.gguf.architectures.entries import Config, Entry, Form, entries
 from llmconvert.gguf.architectures.orders import head_dim, interleaved, part
 from llmconvert.gguf.header import GgufHeader, Metadata
 from llmconvert.gguf.rope import llama3_parameters
@@ -176,5 +177,84 @@ MIXTRAL: Final = GgufArchitecture(
     described=_has_experts,
     experts="num_local_experts",
 )
+# Llama 4: experts lie [inputs, outputs] in one tensor, gate and up one behind the other.
+_GATE_UP, _DOWN = "feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"
+_LLAMA4_LAYER: Final = (
+    *entries(
+        NORMS
+        + ATTENTION
+        + """
+feed_forward.gate_proj.weight~
+feed_forward.up_proj.weight~
+feed_forward.down_proj.weight~
+feed_forward.router.weight~
+feed_forward.shared_expert.gate_proj.weight~
+feed_forward.shared_expert.up_proj.weight~
+feed_forward.shared_expert.down_proj.weight~
+"""
+    ),
+    *entries(f"{_GATE_UP}~ -> FFN_GATE_EXP.weight", {_GATE_UP: Form(part(0, 2), whole=True, transposed=True)}),
+    *entries(f"{_GATE_UP}~ -> FFN_UP_EXP.weight", {_GATE_UP: Form(part(1, 2), whole=True, transposed=True)}),
+    *entries(f"{_DOWN}~ -> FFN_DOWN_EXP.weight", {_DOWN: Form(whole=True, transposed=True)}),
+)
+_CHUNK, _FLOOR, _NO_ROPE = 8192, 8192, 4
+
+
+def _write_llama4(config: Config) -> Mapping[str, Any]:
+    layers, step = config["num_hidden_layers"], config["interleave_moe_layer_step"]
+    if list(config["moe_layers"]) != list(range(step - 1, layers, step)):
+        raise UnsupportedError(
+            f"config.json: moe_layers is {config['moe_layers']}; llama.cpp's llama4 has a mixture in every {step}th "
+            "layer"
+        )
+    return {
+        "feed_forward_length": config["intermediate_size_mlp"],
+        "expert_feed_forward_length": config["intermediate_size"],
+        "interleave_moe_layer_step": step,
+    }
+
+
+def _read_llama4(file: Reading) -> dict[str, Any]:
+    layers, step = file.layers, file.get("interleave_moe_layer_step", 1)
+    turned = [int((layer + 1) % _NO_ROPE != 0) for layer in range(layers)]
+    return {
+        "intermediate_size": file.get("expert_feed_forward_length"),
+        "intermediate_size_mlp": file.get("feed_forward_length"),
+        "interleave_moe_layer_step": step,
+        "moe_layers": list(range(step - 1, layers, step)),
+        "no_rope_layers": turned,
+        "layer_types": ["chunked_attention" if one else "full_attention" for one in turned],
+        **llama3_scaling(file),
+    }
+
+
+LLAMA4: Final = GgufArchitecture(
+    "llama4",
+    "llama4_text",
+    "Llama4ForCausalLM",
+    outer(),
+    _LLAMA4_LAYER,
+    (
+        *(setting for setting in RMS if setting.name != "intermediate_size"),
+        Setting("expert_count", "num_local_experts"),
+        Setting("expert_used_count", "num_experts_per_tok"),
+    ),
+    # The chunk, the temperature of long texts and which layers are not turned are llama.cpp's own.
+    always={
+        "attention_bias": False,
+        "use_qk_norm": True,
+        "attention_chunk_size": _CHUNK,
+        "attn_temperature_tuning": True,
+        "floor_scale": _FLOOR,
+        "attn_scale": 0.1,
+    },
+    write=_write_llama4,
+    read=_read_llama4,
+    inert=frozenset({"no_rope_layer_interval", "for_llm_compressor"}),
+    scalings=_LLAMA3,
+    windows="kept",
+    consumed=_FREQUENCIES,
+    experts="num_local_experts",
+)
 #: Of one name, the first that describes a file.
-ARCHITECTURES: Final = (MIXTRAL, MISTRAL, LLAMA)
+ARCHITECTURES: Final = (MIXTRAL, MISTRAL, LLAMA, LLAMA4)
