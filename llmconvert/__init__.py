@@ -34,6 +34,7 @@ __all__ = [
     "Column",
     "ConvertedModel",
     "DatasetError",
+    "DistilReport",
     "DtypeReport",
     "GateError",
     "HealReport",
@@ -119,6 +120,7 @@ _MODULES = {
     "QuantizeReport": "report.steps",
     "DtypeReport": "report.steps",
     "GateError": "errors",
+    "DistilReport": "report.steps",
     "HealReport": "report.steps",
     "HubError": "errors",
     "LlmconvertError": "errors",
@@ -218,7 +220,7 @@ if TYPE_CHECKING:
     from llmconvert.recipes.sweep.job import SweepResult, run_sweep
     from llmconvert.report.report import Check, ModelInfo, Report, Step, require_passed
     from llmconvert.report.section import Column, Plot, Section, Series
-    from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
+    from llmconvert.report.steps import AttentionReport, DistilReport, DtypeReport, HealReport, QuantizeReport
     from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
     from llmconvert.validate.measurement import Measurement, Subject
     from llmconvert.validate.render.comparison import compare_reports, read_reports, render_comparison

@@ -17,7 +17,7 @@ from llmconvert.recipes.options import convert_recipe, quantize_recipe, validate
 
 if TYPE_CHECKING:  # what computes is loaded once it is clear that what was asked for can be meant
     from llmconvert.report.report import Report
-    from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport
+    from llmconvert.report.steps import AttentionReport, DistilReport, DtypeReport, HealReport, QuantizeReport
     from llmconvert.validate.measurement import Measurement
 
 __all__ = [
@@ -66,6 +66,7 @@ class QuantizedModel:
         nbytes: of the weight files.
         seconds: wall-clock time of this call; what an earlier, stopped one took is not counted.
         details: everything that was reported: linears with their errors, seconds by phase, what a budget chose.
+        distilled: what distillation did; None without it.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class QuantizedModel:
     nbytes: int
     seconds: float
     details: QuantizeReport
+    distilled: DistilReport | None = None
 
 
 def convert_model(
@@ -153,6 +155,7 @@ def quantize_model(
     rotate: bool = False,
     experts: Literal["all"] | None = None,
     min_tokens_per_expert: int | None = None,
+    distil_steps: int | None = None,
     adapter: str | Path | None = None,
     requantize: bool = False,
     dtype: Dtype | None = None,
@@ -187,6 +190,7 @@ def quantize_model(
         rotate: fold orthogonal rotations of hidden states and values into the weights first (QuaRot).
         experts: calibrate every expert of a mixture on ``"all"`` tokens; by default on those that its router sends it.
         min_tokens_per_expert: begin nothing while an expert gets fewer tokens of the calibration text.
+        distil_steps: steps of distillation from the original after quantization; none by default.
         adapter: a LoRA of peft to merge into the model first: a directory, or a Hub id.
         requantize: quantize again what was quantized for deployment (GPTQ, AWQ, bitsandbytes, GGUF below 8 bits, an
             artifact of this package), which is refused otherwise; releases in FP8, MXFP4, NVFP4 or int4 need no word.
@@ -210,8 +214,9 @@ def quantize_model(
     recipe = quantize_recipe(locals(), Path(output))
     from llmconvert.recipes import single
 
-    made = single.quantize_model(recipe, Path(output), progress=progress)
-    return QuantizedModel(Path(output), made.layers, made.bytes, made.seconds, made)
+    made, distilled = single.quantize_model(recipe, Path(output), progress=progress)
+    seconds = made.seconds + (distilled.seconds if distilled is not None else 0.0)
+    return QuantizedModel(Path(output), made.layers, made.bytes, seconds, made, distilled)
 
 
 def validate_model(

@@ -63,6 +63,7 @@ def _lacking(recipe: Recipe, settings: QuantizeSettings, layout: Format) -> Iter
         ("budget", ("quantize", "budget"), settings.budget),
         ("rotations", ("quantize", "rotate"), settings.rotate),
         ("streaming", ("stream",), recipe.stream),
+        ("distillation", ("quantize", "distil"), settings.distil),
         ("generation", ("validate", "generation"), checks and checks.generation),
         ("generation", ("validate", "attention"), checks and checks.attention),
         ("generation", ("validate", "positions"), checks and checks.positions),

@@ -25,6 +25,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _quantization(recipe)
     yield from _streaming(recipe)
     yield from _same_text(recipe)
+    yield from _same_lessons(recipe)
     yield from _shares(recipe)
     yield from _gaps(recipe)
     yield from _limits_without_text(recipe)
@@ -89,6 +90,8 @@ def _streaming(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         )
     elif settings is not None and settings.rotate is not None:
         yield ("stream",), "stream: rotations need the whole model; leave out stream (--stream), or quantize.rotate"
+    elif settings is not None and settings.distil is not None:
+        yield ("stream",), "stream: distillation needs the whole model; leave out stream (--stream), or quantize.distil"
     elif settings is not None and settings.budget is not None:
         yield ("stream",), "stream: a budget measures the whole model; leave out stream (--stream), or the budget"
     if recipe.adapter is not None:
@@ -111,6 +114,17 @@ def _same_text(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         f"validate.perplexity.dataset: found {perplexity.dataset!r}, which calibrate.dataset uses as well; a score on "
         f"the calibration text flatters the result; {other}",
     )
+
+
+def _same_lessons(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    perplexity = recipe.validation.perplexity if recipe.validation is not None else None
+    distil = recipe.quantize.distil if recipe.quantize is not None else None
+    if distil is not None and perplexity is not None and distil.dataset == perplexity.dataset:
+        yield (
+            ("quantize", "distil", "dataset"),
+            f"quantize.distil.dataset: found {distil.dataset!r}, which validate.perplexity.dataset uses as well; a "
+            "score on the text that was learned from flatters the result; name another split or another dataset",
+        )
 
 
 def _shares(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -182,6 +196,8 @@ def _repair_of_nothing(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("validate", "repair"), "validate.repair: nothing is quantized, so there are no bits to add"
     elif recipe.quantize.rotate is not None:
         yield ("validate", "repair"), repair_refusal("a rotation")
+    elif recipe.quantize.distil is not None:
+        yield ("validate", "repair"), repair_refusal("distillation")
     elif recipe.stream:
         yield (
             ("validate", "repair"),

@@ -35,6 +35,8 @@ _QUANTIZE = {
     **{name: f"quantize.{name}" for name in ("method", "scheme", "format", "overrides", "rotate")},
     "experts": "quantize.experts",
     "min_tokens_per_expert": "quantize.min_tokens_per_expert",
+    "distil_steps": "quantize.distil.steps",
+    "distil_length": "quantize.distil.length",
     "requantize": "requantize",
     "bits_per_weight": "quantize.budget.bits_per_weight",
     "dtype": "convert.dtype",
@@ -59,15 +61,14 @@ _SWITCHES = ("allow_pickle", "stream", "requantize", "rotate", "generation", "po
 _KEYS = {"convert": _CONVERT, "quantize": _QUANTIZE, "validate": _VALIDATE}
 
 
-# Tokens per window of healing, where those of the calibration text are not fewer.
-_HEAL_LENGTH = 512
+# Tokens per window of healing and distillation, where those of the calibration text are not fewer.
+_LESSON_LENGTH = 512
 
 
 def convert_recipe(options: Mapping[str, Any]) -> Recipe:
     """The recipe of ``convert``; see :func:`_recipe_of`."""
-    length = options["length"]
-    shorter = length if options["heal_steps"] and length is not None and length < _HEAL_LENGTH else None
-    return _recipe_of("convert", {**options, "calibration": _mix(options["calibration"]), "heal_length": shorter})
+    length = _lesson_length(options["length"], options["heal_steps"])
+    return _recipe_of("convert", {**options, "calibration": _mix(options["calibration"]), "heal_length": length})
 
 
 def quantize_recipe(options: Mapping[str, Any], output: Path) -> Recipe:
@@ -85,6 +86,7 @@ def quantize_recipe(options: Mapping[str, Any], output: Path) -> Recipe:
         "format": "gguf" if format is None and output.suffix == ".gguf" else format,
         "calibration": _mix(calibration),
         "overrides": _overrides(options["overrides"]),
+        "distil_length": _lesson_length(options["length"], options["distil_steps"]),
     }
     return _recipe_of("quantize", {**options, **given})
 
@@ -99,6 +101,11 @@ def validate_recipe(options: Mapping[str, Any]) -> Recipe:
     if options["attention_lengths"] and not options["attention"]:
         raise UsageError("--attention-lengths goes with --attention")
     return _recipe_of("validate", options)
+
+
+def _lesson_length(length: int | None, steps: int | None) -> int | None:
+    """Tokens per window of a training; None for the usual number, or where there is no training."""
+    return length if steps and length is not None and length < _LESSON_LENGTH else None
 
 
 def _mix(calibration: Any) -> Any:

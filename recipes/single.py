@@ -1,7 +1,7 @@
 """The single steps, from a model named in any of its four forms: convert, rewrite attention, quantize, validate.
 
-Each is a run of few stages: the same builders, put straight into the output. Only healing, which needs the merged model
-beside the original, keeps its stages in a hidden directory beside the output until it is done.
+Each is a run of few stages: the same builders, put straight into the output. Only healing and distillation, which
+need a model beside the original, keep their stages in a hidden directory beside the output until they are done.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from llmconvert.recipes.stages.conversion import (
     require_source,
     stream_stage,
 )
+from llmconvert.recipes.stages.distillation import distil_request, distil_settings, distil_stage
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
 from llmconvert.recipes.stages.provenance import unread_card
@@ -44,13 +45,21 @@ from llmconvert.recipes.stages.run import require_texts
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
 from llmconvert.recipes.stages.windows import (
     CALIBRATION,
+    DISTIL_TEXT,
     HEALING_TEXT,
     WindowRequest,
     draw_text,
     text_stage,
 )
 from llmconvert.report.report import ModelInfo, Report, environment
-from llmconvert.report.steps import AttentionReport, DtypeReport, HealReport, QuantizeReport, StepDetails
+from llmconvert.report.steps import (
+    AttentionReport,
+    DistilReport,
+    DtypeReport,
+    HealReport,
+    QuantizeReport,
+    StepDetails,
+)
 from llmconvert.storage.stages import StageStore
 from llmconvert.storage.writer import check_output_directory, publish_directory
 from llmconvert.text.tokens import TokenWindows
@@ -168,12 +177,20 @@ def rewrite_model(
         return merged.details, healed.details
 
 
-def quantize_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) -> QuantizeReport:
+def quantize_model(
+    recipe: Recipe, output: Path, *, progress: Progress = SILENT
+) -> tuple[QuantizeReport, DistilReport | None]:
     """Quantize ``recipe.model`` to the directory ``output``, by the recipe's quantize and calibrate sections.
 
     What stays unquantized is written in ``recipe.convert.dtype``. A call that was stopped continues. Where it streams,
     a Hub model is quantized while it downloads, by a method without calibration: disk need is the output and two
     source shards.
+
+    Where the section distils, a call that was stopped continues from what waits in a hidden directory beside the
+    output.
+
+    Returns:
+        What quantization reports, and what distillation does; None without one.
 
     Raises:
         UsageError: the recipe has no quantize section, or can't be streamed.
@@ -183,16 +200,29 @@ def quantize_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT)
     if settings is None:
         raise UsageError("nothing to quantize: the recipe has no quantize section")
     require_output(recipe, output)
+    lessons, distilling = distil_request(recipe), distil_settings(recipe)
     with interruptible(), _opened(recipe, progress) as work:
         if recipe.stream:
             _with_papers(work)
             streamed = _built(stream_stage(recipe), work, output)
             assert isinstance(streamed, QuantizeReport)
-            return streamed
+            return streamed, None
         if recipe.calibrate is not None and settings.calibrates:
             draw_text(work, CALIBRATION, WindowRequest.calibration(recipe.calibrate))
         _with_papers(work)
-        return _built(quantize_stage(settings, ORIGINAL, statistics_of(recipe)), work, output)
+        stage = quantize_stage(settings, after=ORIGINAL, statistics=statistics_of(recipe))
+        if distilling is None or lessons is None:
+            return _built(stage, work, output), None
+        distillation = distil_stage(distilling, after=stage.name)
+        distillation.forecast(work, output)  # refuses what does not fit before anything is quantized
+        with StageStore(output.with_name(f".{output.name}.distilling"), progress=progress) as store:
+            stages = store.begin("quantize")
+            perform(stages, work, text_stage(DISTIL_TEXT, lessons))
+            quantized = perform(stages, work, stage)
+            distilled = perform(stages, work, distillation)
+            publish_directory(distilled.model, output)
+        shutil.rmtree(store.work_dir)
+        return quantized.details, distilled.details
 
 
 def validate_model(

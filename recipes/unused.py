@@ -79,7 +79,7 @@ def _field(model: BaseModel, key: str) -> str:
 def _calibration(recipe: Recipe) -> str:
     settings = recipe.quantize
     if recipe.attention is not None or (
-        settings is not None and (settings.calibrates or settings.method not in METHODS)
+        settings is not None and (settings.calibrates or settings.distil is not None or settings.method not in METHODS)
     ):
         return ""
     if settings is None:
@@ -91,6 +91,11 @@ def _calibration(recipe: Recipe) -> str:
 def _healing(recipe: Recipe) -> str:
     heal = recipe.attention.heal if recipe.attention is not None else None
     return "there are no steps of healing" if heal is not None and heal.steps == 0 else ""
+
+
+def _distillation(recipe: Recipe) -> str:
+    distil = recipe.quantize.distil if recipe.quantize is not None else None
+    return "there are no steps of distillation" if distil is not None and distil.steps == 0 else ""
 
 
 def _device(recipe: Recipe) -> str:
@@ -139,6 +144,7 @@ _RULES = (
     _Rule(("calibrate",), _calibration),
     _Rule(("calibrate", "seed"), _order),
     _Rule(("attention", "heal"), _healing, but=("steps",)),
+    _Rule(("quantize", "distil"), _distillation, but=("steps",)),
     _Rule(("quantize", "options"), _options),
     _Rule(("quantize", "scheme"), _scheme),
     _Rule(("publish",), _hub, but=("to",)),

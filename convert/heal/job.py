@@ -13,10 +13,9 @@ from llmconvert.context import Context
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.weights import attention_tensors
 from llmconvert.convert.heal.muon import Muon
-from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.memory import BASE_NBYTES
-from llmconvert.errors import CapacityError, DatasetError, UsageError
-from llmconvert.memory import available_nbytes, release_freed_memory
+from llmconvert.errors import DatasetError, UsageError
+from llmconvert.memory import release_freed_memory
 from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.steps import HealReport
@@ -27,14 +26,12 @@ from llmconvert.storage.shared import share_tensors
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
 from llmconvert.training.loop import Learner, Training
 from llmconvert.training.model import ResidentModel
+from llmconvert.training.needs import backward_nbytes, require_memory
 from llmconvert.training.options import TrainingOptions
 from llmconvert.training.state import TrainingState, load_state, save_state
 
 __all__ = ["HealOptions", "HealPlan", "heal_attention", "plan_heal"]
 
-# What one token leaves for the backward pass, in copies of the block's widths.
-_HIDDEN_COPIES, _INNER_COPIES = 12, 4
-_USABLE = 0.9
 _STATE = "healing.safetensors"
 
 
@@ -260,17 +257,14 @@ def _require_memory(merged: Checkpoint, names: Sequence[str], length: int, conte
     numel = {name: info.nbytes // info.dtype.itemsize for name, info in merged.infos.items()}
     trained = sum(numel[name] for name in names)
     rest = sum(numel.values()) - trained
-    model = Architecture.of(merged.config)
-    widths = _HIDDEN_COPIES * model.hidden_size + _INNER_COPIES * model.inner_size
-    activations = length * model.layers * widths * dtype.itemsize
+    activations = backward_nbytes(merged, length, dtype)
     # Teacher's attention; the student's with its gradient, its running mean, and the best so far.
     needed = BASE_NBYTES + (rest + 2 * trained) * dtype.itemsize + 4 * 4 * trained + activations
-    free = context.memory if context.memory is not None else available_nbytes(context.device)
-    words = "may be used" if context.memory is not None else "are free"
-    if needed > (free if context.memory is not None else _USABLE * free):
-        raise CapacityError(
-            f"healing needs about {needed / 1e6:,.0f} MB (both models with what they share held once, the optimizer, "
-            f"{activations / 1e6:,.0f} MB of activations), {free / 1e6:,.0f} MB {words}; "
-            "use shorter windows or a machine with more memory, or leave out attention.heal"
-        )
+    require_memory(
+        needed,
+        "healing",
+        f"both models with what they share held once, the optimizer, {activations / 1e6:,.0f} MB of activations",
+        "use shorter windows or a machine with more memory, or leave out attention.heal",
+        context,
+    )
     return needed

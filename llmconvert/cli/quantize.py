@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmconvert.cli.manners import DtypeName, Known, Manners, calibration_option, manners, plan_option
+
+if TYPE_CHECKING:
+    from llmconvert.report.steps import DistilReport
 
 
 def _overrides(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:
@@ -50,6 +53,7 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 @click.option("--rotate", is_flag=True, help="Rotate hidden states and values first, folded into the weights.")
 @click.option("--experts", type=click.Choice(["all"]), help="Calibrate every expert on all tokens.")
 @click.option("--min-tokens-per-expert", type=int, help="Begin nothing while an expert gets fewer.")
+@click.option("--distil-steps", type=int, help="Steps of distillation from the original afterwards. [default: 0]")
 @click.option("--requantize", is_flag=True, help="Quantize again what was quantized for deployment.")
 @click.option("--dtype", type=DtypeName(), help="Of the rest; or bf16, fp16, fp32. [default: bfloat16]")
 @calibration_option("Text to calibrate on, pydoc-topics:train for example")
@@ -89,4 +93,15 @@ def quantize(model: str, output: Path, plan: bool, manners: Manners, **options: 
     lines = [f"{output}: {made.layers} layers quantized, {made.nbytes:,} bytes, {made.seconds:.1f} s"]
     if made.details.types:
         lines.append("types: " + ", ".join(f"{count} {kind}" for kind, count in made.details.types.items()))
-    manners.result({"path": str(output), **made.details.model_dump(mode="json")}, *lines)
+    parts = made.details.model_dump(mode="json")
+    if made.distilled is not None:
+        parts["distillation"] = made.distilled.model_dump(mode="json")
+        lines += _distilled(made.distilled)
+    manners.result({"path": str(output), **parts}, *lines)
+
+
+def _distilled(report: DistilReport) -> list[str]:
+    gained = ""
+    if report.before is not None and report.after is not None:
+        gained = f": {report.before:.3f} → {report.after:.3f} nats from the original on held-out text"
+    return [f"distilled in {report.steps} steps on {report.tokens:,} tokens, {report.seconds:.1f} s{gained}"]

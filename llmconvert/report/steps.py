@@ -15,6 +15,7 @@ from llmconvert.report.section import Section, Value
 __all__ = [
     "AttentionReport",
     "BudgetReport",
+    "DistilReport",
     "DtypeReport",
     "ExpertsReport",
     "HealReport",
@@ -155,6 +156,20 @@ class HealReport(StepDetails):
     resumed_at: int
 
 
+class DistilReport(HealReport):
+    """A distillation of a quantized model.
+
+    Attributes:
+        codes: of all weights that were trained.
+        moved: those that moved to the next one.
+        norms: tensors of norms that were trained; where there are any, the artifact's are not the original's.
+    """
+
+    codes: int
+    moved: int
+    norms: int
+
+
 class LinearReport(Value):
     """One quantized linear.
 
@@ -263,6 +278,7 @@ _DETAILS: Mapping[str, type[StepDetails]] = {
     "convert": DtypeReport,
     "attention": AttentionReport,
     "heal": HealReport,
+    "distil": DistilReport,
     "quantize": QuantizeReport,
     "repair": QuantizeReport,
 }
@@ -280,7 +296,7 @@ class Step(Value):
     """A step of the run.
 
     Attributes:
-        name: ``fetch``, ``convert``, ``attention``, ``heal``, ``quantize``, ``validate``, ``repair-1``, …
+        name: ``fetch``, ``convert``, ``attention``, ``heal``, ``quantize``, ``distil``, ``validate``, ``repair-1``, …
         seconds: wall-clock time it took when it was done.
         peak_rss_bytes: peak resident memory of the process until its end.
         peak_rss_method: how that is known: ``exact``, ``sampled``, or ``process`` (an upper bound).
@@ -297,7 +313,7 @@ class Step(Value):
     reused: bool | None = Field(default=None, exclude_if=_is_none)
     resumed: bool | None = Field(default=None, exclude_if=_is_none)
     sections: tuple[Section, ...] = Field(default=(), exclude_if=_is_empty)
-    details: DtypeReport | AttentionReport | HealReport | QuantizeReport | StepDetails | None = Field(
+    details: DtypeReport | AttentionReport | DistilReport | HealReport | QuantizeReport | StepDetails | None = Field(
         default=None, exclude_if=_is_none
     )
 

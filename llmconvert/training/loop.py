@@ -37,12 +37,15 @@ class Learner:
         optimizer: moves them; everything that it remembers between steps is in its ``state``, as tensors.
         keep: what is kept of weights that do best on the held-out text, by name.
         setting: the recipe's key of the learning rate, for errors.
+        refresh: makes the parameters anew from what the optimizer remembers, where they follow from it and are not
+            saved; None where they don't.
     """
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     keep: Callable[[], dict[str, torch.Tensor]]
     setting: str
+    refresh: Callable[[], None] | None = None
 
 
 class Training:
@@ -179,7 +182,8 @@ class Training:
 
     def _collect(self, state: TrainingState) -> None:
         learner = self._learner
-        state.weights = {name: parameter.detach() for name, parameter in learner.parameters.items()}
+        if learner.refresh is None:
+            state.weights = {name: parameter.detach() for name, parameter in learner.parameters.items()}
         state.optimizer = {
             f"{name}/{key}": value
             for name, parameter in learner.parameters.items()
@@ -188,10 +192,11 @@ class Training:
 
     def _restore(self, state: TrainingState) -> TrainingState:
         learner = self._learner
-        for name, parameter in learner.parameters.items():
-            parameter.data.copy_(state.weights[name])
-            learner.optimizer.state[parameter] = {}
         for key, value in state.optimizer.items():
             name, _, leaf = key.rpartition("/")
             learner.optimizer.state[learner.parameters[name]][leaf] = value.to(self._device)
+        for name, weight in state.weights.items():
+            learner.parameters[name].data.copy_(weight)
+        if learner.refresh is not None:
+            learner.refresh()
         return state

@@ -73,6 +73,12 @@ class ResidentModel:
             setattr(self._decoder.get_submodule(path), leaf, found[stored])
         return {name: found[name] for name in names}
 
+    def weights(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The values that the model has loaded of these tensors, by the names that the checkpoint has for them."""
+        base = f"{self._model.base_model_prefix}."
+        modules = {stored: name.removeprefix(base) for name, stored in self.skeleton.names.items()}
+        return {name: self._decoder.get_parameter(modules[name]).data for name in names}
+
     def _record(self, slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
         output = call(hidden)
         self._states.append(output[0] if isinstance(output, tuple) else output)

@@ -44,7 +44,9 @@ __all__ = [
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: What may be asked for beside method, scheme and format, and does not go with every format.
-Feature = Literal["overrides", "budget", "repair", "mixed zero points", "rotations", "streaming", "generation"]
+Feature = Literal[
+    "overrides", "budget", "repair", "mixed zero points", "rotations", "streaming", "generation", "distillation"
+]
 
 
 @dataclass(frozen=True)

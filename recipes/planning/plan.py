@@ -211,4 +211,8 @@ def _advice(step: str) -> str:
         return "take shorter windows (validate.perplexity.window)"
     if step == "heal":
         return "take shorter windows (attention.heal.length), or a smaller batch"
+    if step == "distil":
+        return (
+            "take shorter windows (quantize.distil.length), or leave codes as they are (quantize.distil.code_rate: 0)"
+        )
     return "take fewer or shorter windows (calibrate.samples, calibrate.length), or close what else runs"

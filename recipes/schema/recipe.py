@@ -34,6 +34,7 @@ __all__ = [
     "CalibrateSettings",
     "CardSettings",
     "ConvertSettings",
+    "DistilSettings",
     "HealSettings",
     "MixSettings",
     "OverrideSettings",
@@ -158,6 +159,28 @@ def _text_of(scheme: object) -> str | None:
     return str(scheme) if scheme is not None else None
 
 
+class DistilSettings(Section):
+    """Distillation after quantization: what the artifact stores learns from the original's predictions.
+
+    ``steps`` of ``batch`` windows of ``length`` tokens, drawn from ``dataset`` (that of ``calibrate`` by default), move
+    scales and, unless ``norms`` is false, the weights of norms by about ``learning_rate`` of their size a step, and
+    codes by about ``code_rate`` of the way to the next one; zero leaves codes as they are. ``held_out`` more windows
+    tell which step was best, and when to stop. ``hidden`` weighs the error of the hidden states beside the divergence
+    of the predictions. Layout and size of the files stay.
+    """
+
+    steps: Annotated[int, Field(ge=0, le=1 << 20)] = 150
+    batch: Annotated[int, Field(ge=1, le=1 << 16)] = 2
+    length: Length = 512
+    dataset: Name | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    code_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    norms: bool = True
+    hidden: Annotated[float, Field(ge=0)] = 0.0
+    held_out: Annotated[int, Field(ge=0, le=1 << 20)] = 8
+    seed: Seed = 1
+
+
 class QuantizeSettings(Section):
     """The method, the scheme and the format on disk; ``overrides`` give some layers another scheme.
 
@@ -169,7 +192,8 @@ class QuantizeSettings(Section):
     group sizes are chosen by layer, and the scheme says no more than whether there are zero points: ``w4a16-asym``.
 
     Of a mixture each expert is calibrated on the tokens that the router sends it; with ``experts: all`` on all of the
-    text. ``min_tokens_per_expert`` begins nothing while an expert gets fewer.
+    text. ``min_tokens_per_expert`` begins nothing while an expert gets fewer. ``distil`` trains what is stored against
+    the original's predictions afterwards.
     """
 
     method: str = "gptq"
@@ -181,6 +205,7 @@ class QuantizeSettings(Section):
     overrides: Annotated[tuple[OverrideSettings, ...], BeforeValidator(to_tuple)] = ()
     experts: Literal["all"] | None = None
     min_tokens_per_expert: Count | None = None
+    distil: Annotated[DistilSettings | None, BeforeValidator(switch)] = None
 
     @model_validator(mode="before")
     @classmethod

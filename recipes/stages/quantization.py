@@ -105,7 +105,7 @@ def quantize_stage(
 
     def inputs(work: Work) -> Mapping[str, Any]:
         own = {"statistics": statistics} if statistics != "sequential" else {}
-        return {"device": work.context.device.type, **settings.model_dump(mode="json"), **own}
+        return {"device": work.context.device.type, **settings.model_dump(mode="json", exclude={"distil"}), **own}
 
     order = {"model": after, "calibration": CALIBRATION}
     return Stage(QUANTIZE, order, QuantizeReport.model_validate, build, inputs, resumable=True, forecast=forecast)

@@ -9,12 +9,14 @@ from typing import Any
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.attention import attention_stage
 from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
+from llmconvert.recipes.stages.distillation import distil_request, distil_settings, distil_stage
 from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import Measured, validate_stage
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.stage import ORIGINAL, Stage
 from llmconvert.recipes.stages.windows import (
     CALIBRATION,
+    DISTIL_TEXT,
     EVALUATION_TEXT,
     HEALING_TEXT,
     WindowRequest,
@@ -58,7 +60,8 @@ def require_texts(recipe: Recipe) -> None:
     """
     checks, heal = recipe.validation, recipe.attention.heal if recipe.attention is not None else None
     read = (checks.perplexity, checks.positions) if checks is not None else ()
-    for section in (heal, *read):
+    distil = recipe.quantize.distil if recipe.quantize is not None else None
+    for section in (heal, distil, *read):
         if section is not None and section.dataset is not None:
             require_dataset(section.dataset)
     if recipe.calibrate is not None:
@@ -70,7 +73,7 @@ def stages_of(recipe: Recipe) -> RunStages:
     """The stages that a recipe asks for.
 
     Raises:
-        RecipeError: it heals, and names no text to learn from.
+        RecipeError: it heals or distils, and names no text to learn from.
     """
     if recipe.stream:
         stage = stream_stage(recipe)
@@ -90,6 +93,10 @@ def stages_of(recipe: Recipe) -> RunStages:
     if recipe.quantize is not None:
         making.append(quantize_stage(recipe.quantize, after=dense, statistics=statistics_of(recipe)))
         model = making[-1].name
+        distilling = distil_settings(recipe)
+        if distilling is not None:
+            making.append(distil_stage(distilling, after=model))
+            model = making[-1].name
     return RunStages(tuple(making), model, dense, tuple(between), recipe)
 
 
@@ -102,3 +109,6 @@ def _texts(recipe: Recipe) -> Iterator[Stage[Any]]:
     lessons = heal_request(recipe)
     if lessons is not None:
         yield text_stage(HEALING_TEXT, lessons)
+    lessons = distil_request(recipe)
+    if lessons is not None:
+        yield text_stage(DISTIL_TEXT, lessons)

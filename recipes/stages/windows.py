@@ -29,6 +29,7 @@ from llmconvert.text.tokens import TokenWindows, WindowSource, check_disjoint, d
 
 __all__ = [
     "CALIBRATION",
+    "DISTIL_TEXT",
     "EVALUATION_TEXT",
     "HEALING_TEXT",
     "DrawnText",
@@ -40,6 +41,7 @@ __all__ = [
 
 #: The stages that draw text.
 CALIBRATION, EVALUATION_TEXT, HEALING_TEXT = "calibrate", "evaluation-text", "heal-text"
+DISTIL_TEXT = "distil-text"
 
 _FILE = "windows.safetensors"
 #: More windows than any text has.

@@ -169,7 +169,7 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
         heal(other, merged, tmp_path / "out")
     with pytest.raises(DatasetError, match="4 windows"):
         heal(original, merged, tmp_path / "out", windows=WINDOWS[:4])
-    monkeypatch.setattr("llmconvert.convert.heal.job.available_nbytes", lambda device: 1000)
+    monkeypatch.setattr("llmconvert.training.needs.available_nbytes", lambda device: 1000)
     with pytest.raises(CapacityError, match="healing needs about"):
         heal(original, merged, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "original", "other"]

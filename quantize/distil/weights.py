@@ -1,0 +1,208 @@
+"""Weights in training as a file stores them: codes and scales of quantized ones, values of others, rounded on the way.
+
+What is learned is a factor on every scale and, where codes may move, the place of every weight between codes. Forward
+passes see what a runtime would: the nearest code times the scale in the dtype that it is stored in. Gradients pass both
+roundings straight through (Bengio et al. 2013, arXiv 1308.3432), as in EfficientQAT (Chen et al. 2024, arXiv
+2407.11062).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from llmconvert.memory import row_slices
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["LearnedValue", "LearnedWeight", "Trained", "adam_step"]
+
+# A step takes slices of about this many weights, whose float32 copies stay in the cache.
+_WEIGHTS_AT_ONCE = 1 << 17
+# How far a code may move. Weights start in the middle of their code but for a share of the way to what they were
+# before: at the code's edge, where that is often, the first step moved so many that the model was lost.
+_REACH, _LEAN, _LEAST, _EDGE = 1, 0.5, 0.25, 0.49
+_MEAN, _SQUARE = 0.9, 0.95
+_TINY = 1e-12
+
+
+def adam_step(
+    gradient: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, corrections: tuple[float, float]
+) -> torch.Tensor:
+    """The direction of Adam (Kingma & Ba 2014, arXiv 1412.6980), about one in size.
+
+    Args:
+        gradient: float32.
+        mean, square: running means, in any floating dtype, brought up to date.
+        corrections: what these are divided by for having begun at zero.
+    """
+    first = torch.lerp(mean.float(), gradient, 1 - _MEAN)
+    second = (square.float() * _SQUARE).addcmul_(gradient, gradient, value=1 - _SQUARE)
+    mean.copy_(first)
+    square.copy_(second)
+    return first.div_(corrections[0]).div_(second.div_(corrections[1]).sqrt_().add_(_TINY))
+
+
+def corrections_of(step: int) -> tuple[float, float]:
+    """What running means are divided by at the ``step``-th step, the first being one."""
+    return 1 - _MEAN**step, 1 - _SQUARE**step
+
+
+class Trained(Protocol):
+    """Something that is trained.
+
+    Attributes:
+        value: what the model multiplies by, which has the gradient.
+    """
+
+    value: nn.Parameter
+
+    def begin(self) -> dict[str, torch.Tensor]:
+        """What training remembers of it, at the start."""
+
+    def move(self, state: Mapping[str, torch.Tensor], rate: float, code_rate: float, step: int) -> None:
+        """One step by the gradient of :attr:`value`."""
+
+    def write(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Bring :attr:`value` up to date."""
+
+    def stored(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What would be stored of it now."""
+
+
+class LearnedWeight:
+    """A quantized weight.
+
+    Args:
+        start: as it was quantized.
+        value: where its dequantized values go, ``[rows, columns]``.
+        dtype: that a runtime dequantizes it to.
+        scale_dtype: in which its scales are chosen.
+        own: the weight before it was quantized, in the same coordinates; None if codes don't move.
+    """
+
+    def __init__(
+        self,
+        start: QuantizedTensor,
+        value: nn.Parameter,
+        dtype: torch.dtype,
+        scale_dtype: torch.dtype,
+        own: torch.Tensor | None,
+    ) -> None:
+        self.start, self.value = start, value
+        self._dtype, self._scale_dtype = dtype, scale_dtype
+        self._own = own
+        rows, groups = start.scale.shape
+        self._shape = (rows, groups, start.codes.shape[1] // groups)
+        self._codes = start.codes.view(self._shape)
+        self._scale = start.scale.float().unsqueeze(-1)
+        self._zero = None if start.zero is None else start.zero.float().unsqueeze(-1)
+
+    def begin(self) -> dict[str, torch.Tensor]:
+        scale = self._scale.squeeze(-1)
+        state = {name: torch.zeros_like(scale) for name in ("factor", "factor_mean", "factor_square")}
+        if self._own is not None:
+            place = torch.empty(self._shape, device=scale.device)
+            own = self._own.view(self._shape)
+            for part in self._slices():
+                code = self._codes[part].float()
+                exact = own[part].float() / self._scale[part]
+                if self._zero is not None:
+                    exact += self._zero[part]
+                place[part] = exact.sub_(code).nan_to_num_(0.0).mul_(_LEAN).clamp_(-_LEAST, _LEAST).add_(code)
+            state["place"] = place
+            state |= {name: torch.zeros_like(place, dtype=torch.bfloat16) for name in ("mean", "square")}
+            self._own = None
+        return state
+
+    def move(self, state: Mapping[str, torch.Tensor], rate: float, code_rate: float, step: int) -> None:
+        assert self.value.grad is not None
+        gradient = self.value.grad.view(self._shape)
+        corrections = corrections_of(step)
+        low, high = self.start.scheme.number.limits
+        by_factor = torch.empty_like(state["factor"])
+        for part in self._slices():
+            towards, scale = gradient[part].float(), self._current(state, part)
+            by_factor[part] = towards.mul(self._levels(state, part)).sum(-1)
+            if "place" in state:
+                code = self._codes[part].float()
+                change = adam_step(towards.mul_(scale), state["mean"][part], state["square"][part], corrections)
+                place = state["place"][part].sub_(change, alpha=code_rate)
+                least, most = code.sub(_REACH).clamp_(min=low), code.add_(_REACH).clamp_(max=high)
+                place.clamp_(least.sub_(_EDGE), most.add_(_EDGE))
+        by_factor *= self._scale.squeeze(-1)
+        change = adam_step(by_factor, state["factor_mean"], state["factor_square"], corrections)
+        state["factor"].sub_(change, alpha=rate)
+
+    def write(self, state: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            value = self.value.view(self._shape)
+            for part in self._slices():
+                value[part] = self._levels(state, part).mul_(self._current(state, part)).to(self._dtype)
+
+    def stored(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        codes = self.start.codes
+        if "place" in state:
+            codes = torch.empty_like(codes)
+            for part in self._slices():
+                codes.view(self._shape)[part] = self._moved(state, part).to(codes.dtype)
+        return {"codes": codes, "scale": self._stored_scale(state, slice(None))}
+
+    def tensor(self, stored: Mapping[str, torch.Tensor]) -> QuantizedTensor:
+        """The canonical tensor of what :meth:`stored` gave."""
+        return QuantizedTensor(stored["codes"], stored["scale"], self.start.zero, self.start.scheme)
+
+    def _slices(self) -> Iterator[slice]:
+        return row_slices(self._shape, _WEIGHTS_AT_ONCE)
+
+    def _moved(self, state: Mapping[str, torch.Tensor], part: slice) -> torch.Tensor:
+        return state["place"][part].round().clamp_(*self.start.scheme.number.limits)
+
+    def _levels(self, state: Mapping[str, torch.Tensor], part: slice) -> torch.Tensor:
+        """What scales are multiplied by, float32 ``[rows, groups, group size]``."""
+        if "place" not in state:
+            found = self.start.scheme.number.values(self._codes[part]).clone()
+        else:
+            found = self._moved(state, part)
+        return found if self._zero is None else found.sub_(self._zero[part])
+
+    def _stored_scale(self, state: Mapping[str, torch.Tensor], part: slice) -> torch.Tensor:
+        """Scales ``[rows, groups]`` as they will be stored."""
+        scale = self._scale[part].squeeze(-1) * (1 + state["factor"][part])
+        return self.start.scheme.number.round_scale(scale, self._scale_dtype)
+
+    def _current(self, state: Mapping[str, torch.Tensor], part: slice) -> torch.Tensor:
+        return self._stored_scale(state, part).float().unsqueeze(-1)
+
+
+class LearnedValue:
+    """A tensor of floats: the weight of a norm.
+
+    Args:
+        start: as it is stored.
+        value: where what it has become goes, of the same shape.
+    """
+
+    def __init__(self, start: torch.Tensor, value: nn.Parameter) -> None:
+        self.start, self.value = start, value
+        size = start.float().abs()
+        # Some norms multiply by one more than their weight, which may be near zero.
+        self._size = size.clamp_min(0.1 * float(size.mean()) or 1.0)
+
+    def begin(self) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros_like(self._size) for name in ("factor", "factor_mean", "factor_square")}
+
+    def move(self, state: Mapping[str, torch.Tensor], rate: float, code_rate: float, step: int) -> None:
+        assert self.value.grad is not None
+        gradient = self.value.grad.float() * self._size
+        change = adam_step(gradient, state["factor_mean"], state["factor_square"], corrections_of(step))
+        state["factor"].sub_(change, alpha=rate)
+
+    def write(self, state: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            self.value.copy_(self.stored(state)["value"])
+
+    def stored(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"value": (self.start.float() + self._size * state["factor"]).to(self.start.dtype)}

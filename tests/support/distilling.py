@@ -1,0 +1,53 @@
+"""Quick distillation of a tiny quantized model, also in a process of its own that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.tiny_architectures import ids
+
+from llmconvert.context import Context
+from llmconvert.quantize.distil.job import plan_distil
+from llmconvert.quantize.distil.options import DistilOptions
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.report.steps import DistilReport
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+
+__all__ = ["QUICK", "WINDOWS", "distil", "distil_until_killed", "quantized"]
+
+WINDOWS = ids((32,) * 36, seed=3)
+QUICK = DistilOptions(steps=8, learning_rate=2e-2, code_rate=0.15, held_out=4, evaluate_every=4, save_every=2)
+
+
+def quantized(original: Path, output: Path, scheme: str = "w3a16-g32", format: str = "compressed-tensors") -> Path:
+    """``original`` rounded to nearest."""
+    with SafetensorsCheckpoint(original) as source:
+        quantize_checkpoint(source, output, method="rtn", scheme=Scheme.parse(scheme), format=format)
+    return output
+
+
+def distil(original: Path, artifact: Path, output: Path, options: DistilOptions = QUICK, **more: Any) -> DistilReport:
+    settings: dict[str, Any] = {"windows": WINDOWS, "context": Context(), **more}
+    with SafetensorsCheckpoint(original) as teacher, SafetensorsCheckpoint(artifact) as student:
+        return plan_distil(teacher, student, output, options, **settings).run()
+
+
+def distil_until_killed(original: Path, artifact: Path, output: Path, state: Path, kill_at: int) -> None:
+    """In a process of its own; ends by SIGKILL when the state is being replaced for the ``kill_at``-th time."""
+    torch.set_num_threads(1)
+    replace, count = os.replace, 0
+
+    def counted(*names: Any) -> None:
+        nonlocal count
+        count += str(names[1]) == str(state)
+        if kill_at and count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*names)
+
+    os.replace = counted  # type: ignore[assignment]
+    distil(original, artifact, output, state=state)
