@@ -36,8 +36,8 @@ from llmconvert.recipes.stages.conversion import (
     require_source,
     stream_stage,
 )
-from llmconvert.recipes.stages.distillation import distil_request, distil_settings, distil_stage
-from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
+from llmconvert.recipes.stages.training.distillation import distil_request, distil_settings, distil_stage
+from llmconvert.recipes.stages.training.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
 from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
