@@ -22,7 +22,7 @@ from llmconvert.interrupt import interruptible
 from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import FileFormat, load_format
-from llmconvert.recipes.papers.single_steps import Papers, tell_step
+from llmconvert.recipes.papers.single_steps import Papers, tell_steps, told_step
 from llmconvert.recipes.runner import perform
 from llmconvert.recipes.schema.measuring import ValidateSettings
 from llmconvert.recipes.schema.recipe import Recipe
@@ -36,13 +36,13 @@ from llmconvert.recipes.stages.conversion import (
     require_source,
     stream_stage,
 )
-from llmconvert.recipes.stages.training.distillation import distil_request, distil_settings, distil_stage
-from llmconvert.recipes.stages.training.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
 from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.run import require_texts
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
+from llmconvert.recipes.stages.training.distillation import distil_request, distil_settings, distil_stage
+from llmconvert.recipes.stages.training.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.windows import (
     CALIBRATION,
     DISTIL_TEXT,
@@ -109,7 +109,7 @@ def _built(stage: Stage[D], work: Work, output: Path) -> D:
     begin = time.perf_counter()
     with PeakMemory() as memory:
         made = stage.build(work, Place(output))
-    tell_step(output, stage.name, made, time.perf_counter() - begin, memory)
+    tell_steps(output, [told_step(stage.name, made, time.perf_counter() - begin, memory)])
     return made
 
 
@@ -218,9 +218,12 @@ def quantize_model(
         with StageStore(output.with_name(f".{output.name}.distilling"), progress=progress) as store:
             stages = store.begin("quantize")
             perform(stages, work, text_stage(DISTIL_TEXT, lessons))
-            quantized = perform(stages, work, stage)
-            distilled = perform(stages, work, distillation)
+            with PeakMemory() as memory:
+                quantized = perform(stages, work, stage)
+                distilled = perform(stages, work, distillation)
             publish_directory(distilled.model, output)
+        done = ((made.name, made.details, made.details.seconds, memory) for made in (quantized, distilled))
+        tell_steps(output, [told_step(*one) for one in done])
         shutil.rmtree(store.work_dir)
         return quantized.details, distilled.details
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from llmconvert.report.steps import StepDetails
 from llmconvert.storage.writer import write_file
 from llmconvert.validate.render.card import Address, inherited_metadata, is_untouched
 
-__all__ = ["Papers", "tell_step"]
+__all__ = ["Papers", "tell_steps", "told_step"]
 
 #: Where the card says that the artifact is loaded from, until it is published somewhere.
 _HERE = Address(".")
@@ -75,12 +76,9 @@ class Papers:
         write_up(self.artifact, told, self.recipe, inherited_metadata(self.card), _HERE)
 
 
-def tell_step(artifact: Path, name: str, details: StepDetails, seconds: float, memory: PeakMemory) -> None:
-    """Add what a step did to the report and the card that it left; of a file, which has none, nothing is told."""
-    if not artifact.is_dir() or not (artifact / RECIPE_FILE).is_file():
-        return
-    papers = Papers.of(artifact)
-    step = Step(
+def told_step(name: str, details: StepDetails, seconds: float, memory: PeakMemory) -> Step:
+    """What a report says of a step that was just done."""
+    return Step(
         name=name,
         seconds=round(seconds, 3),
         peak_rss_bytes=memory.nbytes,
@@ -88,7 +86,14 @@ def tell_step(artifact: Path, name: str, details: StepDetails, seconds: float, m
         sections=details.sections,
         details=details.model_copy(update={"sections": ()}),
     )
-    report = papers.report.model_copy(update={"steps": (step,)})
+
+
+def tell_steps(artifact: Path, steps: Sequence[Step]) -> None:
+    """Add what was done to the report and the card that it left; of a file, which has none, nothing is told."""
+    if not artifact.is_dir() or not (artifact / RECIPE_FILE).is_file():
+        return
+    papers = Papers.of(artifact)
+    report = papers.report.model_copy(update={"steps": tuple(steps)})
     report.write(artifact / REPORT_FILE)
     card = render_for(report, papers.recipe, inherited_metadata(papers.card), _HERE, names_in(artifact))
     write_file(artifact / CARD, card.encode())

@@ -14,13 +14,15 @@ from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.single import require_comparable, require_output
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
 from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
-from llmconvert.recipes.stages.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import foresee_measuring, require_accepted, require_measurable
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.run import require_texts
 from llmconvert.recipes.stages.stage import ORIGINAL, Stage
+from llmconvert.recipes.stages.training.distillation import distil_request, distil_settings, distil_stage
+from llmconvert.recipes.stages.training.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.windows import (
     CALIBRATION,
+    DISTIL_TEXT,
     EVALUATION_TEXT,
     HEALING_TEXT,
     WindowRequest,
@@ -71,7 +73,13 @@ def _stages(recipe: Recipe) -> Iterator[Stage[Any]]:
     if recipe.calibrate is not None and calibrates:
         yield text_stage(CALIBRATION, WindowRequest.calibration(recipe.calibrate))
     if settings is not None:
-        yield quantize_stage(settings, ORIGINAL, statistics_of(recipe))
+        quantization = quantize_stage(settings, ORIGINAL, statistics_of(recipe))
+        distilling, text = distil_settings(recipe), distil_request(recipe)
+        if text is not None:
+            yield text_stage(DISTIL_TEXT, text)
+        yield quantization
+        if distilling is not None:
+            yield distil_stage(distilling, after=quantization.name)
     elif recipe.attention is None:
         yield convert_stage(recipe)
     else:

@@ -9,11 +9,11 @@ from typing import Any
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.attention import attention_stage
 from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
-from llmconvert.recipes.stages.training.distillation import distil_request, distil_settings, distil_stage
-from llmconvert.recipes.stages.training.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.measurements import Measured, validate_stage
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.stage import ORIGINAL, Stage
+from llmconvert.recipes.stages.training.distillation import distil_request, distil_settings, distil_stage
+from llmconvert.recipes.stages.training.healing import heal_request, heal_settings, heal_stage
 from llmconvert.recipes.stages.windows import (
     CALIBRATION,
     DISTIL_TEXT,

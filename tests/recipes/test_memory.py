@@ -11,7 +11,8 @@ import pytest
 from llmconvert.errors import CapacityError
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.runner import run_recipe
-from llmconvert.recipes.stages import attention, budget, conversion, healing, measurements, quantization
+from llmconvert.recipes.stages import attention, budget, conversion, measurements, quantization
+from llmconvert.recipes.stages.training import healing
 
 PLANNERS: tuple[tuple[ModuleType, str], ...] = (
     (conversion, "plan_dtype"),

@@ -22,8 +22,8 @@ from llmconvert.recipes.runner import run_recipe
 from llmconvert.recipes.schema.measuring import DecodingSettings
 from llmconvert.recipes.schema.recipe import HealSettings
 from llmconvert.recipes.stages.conversion import converted_view
-from llmconvert.recipes.stages.training.healing import heal_stage
 from llmconvert.recipes.stages.stage import Finished, Place, Work
+from llmconvert.recipes.stages.training.healing import heal_stage
 from llmconvert.recipes.stages.windows import HEALING_TEXT
 from llmconvert.report.steps import StepDetails
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
