@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.distil.requirements import require_learnable
 from llmconvert.quantize.formats.base import Feature, Format, load_format
 from llmconvert.quantize.matrix import check_format, check_method
 from llmconvert.quantize.methods.base import ScalingQuantizer, load_method
@@ -41,6 +42,8 @@ def incompatibilities(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         try:
             check_method(method, scheme)
             check_format(layout, scheme)
+            if settings.distil is not None and isinstance(scheme, Scheme):
+                require_learnable("its weight", scheme, moving=settings.distil.code_rate > 0)
         except UnsupportedError as error:
             yield path, f"{'.'.join(map(str, path))}: {error}"
     if isinstance(method, ScalingQuantizer) and recipe.validation is not None and recipe.validation.repair is not None:

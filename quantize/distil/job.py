@@ -107,10 +107,13 @@ class DistilPlan:
     ) -> tuple[TrainingState, dict[str, torch.Tensor], int]:
         """The state in the end, every tensor of the output that is not the artifact's own, and how many codes moved."""
         original, context, options = self._original, self._context, self.options
-        apart = frozenset((*self.weights, *self.norms, *differing(original, self._view)))
+        others = differing(original, self._view)
+        apart = frozenset((*self.weights, *self.norms, *others))
         views = share_tensors((original, self._view), apart, context.device, dtype)
         teacher, student = (ResidentModel(view, context.device, dtype) for view in views)
-        trained = self._trained(teacher, student, dtype)
+        # With other norms or embeddings the artifact is in coordinates of its own: where its weights were before they
+        # were quantized is not known.
+        trained = self._trained(student if others else teacher, student, dtype)
         optimizer = StoredAdam(trained, lr=options.learning_rate, code_rate=options.code_rate)
         learner = Learner(
             {name: one.value for name, one in trained.items()},
@@ -126,13 +129,13 @@ class DistilPlan:
         return final, stored, moved
 
     def _trained(
-        self, teacher: ResidentModel, student: ResidentModel, dtype: torch.dtype
+        self, unquantized: ResidentModel, student: ResidentModel, dtype: torch.dtype
     ) -> dict[str, LearnedWeight | LearnedValue]:
-        """What is trained, by the names of dense tensors."""
+        """What is trained, by the names of dense tensors; codes begin towards the values of ``unquantized``."""
         device, view = self._context.device, self._view
         values = student.train((*self.weights, *self.norms), dtype)
         found: dict[str, LearnedWeight | LearnedValue] = {}
-        own = teacher.weights(self.weights) if self.options.code_rate else {}
+        own = unquantized.weights(self.weights) if self.options.code_rate else {}
         for name in self.weights:
             start, stored = view.read_quantized(name), view.infos[name].dtype
             start = replace(

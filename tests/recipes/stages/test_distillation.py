@@ -60,6 +60,7 @@ def test_the_command_writes_what_the_run_does(tiny_llama: Path, texts: tuple[Pat
     ("sections", "message"),
     [
         ({"quantize": {"method": "rtn", "scheme": "w4a16-g32", "distil": True}}, "names none"),
+        ({"quantize": {"method": "rtn", "scheme": "nf4", "distil": QUICK}}, "prescribed"),
         ({"quantize": {"scheme": "q4_0", "distil": True}}, "scales of GGUF's types are not trained"),
         (
             {
