@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import strategies as st
 
 from llmconvert.errors import CheckpointError
 
@@ -17,14 +18,10 @@ EXECUTIONS = {"safetensors": 120, "pickle": 60, "index": 120, "config": 6, "chat
 
 
 @pytest.fixture(scope="module")
-def fuzzer() -> ModuleType:
-    path = Path(__file__).parent.parent / "bench" / "fuzz.py"
-    spec = importlib.util.spec_from_file_location("fuzz", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz"] = module  # where its dataclasses look for themselves
-    spec.loader.exec_module(module)
-    return module
+def fuzzer() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+        yield importlib.import_module("fuzz")
 
 
 @pytest.mark.parametrize("name", EXECUTIONS)
@@ -49,7 +46,7 @@ def test_what_is_no_error_of_the_package_is_found(fuzzer: ModuleType, monkeypatc
             pass
 
     monkeypatch.setattr(fuzzer, "SLOWEST", 1)
-    target: Any = fuzzer.Target(fuzzer.st.sampled_from([0, 1, 2]), run)
+    target: Any = fuzzer.Target(st.sampled_from([0, 1, 2]), run)
     found = list(fuzzer.fuzz(target, seconds=60, executions=8).findings)
     assert any(where.startswith("KeyError at test_fuzz.py") for where in found)
     assert any(where.startswith("a message of 9 characters") for where in found)
