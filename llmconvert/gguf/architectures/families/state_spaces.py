@@ -20,7 +20,6 @@ __all__ = [
     "RMS_EPS",
     "SQUEEZED",
     "UNUSED",
-    "",
     "attending",
     "kv_heads",
     "mamba2_forms",
