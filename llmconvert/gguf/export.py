@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -99,7 +99,7 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         layers=model.layers,
         tied=tied,
         queries_per_key=_queries_per_key(model),
-        notes=(*window_notes(model, arch), *tokenizer.notes),
+        notes=(*window_notes(model, arch), *_left_out(source, arch, values), *tokenizer.notes),
     )
 
 
@@ -156,7 +156,10 @@ def _has_own_head(source: Checkpoint, arch: GgufArchitecture) -> bool:
 
     transformers then computes with the stored one. Equal rows are read to the end, others to the first that differs.
     """
-    head, embedding = _outer_name(arch, _OUTPUT) or _HEAD, _outer_name(arch, _EMBEDDING)
+    names = _names(source, arch)
+    head, embedding = (
+        names.get(name, "") for name in (_outer_name(arch, _OUTPUT) or _HEAD, _outer_name(arch, _EMBEDDING))
+    )
     if head not in source.infos or embedding not in source.infos:
         return False
     shape = source.infos[head].shape
@@ -171,9 +174,15 @@ def _has_own_head(source: Checkpoint, arch: GgufArchitecture) -> bool:
 def _tensors(
     source: Checkpoint, arch: GgufArchitecture, values: Mapping[str, Any], *, tied: bool
 ) -> tuple[StoredTensor, ...]:
-    tensors = plan_tensors({name: info.shape for name, info in source.infos.items()}, arch, values, tied=tied)
+    names = _names(source, arch)
+    shapes = {name: source.infos[actual].shape for name, actual in names.items()}
+    tensors = tuple(
+        replace(tensor, pieces=tuple(replace(piece, name=names[piece.name]) for piece in tensor.pieces))
+        for tensor in plan_tensors(shapes, arch, values, tied=tied)
+    )
     used = {piece.name for tensor in tensors for piece in tensor.pieces}
     used |= {_HEAD, _outer_name(arch, _OUTPUT)} if tied else set()
+    used |= set(_predicting(source, arch, values))
     for name in source:
         if name == _HEAD and name not in used:
             raise UnsupportedError(
@@ -184,3 +193,37 @@ def _tensors(
                 f"tensor {name!r} has no place in a GGUF file of architecture {arch.name!r}, and cannot be left out"
             )
     return tensors
+
+
+def _names(source: Checkpoint, arch: GgufArchitecture) -> Mapping[str, str]:
+    """The names that the architecture has for a checkpoint's tensors → those there, which may lack the first part.
+
+    GPT-2 and BLOOM were published without ``transformer.``, which transformers adds as it loads.
+    """
+    embedding = _outer_name(arch, _EMBEDDING)
+    prefix, _, short = embedding.partition(".")
+    if embedding in source.infos or short not in source.infos:
+        return {name: name for name in source.infos}
+    return {name if name == _HEAD else f"{prefix}.{name}": name for name in source.infos}
+
+
+def _predicting(source: Checkpoint, arch: GgufArchitecture, values: Mapping[str, Any]) -> list[str]:
+    """Tensors of layers behind the last one, which predict several tokens at once; transformers does not run them."""
+    prefix, layers = arch.layer[0].name.partition("*")[0], int(values["num_hidden_layers"])
+    found = []
+    for name in source:
+        number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
+        if name.startswith("mtp.") or (number.isdecimal() and int(number) >= layers):
+            found.append(name)
+    return found
+
+
+def _left_out(source: Checkpoint, arch: GgufArchitecture, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """A sentence on what of a checkpoint is not in its file."""
+    names = _predicting(source, arch, values)
+    if not names:
+        return ()
+    return (
+        f"{len(names)} tensors of layers that predict several tokens at once ({names[0]}, …) are left out; the model "
+        "computes the same without",
+    )

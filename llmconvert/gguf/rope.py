@@ -127,7 +127,10 @@ def rope_metadata(config: Mapping[str, Any], arch: str, scalings: Collection[str
     if kind == "linear" and kind in scalings:
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     given = {key for key, value in rope.items() if value is not None}
-    if kind == "yarn" and kind in scalings and not {"mscale", "mscale_all_dim", "truncate"} & given:
+    unknown = {"mscale", "mscale_all_dim", "truncate"} & given
+    # A ramp whose ends are no whole dimensions; llama.cpp rounds them, which is said.
+    unknown -= {"truncate"} if "open yarn" in scalings else set()
+    if kind == "yarn" and kind in scalings and not unknown:
         return _yarn_metadata(rope)
     if kind == "longrope" and kind in scalings:
         original = config["original_max_position_embeddings"]

@@ -96,7 +96,12 @@ def _heads(config: Mapping[str, Any], model: Architecture, arch: GgufArchitectur
 
 
 def window_notes(model: Architecture, arch: GgufArchitecture) -> tuple[str, ...]:
-    """A sentence on a sliding window that llama.cpp's class is told of and does not keep to."""
+    """A sentence on what llama.cpp's class is told of and does not keep to: a sliding window, or the ends of a ramp."""
+    if model.rope.get("rope_type") == "yarn" and model.rope.get("truncate") is False:
+        return (
+            f"llama.cpp's {arch.name} rounds the ends of YaRN's ramp to whole dimensions, the model does not: some "
+            "frequencies differ a little",
+        )
     if arch.windows != "ignored" or model.window is None or model.window >= (model.context or 0):
         return ()
     return (

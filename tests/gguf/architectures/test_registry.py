@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.gguf_families import GGUF_FAMILIES, REFUSED_FAMILIES, save_family
 from support.gguf_models import IDS, next_token
 from support.llama_cpp import LlamaCpp
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.architectures.registry import ARCHITECTURES
 from llmconvert.gguf.checkpoint import open_gguf
+from llmconvert.gguf.export import export_checkpoint
 from llmconvert.gguf.ggml.mix import MIXES
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
@@ -68,6 +70,37 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name: str, tmp_path: Path)
     with pytest.raises(UnsupportedError, match=message):
         written(save_family(tmp_path / "model", kind, settings))
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_names_may_lack_their_first_part(tmp_path: Path) -> None:
+    """As GPT-2 and BLOOM were published."""
+    directory = save_family(tmp_path / "model", *GGUF_FAMILIES["gpt2"])
+    expected = written(directory).read_bytes()
+    tensors = load_file(directory / "model.safetensors")
+    short = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    save_file(short, directory / "model.safetensors", {"format": "pt"})
+    directory.with_suffix(".gguf").unlink()
+    assert written(directory).read_bytes() == expected
+
+
+def test_layers_that_predict_several_tokens_are_left_out_and_that_is_said(tmp_path: Path) -> None:
+    directory = save_family(tmp_path / "model", *GGUF_FAMILIES["glm4_moe"])
+    expected = written(directory).read_bytes()
+    tensors = load_file(directory / "model.safetensors")
+    more = {"model.layers.2.eh_proj.weight": torch.ones(64, 128)}
+    save_file(tensors | more, directory / "model.safetensors", {"format": "pt"})
+    directory.with_suffix(".gguf").unlink()
+    with SafetensorsCheckpoint(directory) as source:
+        assert "1 tensors of layers that predict several tokens" in export_checkpoint(source, "tiny").notes[0]
+    assert written(directory).read_bytes() == expected
+
+
+def test_the_page_has_every_architecture_and_nothing_beyond_the_tolerance() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `([\w.-]+)` \| ([\d.]+|refused: .+) \|$", PAGE.read_text(), re.MULTILINE)
+    assert {(kind, name) for kind, name, _ in rows} == {(arch.model_type, arch.name) for arch in ARCHITECTURES}
+    for kind, _, found in rows:
+        refused = {gap for arch in ARCHITECTURES if arch.model_type == kind and (gap := arch.gap)}
+        assert refused == {found.removeprefix("refused: ")} if refused else float(found) < TOLERANCE
 
 
 def test_every_architecture_is_tried() -> None:

@@ -243,6 +243,13 @@ def _write_oss(config: Config) -> Mapping[str, Any]:
     return {"expert_feed_forward_length": config["intermediate_size"], **write_windows("gpt-oss", 2)(config)}
 
 
+def _read_oss(file: Reading) -> Mapping[str, Any]:
+    rope = dict(file.config["rope_parameters"])
+    if rope["rope_type"] == "yarn":
+        rope["truncate"] = False
+    return {"rope_parameters": rope, **read_windows(file, 2)}
+
+
 GPT_OSS: Final = GgufArchitecture(
     "gpt-oss",
     "gpt_oss",
@@ -265,7 +272,8 @@ GPT_OSS: Final = GgufArchitecture(
     ),
     always={"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     write=_write_oss,
-    read=lambda file: read_windows(file, 2),
+    read=_read_oss,
+    scalings=frozenset({"linear", "yarn", "open yarn"}),
     windows="kept",
     experts="num_local_experts",
 )
