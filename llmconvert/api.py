@@ -156,6 +156,7 @@ def quantize_model(
     experts: Literal["all"] | None = None,
     min_tokens_per_expert: int | None = None,
     distil_steps: int | None = None,
+    kv_cache: Literal["fp8"] | None = None,
     adapter: str | Path | None = None,
     requantize: bool = False,
     dtype: Dtype | None = None,
@@ -191,6 +192,7 @@ def quantize_model(
         experts: calibrate every expert of a mixture on ``"all"`` tokens; by default on those that its router sends it.
         min_tokens_per_expert: begin nothing while an expert gets fewer tokens of the calibration text.
         distil_steps: steps of distillation from the original after quantization; none by default.
+        kv_cache: ``"fp8"`` adds scales from the calibration text, by which runtimes keep keys and values in 8 bits.
         adapter: a LoRA of peft to merge into the model first: a directory, or a Hub id.
         requantize: quantize again what was quantized for deployment (GPTQ, AWQ, bitsandbytes, GGUF below 8 bits, an
             artifact of this package), which is refused otherwise; releases in FP8, MXFP4, NVFP4 or int4 need no word.

@@ -21,12 +21,14 @@ from llmconvert.quantize.methods.base import BlockQuantizer, GgmlQuantizer, Quan
 from llmconvert.quantize.passes.original import can_share
 from llmconvert.quantize.passes.run import Inputs, QuantizePlan, QuantizeResult
 from llmconvert.quantize.plan import (
+    CacheKind,
     Override,
     QuantizeRequest,
     ShownTokens,
     Statistics,
     plan_encoding,
     plan_quantization,
+    with_cache,
     work_nbytes,
 )
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
@@ -85,9 +87,11 @@ def plan_quantize(
         )
     require_dense(source, "the source")
     layout_format.check_source(source)
-    calibrated = chosen.calibration != "none"
+    calibrated = chosen.calibration != "none" or request.fixes_inputs or request.kv_cache is not None
     if calibrated and not windows:
-        raise CalibrationError(f"method {request.method!r} needs calibration text and was given none")
+        what = f"scheme {request.scheme}" if request.fixes_inputs else "kv_cache"
+        what = f"method {request.method!r}" if chosen.calibration != "none" else what
+        raise CalibrationError(f"{what} needs calibration text and was given none")
     skeleton = Skeleton(source, context.device, fast_products=True)
     if (request.experts == "all" or request.min_tokens_per_expert) and not any(skeleton.experts):
         key = "experts: all" if request.experts == "all" else "min_tokens_per_expert"
@@ -107,6 +111,8 @@ def plan_quantize(
             assert isinstance(layout_format, FileFormat)  # other formats have no mixes
             schemes = layout_format.schemes(source, request.scheme)
         decisions = plan_quantization(skeleton, blocks, schemes, request.overrides, chosen, layout_format)
+        if request.kv_cache is not None:
+            decisions = with_cache(decisions, skeleton, layout_format)
         work = work_nbytes(skeleton, blocks, decisions, chosen, skeleton.dtype)
         if isinstance(chosen, BlockQuantizer) and any(skeleton.experts):  # what an expert is to give for every token
             work += sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
@@ -154,6 +160,7 @@ def quantize_checkpoint(
     statistics: Statistics = "sequential",
     experts: ShownTokens = "routed",
     min_tokens_per_expert: int = 0,
+    kv_cache: CacheKind | None = None,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
     """Quantize the linears of every decoder block and write the artifact: :func:`plan_quantize` and its run in one.
@@ -161,7 +168,7 @@ def quantize_checkpoint(
     Args:
         source, output, windows, original, record: see :func:`plan_quantize`.
         method, scheme, format, overrides, options, mode, name, max_shard_bytes, expert_prior, statistics, experts,
-            min_tokens_per_expert: see :class:`~llmconvert.quantize.plan.QuantizeRequest`.
+            min_tokens_per_expert, kv_cache: see :class:`~llmconvert.quantize.plan.QuantizeRequest`.
         device, memory_budget, identity, progress: see :class:`~llmconvert.context.Context`.
 
     Raises:
@@ -180,6 +187,7 @@ def quantize_checkpoint(
         statistics,
         experts,
         min_tokens_per_expert,
+        kv_cache,
     )
     context = Context(device or torch.device("cpu"), memory_budget, identity, progress)
     return plan_quantize(

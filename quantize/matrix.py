@@ -130,7 +130,9 @@ def check_method(method: Method, scheme: SchemeOrMix) -> None:
         UnsupportedError: with the methods that can.
     """
     if not _chooses(method, scheme):
-        codes = {"even": "int", "solved": "int and GGUF"}.get(method.numbers, "GGUF's")
+        codes = {"even": "int", "scaled": "int and float", "solved": "int, float and GGUF"}.get(
+            method.numbers, "GGUF's"
+        )
         wanted = "GGUF types" if isinstance(scheme, GgmlMix) else scheme.number.name
         raise UnsupportedError(
             f"scheme {scheme}: {type(method).__name__.lower()} chooses {codes} codes only; methods for {wanted} are "
@@ -177,7 +179,8 @@ def _chooses(method: Method, scheme: SchemeOrMix) -> bool:
         return isinstance(method, GgmlQuantizer) or (method.numbers == "solved" and scheme.base not in FLOATS)
     if method.numbers == "solved":
         return scheme.number.solvable
-    return method.numbers == "any" or (method.numbers == "even" and scheme.number.even and scheme.block is None)
+    able = {"any": True, "even": scheme.number.even, "scaled": scheme.number.even or scheme.number.parts is not None}
+    return able.get(method.numbers, False) and (method.numbers == "any" or scheme.block is None)
 
 
 def _holds(layout: Format, scheme: SchemeOrMix) -> bool:

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # a scheme's name is read, and refused, before torch is loaded
     import torch
 
-    from llmconvert.compute.activations import InputKind
-
 from llmconvert.compute.scale_numbers import E4M3_SCALES, E8M0, ScaleNumber
+from llmconvert.compute.small_floats import E2M1_PARTS, E4M3_PARTS, FloatParts
 
 __all__ = [
     "AFFINE",
@@ -103,6 +102,11 @@ class Number(ABC):
         return self.limits[1]
 
     @property
+    def widest(self) -> float:
+        """Up to how many times the scale that covers a group is worth trying: levels may be finer below the largest."""
+        return 1.0
+
+    @property
     def even(self) -> bool:
         """Whether codes are integers that stand for themselves, under any scale."""
         return False
@@ -113,14 +117,14 @@ class Number(ABC):
         return None
 
     @property
-    def solvable(self) -> bool:
-        """Whether solvers can round to it under scales of their own choice: integers, and tables of levels."""
-        return self.even or self.table is not None
+    def parts(self) -> FloatParts | None:
+        """What sort of small floats codes are, if they are such."""
+        return None
 
     @property
-    def input_kind(self) -> InputKind:
-        """What runtimes quantize activations of 8 bits beside it to."""
-        return "int8"
+    def solvable(self) -> bool:
+        """Whether solvers can round to it under scales of their own choice: integers, tables of levels, floats."""
+        return self.even or self.table is not None or self.parts is not None
 
     @property
     def stored(self) -> Number:
@@ -144,10 +148,8 @@ class Number(ABC):
         return codes.float()
 
     def round_scale(self, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Scales as they can be stored, in the dtype that a format stores."""
-        if self.scales is not None:
-            return self.scales.values(self.scales.nearest(scale)).to(dtype)
-        return scale.to(dtype)
+        """Scales as they can be stored, in the dtype that a format stores; numbers of 8 bits as float32."""
+        return scale.to(dtype) if self.scales is None else self.scales.values(self.scales.nearest(scale))
 
     def round_groups(self, grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of an :attr:`absmax` number, as bitsandbytes has them.
@@ -256,8 +258,8 @@ class Float(Number):
         return -bound, bound
 
     @property
-    def input_kind(self) -> InputKind:
-        return "fp8"
+    def parts(self) -> FloatParts | None:
+        return E4M3_PARTS
 
     def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
         return values.clamp(*self.limits).to(self.code_dtype)
@@ -269,25 +271,25 @@ class E2M1Number(Number):
 
     @property
     def limits(self) -> tuple[float, float]:
-        return -_E2M1[-1], _E2M1[-1]
+        return -E2M1_PARTS.largest, E2M1_PARTS.largest
+
+    @property
+    def widest(self) -> float:
+        """A group may reach to 4 instead of 6, below which levels are half as far from each other."""
+        return 1.5
+
+    @property
+    def parts(self) -> FloatParts | None:
+        return E2M1_PARTS
 
     def nearest(self, values: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
         """Half to even; what is beyond the range becomes its end."""
         import torch
 
-        magnitudes = torch.tensor(_E2M1, dtype=torch.float32, device=values.device)
-        middles = (magnitudes[1:] + magnitudes[:-1]) / 2
-        found = values.float().abs()
-        # A middle belongs to the level on either side with an even code; elsewhere both are the same.
-        below, above = (torch.bucketize(found, middles, right=upper) for upper in (False, True))
-        codes = torch.where(below % 2 == 0, below, above)
-        return (codes + 8 * torch.signbit(values)).to(torch.int8)
+        return E2M1_PARTS.codes(values).to(torch.int8)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        levels = (*_E2M1, *(-level for level in _E2M1))
-        return torch.tensor(levels, dtype=torch.float32, device=codes.device)[codes.int()]
+        return E2M1_PARTS.values(codes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +349,6 @@ _WORDS = {
     "nf4": "levels (NF4)",
     "fp4": "floats (FP4 of bitsandbytes)",
 }
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 #: E2M1 in groups of 16, whose scales are E4M3 below a float32 scale of the whole tensor.
 NVFP4 = E2M1Number(4, name="nvfp4", grouped=True, activations=(16, 4), scales=E4M3_SCALES)

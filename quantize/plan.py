@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from llmconvert.storage.writer import DEFAULT_SHARD_BYTES
 _WEIGHT = ".weight"
 
 __all__ = [
+    "CacheKind",
     "Override",
     "QuantizationPlan",
     "QuantizeRequest",
@@ -38,6 +39,7 @@ __all__ = [
     "Statistics",
     "plan_encoding",
     "plan_quantization",
+    "with_cache",
     "work_nbytes",
 ]
 
@@ -52,6 +54,8 @@ class Override:
 
 #: Of what model a linear's moments are.
 Statistics = Literal["sequential", "original"]
+#: What a cache holds keys and values as: E4M3, one scale for a layer's keys and one for its values.
+CacheKind = Literal["fp8"]
 #: Which tokens of the text an expert is calibrated on.
 ShownTokens = Literal["routed", "all"]
 
@@ -75,6 +79,7 @@ class QuantizeRequest:
             input (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
         statistics: of what model the moments are: ``sequential`` of one whose linears before are quantized already,
             ``original`` of the unquantized one, which several artifacts can share.
+        kv_cache: what keys and values are quantized to in the cache, by scales from calibration text; None for nothing.
     """
 
     method: str
@@ -89,6 +94,13 @@ class QuantizeRequest:
     statistics: Statistics = "sequential"
     experts: ShownTokens = "routed"
     min_tokens_per_expert: int = 0
+    kv_cache: CacheKind | None = None
+
+    @property
+    def fixes_inputs(self) -> bool:
+        """Whether a scheme has calibration text fix how inputs are quantized."""
+        schemes = (self.scheme, *(override.scheme for override in self.overrides))
+        return any(isinstance(scheme, Scheme) and scheme.fixes_inputs for scheme in schemes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +118,7 @@ class QuantizationPlan:
         uncalibrated: linears with a scheme that a calibrated method has no inputs for, since the forward never calls
             them; they are rounded to nearest.
         asked: linears left dense because transformers' class sets their weights by name while it loads.
+        caches: attention modules whose keys and values get scales, by what the checkpoint calls them.
     """
 
     schemes: Mapping[str, Scheme]
@@ -115,6 +128,7 @@ class QuantizationPlan:
     declared: Mapping[str, Any]
     uncalibrated: tuple[str, ...] = ()
     asked: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
 
     @property
     def outer(self) -> tuple[Site, ...]:
@@ -201,6 +215,27 @@ def plan_quantization(
     config = layout.quantization_config(declared, kept)
     left = tuple(name for name in sites if name in asked and name not in schemes)
     return QuantizationPlan(schemes, sites, kept, tuple(specs), config, unreached if calibrated else (), left)
+
+
+def with_cache(plan: QuantizationPlan, skeleton: Skeleton, layout: Format) -> QuantizationPlan:
+    """The plan with scales of an FP8 cache for every layer that attends.
+
+    Raises:
+        UnsupportedError: the format holds no such scales, or the model has another kind of cache.
+    """
+    declared = layout.cache_config()
+    if declared is None:
+        raise UnsupportedError("kv_cache: this format holds no scales of a cache; use format: compressed-tensors")
+    kind = skeleton.architecture.model_type
+    caches = tuple(skeleton.watch_caches())
+    if not caches or skeleton.architecture.latent_size:
+        raise UnsupportedError(
+            f"kv_cache: architecture {kind!r} hands no keys and values to a cache that runtimes quantize by scales of "
+            "an artifact (latent attention, or none); leave it out"
+        )
+    parts = [f"{name}.{part}" for name in caches for part in ("k_scale", "v_scale")]
+    specs = (*plan.specs, *(TensorSpec(name, skeleton.dtype, (1,)) for name in parts))
+    return replace(plan, specs=specs, declared={**plan.declared, "kv_cache_scheme": declared}, caches=caches)
 
 
 @dataclass(frozen=True, slots=True)

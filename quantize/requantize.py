@@ -240,7 +240,7 @@ class _Mixture(CheckpointView):
         self._source = source
         self._originals = originals
         self.infos = {name: source.infos[name] if name in originals else info for name, info in artifact.infos.items()}
-        self.quantized_inputs = {}
+        self.quantized_inputs, self.quantized_cache = {}, {}
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return (self._source if name in self._originals else self.base).read_rows(name, start, stop)

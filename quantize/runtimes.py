@@ -56,7 +56,10 @@ RUNTIMES: Sequence[Runtime] = (
         "",
         ("transformers", "compressed-tensors"),
         "compressed-tensors",
-        ("w4a16-g64", "w4a16-g64-asym", "w8a16-g128", "w8a8", "fp8"),
+        (
+            *("w4a16-g64", "w4a16-g64-asym", "w8a16-g128", "w8a8"),
+            *("fp8-dynamic", "fp8-block", "fp8-static", "mxfp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "w4afp8"),
+        ),
         "expands weights at the first forward; asymmetric ones need `CompressedTensorsConfig(dequantize=True)`",
     ),
     Runtime(

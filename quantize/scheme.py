@@ -6,9 +6,12 @@ channel when no group size is given; ``tensor`` is one scale for all. ``fp8`` we
 one of 16 fixed levels, with ``dq`` (``nf4-dq``) their scales are quantized too; ``affine`` weights are integers with a
 float scale and a float bias per group, as MLX has them (``w4a16-g64-affine``); ``nvfp4``, ``mxfp4`` and ``mxfp8`` are
 E2M1 or E4M3 floats whose scales are numbers of 8 bits. ``a16`` leaves activations alone; ``a8`` and ``a4`` quantize
-them while the model runs, to the kind that the weights have. ``absmax`` weights are integers whose largest magnitude in
-a row is 127, as LLM.int8 has them. ``fp8``, ``nf4``, ``nf4-dq`` and ``llm.int8`` alone stand for their usual schemes;
-``int8`` for ``w8a8``, and ``4bit`` (8, 3, 2) for weights in groups of 128.
+them while the model runs, to the kind that the weights have; ``afp8`` to E4M3 beside integers. ``absmax`` weights are
+integers whose largest magnitude in a row is 127, as LLM.int8 has them.
+
+Names that stand for a scheme: those of compressed-tensors (``fp8-dynamic``, ``fp8-block``, ``fp8-static``, ``nvfp4``,
+``nvfp4a16``, ``mxfp4``, ``mxfp4a16``, ``mxfp8``, ``w4afp8``), ``nf4``, ``nf4-dq`` and ``llm.int8``; ``fp8`` for
+``fp8-dynamic``, ``int8`` for ``w8a8``, and ``4bit`` (8, 3, 2) for weights in groups of 128.
 """
 
 from __future__ import annotations
@@ -25,14 +28,23 @@ from llmconvert.quantize.numbers import AFFINE, NAMED, Int, Levels, Number, Whol
 if TYPE_CHECKING:
     from llmconvert.compute.activations import InputKind
 
-__all__ = ["Scheme", "SchemeOrMix", "parse_scheme"]
+__all__ = ["ALIASES", "Scheme", "SchemeOrMix", "parse_scheme"]
 
 _PATTERN = re.compile(
-    r"w(?P<bits>\d+)a(?P<act>\d+)(?:-(?:g(?:(?P<rows>\d+)x)?(?P<group>\d+)|channel|(?P<tensor>tensor)))?"
+    r"w(?P<bits>\d+)a(?P<act>\d+|fp8)(?:-(?:g(?:(?P<rows>\d+)x)?(?P<group>\d+)|channel|(?P<tensor>tensor)))?"
     rf"(?:-(?:(?P<sym>a?sym)|(?P<other>{'|'.join(map(re.escape, NAMED))})(?P<nested>-dq)?))?"
 )
 _SHORT = {
-    "fp8": "w8a8-channel-fp8",
+    "fp8-dynamic": "w8a8-channel-fp8",
+    "fp8-block": "w8a8-g128x128-fp8",
+    "fp8-static": "w8a8-tensor-fp8",
+    "nvfp4": "w4a4-g16-nvfp4",
+    "nvfp4a16": "w4a16-g16-nvfp4",
+    "mxfp4": "w4a4-g32-mxfp4",
+    "mxfp4a16": "w4a16-g32-mxfp4",
+    "mxfp8": "w8a8-g32-mxfp8",
+    "mxfp8a16": "w8a16-g32-mxfp8",
+    "w4afp8": "w4afp8-g128",
     "nf4": "w4a16-g64-nf4",
     "nf4-dq": "w4a16-g64-nf4-dq",
     "llm.int8": "w8a8-channel-absmax",
@@ -41,8 +53,10 @@ _SHORT = {
     "int4": "w4a16-g128",
     **{f"{bits}{word}": f"w{bits}a16-g128" for bits in (2, 3, 4, 8) for word in ("bit", "-bit", "bits", "-bits")},
 }
+#: Other names of named schemes: compressed-tensors' own FP8 is ``fp8-static``.
+ALIASES = {"fp8": "fp8-dynamic"}
 _USUAL = ("w8a8", "w8a16-g128", "w4a16-g128", "w4a16-g64", "w4a16-g128-asym", "w3a16-g64", "w2a16-g64")
-_GUESSES = (*_USUAL, "w4a16-g64-affine", *_SHORT)
+_GUESSES = (*_USUAL, "w4a16-g64-affine", *_SHORT, *ALIASES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +69,7 @@ class Scheme:
         activation_bits: 16 (untouched), 8 or 4.
         nested: whether the scales are quantized themselves (the double quantization of QLoRA, super-blocks of GGML).
         rows: rows that share one scale: one, those of a block, or None for all of them.
+        float_inputs: whether activations of 8 bits are E4M3 beside integer weights.
         block: the GGML type whose blocks store codes and scales, and say what scales there are; None in other formats.
     """
 
@@ -64,6 +79,7 @@ class Scheme:
     nested: bool = False
     rows: int | None = 1
     block: str | None = None
+    float_inputs: bool = False
 
     def __post_init__(self) -> None:
         number = self.number
@@ -84,6 +100,8 @@ class Scheme:
         if self.activation_bits not in number.activations:
             left = f"{number.name} weights leave activations at 16 bits"
             raise SchemeError(f"scheme {self}: {_demands(number) if self.activation_bits == 16 else left}")
+        if self.float_inputs and not (isinstance(number, Int) and self.activation_bits == 8 and not number.absmax):
+            raise SchemeError(f"scheme {self}: E4M3 activations go beside integer weights; with floats they are a8")
         if self.nested and not number.nestable:
             able = " and ".join(one.name for one in NAMED.values() if one.nestable)
             raise SchemeError(f"scheme {self}: only {able} weights have quantized scales")
@@ -96,7 +114,8 @@ class Scheme:
             SchemeError: it does not follow the grammar, or a number is out of range.
         """
         name = text.strip().lower()
-        match = _PATTERN.fullmatch(_SHORT.get(name, name))
+        named = ALIASES.get(name, name)
+        match = _PATTERN.fullmatch(_SHORT.get(named, named))
         if match is None:
             raise SchemeError(
                 f"scheme {text!r} is not understood; expected w<bits>a<bits>[-g<size>|-channel][-sym|-asym|-fp8|-nf4], "
@@ -109,7 +128,10 @@ class Scheme:
         if number.bits != bits:
             raise SchemeError(f"scheme {text}: {_demands(number)}")
         rows = None if match["tensor"] else int(match["rows"] or 1)
-        return cls(number, int(group) if group else None, int(match["act"]), match["nested"] is not None, rows)
+        floats = match["act"] == "fp8"
+        inputs = 8 if floats else int(match["act"])
+        size, nested = int(group) if group else None, match["nested"] is not None
+        return cls(number, size, inputs, nested, rows, float_inputs=floats)
 
     @classmethod
     def of_block(cls, name: str) -> Scheme:
@@ -138,7 +160,8 @@ class Scheme:
         if self.group_size is None:
             grouping = "tensor" if self.rows is None else "channel"
         kind = ("sym" if number.symmetric else "asym") if number.name == "int" else number.name
-        return f"w{self.bits}a{self.activation_bits}-{grouping}-{kind}{'-dq' if self.nested else ''}"
+        inputs = "fp8" if self.float_inputs else self.activation_bits
+        return f"w{self.bits}a{inputs}-{grouping}-{kind}{'-dq' if self.nested else ''}"
 
     @property
     def bits(self) -> int:
@@ -171,10 +194,30 @@ class Scheme:
 
     @property
     def input_kind(self) -> InputKind | None:
-        """What runtimes quantize each token's inputs of such a linear to; None if they leave them alone, or quantize
-        them in groups."""
-        by_token = self.activation_bits == 8 and self.group_size is None and self.rows == 1
-        return self.number.input_kind if by_token else None
+        """What runtimes quantize the inputs of such a linear to, nothing fixed yet; None if they leave them alone.
+
+        Beside integers and E4M3 that is by token; with blocks of weights in groups as wide as these, and with one scale
+        for the tensor by one for all inputs. Scales that are numbers of 8 bits go with the same for the inputs.
+        """
+        from llmconvert.compute.activations import InputKind
+
+        number, scales = self.number, self.number.scales
+        if self.activation_bits == 16:
+            return None
+        if scales is not None:
+            return InputKind(
+                "fp4" if self.activation_bits == 4 else "fp8", self.group_size, "e4m3" if scales.shared else "e8m0"
+            )
+        if not (self.float_inputs or number.parts is not None):
+            return InputKind("int8")
+        return InputKind("fp8", None if self.rows in (1, None) else self.group_size, static=self.rows is None)
+
+    @property
+    def fixes_inputs(self) -> bool:
+        """Whether calibration text fixes something of how inputs are quantized, whatever chooses the codes."""
+        scales = self.number.scales
+        fixed = self.rows is None or (scales is not None and scales.shared)
+        return fixed and self.activation_bits != 16 and self.block is None
 
     def with_bits(self, bits: int) -> Scheme:
         """The same in another width."""
@@ -198,8 +241,20 @@ class Scheme:
         Raises:
             SchemeError: naming the layer and the sizes that would fit.
         """
-        if self.group_size is None or self.rows != 1 or columns % self.group_size == 0:
+        by_blocks = self.rows != 1 and self.activation_bits == 16
+        if self.group_size is None or by_blocks or columns % self.group_size == 0:
             return
+        if self.rows != 1:
+            raise SchemeError(
+                f"scheme {self}: inputs are quantized in groups of {self.group_size}, which does not divide the "
+                f"{columns} columns of {name}; take fp8-dynamic, or w8a16-g{self.rows}x{self.group_size}-fp8, whose "
+                "last blocks may be cut off"
+            )
+        if self.number.scales is not None:
+            raise SchemeError(
+                f"scheme {self}: its groups are of {self.group_size}, which does not divide the {columns} columns of "
+                f"{name}; leave it dense with an override (scheme: none), or give it fp8-dynamic"
+            )
         fitting = [size for size in (16, 32, 64, 128, 256) if columns % size == 0]
         advice = f"sizes that fit it: {', '.join(map(str, fitting))}" if fitting else "only per-channel scales fit it"
         raise SchemeError(

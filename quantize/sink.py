@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from llmconvert.compute.kv_cache import CacheScales
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.phases import Phases
 from llmconvert.quantize.formats.container import Container
@@ -66,6 +67,10 @@ class ArtifactSink:
         if isinstance(outcome, InputSquares):
             site = self._plan.sites[name]
             self._squares.setdefault(site.tensor, {})[site.stored] = outcome.mean
+        elif isinstance(outcome, CacheScales):
+            with self._phases.measure("writing"):
+                self._artifact.writer.write(f"{name}.k_scale", outcome.key)
+                self._artifact.writer.write(f"{name}.v_scale", outcome.value)
         elif isinstance(outcome, torch.Tensor):
             stored = self._skeleton.names[name]
             with self._phases.measure("writing"):

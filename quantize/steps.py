@@ -7,9 +7,9 @@ it, of the same text through the original weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat, zip_longest
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from llmconvert.compute.dot_products import load_dot_products
+from llmconvert.compute.kv_cache import CacheQuantizer, CacheScales
 from llmconvert.engine.discovery import BlockPlan, Stop
 from llmconvert.engine.edges import Edge, MixtureEdge
 from llmconvert.engine.skeleton import Skeleton
@@ -44,13 +45,14 @@ from llmconvert.quantize.methods.rescale_experts import down_scale
 from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
+from llmconvert.quantize.solve.fixed_scales import LargestInput, cache_scales, largest_inputs
 from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["CalibratedSteps", "DataFreeSteps", "Outcome", "Step", "Steps", "round_unreached"]
 
 #: What comes of a name in a block.
-Outcome = Solution | InputSquares | torch.Tensor
+Outcome = Solution | InputSquares | CacheScales | torch.Tensor
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -132,6 +134,7 @@ class CalibratedSteps:
         prior: how strongly experts' moments are drawn toward their layer's
             (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
         every: whether every expert is shown all tokens of the text.
+        caches: what looks at keys and values, by what the checkpoint calls attention modules; of those wanted.
     """
 
     skeleton: Skeleton
@@ -147,6 +150,7 @@ class CalibratedSteps:
     mixtures: Sequence[Sequence[MixtureEdge]] = ()
     prior: float = PRIOR
     every: bool = False
+    caches: Mapping[str, CacheQuantizer] = field(default_factory=dict)
 
     def lost(self, work: Path, done: int) -> bool:
         needed = _STREAMS if self.method.original else _STREAMS[:1]
@@ -210,7 +214,13 @@ class CalibratedSteps:
         self, run: BlockRun, solve: Callable[[], Iterator[tuple[str, Outcome]]], streams: Sequence[Stream]
     ) -> Iterator[tuple[str, Outcome]]:
         """The linears that batches reach, those that none does, and behind the last block embedding and head."""
+        # Behind what lets batches stand at a linear: they go on from there with what has been fixed meanwhile.
+        own = ((site.name, self.plan.schemes.get(site.name)) for site in self.skeleton.sites_of(run.plan.index))
+        fixed = {name: scheme.input_kind for name, scheme in own if scheme is not None and scheme.fixes_inputs}
+        self.skeleton.quantize_inputs({name: kind for name, kind in fixed.items() if kind is not None})
         yield from solve()
+        with self.phases.measure("forward"):
+            yield from cache_scales(run, self.caches, self.skeleton)
         with self.phases.measure("solving"):
             yield from round_unreached(run, self.plan, self.scale_dtype)
         outer = self.plan.outer if run.plan.index == self.skeleton.block_count - 1 else ()
@@ -259,25 +269,27 @@ class CalibratedSteps:
             names = [name for name in stop.linears if name in self.plan.schemes]
             if not names:
                 continue
+            seen = LargestInput(self.plan.schemes[name] for name in names)
             is_expert = run.site(names[0]).kind == "expert"
             if is_expert:
                 slot = run.slots[run.site(names[0]).layer]
                 if self.mixtures and run.site(names[0]).projection != "down_proj" and slot.is_proportional:
                     scaling = self._scale_expert(run, stop, following, experts)
                 with self.phases.measure("Hessians"):
-                    hessian = experts.hessian(stop)
+                    hessian: Hessian | None = experts.hessian(stop)
             else:
-                hessian = self._hessian(stop, names[0], run, original)
+                hessian = self._hessian(stop, names[0], run, original, seen)
             targets = self._targets(run, names, scaling)
             with self.phases.measure("releasing"):
                 release_freed_memory()
             with self.phases.measure("solving"):
                 solutions = self.method.quantize(targets, hessian, self.scale_dtype)
             del hessian, targets
-            for name, solution in solutions.items():
+            for name, found in solutions.items():
+                solution = self._with_inputs(name, found, seen)
                 yield name, replace(solution, tokens=experts.tokens(name)) if is_expert else solution
                 run.install(name, solution.tensor.dequantize(dtype))
-            del solution, solutions
+            del solution, found, solutions
 
     def _scale_expert(self, run: BlockRun, inputs: Stop, down: Stop, experts: ExpertMoments) -> Rescaling:
         """Between an expert's up projection and its down projection."""
@@ -287,10 +299,25 @@ class CalibratedSteps:
         up = next(name for name in inputs.linears if run.site(name).projection == "up_proj")
         return Rescaling({down.linears[0]: scale}, {up: 1 / scale}, {})
 
-    def _hessian(self, stop: Stop, name: str, run: BlockRun, original: BlockRun | None) -> Hessian:
+    def _with_inputs(self, name: str, solution: Solution, seen: LargestInput) -> Solution:
+        """With what is fixed for the linear's inputs, which batches meet from here on."""
+        scale = seen.scale(self.plan.schemes[name], self.skeleton.dtype)
+        if scale is None:
+            return solution
+        self.skeleton.input_quantizers[name].fix(scale)
+        return replace(solution, tensor=replace(solution.tensor, input_scale=scale))
+
+    def _hessian(
+        self, stop: Stop, name: str, run: BlockRun, original: BlockRun | None, seen: LargestInput
+    ) -> Hessian | None:
+        """What a method wants to know of a stop's inputs; ``seen`` gets what their quantization does."""
         device = self.skeleton.device
         if original is None:
-            inputs = self.phases.pull("forward", run.inputs(stop.linears[0]))
+            inputs = seen.watch(self.phases.pull("forward", run.inputs(stop.linears[0])))
+            if self.method.calibration == "none":
+                for _ in inputs if seen.wanted or self.caches else ():
+                    pass
+                return None
             with self.phases.measure("Hessians"):
                 return accumulate_hessian(name, inputs, stop.columns, device)
         with self.phases.measure("Hessians"):
@@ -298,6 +325,7 @@ class CalibratedSteps:
             total = HessianSum(name, stop.columns, device, original=True, drift=drift)
             both = (self.phases.pull("forward", model.arrivals(stop)) for model in (run, original))
             for here, there in zip(*both, strict=True):
+                seen.look(here.inputs)
                 total.add(here, there)
             return total.hessian()
 
@@ -331,8 +359,11 @@ class CalibratedSteps:
         with self.phases.measure("solving"):
             targets_here = self._targets(run, names, _AS_THEY_ARE)
             solutions = method.quantize_block(targets_here, data, self.scale_dtype) if stops else {}
+        with self.phases.measure("forward"):
+            tensors = {name: solution.tensor for name, solution in solutions.items()}
+            seen = largest_inputs(tensors, data.parameters, data.entries(range(len(self.windows))))
         for name, solution in solutions.items():
-            yield name, solution
+            yield name, self._with_inputs(name, solution, seen[name]) if name in seen else solution
             run.install(name, solution.tensor.dequantize(self.skeleton.dtype))
         if run.slots:
             moments = ExpertMoments(run, other, self.skeleton.device, self.prior, every=self.every)
@@ -348,7 +379,10 @@ def round_unreached(run: BlockRun, plan: QuantizationPlan, scale_dtype: torch.dt
     """The linears of a block that no batch calls but which get a scheme, rounded to nearest."""
     for name in run.plan.unreached:
         if name in plan.uncalibrated:
-            yield from Rtn().quantize([Target(name, run.weight(name), plan.schemes[name])], None, scale_dtype).items()
+            scheme = plan.schemes[name]
+            found = Rtn().quantize([Target(name, run.weight(name), scheme)], None, scale_dtype)[name]
+            inputs = LargestInput([scheme]).scale(scheme, scale_dtype)
+            yield name, replace(found, tensor=replace(found.tensor, input_scale=inputs))
 
 
 def _sync_all(kept: Sequence[DiskStates], index: int) -> None:

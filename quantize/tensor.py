@@ -192,6 +192,8 @@ class QuantizedTensor:
         divisor: float32, one number: what all scales are divided by, where they are stored as numbers that share one
             (:attr:`~llmconvert.quantize.numbers.ScaleNumber.shared`); None for all others.
         offset: as ``scale``, what is added to the values, for numbers with minima; None for all others.
+        input_scale: ``[1]``, what calibration has fixed of how the linear's inputs are quantized
+            (:meth:`~llmconvert.compute.activations.InputKind.scale_for`); None where nothing is.
     """
 
     codes: torch.Tensor
@@ -201,6 +203,7 @@ class QuantizedTensor:
     nested: NestedScales | SuperBlockScales | None = None
     divisor: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
@@ -245,7 +248,9 @@ class QuantizedTensor:
         """Tensors of one scheme and width, one below the other."""
         if len(parts) == 1:
             return parts[0]
-        if parts[0].scheme.rows != 1 or parts[0].divisor is not None:
+        divisor = parts[0].divisor
+        apart = divisor is not None and any(part.divisor is None or part.divisor != divisor for part in parts)
+        if parts[0].scheme.rows != 1 or apart:
             raise ValueError(f"tensors in {parts[0].scheme} have scales that rows share; they can't be joined")
         zeros = [part.zero for part in parts if part.zero is not None]
         offsets = [part.offset for part in parts if part.offset is not None]
@@ -256,6 +261,7 @@ class QuantizedTensor:
             torch.cat(zeros) if zeros else None,
             parts[0].scheme,
             SuperBlockScales.concatenate(nested) if nested else None,
+            divisor,
             offset=torch.cat(offsets) if offsets else None,
         )
 

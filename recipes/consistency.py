@@ -69,7 +69,8 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield (
             ("quantize", "scheme"),
             f"quantize.scheme: found {settings.scheme}; a budget chooses among integer weights with 16-bit "
-            "activations: leave it out, or say w4a16-asym for zero points",
+            "activations: leave it out, or say w4a16-asym for zero points; schemes of other kinds are named in "
+            "budget.bits",
         )
 
 
@@ -87,6 +88,14 @@ def _streaming(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             ("stream",),
             f"stream: {settings.method} needs the activations of the whole model; leave out stream (--stream), or "
             f"take a method without calibration: {', '.join(name for name in METHODS if not needs_calibration(name))}",
+        )
+    elif settings is not None and settings.kv_cache is not None:
+        yield ("stream",), "stream: a cache's scales need the whole model; leave out stream (--stream), or kv_cache"
+    elif settings is not None and settings.fixes_inputs:
+        yield (
+            ("stream",),
+            f"stream: {settings.scheme} fixes by calibration text how inputs are quantized, which needs the whole "
+            "model; leave out stream (--stream), or take fp8-dynamic, nvfp4a16 or mxfp4",
         )
     elif settings is not None and settings.rotate is not None:
         yield ("stream",), "stream: rotations need the whole model; leave out stream (--stream), or quantize.rotate"

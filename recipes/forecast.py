@@ -113,6 +113,7 @@ def foresee_quantization(
         request = QuantizeRequest(settings.method, scheme, settings.format, overrides, settings.options, name=name)
         request = replace(request, statistics=statistics, experts=settings.experts or "routed")
         request = replace(request, min_tokens_per_expert=settings.min_tokens_per_expert or 0)
+        request = replace(request, kv_cache=settings.kv_cache)
         plan = plan_quantize(source, output, request, windows=windows, context=context)
         if repaired:
             require_repairable(plan.decisions.sites.values())
@@ -149,10 +150,12 @@ def foresee_quantization(
     symmetry = "" if scheme.symmetric else "-asym"
     # One scale per channel takes the least of all groupings, and fits every layer; the smallest groups take the most.
     coarse = [f"g{size}" for size in sorted(budget.group_sizes, reverse=True)]
-    fine = f"w{max(budget.bits)}a16-g{min(budget.group_sizes)}{symmetry}"
+    low, high = (pick(budget.bits, key=_width) for pick in (min, max))
+    fine = str(high) if isinstance(high, Scheme) else f"w{high}a16-g{min(budget.group_sizes)}{symmetry}"
+    fewest = [f"w{low}a16-{group}{symmetry}" for group in ("channel", *coarse)]
     note = f"bits by layer are chosen by measured sensitivity, {budget.bits_per_weight:g} per weight at most"
     try:
-        least = _first([f"w{min(budget.bits)}a16-{group}{symmetry}" for group in ("channel", *coarse)], plan_with)
+        least = _first([str(low)] if isinstance(low, Scheme) else fewest, plan_with)
     except (SchemeError, UnsupportedError):  # only what is chosen goes together, which is not known yet
         if repaired:
             raise
@@ -176,6 +179,10 @@ def foresee_quantization(
         readers=str(least.readers),
         notes=(note,),
     )
+
+
+def _width(option: int | Scheme) -> int:
+    return option.bits if isinstance(option, Scheme) else option
 
 
 def _first(schemes: Sequence[str], plan_with: Callable[[SchemeOrMix], QuantizePlan]) -> QuantizePlan:

@@ -37,6 +37,7 @@ _QUANTIZE = {
     "min_tokens_per_expert": "quantize.min_tokens_per_expert",
     "distil_steps": "quantize.distil.steps",
     "distil_length": "quantize.distil.length",
+    "kv_cache": "quantize.kv_cache",
     "requantize": "requantize",
     "bits_per_weight": "quantize.budget.bits_per_weight",
     "dtype": "convert.dtype",

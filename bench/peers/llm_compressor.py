@@ -1,10 +1,11 @@
 """One timed run of llm-compressor; started by ``bench/peers.py`` and ``bench/quality.py`` in its own environment.
 
     PYTHON bench/peers/llm_compressor.py --model DIR --ids FILE.npy --output DIR --report FILE.json
-        [--method gptq|awq|rtn] [--bits 4] [--group-size 64] [--asymmetric]
+        [--method gptq|awq|rtn] [--bits 4] [--group-size 64] [--asymmetric] [--preset NVFP4]
 
 Its defaults (for GPTQ static act-order, true-sequential per decoder layer, damping 0.01; for AWQ 20 points of its
-grid), with the ``mse`` observer for scales; a mixture's experts are calibrated on all tokens each, unless
+grid), with the ``mse`` observer for scales; ``--preset`` takes a scheme of its own names instead, with the observers
+that it gives it. A mixture's experts are calibrated on all tokens each, unless
 ``--routed``. The clock starts with everything imported, tokenizer and token
 ids loaded, and stops with the artifact saved.
 """
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--method", choices=["gptq", "awq", "rtn"], default="gptq")
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--routed", action="store_true", help="calibrate experts on the tokens that are routed to them")
+    parser.add_argument("--preset", help="one of its own schemes: NVFP4, MXFP4, FP8_BLOCK, W4AFP8, …")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ids = np.load(options.ids)
@@ -50,7 +52,8 @@ def main() -> None:
     }
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     modifier = GPTQModifier if options.method == "gptq" else QuantizationModifier
-    recipe: list[Any] = [modifier(config_groups=groups, ignore=["lm_head"])]
+    chosen = {"scheme": options.preset, "targets": ["Linear"]} if options.preset else {"config_groups": groups}
+    recipe: list[Any] = [modifier(**chosen, ignore=["lm_head"])]
     if options.method == "awq":
         recipe.insert(0, AWQModifier())
     begin = time.perf_counter()

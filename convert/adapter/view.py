@@ -73,7 +73,7 @@ class AdapterView(CheckpointView):
                 infos[place] = TensorInfo(place, embedding.dtype, info.shape, embedding.shard)
             self._replaced[place] = stored
         self.infos = infos
-        self.quantized_inputs = {}
+        self.quantized_inputs, self.quantized_cache = {}, {}
         self.identity = f"{base.identity} + {adapter.fingerprint}"
 
     @property

@@ -278,6 +278,11 @@ def plan_stream_quantize(
         raise UsageError(
             f"method {request.method!r} needs the model's activations, so it can't be streamed; leave out --stream"
         )
+    if request.fixes_inputs:
+        raise UsageError(
+            f"scheme {request.scheme} fixes by calibration text how inputs are quantized, so it can't be streamed; "
+            "leave out --stream"
+        )
     model = _describe(model_id, output, revision, files)
     job = _QuantizeJob(model, rest, request, quantizer, layout_format, context)
     needs = _needs(model, output_nbytes(job.layout, job.config, job.files), job.memory.total - BASE_NBYTES)

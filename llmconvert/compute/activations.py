@@ -1,50 +1,151 @@
-"""Dynamic activation quantization, one scale per token, as runtimes do it before each linear.
+"""Activation quantization as runtimes do it before each linear: by token, by group of columns, or by a fixed scale.
 
 What is computed are the values the codes stand for, in the dtype of the input: the product that follows then equals
-that of an integer or E4M3 kernel up to the rounding of its sums. The formula is compressed-tensors' (symmetric, the
-largest magnitude of a token at the middle between the two outermost codes, everything in the input's dtype).
+that of an integer or float kernel up to the rounding of its sums. The formulas are those of compressed-tensors' fake
+quantization, bit for bit: symmetric, a largest magnitude at the middle between the two outermost codes of integers or
+at the largest float, scales in the input's dtype unless they are numbers of 8 bits.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-__all__ = ["InputKind", "quantize_input", "quantize_inputs_of"]
+from llmconvert.compute.scale_numbers import E4M3_SCALES, E8M0
+from llmconvert.compute.small_floats import E2M1_PARTS, E4M3_PARTS
 
-InputKind = Literal["int8", "fp8"]
+__all__ = ["InputKind", "InputNumber", "InputQuantizer", "quantize_input"]
+
+InputNumber = Literal["int8", "fp8", "fp4"]
 
 _FP8 = torch.float8_e4m3fn
-# Half the range of all codes, and the range itself.
-_HALF_RANGE = {"int8": 127.5, "fp8": torch.finfo(_FP8).max}
+# What the largest magnitude comes to: half the range of all codes; the largest float.
+_LARGEST = {"int8": 127.5, "fp8": E4M3_PARTS.largest, "fp4": E2M1_PARTS.largest}
+# Exponents of the largest power of two below; a magnitude from 1¾ of a power on counts as the next one.
+_TOP = {"fp8": 8, "fp4": 2}
+_NEXT_POWER = 1.75 / 2
+
+
+@dataclass(frozen=True, slots=True)
+class InputKind:
+    """How a linear's inputs are quantized.
+
+    Attributes:
+        number: of the codes.
+        group: columns that share a scale; None for a whole token, or all of a text if the scale is fixed.
+        scales: what the scales of groups are: floats, or numbers of 8 bits: E4M3 below a fixed float32 divisor (NVFP4),
+            powers of two (MX).
+        static: whether one scale, fixed by calibration text, is for all inputs.
+        scale: this scale, or the divisor; None where nothing is fixed, or not yet.
+    """
+
+    number: InputNumber
+    group: int | None = None
+    scales: Literal["float", "e4m3", "e8m0"] = "float"
+    static: bool = False
+    scale: float | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether something about it is fixed by calibration text."""
+        return self.static or self.scales == "e4m3"
+
+    def __str__(self) -> str:
+        where = "by token" if self.group is None else f"in groups of {self.group}"
+        kinds = {"float": "", "e4m3": ", scales in E4M3", "e8m0": ", scales powers of two"}
+        return f"{self.number} {'by a fixed scale' if self.static else where}{kinds[self.scales]}"
+
+    def scale_for(self, largest: float, dtype: torch.dtype) -> torch.Tensor:
+        """The fixed scale, or the divisor, for inputs up to a magnitude; one number, as it is stored.
+
+        Args:
+            largest: magnitude on calibration text; zero if nothing ever came in, which then counts as one.
+            dtype: of the model, in which a scale is stored; a divisor is float32.
+        """
+        magnitude = torch.tensor([largest or 1.0], dtype=torch.float32)
+        if self.static:
+            return (magnitude / _LARGEST[self.number]).to(dtype)
+        return E4M3_PARTS.largest * _LARGEST[self.number] / magnitude
+
+    def at(self, scale: torch.Tensor) -> InputKind:
+        """The same with what calibration has fixed."""
+        return replace(self, scale=float(scale))
 
 
 def quantize_input(values: torch.Tensor, kind: InputKind) -> torch.Tensor:
     """Round activations to what their codes stand for.
 
     Args:
-        values: ``[…, columns]``, one token per row of the last dimension.
-        kind: of the codes.
+        values: ``[…, columns]``, one token per row of the last dimension; a multiple of the group's columns, if the
+            kind has groups.
+        kind: how; with its scale, if calibration fixes one.
 
     Returns:
         the same shape and dtype.
     """
-    largest = values.abs().amax(-1, keepdim=True)
-    scale = largest / _HALF_RANGE[kind]
-    scale = torch.where(scale == 0, torch.finfo(values.dtype).eps, scale)
+    if kind.calibrated and kind.scale is None:
+        raise ValueError(f"inputs are quantized to {kind}, and nothing fixed the scale")
+    if kind.group is not None:
+        grouped = values.unflatten(-1, (-1, kind.group))
+        return _round(grouped, _group_scale(grouped, kind), kind.number).flatten(-2).to(values.dtype)
+    if kind.static:
+        return _round(values, torch.tensor([kind.scale], dtype=values.dtype, device=values.device), kind.number)
+    return _round(values, _float_scale(values, kind.number), kind.number)
+
+
+def _round(values: torch.Tensor, scale: torch.Tensor, number: InputNumber) -> torch.Tensor:
     codes = values / scale
-    if kind == "int8":
+    if number == "int8":
         return codes.round_().clamp_(-128, 127).mul_(scale)
-    bound = torch.finfo(_FP8).max
-    return codes.clamp_(-bound, bound).to(_FP8).to(values.dtype).mul_(scale)
+    if number == "fp4":
+        return E2M1_PARTS.round(codes).to(codes.dtype).mul_(scale)
+    bound = E4M3_PARTS.largest
+    return codes.clamp_(-bound, bound).to(_FP8).to(codes.dtype).mul_(scale)
 
 
-def quantize_inputs_of(linear: nn.Linear, kind: InputKind) -> None:
-    """Let a linear see its inputs quantized from here on."""
+def _float_scale(values: torch.Tensor, number: InputNumber) -> torch.Tensor:
+    """``[…, 1]``, in the dtype of the values."""
+    scale = values.abs().amax(-1, keepdim=True) / _LARGEST[number]
+    return torch.where(scale == 0, torch.finfo(values.dtype).eps, scale)
 
-    def replace(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (quantize_input(args[0], kind), *args[1:])
 
-    linear.register_forward_pre_hook(replace)
+def _group_scale(grouped: torch.Tensor, kind: InputKind) -> torch.Tensor:
+    """Of values ``[…, groups, columns]`` the scales, ``[…, groups, 1]``."""
+    if kind.scales == "float":
+        return _float_scale(grouped, kind.number)
+    largest = grouped.abs().amax(-1, keepdim=True)
+    if kind.scales == "e8m0":
+        mantissa, exponent = torch.frexp(largest.float())
+        exponent = exponent - 1 - _TOP[kind.number] + (mantissa >= _NEXT_POWER).int()
+        codes = (exponent + 127).clamp_(0, 254).masked_fill_(largest == 0, 0).to(torch.uint8)
+        scale = E8M0.values(codes).to(grouped.dtype)
+        return torch.where(scale == 0, 1, scale)
+    divisor = torch.tensor([kind.scale], dtype=torch.float32, device=grouped.device)
+    scale = E4M3_SCALES.values(E4M3_SCALES.nearest(divisor * (largest / _LARGEST[kind.number])))
+    # The library takes this for a group of zeros, and for one that is next to nothing.
+    return torch.where(scale == 0, 0.125, scale) / divisor
+
+
+class InputQuantizer:
+    """Lets a linear see its inputs quantized; where calibration fixes something, from :meth:`fix` on.
+
+    Args:
+        linear: which.
+        kind: how.
+    """
+
+    def __init__(self, linear: nn.Module, kind: InputKind) -> None:
+        self.kind = kind
+        linear.register_forward_pre_hook(self._quantize)
+
+    def fix(self, scale: torch.Tensor) -> None:
+        """What calibration has found: see :meth:`InputKind.scale_for`."""
+        self.kind = self.kind.at(scale)
+
+    def _quantize(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.kind.calibrated and self.kind.scale is None:
+            return None
+        return (quantize_input(args[0], self.kind), *args[1:])

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from llmconvert.compute.activations import InputKind, quantize_inputs_of
+from llmconvert.compute.activations import InputKind, InputQuantizer
 from llmconvert.compute.attention import use_attention
 from llmconvert.compute.dot_products import use_dot_products
+from llmconvert.compute.kv_cache import CacheQuantizer, cache_quantizers
 from llmconvert.compute.precision import Scratch, WideLinear, compute_dtype
 from llmconvert.engine.architecture.buffers import restore_buffers
 from llmconvert.engine.architecture.config import build_config
@@ -164,6 +165,10 @@ class Skeleton:
         #: The embedding and the head, by name.
         self.outer = find_outer_sites(self.model, self.names, len(self.blocks) - 1)
         self._check_shapes({site.parameter: site.shape for site in self.sites.values() if site.kind == "expert"})
+        self.input_quantizers: dict[str, InputQuantizer] = {}
+        if checkpoint.quantized_cache:
+            for name, cache in self.watch_caches().items():
+                cache.fix(checkpoint.quantized_cache[name])
         inputs = checkpoint.quantized_inputs
         self.quantize_inputs({site.name: inputs[site.tensor] for site in self.sites.values() if site.tensor in inputs})
 
@@ -211,10 +216,14 @@ class Skeleton:
         return self.experts[site.block][site.layer]
 
     def quantize_inputs(self, kinds: Mapping[str, InputKind]) -> None:
-        """Let linears of the blocks see their inputs quantized from here on, each to the kind given by its name."""
+        """Let linears see inputs quantized from here on, by name; where calibration fixes a scale, from then on."""
         for linears in self.linears:
             for name in linears.keys() & kinds.keys():
-                quantize_inputs_of(linears[name], kinds[name])
+                self.input_quantizers[name] = InputQuantizer(linears[name], kinds[name])
+
+    def watch_caches(self) -> dict[str, CacheQuantizer]:
+        """What stands from here on between attention modules and their caches, by what the checkpoint calls these."""
+        return cache_quantizers({self.prefix(index): block for index, block in enumerate(self.blocks)}, self.names)
 
     def _take_experts(self, index: int) -> dict[str, ExpertsSlot]:
         """Put slots in the place of a block's experts."""

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 
@@ -98,7 +98,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     #: a path to copy, or the bytes themselves.
     files: Mapping[str, Path | bytes]
     #: Weight name → what the inputs of its linear are quantized to while the model runs; most checkpoints have none.
-    quantized_inputs: Mapping[str, Literal["int8", "fp8"]] = MappingProxyType({})
+    quantized_inputs: Mapping[str, Any] = MappingProxyType({})
+    #: Attention module → what its keys and values are divided by in a quantized cache; most checkpoints have none.
+    quantized_cache: Mapping[str, Any] = MappingProxyType({})
     #: Tells checkpoints apart whose tensors and config look alike, as far as files tell without being read; may be "".
     identity: str = ""
     #: Why no tokenizer is among the files although the model has one; "" where that is not so.
@@ -167,6 +169,7 @@ class CheckpointView(Checkpoint):
         self.config = base.config
         self.files = base.files
         self.quantized_inputs = base.quantized_inputs
+        self.quantized_cache = base.quantized_cache
         self.identity = base.identity
         self.without_tokenizer = base.without_tokenizer
 

@@ -84,8 +84,8 @@ def needs_calibration(name: str) -> bool:
 def usual_method(scheme: str | None, *, text: bool) -> str:
     """The method to take where none is named.
 
-    Nothing in GPTQ chooses the scales of GGML's types; what llama.cpp offers for them is an importance matrix. Numbers
-    that are no integers are rounded to nearest.
+    Nothing in GPTQ chooses the scales of GGML's types; what llama.cpp offers for them is an importance matrix. Floats
+    are rounded to nearest without text, and other numbers that are no integers always.
 
     Args:
         scheme: by name; None where a budget chooses schemes. One that is none is for others to refuse.
@@ -97,4 +97,6 @@ def usual_method(scheme: str | None, *, text: bool) -> str:
         found = None
     if isinstance(found, GgmlMix):
         return "imatrix" if text else "rtn"
+    if found is not None and found.number.parts is not None:
+        return "gptq" if text else "rtn"
     return "gptq" if found is None or found.number.even else "rtn"

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from llmconvert.gguf.ggml.mix import FLOATS, MIXES, GgmlMix
-from llmconvert.quantize.scheme import Scheme, SchemeOrMix, parse_scheme
+from llmconvert.quantize.scheme import ALIASES, Scheme, SchemeOrMix, parse_scheme
 
 __all__ = ["USUAL", "about_scheme", "usual_schemes"]
 
 #: Schemes that tables show; others of the same widths go with the same.
 USUAL = (
     "w8a8",
-    "fp8",
+    "fp8-dynamic",
+    "fp8-block",
+    "fp8-static",
+    "mxfp8",
     "llm.int8",
     "w8a16-g128",
     "w4a16-g64",
     "w4a16-g64-asym",
     "w4a16-g64-affine",
     "w4a16-g32",
+    "w4afp8",
+    "nvfp4",
+    "nvfp4a16",
+    "mxfp4",
+    "mxfp4a16",
     "nf4",
     "nf4-dq",
     "w3a16-g64",
@@ -47,5 +55,13 @@ def _mix(mix: GgmlMix) -> str:
 
 def _scheme(scheme: Scheme) -> str:
     nested = ", scales quantized too" if scheme.nested else ""
-    inputs = "" if scheme.activation_bits == 16 else f"; activations in {scheme.activation_bits} bits"
-    return f"{scheme.words}{nested}{inputs}"
+    other = next((f"; also called {alias}" for alias, name in ALIASES.items() if Scheme.parse(name) == scheme), "")
+    return f"{scheme.words}{nested}{_inputs(scheme)}{other}"
+
+
+def _inputs(scheme: Scheme) -> str:
+    kind = scheme.activation_bits
+    if kind == 16:
+        return ""
+    fixed = ", a scale fixed by calibration text" if scheme.fixes_inputs else ""
+    return f"; activations in {kind} bits{' (E4M3)' if scheme.float_inputs else ''}{fixed}"

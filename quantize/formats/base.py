@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
+from llmconvert.compute.activations import InputKind
 from llmconvert.engine.architecture.config import declared_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.ggml.mix import GgmlMix
@@ -83,6 +84,15 @@ class StoredLinear(ABC):
     def unmeasured_inputs(self) -> str:
         """How its inputs are quantized while the model runs, where nothing here does that; "" otherwise."""
         return ""
+
+    @property
+    def input_kind(self) -> InputKind | None:
+        """How its inputs are quantized while the model runs; None if they are not."""
+        return self.scheme.input_kind
+
+    def inputs(self, checkpoint: Checkpoint) -> InputKind | None:
+        """The same with what the file has fixed of it."""
+        return self.input_kind
 
     @abstractmethod
     def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
@@ -189,6 +199,10 @@ class Format(Reader, Protocol):
     def config(self, source: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
         """The ``config.json`` of an artifact, from the source's and what :meth:`quantization_config` gives."""
         return {**source, "quantization_config": declared}
+
+    def cache_config(self) -> Mapping[str, Any] | None:
+        """What its config says of a cache in E4M3 whose scales are in the artifact; None where it holds none."""
+        return None
 
     def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
         """Files that readers want beside ``config.json``, by name; ``declared`` is :meth:`quantization_config`'s."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from llmconvert.compute.activations import InputKind
+from llmconvert.compute.kv_cache import CacheScales
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.formats.base import read_quantized
+from llmconvert.quantize.formats.base import StoredLinear, read_quantized
 from llmconvert.quantize.formats.reading import declared_quantization, without_quantization
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -44,13 +46,14 @@ def open_dense(
         return checkpoint
     view = QuantizedView(checkpoint, declared, dtype)
     if weights_only:
-        view.quantized_inputs = {}
+        view.quantized_inputs, view.quantized_cache = {}, {}
     if not weights_only and view.unmeasured_inputs:
         how, count = view.unmeasured_inputs
         progress.log(
             f"the inputs of {count} linears are quantized while such a model runs ({how}); here they have 16 bits"
         )
-    if view.left_out or declared.get("kv_cache_scheme"):
+    seen = view.quantized_cache and not weights_only
+    if not seen and (view.left_out or declared.get("kv_cache_scheme")):
         scales = f", {len(view.left_out)} scales ({view.left_out[0]}, …)" if view.left_out else ""
         progress.log(f"a quantized key-value cache is left out{scales}: what is measured and written here has none")
     return view
@@ -75,6 +78,42 @@ class _LastRead(CheckpointView):
         if name not in kept:
             kept[name] = super().__getitem__(name)
         return kept[name]
+
+
+def _is_static_fp8(scheme: object) -> bool:
+    """Whether a key-value cache is E4M3 under one scale for a layer's keys and one for its values."""
+    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    return isinstance(scheme, Mapping) and all(scheme.get(key) == value for key, value in wanted.items())
+
+
+def _cache_scales(base: Checkpoint, names: Collection[str]) -> dict[str, CacheScales]:
+    """Attention modules whose keys and values both have one scale."""
+    found: dict[str, CacheScales] = {}
+    for name in names:
+        module = name.removesuffix(".k_scale")
+        pair = name, f"{module}.v_scale"
+        if module != name and pair[1] in names and all(base.infos[part].shape in ((), (1,)) for part in pair):
+            found[module] = CacheScales(*(base[part].reshape(1) for part in pair))
+    return found
+
+
+class _Inputs(Mapping[str, InputKind]):
+    """How inputs of linears are quantized, by their weights' names; what files have fixed is read on use."""
+
+    def __init__(self, base: Checkpoint, linears: Mapping[str, StoredLinear]) -> None:
+        self._base = base
+        self._linears = {weight: found for weight, found in linears.items() if found.input_kind is not None}
+
+    def __getitem__(self, weight: str) -> InputKind:
+        kind = self._linears[weight].inputs(self._base)
+        assert kind is not None
+        return kind
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._linears)
+
+    def __len__(self) -> int:
+        return len(self._linears)
 
 
 class QuantizedView(CheckpointView):
@@ -110,13 +149,13 @@ class QuantizedView(CheckpointView):
                 found = self.quantized[weight]
                 infos[weight] = TensorInfo(weight, dtype or found.dtype, found.shape, info.shard)
         self.infos = infos
+        if _is_static_fp8(declared.get("kv_cache_scheme")):
+            self.quantized_cache = _cache_scales(base, self.left_out)
         unmeasured = [found.unmeasured_inputs for found in linears if found.unmeasured_inputs]
         #: How inputs are quantized that nothing here does that to, and of how many linears; None where there are none.
         self.unmeasured_inputs = (unmeasured[0], len(unmeasured)) if unmeasured else None
-        inputs = {
-            weight: found.scheme.input_kind for weight, found in self.quantized.items() if not found.unmeasured_inputs
-        }
-        self.quantized_inputs = {weight: kind for weight, kind in inputs.items() if kind is not None}
+        measured = {weight: found for weight, found in self.quantized.items() if not found.unmeasured_inputs}
+        self.quantized_inputs = _Inputs(base, measured)
 
     def scheme_of(self, name: str) -> Scheme | None:
         """The scheme a weight is stored in; None for one that is dense."""

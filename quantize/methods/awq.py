@@ -22,9 +22,8 @@ from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, ScaledEdge, Target
 from llmconvert.quantize.methods.nearest import Finish, Finishing
 from llmconvert.quantize.methods.rescale import share_by_channel
-from llmconvert.quantize.methods.rtn import round_to_codes
+from llmconvert.quantize.methods.rtn import round_full_range
 from llmconvert.quantize.solve.hessian import quadratic_form
-from llmconvert.quantize.solve.scales import full_range_scales
 
 __all__ = ["Awq"]
 
@@ -95,8 +94,7 @@ def _loss(target: Target, scale: torch.Tensor, hessian: torch.Tensor, scale_dtyp
         weight = target.weight[part].float()
         scaled = weight * scale
         scheme = target.scheme.unnested
-        levels = full_range_scales(target.name, scaled, scheme, scale_dtype)
-        rounded = round_to_codes(scaled, levels, scheme).dequantize(torch.float32)
+        rounded = round_full_range(Target(target.name, scaled, scheme), scale_dtype).dequantize(torch.float32)
         loss += quadratic_form(rounded.div_(scale).sub_(weight), hessian)
     return loss
 

@@ -40,9 +40,9 @@ __all__ = [
 Calibration = Literal["none", "squares", "inputs", "block"]
 
 
-#: Which numbers a method can choose codes of: all there are; those whose levels lie evenly; these and all that lie in a
-#: table, under any scales, so that GGML's types are among them; or none but GGML's types.
-Numbers = Literal["any", "even", "solved", "none"]
+#: Which numbers a method can choose codes of: all there are; those whose levels lie evenly; these and floats; these and
+#: all that lie in a table, under any scales, so that GGML's types are among them; or none but GGML's types.
+Numbers = Literal["any", "even", "scaled", "solved", "none"]
 
 
 @dataclass(frozen=True, slots=True)

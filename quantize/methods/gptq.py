@@ -35,9 +35,10 @@ from llmconvert.quantize.solve.hessian import (
     with_damping,
 )
 from llmconvert.quantize.solve.kernels import gpu_kernels, levels_of, solve_columns, transpose_in_order
-from llmconvert.quantize.solve.refine import refine, refine_nbytes
+from llmconvert.quantize.solve.refine import Scales, refine, refine_nbytes
 from llmconvert.quantize.solve.scales import search_scales
 from llmconvert.quantize.solve.search_kernels import weighted_squares
+from llmconvert.quantize.solve.shared_scales import SharedScales, share_scales
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["Gptq", "Prepared"]
@@ -112,18 +113,26 @@ class Gptq:
         prepared = self.prepare(targets[0].name, hessian)
         schemes = dict.fromkeys(target.scheme for target in targets)
         stacks = {scheme: [target for target in targets if target.scheme == scheme] for scheme in schemes}
-        solved = {scheme: self._solve_rows(stack, prepared, scheme, scale_dtype) for scheme, stack in stacks.items()}
+        shared = {
+            scheme: share_scales({target.name: target.weight for target in stack}, scheme, scale_dtype)
+            for scheme, stack in stacks.items()
+        }
+        solved = {
+            scheme: self._solve_rows(stack, prepared, shared[scheme], scale_dtype) for scheme, stack in stacks.items()
+        }
         if self.sweeps:
             matrix, ridge = prepared.restore()
             for scheme, stack in stacks.items():
-                solved[scheme] = self._refine_rows(stack, solved[scheme][0], matrix, ridge)
+                scales: Scales = "kept" if scheme.rows != 1 else "moved"
+                solved[scheme] = self._refine_rows(stack, solved[scheme][0], matrix, ridge, scales)
         solutions: dict[str, Solution] = {}
         for scheme, stack in stacks.items():
             whole, losses = solved[scheme]
-            for target, rows in zip(stack, _rows_of(stack), strict=True):
+            for number, (target, rows) in enumerate(zip(stack, _rows_of(stack), strict=True)):
                 energy, loss = energies[target.name], float(losses[rows].sum())
                 error = loss / energy if energy > 0 else 0.0
-                solutions[target.name] = Solution(whole.rows(rows.start, rows.stop), error, prepared.damping)
+                tensor = shared[scheme].tensor(number, whole.rows(rows.start, rows.stop))
+                solutions[target.name] = Solution(tensor, error, prepared.damping)
         return solutions
 
     def nbytes(self, rows: int, columns: int) -> int:
@@ -180,7 +189,7 @@ class Gptq:
         columns, rows = errors.shape
         codes = torch.empty((columns, rows), dtype=scheme.number.code_dtype, device=weight.device)
         loss = torch.zeros(rows, dtype=self.dtype, device=weight.device)
-        scale = divisors(scales.scale.T, self.dtype).contiguous()
+        scale = divisors(scales.factors.T, self.dtype).contiguous()
         zero = torch.zeros_like(scale) if scales.zero is None else scales.zero.T.to(self.dtype).contiguous()
         order, added = prepared.order, prepared.added
         for start in reversed(range(0, columns, self.block)):
@@ -192,33 +201,39 @@ class Gptq:
         return scales.tensor(codes.T.contiguous(), scheme), loss.clamp_(min=0)
 
     def _solve_rows(
-        self, targets: Sequence[Target], prepared: Prepared, scheme: Scheme, scale_dtype: torch.dtype
+        self, targets: Sequence[Target], prepared: Prepared, shared: SharedScales, scale_dtype: torch.dtype
     ) -> tuple[QuantizedTensor, torch.Tensor]:
         """Solve several weights as one matrix of all their rows, a slice of rows at a time; with each row's loss."""
         names = "+".join(target.name for target in targets)
 
-        def solve(part: torch.Tensor, _: slice) -> tuple[QuantizedTensor, torch.Tensor]:
-            scales = search_scales(
+        def solve(part: torch.Tensor, rows: slice) -> tuple[QuantizedTensor, torch.Tensor]:
+            scales = shared.fixed(rows) or search_scales(
                 names,
                 part,
                 prepared.diagonal,
-                scheme,
+                shared.by_rows,
                 scale_dtype,
                 steps=self.scale_steps,
                 narrowest=self.narrowest,
                 stride=self.scale_stride,
+                divisor=shared.divisor,
             )
-            return self.solve(part, prepared, scheme, scales)
+            return self.solve(part, prepared, shared.by_rows, scales)
 
         return self._in_slices(targets, solve)
 
     def _refine_rows(
-        self, targets: Sequence[Target], whole: QuantizedTensor, matrix: torch.Tensor, ridge: torch.Tensor
+        self,
+        targets: Sequence[Target],
+        whole: QuantizedTensor,
+        matrix: torch.Tensor,
+        ridge: torch.Tensor,
+        scales: Scales,
     ) -> tuple[QuantizedTensor, torch.Tensor]:
-        """The same rows with better codes and scales."""
+        """The same rows with better codes and, unless others share them, scales."""
 
         def improve(part: torch.Tensor, rows: slice) -> tuple[QuantizedTensor, torch.Tensor]:
-            tensor, loss = refine(part, whole.rows(rows.start, rows.stop), matrix, self.sweeps)
+            tensor, loss = refine(part, whole.rows(rows.start, rows.stop), matrix, self.sweeps, scales=scales)
             return tensor, (loss - _weighted_squares(part, tensor, ridge)).clamp_(min=0)
 
         return self._in_slices(targets, improve)
@@ -276,12 +291,13 @@ def _solve_block(
     scheme: Scheme,
 ) -> None:
     """One block of columns; see :func:`~llmconvert.quantize.solve.kernels.solve_columns`."""
-    arguments = errors, carried, scale, zero, codes, loss, order, added, factor, start
     number = scheme.number
     if errors.device.type == "cpu":
-        arguments = errors, carried, scale, zero, codes.view(torch.int8), loss, order, added, factor, start
-        over_rows(solve_columns, errors.shape[1], *arguments, *number.limits, levels_of(number, errors))
-    elif number.even and codes.dtype == torch.int8 and (kernels := gpu_kernels(errors)):
+        held = errors, carried, scale, zero, codes.view(torch.int8), loss, order, added, factor, start
+        over_rows(solve_columns, errors.shape[1], *held, *number.limits, *levels_of(number, errors))
+        return
+    arguments = errors, carried, scale, zero, codes, loss, order, added, factor, start
+    if number.even and codes.dtype == torch.int8 and (kernels := gpu_kernels(errors)):
         kernels.solve_columns(*arguments, *number.limits)
     else:
         _solve_block_plain(*arguments, number)

@@ -27,6 +27,7 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.affine import fit_affine
 from llmconvert.quantize.solve.group_scales import GroupScales
 from llmconvert.quantize.solve.scales import full_range_scales
+from llmconvert.quantize.solve.shared_scales import share_scales
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["Hqq"]
@@ -122,10 +123,11 @@ class Hqq:
         return size.sub_(threshold).clamp_(min=0).mul_(error.sign())
 
     def _solve(self, target: Target, scale_dtype: torch.dtype) -> QuantizedTensor:
-        def choose(weight: torch.Tensor) -> GroupScales:
+        def choose(weight: torch.Tensor, _: torch.Tensor | None) -> GroupScales:
             return self.search(target.name, weight, target.scheme, scale_dtype)
 
-        return round_rows(target, choose, _WEIGHTS_AT_ONCE)
+        shared = share_scales({target.name: target.weight}, target.scheme, scale_dtype)
+        return round_rows(target, choose, _WEIGHTS_AT_ONCE, shared)
 
 
 def _fit(

@@ -18,6 +18,7 @@ from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.methods.rtn import round_to_codes
 from llmconvert.quantize.solve.hessian import quadratic_form
 from llmconvert.quantize.solve.scales import search_scales
+from llmconvert.quantize.solve.shared_scales import share_scales
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = ["Finish", "Finishing", "NearestCodes"]
@@ -68,11 +69,15 @@ class Finishing:
 def _round(target: Target, hessian: torch.Tensor, scale_dtype: torch.dtype) -> Solution:
     parts: list[QuantizedTensor] = []
     lost = energy = 0.0
+    shared = share_scales({target.name: target.weight}, target.scheme, scale_dtype)
     for rows in row_slices(target.weight.shape, _WEIGHTS_AT_ONCE):
         work = target.weight[rows].float()
-        scales = search_scales(target.name, work, hessian.diagonal(), target.scheme, scale_dtype)
-        part = round_to_codes(work, scales, target.scheme)
+        scales = shared.fixed(rows) or search_scales(
+            target.name, work, hessian.diagonal(), target.scheme, scale_dtype, divisor=shared.divisor
+        )
+        part = round_to_codes(work, scales, shared.by_rows)
         parts.append(part)
         energy += quadratic_form(work, hessian)
         lost += quadratic_form(part.dequantize(torch.float32).sub_(work), hessian)
-    return Solution(QuantizedTensor.concatenate(parts), max(0.0, lost / energy) if energy > 0 else 0.0)
+    tensor = shared.tensor(0, QuantizedTensor.concatenate(parts))
+    return Solution(tensor, max(0.0, lost / energy) if energy > 0 else 0.0)

@@ -21,9 +21,10 @@ from llmconvert.quantize.numbers import dtype_named
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.group_scales import GroupScales, divisors
 from llmconvert.quantize.solve.scales import full_range_scales, search_scales
+from llmconvert.quantize.solve.shared_scales import SharedScales, share_scales
 from llmconvert.quantize.tensor import NestedScales, QuantizedTensor
 
-__all__ = ["Rtn", "round_rows", "round_to_codes"]
+__all__ = ["Rtn", "round_full_range", "round_rows", "round_to_codes"]
 
 # Rows are rounded in slices of about this many weights, for the sake of the float32 copies.
 _WEIGHTS_AT_ONCE = 1 << 23
@@ -61,13 +62,14 @@ class Rtn:
         if target.scheme.number.absmax:
             return _round_by_absmax(target)
 
-        def choose(weight: torch.Tensor) -> GroupScales:
+        def choose(weight: torch.Tensor, divisor: torch.Tensor | None) -> GroupScales:
             if not self.search:
-                return full_range_scales(target.name, weight, target.scheme, scale_dtype)
+                return full_range_scales(target.name, weight, target.scheme, scale_dtype, divisor=divisor)
             importance = torch.ones(weight.shape[1], device=weight.device)
-            return search_scales(target.name, weight, importance, target.scheme, scale_dtype)
+            return search_scales(target.name, weight, importance, target.scheme, scale_dtype, divisor=divisor)
 
-        return round_rows(target, choose, _WEIGHTS_AT_ONCE)
+        shared = share_scales({target.name: target.weight}, target.scheme, scale_dtype, widest=self.search)
+        return round_rows(target, choose, _WEIGHTS_AT_ONCE, shared)
 
 
 def _round_by_absmax(target: Target) -> QuantizedTensor:
@@ -94,25 +96,42 @@ def _round_by_absmax(target: Target) -> QuantizedTensor:
     return QuantizedTensor(codes, nested.dequantize().view(scale.shape), None, scheme, nested)
 
 
-def round_rows(target: Target, choose: Callable[[torch.Tensor], GroupScales], weights_at_once: int) -> QuantizedTensor:
+def round_rows(
+    target: Target,
+    choose: Callable[[torch.Tensor, torch.Tensor | None], GroupScales],
+    weights_at_once: int,
+    shared: SharedScales,
+) -> QuantizedTensor:
     """The nearest codes of a weight, for scales chosen a slice of rows at a time.
 
     Args:
         target: the weight.
-        choose: scales of some rows, float32 ``[rows, columns]``.
+        choose: scales of some rows, float32 ``[rows, columns]``, and the divisor that they share, if there is one.
         weights_at_once: about how many weights a slice has.
+        shared: what all rows share; where that is all of the scales, none are chosen.
     """
     parts: list[QuantizedTensor] = []
     for rows in row_slices(target.weight.shape, weights_at_once):
         work = target.weight[rows].float()
-        parts.append(round_to_codes(work, choose(work), target.scheme))
-    return QuantizedTensor.concatenate(parts)
+        scales = shared.fixed(rows) or choose(work, shared.divisor)
+        parts.append(round_to_codes(work, scales, shared.by_rows))
+    return shared.tensor(0, QuantizedTensor.concatenate(parts))
+
+
+def round_full_range(target: Target, scale_dtype: torch.dtype) -> QuantizedTensor:
+    """The nearest codes of a weight under scales that cover each group's full range."""
+
+    def choose(weight: torch.Tensor, divisor: torch.Tensor | None) -> GroupScales:
+        return full_range_scales(target.name, weight, target.scheme, scale_dtype, divisor=divisor)
+
+    shared = share_scales({target.name: target.weight}, target.scheme, scale_dtype, widest=False)
+    return round_rows(target, choose, _WEIGHTS_AT_ONCE, shared)
 
 
 def round_to_codes(weight: torch.Tensor, scales: GroupScales, scheme: Scheme) -> QuantizedTensor:
     """The nearest code of every weight, for given scales."""
     rows, columns = weight.shape
     grouped = scales.without_offsets(weight).reshape(rows, scales.scale.shape[1], -1)
-    grouped = grouped / divisors(scales.scale.unsqueeze(-1), weight.dtype)
+    grouped = grouped / divisors(scales.factors.unsqueeze(-1), weight.dtype)
     codes = scheme.number.nearest(grouped, None if scales.zero is None else scales.zero.unsqueeze(-1))
     return scales.tensor(codes.reshape(rows, columns), scheme)

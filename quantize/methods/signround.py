@@ -14,6 +14,7 @@ never ends with a larger error than it started with.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from llmconvert.compute.scale_numbers import E8M0
 from llmconvert.engine.coroutine import record_inputs
 from llmconvert.engine.skeleton import BlockCall
 from llmconvert.engine.statistics import Arrival, Hessian, HessianSum
@@ -38,6 +40,8 @@ _STARTS: dict[str, Gptaq | Gptq | Rtn] = {"gptaq": Gptaq(), "gptq": Gptq(sweeps=
 _EDGE = 0.49
 # Bounds of the factor on a scale.
 _NARROWEST, _WIDEST = 0.5, 1.2
+# What takes a number next to itself, below.
+_BELOW = 1 - 2.0**-10
 # A step takes slices of about this many weights, whose float32 copies stay in the cache.
 _WEIGHTS_AT_ONCE = 1 << 17
 
@@ -66,7 +70,7 @@ class SignRound:
 
     calibration: ClassVar[Calibration] = "block"
     original: ClassVar[bool] = True
-    numbers: ClassVar[Numbers] = "even"
+    numbers: ClassVar[Numbers] = "scaled"
 
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
@@ -100,9 +104,10 @@ class SignRound:
 
     def block_nbytes(self, weights: int, batch: int) -> int:
         """Moments of one linear's inputs are counted with the weights, which are not there at the same time: the
-        offsets twice, the values, their gradients and a float32 copy of both to multiply with; and the activations of a
-        step with gradients, each kept once more than in a plain pass, and in float32 as it is multiplied."""
-        return weights * 4 * 8 + 4 * self.batch * batch
+        offsets twice, the values, their gradients and a float32 copy of both to multiply with, and of floats how far
+        levels are from each other; and the activations of a step with gradients, each kept once more than in a plain
+        pass, and in float32 as it is multiplied."""
+        return weights * 4 * 9 + 4 * self.batch * batch
 
     def _start(self, targets: Sequence[Target], data: BlockData, scale_dtype: torch.dtype) -> dict[str, Solution]:
         """Solve linear after linear, each on what those before it give once they are quantized."""
@@ -155,29 +160,40 @@ class SignRound:
 class _Learned:
     """A weight in training: offsets before rounding, factors on its scales, and the values they come to.
 
-    ``weight / (scale · factor) + zero + offset`` is what gets rounded. Gradients through rounding and clamping are
-    worked out by hand, a slice of rows at a time that stays in the cache; autograd kept a dozen copies of the weights.
+    ``weight / (scale · factor) + zero + offset`` is what gets rounded; of floats the offset counts in distances between
+    levels where the weight lies. Gradients through rounding and clamping are worked out by hand, a slice of rows at a
+    time that stays in the cache; autograd kept a dozen copies of the weights. Scales that rows share, and powers of
+    two, of which none is near another, stay as they are.
     """
 
     def __init__(self, target: Target, start: QuantizedTensor, parameter: str) -> None:
         self.parameter = parameter
         self.start = start
         self._number = start.scheme.number
-        rows, groups = start.scale.shape
+        scale = _scales_by_row(start)
+        rows, groups = scale.shape
+        self._moves = start.scheme.rows == 1 and start.scheme.number.scales is not E8M0
         self._weight = target.weight.view(rows, groups, -1)
-        self._scale = start.scale.float().unsqueeze(-1)
+        self._scale = scale.unsqueeze(-1)
         self._zero = torch.zeros_like(self._scale) if start.zero is None else start.zero.float().unsqueeze(-1)
         if start.offset is not None:  # a zero point that is a float, and grows with the scale as others do
             self._zero = -start.offset.float().unsqueeze(-1) / self._scale
         codes = start.codes.view(rows, groups, -1)
         self.factor = torch.ones_like(self._scale)
         self.offset = torch.empty(codes.shape, device=codes.device)
+        self._spacing = None if self._number.parts is None else torch.empty_like(self.offset)
         #: The dequantized weight in its own dtype, ``[rows, columns]``; its gradient is what a step takes.
         self.value = torch.empty_like(target.weight)
         for part in self._slices():
             own = self._weight[part] / self._scale[part] + self._zero[part]
-            code = codes[part].float()
-            self.offset[part] = code + (own - code).clamp_(-_EDGE, _EDGE) - own
+            code = self._number.values(codes[part])
+            if self._number.parts is None or self._spacing is None:
+                self.offset[part] = code + (own - code).clamp_(-_EDGE, _EDGE) - own
+            else:
+                spacing = self._spacing[part].copy_(self._number.parts.spacing(own))
+                # Below a power of two levels are nearer to it than above.
+                edge = self._number.parts.spacing(code * _BELOW).mul_(_EDGE)
+                self.offset[part] = (code + (own - code).clamp(-edge, edge) - own).div_(spacing)
             self._write(part)
         self.value.requires_grad_()
 
@@ -197,24 +213,29 @@ class _Learned:
             for part in self._slices():
                 towards = gradient[part].float()
                 factor, scale = self.factor[part], self._scale[part]
-                raw = self._raw(part).round_()
+                raw = self._raw(part)
+                if self._number.parts is None:
+                    raw.round_()
                 inside = (raw >= low) & (raw <= high)
-                level = raw.clamp_(low, high).sub_(self._zero[part])
+                level = self._levels(raw).sub_(self._zero[part])
                 # Rounding passes gradients straight through, clamping those of codes inside their range.
                 passed = towards * inside
                 by_factor = (towards * level).sum(-1, keepdim=True).mul_(scale)
                 by_factor -= (passed * self._weight[part]).sum(-1, keepdim=True).div_(factor)
                 self.offset[part] -= passed.sign_() * scale.sign() * rate
-                self.factor[part] = (factor - by_factor.sign_() * scale_rate).clamp_(_NARROWEST, _WIDEST)
+                if self._moves:
+                    self.factor[part] = (factor - by_factor.sign_() * scale_rate).clamp_(_NARROWEST, _WIDEST)
                 self._write(part)
 
     def quantized(self) -> QuantizedTensor:
         """The weight as it stands."""
+        start = self.start
         codes = torch.empty(self.offset.shape, dtype=self._number.code_dtype, device=self.offset.device)
         for part in self._slices():
-            codes[part] = self._codes(part).to(codes.dtype)
-        stored, bias = self._stored(slice(None)), self._bias(slice(None))
-        return QuantizedTensor(codes.flatten(1), stored, self.start.zero, self.start.scheme, offset=bias)
+            raw = self._raw(part)
+            codes[part] = self._levels(raw).to(codes.dtype) if self._number.even else self._number.nearest(raw)
+        scale, bias = self._stored(slice(None)) if self._moves else start.scale, self._bias(slice(None))
+        return QuantizedTensor(codes.flatten(1), scale, start.zero, start.scheme, divisor=start.divisor, offset=bias)
 
     def _slices(self) -> Iterator[slice]:
         return row_slices(self._weight.shape, _WEIGHTS_AT_ONCE)
@@ -222,16 +243,27 @@ class _Learned:
     def _raw(self, part: slice) -> torch.Tensor:
         """What gets rounded, float32 ``[rows, groups, group size]``."""
         scaled = self._weight[part] / (self._scale[part] * self.factor[part])
-        return scaled.add_(self._zero[part]).add_(self.offset[part])
+        scaled.add_(self._zero[part])
+        offset = self.offset[part]
+        return scaled.add_(offset if self._spacing is None else offset * self._spacing[part])
 
-    def _codes(self, part: slice) -> torch.Tensor:
-        """Codes as float32, ``[rows, groups, group size]``."""
-        return self._raw(part).round_().clamp_(*self._number.limits)
+    def _levels(self, raw: torch.Tensor) -> torch.Tensor:
+        """What that is rounded to, float32; integers are codes."""
+        parts = self._number.parts
+        return raw.round_().clamp_(*self._number.limits) if parts is None else parts.round(raw)
 
     def _stored(self, part: slice) -> torch.Tensor:
         """Scales ``[rows, groups]`` as they will be stored."""
         scale = (self._scale[part] * self.factor[part]).squeeze(-1)
-        return self._number.round_scale(scale, self.start.scale.dtype)
+        divisor = self.start.divisor
+        return self._number.round_scale(scale if divisor is None else scale * divisor, self.start.scale.dtype)
+
+    def _factors(self, part: slice) -> torch.Tensor:
+        """What levels are multiplied by then, ``[rows, groups, 1]``."""
+        if not self._moves:
+            return self._scale[part]
+        stored, divisor = self._stored(part), self.start.divisor
+        return (stored if divisor is None else stored / divisor).unsqueeze(-1)
 
     def _bias(self, part: slice) -> torch.Tensor | None:
         """Biases ``[rows, groups]`` as they will be stored; None where zero points are integers, or there are none."""
@@ -242,14 +274,24 @@ class _Learned:
 
     def _write(self, part: slice) -> None:
         """Bring :attr:`value` up to date."""
-        level, bias = self._codes(part), self._bias(part)
+        level, bias = self._levels(self._raw(part)), self._bias(part)
         if bias is None:
             level.sub_(self._zero[part])
-        level.mul_(self._stored(part).unsqueeze(-1))
+        level.mul_(self._factors(part))
         if bias is not None:
             level.add_(bias.unsqueeze(-1))
         with torch.no_grad():
             self.value[part] = level.flatten(1)
+
+
+def _scales_by_row(tensor: QuantizedTensor) -> torch.Tensor:
+    """What a weight's codes are multiplied by, float32 ``[rows, groups]``, in groups of one size."""
+    scheme, (rows, columns) = tensor.scheme, tensor.shape
+    if scheme.rows == 1:
+        return tensor.factors
+    size = math.gcd(columns, scheme.columns_per_group(columns))
+    wide = tensor.factors.repeat_interleave(scheme.columns_per_group(columns) // size, 1)[:, : columns // size]
+    return wide.repeat_interleave(scheme.rows or rows, 0)[:rows]
 
 
 def _loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

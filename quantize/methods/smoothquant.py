@@ -22,8 +22,7 @@ from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, ScaledEdge, Target
 from llmconvert.quantize.methods.nearest import Finish, Finishing
 from llmconvert.quantize.methods.rescale import share_by_channel
-from llmconvert.quantize.methods.rtn import round_to_codes
-from llmconvert.quantize.solve.scales import full_range_scales
+from llmconvert.quantize.methods.rtn import round_full_range
 
 __all__ = ["SmoothQuant"]
 
@@ -48,7 +47,7 @@ class SmoothQuant(Finishing):
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = False
-    numbers: ClassVar[Numbers] = "even"
+    numbers: ClassVar[Numbers] = "scaled"
     moments: ClassVar[bool] = False
     sample_tokens: ClassVar[int] = 1024
 
@@ -102,10 +101,11 @@ def _losses(
         energy += expected.square().sum(1)
         for candidate, error in zip(candidates, errors, strict=True):
             scaled = weight * candidate
-            levels = full_range_scales(target.name, scaled, target.scheme, scale_dtype)
-            rounded = round_to_codes(scaled, levels, target.scheme).dequantize(torch.float32)
+            rounded = round_full_range(Target(target.name, scaled, target.scheme), scale_dtype)
             inputs = sample / candidate
             if kind is not None:
+                if kind.calibrated:
+                    kind = kind.at(kind.scale_for(float(inputs.abs().max()), sample.dtype))
                 inputs = quantize_input(inputs, kind)
-            error += torch.addmm(expected, inputs, rounded.T, alpha=-1).square_().sum(1)
+            error += torch.addmm(expected, inputs, rounded.dequantize(torch.float32).T, alpha=-1).square_().sum(1)
     return (errors / torch.maximum(energy, energy.median()).clamp_min(torch.finfo(torch.float32).tiny)).mean(1)

@@ -26,12 +26,12 @@ class Budget:
 
     Attributes:
         bits_per_weight: mean over all weights quantized, scales and zero points included, as they lie in the file.
-        bits: widths to choose from.
-        group_sizes: to choose from, where they divide the columns; None is one scale per output channel.
+        bits: widths of integers to choose from, and whole schemes.
+        group_sizes: of integers, to choose from where they divide the columns; None is one scale per output channel.
     """
 
     bits_per_weight: float
-    bits: tuple[int, ...] = (2, 3, 4, 8)
+    bits: tuple[int | Scheme, ...] = (2, 3, 4, 8)
     group_sizes: tuple[int | None, ...] = (32, 64, 128)
 
 
@@ -62,7 +62,9 @@ def candidates(unit: FusedUnit, scheme: Scheme, budget: Budget, storage: Storage
     Raises:
         SchemeError: there are none.
     """
-    every = [replace(scheme.with_bits(bits), group_size=size) for bits in budget.bits for size in budget.group_sizes]
+    widths = [bits for bits in budget.bits if isinstance(bits, int)]
+    every = [replace(scheme.with_bits(bits), group_size=size) for bits in widths for size in budget.group_sizes]
+    every += [option for option in budget.bits if isinstance(option, Scheme)]
     found = tuple(option for option in every if all(storage.accepts(option, shape, every[:1]) for shape in unit.shapes))
     if not found:
         tried = ", ".join(map(str, every))

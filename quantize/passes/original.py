@@ -33,6 +33,7 @@ from llmconvert.quantize.methods.outer import head_hessian, solve_outer
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
+from llmconvert.quantize.solve.fixed_scales import LargestInput
 from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.quantize.steps import Outcome, Step, round_unreached
 
@@ -168,7 +169,8 @@ class OriginalSteps:
             wanted = self._wanted(stop)
             if not wanted:
                 continue
-            hessian = self._hessian(run, stop, experts)
+            seen = LargestInput(scheme for schemes in wanted.values() for scheme in schemes)
+            hessian = self._hessian(run, stop, experts, seen)
             with self.phases.measure("releasing"):
                 release_freed_memory()
             for number, (way, schemes) in enumerate(wanted.items()):
@@ -179,6 +181,8 @@ class OriginalSteps:
                 for (name, scheme), found in solutions.items():
                     counted = run.site(name).kind == "expert"
                     solution = replace(found, tokens=experts.tokens(name)) if counted else found
+                    fixed = seen.scale(scheme, self.skeleton.dtype)
+                    solution = replace(solution, tensor=replace(solution.tensor, input_scale=fixed))
                     for variant in self._of(way):
                         if self.variants[variant].plan.schemes.get(name) == scheme:
                             yield name, ForVariant(variant, solution)
@@ -218,12 +222,12 @@ class OriginalSteps:
     def _of(self, way: _Way) -> list[int]:
         return [number for number, one in enumerate(self.variants) if (one.method, one.scale_dtype) == way]
 
-    def _hessian(self, run: BlockRun, stop: Stop, experts: ExpertMoments) -> Hessian:
+    def _hessian(self, run: BlockRun, stop: Stop, experts: ExpertMoments, seen: LargestInput) -> Hessian:
         name = stop.linears[0]
         if run.site(name).kind == "expert":
             with self.phases.measure("Hessians"):
                 return experts.hessian(stop)
-        inputs = self.phases.pull("forward", run.inputs(name))
+        inputs = seen.watch(self.phases.pull("forward", run.inputs(name)))
         with self.phases.measure("Hessians"):
             return accumulate_hessian(name, inputs, stop.columns, self.skeleton.device)
 

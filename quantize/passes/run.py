@@ -30,6 +30,7 @@ from llmconvert.quantize.methods.rescale import describe_edges
 from llmconvert.quantize.passes.expert_tokens import require_tokens
 from llmconvert.quantize.passes.original import OriginalSteps, Variant, VariantSink
 from llmconvert.quantize.plan import QuantizationPlan, QuantizeRequest
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.sink import ArtifactSink, finished_blocks
 from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Outcome, Steps
 from llmconvert.storage.artifact import Artifact, build_artifact, job_key
@@ -158,7 +159,14 @@ class QuantizePlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What will be otherwise than asked for, or otherwise in the runtime than in transformers."""
-        return *self.decisions.notes, *self.container.notes
+        return *self._names, *self.decisions.notes, *self.container.notes
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """What others call the scheme, where that is another one's name elsewhere."""
+        if isinstance(self.request.scheme, Scheme) and self.request.scheme == Scheme.parse("fp8-dynamic"):
+            return ("the scheme is fp8-dynamic (fp8 for short); what compressed-tensors calls FP8 is fp8-static",)
+        return ()
 
     def run(self) -> QuantizeResult:
         """Write the artifact, or go on where an interrupted run of the same plan was stopped.
@@ -185,6 +193,7 @@ class QuantizePlan:
                 "statistics": "original" if request.statistics == "original" else None,
                 "expert prior": request.expert_prior if any(inputs.skeleton.experts) else None,
                 "experts": request.experts if any(inputs.skeleton.experts) else None,
+                "cache": request.kv_cache,
                 "schemes": {linear: str(planned) for linear, planned in self.decisions.schemes.items()},
                 "original": original.identity if original is not None and not identity else "",
             },
@@ -329,9 +338,10 @@ def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
     """The way through the blocks for one artifact, each linear on what those before it have become."""
     inputs, decisions = plan.inputs, plan.decisions
     skeleton, blocks, method = inputs.skeleton, inputs.blocks, inputs.method
-    if method.calibration == "none":
+    fixed = any(planned.fixes_inputs for planned in decisions.schemes.values()) or decisions.caches
+    if method.calibration == "none" and not fixed:
         return DataFreeSteps(skeleton, method, decisions, inputs.scale_dtype, phases)
-    kinds = {linear: planned.input_kind for linear, planned in decisions.schemes.items()}
+    kinds = {linear: planned.input_kind for linear, planned in decisions.schemes.items() if not planned.fixes_inputs}
     skeleton.quantize_inputs({linear: kind for linear, kind in kinds.items() if kind is not None})
     edges: tuple[tuple[Edge, ...], ...] = ()
     mixtures: tuple[tuple[MixtureEdge, ...], ...] = ()
@@ -355,6 +365,7 @@ def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
         mixtures,
         plan.request.expert_prior,
         plan.request.experts == "all",
+        skeleton.watch_caches() if decisions.caches else {},
     )
 
 

@@ -21,20 +21,27 @@ class GroupScales:
     """What the codes of each group are multiplied by, and moved.
 
     Attributes:
-        scale: ``[rows, groups]`` in its stored dtype.
+        scale: ``[rows, groups]`` in its stored dtype; float32 where numbers of 8 bits are stored.
         zero: int8 of the same shape; None when symmetric.
         offset: as ``scale``, what is added to the values, for numbers with minima; None for others.
         nested: what the scales and offsets of super-blocks are stored as; None for other schemes.
+        divisor: float32, one number: what all scales are divided by; None for other numbers.
     """
 
     scale: torch.Tensor
     zero: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     nested: SuperBlockScales | None = None
+    divisor: torch.Tensor | None = None
+
+    @property
+    def factors(self) -> torch.Tensor:
+        """What codes are multiplied by, ``[rows, groups]``."""
+        return self.scale if self.divisor is None else self.scale / self.divisor
 
     def tensor(self, codes: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
         """A weight with these scales."""
-        return QuantizedTensor(codes, self.scale, self.zero, scheme, self.nested, offset=self.offset)
+        return QuantizedTensor(codes, self.scale, self.zero, scheme, self.nested, self.divisor, self.offset)
 
     def without_offsets(self, weight: torch.Tensor) -> torch.Tensor:
         """What of a weight ``[rows, columns]`` is left for codes: its groups' offsets are taken off."""

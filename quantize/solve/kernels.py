@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from llmconvert.quantize.numbers import Number
+from llmconvert.quantize.solve.float_kernels import best_float_candidates, nearest_floats
 from llmconvert.quantize.solve.search_kernels import affine_sums, best_candidates, weighted_squares
 
 __all__ = [
@@ -106,6 +107,9 @@ def solve_columns(
     code_min: float,
     code_max: float,
     levels: np.ndarray[Any, Any],
+    bits: int,
+    mantissa: int,
+    least: int,
 ) -> None:
     """Quantize a block of columns, the last one first, each answering the errors of all that were solved before it.
 
@@ -127,7 +131,8 @@ def solve_columns(
         factor: ``[block, block]``, the diagonal block of the Hessian's lower factor.
         start: first column of the block.
         code_min, code_max: range of codes.
-        levels: what codes stand for, ascending; empty where they stand for themselves.
+        levels: what codes stand for; empty where they stand for themselves. Unless they are floats, they ascend.
+        bits, mantissa, least: of floats (:class:`~llmconvert.compute.small_floats.FloatParts`); all zero for others.
     """
     block = factor.shape[0]
     size = errors.shape[0] // scales.shape[0]
@@ -135,6 +140,7 @@ def solve_columns(
     error = np.zeros((_PANEL, _TILE_ROWS), errors.dtype)
     level = np.zeros(_TILE_ROWS, errors.dtype)
     counts = np.zeros(_TILE_ROWS, np.int32)
+    scratch = np.zeros((3, _TILE_ROWS), np.float32)
     lowest, highest = errors.dtype.type(code_min), errors.dtype.type(code_max)
     # Lines are taken out of their matrices first: in an index that is a sum the compiler must allow for a negative one,
     # and gives up on vectors. For the same reason no loop touches more than four of them: any two could overlap.
@@ -164,7 +170,10 @@ def solve_columns(
                 else:
                     for row in range(height):
                         level[row] = line[row] / step[row]
-                    _nearest_levels(level[:height], stored, levels, counts)
+                    if mantissa > 0:
+                        nearest_floats(level[:height], stored, scratch, bits, mantissa, least, code_max)
+                    else:
+                        _nearest_levels(level[:height], stored, levels, counts)
                 for row in range(height):
                     level[row] = (level[row] - origin[row]) * step[row]
                 for row in range(height):
@@ -203,6 +212,9 @@ def descend_columns(
     code_min: float,
     code_max: float,
     levels: np.ndarray[Any, Any],
+    bits: int,
+    mantissa: int,
+    least: int,
 ) -> None:
     """Give every column the code that is best for the others, one after the other.
 
@@ -214,13 +226,14 @@ def descend_columns(
         scale: ``[rows]``.
         moved: ``[columns, rows]``, filled with the changes of the weights.
         code_min, code_max: range of codes.
-        levels: see :func:`solve_columns`.
+        levels, bits, mantissa, least: see :func:`solve_columns`.
     """
     count = len(hessian)
     tile = np.zeros((count, _TILE_ROWS), gradient.dtype)
     level = np.zeros(_TILE_ROWS, gradient.dtype)
     best = np.zeros(_TILE_ROWS, gradient.dtype)
     counts = np.zeros(_TILE_ROWS, np.int32)
+    scratch = np.zeros((3, _TILE_ROWS), np.float32)
     lowest, highest = gradient.dtype.type(code_min), gradient.dtype.type(code_max)
     # Lines in matrices of their own, and few to a loop, for the sake of the vector units; see above.
     for top in range(begin, end, _TILE_ROWS):
@@ -247,10 +260,13 @@ def descend_columns(
                     stored[row] = np.int32(best[row])
             else:
                 for row in range(height):
-                    level[row] = levels[stored[row]]
+                    level[row] = levels[stored[row] & 255]
                 for row in range(height):
                     best[row] = level[row] - line[row] * inverse / step[row]
-                _nearest_levels(best[:height], stored, levels, counts)
+                if mantissa > 0:
+                    nearest_floats(best[:height], stored, scratch, bits, mantissa, least, code_max)
+                else:
+                    _nearest_levels(best[:height], stored, levels, counts)
             for row in range(height):
                 level[row] = (best[row] - level[row]) * step[row]
             for row in range(height):
@@ -265,10 +281,15 @@ def descend_columns(
                 target[row] = line[row]
 
 
-def levels_of(number: Number, like: torch.Tensor) -> torch.Tensor:
-    """What codes of a number stand for, as the kernels take it: ascending, in the dtype of what they work on."""
+def levels_of(number: Number, like: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """What codes of a number stand for, as the kernels take it, in the dtype of what they work on: their last four
+    arguments."""
+    if number.parts is not None:
+        parts = number.parts
+        codes = torch.arange(1 << parts.bits, dtype=torch.int32)
+        return parts.values(codes).to(like), parts.bits, parts.mantissa, parts.least
     table = number.table
-    return like.new_empty(0) if table is None else table.to(like)
+    return like.new_empty(0) if table is None else table.to(like), 0, 0, 0
 
 
 def gpu_kernels(values: torch.Tensor) -> ModuleType | None:
@@ -291,7 +312,8 @@ def load_kernels() -> None:
     codes, index = np.zeros((1, 1), np.int8), np.zeros(1, np.int64)
     best_candidates(0, 0, one[None], one[None], one[None], index[None], one, 1, 0.0, 0.0)
     transpose_in_order(0, 0, one, index, one)
-    solve_columns(0, 0, one, one, one, one, codes, line, index, line, one, 0, 0.0, 0.0, line[:0])
+    solve_columns(0, 0, one, one, one, one, codes, line, index, line, one, 0, 0.0, 0.0, line[:0], 0, 0, 0)
     weighted_squares(0, 0, one, codes, one, one, line, line)
     affine_sums(0, 0, one[None], one, one, one, one[None], 0.0)
-    descend_columns(0, 0, one, one, codes, line, one, 0.0, 0.0, line[:0])
+    descend_columns(0, 0, one, one, codes, line, one, 0.0, 0.0, line[:0], 0, 0, 0)
+    best_float_candidates(0, 0, one[None], one[None], index[None], one, 1, 0, 1.0)

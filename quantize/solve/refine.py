@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -21,14 +22,21 @@ from llmconvert.quantize.solve.group_scales import divisors
 from llmconvert.quantize.solve.kernels import descend_columns, gpu_kernels, levels_of
 from llmconvert.quantize.tensor import QuantizedTensor, SuperBlockScales
 
-__all__ = ["refine", "refine_nbytes"]
+__all__ = ["Scales", "refine", "refine_nbytes"]
+
+Scales = Literal["moved", "kept"]
 
 # Columns that are looked at before their changes are carried to the rest of their group in one product.
 _COLUMNS = 128
 
 
 def refine(
-    weight: torch.Tensor, tensor: QuantizedTensor, hessian: torch.Tensor, sweeps: int
+    weight: torch.Tensor,
+    tensor: QuantizedTensor,
+    hessian: torch.Tensor,
+    sweeps: int,
+    *,
+    scales: Scales = "moved",
 ) -> tuple[QuantizedTensor, torch.Tensor]:
     """Lower ``tr((Ŵ - W) H (Ŵ - W)ᵀ)``.
 
@@ -37,6 +45,7 @@ def refine(
         tensor: ``Ŵ`` to begin with; zero points are kept.
         hessian: ``H``, symmetric with a positive diagonal, ``[columns, columns]`` in the weight's dtype.
         sweeps: how often to go through all columns.
+        scales: whether they are moved too, or kept: rows that are not here may share them.
 
     Returns:
         the improved weight, and each row's share of the form.
@@ -45,7 +54,7 @@ def refine(
     groups = tensor.scale.shape[1]
     size = weight.shape[1] // groups
     codes = tensor.codes.T.contiguous()
-    scale = tensor.scale.T.to(weight.dtype).contiguous()
+    scale = tensor.factors.T.to(weight.dtype).contiguous()
     zero = torch.zeros_like(scale) if tensor.zero is None else tensor.zero.T.to(weight.dtype).contiguous()
     offset = None if tensor.offset is None else tensor.offset.T.to(weight.dtype).contiguous()
     # Half the gradient of the form. Transposed, as everything here: rows are independent, columns are not.
@@ -57,7 +66,9 @@ def refine(
             local = gradient[columns].clone()
             moved = _descend_group(local, within, codes[columns], divisors(scale[group], weight.dtype), scheme)
             level = scheme.number.values(codes[columns]).to(weight.dtype) - zero[group]
-            if offset is None:
+            if scales == "kept":
+                change = torch.zeros_like(scale[group])
+            elif offset is None:
                 change = _scale_change(level, local, within, scale[group], _grid(tensor, group))
                 moved.addcmul_(level, change)
             else:
@@ -66,13 +77,18 @@ def refine(
                 offset[group] += shift
             scale[group] += change
             gradient.addmm_(hessian[columns].T, moved)
-    stored = scale.T.to(tensor.scale.dtype).contiguous()
+    divisor = tensor.divisor
+    stored = (scale if divisor is None else scale * divisor).T.to(tensor.scale.dtype)
+    if scheme.number.scales is not None:
+        # Exactly what is stored: the way to it and back went through a division.
+        stored = scheme.number.round_scale(stored, stored.dtype)
+    stored = stored.contiguous()
     offsets = None if offset is None else offset.T.to(tensor.scale.dtype).contiguous()
     nested = tensor.nested
     if isinstance(nested, SuperBlockScales):
         nested = nested.moved(stored, offsets)
         stored, offsets = nested.steps, nested.offsets
-    refined = QuantizedTensor(codes.T.contiguous(), stored, tensor.zero, scheme, nested, offset=offsets)
+    refined = QuantizedTensor(codes.T.contiguous(), stored, tensor.zero, scheme, nested, divisor, offsets)
     error = (refined.dequantize(weight.dtype) - weight).T
     return refined, gradient.mul_(error).sum(0)
 
@@ -105,7 +121,7 @@ def _descend_group(
         arguments = gradient[part], within, codes[part], scale, moved[part]
         if gradient.device.type == "cpu":
             arguments = gradient[part], within, codes[part].view(torch.int8), scale, moved[part]
-            over_rows(descend_columns, codes.shape[1], *arguments, *number.limits, levels_of(number, gradient))
+            over_rows(descend_columns, codes.shape[1], *arguments, *number.limits, *levels_of(number, gradient))
         elif number.even and codes.dtype == torch.int8 and (kernels := gpu_kernels(gradient)):
             kernels.descend_columns(*arguments, *number.limits)
         else:
@@ -132,11 +148,14 @@ class _Grid:
 
 def _grid(tensor: QuantizedTensor, group: int) -> _Grid:
     nested, number, dtype = tensor.nested, tensor.scheme.number, tensor.scale.dtype
+    divisor = tensor.divisor
     if isinstance(nested, SuperBlockScales):
         return _Grid(partial(nested.nearest_step, group), partial(nested.nearest_offset, group), signed=True)
 
     def stored(values: torch.Tensor) -> torch.Tensor:
-        return number.round_scale(values, dtype).to(values.dtype)
+        if divisor is None:
+            return number.round_scale(values, dtype).to(values.dtype)
+        return (number.round_scale(values * divisor, dtype) / divisor).to(values.dtype)
 
     return _Grid(stored, stored, signed=tensor.scheme.block is not None)
 

@@ -12,7 +12,7 @@ from llmconvert.errors import SchemeError, UsageError
 from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 
-__all__ = ["Dtype", "OptionalScheme", "ScalingField", "SchemeOrMix"]
+__all__ = ["Dtype", "OptionalScheme", "ScalingField", "SchemeOrMix", "WidthOrScheme"]
 
 
 def _parse_dtype(value: object) -> object:
@@ -45,6 +45,16 @@ def _parse_override(value: object) -> Scheme | Literal["none"]:
     return "none" if value == "none" else _parse_scheme(value)
 
 
+def _parse_width(value: object) -> int | Scheme:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if 2 <= value <= 8:
+            return value
+        raise ValueError(f"weights can have 2 to 8 bits, found {value}")
+    if isinstance(value, str) and value.strip().isdigit():
+        return _parse_width(int(value))
+    return _parse_scheme(value)
+
+
 def _parse_scaling(value: object) -> RopeScaling:
     if isinstance(value, RopeScaling):
         return value
@@ -72,6 +82,13 @@ SchemeOrMix = Annotated[
 #: ``none`` leaves a layer as it is.
 OptionalScheme = Annotated[
     Scheme | Literal["none"], PlainValidator(_parse_override), PlainSerializer(str), _text("a scheme, or `none`")
+]
+#: Bits of integers, or a whole scheme.
+WidthOrScheme = Annotated[
+    int | Scheme,
+    PlainValidator(_parse_width),
+    PlainSerializer(lambda value: value if isinstance(value, int) else str(value)),
+    WithJsonSchema({"type": ["integer", "string"], "description": "2 to 8, or a scheme: `nvfp4`"}),
 ]
 #: How positions are stretched.
 ScalingField = Annotated[

@@ -21,9 +21,9 @@ from pydantic import (
 from llmconvert.errors import SchemeError
 from llmconvert.quantize.catalog.formats import only_format
 from llmconvert.quantize.catalog.methods import METHODS, needs_calibration, usual_method
-from llmconvert.quantize.scheme import parse_scheme
+from llmconvert.quantize.scheme import Scheme, parse_scheme
 from llmconvert.recipes.schema.measuring import DecodingSettings, ValidateSettings
-from llmconvert.recipes.schema.named import Dtype, OptionalScheme, ScalingField, SchemeOrMix
+from llmconvert.recipes.schema.named import Dtype, OptionalScheme, ScalingField, SchemeOrMix, WidthOrScheme
 from llmconvert.recipes.schema.quantities import Memory, Share
 from llmconvert.recipes.schema.section import Count, Device, Length, Name, Section, Seed, possible, switch, to_tuple
 
@@ -134,11 +134,12 @@ class OverrideSettings(Section):
 class BudgetSettings(Section):
     """A mean number of bits per weight, scales included; layers get what brings the least divergence for it.
 
-    ``bits`` and ``group_sizes`` are what there is to choose from.
+    ``bits`` and ``group_sizes`` are what there is to choose from; among the bits may be schemes of other kinds
+    (``[nvfp4, fp8-dynamic]``), which have groups of their own.
     """
 
     bits_per_weight: Annotated[float, Field(gt=0, le=16)]
-    bits: Annotated[tuple[Annotated[int, Field(ge=2, le=8)], ...], BeforeValidator(to_tuple), Field(min_length=1)] = (
+    bits: Annotated[tuple[WidthOrScheme, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (
         2,
         3,
         4,
@@ -193,7 +194,8 @@ class QuantizeSettings(Section):
 
     Of a mixture each expert is calibrated on the tokens that the router sends it; with ``experts: all`` on all of the
     text. ``min_tokens_per_expert`` begins nothing while an expert gets fewer. ``distil`` trains what is stored against
-    the original's predictions afterwards.
+    the original's predictions afterwards. ``kv_cache: fp8`` adds scales from the calibration text, by which runtimes
+    keep keys and values in 8 bits.
     """
 
     method: str = "gptq"
@@ -206,6 +208,7 @@ class QuantizeSettings(Section):
     experts: Literal["all"] | None = None
     min_tokens_per_expert: Count | None = None
     distil: Annotated[DistilSettings | None, BeforeValidator(switch)] = None
+    kv_cache: Literal["fp8"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -238,8 +241,15 @@ class QuantizeSettings(Section):
 
     @property
     def calibrates(self) -> bool:
-        """Whether the method or the budget reads calibration text."""
-        return self.budget is not None or (self.method in METHODS and needs_calibration(self.method))
+        """Whether the method, the budget or a scheme reads calibration text."""
+        by_method = self.method in METHODS and needs_calibration(self.method)
+        return self.budget is not None or by_method or self.fixes_inputs or self.kv_cache is not None
+
+    @property
+    def fixes_inputs(self) -> bool:
+        """Whether a scheme has calibration text fix how inputs are quantized."""
+        schemes = (self.scheme, *(override.scheme for override in self.overrides))
+        return any(isinstance(scheme, Scheme) and scheme.fixes_inputs for scheme in schemes)
 
     @property
     def label(self) -> str:

@@ -206,6 +206,7 @@ def plan_stage(
             statistics=statistics,
             experts=settings.experts or "routed",
             min_tokens_per_expert=settings.min_tokens_per_expert or 0,
+            kv_cache=settings.kv_cache,
         ),
         windows=windows,
         context=context,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.quantized import random_weight
@@ -46,6 +48,10 @@ def test_what_is_listed_can_be_made(one: Combination) -> None:
     hessian = Hessian(torch.eye(256), 256, torch.eye(256)) if method.calibration != "none" else None
     scale_dtype = layout.scale_dtype(scheme, torch.bfloat16)
     found = method.quantize([Target("l", weight, scheme)], hessian, scale_dtype)["l"].tensor
+    if scheme.fixes_inputs:
+        kind = scheme.input_kind
+        assert kind is not None
+        found = replace(found, input_scale=kind.scale_for(1.0, torch.bfloat16))
     stored = layout.pack("l", found)
     specs = {spec.name: (spec.dtype, spec.shape) for spec in layout.specs("l", (64, 256), scheme, scale_dtype)}
     assert {name: (part.dtype, tuple(part.shape)) for name, part in stored.items()} == specs

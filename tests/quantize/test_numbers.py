@@ -150,7 +150,9 @@ def test_solvers_take_every_number_with_even_levels(number: Number, sweeps: int)
 
 def test_other_levels_are_left_to_methods_that_choose_any() -> None:
     check_method(load_method("rtn", {}), Scheme(E2M1, 32))
-    with pytest.raises(UnsupportedError, match=r"gptq chooses int and GGUF codes only; methods for e2m1 are rtn$"):
+    with pytest.raises(
+        UnsupportedError, match=r"gptq chooses int, float and GGUF codes only; methods for e2m1 are rtn$"
+    ):
         check_method(load_method("gptq", {}), Scheme(E2M1, 32))
 
 

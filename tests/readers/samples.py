@@ -37,5 +37,9 @@ def artifact(source: Path, output: Path, layout: str, scheme: str) -> Path:
     with SafetensorsCheckpoint(source) as checkpoint:
         if isinstance(load_format(layout), FileFormat):
             output = output.parent / f"{output.name}.{layout}"
-        quantize_checkpoint(checkpoint, output, method="rtn", scheme=parse_scheme(scheme), format=layout)
+        # Some schemes have text fix how inputs are quantized.
+        windows = [torch.tensor([prompt]) for prompt in PROMPTS]
+        quantize_checkpoint(
+            checkpoint, output, method="rtn", scheme=parse_scheme(scheme), format=layout, windows=windows
+        )
     return output

@@ -112,8 +112,9 @@ def test_a_runtime_computes_what_we_read(pair: Pair, reports: Reports, seen: See
     floor = ATTENTION if pair.runtime.format == "gguf" else 0.0
     found = compare(torch.tensor(report["logprobs"]), tokens, ours, prompt=len(PROMPTS[0]), floor=floor)
     assert found.holds, (found, report["versions"], report["linears"])
-    # Or else the rule would let any token pass.
-    assert found.decided > 0.1, found
+    # Or else the rule would let any token pass. With inputs in 4 bits roundings leave nothing decided, but what a
+    # runtime computes may be ours to the last bit.
+    assert found.decided > 0.1 or found.distance == 0.0, found
     seen[pair.runtime][str(pair.scheme)] = {
         name: report["versions"][name].partition("+")[0] for name in pair.runtime.packages
     }

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from llmconvert.compute.activations import InputKind
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.compressed.numbers import Numbers, Word, activation_args, weight_args, weight_scheme
 from llmconvert.quantize.formats.reading import Declared, spell
-from llmconvert.quantize.numbers import E4M3
+from llmconvert.quantize.numbers import E4M3, MXFP4, MXFP8, NVFP4, Number
 from llmconvert.quantize.scheme import Scheme
 
 __all__ = ["Config", "Group", "has_zero_points", "read_config", "stored_layout", "written_config"]
@@ -20,11 +21,16 @@ __all__ = ["Config", "Group", "has_zero_points", "read_config", "stored_layout",
 _WHERE = "quantization_config"
 _LAYOUTS = (
     *("pack-quantized", "int-quantized", "float-quantized"),
-    # Read alone.
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
 )
 # "naive-quantized" is what a version of the library called the two unpacked ones; "dense" is what was decompressed.
 _READ = (*_LAYOUTS, "naive-quantized", "mixed-precision", "dense")
+_BY_NUMBER: Mapping[Number, str] = {
+    E4M3: "float-quantized",
+    NVFP4: "nvfp4-pack-quantized",
+    MXFP4: "mxfp4-pack-quantized",
+    MXFP8: "mxfp8-quantized",
+}
 _CLASS = "Linear"
 _PATTERN = "re:"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -90,13 +96,24 @@ class Group:
 
     Attributes:
         ordered: whether each linear has the group of every column beside it (``weight_g_idx``).
-        inputs: how inputs are quantized while the model runs, where nothing here does that; "" otherwise.
+        inputs: how inputs are quantized while the model runs: a kind, or words for what nothing here does; None if they
+            are not.
     """
 
     targets: tuple[str, ...]
     scheme: Scheme
     ordered: bool
-    inputs: str = ""
+    inputs: InputKind | str | None = None
+
+    @property
+    def input_kind(self) -> InputKind | None:
+        """How inputs are quantized, where evaluation does it."""
+        return self.inputs if isinstance(self.inputs, InputKind) else None
+
+    @property
+    def unmeasured(self) -> str:
+        """How they are where nothing here does that; "" otherwise."""
+        return self.inputs if isinstance(self.inputs, str) else ""
 
     def names(self, linear: str) -> bool:
         """Whether the group names a linear. A checkpoint's names may lack the prefix that its modules' names have."""
@@ -203,9 +220,8 @@ def _group(where: str, group: _Group) -> Group:
 
 def stored_layout(scheme: Scheme) -> str:
     """How weights of a scheme are written."""
-    if scheme.number == E4M3:
-        return "float-quantized"
-    return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
+    plain = "int-quantized" if scheme.activation_bits == 8 and not scheme.float_inputs else "pack-quantized"
+    return _BY_NUMBER.get(scheme.number, plain)
 
 
 def written_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 
+from llmconvert.compute.activations import InputKind, InputNumber
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.reading import Declared, spell
 from llmconvert.quantize.numbers import E4M3, MXFP4, MXFP8, NVFP4, Int, Number
 from llmconvert.quantize.scheme import Scheme
 
-__all__ = ["INTS", "Numbers", "Word", "activation_args", "weight_args", "weight_scheme"]
+__all__ = ["CACHE_ARGS", "INTS", "Numbers", "Word", "activation_args", "weight_args", "weight_scheme"]
 
 #: Integers that weights can be.
 INTS = tuple(Int(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False))
@@ -22,7 +24,7 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 # Strategies of weights: which columns, and which rows, share a scale.
 _INTEGER_STRATEGIES = ("group", "channel")
 _FLOAT_STRATEGIES = (*_INTEGER_STRATEGIES, "tensor", "block")
-_NVFP4_STRATEGY, _MX_GROUP = "tensor_group", 32
+_NVFP4_STRATEGY, _NVFP4_GROUP, _MX_GROUP = "tensor_group", 16, 32
 
 
 class Numbers(Declared):
@@ -53,11 +55,14 @@ class Numbers(Declared):
         return self.actorder in (True, "group", "dynamic")
 
 
-def weight_scheme(where: str, weights: Numbers, inputs: Numbers | None) -> tuple[Scheme, str]:
-    """The scheme of a group's linears, and how their inputs are quantized where nothing here does that ("" otherwise).
+def weight_scheme(where: str, weights: Numbers, inputs: Numbers | None) -> tuple[Scheme, InputKind | str | None]:
+    """The scheme of a group's linears, and how their inputs are quantized, if they are.
 
     Args:
         where: the group is in the config, for errors.
+
+    Returns:
+        the kind, or in words what nothing here does.
 
     Raises:
         UnsupportedError: something is not read here.
@@ -77,15 +82,22 @@ def weight_scheme(where: str, weights: Numbers, inputs: Numbers | None) -> tuple
         )
     rows, size = _block(where, weights)
     if inputs is None:
-        return Scheme(number, size, rows=rows), ""
-    bits = 8 if isinstance(number, Int) else inputs.num_bits
+        return Scheme(number, size, rows=rows), None
+    kind = _input_kind(inputs)
+    if isinstance(number, Int):
+        scheme = Scheme(number, size, 8, rows=rows, float_inputs=inputs.type == "float")
+        if kind != scheme.input_kind:
+            _refuse_inputs(f"{where}.input_activations", inputs, scheme)
+        return scheme, kind
+    bits = inputs.num_bits
     if bits not in number.activations:
         raise UnsupportedError(
             f"config.json: {where}.input_activations.num_bits is {bits}; this reader knows inputs of {number.name} "
             f"weights in {' or '.join(map(str, number.activations))} bits"
         )
-    scheme = Scheme(number, size, bits, rows=rows)
-    return scheme, _check_inputs(f"{where}.input_activations", inputs, scheme)
+    fixed = "" if inputs.dynamic is True else ", with scales that the file has"
+    words = f"{inputs.num_bits}-bit {inputs.type} by {inputs.grouping}{fixed}"
+    return Scheme(number, size, bits, rows=rows), words if kind is None else kind
 
 
 def _block(where: str, weights: Numbers) -> tuple[int | None, int | None]:
@@ -126,19 +138,32 @@ def _scale_dtypes(number: Number) -> tuple[str, ...]:
     return (str(number.scales.dtype).removeprefix("torch."),)
 
 
-def _check_inputs(where: str, inputs: Numbers, scheme: Scheme) -> str:
-    """How inputs are quantized, where nothing here does that: those of integer weights can be as written here alone,
-    those of floats otherwise, in groups or by a scale that a file has.
+def _input_kind(inputs: Numbers) -> InputKind | None:
+    """What evaluation makes of inputs; None for what it doesn't know."""
+    if not inputs.symmetric or (inputs.type, inputs.num_bits) not in (("int", 8), ("float", 8), ("float", 4)):
+        return None
+    number: InputNumber = "int8" if inputs.type == "int" else "fp8" if inputs.num_bits == 8 else "fp4"
+    powers = str(inputs.scale_dtype).removeprefix("torch.") == "uint8"
+    kinds: dict[tuple[str, bool | str], InputKind] = {}
+    if number != "fp4":
+        kinds["token", True] = InputKind(number)
+    if number == "fp8":
+        kinds["tensor", False] = InputKind(number, static=True)
+    if number == "fp4" and inputs.group_size == _NVFP4_GROUP:
+        kinds[_NVFP4_STRATEGY, "local"] = InputKind(number, _NVFP4_GROUP, "e4m3")
+    if powers and inputs.group_size == _MX_GROUP:
+        kinds["group", True] = InputKind(number, _MX_GROUP, "e8m0")
+    elif number == "fp8" and inputs.scale_dtype is None and inputs.group_size is not None and inputs.group_size > 0:
+        kinds["group", True] = InputKind(number, inputs.group_size)
+    return kinds.get((inputs.grouping, inputs.dynamic))
+
+
+def _refuse_inputs(where: str, inputs: Numbers, scheme: Scheme) -> None:
+    """Refuse inputs of integer weights that are quantized otherwise than by token.
 
     Raises:
         UnsupportedError: what is measured would not be what a runtime computes.
     """
-    if not isinstance(scheme.number, Int):
-        by_token = inputs.grouping == "token" and inputs.dynamic is True and inputs.type == "float"
-        if by_token and scheme.input_kind is not None and inputs.symmetric:
-            return ""
-        fixed = "" if inputs.dynamic is True else ", with scales that the file has"
-        return f"{inputs.num_bits}-bit {inputs.type} by {inputs.grouping}{fixed}"
     wanted = Numbers.read({key: value for key, value in (activation_args(scheme) or {}).items() if value is not None})
     for key in ("num_bits", "type", "symmetric", "strategy", "dynamic"):
         given, known = getattr(inputs, key), getattr(wanted, key)
@@ -147,7 +172,6 @@ def _check_inputs(where: str, inputs: Numbers, scheme: Scheme) -> str:
                 f"config.json: {where}.{key} is {spell(given)}; this reader knows inputs of {scheme.number.name} "
                 f"weights that are quantized with {key} {spell(known)}"
             )
-    return ""
 
 
 def _number(weights: Numbers) -> Number | None:
@@ -171,35 +195,58 @@ def _float(weights: Numbers) -> Number | None:
     return MXFP4 if weights.group_size == _MX_GROUP else None
 
 
-def _type(scheme: Scheme) -> str:
-    return "float" if scheme.number == E4M3 else "int"
+#: A cache in E4M3 under fixed scales: one for a layer's keys, one for its values.
+CACHE_ARGS: Mapping[str, Any] = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "tensor",
+    "group_size": None,
+    "dynamic": False,
+    "observer": "static_minmax",
+    "observer_kwargs": {},
+}
 
 
 def weight_args(scheme: Scheme) -> dict[str, Any]:
+    number = scheme.number
+    strategy = "channel" if scheme.group_size is None else "group"
+    if scheme.rows != 1:
+        strategy = "tensor" if scheme.rows is None else "block"
+    elif number.scales is not None and number.scales.shared:
+        strategy = _NVFP4_STRATEGY
     return {
         "num_bits": scheme.bits,
-        "type": _type(scheme),
+        "type": "int" if number.parts is None else "float",
         "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
+        "strategy": strategy,
+        "group_size": None if strategy == "block" else scheme.group_size,
         "dynamic": False,
         "actorder": None,
-        "block_structure": None,
+        "block_structure": [scheme.rows, scheme.group_size] if strategy == "block" else None,
         "observer": "minmax",
         "observer_kwargs": {},
+        **({} if number.scales is None else {"scale_dtype": str(number.scales.dtype)}),
     }
 
 
 def activation_args(scheme: Scheme) -> dict[str, Any] | None:
-    if scheme.activation_bits == 16:
+    kind = scheme.input_kind
+    if kind is None:
         return None
+    strategy = "tensor" if kind.static else "token" if kind.group is None else "group"
+    scales = {"float": None, "e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}[kind.scales]
+    dynamic: bool | str = not kind.static
+    if kind.scales == "e4m3":
+        strategy, dynamic = _NVFP4_STRATEGY, "local"
     return {
-        "num_bits": 8,
-        "type": _type(scheme),
+        "num_bits": 4 if kind.number == "fp4" else 8,
+        "type": "int" if kind.number == "int8" else "float",
         "symmetric": True,
-        "strategy": "token",
-        "group_size": None,
-        "dynamic": True,
-        "observer": None,
+        "strategy": strategy,
+        "group_size": kind.group,
+        "dynamic": dynamic,
+        "observer": "static_minmax" if kind.calibrated else None,
         "observer_kwargs": {},
+        **({} if scales is None else {"scale_dtype": scales}),
     }

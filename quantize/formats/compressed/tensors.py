@@ -1,10 +1,10 @@
 """The compressed-tensors format (https://github.com/vllm-project/compressed-tensors): vLLM, transformers, SGLang.
 
-Three of its layouts: ``pack-quantized`` for integer weights of 2 to 8 bits with 16-bit activations (codes packed into
+Its layouts: ``pack-quantized`` for integer weights of 2 to 8 bits with 16-bit or E4M3 activations (codes packed into
 int32 words along the columns, zero points along the rows), ``int-quantized`` for 8-bit weights with 8-bit activations
 (codes as int8, activations quantized per token while running), and ``float-quantized`` for E4M3 weights, with or
-without E4M3 activations. Artifacts of llm-compressor and others are read in all three; E4M3 weights with one scale per
-tensor or block, NVFP4, MXFP4 and MXFP8 are read alone.
+without E4M3 activations; those of floats with scales of other kinds are in
+:mod:`~llmconvert.quantize.formats.compressed.floats`. Artifacts of llm-compressor and others are read in all of them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,19 @@ from typing import Any, ClassVar
 
 import torch
 
+from llmconvert.compute.activations import InputKind
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.base import FLOATS, Feature, Format, StoredLinear, model_dtype, require_shape
+from llmconvert.quantize.formats.base import FLOATS, Feature, Format, StoredLinear, require_shape
 from llmconvert.quantize.formats.compressed.config import Config, read_config, stored_layout, written_config
-from llmconvert.quantize.formats.compressed.numbers import INTS
-from llmconvert.quantize.formats.released.scaled import ScaledLinear, require_scales
-from llmconvert.quantize.numbers import E4M3
+from llmconvert.quantize.formats.compressed.floats import (
+    find_floats,
+    float_specs,
+    holds_floats,
+    pack_floats,
+    unpack_floats,
+)
+from llmconvert.quantize.formats.compressed.numbers import CACHE_ARGS, INTS
+from llmconvert.quantize.numbers import E4M3, MXFP4, MXFP8, NVFP4
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -29,6 +36,10 @@ from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 __all__ = ["CompressedTensors"]
 
 _PACKED = ".weight_packed"
+# Numbers that have groups of one size, and the usual scheme.
+_GROUPED = {NVFP4: (16, "nvfp4"), MXFP4: (32, "mxfp4"), MXFP8: (32, "mxfp8")}
+# Rows and columns that share a scale: of a channel, a tensor, a block.
+_E4M3_GROUPINGS = ((1, None), (None, None), (128, 128))
 _CODES = (torch.int8, E4M3.code_dtype)
 _INTEGERS = (torch.int64, torch.int32)
 _ORDER = "weight_g_idx"
@@ -47,25 +58,40 @@ class CompressedTensors(Format):
     }
 
     def check(self, scheme: Scheme) -> None:
-        if scheme.number not in (E4M3, *INTS):
-            name = scheme.number.name
-            if scheme.number.scales is not None:
-                raise UnsupportedError(f"scheme {scheme}: compressed-tensors is read in {name} here, and not written")
-            raise UnsupportedError(f"scheme {scheme}: compressed-tensors has no {name}; format bitsandbytes has")
-        if scheme.number == E4M3:
-            if scheme.group_size is not None or scheme.rows != 1:
+        number = scheme.number
+        if number in _GROUPED:
+            size, name = _GROUPED[number]
+            wanted = Scheme.parse(name)
+            if scheme.group_size != size or scheme.activation_bits not in (16, wanted.activation_bits):
                 raise UnsupportedError(
-                    f"scheme {scheme}: runtimes read E4M3 weights with one scale per channel only (w8a8-channel-fp8)"
+                    f"scheme {scheme}: {number.name} has groups of {size}, and inputs of 16 or "
+                    f"{wanted.activation_bits} bits: {name}a16 or {name}"
                 )
             return
-        if scheme.activation_bits == 8 and (scheme.bits != 8 or scheme.group_size is not None or not scheme.symmetric):
+        if number not in (E4M3, *INTS):
+            raise UnsupportedError(f"scheme {scheme}: compressed-tensors has no {number.name}; format bitsandbytes has")
+        if number == E4M3:
+            grouping = (scheme.rows, scheme.group_size)
+            if grouping not in _E4M3_GROUPINGS:
+                raise UnsupportedError(
+                    f"scheme {scheme}: runtimes read E4M3 weights with one scale per channel (fp8-dynamic), per tensor "
+                    "(fp8-static) or per block of 128 × 128 (fp8-block)"
+                )
+            return
+        if scheme.float_inputs and (scheme.bits != 4 or not scheme.symmetric):
+            raise UnsupportedError(
+                f"scheme {scheme}: runtimes read E4M3 inputs beside symmetric 4-bit integers (w4afp8)"
+            )
+        plain = scheme.bits == 8 and scheme.group_size is None and scheme.symmetric
+        if scheme.activation_bits == 8 and not (plain or scheme.float_inputs):
             raise UnsupportedError(
                 f"scheme {scheme}: compressed-tensors stores int8 activations with w8a8-channel-sym weights only"
             )
 
     def check_experts(self, scheme: Scheme, *, apart: bool) -> None:
         # transformers 5.23 merges the experts of a layer as it loads them, from these two layouts alone.
-        if not scheme.symmetric or stored_layout(scheme) == "int-quantized":
+        unread = stored_layout(scheme) == "int-quantized" or holds_floats(scheme) or scheme.float_inputs
+        if not scheme.symmetric or unread:
             raise UnsupportedError(
                 f"scheme {scheme}: transformers reads experts in symmetric integers with 16-bit activations and in "
                 "E4M3 only (w4a16-g64, w8a16-g128, fp8); what else they have would be lost there. Give them one of "
@@ -96,6 +122,8 @@ class CompressedTensors(Format):
         return dtype
 
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:
+        if holds_floats(scheme):
+            return float_specs(linear, shape, scheme, scale_dtype)
         rows, columns = shape
         groups = scheme.groups(columns)
         scale = TensorSpec(f"{linear}.weight_scale", scale_dtype, (rows, groups))
@@ -114,6 +142,8 @@ class CompressedTensors(Format):
 
     def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         scheme = tensor.scheme
+        if holds_floats(scheme):
+            return pack_floats(linear, tensor)
         if stored_layout(scheme) != "pack-quantized":
             return {f"{linear}.weight": tensor.codes, f"{linear}.weight_scale": tensor.scale}
         stored = {
@@ -127,6 +157,8 @@ class CompressedTensors(Format):
         return stored
 
     def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
+        if holds_floats(scheme):
+            return unpack_floats(linear, stored, scheme)
         scale = stored[f"{linear}.weight_scale"]
         if stored_layout(scheme) != "pack-quantized":
             return QuantizedTensor(stored[f"{linear}.weight"], scale, None, scheme)
@@ -143,6 +175,9 @@ class CompressedTensors(Format):
     def quantization_config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
         return written_config(schemes, kept)
 
+    def cache_config(self) -> Mapping[str, Any] | None:
+        return CACHE_ARGS
+
     def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
         return {}
 
@@ -151,7 +186,7 @@ class CompressedTensors(Format):
         for name, info in checkpoint.infos.items():
             linear = name.rpartition(".")[0]
             if name.endswith(_PACKED) and info.dtype == torch.uint8:
-                yield _scaled(checkpoint, linear, config)
+                yield find_floats(checkpoint, linear, config)
             elif name.endswith(_PACKED):
                 shape = require_shape(checkpoint, linear, "weight_shape", (2,), dtypes=_INTEGERS)
                 rows, columns = checkpoint[shape].tolist()
@@ -174,11 +209,16 @@ class _Compressed(StoredLinear):
     needed: tuple[str, ...]
     order: str | None
     zeros: str | None
-    inputs: str = ""
+    unmeasured: str = ""
+    kind: InputKind | None = None
 
     @property
     def unmeasured_inputs(self) -> str:
-        return self.inputs
+        return self.unmeasured
+
+    @property
+    def input_kind(self) -> InputKind | None:
+        return self.kind
 
     def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         stored: dict[str, torch.Tensor] = {}
@@ -250,42 +290,11 @@ def _decompressed(checkpoint: Checkpoint, linear: str, config: Config, status: s
     return _Decompressed(linear, (info.shape[0], info.shape[1]), info.dtype, scheme, (info.name, *parts))
 
 
-def _scaled(checkpoint: Checkpoint, linear: str, config: Config) -> ScaledLinear:
-    """A weight of floats whose scales rows share, or are numbers of 8 bits themselves."""
-    group = config.group_of(linear)
-    number = group.scheme.number
-    part, dtype, per_byte = ("weight_packed", torch.uint8, 2) if number.bits == 4 else ("weight", E4M3.code_dtype, 1)
-    codes = require_shape(checkpoint, linear, part, dtypes=(dtype,))
-    if len(checkpoint.infos[codes].shape) != 2 or 0 in checkpoint.infos[codes].shape:
-        raise UnsupportedError(
-            f"tensor {codes!r} has shape {list(checkpoint.infos[codes].shape)}; this reader knows matrices"
-        )
-    rows, columns = checkpoint.infos[codes].shape
-    shape = (rows, per_byte * columns)
-    if number.scales is not None and shape[1] % group.scheme.columns_per_group(shape[1]):
-        raise CheckpointError(
-            f"quantized linear {linear!r}: a weight of shape {list(shape)} can't be in {group.scheme}"
-        )
-    scale, divisor = f"{linear}.weight_scale", ""
-    require_scales(checkpoint, scale, codes, group.scheme, shape)
-    if number.scales is not None and number.scales.shared:
-        divisor = f"{linear}.weight_global_scale"
-        require_scales(checkpoint, divisor, codes, Scheme(E4M3, rows=None), shape)
-    zeros = f"{linear}.{_ZEROS}"
-    if zeros in checkpoint and bool(checkpoint[zeros].float().any()):
-        raise CheckpointError(f"{linear}: config.json says symmetric, tensor {zeros!r} says otherwise")
-    beside = (f"{linear}.{name}" for name in (_ZEROS, "input_scale", "input_zero_point", "input_global_scale"))
-    parts = (codes, scale, *([divisor] if divisor else []), *(name for name in beside if name in checkpoint))
-    name, dense = f"{linear}.weight", model_dtype(checkpoint, torch.bfloat16)
-    inputs = group.inputs
-    return ScaledLinear(linear, shape, dense, group.scheme, parts, name, codes, scale, divisor=divisor, inputs=inputs)
-
-
 def _linear(checkpoint: Checkpoint, linear: str, shape: tuple[int, int], config: Config) -> StoredLinear:
     group = config.group_of(linear)
     scheme = group.scheme
-    if scheme.rows != 1 or scheme.number.scales is not None:
-        return _scaled(checkpoint, linear, config)
+    if holds_floats(scheme):
+        return find_floats(checkpoint, linear, config)
     scale = checkpoint.infos[require_shape(checkpoint, linear, "weight_scale")]
     if scale.dtype not in FLOATS:
         raise UnsupportedError(
@@ -310,7 +319,9 @@ def _linear(checkpoint: Checkpoint, linear: str, shape: tuple[int, int], config:
     zeros = next((name for name in surplus if name.endswith(_ZEROS)), None)
     order = _order(checkpoint, linear, shape[1], scheme, declared=group.ordered)
     parts = needed + surplus
-    return _Compressed(linear, shape, scale.dtype, scheme, parts, needed, order, zeros, group.inputs)
+    return _Compressed(
+        linear, shape, scale.dtype, scheme, parts, needed, order, zeros, group.unmeasured, group.input_kind
+    )
 
 
 def _order(checkpoint: Checkpoint, linear: str, columns: int, scheme: Scheme, *, declared: bool) -> str | None:

@@ -95,7 +95,7 @@ def _linear(
     inputs = (part.format(weight=name, linear=linear) for part in _INPUTS)
     parts = (name, scale, *(part for part in inputs if part in checkpoint))
     how = "8-bit floats, in groups or by a scale of their tensor"
-    return ScaledLinear(linear, shape, dtype, scheme, parts, name, name, scale, inputs=how)
+    return ScaledLinear(linear, shape, dtype, scheme, parts, name, name, scale, inputs_in_words=how)
 
 
 def _scale_of(checkpoint: Checkpoint, weight: str) -> str:
@@ -132,5 +132,5 @@ class FbgemmFp8:
             yield ScaledLinear(
                 *(linear, info.shape, dtype, scheme, parts, info.name, info.name, scale),
                 channels_last=fused,
-                inputs="8-bit floats per token, below a bound",
+                inputs_in_words="8-bit floats per token, below a bound",
             )

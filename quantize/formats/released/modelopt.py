@@ -101,7 +101,7 @@ def _linear(
     linear = name.removesuffix(_WEIGHT)
     beside = (f"{linear}.{part}" for part in _INPUTS)
     parts = (name, scale, *([factor] if factor else []), *(part for part in beside if part in checkpoint))
-    return ScaledLinear(linear, shape, dtype, scheme, parts, name, name, scale, factor, inputs=inputs)
+    return ScaledLinear(linear, shape, dtype, scheme, parts, name, name, scale, factor, inputs_in_words=inputs)
 
 
 def _require_matrix(info: TensorInfo) -> None:

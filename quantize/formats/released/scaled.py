@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmconvert.compute.activations import InputKind
 from llmconvert.compute.scale_numbers import E8M0
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import FLOATS, StoredLinear
@@ -38,7 +39,9 @@ class ScaledLinear(StoredLinear):
         divisor: a tensor of one number that every scale is divided by; "" for none.
         transposed: whether experts are stored ``[experts, outputs, inputs]`` and the model has inputs before outputs.
         channels_last: whether the output channels, which have a scale each, are the stored matrix's columns.
-        inputs: see :attr:`unmeasured_inputs`.
+        inputs_in_words: see :attr:`unmeasured_inputs`.
+        kind: how its inputs are quantized; None if they are not, or not here.
+        input_scale: the tensor that holds what is fixed of it; "" for none.
     """
 
     name: str
@@ -48,7 +51,9 @@ class ScaledLinear(StoredLinear):
     divisor: str = ""
     transposed: bool = False
     channels_last: bool = False
-    inputs: str = ""
+    inputs_in_words: str = ""
+    kind: InputKind | None = None
+    input_scale: str = ""
 
     @property
     def weight(self) -> str:
@@ -56,7 +61,16 @@ class ScaledLinear(StoredLinear):
 
     @property
     def unmeasured_inputs(self) -> str:
-        return self.inputs
+        return self.inputs_in_words
+
+    @property
+    def input_kind(self) -> InputKind | None:
+        return self.kind
+
+    def inputs(self, checkpoint: Checkpoint) -> InputKind | None:
+        if self.kind is None or not self.input_scale:
+            return self.kind
+        return self.kind.at(checkpoint[self.input_scale].float())
 
     def read_rows(self, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         if len(self.shape) == 2:
@@ -88,7 +102,9 @@ class ScaledLinear(StoredLinear):
         if scales is not None:
             scale = scales.values(scale)
         divisor = checkpoint[self.divisor].float().reshape(()) if self.divisor else None
-        return QuantizedTensor(self._unpacked(checkpoint[self.codes]), scale, None, self.scheme, divisor=divisor)
+        fixed = checkpoint[self.input_scale].reshape(1) if self.input_scale else None
+        codes = self._unpacked(checkpoint[self.codes])
+        return QuantizedTensor(codes, scale, None, self.scheme, divisor=divisor, input_scale=fixed)
 
     def _scales(self, checkpoint: Checkpoint, start: int, stop: int) -> torch.Tensor:
         """The grid's rows ``start:stop``, float32; all of a grid that has one row."""

@@ -117,7 +117,10 @@ def test_int8_activations_need_plain_int8_weights() -> None:
 
 def test_kinds_that_compressed_tensors_has_no_layout_for() -> None:
     layout = load_format("compressed-tensors")
-    for name, message in (("nf4", "no nf4; format bitsandbytes has"), ("w8a8-g64-fp8", "one scale per channel only")):
+    for name, message in (
+        ("nf4", "no nf4; format bitsandbytes has"),
+        ("w8a8-g64-fp8", r"one scale per channel \(fp8-dynamic\), per tensor"),
+    ):
         with pytest.raises(UnsupportedError, match=message):
             layout.check(Scheme.parse(name))
 
@@ -139,8 +142,12 @@ def test_a_refusal_names_the_formats_that_hold_the_scheme(layout: str, scheme: s
 @pytest.mark.parametrize(
     ("method", "scheme", "message"),
     [
-        ("gptq", "nf4", r"gptq chooses int and GGUF codes only; methods for nf4 are rtn$"),
-        ("hqq", "fp8", r"hqq chooses int codes only; methods for fp8 are rtn$"),
+        ("gptq", "nf4", r"gptq chooses int, float and GGUF codes only; methods for nf4 are rtn$"),
+        (
+            "hqq",
+            "fp8",
+            r"hqq chooses int codes only; methods for fp8 are rtn, gptq, gptaq, signround, awq, smoothquant$",
+        ),
     ],
 )
 def test_a_refusal_names_the_methods_that_choose_such_codes(method: str, scheme: str, message: str) -> None:

@@ -221,7 +221,6 @@ INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
         (declared(weights={"scale_dtype": "torch.uint8"}), r"group_0\.weights\.scale_dtype is torch\.uint8"),
         (declared(group={"weights": None, "input_activations": INPUTS}), "quantizes activations .* and no weights"),
         (declared(group={"output_activations": INPUTS}), r"group_0\.output_activations"),
-        (declared(group={"input_activations": {**INPUTS, "type": "float"}}), r'input_activations\.type is "float"'),
         (declared(group={"input_activations": {**INPUTS, "num_bits": 4}}), r"input_activations\.num_bits is 4"),
         (
             declared(group={"input_activations": {**INPUTS, "strategy": "tensor", "dynamic": False}}),

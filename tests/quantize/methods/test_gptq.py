@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
 from support.quantized import hessian_of, random_inputs, random_weight
 
 from llmconvert.compute.rows import over_rows
@@ -16,7 +17,7 @@ from llmconvert.errors import CalibrationError, CheckpointError
 from llmconvert.quantize.methods import gptq as gptq_module
 from llmconvert.quantize.methods.base import Solution, Target
 from llmconvert.quantize.methods.gptq import Gptq
-from llmconvert.quantize.numbers import Int
+from llmconvert.quantize.numbers import Int, Number
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.kernels import descend_columns, load_kernels, solve_columns, transpose_in_order
 from llmconvert.quantize.solve.scales import search_scales
@@ -28,13 +29,19 @@ EXACT = Gptq(dtype=torch.float64, sweeps=0)
 COLUMNS = 320  # more than a block of the solver and more than a panel of the factorization, a multiple of neither
 
 
+FLOATS = ["nvfp4a16", "mxfp4a16", "mxfp8a16", "w8a16-fp8", "w8a16-g128x128-fp8", "w8a16-tensor-fp8"]
+
+
 def textbook(weight: np.ndarray, hessian: np.ndarray, tensor: QuantizedTensor, damping: float = 0.01) -> np.ndarray:
     """Codes by Frantar et al., algorithm 1 with blocks of one column, in order of falling diagonal.
 
-    Scale and zero point of every group are taken from ``tensor`` (static groups).
+    Scale and zero point of every group are taken from ``tensor`` (static groups). Of floats the values, not codes.
     """
-    scheme, size = tensor.scheme, weight.shape[1] // tensor.scale.shape[1]
-    scale = tensor.scale.double().numpy().repeat(size, axis=1)
+    scheme, (rows, columns) = tensor.scheme, weight.shape
+    size = scheme.columns_per_group(columns)
+    divisor = 1.0 if tensor.divisor is None else float(tensor.divisor)
+    scale = (tensor.scale.double().numpy() / divisor).repeat(size, axis=1)[:, :columns]
+    scale = scale.repeat(scheme.rows or rows, axis=0)[:rows]
     zero = np.zeros_like(scale) if tensor.zero is None else tensor.zero.double().numpy().repeat(size, axis=1)
     diagonal = np.diag(hessian)
     order = sorted(range(len(hessian)), key=lambda column: -diagonal[column])
@@ -44,14 +51,24 @@ def textbook(weight: np.ndarray, hessian: np.ndarray, tensor: QuantizedTensor, d
     matrix += damping * np.diag(matrix).mean() * np.eye(len(matrix))
     upper = np.linalg.cholesky(np.linalg.inv(matrix)).T
     work = weight[:, order].copy()
-    codes = np.zeros(weight.shape, dtype=np.int8)
+    codes = np.zeros(weight.shape, dtype=np.int8 if scheme.number.even else np.float64)
     for column, place in enumerate(order):
         step, origin = scale[:, place], zero[:, place]
-        code = np.clip(np.rint(work[:, column] / step) + origin, *scheme.number.limits)
+        code = rounded(work[:, column] / step, scheme.number, origin)
         error = (work[:, column] - (code - origin) * step) / upper[column, column]
         work[:, column:] -= np.outer(error, upper[column, column:])
         codes[:, place] = code
     return codes
+
+
+def rounded(values: np.ndarray, number: Number, origin: np.ndarray) -> np.ndarray:
+    """By numpy, or as compressed-tensors and torch round to floats."""
+    if number.even:
+        return np.clip(np.rint(values) + origin, *number.limits)
+    single = torch.from_numpy(values).float()
+    if number.bits == 4:
+        return cast_to_fp4(single).double().numpy()
+    return single.clamp(-448, 448).to(torch.float8_e4m3fn).double().numpy()
 
 
 def quantized(
@@ -62,10 +79,12 @@ def quantized(
 
 
 def agreement(ours: QuantizedTensor, codes: np.ndarray) -> float:
-    return float((ours.codes.numpy() == codes).mean())
+    number = ours.scheme.number
+    found = ours.codes.numpy() if number.even else number.values(ours.codes).double().numpy()
+    return float((found == codes).mean())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *FLOATS])
 def test_codes_are_those_of_the_textbook(name: str) -> None:
     weight = random_weight(96, COLUMNS).double()
     hessian = hessian_of(random_inputs(800, COLUMNS), torch.float64)
@@ -218,7 +237,7 @@ def test_gptq_beats_rounding_to_nearest() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "nvfp4a16", "w8a16-g128x128-fp8"])
 def test_kernel_and_plain_torch_agree(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(96, COLUMNS).to(dtype)
     hessian = hessian_of(random_inputs(800, COLUMNS), dtype)
@@ -254,7 +273,7 @@ def test_threads_change_nothing() -> None:
             scale = scales.scale.T.contiguous()
             zero, carried = torch.zeros_like(scale), torch.zeros_like(errors)
             arguments = errors, carried, scale, zero, codes, loss, prepared.order, prepared.added, prepared.factor
-            over_rows(solve_columns, 333, *arguments, 0, -8.0, 7.0, loss[:0])
+            over_rows(solve_columns, 333, *arguments, 0, -8.0, 7.0, loss[:0], 0, 0, 0)
             results.append((codes, errors, loss))
     finally:
         torch.set_num_threads(before)

@@ -107,7 +107,7 @@ def test_kernel_and_plain_torch_agree(name: str, monkeypatch: pytest.MonkeyPatch
     kernel, loss = refine(weight, tensor, hessian, 2)
 
     def plain(_: object, __: int, *arguments: Any) -> None:
-        numbered: Any = (*arguments[:-3], tensor.scheme.number)
+        numbered: Any = (*arguments[:-6], tensor.scheme.number)
         refine_module._descend_plain(*numbered)
 
     monkeypatch.setattr(refine_module, "over_rows", plain)

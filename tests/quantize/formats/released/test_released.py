@@ -289,6 +289,8 @@ def test_compressed_tensors(tmp_path: Path, kind: str) -> None:
     compressor = BaseCompressor.get_value_from_registry(group["format"])
     expected = compressor.decompress(dict(stored), of_linear)["weight"]
     tensors = {f"a.b.{part}": tensor for part, tensor in stored.items()}
+    if (group.get("input_activations") or {}).get("dynamic", True) is not True:
+        tensors |= {f"a.b.{part}": torch.tensor([2.0]) for part in ("input_scale", "input_global_scale")}
     checkpoint = write_quantized(tmp_path / "m", tensors, declared)
     view = open_dense(checkpoint, torch.bfloat16)
     assert list(view) == ["a.b.weight"] and isinstance(view, QuantizedView)

@@ -1,0 +1,106 @@
+"""What calibration fixes beside weights, by largest magnitudes: how inputs are quantized, and what lies in caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from llmconvert.compute.kv_cache import CacheQuantizer, CacheScales
+from llmconvert.engine.coroutine import record_inputs
+from llmconvert.engine.skeleton import BlockCall, Skeleton
+from llmconvert.engine.stream import BlockRun
+from llmconvert.errors import CalibrationError
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.tensor import QuantizedTensor
+
+__all__ = ["LargestInput", "cache_scales", "largest_inputs"]
+
+
+class LargestInput:
+    """The largest magnitude of what batches bring to linears that share an input, if any of them wants it.
+
+    Args:
+        schemes: of the linears.
+    """
+
+    def __init__(self, schemes: Iterable[Scheme]) -> None:
+        self.wanted = any(scheme.fixes_inputs for scheme in schemes)
+        self.value = 0.0
+
+    def watch(self, inputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The same inputs, looked at as they pass."""
+        for batch in inputs:
+            self.look(batch)
+            yield batch
+
+    def look(self, batch: torch.Tensor) -> None:
+        """Take a batch of any shape into account."""
+        if self.wanted and batch.numel():
+            self.value = max(self.value, float(batch.abs().max()))
+
+    def scale(self, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is fixed for the inputs of a linear in this scheme, as it is stored; None where nothing is.
+
+        Args:
+            scheme: of the linear.
+            dtype: of the model.
+        """
+        kind = scheme.input_kind
+        return kind.scale_for(self.value, dtype) if kind is not None and kind.calibrated else None
+
+
+def largest_inputs(
+    tensors: Mapping[str, QuantizedTensor],
+    parameters: Mapping[str, str],
+    entries: Iterable[tuple[torch.Tensor, BlockCall]],
+) -> dict[str, LargestInput]:
+    """What comes to linears of a block that want to know it, with all of its new weights in place.
+
+    Args:
+        tensors: the new weights.
+        parameters: linear → what the block calls the parameter that holds its weight.
+        entries: what batches enter the block with.
+    """
+    inside = {parameters[name].removesuffix(".weight"): name for name in tensors}
+    seen = {name: LargestInput([tensor.scheme]) for name, tensor in tensors.items()}
+    wanted = [module for module, name in inside.items() if seen[name].wanted]
+    if not wanted:
+        return {}
+
+    def look(module: str, value: torch.Tensor) -> None:
+        seen[inside[module]].look(value)
+
+    weights: dict[str, torch.Tensor] = {}
+    for hidden, call in entries:
+        if not weights:
+            weights = {parameters[name]: tensor.dequantize(hidden.dtype) for name, tensor in tensors.items()}
+        with record_inputs(call.block, wanted, look):
+            call.output(hidden, weights)
+    return seen
+
+
+def cache_scales(
+    run: BlockRun, caches: Mapping[str, CacheQuantizer], skeleton: Skeleton
+) -> Iterator[tuple[str, CacheScales]]:
+    """Scales of a block's caches, with all batches through its attention and the new weights in place.
+
+    Args:
+        run: of the block, whose linears have been asked for.
+        caches: what looks at keys and values, by what the checkpoint calls attention modules.
+        skeleton: the model.
+
+    Raises:
+        CalibrationError: nothing came to a cache.
+    """
+    tensors = [tensor for name, tensor in skeleton.names.items() if name.startswith(skeleton.prefix(run.plan.index))]
+    own = {name: cache for name, cache in caches.items() if any(part.startswith(f"{name}.") for part in tensors)}
+    if any(0.0 in cache.largest for cache in own.values()):
+        for _ in run.inputs(run.plan.stops[-1].linears[0]):
+            pass
+    for name, cache in own.items():
+        if 0.0 in cache.largest:
+            raise CalibrationError(
+                f"{name}: no keys and values of calibration text came to a cache; leave out kv_cache"
+            )
+        yield name, cache.scales(skeleton.dtype)
