@@ -24,7 +24,7 @@ from llmconvert.errors import ChangedError, CheckpointError, UnsupportedError
 from llmconvert.gguf.architectures.entries import Change
 from llmconvert.gguf.architectures.pieces import ReadRows, restored
 from llmconvert.gguf.architectures.placing import Place, check_tensors, place_tensors
-from llmconvert.gguf.architectures.reading import build_generation_config, count_layers, read_config
+from llmconvert.gguf.architectures.reading import build_generation_config, count_layers, read_config, sensible_values
 from llmconvert.gguf.architectures.registry import described_by
 from llmconvert.gguf.header import GgufHeader, GgufTensor
 from llmconvert.gguf.split import gguf_models, read_model_header
@@ -105,7 +105,8 @@ def describe_model(header: GgufHeader, read_setting: Callable[[GgufTensor], np.n
     layers = count_layers(header, arch)
     check_tensors(header, arch, layers)
     config = read_config(header, arch, lambda name: read_setting(header.tensors[name]))
-    places = place_tensors(header, arch, config, layers)
+    with sensible_values(header, arch):
+        places = place_tensors(header, arch, config, layers)
     generation = build_generation_config(config, header.metadata)
     files = {"generation_config.json": (json.dumps(generation, indent=2) + "\n").encode()}
     try:

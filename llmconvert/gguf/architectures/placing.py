@@ -13,6 +13,7 @@ from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.architectures.architecture import GgufArchitecture, lengths
 from llmconvert.gguf.architectures.entries import EXPERT, Config, Entry
 from llmconvert.gguf.architectures.pieces import Piece, expert_linear, numbered, piece_shape
+from llmconvert.gguf.architectures.reading import FOREIGN
 from llmconvert.gguf.header import GgufHeader, GgufTensor
 
 __all__ = ["Place", "StoredTensor", "check_tensors", "place_tensors", "plan_tensors"]
@@ -272,7 +273,10 @@ def _place(
             Piece(tensor.name, number * stored_rows, height, stored_rows, name, expert, order, entry.form, entry)
         )
     entry, tensor, _, inner = group[0]
+    _check_whole(header, tensor, pieces, outputs)
     shape = _source_shape(entry, inner, outputs)
+    if entry.form.heads is not None:
+        _check_heads(header, tensor, entry, inner, config)
     if entry.shape and sizes:
         expected = tuple(sizes[symbol] for symbol in entry.shape)
         if shape != expected:
@@ -283,11 +287,30 @@ def _place(
     return Place(name, shape, tuple(pieces))
 
 
+def _check_whole(header: GgufHeader, tensor: GgufTensor, pieces: Sequence[Piece], outputs: int) -> None:
+    """See that parts of a matrix are all of it, each output once."""
+    orders = [np.arange(piece.rows) if piece.order is None else piece.order for piece in pieces]
+    if all(piece.order is None for piece in pieces) and len(pieces) == 1:
+        return
+    if not np.array_equal(np.sort(np.concatenate(orders)), np.arange(outputs)):
+        raise _misshapen(header, tensor, f"parts of {pieces[0].name!r} that are all of it")
+
+
+def _check_heads(header: GgufHeader, tensor: GgufTensor, entry: Entry, inner: Shape, config: Config) -> None:
+    assert entry.form.heads is not None
+    try:
+        heads = entry.form.heads(config)
+    except FOREIGN:
+        heads = 0
+    if heads < 1 or not inner or inner[0] != heads:
+        raise _misshapen(header, tensor, f"one matrix for each of {heads} heads or groups")
+
+
 def _order(header: GgufHeader, entry: Entry, tensor: GgufTensor, config: Config, outputs: int) -> np.ndarray:
     assert entry.form.rows is not None
     try:
         return entry.form.rows(config, outputs)
-    except ValueError:
+    except FOREIGN:
         raise _misshapen(header, tensor, "rows that the model's heads divide") from None
 
 

@@ -7,17 +7,18 @@ config class, which describes one particular model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
 
-from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.errors import CheckpointError, UnsupportedError, one_line
 from llmconvert.gguf.architectures.architecture import GgufArchitecture, Reading, Setting
 from llmconvert.gguf.header import GgufHeader, Metadata, shown
 from llmconvert.gguf.rope import rope_parameters, shortest
 
-__all__ = ["build_generation_config", "count_layers", "read_config"]
+__all__ = ["FOREIGN", "build_generation_config", "count_layers", "read_config", "sensible_values"]
 
 # Settings that change what a model computes, which an architecture must name to be read.
 _REFUSED: Final = (
@@ -38,6 +39,8 @@ _REFUSED: Final = (
     "nextn_predict_layers",
 )
 _HEADS: Final = "attention.head_count"
+#: What values of any kind, from a file, meet in an architecture's own arithmetic.
+FOREIGN: Final = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 
 
 def read_config(header: GgufHeader, arch: GgufArchitecture, read_tensor: Callable[[str], np.ndarray]) -> dict[str, Any]:
@@ -79,7 +82,24 @@ def read_config(header: GgufHeader, arch: GgufArchitecture, read_tensor: Callabl
     if arch.attention:
         config |= _heads(metadata, arch, config)
     config |= arch.always
-    return config | dict(arch.read(Reading(header, arch.name, config, read_tensor)))
+    with sensible_values(header, arch):
+        return config | dict(arch.read(Reading(header, arch.name, config, read_tensor)))
+
+
+@contextmanager
+def sensible_values(header: GgufHeader, arch: GgufArchitecture) -> Iterator[None]:
+    """Where an architecture computes with what a file says: values of any kind end in an error of this package.
+
+    Raises:
+        CheckpointError: one is missing, or makes no sense.
+    """
+    try:
+        yield
+    except FOREIGN as error:
+        raise CheckpointError(
+            f"{header.path}: the metadata of {arch.name!r} lacks a value, or has one that makes no sense beside the "
+            f"others ({type(error).__name__}: {one_line(error)}); the file is incomplete or corrupt"
+        ) from error
 
 
 def count_layers(header: GgufHeader, arch: GgufArchitecture) -> int:

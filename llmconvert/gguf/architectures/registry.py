@@ -20,6 +20,7 @@ from llmconvert.gguf.architectures.families import (
     qwen,
     state_spaces,
 )
+from llmconvert.gguf.architectures.reading import sensible_values
 from llmconvert.gguf.header import GgufHeader, shown
 
 __all__ = ["ARCHITECTURES", "architecture_of", "described_by"]
@@ -60,10 +61,16 @@ def described_by(header: GgufHeader) -> GgufArchitecture:
         UnsupportedError: an architecture, or a kind of it, that is not known.
     """
     name = header.metadata.text("general.architecture")
-    found = next((arch for arch in ARCHITECTURES if arch.name == name and arch.described(header)), None)
+    named = [arch for arch in ARCHITECTURES if arch.name == name]
+    found = next((arch for arch in named if len(named) == 1 or _describes(arch, header)), None)
     if found is None:
         known = ", ".join(sorted({arch.name for arch in ARCHITECTURES}))
         raise UnsupportedError(
             f"{header.path}: GGUF architecture {shown(name)} is not supported; supported are {known}"
         )
     return found
+
+
+def _describes(arch: GgufArchitecture, header: GgufHeader) -> bool:
+    with sensible_values(header, arch):
+        return bool(arch.described(header))

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,11 +15,12 @@ from support.gguf_models import IDS, next_token
 from support.llama_cpp import LlamaCpp
 from transformers import AutoModelForCausalLM
 
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import LlmconvertError, UnsupportedError
 from llmconvert.gguf.architectures.registry import ARCHITECTURES
-from llmconvert.gguf.checkpoint import open_gguf
+from llmconvert.gguf.checkpoint import describe_model, open_gguf
 from llmconvert.gguf.export import export_checkpoint
 from llmconvert.gguf.ggml.mix import MIXES
+from llmconvert.gguf.header import GgufHeader, Metadata, read_gguf_header
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -101,6 +103,25 @@ def test_the_page_has_every_architecture_and_nothing_beyond_the_tolerance() -> N
     for kind, _, found in rows:
         refused = {gap for arch in ARCHITECTURES if arch.model_type == kind and (gap := arch.gap)}
         assert refused == {found.removeprefix("refused: ")} if refused else float(found) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "falcon_h1", pytest.param("qwen3_next", marks=pytest.mark.slow)])
+def test_metadata_of_any_kind_is_read_or_refused(name: str, tmp_path: Path) -> None:
+    header = read_gguf_header(written(save_family(tmp_path / "model", *GGUF_FAMILIES[name])))
+    arch = header.metadata["general.architecture"]
+    opened = 0
+    for key in (key for key in header.metadata if key.startswith(arch)):
+        for value in (None, 0, 3, 1 << 20, -1.5, "x", True, np.array([0, 7], np.int32), np.array([], np.int32)):
+            values = {**header.metadata, key: value}
+            if value is None:
+                del values[key]
+            changed = GgufHeader(header.path, Metadata(header.path, values), header.tensors, header.parts)
+            try:
+                describe_model(changed, lambda tensor: np.ones(tensor.shape, np.float32))
+                opened += 1
+            except LlmconvertError as error:
+                assert str(header.path) in str(error)
+    assert opened
 
 
 def test_every_architecture_is_tried() -> None:
