@@ -5,10 +5,10 @@
         [--artifact "NAME=DIR" …] [--markdown FILE] [--picture docs/quality.png]
 
 An entry is ``TOOL:SCHEME`` or ``TOOL(key=value,…):SCHEME``. The tool is one of our methods, or a peer whose interpreter
-``--peer`` gives: ``llm-compressor-gptq``, ``llm-compressor-awq``, ``gptqmodel``, ``auto-round``, ``hqq-package`` or
-``bitsandbytes``. A scheme is ``w4a16-g64`` and its like, ``nf4``, or for our methods a mean such as ``4.25bpw``
-(``4.25bpw-asym`` with zero points). ``+*.down_proj=w4a16-g32`` behind a scheme gives the layers of that name, in ours,
-another.
+``--peer`` gives: ``llm-compressor-gptq``, ``-rtn`` and ``-awq``, ``gptqmodel``, ``auto-round``, ``hqq-package`` or
+``bitsandbytes``. A scheme is ``w4a16-g64`` and its like, ``nf4``, for our methods and llm-compressor also ``nvfp4``,
+``mxfp4``, ``fp8-block`` and their kin, or for our methods a mean such as ``4.25bpw`` (``4.25bpw-asym`` with zero
+points). ``+*.down_proj=w4a16-g32`` behind a scheme gives the layers of that name, in ours, another.
 ``--entries ours`` and ``--entries peers`` stand for the lists below. ``--artifact`` adds a finished artifact; with
 several models, ``MODEL/NAME=DIR``.
 
@@ -48,6 +48,7 @@ _ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2", "TOKENIZERS_PARALLELISM": "false",
 # What a peer of each name is run by, with which arguments of its own, and whose interpreter.
 _PEERS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
     "llm-compressor-gptq": ("llm_compressor.py", ("--method", "gptq"), "llm-compressor"),
+    "llm-compressor-rtn": ("llm_compressor.py", ("--method", "rtn"), "llm-compressor"),
     "llm-compressor-awq": ("llm_compressor.py", ("--method", "awq"), "llm-compressor"),
     "gptqmodel": ("gptq_model.py", (), "gptqmodel"),
     "auto-round": ("autoround.py", (), "auto-round"),
@@ -100,6 +101,11 @@ _ENTRY = re.compile(
 )
 _WEIGHTS = re.compile(r"w(?P<bits>\d)a16-g(?P<group>\d+)(?:-(?P<symmetry>a?sym))?")
 _INT8 = "w8a8"
+# llm-compressor's own names of floats.
+_PRESETS = {"fp8-static": "FP8"} | {
+    name: name.upper().replace("-", "_")
+    for name in ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "fp8-block", "fp8-dynamic", "w4afp8")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +299,8 @@ class Bench:
             command += [f"--{key}", str(value)]
         if entry.tool == "bitsandbytes":
             return [*command, "--kind", "int8" if entry.scheme == _INT8 else entry.scheme]
+        if environment == "llm-compressor" and entry.scheme in _PRESETS:
+            return [*command, "--preset", _PRESETS[entry.scheme]]
         match = _WEIGHTS.fullmatch(entry.scheme)
         if match is None:
             raise SystemExit(f"{entry.name}: peers take schemes such as w4a16-g64 and w4a16-g64-asym")

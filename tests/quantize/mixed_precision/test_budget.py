@@ -94,5 +94,7 @@ def test_candidates_are_what_method_format_and_shape_allow() -> None:
     assert names(64, "w4a16", Budget(4)) == [f"w{bits}a16-g{size}-sym" for bits in (2, 3, 4, 8) for size in (32, 64)]
     assert names(96, "w4a16-asym", Budget(4, bits=(4,))) == ["w4a16-g32-asym"]
     assert names(128, "w4a16", Budget(4, (4, 8), (128,))) == ["w4a16-g128-sym", "w8a16-g128-sym"]
+    kinds = (4, Scheme.parse("nvfp4"), Scheme.parse("fp8-dynamic"), Scheme.parse("fp8-block"))
+    assert names(64, "w4a16", Budget(4, kinds, (64,))) == ["w4a16-g64-sym", "w4a4-g16-nvfp4", "w8a8-channel-fp8"]
     with pytest.raises(SchemeError, match=r"can have none of the schemes to choose from \(w4a16-g64-sym\)"):
         names(96, "w4a16", Budget(4, (4,), (64,)))
