@@ -2,10 +2,10 @@
 
     python bench/peers/score.py --model DIR --ids FILE.npy --report FILE.json [--keep FILE | --reference FILE]
 
-Weights are dequantized to bfloat16 and run through one and the same evaluator, so that nothing but the weights differs
-between artifacts. Losses are computed and summed in float32 and float64. ``--keep`` writes the logits as well
-(bfloat16, two bytes for every token of the text and of the vocabulary); with such a file of the original as
-``--reference``, the divergence from it and the share of equal predictions are reported too.
+Weights are dequantized to bfloat16, inputs are quantized as an artifact says, and all run through one and the same
+evaluator, so that nothing but the artifacts differs. Losses are computed and summed in float32 and float64. ``--keep``
+writes the logits as well (bfloat16, two bytes for every token of the text and of the vocabulary); with such a file of
+the original as ``--reference``, the divergence from it and the share of equal predictions are reported too.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ class CacheCheck(Measurement):
     batches: tuple[int, ...] = (1, 8)
 
     def measure(self, subject: Subject) -> list[Check]:
-        """One check: bytes per token in 16 bits, with a table by context, batch and dtype."""
+        """One check: bytes per token in 16 bits, or in 8 if the artifact has scales for it; with a table by context,
+        batch and dtype."""
         layout = cache_layout(Architecture.of(subject.stored.config))
         rows: list[tuple[float | str | None, ...]] = []
         wrong: list[str] = []
@@ -101,7 +102,8 @@ class CacheCheck(Measurement):
                         )
                     rows.append((dtype, float(batch), float(context), float(computed), float(measured), "measured"))
         heads = f"{summary.attention}, {summary.query_heads} query heads over {summary.kv_heads} key-value heads"
-        text = heads
+        itemsize = 1 if subject.dense.quantized_cache else 2
+        text = f"{heads}; keys and values in E4M3, by the artifact's own scales" if itemsize == 1 else heads
         if len(contexts) < len(self.contexts):
             text += f"; contexts beyond the model's {limit:,} positions are left out"
         if wrong:
@@ -111,8 +113,8 @@ class CacheCheck(Measurement):
         return [
             Check(
                 name="kv_cache.bytes_per_token",
-                label="KV cache per token, 16 bits",
-                value=layout.bytes_per_token(),
+                label=f"KV cache per token, {8 * itemsize} bits",
+                value=layout.bytes_per_token(itemsize),
                 reference=_reference(subject),
                 ok=not wrong,
                 unit="bytes",

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.quantize.formats.dense_view import open_dense
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.long_inputs import cache_size
@@ -57,6 +59,14 @@ def test_the_table(tmp_path: Path) -> None:
     assert check.ok and check.value == 2 * 2 * 2 * 16 * 2, "keys and values × layers × heads × width × 2 bytes"
     rows = check.sections[0].rows
     assert len(rows) == 3 * 2 * 2 and all(row[3] == row[4] and row[5] == "measured" for row in rows)
+
+
+def test_scales_of_the_artifact_halve_it(tmp_path: Path) -> None:
+    with SafetensorsCheckpoint(tiny_llama_dir(tmp_path / "m")) as source:
+        scheme, windows = Scheme.parse("w8a16-channel"), [torch.arange(12).unsqueeze(0)]
+        quantize_checkpoint(source, tmp_path / "q", method="rtn", scheme=scheme, windows=windows, kv_cache="fp8")
+    check = measure(tmp_path / "q", CacheCheck((64,), (1,)))
+    assert check.value == 2 * 2 * 2 * 16 and "8 bits" in check.label and "E4M3" in check.text
 
 
 def test_contexts_beyond_learned_positions_are_left_out(tmp_path: Path) -> None:
