@@ -9,6 +9,8 @@ by the class that its config names, and must give the logits of its dense twin: 
 dense, in the original class. What the engine computes must be what transformers computes. Verdicts:
 
 - ``works``: by both methods;
+- ``as advised``: what is asked for is refused by name, and works by both methods with the override that the refusal
+  names: the experts of some classes stay dense, the other linears are quantized;
 - ``refused``: by name, before the work; the message is in the table;
 - ``wrong``: it went through, and logits, kept tensors or names are not what they should be;
 - ``crash``: anything else but a refusal: an exception of another kind, a signal, or out of time or memory;
@@ -26,6 +28,7 @@ import fnmatch
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -34,7 +37,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing.process import BaseProcess
@@ -55,10 +58,13 @@ from support.tiny_checkpoints import FIRST_TEXT_TOKEN, VOCABULARY, save_tiny_che
 
 from llmconvert.convert.source import open_source
 from llmconvert.engine.evaluation import stream_logits
+from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import LlmconvertError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.plan import Override
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["CLASSES", "Case", "Finding", "examine", "examine_all", "markdown_page"]
 
@@ -70,6 +76,8 @@ LENGTH = 24
 CPU = torch.device("cpu")
 # Logits of the artifact against its twin's, and streamed against resident ones: norm of the difference by the latter's.
 TOLERANCE = 2e-4
+# What a refusal tells to leave dense.
+_ADVISED = re.compile(r"\(match: '(?P<match>[^']+)', scheme: none\)")
 
 
 @dataclass(frozen=True, order=True)
@@ -132,10 +140,23 @@ def examine(case: Case, directory: Path) -> Finding:
         expected = _logits(source)
     except Exception as error:
         return Finding("not built", _line(error), trace=traceback.format_exc())
+    finding = _by_all_methods(source, directory, expected)
+    advised = _ADVISED.search(finding.detail) if finding.verdict == "refused" else None
+    if advised is not None:
+        again = _by_all_methods(source, directory / "advised", expected, [Override(advised["match"], None)])
+        verdict = "as advised" if again.verdict == "works" else again.verdict
+        return replace(again, verdict=verdict, detail=again.detail or finding.detail)
+    return finding
+
+
+def _by_all_methods(
+    source: Path, directory: Path, expected: torch.Tensor, overrides: Sequence[Override] = ()
+) -> Finding:
     finding = Finding("works")
+    directory.mkdir(exist_ok=True)
     for method in METHODS:
         try:
-            finding = _quantized(source, directory / method, method, expected)
+            finding = _quantized(source, directory / method, method, expected, overrides)
         except LlmconvertError as error:
             return Finding("refused", str(error), method, finding.weights, finding.quantized)
         except _WrongError as error:
@@ -145,20 +166,29 @@ def examine(case: Case, directory: Path) -> Finding:
     return finding
 
 
-def _quantized(source: Path, output: Path, method: str, expected: torch.Tensor) -> Finding:
+def _quantized(
+    source: Path, output: Path, method: str, expected: torch.Tensor, overrides: Sequence[Override]
+) -> Finding:
     checkpoint = open_source(str(source)).checkpoint
     generator = torch.Generator().manual_seed(1)
     windows = [_ids(generator) for _ in range(4)]
-    quantize_checkpoint(checkpoint, output, method=method, scheme=Scheme.parse(SCHEME), windows=windows)
+    scheme = Scheme.parse(SCHEME)
+    quantize_checkpoint(checkpoint, output, method=method, scheme=scheme, windows=windows, overrides=overrides)
     (streamed,) = stream_logits(checkpoint, [_ids()], device=CPU)
     _same("what the engine computes of the unquantized model", streamed, expected)
-    dense = open_dense(open_source(str(output)).checkpoint)
+    written = open_dense(open_source(str(output)).checkpoint)
+    dense = {name: written[name] for name in written}
+    _put_experts_together(checkpoint, dense)
+    before_all = {**{name: checkpoint[name] for name in checkpoint}, **_joined(source, checkpoint, dense)}
+    apart = {name for name in checkpoint if name not in dense}
+    if sum(before_all[name].numel() for name in apart) != sum(
+        value.numel() for name, value in before_all.items() if name not in checkpoint
+    ):
+        raise _WrongError(f"the artifact has no {min(apart)}")
     weights = quantized = 0
     tensors = {}
-    for name in checkpoint:
-        if name not in dense.infos:
-            raise _WrongError(f"the artifact has no {name}")
-        before, after = checkpoint[name], dense[name]
+    for name in sorted(before_all.keys() - apart):
+        before, after = before_all[name], dense[name]
         weights += before.numel()
         if before.shape != after.shape or before.dtype != after.dtype:
             raise _WrongError(f"{name} was {before.dtype} {list(before.shape)}, is {after.dtype} {list(after.shape)}")
@@ -180,14 +210,54 @@ def _quantized(source: Path, output: Path, method: str, expected: torch.Tensor) 
     return Finding("works", weights=weights, quantized=quantized)
 
 
+class _Places(dict[str, torch.Tensor]):
+    """In the place of a checkpoint: tensors that hold the places of their numbers."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self[name][start:stop].clone()
+
+
+def _put_experts_together(checkpoint: Checkpoint, dense: dict[str, torch.Tensor]) -> None:
+    """Let experts that the checkpoint has in one tensor, and the artifact one by one, be in one tensor again."""
+    absent = {name for name in checkpoint if name not in dense}
+    if not absent:
+        return
+    apart = [site for site in Skeleton(checkpoint, CPU).sites.values() if site.tensor in absent]
+    for name in dict.fromkeys(site.tensor for site in apart):
+        shape = checkpoint.infos[name].shape
+        places: Any = _Places({name: torch.arange(torch.Size(shape).numel()).view(shape)})
+        whole = torch.full(shape, torch.nan, dtype=checkpoint.infos[name].dtype)
+        for site in apart:
+            if site.tensor == name:
+                whole.view(-1)[site.read(places).reshape(-1)] = dense.pop(f"{site.stored}.weight").reshape(-1)
+        dense[name] = whole
+
+
+def _joined(source: Path, checkpoint: Checkpoint, dense: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the artifact has in one and the checkpoint apart, as transformers makes it."""
+    names = [name for name in dense if name not in checkpoint]
+    states = _class_of(source).from_pretrained(source, dtype=torch.float32).state_dict() if names else {}
+    for name in names:
+        if name not in states:
+            raise _WrongError(f"the artifact has {name}, which is neither the checkpoint's nor the class's")
+    return {name: states[name] for name in names}
+
+
+def _class_of(directory: Path) -> type[PreTrainedModel]:
+    """The class that the config names."""
+    kind: type[PreTrainedModel] = getattr(
+        transformers, json.loads((directory / "config.json").read_text())["architectures"][0]
+    )
+    return kind
+
+
 def _logits(directory: Path) -> torch.Tensor:
     """What the class that the config names computes.
 
     Raises:
         _WrongError: it finds tensors missing, or does not know some of those that are there.
     """
-    config = json.loads((directory / "config.json").read_text())
-    kind: type[PreTrainedModel] = getattr(transformers, config["architectures"][0])
+    kind = _class_of(directory)
     model, info = kind.from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
@@ -245,7 +315,7 @@ def examine_all(cases: Sequence[Case], state: Path, processes: int = 1) -> dict[
                 running[case] = process, result, time.monotonic()
             time.sleep(0.05)
             for case, (process, result, begin) in list(running.items()):
-                late = time.monotonic() - begin > 2 * SECONDS
+                late = time.monotonic() - begin > 8 * SECONDS
                 if late:
                     process.kill()
                 if process.is_alive() and not late:
@@ -293,7 +363,7 @@ def markdown_page(findings: Mapping[str, Finding], today: str) -> str:
 
 
 _TITLES = {"causal": "Causal language models", "image-text": "Image-text-to-text"}
-_VERDICTS = ("works", "refused", "wrong", "crash", "not built")
+_VERDICTS = ("works", "as advised", "refused", "wrong", "crash", "not built")
 _PAGE = """# Families of models
 
 Which of transformers' classes can be quantized, read back and trusted. Written by `bench/census.py` on {date}, with
@@ -302,9 +372,13 @@ transformers {transformers}, compressed-tensors {compressed_tensors} and torch {
 Every class of transformers' automatic mappings gets a tiny random checkpoint with the structure of the real one: layers
 of every kind, experts, tied weights as the class has them by default. It is quantized to {scheme} by rtn and by gptq,
 and the artifact is read by the class that its config names. It **works** if by both methods no tensor is missing,
-unknown or other than it was, and logits are those of the artifact's own weights written out dense. **refused** is said
-before any work, with the reason in the table. **not built**: transformers cannot build, save or run such a model on
-text alone with the settings that it has by default.
+unknown or other than it was, and logits are those of the artifact's own weights written out dense. **as advised**: that
+is refused, and the same holds with the override that the refusal names, which leaves the experts dense and quantizes
+the other linears. **refused** is said before any work, with the reason in the table. **not built**: transformers cannot
+build, save or run such a model on text alone with the settings that it has by default.
+
+`llmconvert inspect MODEL` says the same of any checkpoint, from its headers: whether `quantize` takes it, what stays
+dense, or why not and what to do instead.
 
 {counts}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,7 @@ from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.gguf.ggml.mix import FLOATS
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.formats.reading import declared_quantization
+from llmconvert.quantize.job import Verdict, judge_model
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
@@ -76,6 +77,8 @@ class ModelSummary:
         quantization: the method of a model that is already quantized, or None.
         released: whether models are released in this; quantizing others anew has to be asked for. None of what is dense
             or can't be read.
+        quantizable: whether ``quantize`` takes it, or why not; None where that was not asked, or its weights can't be
+            read.
         unread: why the quantized weights can't be read here; None if they can.
     """
 
@@ -102,6 +105,7 @@ class ModelSummary:
     quantization: str | None
     unread: str | None = None
     released: bool | None = None
+    quantizable: Verdict | None = None
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -115,7 +119,8 @@ class ModelSummary:
 
 
 def inspect_model(model: str) -> ModelSummary:
-    """Summarize ``MODEL`` (any of its four forms); of a Hub model only headers are fetched.
+    """Summarize ``MODEL`` (any of its four forms), and say whether it can be quantized; of a Hub model only headers are
+    fetched.
 
     Raises:
         SourceError: it does not exist or cannot be read.
@@ -124,9 +129,16 @@ def inspect_model(model: str) -> ModelSummary:
     hub = parse_hub_id(model) if not local_path(model).exists() else None
     if hub is not None:
         with RemoteCheckpoint(*hub) as remote:
-            return describe_model(remote)
+            return _judged(remote)
     with open_source(model, allow_pickle=True).checkpoint as checkpoint:
-        return describe_model(checkpoint)
+        return _judged(checkpoint)
+
+
+def _judged(checkpoint: Checkpoint) -> ModelSummary:
+    summary = describe_model(checkpoint)
+    if summary.unread is not None:
+        return summary
+    return replace(summary, quantizable=judge_model(open_dense(checkpoint, weights_only=True)))
 
 
 def describe_model(checkpoint: Checkpoint) -> ModelSummary:

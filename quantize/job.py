@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from llmconvert.engine.discovery import PROBE_LENGTH, discover
 from llmconvert.engine.memory import choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
-from llmconvert.errors import CalibrationError, UnsupportedError
+from llmconvert.errors import CalibrationError, LlmconvertError, MachineError, UnsupportedError
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.formats.base import ContainerRequest, FileFormat, load_format
+from llmconvert.quantize.formats.base import ContainerRequest, FileFormat, Format, load_format
+from llmconvert.quantize.formats.loading import as_loaded
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, GgmlQuantizer, Quantizer, load_method
 from llmconvert.quantize.passes.original import can_share
@@ -38,7 +40,10 @@ from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES
 
-__all__ = ["plan_quantize", "quantize_checkpoint"]
+__all__ = ["Verdict", "judge_model", "plan_quantize", "quantize_checkpoint"]
+
+# Of 4 bits, from large groups to small ones, which fit more widths.
+_USUAL = ("w4a16-g128", "w4a16-g64", "w4a16-g32", "w4a16-channel")
 
 
 def plan_quantize(
@@ -92,7 +97,8 @@ def plan_quantize(
         what = f"scheme {request.scheme}" if request.fixes_inputs else "kv_cache"
         what = f"method {request.method!r}" if chosen.calibration != "none" else what
         raise CalibrationError(f"{what} needs calibration text and was given none")
-    skeleton = Skeleton(source, context.device, fast_products=True)
+    skeleton = _skeleton(source, context.device, layout_format)
+    source = skeleton.checkpoint
     if (request.experts == "all" or request.min_tokens_per_expert) and not any(skeleton.experts):
         key = "experts: all" if request.experts == "all" else "min_tokens_per_expert"
         raise UnsupportedError(
@@ -136,6 +142,61 @@ def plan_quantize(
         source, output, tuple(windows), context, original, record, skeleton, blocks, chosen, scale_dtype, work
     )
     return QuantizePlan(request, decisions, memory, container, memory.needs(skeleton.device, disk=disk), inputs)
+
+
+def _skeleton(source: Checkpoint, device: torch.device, layout: Format) -> Skeleton:
+    """The model of a checkpoint as an artifact in that format has its tensors."""
+    skeleton = Skeleton(source, device, fast_products=True)
+    written = as_loaded(skeleton, layout)
+    return skeleton if written is source else Skeleton(written, device, fast_products=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a model's linears can be quantized.
+
+    Attributes:
+        scheme: the first of the usual schemes that fits it; None if none does.
+        weights: numbers that are quantized then.
+        notes: what stays dense, or is otherwise than usual, a sentence each.
+        reason: why no scheme fits; "" where one does.
+    """
+
+    scheme: Scheme | None
+    weights: int = 0
+    notes: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def judge_model(source: Checkpoint, *, method: str = "gptq", format: str = "compressed-tensors") -> Verdict:
+    """Whether :func:`plan_quantize` will take a model, by what that refuses it by; only headers are read.
+
+    Args:
+        source: dense weights, or the dense view of quantized ones.
+        method, format: see :class:`~llmconvert.quantize.plan.QuantizeRequest`.
+    """
+    chosen, layout = load_method(method, {}), load_format(format)
+    assert isinstance(chosen, Quantizer)
+    reason = ""
+    try:
+        layout.check_source(source)
+        skeleton = _skeleton(source, torch.device("cpu"), layout)
+        blocks = discover(skeleton)
+    except MachineError:
+        raise
+    except LlmconvertError as error:
+        return Verdict(None, reason=str(error))
+    for scheme in map(Scheme.parse, _USUAL):
+        try:
+            found = plan_quantization(skeleton, blocks, scheme, (), chosen, layout)
+        except MachineError:
+            raise
+        except LlmconvertError as error:
+            reason = reason or str(error)
+        else:
+            weights = sum(site.weights for name, site in found.sites.items() if name in found.schemes)
+            return Verdict(scheme, weights, found.notes)
+    return Verdict(None, reason=reason)
 
 
 def quantize_checkpoint(

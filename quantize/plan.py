@@ -17,9 +17,9 @@ from llmconvert.engine.statistics import hessian_nbytes
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
 from llmconvert.quantize.formats.base import Format
-from llmconvert.quantize.formats.coverage import check_coverage
+from llmconvert.quantize.formats.coverage import check_coverage, narrow_linears
 from llmconvert.quantize.formats.experts import check_experts, gates_of
-from llmconvert.quantize.formats.loading import asked_for, check_joined, left_dense, unloadable
+from llmconvert.quantize.formats.loading import asked_for, unloadable, what_is_left
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQuantizer
 from llmconvert.quantize.methods.outer import outer_nbytes
@@ -117,7 +117,7 @@ class QuantizationPlan:
         declared: what ``config.json`` says about them.
         uncalibrated: linears with a scheme that a calibrated method has no inputs for, since the forward never calls
             them; they are rounded to nearest.
-        asked: linears left dense because transformers' class sets their weights by name while it loads.
+        left: what is said of linears that stay dense unasked, or that transformers loads dense.
         caches: attention modules whose keys and values get scales, by what the checkpoint calls them.
     """
 
@@ -127,7 +127,7 @@ class QuantizationPlan:
     specs: tuple[TensorSpec, ...]
     declared: Mapping[str, Any]
     uncalibrated: tuple[str, ...] = ()
-    asked: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
     caches: tuple[str, ...] = ()
 
     @property
@@ -145,7 +145,7 @@ class QuantizationPlan:
                 f"model ({self.uncalibrated[0]}, …); without inputs to be calibrated on they are rounded to nearest; "
                 "an override with scheme: none keeps them"
             )
-        return *notes, *([left_dense(self.asked)] if self.asked else ())
+        return *notes, *self.left
 
 
 def plan_quantization(
@@ -172,11 +172,17 @@ def plan_quantization(
     linears = [{name: linear for name, linear in found.items() if name not in turned} for found in skeleton.linears]
     check_coverage(skeleton.model, skeleton.blocks, prefixes, linears)
     gates = gates_of(skeleton)
-    check_joined(skeleton, layout)
     asked = asked_for(skeleton, scheme, layout) if isinstance(scheme, Scheme) else frozenset()
-    dense = gates | asked | turned | (_idle(blocks) if skeleton.reach.idle else set())
+    repeated = {name for block in blocks for name in block.repeated}
+    narrow = narrow_linears(sites, scheme)
+    dense = gates | turned | repeated | narrow | (_idle(blocks) if skeleton.reach.idle else set())
     own = {name: scheme if isinstance(scheme, Scheme) else scheme.get(site.tensor) for name, site in sites.items()}
     assigned = {name: _assigned(name, None if name in dense else own[name], overrides) for name in sites}
+    packed = {chosen for name, chosen in assigned.items() if chosen is not None and sites[name].kind == "linear"}
+    said = layout.loaded_dense(packed) if asked else {}
+    if asked and not said:
+        dense |= asked
+        assigned = {name: _assigned(name, None if name in dense else own[name], overrides) for name in sites}
     check_experts(skeleton, assigned, method, layout)
     if layout.outer and isinstance(scheme, Scheme):
         sites = {**sites, **skeleton.outer}
@@ -187,8 +193,10 @@ def plan_quantization(
         if chosen is not None:
             chosen.check_fits(name, site.columns)
     if layout.fuses:
-        _check_fused(blocks, {name: chosen for name, chosen in assigned.items() if name not in gates | asked})
-    unreached = tuple(name for block in blocks for name in block.unreached if assigned[name] is not None)
+        alone = gates | asked | repeated | narrow
+        _check_fused(blocks, {name: chosen for name, chosen in assigned.items() if name not in alone})
+    unmet = (name for block in blocks for name in (*block.unreached, *block.repeated))
+    unreached = tuple(name for name in unmet if assigned[name] is not None)
     calibrated = method.calibration != "none"
     if calibrated and unreached and len(unreached) == sum(chosen is not None for chosen in assigned.values()):
         raise CalibrationError(
@@ -212,8 +220,8 @@ def plan_quantization(
     names = _DeclaredNames.of(skeleton)
     declared = {called: chosen for name, chosen in schemes.items() for called in names.of_site(sites[name])}
     kept = names.kept([sites[name] for name, chosen in assigned.items() if chosen is None], declared)
-    config = layout.quantization_config(declared, kept)
-    left = tuple(name for name in sites if name in asked and name not in schemes)
+    config = {**layout.quantization_config(declared, kept), **said}
+    left = what_is_left(sites, schemes, asked, repeated, narrow, dense=bool(said))
     return QuantizationPlan(schemes, sites, kept, tuple(specs), config, unreached if calibrated else (), left)
 
 

@@ -157,7 +157,7 @@ class _Folding:
         return RotatedCheckpoint(source, known, untie=self._untie)
 
     def rotate_residual(self) -> None:
-        width = self._skeleton.hidden_size
+        width = self._skeleton.architecture.hidden_size
         rotation = Rotation(width, self._seed)
         for index in range(self._skeleton.block_count):
             self._rotate_block(index, width, rotation)

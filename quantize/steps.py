@@ -155,6 +155,8 @@ class CalibratedSteps:
     def lost(self, work: Path, done: int) -> bool:
         needed = _STREAMS if self.method.original else _STREAMS[:1]
         inside = 0 < done < self.skeleton.block_count
+        if inside and self.skeleton.architecture.hands_over:
+            return True  # what earlier blocks left for later ones is not on disk
         return inside and not all(states_present(work, done, *self._shape, name=name) for name in needed)
 
     def run(self, work: Path, done: int) -> Iterator[Step[Outcome]]:
@@ -376,8 +378,8 @@ class CalibratedSteps:
 
 
 def round_unreached(run: BlockRun, plan: QuantizationPlan, scale_dtype: torch.dtype) -> Iterator[tuple[str, Solution]]:
-    """The linears of a block that no batch calls but which get a scheme, rounded to nearest."""
-    for name in run.plan.unreached:
+    """The linears of a block that no batch stands at but which get a scheme, rounded to nearest."""
+    for name in (*run.plan.unreached, *run.plan.repeated):
         if name in plan.uncalibrated:
             scheme = plan.schemes[name]
             found = Rtn().quantize([Target(name, run.weight(name), scheme)], None, scale_dtype)[name]

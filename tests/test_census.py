@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,12 +29,32 @@ def case(census: ModuleType, key: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["causal/qwen3_moe", "causal/zamba2", "causal/bart", "image-text/qwen3_5"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "causal/qwen3_moe",  # experts
+        "causal/llama4_text",  # experts in one tensor, and one by one in the artifact
+        "causal/zamba2",  # weights that blocks share
+        "causal/bart",  # linears that text never meets
+        "causal/deepseek_v4",  # several hidden states for a token
+        "causal/falcon",  # a class that sets weights by name while it loads
+        "causal/gemma3n_text",  # linears called twice, keys and values of earlier blocks
+        "causal/kimi_linear",  # tensors that transformers joins, beside experts
+        "causal/mllama",  # a decoder by itself, with blocks for images
+        "image-text/qwen3_5",  # a vision tower beside linear attention
+    ],
+)
 def test_classes_of_several_kinds_work(census: ModuleType, tmp_path: Path, key: str) -> None:
-    """A mixture; weights that blocks share; linears that text never meets; a vision tower beside linear attention."""
     finding = census.examine(case(census, key), tmp_path)
     assert finding.verdict == "works", finding
     assert 0 < finding.quantized < finding.weights
+
+
+@pytest.mark.slow
+def test_what_a_refusal_advises_is_tried(census: ModuleType, tmp_path: Path) -> None:
+    finding = census.examine(case(census, "causal/gpt_oss"), tmp_path)
+    assert finding.verdict == "as advised" and "leave them dense" in finding.detail
+    assert 0 < finding.quantized < finding.weights / 2
 
 
 @pytest.mark.slow
@@ -75,6 +96,16 @@ def test_an_artifact_with_another_weight_is_wrong(
     assert "norm.weight is another than it was" in finding.detail
 
 
+def test_what_is_refused_is_said_with_the_model_the_cause_and_what_to_do() -> None:
+    """Of every refusal that the page has."""
+    page = (Path(__file__).parent.parent / "docs" / "families.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| refused[^|]*\| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) > 10
+    for model_type, name, said in rows:
+        assert re.search(rf"architecture '[^']+'|model type '[^']+'|{name}", said), model_type
+        assert re.search(r"\b(convert|use|take|save it anew|override|mend|install)\b", said, re.IGNORECASE), said
+
+
 def test_the_page_counts_and_says_why(census: ModuleType) -> None:
     findings = {
         "causal/llama": census.Finding("works"),
@@ -83,6 +114,6 @@ def test_the_page_counts_and_says_why(census: ModuleType) -> None:
     }
     page = census.markdown_page(findings, "2030-01-01")
     assert "on 2030-01-01" in page
-    assert "| Causal language models | 1 | 1 | 0 | 0 | 0 | 1 of 2 |" in page
+    assert "| Causal language models | 1 | 0 | 1 | 0 | 0 | 0 | 1 of 2 |" in page
     assert "| `xlm` | `XLMWithLMHeadModel` | refused (gptq) | it has \\| no \\*blocks\\* |" in page
     assert "Work: `llama`." in page

@@ -28,7 +28,11 @@ def inspect(model: str, manners: Manners) -> None:
 
     summary = inspect_model(model)
     lines = (f"{label:<20} {value}" for label, value in _rows(summary))
-    manners.result({**asdict(summary), "bits_per_weight": summary.bits_per_weight}, *lines)
+    said = {**asdict(summary), "bits_per_weight": summary.bits_per_weight}
+    if (found := summary.quantizable) is not None:
+        scheme = None if found.scheme is None else str(found.scheme)
+        said["quantizable"] = {**asdict(found), "scheme": scheme, "taken": scheme is not None}
+    manners.result(said, *lines)
 
 
 def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
@@ -67,7 +71,19 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
     if summary.unread:
         rows.append(("not read here", summary.unread))
     rows += [(f"weights, {name}", _megabytes(size)) for name, size in summary.weight_bytes.items()]
-    return rows
+    return rows + _verdict(summary)
+
+
+def _verdict(summary: ModelSummary) -> list[tuple[str, str]]:
+    """Whether ``quantize`` takes the model."""
+    found = summary.quantizable
+    if found is None:
+        return [("quantize", "refuses it, since it is not read here")] if summary.unread else []
+    if found.scheme is None:
+        return [("quantize", f"refuses it: {found.reason}")]
+    share = f", {found.weights / summary.parameters:.0%} of the parameters" if summary.parameters else ""
+    rows = [("quantize", f"takes it, for example in {found.scheme} by gptq{share}")]
+    return rows + [("  note", note) for note in found.notes]
 
 
 def _words(way: str) -> str:

@@ -6,7 +6,7 @@ linears, and whoever runs it decides there what it meets next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +16,27 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.experts import ExpertsSlot, Visit
 from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
+from llmconvert.errors import UnsupportedError
 
-__all__ = ["AnsweredCall", "Pass", "gate", "keep_input", "record_inputs", "stand_at_linear"]
+__all__ = [
+    "AnsweredCall",
+    "Carried",
+    "Pass",
+    "check_start",
+    "gate",
+    "keep_input",
+    "record_inputs",
+    "remove_hooks",
+    "stand_at_linear",
+]
+
+#: Argument of a block's call → what it holds of the blocks before.
+Carried = Mapping[str, Mapping[Any, Any]]
 
 
 class Pass(greenlet):
@@ -29,7 +44,8 @@ class Pass(greenlet):
 
     ``at`` is where it stands: the index of the block it is about to enter (their number, if it stands behind the last
     one), a linear it is about to call, or None once the forward has ended; ``tensor`` is what it brought there, and
-    ``call`` the block it entered last with all else it is called with. ``tokens`` is how many it has.
+    ``call`` the block it entered last with all else it is called with, ``shape`` that of the hidden state that it
+    entered with. ``tokens`` is how many it has.
 
     Args:
         skeleton: the model; its slots' gates are :func:`gate`, and linears to stop at have :func:`stand_at_linear`
@@ -39,6 +55,7 @@ class Pass(greenlet):
         start: the block to enter first; those before it are passed by.
         hidden: what it enters that block with; None: what the blocks before it gave.
         batch: its number, under which experts keep answers for it; None: they are computed on the spot.
+        carried: what the blocks before ``start`` have left for later ones (:attr:`carried` of the batch there).
     """
 
     def __init__(
@@ -49,6 +66,7 @@ class Pass(greenlet):
         start: int,
         hidden: torch.Tensor | None,
         batch: int | None = None,
+        carried: Carried = MappingProxyType({}),
     ) -> None:
         super().__init__(self._forward)
         self._skeleton = skeleton
@@ -62,10 +80,18 @@ class Pass(greenlet):
         self.at: int | nn.Module | None = -1
         self.tensor: torch.Tensor | None = None
         self.call: BlockCall | None = None
+        self.shape = torch.Size()
         self._kept: dict[nn.Module, torch.Tensor] = {}
         self._batch = batch
         self._visit: Visit | None = None
+        self._carried = carried
         self.switch()
+
+    @property
+    def carried(self) -> Carried:
+        """What blocks have left so far for later ones beside the hidden state: keys and values that layers share."""
+        kwargs = {} if self.call is None else self.call.kwargs
+        return {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping) and value}
 
     def run_to_linear(self, block: int, linear: nn.Module) -> torch.Tensor | None:
         """Go on to ``linear`` inside ``block`` and give its input; None if this batch does not call it."""
@@ -123,20 +149,25 @@ class Pass(greenlet):
         last = self._skeleton.block_count - 1
         if slot.index < self._start:
             if slot.index == last and self._replacement is not None:
-                hidden, self._replacement = self._replacement.to(hidden.device), None
+                hidden, self._replacement = self._replaced(hidden), None
             # What else a block returns (attention weights, a cache) is for callers who asked for it; nobody did.
             returned = self._plans[slot.index].returned
             return (hidden, *[None] * (returned - 1)) if returned else hidden
         if slot.index == self._start and self._replacement is not None:
-            hidden = self._replacement.to(hidden.device)
-            self._replacement = None
-        self.call = call
+            hidden, self._replacement = self._replaced(hidden), None
+            for name, values in self._carried.items():
+                call.kwargs[name].update(values)
+        self.call, self.shape = call, hidden.shape
         self._stand(slot.index, hidden)
         result = call(hidden)
         self._kept.clear()
         if self._leaves_last and slot.index == last:
             self._stand(slot.index + 1, result[0] if isinstance(result, tuple) else result)
         return result
+
+    def _replaced(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self._replacement is not None
+        return self._replacement.to(hidden.device).view(hidden.shape)
 
     def keep(self, module: nn.Module, value: torch.Tensor) -> None:
         self._kept[module] = value
@@ -192,6 +223,20 @@ class _Guest(greenlet):
         return self._answer(slot, visit)
 
 
+def check_start(skeleton: Skeleton, start: int) -> None:
+    """Refuse to begin a pass at a block that needs more of those before it than hidden states.
+
+    Raises:
+        UnsupportedError: the model's last layers use keys and values of earlier ones.
+    """
+    if start and skeleton.architecture.hands_over:
+        raise UnsupportedError(
+            f"architecture {skeleton.architecture.model_type!r}: its last layers use keys and values of earlier ones, "
+            f"so a pass cannot begin at block {start}, which budgets, healing and repair need; quantize with one "
+            "scheme, or with overrides"
+        )
+
+
 def gate(slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
     """What a slot does in place of its block: the coroutine's part, if one is under way; else it runs the block."""
     coroutine = getcurrent()
@@ -212,6 +257,12 @@ def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
         coroutine.keep(module, args[0])
 
 
+def remove_hooks(hooks: Sequence[RemovableHandle]) -> None:
+    """Let modules go without hooks again."""
+    for hook in hooks:
+        hook.remove()
+
+
 @contextmanager
 def record_inputs(
     block: nn.Module, linears: Sequence[str], record: Callable[[str, torch.Tensor], None]
@@ -230,5 +281,4 @@ def record_inputs(
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        remove_hooks(handles)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from llmconvert.engine.architecture.boundary import foreign_settings
+from llmconvert.engine.architecture.boundary import WHOLE, foreign_settings
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.experts import ExpertsLayout, expert_parameter, find_experts
 from llmconvert.engine.architecture.model import build_meta_model, fix_frequencies
@@ -60,6 +60,7 @@ class BlockPlan:
         index: position in the list of blocks.
         stops: in the order in which a batch reaches them.
         unreached: linears of the block that the forward never calls.
+        repeated: those that it calls more than once. Batches don't stand still there.
         returned: values in the tuple ``(hidden, …)`` that the block returns; 0 if it returns the hidden state itself.
         peak_nbytes: most bytes one batch has alive anywhere inside the block.
     """
@@ -69,6 +70,7 @@ class BlockPlan:
     unreached: tuple[str, ...]
     returned: int
     peak_nbytes: int
+    repeated: tuple[str, ...] = ()
 
 
 def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan, ...]:
@@ -95,12 +97,12 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
         for recorder, block, linears in zip(recorders, blocks, skeleton.linears, strict=True):
             recorder.attach(block, skeleton.prefix(recorder.index), linears, order)
         ids = torch.zeros((1, length), dtype=torch.long, device=skeleton.device)
-        with foreign_settings(f"architecture {kind!r} cannot be traced"), tracker:
+        with foreign_settings(f"architecture {kind!r} cannot be traced on shapes alone", WHOLE), tracker:
             model(input_ids=ids, use_cache=False)
     if order != list(range(len(blocks))):
         raise UnsupportedError(
             f"architecture {kind!r}: its forward passes the blocks in the order {order[:8]}…, expected each once, "
-            "in order, with the hidden state as first argument; the streaming engine cannot run it"
+            f"in order, with the hidden state as first argument, to be run block by block; {WHOLE}"
         )
     return tuple(recorder.plan() for recorder in recorders)
 
@@ -202,6 +204,7 @@ class _BlockRecorder:
         self._tracker = tracker
         self._groups: list[_Group] = []
         self._seen: set[str] = set()
+        self._repeated: dict[str, None] = {}
         self._linears: tuple[str, ...] = ()
         self._returned = 0
         self._peak = 0
@@ -239,7 +242,8 @@ class _BlockRecorder:
     def _recorder(self, name: str) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:
             if name in self._seen:
-                raise ValueError(f"{name} is called more than once")
+                self._repeated[name] = None
+                return
             self._seen.add(name)
             tensor, held = args[0], self._tracker.live
             for group in self._groups:
@@ -265,17 +269,15 @@ class _BlockRecorder:
 
     def plan(self) -> BlockPlan:
         residuals = self._tracker.sums.residuals
-        stops = tuple(
-            Stop(
-                tuple(group.linears),
-                group.columns,
-                group.held,
-                residuals.get(group.linears[0]) if len(group.linears) == 1 else None,
-            )
-            for group in self._groups
-        )
+        stops: list[Stop] = []
+        for group in self._groups:
+            linears = tuple(name for name in group.linears if name not in self._repeated)
+            if linears:
+                residual = residuals.get(linears[0]) if len(linears) == 1 else None
+                stops.append(Stop(linears, group.columns, group.held, residual))
         unreached = tuple(name for name in self._linears if name not in self._seen)
-        return BlockPlan(self.index, stops, unreached, self._returned, self._peak)
+        repeated = tuple(self._repeated)
+        return BlockPlan(self.index, tuple(stops), unreached, self._returned, self._peak, repeated)
 
 
 @dataclass(slots=True)

@@ -149,7 +149,8 @@ class Skeleton:
             for index, block in enumerate(self.blocks)
         ]
         self.linears = [
-            {name: linear for name, linear in linears.items() if f"{name}.weight" not in tied} for linears in found
+            {name: linear for name, linear in linears.items() if f"{name}.weight" not in {*tied, *self.joined}}
+            for linears in found
         ]
         #: Linears whose weights several blocks share. No reader ties packed weights, so these stay as they are.
         self.shared = tuple(name for linears in found for name in linears if f"{name}.weight" in tied)
@@ -184,8 +185,8 @@ class Skeleton:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden state between blocks."""
-        return self.architecture.hidden_size
+        """Numbers of a token between blocks: the width of the hidden state, of all streams where there are several."""
+        return self.architecture.hidden_size * self.architecture.streams
 
     def prefix(self, index: int) -> str:
         """What the module names of a block's parameters begin with, e.g. ``model.layers.0.``."""

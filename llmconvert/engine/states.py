@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -33,10 +34,10 @@ class States(Protocol):
     """Block inputs by block and batch. Those of a block may be forgotten once those of the one after are complete."""
 
     def put(self, block: int, batch: int, hidden: torch.Tensor) -> None:
-        """Keep the input of ``block`` for ``batch``, shape ``[1, length, hidden size]``."""
+        """Keep the input of ``block`` for ``batch``: as many numbers as ``[1, length, hidden size]``, in any shape."""
 
     def get(self, block: int, batch: int) -> torch.Tensor:
-        """What was put."""
+        """What was put, in the same order; in that shape, or as it was."""
 
 
 class MemoryStates:
@@ -79,12 +80,17 @@ class _File:
             raise self._failed(error, "reserved") from error
 
     def put(self, batch: int, hidden: torch.Tensor) -> None:
-        if hidden.dtype != self._dtype or tuple(hidden.shape) != self._shapes[batch]:
-            found = f"{str(hidden.dtype).removeprefix('torch.')} {list(hidden.shape)}"
+        expected = self._shapes[batch]
+        if hidden.dtype != self._dtype:
+            found, kept = (str(dtype).removeprefix("torch.") for dtype in (hidden.dtype, self._dtype))
             raise UnsupportedError(
-                f"the model's blocks hand on hidden states of {found}; those of "
-                f"{str(self._dtype).removeprefix('torch.')} {list(self._shapes[batch])} are kept, as its weights have. "
-                "A model that computes them in another dtype can be converted to that one first (convert --dtype)"
+                f"the model's blocks hand on hidden states in {found}, its weights are in {kept}, as is what is kept; "
+                f"convert the model first (convert --dtype {found})"
+            )
+        if hidden.numel() != math.prod(expected):
+            raise UnsupportedError(
+                f"the model's blocks hand on hidden states of shape {list(hidden.shape)}, expected as many numbers as "
+                f"in {list(expected)}; such a model can be quantized by rtn, which needs no text, and not calibrated"
             )
         data = hidden.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         position = self._offsets[batch]

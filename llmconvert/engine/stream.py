@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from llmconvert.compute.precision import all_finite
-from llmconvert.engine.coroutine import Pass, gate, keep_input, stand_at_linear
+from llmconvert.engine.coroutine import Carried, Pass, check_start, gate, keep_input, remove_hooks, stand_at_linear
 from llmconvert.engine.discovery import BlockPlan, Stop
 from llmconvert.engine.experts import ExpertsRun, ExpertsSlot
 from llmconvert.engine.sites import Site
@@ -166,7 +166,7 @@ class BlockRun:
             assert coroutine.tensor is not None and coroutine.call is not None
             at_entry = coroutine.at == self.plan.index
             hidden = coroutine.tensor if at_entry else self._stream.state(self.plan.index, batch)
-            entry = hidden.to(coroutine.tensor.device), coroutine.call
+            entry = hidden.to(coroutine.tensor.device).view(coroutine.shape), coroutine.call
             self._stream.leave(coroutine)
             yield entry
 
@@ -206,22 +206,21 @@ class Stream:
         phases: Phases | None = None,
     ) -> None:
         self.skeleton = skeleton
-        self.windows = tuple(windows)
-        self.plans = tuple(plans)
-        self._mode = mode
+        self.windows, self.plans = tuple(windows), tuple(plans)
+        self._mode, self._phases = mode, phases or Phases()
         self._own_states = None
         if states is None and mode == "replay":
             lengths = [window.shape[1] for window in windows]
             self._own_states = passing_states(lengths, skeleton.hidden_size, skeleton.dtype)
         self._states: States | None = self._own_states if states is None else states
-        self._start = start
+        self._start, self._crossed = start, start - 1
         self._keeps_residuals, self._answers = residuals, answers
         self._passes: list[Pass] = []
-        self._crossed = start - 1
         self._experts: dict[ExpertsSlot, ExpertsRun] = {}  # of the current block
+        self._carried: dict[int, Carried] = {}  # by batch, into the current block
         self._ahead: set[int] = set()  # batches that have left the current block
         self._moved = 0  # bytes of hidden states since freed memory was released
-        self._phases = phases or Phases()
+        check_start(skeleton, start)
         skeleton.restore_buffers()
         with self._phases.measure("reading"):
             skeleton.load_outer(head=head)
@@ -243,8 +242,7 @@ class Stream:
                 self.skeleton.prefetch_block(index + 1)
             hooks = self._hook(index)
             yield BlockRun(self, self.plans[index])
-            for hook in hooks:
-                hook.remove()
+            remove_hooks(hooks)
             if index + 1 < self.skeleton.block_count:
                 self.cross(index)
                 self._experts.clear()
@@ -288,7 +286,7 @@ class Stream:
         """The coroutine of ``batch``, at the entry of block ``index`` or wherever in it lockstep has left it."""
         if self._mode == "lockstep":
             return self._passes[batch]
-        return self._pass(batch if self._answers else None, index, self.state(index, batch), self.windows[batch])
+        return self._pass(batch, index, self.state(index, batch), answers=self._answers)
 
     def state(self, index: int, batch: int) -> torch.Tensor:
         """The hidden state, ``[1, length, hidden size]``, with which ``batch`` enters the current block; if kept."""
@@ -301,7 +299,7 @@ class Stream:
         Raises:
             CalibrationError: that is not finite.
         """
-        coroutine = self._pass(None, index, hidden, self.windows[batch])
+        coroutine = self._pass(batch, index, hidden, answers=False)
         left = coroutine.run_to_next_block(index)
         coroutine.kill()
         self._check_finite(left, index, batch)
@@ -339,15 +337,15 @@ class Stream:
         for slot in self.skeleton.experts[index].values():
             self.experts(index, slot).finish()
 
-    def _pass(self, batch: int | None, start: int, hidden: torch.Tensor | None, window: torch.Tensor) -> Pass:
-        return Pass(self.skeleton, self.plans, window.to(self.skeleton.device), start, hidden, batch)
+    def _pass(self, batch: int, start: int, hidden: torch.Tensor | None, *, answers: bool) -> Pass:
+        window, number = self.windows[batch].to(self.skeleton.device), batch if answers else None
+        return Pass(self.skeleton, self.plans, window, start, hidden, number, self._carried.get(batch, {}))
 
     def _hook(self, index: int) -> list[RemovableHandle]:
         """Make batches stand at the linears of a block, and keep what their outputs are added to."""
-        hooks = []
-        if self._keeps_residuals:
-            names = dict.fromkeys(stop.residual for stop in self.plans[index].stops if stop.residual is not None)
-            hooks = [self.skeleton.submodule(index, name).register_forward_pre_hook(keep_input) for name in names]
+        found = (stop.residual for stop in self.plans[index].stops if self._keeps_residuals)
+        names = dict.fromkeys(name for name in found if name is not None)
+        hooks = [self.skeleton.submodule(index, name).register_forward_pre_hook(keep_input) for name in names]
         linears = self.skeleton.linears[index].values()
         return hooks + [linear.register_forward_pre_hook(stand_at_linear) for linear in linears]
 
@@ -357,7 +355,7 @@ class Stream:
             hidden = self._states.get(self._start, batch) if self._states is not None and self._start else None
             if self._mode == "replay" and hidden is not None:
                 continue
-            coroutine = self._pass(batch, self._start, hidden, self.windows[batch])
+            coroutine = self._pass(batch, self._start, hidden, answers=True)
             if self._states is not None and not self._start:
                 assert coroutine.tensor is not None
                 self._states.put(0, batch, coroutine.tensor)
@@ -389,6 +387,8 @@ class Stream:
         self._check_finite(hidden, index, batch)
         if self._states is not None:
             self._states.put(index + 1, batch, hidden)
+        if self.skeleton.architecture.hands_over and index + 1 < self.skeleton.block_count:
+            self._carried[batch] = coroutine.carried
 
     def _check_finite(self, value: torch.Tensor, index: int, batch: int) -> None:
         """Refuse what ``batch`` brings from block ``index`` if it is not finite."""

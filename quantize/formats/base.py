@@ -160,9 +160,10 @@ class Format(Reader, Protocol):
     transposes: ClassVar[bool] = False
     #: Whether a layer's experts are in tensors of all of them, each with a type of its own, whatever a class reads.
     stacks_experts: ClassVar[bool] = False
-    #: Whether its runtimes read embeddings and output heads in it, which are quantized too then unless overrides say
-    #: otherwise.
+    #: Whether its runtimes read embeddings and heads in it, which are quantized then unless overrides say otherwise.
     outer: ClassVar[bool] = False
+    #: Whether artifacts have tensors in one that transformers joins as it loads: there it fails at that.
+    joins: ClassVar[bool] = False
     #: Packages that its library needs to load it, beside those that this one depends on.
     loaders: ClassVar[Sequence[str]] = ()
 
@@ -203,6 +204,10 @@ class Format(Reader, Protocol):
     def cache_config(self) -> Mapping[str, Any] | None:
         """What its config says of a cache in E4M3 whose scales are in the artifact; None where it holds none."""
         return None
+
+    def loaded_dense(self, schemes: Collection[Scheme]) -> Mapping[str, Any]:
+        """What a config says for transformers to load all weights dense, of linears in these schemes; or nothing."""
+        return {}
 
     def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
         """Files that readers want beside ``config.json``, by name; ``declared`` is :meth:`quantization_config`'s."""

@@ -8,12 +8,16 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
+from llmconvert.engine.sites import Site
 from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.scheme import Scheme
 
-__all__ = ["check_coverage"]
+__all__ = ["check_coverage", "narrow_linears"]
 
 # Tensors with more than two dimensions are experts of a layout that is not known, or a small part of a state space.
 _HIGHER = 0.125
+# Share of the weights that may stay dense unasked.
+_NEXT_TO_NONE = 0.01
 # What most weights may lie in besides, and what to do then.
 _KNOWN: Mapping[str, str] = {
     "Conv1D": "which holds its weights transposed: compressed-tensors, with which transformers and vLLM read "
@@ -64,3 +68,12 @@ def check_coverage(
                 f"architecture {model.config.model_type!r}: {rest / (quantized + rest):.0%} of the weights of block "
                 f"{index} are not in linear layers, most of them in {owner} ({largest}), {advice}"
             )
+
+
+def narrow_linears(sites: Mapping[str, Site], scheme: Scheme | Mapping[str, Scheme]) -> set[str]:
+    """The linears with fewer columns than a group, where they have next to no weights: tables of coefficients."""
+    size = scheme.group_size if isinstance(scheme, Scheme) else None
+    linears = [site for site in sites.values() if site.kind == "linear"]
+    found = {site.name: site.weights for site in linears if size is not None and site.columns < size}
+    small = sum(found.values()) <= _NEXT_TO_NONE * sum(site.weights for site in sites.values())
+    return set(found) if small else set()

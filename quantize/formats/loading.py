@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 from llmconvert.engine.architecture.config import build_config
+from llmconvert.engine.architecture.expert_storage import Conversions
 from llmconvert.engine.architecture.initialization import weights_asked_for
 from llmconvert.engine.architecture.model import build_meta_model
+from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.formats.joined import JoinedTensors
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["asked_for", "check_joined", "left_dense", "unloadable"]
+__all__ = ["as_loaded", "asked_for", "unloadable", "what_is_left", "written_joined"]
 
 
 def asked_for(skeleton: Skeleton, scheme: Scheme, layout: Format) -> frozenset[str]:
@@ -29,27 +33,99 @@ def asked_for(skeleton: Skeleton, scheme: Scheme, layout: Format) -> frozenset[s
     return weights_asked_for(build_meta_model(config, skeleton.dtype, skeleton.attention), linears)
 
 
-def check_joined(skeleton: Skeleton, layout: Format) -> None:
-    """Refuse a model of whose tensors transformers joins some while it loads, at which it fails in quantized ones.
+def as_loaded(skeleton: Skeleton, layout: Format) -> Checkpoint:
+    """The checkpoint of a model as transformers can load it in a format: with tensors in one that it joins otherwise.
 
     Raises:
-        UnsupportedError: with the tensors.
+        UnsupportedError: the format is one in which nobody has seen transformers join them, or transformers can set up
+            no quantized model of this class in it.
+        CheckpointError: they do not fit behind each other.
     """
-    if layout.library == "transformers" and skeleton.joined:
+    if layout.joins:
+        _check_conversions(skeleton)
+    if layout.library != "transformers" or not skeleton.joined:
+        return skeleton.checkpoint
+    if not layout.joins:
         target, parts = next(iter(skeleton.joined.items()))
         raise UnsupportedError(
             f"architecture {skeleton.architecture.model_type!r}: transformers makes {target!r} of {', '.join(parts)} "
-            "while it loads, and fails at that in a quantized checkpoint, so it could not be read back; convert and "
-            "validate take the model as it is"
+            f"while it loads, which was not seen to work in a quantized checkpoint of {type(layout).__name__.lower()}; "
+            "use format: compressed-tensors"
         )
+    return JoinedTensors(skeleton.checkpoint, skeleton.joined)
 
 
-def left_dense(names: Collection[str]) -> str:
-    """The note that says so."""
+def _check_conversions(skeleton: Skeleton) -> None:
+    """Refuse a class with a weight that becomes several: transformers 5.23 finds no place for its scales, and fails.
+
+    That is so whatever is quantized, and whether or not a checkpoint has that weight.
+    """
+    for converter in Conversions(skeleton.model).converters:
+        sources, targets = converter._original_source_patterns, converter.target_patterns
+        split = len(targets) > 1 and all(source.endswith(".weight") for source in sources)
+        if split and not any(operation.supports_many_to_many for operation in converter.operations):
+            raise UnsupportedError(
+                f"architecture {str(skeleton.checkpoint.config.get('model_type'))!r}: transformers makes several "
+                f"weights ({', '.join(targets)}) of {sources[0]!r} while it loads this class, and cannot load it from "
+                "compressed-tensors for that, whatever is quantized; take another format, "
+                "for example nf4 in bitsandbytes (scheme: nf4)"
+            )
+
+
+def written_joined(joined: Mapping[str, Sequence[str]]) -> str:
+    """The note on tensors that an artifact has joined."""
+    target, parts = next(iter(joined.items()))
     return (
-        f"{len(names)} linears stay dense ({min(names)}, …): transformers' class sets their weights by name while it "
-        "loads, and cannot be loaded with packed ones; an override with a scheme packs them for other runtimes"
+        f"{len(joined)} tensors that transformers joins while it loads are joined in the artifact ({target}, of "
+        f"{', '.join(parts)}): it fails at that in a quantized checkpoint. Other runtimes may look for the parts"
     )
+
+
+def what_is_left(
+    sites: Mapping[str, Site],
+    schemes: Collection[str],
+    asked: Collection[str],
+    repeated: Collection[str],
+    narrow: Collection[str],
+    *,
+    dense: bool,
+) -> tuple[str, ...]:
+    """What is said of linears that stay dense unasked, or that transformers loads dense: a sentence for each reason.
+
+    Args:
+        sites: of the model.
+        schemes: names of those that are quantized.
+        asked: of :func:`asked_for`.
+        repeated: those that the forward calls more than once.
+        narrow: of :func:`~llmconvert.quantize.formats.coverage.narrow_linears`.
+        dense: whether the config tells transformers to load all weights dense.
+    """
+    said: list[str] = []
+
+    def say(names: Sequence[str], reason: str) -> None:
+        if names:
+            said.append(f"{len(names)} linears stay dense ({names[0]}, …): {reason}")
+
+    left = [name for name in sites if name not in schemes]
+    say(
+        [name for name in left if name in repeated],
+        "the forward calls them more than once, and a calibrated method would see the first call's inputs alone; an "
+        "override with a scheme rounds them to nearest",
+    )
+    say([name for name in left if name in narrow], "they have fewer columns than a group, and next to no weights")
+    say(
+        [name for name in left if name in asked],
+        "transformers' class sets their weights by name while it loads, and cannot be loaded with packed ones; an "
+        "override with a scheme packs them for other runtimes",
+    )
+    forced = [name for name in sites if dense and name in asked and name in schemes]
+    if forced:
+        said.append(
+            f"transformers' class sets the weights of {len(forced)} linears by name while it loads ({forced[0]}, …), "
+            "and cannot be loaded with packed ones: config.json tells transformers to load them dense (dequantize: "
+            "true), so they take as much memory there as before; the file is small, and other runtimes load it packed"
+        )
+    return tuple(said)
 
 
 def unloadable(model_type: str, names: Collection[str]) -> str:

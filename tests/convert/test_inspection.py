@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from support.every_architecture import save_tiny
 from support.multimodal_families import save_family
+from support.tiny_checkpoints import save_tiny_checkpoint
 from support.tiny_models import tiny_llama, tiny_llama_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,6 +57,20 @@ def test_a_directory(tiny_llama: Path) -> None:
     assert found.parameters == sum(math.prod(info.shape) for info in SafetensorsCheckpoint(tiny_llama).infos.values())
     assert found.stored_bytes == found.weight_bytes["float32"] == 2 * found.weight_bytes["bfloat16"]
     assert found.tied and found.quantization is None and found.experts == 0 and found.windows is None
+    assert found.quantizable is not None and str(found.quantizable.scheme) == "w4a16-g64-sym"
+    assert 0 < found.quantizable.weights < found.parameters
+
+
+def test_a_model_that_quantize_refuses_is_told_with_the_same_words(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path / "model", "gpt_oss", "GptOssForCausalLM")
+    with pytest.raises(UnsupportedError) as refused:
+        quantize_checkpoint(
+            SafetensorsCheckpoint(tmp_path / "model"), tmp_path / "out", method="rtn", scheme=Scheme.parse("w4a16-g64")
+        )
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "model"), "--json"])
+    said = json.loads(result.output)["quantizable"]
+    assert (said["taken"], said["scheme"], said["weights"]) == (False, None, 0)
+    assert said["reason"] == str(refused.value) and "match: '*.experts.*'" in said["reason"]
 
 
 def test_the_size_in_a_scheme_counts_codes_scales_and_the_rest() -> None:

@@ -50,11 +50,20 @@ def test_tensors_that_are_not_contiguous_are_kept_as_well(tmp_path: Path) -> Non
     states.close()
 
 
-@pytest.mark.parametrize("hidden", [torch.ones(1, 3, 8), torch.ones(1, 3, 2, 4, dtype=torch.bfloat16)])
-def test_what_would_run_into_the_next_batch_is_refused(tmp_path: Path, hidden: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    ("hidden", "message"),
+    [
+        (torch.ones(1, 3, 8), r"hidden states in float32, its weights are in bfloat16, .*convert --dtype float32"),
+        (torch.ones(1, 3, 2, 8, dtype=torch.bfloat16), r"of shape \[1, 3, 2, 8\], expected as many .*rtn"),
+    ],
+)
+def test_what_would_run_into_the_next_batch_is_refused(tmp_path: Path, hidden: torch.Tensor, message: str) -> None:
     states = DiskStates(tmp_path, [3, 5], 8, torch.bfloat16)
-    with pytest.raises(UnsupportedError, match=r"hidden states of .*convert --dtype"):
+    with pytest.raises(UnsupportedError, match=message):
         states.put(1, 0, hidden)
+    streams = torch.randn(1, 3, 2, 4).bfloat16()
+    states.put(1, 0, streams)
+    assert torch.equal(states.get(1, 0).view(1, 3, 2, 4), streams)
     states.close()
 
 

@@ -33,6 +33,7 @@ _TABLE = """
 64: hidden_dim embedding_dim output_hidden_size backbone_hidden_size output_dim text_embed_dim projector_output_dim
 64: n_embed lm_hidden_size hidden_size_global hidden_size_local vision_hidden_size output_proj_dim adapter_out_dim
 64: adapter_in_dim output_size input_embedding_size multimodal_hidden_size index_topk codebook_size audio_vocab_size
+64: adapter_input_size
 4: num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads num_heads attention_heads
 4: swa_num_attention_heads num_decoder_attention_heads num_encoder_attention_heads conf_num_attention_heads
 4: linear_num_heads linear_attn_num_heads linear_num_value_heads index_n_heads
@@ -111,7 +112,9 @@ _OTHERS: Mapping[str, Mapping[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2"},
     "hunyuan_vl": _sectioned(2, 2, 2, 2),
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1},
+    "kimi_linear": {"linear_head_dim": 32},
     "lfm2_moe": {"layer_types": _CONVOLUTIONS, "num_dense_layers": 1},
+    "mistral4": {"qk_nope_head_dim": 8},
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
     "paddleocr_vl": _sectioned(2, 3, 3),
     "qwen2_5_omni_thinker": _sectioned(2, 3, 3),

@@ -32,7 +32,8 @@ def has_parts(config: Mapping[str, Any]) -> bool:
 def language_classes(config: Mapping[str, Any]) -> Mapping[str, str]:
     """transformers' automatic class → the one that it loads a ``model_type`` with.
 
-    Of a model with parts the classes of the whole come first.
+    Of a model with parts the classes of the whole come first. A decoder taken out of such a model may have a class that
+    no automatic one knows: it is the one that ``architectures`` names, for that type, and stands for itself.
     """
     from transformers.models.auto import modeling_auto as auto
 
@@ -43,7 +44,21 @@ def language_classes(config: Mapping[str, Any]) -> Mapping[str, str]:
     }
     order = (*_WHOLE, _CAUSAL) if has_parts(config) else (_CAUSAL, *_WHOLE)
     model_type = config.get("model_type")
-    return {name: str(tables[name][model_type]) for name in order if model_type in tables[name]}
+    found = {name: str(tables[name][model_type]) for name in order if model_type in tables[name]}
+    return found or _own_class(config)
+
+
+def _own_class(config: Mapping[str, Any]) -> Mapping[str, str]:
+    """The class that ``architectures`` names, if it is of the ``model_type`` and writes text."""
+    import transformers
+    from transformers import CONFIG_MAPPING, GenerationMixin
+
+    model_type, named = config.get("model_type"), config.get("architectures")
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    found: Any = getattr(transformers, name, None) if name is not None and model_type in CONFIG_MAPPING else None
+    if name is None or not isinstance(found, type) or not issubclass(found, GenerationMixin):
+        return {}
+    return {name: name} if getattr(found, "config_class", None) is CONFIG_MAPPING[model_type] else {}
 
 
 def auto_class(config: Mapping[str, Any]) -> str:

@@ -8,11 +8,17 @@ from contextlib import contextmanager
 from llmconvert.errors import CapacityError, LlmconvertError, UnsupportedError, one_line
 from llmconvert.machine import of_machine, out_of_memory
 
-__all__ = ["foreign_settings"]
+__all__ = ["WHOLE", "foreign_settings"]
+
+#: What to do with a model that cannot be run block by block.
+WHOLE = (
+    "convert casts it to another dtype all the same; quantizing it takes a tool that holds the whole model, "
+    "llama.cpp's convert_hf_to_gguf.py and llama-quantize for example"
+)
 
 
 @contextmanager
-def foreign_settings(what: str) -> Iterator[None]:
+def foreign_settings(what: str, instead: str = "") -> Iterator[None]:
     """Let nothing but errors of this package out of the block.
 
     Configs hold any value, and classes meet them with exceptions of every kind, from ``AssertionError`` to
@@ -21,6 +27,7 @@ def foreign_settings(what: str) -> Iterator[None]:
 
     Args:
         what: what the message begins with: ``architecture 'llama' cannot be built``.
+        instead: what it ends with: what to do.
 
     Raises:
         CapacityError: memory ran out.
@@ -36,4 +43,4 @@ def foreign_settings(what: str) -> Iterator[None]:
             raise CapacityError(f"{what}: {one_line(error)}") from error
         if of_machine(error):
             raise
-        raise UnsupportedError(f"{what}: {one_line(error)}") from error
+        raise UnsupportedError(f"{what}: {one_line(error)}{f'; {instead}' if instead else ''}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmconvert.engine.architecture.boundary import foreign_settings
+from llmconvert.engine.architecture.boundary import WHOLE, foreign_settings
 from llmconvert.errors import CheckpointError, UnsupportedError
 
 __all__ = ["restore_buffers"]
@@ -78,7 +78,7 @@ def restore_buffers(model: PreTrainedModel, device: torch.device, *, idle: Colle
         if blank.is_left(module._buffers[name]):
             raise UnsupportedError(
                 f"architecture {kind!r}: nothing computes {path!r}, which no checkpoint holds, from these "
-                "settings; the streaming engine cannot run it"
+                f"settings, so it cannot be run block by block; {WHOLE}"
             )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from llmconvert.engine.architecture.auto import language_classes
-from llmconvert.engine.architecture.boundary import foreign_settings
+from llmconvert.engine.architecture.boundary import WHOLE, foreign_settings
 from llmconvert.engine.architecture.families import CONTEXT, QUIRKS, Quirks
 from llmconvert.engine.architecture.settings import check_counts, check_settings
 from llmconvert.errors import UnsupportedError
@@ -56,6 +56,7 @@ def read_config(config: Mapping[str, Any]) -> PretrainedConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         remote = "; it needs code from its repository, which is never run" if "auto_map" in config else ""
+        remote += "; a newer transformers may know it (pip install -U transformers)"
         raise UnsupportedError(f"architecture {model_type!r} is not known to the installed transformers{remote}")
     check_counts(config)
     # The classes complete nested settings in place.
@@ -84,9 +85,15 @@ def build_config(config: Mapping[str, Any]) -> PretrainedConfig:
     built = read_config(config)
     model_type = config["model_type"]
     if not language_classes(config):
-        raise UnsupportedError(f"architecture {model_type!r} has no causal language model in transformers")
+        raise UnsupportedError(
+            f"architecture {model_type!r} has no causal language model in transformers: no class of it writes text "
+            f"from text; {WHOLE}"
+        )
     if built.is_encoder_decoder or built.get_text_config().is_encoder_decoder:
-        raise UnsupportedError(f"architecture {model_type!r} is an encoder-decoder; only decoders can be streamed")
+        raise UnsupportedError(
+            f"architecture {model_type!r} is an encoder-decoder; only decoders can be streamed, whose blocks follow "
+            f"each other; {WHOLE}"
+        )
     return built
 
 

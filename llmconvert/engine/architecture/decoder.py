@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmconvert.engine.architecture.boundary import WHOLE
 from llmconvert.engine.architecture.config import read_config
 from llmconvert.engine.architecture.families import CONTEXT, EXPERTS, IMAGE_LAYERS, INNER_SIZES, QUIRKS, Quirks
 from llmconvert.errors import CheckpointError
@@ -74,6 +75,12 @@ class Architecture:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return self._number("hidden_size")
+
+    @property
+    def streams(self) -> int:
+        """Hidden states of a token that blocks hand on side by side: hyper-connections (arXiv 2409.19606), AltUp."""
+        name = self._quirks.streams
+        return 1 if name is None else self._number(name) + self._quirks.streams_beside
 
     @property
     def inner_size(self) -> int:
@@ -159,6 +166,11 @@ class Architecture:
     def caching_layers(self) -> int:
         """How many of the first layers keep a cache; the others read theirs."""
         return self.layers - int(self._get("num_kv_shared_layers") or 0)
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether layers use keys and values that others have made, so that blocks hand on more than hidden states."""
+        return self.caching_layers < self.layers
 
     @property
     def context(self) -> int | None:
@@ -274,6 +286,7 @@ class Architecture:
         if not isinstance(value, int):
             found = "missing" if value is None else f"{value!r:.40}"
             raise CheckpointError(
-                f"config.json of model type {self.model_type!r}: {name} is {found}, expected a whole number"
+                f"config.json of model type {self.model_type!r}: {name} is {found}, expected a whole number, without "
+                f"which it cannot be run block by block; {WHOLE}"
             )
         return value

@@ -71,6 +71,8 @@ class Conversions:
     def target(self, name: str) -> tuple[str, Conversion | None]:
         """The parameter that a tensor is loaded into, and how, if not as it is."""
         target, pattern = rename_source_key(name, self._renamings, self.converters, self._prefix, self._states)
+        if target not in self._states and name in self._states:  # the model's own names win, as they do there
+            target, pattern = rename_source_key(name, [], [], self._prefix, self._states)
         found = next((item for item in self.converters if pattern in item.source_patterns), None)
         return target, None if pattern is None or found is None else Conversion(found, pattern)
 
@@ -106,7 +108,7 @@ def is_whole(conversion: Conversion | None) -> bool:
 
 
 def is_joined(model: PreTrainedModel, parameter: str, conversion: Conversion) -> bool:
-    """Whether a parameter is several tensors one behind the other, and no matrix that anybody quantizes."""
+    """Whether a parameter is several tensors one behind the other: kernels of convolutions, linears side by side."""
     owner, _, leaf = parameter.rpartition(".")
     try:
         held = leaf in dict(model.get_submodule(owner).named_parameters(recurse=False))
@@ -114,7 +116,7 @@ def is_joined(model: PreTrainedModel, parameter: str, conversion: Conversion) ->
         return False
     operations = conversion.converter.operations
     behind = len(operations) == 1 and isinstance(operations[0], Concatenate) and operations[0].dim == 0
-    return held and behind and not isinstance(model.get_submodule(owner), nn.Linear | nn.Embedding)
+    return held and behind and not isinstance(model.get_submodule(owner), nn.Embedding)
 
 
 def expert_matrix(
@@ -143,7 +145,8 @@ def expert_matrix(
     if number is None or len(sources) != len(projections) or not known:
         raise UnsupportedError(
             f"{type(model).__name__}: transformers merges tensor {name!r} into {parameter!r} in a way that is not "
-            "known here; checkpoints that can be read hold either what the class holds, or each matrix of each expert"
+            "known here; save it anew in what the class holds (from_pretrained, then save_pretrained with "
+            "save_original_format=False), or with a matrix for each expert"
         )
     return expert_parameter(experts, int(number[1]), projections[sources.index(conversion.pattern)])
 
@@ -189,7 +192,8 @@ class WholeTensor:
             else:
                 raise UnsupportedError(
                     f"tensor {info.name!r}: transformers turns it around ({type(operation).__name__}) in a way that is "
-                    "not known here"
+                    "not known here; save it anew as the class holds it (save_pretrained with "
+                    "save_original_format=False)"
                 )
         stored = (shape[0], shape[2], shape[1]) if turned else shape
         if info.shape != stored:

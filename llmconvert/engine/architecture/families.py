@@ -57,6 +57,8 @@ class Quirks:
         alibi: whether positions enter as ALiBi biases whatever the config says.
         eager: whether only eager attention gives the reference result.
         layers_per_block: how many of the config's layers a decoder block holds.
+        streams: the setting that says how many hidden states of a token blocks hand on side by side; one without.
+        streams_beside: how many there are beside those.
     """
 
     kv_heads: str = "num_key_value_heads"
@@ -68,16 +70,23 @@ class Quirks:
     alibi: bool = False
     eager: bool = False
     layers_per_block: int = 1
+    streams: str | None = None
+    streams_beside: int = 0
 
 
 QUIRKS: Mapping[str, Quirks] = {
     "bloom": Quirks(alibi=True, eager=True),
     "cohere2": Quirks(rotary_kind="sliding_attention"),
+    "deepseek_v4": Quirks(streams="hc_mult"),
     "exaone4": Quirks(rotary_kind="sliding_attention", rotary_window=True),
     "falcon": Quirks(kv_heads="num_kv_heads", multi_query=True, grouped_by="new_decoder_architecture"),
     "gemma2": Quirks(eager=True),
+    "gemma3n_text": Quirks(streams="altup_num_inputs"),
     "gpt_bigcode": Quirks(multi_query=True),
+    "hy_v4": Quirks(streams="hc_mult"),
     "longcat_flash": Quirks(layers_per_block=2),
     "mpt": Quirks(eager=True),
+    "prophetnet": Quirks(streams="ngram", streams_beside=1),
+    "qwen4_exp_text": Quirks(streams="hc_count"),
     "smollm3": Quirks(rotary_flags="no_rope_layers"),
 }

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, GenerationMixin, PretrainedConfig, PreT
 from transformers.pytorch_utils import Conv1D
 
 from llmconvert.engine.architecture.auto import language_classes
-from llmconvert.engine.architecture.boundary import foreign_settings
+from llmconvert.engine.architecture.boundary import WHOLE, foreign_settings
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.families import LINEARS
 from llmconvert.errors import UnsupportedError
@@ -32,6 +32,7 @@ __all__ = [
 # A list with this share of the weights of all lists that text passes is the decoder's blocks.
 _MOST_WEIGHTS = 0.9
 _LONGEST_SEEN = "max_seq_len_cached"
+_SETTINGS = "mend these settings in config.json, or install the transformers that the checkpoint was made with"
 
 
 def loaded_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
@@ -72,10 +73,10 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: st
     kind = config.model_type
     found = loaded_class({"model_type": kind, "architectures": config.architectures})
     if found is None:
-        raise UnsupportedError(f"architecture {kind!r} has no language model in transformers")
+        raise UnsupportedError(f"architecture {kind!r} has no language model in transformers; {WHOLE}")
     config.use_cache = False
     chosen = {"attn_implementation": attention} if attention == "eager" else {}
-    with foreign_settings(f"architecture {kind!r} cannot be built"), torch.device("meta"):
+    with foreign_settings(f"architecture {kind!r} cannot be built", _SETTINGS), torch.device("meta"):
         model = found._from_config(config, dtype=dtype, **chosen)
         if attention not in ("eager", "sdpa"):
             find_decoder(model).set_attn_implementation(attention)
@@ -170,7 +171,6 @@ def main_blocks(model: PreTrainedModel, lists: Mapping[str, nn.ModuleList]) -> s
         found = ", ".join(f"{name} with {len(blocks)}" for name, blocks in lists.items()) or "none"
         raise UnsupportedError(
             f"architecture {model.config.model_type!r}: its layers are not one list of decoder blocks, and only such a "
-            f"list can be run block by block; lists in {type(model).__name__} that text passes: {found}. It takes a "
-            "tool that holds the whole model"
+            f"list can be run block by block; lists in {type(model).__name__} that text passes: {found}. {WHOLE}"
         )
     return largest

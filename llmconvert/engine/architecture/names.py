@@ -62,8 +62,8 @@ def map_names(
             if target not in held:
                 raise UnsupportedError(
                     f"{type(model).__name__}: tensor {name!r} is made into {target!r} when transformers loads it, in a "
-                    "way that is not known here; of what is merged, known are the experts of classes that say how "
-                    "they hold them"
+                    "way that is not known here; save it anew as the class holds it (from_pretrained, then "
+                    "save_pretrained with save_original_format=False)"
                 )
             target = expert_matrix(model, name, target, held[target], layouts[held[target]], conversion)
         if target not in wanted:
@@ -86,8 +86,7 @@ def map_names(
 def joined_tensors(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
     """Parameters that transformers makes of several tensors, one behind the other → these, in order.
 
-    Kernels of short convolutions of queries, keys and values are such: nobody quantizes them, and a checkpoint keeps
-    them apart.
+    Kernels of short convolutions of queries, keys and values are such, and gate and up projections in some classes.
 
     Raises:
         CheckpointError: some of the tensors of one are missing.

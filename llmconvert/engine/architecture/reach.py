@@ -16,13 +16,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmconvert.engine.architecture.auto import has_parts
-from llmconvert.engine.architecture.boundary import foreign_settings
+from llmconvert.engine.architecture.boundary import WHOLE, foreign_settings
 from llmconvert.engine.architecture.experts import find_experts
+from llmconvert.engine.architecture.families import IMAGE_LAYERS
 from llmconvert.engine.architecture.model import build_meta_model, find_blocks, fix_frequencies, main_blocks
 
 __all__ = ["Reach", "find_reach", "on_shapes"]
@@ -51,7 +56,7 @@ class Reach:
 
 
 def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> Reach:
-    """Where text goes in ``model``; a model without parts is passed whole, and nothing is run.
+    """Where text goes in ``model``; a model without parts or blocks for images is passed whole, and nothing is run.
 
     Args:
         model: on the meta device; stays as it is.
@@ -63,7 +68,7 @@ def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dt
         UnsupportedError: the model does not run on token ids alone, or its decoder blocks cannot be told.
     """
     found = find_blocks(model)
-    if not has_parts({"model_type": config.model_type}):
+    if not has_parts({"model_type": config.model_type}) and not getattr(config, IMAGE_LAYERS, None):
         name = main_blocks(model, found)
         return Reach(name, tuple(range(len(found[name]))), frozenset())
     reached = _trace(build_meta_model(config, dtype, attention), config.model_type)
@@ -79,7 +84,11 @@ def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dt
 
 @contextmanager
 def on_shapes(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let ``model``, on the meta device, run on fake tensors of ``device`` inside the block."""
+    """Let ``model``, on the meta device, run on fake tensors of ``device`` inside the block.
+
+    Where a forward looks at values, it finds all of them to be other than zero, and numbers that it takes out of a
+    tensor to be zero: what it calls then may be more than what it calls for a text.
+    """
     with FakeTensorMode(), torch.no_grad():
         for module in model.modules():
             for name, tensor in module.named_buffers(recurse=False):
@@ -87,8 +96,27 @@ def on_shapes(model: nn.Module, device: torch.device) -> Iterator[None]:
             for name, tensor in module.named_parameters(recurse=False):
                 value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
-        with _unlogged():
+        with _unlogged(), _AssumedValues():
             yield
+
+
+class _AssumedValues(TorchDispatchMode):
+    """Answers operators that ask a fake tensor for values."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException):  # a constant's value is known
+            if func is torch.ops.aten.nonzero.default:
+                return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
+            if func is torch.ops.aten.where.default:
+                return [args[0].new_empty(args[0].numel(), dtype=torch.long) for _ in range(args[0].dim())]
+            if func is torch.ops.aten._local_scalar_dense.default:
+                dtype = args[0].dtype
+                return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+            raise
 
 
 @contextmanager
@@ -117,7 +145,10 @@ def _trace(model: PreTrainedModel, kind: str) -> frozenset[str]:
             for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 owners[value.untyped_storage()._cdata] = name
         ids = torch.zeros((1, _LENGTH), dtype=torch.long)
-        with foreign_settings(f"architecture {kind!r} cannot be traced on text alone"), _Readings(owners, reached):
+        with (
+            foreign_settings(f"architecture {kind!r} cannot be traced on text alone", WHOLE),
+            _Readings(owners, reached),
+        ):
             model(input_ids=ids, use_cache=False)
     parents = {name[:end] for name in reached for end, letter in enumerate(name) if letter == "."}
     inside = {name for name, module in model.named_modules() if isinstance(module, _Experts)}

@@ -52,7 +52,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: a number that has to be positive or finite is not, or RoPE has something else in its place.
     """
+    # With compressed keys and values these are the sizes of a head's parts, of which one may be left out.
+    parts = ("head_dim", "qk_rope_head_dim") if settings.get("qk_nope_head_dim") else ()
     for path, name, value in _values(settings):
+        if name in parts and value == 0:
+            continue
         if _NOT_NEGATIVE.fullmatch(name):
             wanted, right = "a number, zero or above", _is_number(value) and math.isfinite(value) and value >= 0
         elif _POSITIVE.fullmatch(name) or (path != name and _FACTOR.fullmatch(name)):

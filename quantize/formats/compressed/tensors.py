@@ -52,6 +52,7 @@ _SURPLUS = (_ZEROS, _ORDER, "input_scale", "input_zero_point")
 class CompressedTensors(Format):
     """``pack-quantized``, ``int-quantized`` and ``float-quantized`` tensors and their configuration."""
 
+    joins: ClassVar[bool] = True
     lacks: ClassVar[Mapping[Feature, str]] = {
         # Seen: 5.23. It dequantizes all of them by one scheme.
         "mixed zero points": "transformers can't load asymmetric weights of several schemes",
@@ -177,6 +178,11 @@ class CompressedTensors(Format):
 
     def cache_config(self) -> Mapping[str, Any] | None:
         return CACHE_ARGS
+
+    def loaded_dense(self, schemes: Collection[Scheme]) -> Mapping[str, Any]:
+        # transformers 5.23 dequantizes all linears by one group then, and no longer quantizes any inputs.
+        one = len(schemes) == 1 and all(scheme.input_kind is None for scheme in schemes)
+        return {"dequantize": True} if one else {}
 
     def files(self, declared: Mapping[str, Any]) -> Mapping[str, bytes]:
         return {}
