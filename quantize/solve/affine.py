@@ -3,7 +3,7 @@
 Ranges that cover a smaller and smaller part of a group's values are tried. From each, codes are taken, and the scale
 and bias that suit them best by weighted least squares: in turns, as in k-means on a line with evenly spaced means. The
 scale is rounded to what it is stored in first and the bias then fitted to it and rounded, and what counts is the error
-of the codes that are nearest under this pair. So rounding, which moves a bias in bfloat16 by up to a 64th of a step in
+of the codes that are nearest under this pair. So rounding, which moves a bias in bfloat16 by up to a 32nd of a step in
 4 bits and half a step in 8, takes part in the choice.
 """
 
