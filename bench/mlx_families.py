@@ -31,7 +31,8 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 SCHEME = Scheme.parse("w4a16-g32-affine")
-TOLERANCE = 1e-4
+# Norm of the difference of the logits by theirs; approximations of GELU differ by less.
+TOLERANCE = 1e-3
 _THEIRS = """
 import sys, numpy as np, mlx.core as mx
 from pathlib import Path

@@ -5,9 +5,10 @@
         [--artifact "NAME=DIR" …] [--markdown FILE] [--picture docs/quality.png]
 
 An entry is ``TOOL:SCHEME`` or ``TOOL(key=value,…):SCHEME``. The tool is one of our methods, or a peer whose interpreter
-``--peer`` gives: ``llm-compressor-gptq``, ``-rtn`` and ``-awq``, ``gptqmodel``, ``auto-round``, ``hqq-package`` or
-``bitsandbytes``. A scheme is ``w4a16-g64`` and its like, ``nf4``, for our methods and llm-compressor also ``nvfp4``,
-``mxfp4``, ``fp8-block`` and their kin, or for our methods a mean such as ``4.25bpw`` (``4.25bpw-asym`` with zero
+``--peer`` gives: ``llm-compressor-gptq``, ``-rtn`` and ``-awq``, ``gptqmodel``, ``auto-round``, ``hqq-package``,
+``mlx-lm-convert`` (``-gptq``, ``-awq``, ``-dwq``) or ``bitsandbytes``. A scheme is ``w4a16-g64`` and its like, ``nf4``,
+``w4a16-g64-affine`` (in MLX's format), for our methods and llm-compressor also ``nvfp4``, ``mxfp4``, ``fp8-block`` and
+their kin, or for our methods a mean such as ``4.25bpw`` (``4.25bpw-asym`` with zero
 points). ``+*.down_proj=w4a16-g32`` behind a scheme gives the layers of that name, in ours, another.
 ``--entries ours`` and ``--entries peers`` stand for the lists below. ``--artifact`` adds a finished artifact; with
 several models, ``MODEL/NAME=DIR``.
@@ -19,6 +20,7 @@ Environments of peers:
     pip install torch==2.13.0 auto-round                                            auto-round
     pip install torch==2.13.0 transformers accelerate einops termcolor tqdm; pip install --no-deps hqq     hqq
     pip install llmconvert[bnb]                                                     bitsandbytes
+    pip install 'mlx[cpu]==0.32.4' mlx-lm==0.32.2                                   mlx-lm
 
 Calibration is the first ``--samples`` windows of ``--length`` tokens, evaluation the first ``--windows`` of
 ``--window``, both tokenized once. Every artifact is dequantized to bfloat16 and scored by one evaluator
@@ -54,6 +56,7 @@ _PEERS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
     "auto-round": ("autoround.py", (), "auto-round"),
     "hqq-package": ("hqq_package.py", (), "hqq"),
     "bitsandbytes": ("bits_and_bytes.py", (), "bitsandbytes"),
+    **{f"mlx-lm-{way}": ("mlx_lm_quant.py", ("--method", way), "mlx-lm") for way in ("convert", "gptq", "awq", "dwq")},
 }
 _LISTS: Mapping[str, tuple[str, ...]] = {
     "ours": (
@@ -313,6 +316,8 @@ class Bench:
             command += ["--options", json.dumps(dict(entry.options))]
         for override in entry.overrides:
             command += ["--override", override]
+        if entry.scheme.endswith("-affine"):
+            command += ["--format", "mlx"]
         mean, budget, symmetry = entry.scheme.partition("bpw")
         if budget:
             return [*command, "--bits-per-weight", mean, "--scheme", f"w4a16-g64{symmetry}"]

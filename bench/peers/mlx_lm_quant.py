@@ -9,8 +9,8 @@ in the place of the text that they would download; what they give embedding and 
 set to the width and groups of the rest, so that files have the same size. DWQ learns from the logits of the model on
 the same tokens, with its own defaults (Adam at 1e-6) and ``--batch`` windows a step, and begins with ``convert``'s.
 
-mlx-lm takes the base of rotary positions from ``rope_theta``, which transformers 5 does not write: give it a model
-whose ``config.json`` has it.
+mlx-lm takes the base of rotary positions from ``rope_theta``, which transformers 5 calls otherwise, and has a default
+where that is missing; it is given the right one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
@@ -40,7 +41,9 @@ def main() -> None:
     mx.random.seed(123)
     ids = np.load(options.ids)
     begin = time.perf_counter()
-    model, tokenizer, config = load(options.model, lazy=True, return_config=True)
+    rope = json.loads((Path(options.model) / "config.json").read_text()).get("rope_parameters") or {}
+    told = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    model, tokenizer, config = load(options.model, lazy=True, return_config=True, model_config=told)
     size, bits = options.group_size, options.bits
     tokens = mx.array(ids)
     if options.method == "gptq":
@@ -53,7 +56,7 @@ def main() -> None:
         recipe = options.recipe and mixed_quant_predicate_builder(options.recipe, model, size)
         student, config = quantize_model(model, config, size, bits, quant_predicate=recipe)
         if options.method == "dwq":
-            teacher, *_ = load(options.model)
+            teacher, *_ = load(options.model, model_config=told)
             learn(student, teacher, ids, options.batch)
         model = student
     save(options.output, options.model, model, tokenizer, config)

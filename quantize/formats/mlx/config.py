@@ -42,8 +42,8 @@ def written(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
 def with_plain_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """A ``config.json`` that says where mlx-lm looks for them what rotary positions are.
 
-    transformers 5 writes them as ``rope_parameters``; most of mlx-lm's modules know ``rope_theta`` and ``rope_scaling``
-    alone, and take their defaults where these are missing.
+    transformers 5 writes them as ``rope_parameters``; most of mlx-lm's modules know ``rope_theta``, ``rope_scaling``
+    and ``partial_rotary_factor`` alone, and take their defaults where these are missing.
 
     Raises:
         UnsupportedError: they differ between layers in a way that has no such names.
@@ -53,6 +53,8 @@ def with_plain_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     told = dict(config)
     if not any(isinstance(value, Mapping) for value in rope.values()):
+        if "partial_rotary_factor" in rope:
+            told.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
         _tell(told, rope, "rope_theta", "rope_scaling")
     elif rope.keys() == {"full_attention", "sliding_attention"}:
         _tell(told, rope["full_attention"], "rope_theta", "rope_scaling")

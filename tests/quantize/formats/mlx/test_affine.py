@@ -204,6 +204,8 @@ def test_rotary_positions_are_said_where_mlx_lm_looks_for_them() -> None:
     scaled = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
     told = with_plain_rope({"rope_parameters": scaled})
     assert told["rope_theta"] == 1e4 and told["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    partly = with_plain_rope({"rope_parameters": {**plain, "partial_rotary_factor": 0.5}})
+    assert partly["partial_rotary_factor"] == 0.5 and "rope_scaling" not in partly
     layers = {"full_attention": scaled, "sliding_attention": plain}
     told = with_plain_rope({"rope_parameters": layers})
     assert (told["rope_theta"], told["rope_local_base_freq"], told["rope_scaling"]["factor"]) == (1e4, 5e5, 8.0)
