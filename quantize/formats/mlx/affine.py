@@ -18,7 +18,7 @@ from llmconvert.engine.architecture.auto import has_parts
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import FLOATS, Feature, Format, StoredLinear, require_matrix, require_shape
 from llmconvert.quantize.formats.mlx.config import BITS, GROUPS, read_schemes, with_plain_rope, written
-from llmconvert.quantize.formats.mlx.model_types import KNOWN, SEEN, VERSION
+from llmconvert.quantize.formats.mlx.model_types import DIFFERS, KNOWN, SEEN, VERSION
 from llmconvert.quantize.numbers import AFFINE
 from llmconvert.quantize.pack import pack_words, packed_length, unpack_words
 from llmconvert.quantize.scheme import Scheme
@@ -104,6 +104,8 @@ class Mlx(Format):
         kind = str(source.config.get("model_type"))
         if kind in SEEN:
             return ()
+        if kind in DIFFERS:
+            return (f"mlx-lm {VERSION} computes {kind!r} otherwise than transformers: {DIFFERS[kind]}",)
         return (
             f"mlx-lm {VERSION} has a module for {kind!r}, but was not seen to load what is written here; "
             "compare its logits before you publish",

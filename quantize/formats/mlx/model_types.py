@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["KNOWN", "SEEN", "VERSION"]
+__all__ = ["DIFFERS", "KNOWN", "SEEN", "VERSION"]
 
 #: Of mlx-lm.
 VERSION: Final = "0.32.2"
@@ -156,5 +156,17 @@ KNOWN: Final = frozenset(
     ]
 )
 
-#: Those of which a tiny model in 4 bits, head and embedding too, gave our logits in mlx-lm (``bench/mlx_families.py``).
-SEEN: Final = frozenset(["llama"])
+#: Those of which a tiny model in 4 bits, embedding and head too, gave our logits in mlx-lm (``bench/mlx_families.py``).
+SEEN: Final = frozenset(
+    (
+        *("cohere", "cohere2", "ernie4_5", "gemma", "glm4", "granite", "helium", "hunyuan_v1_dense", "llama", "mamba"),
+        *("ministral3", "nemotron"),
+    )
+)
+
+#: Those of which it gave other logits, and what mlx-lm does.
+DIFFERS: Final = {
+    "gemma2": "it has no sliding windows for these models, and attends to everything",
+    "glm": "it rotates whole heads, where the config may say a part of them",
+    "mistral": "it takes no sliding window from such a config, and attends to everything",
+}

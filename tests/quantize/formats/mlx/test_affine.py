@@ -189,6 +189,10 @@ def test_models_that_mlx_lm_has_no_module_for_are_refused_before_the_work(tmp_pa
         return plan_quantize(SafetensorsCheckpoint(path), tmp_path / "out", request).notes
 
     assert plan("llama") == ()
+    (note,) = plan("mistral")
+    assert "computes 'mistral' otherwise than transformers" in note
+    (note,) = plan("seed_oss")
+    assert "was not seen to load what is written here" in note
     with pytest.raises(UnsupportedError, match=r"'biogpt': mlx-lm [\d.]+ has no module for it"):
         plan("biogpt")
     with pytest.raises(UnsupportedError, match="'qwen2_5_vl' has more than a decoder of text"):
