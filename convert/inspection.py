@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from llmconvert.convert.facts import chat_template, devices, licence, parameters_by_kind
 from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.convert.quantized import stored_as
 from llmconvert.convert.source import open_source, parse_hub_id
@@ -80,6 +81,10 @@ class ModelSummary:
         quantizable: whether ``quantize`` takes it, or why not; None where that was not asked, or its weights can't be
             read.
         unread: why the quantized weights can't be read here; None if they can.
+        kinds: what parameters are for → how many of them there are: embeddings, attention, experts, …
+        chat_template: whether the tokenizer has one; None where that was not looked at.
+        license: identifier, as the card or the file says it; None if nothing does.
+        devices: over how many it can be split where it is served; empty where that is not known.
     """
 
     architecture: str
@@ -106,6 +111,10 @@ class ModelSummary:
     unread: str | None = None
     released: bool | None = None
     quantizable: Verdict | None = None
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    chat_template: bool | None = None
+    license: str | None = None
+    devices: str = ""
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -188,6 +197,10 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
         quantization=quantization,
         unread=unread,
         released=stored.released if stored is not None else None,
+        kinds=parameters_by_kind(dense, beside) if unread is None else {},
+        chat_template=chat_template(checkpoint),
+        license=licence(checkpoint),
+        devices=devices(found, dense) if unread is None else "",
     )
 
 

@@ -13,6 +13,7 @@ from llmconvert.context import Context
 from llmconvert.engine.sites import Site
 from llmconvert.errors import SchemeError, UnsupportedError
 from llmconvert.needs import Needs
+from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.quantize.job import plan_quantize
 from llmconvert.quantize.mixed_precision.budget import Budget
 from llmconvert.quantize.mixed_precision.job import plan_choice
@@ -20,11 +21,12 @@ from llmconvert.quantize.passes.run import QuantizePlan
 from llmconvert.quantize.plan import Override, QuantizeRequest, Statistics
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
+from llmconvert.quantize.serving.tensor_parallel import Matrix, tensor_parallel
 from llmconvert.recipes.schema.recipe import QuantizeSettings
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import Layout
 
-__all__ = ["Forecast", "files_of_layout", "foresee_quantization", "parameters", "require_repairable"]
+__all__ = ["Forecast", "files_of_layout", "foresee_quantization", "parameters", "require_repairable", "served_by"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ def foresee_quantization(
             work=_work(plan, tokens),
             solving=plan.inputs.work,
             readers=str(plan.readers),
-            notes=tuple(plan.container.notes),
+            notes=(*plan.container.notes, *served_by(plan)),
         )
     scheme = settings.scheme
     assert isinstance(scheme, Scheme)  # recipes with another kind are refused
@@ -183,6 +185,18 @@ def foresee_quantization(
 
 def _width(option: int | Scheme) -> int:
     return option.bits if isinstance(option, Scheme) else option
+
+
+def served_by(plan: QuantizePlan) -> tuple[str, ...]:
+    """Over how many devices the artifact can be split where it is served, and which groups would do better; nothing of
+    formats that runtimes split in other ways."""
+    if isinstance(load_format(plan.request.format), FileFormat):
+        return ()
+    schemes = plan.decisions.schemes
+    sites = plan.decisions.sites.items()
+    matrices = [Matrix(name, site.rows, site.columns, schemes.get(name)) for name, site in sites]
+    found = tensor_parallel(plan.inputs.skeleton.architecture, matrices)
+    return (f"can be split {found}", *((found.warning,) if found.warning else ()))
 
 
 def _first(schemes: Sequence[str], plan_with: Callable[[SchemeOrMix], QuantizePlan]) -> QuantizePlan:

@@ -51,6 +51,7 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
             2, ("  met by no text", f"{summary.beside:,}: towers for images or sound, and what joins them to the text")
         )
         rows.insert(3, ("loaded by", summary.loader))
+    rows[2:2] = [(f"  {kind}", f"{count:,}") for kind, count in summary.kinds.items() if kind != "beside the text"]
     if summary.context:
         rows.append(("context", f"{summary.context:,} tokens"))
     if summary.windows:
@@ -68,6 +69,12 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
         ]
         if summary.released is False:
             rows.append(("quantizing it anew", "needs --requantize: it was quantized for deployment"))
+    if summary.devices:
+        rows.append(("can be split", summary.devices))
+    if summary.chat_template is not None:
+        rows.append(("chat template", "yes" if summary.chat_template else "none"))
+    if summary.license is not None:
+        rows.append(("licence", summary.license))
     if summary.unread:
         rows.append(("not read here", summary.unread))
     rows += [(f"weights, {name}", _megabytes(size)) for name, size in summary.weight_bytes.items()]

@@ -133,14 +133,20 @@ class SideBySide:
                         self._compare_entries(index)
                     self._run_alone(index)
                 task.advance()
-        pairs = zip(_naming(self._reference.stream.logits()), _blaming(self._artifact.stream.logits()), strict=True)
-        for ours, theirs in pairs:
-            if self.comparable:
-                state = self._reference.leaving()
-                self._sums[-1].add(state, self._artifact.leaving())
-                if self._alone:
-                    self._own[-1].add(state, self._alone.pop(0))
-            yield ours, theirs
+        ours, theirs = _naming(self._reference.stream.logits()), _blaming(self._artifact.stream.logits())
+        for _ in self._windows:
+            yield self._pair(ours, theirs)  # under no name here, which would hold them beside the next window's
+        for rest in (ours, theirs):
+            assert next(rest, None) is None
+
+    def _pair(self, ours: Iterator[torch.Tensor], theirs: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = next(ours), next(theirs)
+        if self.comparable:
+            state = self._reference.leaving()
+            self._sums[-1].add(state, self._artifact.leaving())
+            if self._alone:
+                self._own[-1].add(state, self._alone.pop(0))
+        return logits
 
     def _compare_entries(self, index: int) -> None:
         """Both models stand at the entry of block ``index``: compare what the block before it gave."""

@@ -252,8 +252,7 @@ class Stream:
     def logits(self) -> Iterator[torch.Tensor]:
         """After the last block of :meth:`blocks`: the logits of each batch, ``[1, length, vocabulary]``.
 
-        Raises:
-            CalibrationError: they are not finite.
+        Raises CalibrationError if they are not finite.
         """
         last = self.skeleton.block_count - 1
         for batch, coroutine in enumerate(self.departures(max(last, self._crossed + 1))):
@@ -261,6 +260,7 @@ class Stream:
             coroutine.kill()
             self._check_finite(logits, last, batch)
             yield logits
+            del logits  # not to be held beside the next batch's
 
     def departures(self, start: int) -> Iterator[Pass]:
         """After the last block of :meth:`blocks`: each batch, where it is, or at the entry of ``start`` if not kept."""

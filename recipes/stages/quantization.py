@@ -22,7 +22,7 @@ from llmconvert.quantize.passes.run import LayerResult, QuantizePlan, QuantizeRe
 from llmconvert.quantize.plan import QuantizeRequest, Statistics
 from llmconvert.quantize.requantize import Assignment, RequantizeRequest, plan_requantize
 from llmconvert.quantize.rotate import rotate_checkpoint
-from llmconvert.recipes.forecast import Forecast, foresee_quantization
+from llmconvert.recipes.forecast import Forecast, foresee_quantization, served_by
 from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
 from llmconvert.recipes.stages.artifact import model_stem
 from llmconvert.recipes.stages.budget import (
@@ -60,6 +60,7 @@ QUANTIZE = "quantize"
 _LAYERS_FILE = "layers.json"
 _BUDGET_FILE = "budget.json"
 _NOTES_FILE = "notes.json"
+_SERVING_FILE = "serving.json"
 # Of one that was made in one pass with others: all that there is to say.
 _REPORT_FILE = "report.json"
 
@@ -132,7 +133,12 @@ class Planned:
         return QuantizeReport(
             budget=chosen.budget if chosen is not None else None,
             experts=experts,
-            sections=(*sections, *expert_sections(experts), *_types_section(result.types, result.notes)),
+            sections=(
+                *sections,
+                *expert_sections(experts),
+                *_types_section(result.types, result.notes),
+                *_serving_section(served_by(self.plan)),
+            ),
             file=result.files[0] if result.types else None,
             layers=result.quantized,
             linears=_linears(result.layers),
@@ -166,6 +172,8 @@ def quantize(
     """
     planned = plan_stage(source, place, settings, name=name, windows=windows, context=context, statistics=statistics)
     context.progress.log(f"{settings.format}: {planned.plan.readers}")
+    for note in served_by(planned.plan):
+        context.progress.log(note)
     result = planned.plan.run()
     forget_sensitivity(place.model)
     return planned.report(result)
@@ -214,6 +222,7 @@ def plan_stage(
     )
     if place.notes is not None:
         write_json(place.notes / _NOTES_FILE, list(plan.notes))
+        write_json(place.notes / _SERVING_FILE, list(served_by(plan)))
     return Planned(place, plan, chosen)
 
 
@@ -250,7 +259,9 @@ def recovered(place: Place) -> QuantizeReport:
                 seconds=0.0,
             )
         linears = linears if noted else _stored_linears(stored)
-    counted = expert_sections(experts)
+    facts = notes / _SERVING_FILE if notes is not None else None
+    served = tuple(json.loads(facts.read_bytes())) if facts is not None and facts.exists() else ()
+    counted = (*expert_sections(experts), *_serving_section(served))
     found = QuantizeReport(
         layers=len(linears), linears=linears, experts=experts, sections=counted, bytes=nbytes, seconds=0.0
     )
@@ -274,6 +285,12 @@ def _types_section(types: Mapping[str, int], notes: Sequence[str]) -> tuple[Sect
             name="types", title="Types of tensors", text=text, columns=columns, rows=rows, shown=("terminal", "card")
         ),
     )
+
+
+def _serving_section(facts: Sequence[str]) -> tuple[Section, ...]:
+    """Where the artifact can be served; nothing where nothing is known of it."""
+    text = " ".join(f"{fact[:1].upper()}{fact[1:]}." for fact in facts)
+    return (Section(name="serving", title="Serving", text=text, shown=("terminal", "card")),) if text else ()
 
 
 def _stored_linears(stored: Checkpoint) -> tuple[LinearReport, ...]:

@@ -56,6 +56,8 @@ def test_a_directory(tiny_llama: Path) -> None:
     assert found.kv_bytes_per_token == 2 * 2 * 16 * 2 * 2, "keys and values × heads × width × layers × 2 bytes"
     assert found.parameters == sum(math.prod(info.shape) for info in SafetensorsCheckpoint(tiny_llama).infos.values())
     assert found.stored_bytes == found.weight_bytes["float32"] == 2 * found.weight_bytes["bfloat16"]
+    assert sum(found.kinds.values()) == found.parameters and set(found.kinds) >= {"embeddings", "attention", "MLP"}
+    assert found.devices == "over 2 and 4 devices (vLLM, SGLang); not 8: 4 query heads" and found.chat_template
     assert found.tied and found.quantization is None and found.experts == 0 and found.windows is None
     assert found.quantizable is not None and str(found.quantizable.scheme) == "w4a16-g64-sym"
     assert 0 < found.quantizable.weights < found.parameters

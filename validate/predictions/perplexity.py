@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ import torch
 from llmconvert.errors import CalibrationError, GateError, LlmconvertError, UsageError
 
 __all__ = ["Comparison", "PerplexityResult", "WorstToken", "compare_logits", "perplexity"]
+
+T = TypeVar("T")
 
 _RESAMPLES = 10_000
 _WORST = 10
@@ -98,10 +101,12 @@ def perplexity(
         GateError: logits that are not finite, with window and position.
         ValueError: logits and windows don't belong together.
     """
+    parts = iter(logits)
     nlls = [
-        torch.cat([_nll(scores, targets) for scores, targets in _scored(part, window, index, "artifact", count)])
-        for index, (part, window, count) in enumerate(zip(logits, windows, _counts(windows, scored), strict=True))
+        torch.cat([_nll(*piece) for piece in _scored(_next(parts), window, index, "artifact", count)])
+        for index, (window, count) in enumerate(zip(windows, _counts(windows, scored), strict=True))
     ]
+    _require_end(parts)
     return _result([part.double().cpu().numpy() for part in nlls], seed)
 
 
@@ -126,10 +131,12 @@ def compare_logits(
         ValueError: logits and windows don't belong together.
     """
     counts = _counts(windows, scored)
+    both = iter(pairs)
     parts = [
-        _compare_window(ours, theirs, window, index, count)
-        for index, ((ours, theirs), window, count) in enumerate(zip(pairs, windows, counts, strict=True))
+        _compare_window(*_next(both), window, index, count)
+        for index, (window, count) in enumerate(zip(windows, counts, strict=True))
     ]
+    _require_end(both)
     reference_result = _result([part[:, 0] for part in parts], seed)
     artifact_result = _result([part[:, 1] for part in parts], seed)
     differences = np.array(artifact_result.window_nlls) - np.array(reference_result.window_nlls)
@@ -146,6 +153,20 @@ def compare_logits(
         top1_agreement=float(np.concatenate([part[:, 3] for part in parts]).mean()),
         worst=_worst(parts, windows),
     )
+
+
+def _next(parts: Iterator[T]) -> T:
+    """The next window's logits: under no name in a loop, nor in a ``zip``, which would hold them while those of the
+    window after it are computed. With a large vocabulary they are most of what a comparison holds."""
+    try:
+        return next(parts)
+    except StopIteration:
+        raise ValueError("there are fewer logits than windows") from None
+
+
+def _require_end(parts: Iterator[object]) -> None:
+    if next(parts, None) is not None:
+        raise ValueError("there are more logits than windows")
 
 
 def _counts(windows: Sequence[torch.Tensor], scored: Sequence[int] | None) -> list[int]:

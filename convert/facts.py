@@ -1,0 +1,84 @@
+"""What a user asks of a model besides its sizes: what its parameters are for, licence, chat template, devices.
+
+From headers and small files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.engine.architecture.families import EMBEDDINGS, HEADS
+from llmconvert.errors import HubError
+from llmconvert.gguf.checkpoint import GgufCheckpoint
+from llmconvert.hub.card import CARD, front_matter
+from llmconvert.quantize.formats.dense_view import QuantizedView
+from llmconvert.quantize.serving.tensor_parallel import Matrix, tensor_parallel
+from llmconvert.storage.checkpoint import Checkpoint
+
+__all__ = ["chat_template", "devices", "licence", "parameters_by_kind"]
+
+
+def parameters_by_kind(dense: Checkpoint, beside: frozenset[str]) -> dict[str, int]:
+    """Kind → numbers in tensors of it: embeddings, output head, experts, attention, MLP, beside the text, the rest."""
+    found: dict[str, int] = {}
+    for name, info in dense.infos.items():
+        kind = "beside the text" if name in beside else _kind(name, len(info.shape))
+        found[kind] = found.get(kind, 0) + math.prod(info.shape)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _kind(name: str, dimensions: int) -> str:
+    if name.endswith(HEADS):
+        return "output head"
+    if any(part in name for part in EMBEDDINGS):
+        return "embeddings"
+    if dimensions < 2:
+        return "norms and biases"
+    if "experts." in name and "shared_expert" not in name:
+        return "experts"
+    if "attn" in name or "attention" in name:
+        return "attention"
+    return "MLP" if "mlp" in name or "ffn" in name or "feed_forward" in name else "other"
+
+
+def chat_template(checkpoint: Checkpoint) -> bool | None:
+    """Whether the tokenizer has one; None where small files were not fetched."""
+    files = checkpoint.files
+    if not files:
+        return None
+    if any(name.startswith("chat_template") for name in files):
+        return True
+    with suppress(ValueError, KeyError, OSError):
+        return bool(json.loads(checkpoint.read_file("tokenizer_config.json")).get("chat_template"))
+    return False
+
+
+def licence(checkpoint: Checkpoint) -> str | None:
+    """Its identifier, as the card or the file's metadata says it; None where nothing does."""
+    found: Any = None
+    if isinstance(checkpoint, GgufCheckpoint):
+        found = checkpoint.general.get("general.license")
+    elif CARD in checkpoint.files:
+        with suppress(HubError, OSError):
+            found = front_matter(checkpoint.read_file(CARD).decode(errors="replace"), CARD).get("license")
+    names = found if isinstance(found, list) else [found]
+    return ", ".join(name for name in names if isinstance(name, str)) or None
+
+
+def devices(architecture: Architecture, dense: Checkpoint) -> str:
+    """Over how many devices it can be split where it is served; empty of files that are split in other ways."""
+    if isinstance(dense, GgufCheckpoint):
+        return ""
+    return str(tensor_parallel(architecture, _matrices(dense)))
+
+
+def _matrices(dense: Checkpoint) -> Iterator[Matrix]:
+    for name, info in dense.infos.items():
+        if len(info.shape) == 2:
+            scheme = dense.scheme_of(name) if isinstance(dense, QuantizedView) else None
+            yield Matrix(name, info.shape[0], info.shape[1], scheme)

@@ -1,0 +1,52 @@
+"""Over how many devices a model can be split: heads, widths, groups, and the group size that doesn't spoil it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.serving.tensor_parallel import Matrix, TensorParallel, tensor_parallel
+
+
+def split(scheme: str | None = None, *, heads: int = 32, shared: int = 8, inner: int = 8960) -> TensorParallel:
+    """A Llama of these sizes: every linear in that scheme."""
+    width = 64 * heads
+    config: dict[str, Any] = {"model_type": "llama", "hidden_size": width, "intermediate_size": inner}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": shared, "num_hidden_layers": 1, "vocab_size": 100}
+    chosen = Scheme.parse(scheme) if scheme is not None else None
+    named = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (64 * shared, width)}
+    named |= {"self_attn.o_proj": (width, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+    matrices = [Matrix(f"model.layers.0.{name}", *shape, chosen) for name, shape in named.items()]
+    return tensor_parallel(Architecture.of(config), matrices)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sizes", "group"),
+    [
+        (None, (2, 4, 8), None),
+        ("w4a16-channel", (2, 4, 8), None),
+        ("w4a16-g128", (2,), 32),  # 8,960 / 4 = 17.5 groups
+        ("w4a16-g64", (2, 4), 32),
+        ("w4a16-g32", (2, 4, 8), None),
+    ],
+)
+def test_groups_must_come_out_whole(scheme: str | None, sizes: tuple[int, ...], group: int | None) -> None:
+    found = split(scheme)
+    assert (found.sizes, found.group) == (sizes, group)
+    assert ("2,240 columns of down_proj" in str(found)) == (scheme == "w4a16-g128")
+    assert bool(found.warning) == (group is not None)
+
+
+def test_heads_and_widths_must_come_out_whole() -> None:
+    assert split(heads=9, shared=3).sizes == ()
+    assert split(shared=2).sizes == (2, 4, 8), "key-value heads are given to several devices"
+    assert split(heads=24, shared=6).reasons == {4: "6 key-value heads", 8: "6 key-value heads"}
+    wide = split("w4a16-g128", inner=8964)
+    assert wide.reasons[8] == "up_proj is 8,964 wide"
+
+
+def test_no_group_size_is_named_that_would_not_help() -> None:
+    assert split("w4a16-g64", inner=8 * 1000).group is None  # 1,000 columns on each of 8 devices
