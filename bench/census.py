@@ -377,6 +377,8 @@ is refused, and the same holds with the override that the refusal names, which l
 the other linears. **refused** is said before any work, with the reason in the table. **not built**: transformers cannot
 build, save or run such a model on text alone with the settings that it has by default.
 
+Readings are kept, and what changes is read again: the table may be of several runs, and lacks what none has ended for.
+
 `llmconvert inspect MODEL` says the same of any checkpoint, from its headers: whether `quantize` takes it, what stays
 dense, or why not and what to do instead.
 
