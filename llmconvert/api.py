@@ -157,6 +157,7 @@ def quantize_model(
     min_tokens_per_expert: int | None = None,
     distil_steps: int | None = None,
     kv_cache: Literal["fp8"] | None = None,
+    preset: Literal["fast", "balanced", "best"] | None = None,
     adapter: str | Path | None = None,
     requantize: bool = False,
     dtype: Dtype | None = None,
@@ -193,6 +194,8 @@ def quantize_model(
         min_tokens_per_expert: begin nothing while an expert gets fewer tokens of the calibration text.
         distil_steps: steps of distillation from the original after quantization; none by default.
         kv_cache: ``"fp8"`` adds scales from the calibration text, by which runtimes keep keys and values in 8 bits.
+        preset: method, scheme, text, samples and distillation where they are not given; ``balanced`` where neither
+            scheme, bits per weight, method nor format is.
         adapter: a LoRA of peft to merge into the model first: a directory, or a Hub id.
         requantize: quantize again what was quantized for deployment (GPTQ, AWQ, bitsandbytes, GGUF below 8 bits, an
             artifact of this package), which is refused otherwise; releases in FP8, MXFP4, NVFP4 or int4 need no word.

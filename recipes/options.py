@@ -35,6 +35,7 @@ _QUANTIZE = {
     **{name: f"quantize.{name}" for name in ("method", "scheme", "format", "overrides", "rotate")},
     "experts": "quantize.experts",
     "min_tokens_per_expert": "quantize.min_tokens_per_expert",
+    "preset": "preset",
     "distil_steps": "quantize.distil.steps",
     "distil_length": "quantize.distil.length",
     "kv_cache": "quantize.kv_cache",
@@ -80,10 +81,18 @@ def quantize_recipe(options: Mapping[str, Any], output: Path) -> Recipe:
         RecipeError: naming the option.
     """
     scheme, calibration, format = options["scheme"], options["calibration"], options["format"]
-    if scheme is None and options["bits_per_weight"] is None:
-        raise UsageError("give a scheme, or bits per weight (--bits-per-weight) to have schemes chosen by layer")
+    preset = options["preset"]
+    if preset is None and scheme is None and options["bits_per_weight"] is None:
+        if options["method"] is not None or output.suffix == ".gguf" or format is not None:
+            raise UsageError(
+                "give a scheme, bits per weight (--bits-per-weight) to have schemes chosen by layer, or a preset "
+                "(--preset balanced)"
+            )
+        preset = "balanced"
+    usual = None if preset is not None else usual_method(scheme, text=calibration is not None)
     given = {
-        "method": options["method"] or usual_method(scheme, text=calibration is not None),
+        "preset": preset,
+        "method": options["method"] or usual,
         "format": "gguf" if format is None and output.suffix == ".gguf" else format,
         "calibration": _mix(calibration),
         "overrides": _overrides(options["overrides"]),

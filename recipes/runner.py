@@ -27,6 +27,7 @@ from llmconvert.recipes.planning.plan import RunPlan
 from llmconvert.recipes.planning.planner import foresee
 from llmconvert.recipes.planning.render import plan_lines
 from llmconvert.recipes.publishing import check_metadata, check_target, fill_target, publish_artifact
+from llmconvert.recipes.schema.presets import preset_words
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, artifact_stage, front_matter_of
 from llmconvert.recipes.stages.attention import require_mergeable
@@ -160,6 +161,8 @@ class Running:
         work = Work(recipe, context, source, view, stored, adapter, steps=[fetched])
         if (note := unread_card(source)) is not None:
             progress.log(note)
+        if words := preset_words(recipe.preset, recipe.to_mapping()):
+            progress.log(words)
         if target is not None:
             with work.original.open() as original:
                 check_metadata(target, front_matter_of(recipe, source, original))

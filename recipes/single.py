@@ -25,6 +25,7 @@ from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.recipes.papers.single_steps import Papers, tell_steps, told_step
 from llmconvert.recipes.runner import perform
 from llmconvert.recipes.schema.measuring import ValidateSettings
+from llmconvert.recipes.schema.presets import preset_words
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, public_name, with_papers
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
@@ -84,6 +85,8 @@ _NOTHING = "nothing was written; run the same command again"
 def _opened(recipe: Recipe, progress: Progress) -> Iterator[Work]:
     """The recipe's model, as a run has it when it has been fetched; where it is streamed, known from its headers."""
     context = Context(open_device(recipe.device), recipe.memory, progress=progress)
+    if words := preset_words(recipe.preset, recipe.to_mapping()):
+        progress.log(words)
     require_texts(recipe)
     source = (
         open_remote(recipe)

@@ -27,7 +27,7 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 
 @click.command(short_help="Quantize MODEL to a directory.")
 @click.argument("model")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--method", type=Known("method"), help="gptq by default; of a GGUF type rtn, or imatrix with calibration text."
 )
@@ -53,6 +53,11 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 @click.option("--rotate", is_flag=True, help="Rotate hidden states and values first, folded into the weights.")
 @click.option("--experts", type=click.Choice(["all"]), help="Calibrate every expert on all tokens.")
 @click.option("--min-tokens-per-expert", type=int, help="Begin nothing while an expert gets fewer.")
+@click.option(
+    "--preset",
+    type=click.Choice(["fast", "balanced", "best"]),
+    help="Method, scheme, text and samples in one word. [default: balanced, if nothing is chosen]",
+)
 @click.option("--distil-steps", type=int, help="Steps of distillation from the original afterwards. [default: 0]")
 @click.option("--kv-cache", type=click.Choice(["fp8"]), help="Add scales for keys and values in 8 bits.")
 @click.option("--requantize", is_flag=True, help="Quantize again what was quantized for deployment.")
@@ -69,16 +74,20 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 @click.option("--stream", is_flag=True, help="Quantize while downloading, by a method without calibration.")
 @plan_option
 @manners
-def quantize(model: str, output: Path, plan: bool, manners: Manners, **options: Any) -> None:
+def quantize(model: str, output: Path | None, plan: bool, manners: Manners, **options: Any) -> None:
     """Quantize MODEL to the directory OUTPUT, or to a .gguf file. Stopped, the same command continues.
+
+    With MODEL alone it becomes a 4-bit artifact by the preset balanced, in a directory beside you.
 
     \b
     Example:
+      llmconvert quantize org/name
       llmconvert quantize org/name out/w4 --scheme w4a16-g128 \\
           --calibration pydoc-topics:train --samples 32 --length 512
       llmconvert quantize org/name out/mixed --bits-per-weight 4.25 --calibration FILE
       llmconvert quantize org/name model-q4_k_m.gguf --scheme q4_k_m
     """
+    output = output or Path(f"{Path(model.partition('@')[0]).name}-{options['scheme'] or options['preset'] or 'w4a16'}")
     if plan:
         from llmconvert.cli.plan import show_plan
         from llmconvert.recipes.options import quantize_recipe

@@ -24,6 +24,7 @@ from llmconvert.quantize.catalog.methods import METHODS, needs_calibration, usua
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 from llmconvert.recipes.schema.measuring import DecodingSettings, ValidateSettings
 from llmconvert.recipes.schema.named import Dtype, OptionalScheme, ScalingField, SchemeOrMix, WidthOrScheme
+from llmconvert.recipes.schema.presets import with_preset
 from llmconvert.recipes.schema.quantities import Memory, Share
 from llmconvert.recipes.schema.section import Count, Device, Length, Name, Section, Seed, possible, switch, to_tuple
 
@@ -324,10 +325,13 @@ class Recipe(Section):
     quantized for deployment (GPTQ, AWQ, bitsandbytes, GGUF below 8 bits, artifacts of this package) is quantized again
     with ``requantize: true`` only; releases in FP8, MXFP4, NVFP4 or int4 are read as any model is. ``adapter`` is a
     LoRA of peft that is merged into the model first: a directory, or ``org/name[@revision]`` on the Hub.
+
+    ``preset`` stands for calibrate and quantize sections, keys of which are taken where the recipe has none.
     """
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "recipe"
     model: Name
+    preset: Literal["fast", "balanced", "best"] | None = None
     allow_pickle: bool = False
     stream: bool = False
     requantize: bool = False
@@ -347,7 +351,10 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _usual_method(cls, values: Any) -> Any:
-        quantize = values.get("quantize") if isinstance(values, Mapping) else None
+        if not isinstance(values, Mapping):
+            return values
+        values = with_preset(values)
+        quantize = values.get("quantize")
         if not isinstance(quantize, Mapping) or quantize.get("method") is not None:
             return values
         method = usual_method(_text_of(quantize.get("scheme")), text=values.get("calibrate") is not None)
