@@ -29,7 +29,15 @@ from llmconvert.recipes.sweep.expand import make_sweep
 
 CONSOLE, PYTHON, YAML = ([*blocks(language)] for language in ("console", "python", "yaml"))
 # What the pages ask for is made smaller, so that a stand-in answers in seconds.
-SMALLER = {"--samples": "4", "--length": "64", "--window": "64", "--stride": "32", "--heal-steps": "2"}
+SMALLER = {
+    "--samples": "4",
+    "--length": "64",
+    "--window": "64",
+    "--stride": "32",
+    "--heal-steps": "2",
+    "--distil-steps": "2",
+    "--preset": "fast",
+}
 # Not run: what needs the Hub or a cluster. Artifacts are opened in other runtimes by tests/readers and tests/gguf.
 OF_THE_HUB = ("--stream", "--private", "--engine")
 # Run at shorter lengths by tests/validate/long_inputs: each length and backend in a process of its own takes minutes.
@@ -84,7 +92,7 @@ def test_commands_parse(block: Block, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_does_not_parse_is_found() -> None:
-    for line in ("quantize MODEL", "quantize MODEL OUT --no-such-option", "push DIR", "train MODEL"):
+    for line in ("convert MODEL", "quantize MODEL OUT --no-such-option", "push DIR", "train MODEL"):
         with pytest.raises(click.UsageError):
             parse(line.split())
 
