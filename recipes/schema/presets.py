@@ -59,7 +59,7 @@ def with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if layout not in (None, *_LEARNING):
         chosen.pop("distil", None)
     quantize = chosen | {key: value for key, value in given.items() if value is not None}
-    method = quantize.get("method")
+    method = str(quantize.get("method"))
     reads = "distil" in quantize or "budget" in quantize or (method in METHODS and needs_calibration(method))
     calibrate = {**preset["calibrate"], **text} if reads else text
     return {**values, "quantize": quantize, **({"calibrate": calibrate} if calibrate else {})}
