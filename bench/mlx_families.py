@@ -77,7 +77,8 @@ def examine(model_type: str, directory: Path, python: str) -> str:
     command = [python, "-c", _THEIRS, *(str(directory / name) for name in ("mlx", "ids.npy", "theirs.npy"))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if result.returncode:
-        return f"mlx-lm fails: {result.stderr.strip().splitlines()[-1][:150]}"
+        said = (result.stderr.strip() or result.stdout.strip() or f"exit code {result.returncode}").splitlines()
+        return f"mlx-lm fails: {said[-1][:150]}"
     theirs = np.load(directory / "theirs.npy")
     distance = float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours))
     return "works" if distance < TOLERANCE else f"differs by {distance:.2g}"
