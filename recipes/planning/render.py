@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
@@ -51,7 +52,7 @@ def _step(step: StepPlan) -> Iterator[str]:
     cells = (gigabytes(memory) if memory else "", gigabytes(disk) if disk else "", time)
     yield (row(step.name, *cells) + makes(step)).rstrip()
     for note in step.notes:
-        yield f"  {note}"
+        yield from textwrap.wrap(note, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
 
 
 def makes(step: StepPlan) -> str:

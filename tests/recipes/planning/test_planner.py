@@ -146,7 +146,7 @@ def test_the_command_prints_a_table_that_fits_or_json(write_recipe: Writer, tmp_
     lines = result.stdout.splitlines()
     assert max(len(line) for line in lines[1:] if "file:" not in line) <= 80
     assert lines[0].endswith("llama-w4a16-g32-sym") and lines[-1].startswith("time: nothing like it")
-    assert [line.split()[0] for line in lines[3:9]] == [
+    assert [line.split()[0] for line in lines[3:] if not line.startswith(" ")][:6] == [
         *("convert", "calibrate", "evaluation-text", "quantize", "validate", "publish"),
     ]
     values = json.loads(call("plan", path, "--json").stdout)
