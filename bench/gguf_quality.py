@@ -6,8 +6,10 @@
 Every file of a mix has the same tensors in the same types, and so the same size. llama.cpp's own file is made with
 ``ggml_quantize_chunk``, which ``llama-quantize`` calls, by the mix's rules and with the importance matrix of the same
 calibration tokens. ``floor`` leaves the linears of the blocks as they are and quantizes embedding and head alone:
-what no method for linears can get below. All files are run by llama.cpp (``peers/llama_cpp.py``), the unquantized one
-in bfloat16 too, from whose logits the divergence is taken. What is done is kept in DIR, and not done again.
+what no method for linears can get below. ``chosen-METHOD`` is a file of at most the mix's bytes whose types are chosen
+tensor by tensor (``quantize.budget``), embedding and head included. All files are run by llama.cpp
+(``peers/llama_cpp.py``), the unquantized one in bfloat16 too, from whose logits the divergence is taken. What is done
+is kept in DIR, and not done again.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,6 +35,9 @@ from llmconvert.gguf.file import plan_file
 from llmconvert.gguf.ggml.blocks import load_codec
 from llmconvert.gguf.ggml.mix import FLOATS, GgmlMix
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.mixed_precision.budget import Budget
+from llmconvert.quantize.mixed_precision.job import Allocation, plan_choice
+from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.scheme import parse_scheme
 from llmconvert.recipes.schema.measuring import PerplexitySettings
 from llmconvert.recipes.schema.recipe import CalibrateSettings
@@ -46,7 +52,7 @@ from support.importance import collect_importance
 
 MARKS = {"q4_0": 0.3, "q4_k_m": 0.5, "iq4_xs": 0.5, "q3_k_m": 0.4, "q2_k": 0.35}
 Encoder = Callable[[np.ndarray, str, np.ndarray | None], np.ndarray]
-THEIRS, FLOOR = "llama.cpp", "floor"
+THEIRS, FLOOR, CHOSEN = "llama.cpp", "floor", "chosen-"
 
 
 def main() -> None:
@@ -66,7 +72,7 @@ def main() -> None:
     with SafetensorsCheckpoint(options.model) as source:
         bench = Bench(source, options)
         for mix in options.mix or MARKS:
-            for side in [THEIRS, *(options.method or ["imatrix", "gptq", "gptaq"]), FLOOR]:
+            for side in options.method or [THEIRS, "imatrix", "gptq", "gptaq", FLOOR]:
                 bench.run(mix, side)
         print(bench.table())
 
@@ -118,16 +124,37 @@ class Bench:
         elif side == FLOOR:
             self.write_floor(part, mix)
         else:
+            method, scheme = side.removeprefix(CHOSEN), parse_scheme(mix)
+            overrides: tuple[Override, ...] = ()
+            if side.startswith(CHOSEN):
+                allocation = self.choose(mix, method)
+                scheme, overrides = allocation.scheme, allocation.overrides
             quantize_checkpoint(
                 self.source,
                 part,
-                method=side,
-                scheme=parse_scheme(mix),
+                method=method,
+                scheme=scheme,
                 format="gguf",
+                overrides=overrides,
                 name="bench",
                 windows=self.calibration,
             )
         part.rename(path)
+
+    def choose(self, mix: str, method: str) -> Allocation:
+        """Types for no more bytes than a mix takes."""
+        nbytes = plan_file(self.source, "x.gguf", "bench", GgmlMix.parse(mix), importance=True).layout.nbytes
+        request = QuantizeRequest(method, parse_scheme("q4_k_m"), "gguf")
+        allocation = plan_choice(
+            self.source,
+            self.work / f".{mix}-{method}.sensitivity",
+            Budget(None, max_bytes=nbytes),
+            request,
+            windows=self.calibration,
+        ).run()
+        counts = Counter(f"{'' if c.unit.outer is None else c.unit.outer + ' '}{c.scheme}" for c in allocation.choices)
+        print(mix, method, f"expected {allocation.divergence:.4f}", dict(counts), flush=True)
+        return allocation
 
     def write(self, path: Path, mix: str, encoder: Encoder) -> None:
         """A file whose tensors an encoder has encoded with the importance matrix; it has no tensor of settings."""
@@ -152,7 +179,7 @@ class Bench:
 
     def write_floor(self, path: Path, mix: str) -> None:
         """A bfloat16 file whose embedding and head have been through the types that a mix has for them."""
-        types = tensor_types(self.source, GgmlMix.parse(mix), importance=True)
+        types = tensor_types(self.source, GgmlMix.parse(mix), importance=True).linears
         outer = {name: kind for name, kind in types.items() if not name.startswith("model.layers.")}
 
         class Outer(CheckpointView):

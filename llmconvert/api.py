@@ -151,6 +151,8 @@ def quantize_model(
     method: str | None = None,
     bits_per_weight: float | None = None,
     format: str | None = None,
+    imatrix: str | Path | None = None,
+    split_max_size: Size | None = None,
     overrides: Mapping[str, str] | None = None,
     rotate: bool = False,
     experts: Literal["all"] | None = None,
@@ -184,11 +186,14 @@ def quantize_model(
         model: a Hub id (``org/name``, ``org/name@revision``), a directory, a ``.gguf`` file, or ``package:PKG/FILE``.
         output: directory to make, or with ``format="gguf"`` a file.
         scheme: bits and groups, ``w4a16-g128``, ``w8a8``; of GGUF a type, ``q4_k_m``.
-        method: ``gptq`` by default; of a GGUF type ``rtn``, or ``imatrix`` with calibration text.
+        method: ``gptq`` by default; of a GGUF type without calibration text ``rtn``.
         bits_per_weight: choose bits and group sizes by layer for this mean, scales included, instead of one scheme.
         format: on disk: ``compressed-tensors`` (the default), ``gptq``, ``awq``, ``bitsandbytes``, ``gguf``; the one
             that alone has the scheme need not be named.
-        overrides: shell pattern of layer names → another scheme, or ``none``; the first that matches counts.
+        imatrix: an importance matrix in llama.cpp's format, for GGUF types in the place of calibration text.
+        split_max_size: bytes of a GGUF file's tensors above which another file is begun, ``"2GB"``.
+        overrides: shell pattern of layer names → another scheme, or ``none``; the first that matches counts. Of GGUF
+            ``head`` and ``embedding`` are names too.
         rotate: fold orthogonal rotations of hidden states and values into the weights first (QuaRot).
         experts: calibrate every expert of a mixture on ``"all"`` tokens; by default on those that its router sends it.
         min_tokens_per_expert: begin nothing while an expert gets fewer tokens of the calibration text.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from llmconvert.engine.memory import choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, LlmconvertError, MachineError, UnsupportedError
+from llmconvert.gguf.export import TensorTypes
+from llmconvert.gguf.ggml.mix import FLOATS, GgmlMix
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import ContainerRequest, FileFormat, Format, load_format
 from llmconvert.quantize.formats.loading import as_loaded
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, GgmlQuantizer, Quantizer, load_method
+from llmconvert.quantize.methods.imatrix import Imatrix
 from llmconvert.quantize.passes.original import can_share
 from llmconvert.quantize.passes.run import Inputs, QuantizePlan, QuantizeResult
 from llmconvert.quantize.plan import (
@@ -79,8 +82,10 @@ def plan_quantize(
     chosen, layout_format = load_method(request.method, request.options), load_format(request.format)
     layout_format.check_output(output)
     check_combination(chosen, request.scheme, layout_format)
-    if request.overrides and "overrides" in layout_format.lacks:
-        raise UnsupportedError(f"overrides: {layout_format.lacks['overrides']}; leave them out")
+    if request.split_nbytes is not None and not isinstance(layout_format, FileFormat):
+        raise UnsupportedError(
+            f"split_max_size: is for GGUF; files of {request.format} are as large as max_shard_bytes"
+        )
     if request.statistics == "original" and not can_share(chosen):
         raise UnsupportedError(
             f"method {request.method!r} needs to see what the linears before have become, or no text at all; "
@@ -108,15 +113,18 @@ def plan_quantize(
     lengths = [window.shape[1] for window in windows] if calibrated else []
     blocks = discover(skeleton, max(lengths) if lengths else PROBE_LENGTH)
     decisions, work, scale_dtype = plan_encoding(skeleton), 0, skeleton.dtype
+    types: TensorTypes | None = None
+    schemes: SchemeOrMix | Mapping[str, Scheme] = request.scheme
+    overrides = request.overrides
+    if isinstance(layout_format, FileFormat):
+        weighed = calibrated or (isinstance(chosen, Imatrix) and chosen.read is not None)
+        types = layout_format.types(source, request.scheme, overrides, importance=weighed)
+        if overrides or not isinstance(request.scheme, Scheme):
+            schemes, overrides = layout_format.schemes(types, request.scheme), ()
     if not isinstance(chosen, GgmlQuantizer) or isinstance(request.scheme, Scheme):
         assert isinstance(chosen, Quantizer)  # it chooses codes of schemes
-        schemes: Scheme | Mapping[str, Scheme]
-        if isinstance(request.scheme, Scheme):
-            schemes = request.scheme
-        else:
-            assert isinstance(layout_format, FileFormat)  # other formats have no mixes
-            schemes = layout_format.schemes(source, request.scheme)
-        decisions = plan_quantization(skeleton, blocks, schemes, request.overrides, chosen, layout_format)
+        assert not isinstance(schemes, GgmlMix)  # formats without types of tensors have no mixes
+        decisions = plan_quantization(skeleton, blocks, schemes, overrides, chosen, layout_format)
         if request.kv_cache is not None:
             decisions = with_cache(decisions, skeleton, layout_format)
         work = work_nbytes(skeleton, blocks, decisions, chosen, skeleton.dtype)
@@ -124,6 +132,8 @@ def plan_quantize(
             work += sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
         # Formats with several schemes in one model have one dtype for all their scales.
         scale_dtype = layout_format.scale_dtype(next(iter(decisions.schemes.values())), skeleton.dtype)
+    if calibrated and types is not None and types.linears.get(skeleton.head_tensor or "", "F32") not in FLOATS:
+        decisions = replace(decisions, head=skeleton.head_tensor)
     streams = 2 if chosen.original else 1
     memory = choose_mode(skeleton, blocks, lengths, work, context.memory, request.mode, streams=streams)
     wanted = ContainerRequest(
@@ -133,6 +143,9 @@ def plan_quantize(
         decisions.declared,
         request.name or output.name,
         request.max_shard_bytes,
+        None if types is None else types.stored,
+        request.split_nbytes,
+        (request.text, len(windows)),
     )
     container = layout_format.container(source, output, wanted)
     # Hidden states of every batch at two blocks' entries, for every stream.

@@ -17,7 +17,7 @@ from llmconvert.quantize.catalog.schemes import USUAL
 from llmconvert.quantize.formats.base import FileFormat, Format, load_format
 from llmconvert.quantize.methods.base import GgmlQuantizer, Method, load_method
 from llmconvert.quantize.runtimes import Runtime, runtimes_of
-from llmconvert.quantize.scheme import SchemeOrMix, parse_scheme
+from llmconvert.quantize.scheme import Scheme, SchemeOrMix, parse_scheme
 
 __all__ = [
     "Combination",
@@ -152,7 +152,7 @@ def check_format(layout: Format, scheme: SchemeOrMix) -> None:
             raise UnsupportedError(f"{scheme} is a GGUF type; it needs format: {able} (--format {able})")
         return
     try:
-        layout.check(scheme)
+        _check_held(layout, scheme)
     except UnsupportedError as error:
         raise UnsupportedError(f"{error}; formats that hold {scheme}: {able}") from None
 
@@ -177,6 +177,8 @@ def _cell(format: str, scheme: SchemeOrMix) -> str:
 def _chooses(method: Method, scheme: SchemeOrMix) -> bool:
     if isinstance(scheme, GgmlMix):
         return isinstance(method, GgmlQuantizer) or (method.numbers == "solved" and scheme.base not in FLOATS)
+    if scheme.block is not None and isinstance(method, GgmlQuantizer):
+        return True
     if method.numbers == "solved":
         return scheme.number.solvable
     able = {"any": True, "even": scheme.number.even, "scaled": scheme.number.even or scheme.number.parts is not None}
@@ -187,10 +189,16 @@ def _holds(layout: Format, scheme: SchemeOrMix) -> bool:
     if isinstance(scheme, GgmlMix):
         return isinstance(layout, FileFormat)
     try:
-        layout.check(scheme)
+        _check_held(layout, scheme)
     except UnsupportedError:
         return False
     return True
+
+
+def _check_held(layout: Format, scheme: Scheme) -> None:
+    if scheme.block is not None and not isinstance(layout, FileFormat):
+        raise UnsupportedError(f"scheme {scheme}: its blocks are GGUF's")
+    layout.check(scheme)
 
 
 def _alike(tested: SchemeOrMix, scheme: SchemeOrMix) -> bool:

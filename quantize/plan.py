@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.discovery import BlockPlan, Stop
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.statistics import hessian_nbytes
@@ -23,8 +23,9 @@ from llmconvert.quantize.formats.loading import asked_for, unloadable, what_is_l
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQuantizer
 from llmconvert.quantize.methods.outer import outer_nbytes
-from llmconvert.quantize.scheme import Scheme, SchemeOrMix
+from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
 from llmconvert.quantize.solve.expert_moments import PRIOR
+from llmconvert.quantize.solve.group_scales import block_scales_nbytes
 from llmconvert.storage.checkpoint import TensorSpec
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES
 
@@ -42,14 +43,6 @@ __all__ = [
     "with_cache",
     "work_nbytes",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Override:
-    """Linears whose name matches the shell pattern ``match`` get ``scheme``; None leaves them as they are."""
-
-    match: str
-    scheme: Scheme | None
 
 
 #: Of what model a linear's moments are.
@@ -77,6 +70,8 @@ class QuantizeRequest:
         min_tokens_per_expert: with fewer tokens for an expert, by the original's routers, nothing is begun.
         expert_prior: how strongly experts' moments are drawn toward their layer's, in tokens by the columns of an
             input (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
+        text: what the calibration windows are of, for formats that store it.
+        split_nbytes: of a file of a format that is one file (GGUF), above which another is begun; None for one.
         statistics: of what model the moments are: ``sequential`` of one whose linears before are quantized already,
             ``original`` of the unquantized one, which several artifacts can share.
         kv_cache: what keys and values are quantized to in the cache, by scales from calibration text; None for nothing.
@@ -95,6 +90,8 @@ class QuantizeRequest:
     experts: ShownTokens = "routed"
     min_tokens_per_expert: int = 0
     kv_cache: CacheKind | None = None
+    split_nbytes: int | None = None
+    text: str = ""
 
     @property
     def fixes_inputs(self) -> bool:
@@ -119,6 +116,7 @@ class QuantizationPlan:
             them; they are rounded to nearest.
         left: what is said of linears that stay dense unasked, or that transformers loads dense.
         caches: attention modules whose keys and values get scales, by what the checkpoint calls them.
+        head: the tensor of the output head, where it is encoded by what comes to the head on calibration text.
     """
 
     schemes: Mapping[str, Scheme]
@@ -129,6 +127,7 @@ class QuantizationPlan:
     uncalibrated: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     caches: tuple[str, ...] = ()
+    head: str | None = None
 
     @property
     def outer(self) -> tuple[Site, ...]:
@@ -341,7 +340,8 @@ def work_nbytes(
             elif heights:
                 drift = sum(heights) if method.original and stop.residual is not None else 0
                 matrices = 4 * columns * (columns * (2 if method.original else 1) + drift)
-                solution = matrices + method.nbytes(sum(heights), columns)
+                scales = _scales_nbytes(plan, stop, sites)
+                solution = matrices + method.nbytes(sum(heights), columns) + scales
                 if isinstance(method, ScalingQuantizer):  # rescaled weights in float32, and one more as it is made
                     solution += 8 * sum(heights) * columns
                 statistics = hessian_nbytes(columns, dtype, original=method.original, drift=drift)
@@ -349,6 +349,12 @@ def work_nbytes(
                 drawn = statistics if sites[stop.linears[0]].kind == "expert" else 0
                 needs.append(drawn + max(statistics, solution))
     return max(needs)
+
+
+def _scales_nbytes(plan: QuantizationPlan, stop: Stop, sites: Mapping[str, Site]) -> int:
+    """Bytes of the scales of GGML's types, twice: those of slices of rows stand beside what they are joined to."""
+    chosen = {name: plan.schemes[name] for name in stop.linears if name in plan.schemes}
+    return 2 * sum(block_scales_nbytes(scheme, *sites[name].shape) for name, scheme in chosen.items())
 
 
 def _scaling_nbytes(block: BlockPlan, sites: Mapping[str, Site], method: ScalingQuantizer, dtype: torch.dtype) -> int:

@@ -28,7 +28,7 @@ from llmconvert.quantize.numbers import AFFINE, NAMED, Int, Levels, Number, Whol
 if TYPE_CHECKING:
     from llmconvert.compute.activations import InputKind
 
-__all__ = ["ALIASES", "Scheme", "SchemeOrMix", "parse_scheme"]
+__all__ = ["ALIASES", "Override", "Scheme", "SchemeOrMix", "parse_scheme"]
 
 _PATTERN = re.compile(
     r"w(?P<bits>\d+)a(?P<act>\d+|fp8)(?:-(?:g(?:(?P<rows>\d+)x)?(?P<group>\d+)|channel|(?P<tensor>tensor)))?"
@@ -260,6 +260,18 @@ class Scheme:
         raise SchemeError(
             f"scheme {self}: group size {self.group_size} does not divide the {columns} columns of {name}; {advice}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """What matches the shell pattern ``match`` gets ``scheme``; None leaves it as it is.
+
+    Patterns are of linears' names. In formats that hold them, ``head`` and ``embedding`` are the output head and the
+    embedding, and in GGUF files names of theirs (``blk.0.attn_v``) count as well.
+    """
+
+    match: str
+    scheme: Scheme | None
 
 
 #: How a model's linears are stored: in a scheme, or in the GGML types that one of llama.cpp's mixes gives its tensors.

@@ -58,15 +58,16 @@ class ArtifactSink:
         with phases.measure("copying"):
             container.begin(artifact.writer)
             for name in self._outer_names():
-                if name not in artifact.done:
+                if name not in artifact.done and name != plan.head:
                     container.copy(artifact.writer, name)
                     artifact.finish(name, batched=True)
             artifact.sync()
 
     def take(self, name: str, outcome: Outcome) -> None:
         if isinstance(outcome, InputSquares):
-            site = self._plan.sites[name]
-            self._squares.setdefault(site.tensor, {})[site.stored] = outcome.mean
+            site = self._plan.sites.get(name)
+            tensor, linear = (site.tensor, site.stored) if site is not None else (name, name.removesuffix(".weight"))
+            self._squares.setdefault(tensor, {})[linear] = outcome.mean
         elif isinstance(outcome, CacheScales):
             with self._phases.measure("writing"):
                 self._artifact.writer.write(f"{name}.k_scale", outcome.key)
@@ -86,7 +87,9 @@ class ArtifactSink:
 
     def complete(self, index: int) -> None:
         with self._phases.measure("copying"):
-            for name in self._inner_names(index):
+            # The head waits for what comes to it behind the last block.
+            last = [name for name in (self._plan.head,) if name is not None and name in self._squares]
+            for name in (*self._inner_names(index), *last):
                 if name not in self._changed:
                     self._container.copy(self._artifact.writer, name, self._squares.get(name))
         self._changed.clear()

@@ -21,6 +21,7 @@ from llmconvert.compute.dot_products import load_dot_products
 from llmconvert.compute.kv_cache import CacheQuantizer, CacheScales
 from llmconvert.engine.discovery import BlockPlan, Stop
 from llmconvert.engine.edges import Edge, MixtureEdge
+from llmconvert.engine.evaluation import head_inputs
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, states_present
 from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
@@ -49,7 +50,7 @@ from llmconvert.quantize.solve.fixed_scales import LargestInput, cache_scales, l
 from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["CalibratedSteps", "DataFreeSteps", "Outcome", "Step", "Steps", "round_unreached"]
+__all__ = ["CalibratedSteps", "DataFreeSteps", "Outcome", "Step", "Steps", "head_squares", "round_unreached"]
 
 #: What comes of a name in a block.
 Outcome = Solution | InputSquares | CacheScales | torch.Tensor
@@ -225,7 +226,11 @@ class CalibratedSteps:
             yield from cache_scales(run, self.caches, self.skeleton)
         with self.phases.measure("solving"):
             yield from round_unreached(run, self.plan, self.scale_dtype)
-        outer = self.plan.outer if run.plan.index == self.skeleton.block_count - 1 else ()
+        if run.plan.index < self.skeleton.block_count - 1:
+            return
+        if self.plan.head is not None:
+            yield self.plan.head, head_squares(streams[0], self.phases)
+        outer = self.plan.outer
         if outer:
             assert isinstance(self.method, Quantizer)
             hessian = head_hessian(outer, streams[0], streams[1] if len(streams) > 1 else None, self.phases)
@@ -375,6 +380,14 @@ class CalibratedSteps:
     def _targets(self, run: BlockRun, names: Sequence[str], scaling: Rescaling) -> list[Target]:
         weights = {name: scaling.apply(name, run.weight(name)) for name in names}
         return [Target(name, weight, self.plan.schemes[name]) for name, weight in weights.items()]
+
+
+def head_squares(stream: Stream, phases: Phases) -> InputSquares:
+    """What is known of the output head, once a stream's batches have been through the last block."""
+    arrivals = phases.pull("forward", head_inputs(stream))
+    with phases.measure("importance"):
+        inputs = (one.inputs for one in arrivals)
+        return InputSquares(mean_squares("the output head", inputs, stream.skeleton.hidden_size))
 
 
 def round_unreached(run: BlockRun, plan: QuantizationPlan, scale_dtype: torch.dtype) -> Iterator[tuple[str, Solution]]:

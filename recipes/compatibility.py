@@ -15,6 +15,7 @@ from llmconvert.quantize.methods.base import ScalingQuantizer, load_method
 from llmconvert.quantize.passes.original import can_share
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.recipes.consistency import KeyPath, repair_refusal
+from llmconvert.recipes.schema.named import OptionalScheme, engine_scheme
 from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
 
 __all__ = ["incompatibilities"]
@@ -35,9 +36,12 @@ def incompatibilities(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     schemes: list[tuple[KeyPath, SchemeOrMix]] = []
     if settings.budget is None:
         schemes.append((("quantize", "scheme"), settings.scheme))
-    for index, override in enumerate(settings.overrides):
-        if override.scheme != "none":
-            schemes.append((("quantize", "overrides", index, "scheme"), override.scheme))
+    given: list[tuple[KeyPath, OptionalScheme | None]] = [
+        (("quantize", "overrides", index, "scheme"), override.scheme)
+        for index, override in enumerate(settings.overrides)
+    ]
+    given += [(("quantize", word), getattr(settings, word)) for word in ("head", "embedding")]
+    schemes += [(path, found) for path, wanted in given if (found := engine_scheme(wanted)) is not None]
     for path, scheme in schemes:
         try:
             check_method(method, scheme)
@@ -62,7 +66,8 @@ def _lacking(recipe: Recipe, settings: QuantizeSettings, layout: Format) -> Iter
     """What is asked for and does not go with the format."""
     checks = recipe.validation
     asked: tuple[tuple[Feature, KeyPath, object], ...] = (
-        ("overrides", ("quantize", "overrides"), settings.overrides),
+        ("outer", ("quantize", "head"), settings.head),
+        ("outer", ("quantize", "embedding"), settings.embedding),
         ("budget", ("quantize", "budget"), settings.budget),
         ("rotations", ("quantize", "rotate"), settings.rotate),
         ("streaming", ("stream",), recipe.stream),
@@ -87,7 +92,7 @@ def _asymmetric_mixture(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     lacking = load_format(settings.format).lacks.get("mixed zero points")
     if lacking is None:
         return
-    schemes = {settings.scheme, *(override.scheme for override in settings.overrides)} - {"none"}
+    schemes = {settings.scheme, *(override.scheme for override in settings.overrides)}
     mixed = len(schemes) > 1 or settings.budget is not None or checks.repair is not None
     if mixed and any(isinstance(scheme, Scheme) and not scheme.symmetric for scheme in schemes):
         yield (

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmconvert.errors import DatasetError, UnsupportedError
+from llmconvert.gguf.ggml.mix import FLOATS, GgmlMix
 from llmconvert.quantize.catalog.formats import require_format
 from llmconvert.quantize.catalog.methods import METHODS, check_options, needs_calibration
 from llmconvert.quantize.scheme import Scheme
@@ -65,13 +66,30 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         require_format(settings.format)
     except UnsupportedError as error:
         yield ("quantize", "format"), f"quantize.format: {error}"
-    if settings.budget is not None and not _chooses(settings.scheme):
+    budget, gguf = settings.budget, settings.format == "gguf"
+    if settings.split_max_size is not None and not gguf:
+        yield ("quantize", "split_max_size"), "quantize.split_max_size: is for format: gguf; leave it out"
+    if budget is not None:
+        for key in ("bits", "group_sizes") if gguf else ("types",):
+            if key in budget.model_fields_set:
+                yield (
+                    ("quantize", "budget", key),
+                    f"quantize.budget.{key}: with format {settings.format} a budget chooses "
+                    f"{'types' if gguf else 'bits and group sizes'}; leave it out",
+                )
+    if budget is not None and not (_is_mix(settings.scheme) if gguf else _chooses(settings.scheme)):
         yield (
             ("quantize", "scheme"),
-            f"quantize.scheme: found {settings.scheme}; a budget chooses among integer weights with 16-bit "
+            f"quantize.scheme: found {settings.scheme}; a budget of GGUF chooses among its types: leave it out"
+            if gguf
+            else f"quantize.scheme: found {settings.scheme}; a budget chooses among integer weights with 16-bit "
             "activations: leave it out, or say w4a16-asym for zero points; schemes of other kinds are named in "
             "budget.bits",
         )
+
+
+def _is_mix(scheme: object) -> bool:
+    return isinstance(scheme, GgmlMix) and scheme.base not in FLOATS
 
 
 def _chooses(scheme: object) -> bool:

@@ -22,11 +22,19 @@ from llmconvert.quantize.plan import Override, QuantizeRequest, Statistics
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.serving.tensor_parallel import Matrix, tensor_parallel
-from llmconvert.recipes.schema.recipe import QuantizeSettings
+from llmconvert.recipes.schema.recipe import BudgetSettings, QuantizeSettings
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import Layout
 
-__all__ = ["Forecast", "files_of_layout", "foresee_quantization", "parameters", "require_repairable", "served_by"]
+__all__ = [
+    "Forecast",
+    "engine_budget",
+    "files_of_layout",
+    "foresee_quantization",
+    "parameters",
+    "require_repairable",
+    "served_by",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,12 @@ def require_repairable(sites: Iterable[Site]) -> None:
         )
 
 
+def engine_budget(settings: BudgetSettings) -> Budget:
+    """The section as the engine takes it."""
+    types = None if settings.types is None else tuple(kind.name for kind in settings.types)
+    return Budget(settings.bits_per_weight, settings.bits, settings.group_sizes, settings.max_bytes, types)
+
+
 def foresee_quantization(
     source: Checkpoint,
     output: Path,
@@ -116,6 +130,7 @@ def foresee_quantization(
         request = replace(request, statistics=statistics, experts=settings.experts or "routed")
         request = replace(request, min_tokens_per_expert=settings.min_tokens_per_expert or 0)
         request = replace(request, kv_cache=settings.kv_cache)
+        request = replace(request, split_nbytes=settings.split_max_size)
         plan = plan_quantize(source, output, request, windows=windows, context=context)
         if repaired:
             require_repairable(plan.decisions.sites.values())
@@ -138,24 +153,35 @@ def foresee_quantization(
             readers=str(plan.readers),
             notes=(*plan.container.notes, *served_by(plan)),
         )
-    scheme = settings.scheme
-    assert isinstance(scheme, Scheme)  # recipes with another kind are refused
-    budget = settings.budget
+    scheme, budget = settings.scheme, settings.budget
     choice = plan_choice(
         source,
         output.with_name(f".{output.name}.sensitivity"),
-        Budget(budget.bits_per_weight, budget.bits, budget.group_sizes),
+        engine_budget(budget),
         QuantizeRequest(settings.method, scheme, settings.format, overrides, settings.options),
         windows=windows,
         context=context,
     )
+    note = f"bits by layer are chosen by measured sensitivity, {_limit(budget)} at most"
+    if not isinstance(scheme, Scheme):
+        mixed = plan_with(scheme)
+        bottom, top = choice.nbytes
+        return Forecast(
+            choice.needs.then(mixed.needs),
+            {mixed.container.layout.shards[0].name: top},
+            least=bottom,
+            tensors=len(mixed.container.layout.specs),
+            kind=f"{kind} budget",
+            work=_work(mixed, tokens),
+            readers=str(mixed.readers),
+            notes=(note, *mixed.container.notes),
+        )
     symmetry = "" if scheme.symmetric else "-asym"
     # One scale per channel takes the least of all groupings, and fits every layer; the smallest groups take the most.
     coarse = [f"g{size}" for size in sorted(budget.group_sizes, reverse=True)]
     low, high = (pick(budget.bits, key=_width) for pick in (min, max))
     fine = str(high) if isinstance(high, Scheme) else f"w{high}a16-g{min(budget.group_sizes)}{symmetry}"
     fewest = [f"w{low}a16-{group}{symmetry}" for group in ("channel", *coarse)]
-    note = f"bits by layer are chosen by measured sensitivity, {budget.bits_per_weight:g} per weight at most"
     try:
         least = _first([str(low)] if isinstance(low, Scheme) else fewest, plan_with)
     except (SchemeError, UnsupportedError):  # only what is chosen goes together, which is not known yet
@@ -164,9 +190,9 @@ def foresee_quantization(
         return Forecast(choice.needs, notes=(note,))
     try:
         most = plan_with(Scheme.parse(fine))
-        largest = min(most.container.layout.nbytes, int(_within(least, source, budget.bits_per_weight)))
+        largest = min(most.container.layout.nbytes, _largest(least, source, budget))
     except SchemeError:  # layers that these groups don't divide get others; the budget bounds all of them
-        most, largest = least, int(_within(least, source, budget.bits_per_weight))
+        most, largest = least, _largest(least, source, budget)
     smallest = min(least.container.layout.nbytes, largest)
     needs = choice.needs.then(most.needs)
     return Forecast(
@@ -210,6 +236,16 @@ def _first(schemes: Sequence[str], plan_with: Callable[[SchemeOrMix], QuantizePl
         with suppress(SchemeError, UnsupportedError):
             return plan_with(Scheme.parse(scheme))
     return plan_with(Scheme.parse(last))
+
+
+def _limit(budget: BudgetSettings) -> str:
+    if budget.max_bytes is not None:
+        return f"{budget.max_bytes:,} bytes"
+    return f"{budget.bits_per_weight:g} per weight"
+
+
+def _largest(plan: QuantizePlan, source: Checkpoint, budget: BudgetSettings) -> int:
+    return budget.max_bytes or int(_within(plan, source, budget.bits_per_weight or 0.0))
 
 
 def _within(plan: QuantizePlan, source: Checkpoint, bits: float) -> float:

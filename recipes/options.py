@@ -33,6 +33,8 @@ _CONVERT = {
 _QUANTIZE = {
     **_EVERYWHERE,
     **{name: f"quantize.{name}" for name in ("method", "scheme", "format", "overrides", "rotate")},
+    "imatrix": "quantize.options.file",
+    "split_max_size": "quantize.split_max_size",
     "experts": "quantize.experts",
     "min_tokens_per_expert": "quantize.min_tokens_per_expert",
     "preset": "preset",
@@ -81,6 +83,7 @@ def quantize_recipe(options: Mapping[str, Any], output: Path) -> Recipe:
         RecipeError: naming the option.
     """
     scheme, calibration, format = options["scheme"], options["calibration"], options["format"]
+    imatrix = options["imatrix"]
     preset = options["preset"]
     if preset is None and scheme is None and options["bits_per_weight"] is None:
         if options["method"] is not None or output.suffix == ".gguf" or format is not None:
@@ -90,9 +93,12 @@ def quantize_recipe(options: Mapping[str, Any], output: Path) -> Recipe:
             )
         preset = "balanced"
     usual = None if preset is not None else usual_method(scheme, text=calibration is not None)
+    if imatrix:
+        usual = "imatrix"
     given = {
         "preset": preset,
         "method": options["method"] or usual,
+        "imatrix": None if imatrix is None else str(imatrix),
         "format": "gguf" if format is None and output.suffix == ".gguf" else format,
         "calibration": _mix(calibration),
         "overrides": _overrides(options["overrides"]),

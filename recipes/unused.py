@@ -133,7 +133,7 @@ def _options(recipe: Recipe) -> str:
 
 def _scheme(recipe: Recipe) -> str:
     settings = recipe.quantize
-    if settings is None or settings.budget is None or settings.scheme in _OF_BUDGETS:
+    if settings is None or settings.budget is None or settings.format == "gguf" or settings.scheme in _OF_BUDGETS:
         return ""
     return "a budget chooses bits and group sizes; say w4a16-asym for zero points, else nothing"
 

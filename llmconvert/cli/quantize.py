@@ -28,9 +28,7 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 @click.command(short_help="Quantize MODEL to a directory.")
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--method", type=Known("method"), help="gptq by default; of a GGUF type rtn, or imatrix with calibration text."
-)
+@click.option("--method", type=Known("method"), help="gptq by default; of a GGUF type without calibration text rtn.")
 @click.option(
     "--scheme",
     type=Known("scheme"),
@@ -50,6 +48,8 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
     metavar="PATTERN=SCHEME",
     help="Another scheme for layers whose name matches.",
 )
+@click.option("--imatrix", metavar="FILE", help="An importance matrix of llama.cpp's, in the place of text.")
+@click.option("--split-max-size", metavar="SIZE", help="Of a GGUF file, above which another is begun: 2GB.")
 @click.option("--rotate", is_flag=True, help="Rotate hidden states and values first, folded into the weights.")
 @click.option("--experts", type=click.Choice(["all"]), help="Calibrate every expert on all tokens.")
 @click.option("--min-tokens-per-expert", type=int, help="Begin nothing while an expert gets fewer.")

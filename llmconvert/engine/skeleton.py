@@ -179,6 +179,20 @@ class Skeleton:
         return str(find_decoder(self.model).config._attn_implementation)
 
     @property
+    def head_tensor(self) -> str | None:
+        """The checkpoint's tensor of the output head, the embedding's where they are tied; None without a head."""
+        return self._tensor_of(self.model.get_output_embeddings())
+
+    @property
+    def embedding_tensor(self) -> str | None:
+        """The checkpoint's tensor of the embedding."""
+        return self._tensor_of(self.model.get_input_embeddings())
+
+    def _tensor_of(self, wanted: nn.Module | None) -> str | None:
+        found = [name for name, module in self.model.named_modules() if module is wanted]
+        return self._stored(f"{found[0]}.weight")[0] if found else None
+
+    @property
     def block_count(self) -> int:
         """How many decoder blocks the model has."""
         return len(self.blocks)

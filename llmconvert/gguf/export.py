@@ -6,8 +6,9 @@ the architecture does not know are refused by name before anything is written.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -16,18 +17,20 @@ import torch
 
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import SchemeError, UnsupportedError
 from llmconvert.gguf.architectures.architecture import GgufArchitecture
 from llmconvert.gguf.architectures.placing import StoredTensor, plan_tensors
 from llmconvert.gguf.architectures.registry import architecture_of
 from llmconvert.gguf.architectures.writing import complete_values, window_notes, write_metadata
 from llmconvert.gguf.export_tokenizer import export_tokenizer
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
+from llmconvert.gguf.ggml.overrides import Matrix, TypeOverride, override_types
+from llmconvert.gguf.records.general import general_metadata
 from llmconvert.gguf.rope import export_rope_tensors
 from llmconvert.memory import row_slices
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["GgufExport", "check_exportable", "export_checkpoint", "tensor_types"]
+__all__ = ["GgufExport", "TensorTypes", "check_exportable", "export_checkpoint", "tensor_types"]
 
 _OUTPUT, _EMBEDDING = "output.weight", "token_embd.weight"
 _HEAD = "lm_head.weight"
@@ -93,7 +96,7 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
     return GgufExport(
         arch=arch,
         config=values,
-        metadata={**general, **settings, **tokenizer.metadata},
+        metadata={**general, **_said_of(source, tensors), **settings, **tokenizer.metadata},
         tensors=tensors,
         settings=export_rope_tensors(values),
         layers=model.layers,
@@ -101,6 +104,14 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         queries_per_key=_queries_per_key(model),
         notes=(*window_notes(model, arch), *_left_out(source, arch, values), *tokenizer.notes),
     )
+
+
+def _said_of(source: Checkpoint, tensors: Sequence[StoredTensor]) -> dict[str, Any]:
+    """What the file says of the model: its size, and what its card says."""
+    sizes = {tensor.name: math.prod(tensor.shape) for tensor in tensors}
+    inside = {tensor.name: tensor.shape[0] for tensor in tensors if "_exps." in tensor.name}
+    experts = max(inside.values(), default=0)
+    return general_metadata(source, sizes.values(), (experts, sum(sizes[name] for name in inside)))
 
 
 def check_exportable(source: Checkpoint) -> None:
@@ -114,19 +125,52 @@ def check_exportable(source: Checkpoint) -> None:
     _tensors(source, arch, values, tied=model.tied)
 
 
-def tensor_types(source: Checkpoint, mix: GgmlMix, *, importance: bool) -> dict[str, str]:
-    """Tensor of a checkpoint → the type that a mix gives it, or each of the tensors that it becomes.
+@dataclass(frozen=True, slots=True)
+class TensorTypes:
+    """The types of a file's tensors.
 
-    Of matrices that are transposed or cut on their way into a file, nothing is said: codes would not go along.
+    Attributes:
+        stored: by the name in the file.
+        linears: by the checkpoint's tensor; of those whose rows are not the file's nothing is said, since codes would
+            not go along.
+    """
+
+    stored: Mapping[str, str]
+    linears: Mapping[str, str]
+
+
+def tensor_types(
+    source: Checkpoint, mix: GgmlMix, overrides: Sequence[TypeOverride] = (), *, importance: bool
+) -> TensorTypes:
+    """The types that a mix gives a model's tensors, unless an override says otherwise.
 
     Raises:
         UnsupportedError, CheckpointError: see :func:`export_checkpoint`.
+        SchemeError: see :func:`~llmconvert.gguf.ggml.overrides.override_types`.
     """
     arch, model, values = _architecture(source)
     tied = model.tied and not _has_own_head(source, arch)
     tensors = _tensors(source, arch, values, tied=tied)
     types = _types(tensors, mix, MixContext(model.layers, tied, importance, _queries_per_key(model)))
-    return {piece.name: types[tensor.name] for tensor in tensors if tensor.by_rows for piece in tensor.pieces}
+    matrices = [_matrix(source, tensor) for tensor in tensors if not tensor.kept]
+    types = override_types(types, matrices, overrides, tied=tied)
+    linears: dict[str, str] = {}
+    for tensor in tensors:
+        for piece in tensor.pieces if tensor.by_rows else ():
+            kind = types[tensor.name]
+            if linears.setdefault(piece.name, kind) != kind and overrides:
+                raise SchemeError(
+                    f"overrides: {piece.name} becomes several tensors, {tensor.name} for one, which need one type: "
+                    f"{linears[piece.name].lower()} and {kind.lower()}"
+                )
+    return TensorTypes(types, linears)
+
+
+def _matrix(source: Checkpoint, tensor: StoredTensor) -> Matrix:
+    names = [name for piece in tensor.pieces for name in (piece.name, piece.linear)]
+    dtype = source.infos[tensor.source].dtype
+    dense = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(dtype, "F32")
+    return Matrix(tensor.name, tuple(dict.fromkeys(names)), tensor.shape, dense)
 
 
 def _queries_per_key(model: Architecture) -> int:

@@ -21,7 +21,8 @@ from llmconvert.gguf.export import GgufExport, export_checkpoint
 from llmconvert.gguf.ggml.blocks import Codec, load_codec
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
 from llmconvert.gguf.header import parse_gguf_header
-from llmconvert.gguf.layout import GgufSpec, plan_gguf
+from llmconvert.gguf.layout import GgufSpec, plan_parts
+from llmconvert.gguf.split import join_headers, part_names
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import Layout, TensorWriter
 
@@ -56,7 +57,7 @@ class GgufFile:
     """The plan of a file, and how its tensors are written, in any order.
 
     Attributes:
-        layout: where everything goes; its one shard's header is the file's.
+        layout: where everything goes; a shard is a file, with its header.
         config: the model's, with transformers' defaults filled in.
         tensors: by their names in the file.
         parts: what each tensor of the checkpoint becomes: tensors and pieces of them.
@@ -117,7 +118,17 @@ class GgufFile:
             writer.write_rows(spec.name, start, encoded)
 
 
-def plan_file(source: Checkpoint, file_name: str, name: str, mix: GgmlMix, *, importance: bool) -> GgufFile:
+def plan_file(
+    source: Checkpoint,
+    file_name: str,
+    name: str,
+    mix: GgmlMix,
+    *,
+    importance: bool,
+    types: Mapping[str, str] | None = None,
+    split_nbytes: int | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> GgufFile:
     """Settle everything about a file but its weights.
 
     Args:
@@ -126,13 +137,17 @@ def plan_file(source: Checkpoint, file_name: str, name: str, mix: GgmlMix, *, im
         name: of the model, for the file's metadata.
         mix: the tensors' types.
         importance: whether an importance matrix weighs errors, which gives some tensors other types.
+        types: of the tensors, by their names in the file; the mix's by default.
+        split_nbytes: of tensors in a file, above which another one is begun; None for one file.
+        about: more metadata, of how the file was made.
 
     Raises:
         UnsupportedError: an architecture, setting, tensor or tokenizer that llama.cpp does not have.
         CheckpointError: tensors are missing.
     """
     export = export_checkpoint(source, name)
-    context, kinds = export.context(importance=importance), export.types(mix, importance=importance)
+    context, usual = export.context(importance=importance), export.types(mix, importance=importance)
+    kinds = usual if types is None else types
     tensors = {
         tensor.name: PlannedTensor(tensor, GgufSpec(tensor.name, kinds[tensor.name], tensor.shape))
         for tensor in export.tensors
@@ -142,24 +157,28 @@ def plan_file(source: Checkpoint, file_name: str, name: str, mix: GgmlMix, *, im
         for piece in planned.exported.pieces:
             parts.setdefault(piece.name, []).append((planned, piece))
     settings = [GgufSpec(stored, "F32", values.shape) for stored, values in export.settings.items()]
-    types = {"general.file_type": mix.file_type, "general.quantization_version": 2}
+    said = {"general.file_type": mix.file_type, "general.quantization_version": 2, **(about or {})}
     specs = [*settings, *(planned.spec for planned in tensors.values())]
-    layout = plan_gguf(file_name, {**export.metadata, **types}, specs)
+    stem = file_name.removesuffix(".gguf")
+    most = 2 * sum(spec.nbytes for spec in specs) if split_nbytes is None else split_nbytes
+    layout = plan_parts(lambda count: part_names(stem, count), {**export.metadata, **said}, specs, most)
     _read_back(layout, export)
+    mixed = [tensor for name, tensor in tensors.items() if tensor.spec.qtype == usual[name]]
     return GgufFile(
         layout,
         export.config,
         tensors,
         parts,
         export.settings,
-        (*_fallbacks(tensors.values(), mix, context), *export.notes),
+        (*_fallbacks(mixed, mix, context), *export.notes),
     )
 
 
 def _read_back(layout: Layout, export: GgufExport) -> None:
     """Refuse a file that would be refused when it is opened, or taken for another model."""
-    (shard,) = layout.shards
-    header = parse_gguf_header(Path(shard.name), shard.header, shard.nbytes)
+    paths = tuple(Path(shard.name) for shard in layout.shards)
+    headers = [parse_gguf_header(Path(shard.name), shard.header, shard.nbytes) for shard in layout.shards]
+    header = headers[0] if len(headers) == 1 else join_headers(headers, paths)
     try:
         described = describe_model(header, lambda tensor: export.settings[tensor.name])
     except (CheckpointError, UnsupportedError) as error:

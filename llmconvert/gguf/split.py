@@ -15,7 +15,15 @@ from typing import Final
 from llmconvert.errors import CheckpointError
 from llmconvert.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 
-__all__ = ["gguf_models", "model_files", "part_paths", "read_model_header", "without_part"]
+__all__ = [
+    "gguf_models",
+    "join_headers",
+    "model_files",
+    "part_names",
+    "part_paths",
+    "read_model_header",
+    "without_part",
+]
 
 _PART: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -40,7 +48,7 @@ def read_model_header(path: Path) -> GgufHeader:
         )
     if missing := [other.name for other in paths if not other.is_file()]:
         raise CheckpointError(f"{path}: {len(missing)} of the model's {count} parts are not there, first {missing[0]}")
-    return _joined([read_gguf_header(other) for other in paths], paths)
+    return join_headers([read_gguf_header(other) for other in paths], paths)
 
 
 def part_paths(path: Path) -> tuple[Path, ...]:
@@ -50,6 +58,13 @@ def part_paths(path: Path) -> tuple[Path, ...]:
         return (path,)
     names = (f"{match['stem']}-{number:05}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1))
     return tuple(path.with_name(name) for name in names)
+
+
+def part_names(stem: str, count: int) -> tuple[str, ...]:
+    """The file names of a model in so many parts; of a whole one the stem and ``.gguf``."""
+    if count == 1:
+        return (f"{stem}.gguf",)
+    return tuple(f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
 
 
 def model_files(path: Path) -> tuple[Path, ...]:
@@ -72,8 +87,12 @@ def _count(header: GgufHeader) -> int:
     return max(1, header.metadata.integer("split.count", 1))
 
 
-def _joined(headers: Sequence[GgufHeader], paths: tuple[Path, ...]) -> GgufHeader:
-    """The headers of a split model's parts as one."""
+def join_headers(headers: Sequence[GgufHeader], paths: tuple[Path, ...]) -> GgufHeader:
+    """The headers of a split model's parts as one.
+
+    Raises:
+        CheckpointError: they do not belong together.
+    """
     tensors: dict[str, GgufTensor] = {}
     for number, header in enumerate(headers):
         said = header.metadata.integer("split.no"), _count(header)

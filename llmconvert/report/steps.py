@@ -206,7 +206,8 @@ class BudgetReport(Value):
 
     Attributes:
         bits_per_weight: what all quantized weights come to, scales included.
-        asked: what was asked for.
+        asked: what was asked for; None where it was a number of bytes.
+        max_bytes: of the weight files, if that was asked for.
         divergence: expected of all choices, in nats per token.
         uniform: the best single scheme for no more bytes; None if there is none.
         tokens: of calibration text that sensitivity was measured on.
@@ -214,7 +215,8 @@ class BudgetReport(Value):
     """
 
     bits_per_weight: float
-    asked: float
+    asked: float | None
+    max_bytes: int | None = None
     divergence: float
     uniform: UniformReport | None
     tokens: int

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 from llmconvert.errors import SchemeError, UnsupportedError
-from llmconvert.gguf.ggml.mix import GgmlMix
+from llmconvert.gguf.ggml.mix import FLOATS, GgmlMix
 from llmconvert.quantize.catalog.declared import Setting, declaration_of
 from llmconvert.quantize.scheme import parse_scheme
 
@@ -84,8 +84,8 @@ def needs_calibration(name: str) -> bool:
 def usual_method(scheme: str | None, *, text: bool) -> str:
     """The method to take where none is named.
 
-    Nothing in GPTQ chooses the scales of GGML's types; what llama.cpp offers for them is an importance matrix. Floats
-    are rounded to nearest without text, and other numbers that are no integers always.
+    That is GPTQ; of GGML's types and of floats with calibration text alone, without which they are rounded to nearest.
+    Other numbers that are no integers always are.
 
     Args:
         scheme: by name; None where a budget chooses schemes. One that is none is for others to refuse.
@@ -96,7 +96,7 @@ def usual_method(scheme: str | None, *, text: bool) -> str:
     except SchemeError:
         found = None
     if isinstance(found, GgmlMix):
-        return "imatrix" if text else "rtn"
+        return "gptq" if text and found.base not in FLOATS else "rtn"
     if found is not None and found.number.parts is not None:
         return "gptq" if text else "rtn"
     return "gptq" if found is None or found.number.even else "rtn"

@@ -14,18 +14,20 @@ import torch
 from llmconvert.compute.activations import InputKind
 from llmconvert.engine.architecture.config import declared_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.gguf.export import TensorTypes
 from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.quantize.catalog.formats import FORMATS, READERS, require_format
 from llmconvert.quantize.formats.container import CheckpointContainer, Container
 from llmconvert.quantize.formats.reading import left_out
 from llmconvert.quantize.methods.base import Method
-from llmconvert.quantize.scheme import Scheme, SchemeOrMix
+from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory
 
 __all__ = [
     "FLOATS",
+    "NO_OUTER",
     "ContainerRequest",
     "Feature",
     "FileFormat",
@@ -44,9 +46,11 @@ __all__ = [
 #: What scales are stored in.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+#: Of formats whose artifacts have embedding and head as they were.
+NO_OUTER = "no reader of this format was seen to take a quantized head or embedding"
 #: What may be asked for beside method, scheme and format, and does not go with every format.
 Feature = Literal[
-    "overrides", "budget", "repair", "mixed zero points", "rotations", "streaming", "generation", "distillation"
+    "outer", "budget", "repair", "mixed zero points", "rotations", "streaming", "generation", "distillation"
 ]
 
 
@@ -118,6 +122,9 @@ class ContainerRequest:
         declared: see :meth:`Format.quantization_config`.
         name: of the model.
         max_shard_bytes: size at which a new shard is begun.
+        types: of each tensor by its name in the file, in formats that hold GGML's.
+        split_nbytes: of a file, in formats that are one file unless they are split.
+        text: what calibration windows are of, and how many there are.
     """
 
     method: Method
@@ -126,6 +133,9 @@ class ContainerRequest:
     declared: Mapping[str, Any]
     name: str
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    types: Mapping[str, str] | None = None
+    split_nbytes: int | None = None
+    text: tuple[str, int] = ("", 0)
 
 
 class Reader(Protocol):
@@ -153,7 +163,7 @@ class Format(Reader, Protocol):
     #: The library that loads it, as model cards name it (``library_name``).
     library: ClassVar[str] = "transformers"
     #: What does not go with it, and why.
-    lacks: ClassVar[Mapping[Feature, str]] = {}
+    lacks: ClassVar[Mapping[Feature, str]] = {"outer": NO_OUTER}
     #: Whether its runtimes fuse linears that share an input, which then need one scheme.
     fuses: ClassVar[bool] = True
     #: Whether it takes layers that hold their weights transposed (GPT-2's ``Conv1D``).
@@ -290,13 +300,23 @@ class FileFormat(Format, Protocol):
     def mix_of(self, scheme: SchemeOrMix) -> GgmlMix:
         """The types of the file's tensors, for a mix, or for a scheme that :meth:`check` lets pass."""
 
-    def schemes(self, source: Checkpoint, mix: GgmlMix) -> Mapping[str, Scheme]:
-        """What a mix stores a model's tensors in where a calibrated method chooses their codes, by their names.
+    def types(
+        self, source: Checkpoint, scheme: SchemeOrMix, overrides: Sequence[Override], *, importance: bool
+    ) -> TensorTypes:
+        """The type of each tensor; see :class:`~llmconvert.quantize.scheme.Override`.
 
-        Tensors that are stored as floats are not among them.
+        Args:
+            importance: whether errors are weighed by what is known of inputs, which gives some tensors other types.
 
         Raises:
-            UnsupportedError, CheckpointError: see :meth:`Format.check_source`.
+            UnsupportedError, CheckpointError: see :meth:`Format.check_source`; an override that cannot be.
+            SchemeError: an override that matches nothing, or does not fit.
+        """
+
+    def schemes(self, types: TensorTypes, scheme: SchemeOrMix) -> Mapping[str, Scheme]:
+        """What tensors of these types are stored in where a method chooses their codes, by their names.
+
+        Tensors that are stored as floats are not among them.
         """
 
 

@@ -18,18 +18,20 @@ from typing import Any, ClassVar, Final, overload
 import numpy as np
 import torch
 
-from llmconvert.errors import OutputError, UnsupportedError
+from llmconvert.errors import CheckpointError, OutputError, UnsupportedError
 from llmconvert.gguf.architectures.pieces import Piece
-from llmconvert.gguf.export import check_exportable, tensor_types
-from llmconvert.gguf.file import Encode, PlannedTensor, plan_file
+from llmconvert.gguf.export import TensorTypes, check_exportable, tensor_types
+from llmconvert.gguf.file import Encode, GgufFile, PlannedTensor, plan_file
 from llmconvert.gguf.ggml.blocks import BlockCodec, Blocks, load_codec
 from llmconvert.gguf.ggml.mix import FLOATS, MIXES, GgmlMix
+from llmconvert.gguf.ggml.overrides import TypeOverride
+from llmconvert.gguf.records.importance import ImportanceMatrix
 from llmconvert.quantize.formats.base import ContainerRequest, Feature, FileFormat, StoredLinear, half_scale_dtype
 from llmconvert.quantize.formats.container import Container, Packed
 from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.methods.base import GgmlQuantizer
-from llmconvert.quantize.methods.rtn import Rtn
-from llmconvert.quantize.scheme import Scheme, SchemeOrMix
+from llmconvert.quantize.methods.imatrix import Imatrix
+from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
 from llmconvert.quantize.solve.group_scales import nested_scales
 from llmconvert.quantize.tensor import QuantizedTensor, SuperBlockScales
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
@@ -40,7 +42,6 @@ __all__ = ["Gguf", "GgufContainer"]
 #: Scheme → the block type that holds its codes and scales as they are. The schemes of block types need no line here.
 _CARRIERS: Final[Mapping[str, str]] = {"w4a16-g32-sym": "Q4_0", "w8a16-g32-sym": "Q8_0"}
 _SUFFIX = ".gguf"
-_MORE_BITS = "a GGUF type says itself which tensors get more bits"
 
 
 class Gguf(FileFormat):
@@ -51,9 +52,7 @@ class Gguf(FileFormat):
     transposes: ClassVar[bool] = True
     stacks_experts: ClassVar[bool] = True
     lacks: ClassVar[Mapping[Feature, str]] = {
-        "overrides": _MORE_BITS,
-        "budget": _MORE_BITS,
-        "repair": _MORE_BITS,
+        "repair": "a GGUF file is not mended tensor by tensor; give it more bits by a budget or overrides",
         "rotations": "llama.cpp was never seen to run a rotated model",
         "streaming": "a GGUF file is written from the whole model",
         "distillation": "the scales of GGUF's types are not trained here",
@@ -76,6 +75,8 @@ class Gguf(FileFormat):
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:
         codec = _codec(scheme)
         rows, columns = shape
+        if columns % codec.size:
+            raise UnsupportedError(f"{linear}: rows of {columns} weights are no whole blocks of {codec.name}")
         return [TensorSpec(f"{linear}.weight", torch.uint8, (rows, columns // codec.size * codec.nbytes))]
 
     def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
@@ -108,9 +109,18 @@ class Gguf(FileFormat):
         """The types of a file's tensors; of a scheme, those of the mix whose base holds its codes."""
         return scheme if isinstance(scheme, GgmlMix) else MIXES[_codec(scheme).name.lower()]
 
-    def schemes(self, source: Checkpoint, mix: GgmlMix) -> Mapping[str, Scheme]:
-        types = tensor_types(source, mix, importance=True)
-        return {name: Scheme.of_block(kind) for name, kind in types.items() if kind not in FLOATS}
+    def types(
+        self, source: Checkpoint, scheme: SchemeOrMix, overrides: Sequence[Override], *, importance: bool
+    ) -> TensorTypes:
+        given = [TypeOverride(one.match, None if one.scheme is None else _codec(one.scheme).name) for one in overrides]
+        weighed = importance and isinstance(scheme, GgmlMix)
+        return tensor_types(source, self.mix_of(scheme), given, importance=weighed)
+
+    def schemes(self, types: TensorTypes, scheme: SchemeOrMix) -> Mapping[str, Scheme]:
+        own = {_carrier(scheme): scheme} if isinstance(scheme, Scheme) else {}
+        return {
+            name: own.get(kind) or Scheme.of_block(kind) for name, kind in types.linears.items() if kind not in FLOATS
+        }
 
     def check_output(self, output: Path) -> None:
         """A file ending in ``.gguf``, or a directory for one."""
@@ -143,12 +153,30 @@ class GgufContainer:
         self.single = output.suffix == _SUFFIX
         name = request.name.removesuffix(_SUFFIX)
         file_name = output.name if self.single else f"{name}-{mix.name.upper()}{_SUFFIX}"
-        weighed = isinstance(request.scheme, GgmlMix) and request.method.calibration != "none"
+        self._read = request.method.read if isinstance(request.method, Imatrix) else None
+        self._weighed = request.method.calibration != "none" or self._read is not None
+        weighed = isinstance(request.scheme, GgmlMix) and self._weighed
         self._source = source
-        self._file = plan_file(source, file_name, name, mix, importance=weighed)
-        # What a method leaves that chooses codes of schemes alone, the embedding for example, is rounded to nearest.
-        self._method = request.method if isinstance(request.method, GgmlQuantizer) else Rtn()
+        self._file = plan_file(
+            source,
+            file_name,
+            name,
+            mix,
+            importance=weighed,
+            types=request.types,
+            split_nbytes=request.split_nbytes,
+            about=self._about(request),
+        )
+        # What a method leaves that chooses codes of schemes alone, embedding and head, is rounded with importance.
+        self._method = request.method if isinstance(request.method, GgmlQuantizer) else Imatrix()
+        if self._read is not None and isinstance(request.method, Imatrix):
+            _check_importance(request.method.file, self._read, self._file)
         self.layout = self._file.layout
+        if self.single and len(self.layout.shards) > 1:
+            raise OutputError(
+                f"{output}: the model is split into {len(self.layout.shards)} files of {request.split_nbytes:,} bytes; "
+                "name a directory for them"
+            )
         self.notes = self._file.notes
         self._linears: dict[str, list[tuple[PlannedTensor, Piece]]] = {}
         for parts in self._file.parts.values():
@@ -193,8 +221,32 @@ class GgufContainer:
                 name,
                 self._source.infos[name].shape,
                 partial(self._source.read_rows, name),
-                lambda piece: self._encode(measured.get(piece.linear)),
+                lambda piece: self._encode(self._importance(piece, measured.get(piece.linear))),
             )
+
+    def _importance(self, piece: Piece, squares: torch.Tensor | None) -> torch.Tensor | None:
+        """What weighs the columns of a piece: what was measured, or read; of the embedding, for example, all alike."""
+        planned = self._file.tensors[piece.stored]
+        found = self._read.squares.get(piece.stored) if self._read is not None else None
+        if squares is None and found is not None:
+            squares = torch.from_numpy(found if found.ndim == 1 else found[piece.first // piece.stored_rows])
+        if squares is None and self._weighed and len(planned.spec.shape) > 1:
+            squares = torch.ones(planned.spec.shape[-1])
+        return squares
+
+    def _about(self, request: ContainerRequest) -> dict[str, Any]:
+        """What llama-quantize says of the importance matrix that it was given."""
+        if not isinstance(request.method, Imatrix):
+            return {}
+        dataset, chunks = request.text
+        entries, found = sum(kind not in FLOATS for kind in (request.types or {}).values()), self._read
+        said: dict[str, Any] = {}
+        if found is not None:
+            said["quantize.imatrix.file"] = Path(request.method.file).name
+            dataset, chunks, entries = ", ".join(found.datasets), found.chunks, len(found.squares)
+        if dataset:
+            said["quantize.imatrix.dataset"] = dataset
+        return {**said, "quantize.imatrix.entries_count": entries, "quantize.imatrix.chunks_count": chunks}
 
     def _encode(self, squares: torch.Tensor | None) -> Encode:
         return lambda codec, rows: self._method.encode(codec, rows, squares)
@@ -210,6 +262,25 @@ class GgufContainer:
             return self._source.read_quantized(name)
         except UnsupportedError:  # groups of scattered columns: the weights are encoded anew
             return None
+
+
+def _check_importance(file: str, found: ImportanceMatrix, planned: GgufFile) -> None:
+    """Refuse an importance matrix of another model.
+
+    Raises:
+        CheckpointError: it lacks a linear of the blocks, or has other columns for one.
+    """
+    for tensor in planned.tensors.values():
+        name, shape = tensor.spec.name, tensor.spec.shape
+        if len(shape) < 2 or tensor.spec.qtype in FLOATS:
+            continue
+        squares = found.squares.get(name)
+        if squares is None and name.startswith("blk."):
+            raise CheckpointError(f"{file}: has no importance of {name}; it is of another model, or not of all of it")
+        if squares is not None and squares.shape not in (shape[-1:], (*shape[:-2], shape[-1])):
+            raise CheckpointError(
+                f"{file}: the importance of {name} has shape {list(squares.shape)}, the tensor {list(shape)}"
+            )
 
 
 def _carrier(scheme: Scheme) -> str | None:

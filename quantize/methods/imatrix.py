@@ -2,35 +2,76 @@
 
 An error in a weight changes the output by the error times the input, so the mean squared error of an output is
 ``Σ importance · error²`` as far as inputs are uncorrelated, where importance is the mean square of a column's inputs:
-the diagonal of the linear's Hessian. llama.cpp calls the whole an importance matrix.
+the diagonal of the linear's Hessian. llama.cpp calls the whole an importance matrix. It is measured on calibration
+text, or read from a file that llama.cpp or this package has made.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from llmconvert.errors import CalibrationError
+from llmconvert.errors import CalibrationError, SourceError
 from llmconvert.gguf.ggml.blocks import Codec
+from llmconvert.gguf.records.importance import ImportanceMatrix, read_importance
 from llmconvert.quantize.methods.base import Calibration, Numbers
 
 __all__ = ["Imatrix", "mean_squares"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Imatrix:
-    """The method; it has no settings."""
+    """The method.
+
+    Attributes:
+        file: an importance matrix of llama.cpp's, in GGUF or as .dat, in the place of calibration text.
+    """
+
+    file: str = ""
 
     calibration: ClassVar[Calibration] = "squares"
     original: ClassVar[bool] = False
     numbers: ClassVar[Numbers] = "none"
 
+    def __post_init__(self) -> None:
+        if self.file:
+            # What is read asks for no text: this one's calibration is another than its class's.
+            object.__setattr__(self, "calibration", "none")
+            object.__setattr__(self, "_found", None)
+
+    def __repr__(self) -> str:
+        """With the contents of the file, which decide what is made."""
+        return f"Imatrix({hashlib.sha256(self._bytes()).hexdigest() if self.file else ''})"
+
+    @property
+    def read(self) -> ImportanceMatrix | None:
+        """What the file holds; None without one.
+
+        Raises:
+            CheckpointError: it is no importance matrix.
+        """
+        if not self.file:
+            return None
+        found: ImportanceMatrix | None = self.__dict__["_found"]
+        if found is None:
+            found = read_importance(Path(self.file))
+            object.__setattr__(self, "_found", found)
+        return found
+
     def encode(self, codec: Codec, rows: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
         """As :class:`~llmconvert.quantize.methods.base.GgmlQuantizer` says."""
         return torch.from_numpy(codec.encode(rows.numpy(), None if squares is None else squares.numpy()))
+
+    def _bytes(self) -> bytes:
+        try:
+            return Path(self.file).read_bytes()
+        except OSError as error:
+            raise SourceError(f"{self.file}: the importance matrix cannot be read: {error.strerror}") from error
 
 
 def mean_squares(name: str, inputs: Iterable[torch.Tensor], columns: int) -> torch.Tensor:

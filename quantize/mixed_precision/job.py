@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from llmconvert.context import Context
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CalibrationError, SchemeError
+from llmconvert.gguf.ggml.mix import FLOATS, MIXES, GgmlMix
 from llmconvert.needs import Needs
-from llmconvert.quantize.formats.base import Format, load_format
-from llmconvert.quantize.methods.base import load_quantizer
+from llmconvert.quantize.formats.base import FileFormat, Format, load_format
+from llmconvert.quantize.job import plan_quantize
+from llmconvert.quantize.methods.base import load_method, load_quantizer
 from llmconvert.quantize.mixed_precision.budget import Budget, Choice, Options, allocate, candidates
 from llmconvert.quantize.mixed_precision.sensitivity import (
     Subject,
@@ -27,12 +29,15 @@ from llmconvert.quantize.mixed_precision.sensitivity import (
     measure_sensitivity,
     sensitivity_needs,
 )
-from llmconvert.quantize.mixed_precision.units import FusedUnit, Storage, fused_units
-from llmconvert.quantize.plan import Override, QuantizeRequest, plan_quantization
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.mixed_precision.units import FusedUnit, Storage, fused_units, outer_units, single_units
+from llmconvert.quantize.plan import Override, QuantizeRequest
+from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
 from llmconvert.version import __version__
+
+# A tensor's entry in a file's header, and what it is padded with, may grow by as much.
+_HEADER_NBYTES = 32
 
 __all__ = ["Allocation", "ChoicePlan", "plan_choice"]
 
@@ -59,12 +64,15 @@ class Allocation:
     tokens: int
 
     @property
-    def scheme(self) -> Scheme:
-        """The one that most weights have."""
+    def scheme(self) -> SchemeOrMix:
+        """The one that most weights have; of GGML's types the mix that is most of it."""
         weights: dict[Scheme, int] = {}
         for choice in self.choices:
             weights[choice.scheme] = weights.get(choice.scheme, 0) + choice.unit.weights
-        return max(weights, key=lambda scheme: weights[scheme])
+        most = max(weights, key=lambda scheme: weights[scheme])
+        if most.block is None:
+            return most
+        return next(mix for mix in MIXES.values() if mix.base == most.block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +92,22 @@ class ChoicePlan:
     _storage: Storage
     _fixed: tuple[tuple[int, int], ...]
     _outer: tuple[Override, ...]
+    _rest: int
     _source: Checkpoint
     _work: Path
     _context: Context
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """The least and the most that the weight files can come to."""
+        counted = sum(unit.weights for unit in self.subject.schemes) + sum(count for count, _ in self._fixed)
+        given = self._rest + sum(size for _, size in self._fixed)
+        sizes = [
+            [_nbytes(unit, scheme, self._storage) for scheme in schemes]
+            for unit, schemes in self.subject.schemes.items()
+        ]
+        least, most = given + sum(map(min, sizes)), given + sum(map(max, sizes))
+        return least, min(most, self.budget.limit(counted, self._rest) + self._rest)
 
     def run(self) -> Allocation:
         """Measure how sensitive the model is where, and choose.
@@ -106,12 +127,12 @@ class ChoicePlan:
             )
             for unit in subject.schemes
         ]
-        choices = allocate(every, self.budget, self._fixed)
+        choices = allocate(every, self.budget, self._fixed, self._rest)
         weights = sum(unit.weights for unit in subject.schemes) + sum(count for count, _ in self._fixed)
         nbytes = sum(choice.nbytes for choice in choices) + sum(size for _, size in self._fixed)
         return Allocation(
             choices,
-            tuple(_chosen((*request.overrides, *self._outer), {one.unit: one.scheme for one in choices})),
+            tuple(_chosen(request, self._outer, {one.unit: one.scheme for one in choices})),
             8 * nbytes / weights,
             sum(choice.divergence for choice in choices),
             _uniform(every, sum(choice.nbytes for choice in choices)),
@@ -148,15 +169,22 @@ def plan_choice(
     context = context or Context()
     require_dense(source, "the source")
     scheme, overrides = request.scheme, request.overrides
-    if not isinstance(scheme, Scheme) or not scheme.adjustable:
-        raise SchemeError(f"scheme {scheme}: a budget chooses among integer weights with 16-bit activations (w4a16)")
+    layout = load_format(request.format)
+    mixed = isinstance(layout, FileFormat)
+    adjustable = scheme.base not in FLOATS if isinstance(scheme, GgmlMix) else scheme.adjustable
+    if mixed != isinstance(scheme, GgmlMix) or not adjustable:
+        wanted = "GGUF's types (q4_k_m)" if mixed else "integer weights with 16-bit activations (w4a16)"
+        raise SchemeError(f"scheme {scheme}: a budget chooses among {wanted}")
     if not windows:
         raise CalibrationError("a budget measures sensitivity on calibration text and was given none")
-    quantizer, layout = load_quantizer(request.method, request.options), load_format(request.format)
+    quantizer = (load_method if mixed else load_quantizer)(request.method, request.options)
     skeleton = Skeleton(source, context.device, fast_products=True)
     blocks = discover(skeleton, max(window.shape[1] for window in windows))
     storage = Storage(quantizer, layout, skeleton.dtype)
-    units, given = _split(fused_units(skeleton, blocks), overrides)
+    units = fused_units(skeleton, blocks)
+    if mixed:
+        units = (*single_units(units), *outer_units(skeleton))
+    units, given = _split(units, overrides)
     if any(unit.experts for unit in units):
         raise SchemeError(
             f"architecture {skeleton.architecture.model_type!r}: runtimes read one scheme for all experts, so "
@@ -165,32 +193,49 @@ def plan_choice(
         )
     if not units:
         raise SchemeError("the overrides leave no linear for the budget to choose for")
-    schemes = {unit: candidates(unit, scheme, budget, storage) for unit in units}
+    schemes: dict[FusedUnit, tuple[Scheme, ...]] = {}
+    for unit in units:
+        try:
+            schemes[unit] = candidates(unit, scheme, budget, storage)
+        except SchemeError:
+            if not mixed:
+                raise  # a mix has a type for every tensor, floats if need be
+    output = work.with_name(f"{work.name}.artifact")
     # Everything that can be refused is refused now: the smallest schemes stand for those to come.
     smallest = {unit: min(found, key=lambda option: _nbytes(unit, option, storage)) for unit, found in schemes.items()}
     first = next(iter(smallest.values()))
     outside = _outside(skeleton, layout, scheme, overrides)
-    plan = plan_quantization(skeleton, blocks, first, _chosen((*overrides, *outside), smallest), quantizer, layout)
+    trial = replace(request, scheme=scheme if mixed else first, overrides=tuple(_chosen(request, outside, smallest)))
+    plan = plan_quantize(source, output, trial, windows=windows, context=context)
+    least_layout, settled = plan.container.layout, plan.decisions
     fixed = tuple((unit.weights, _nbytes(unit, fixed_scheme, storage)) for unit, fixed_scheme in given.items())
-    fixed += tuple((site.weights, storage.nbytes(site.shape, plan.schemes[site.name])) for site in plan.outer)
+    fixed += tuple((site.weights, storage.nbytes(site.shape, settled.schemes[site.name])) for site in settled.outer)
     least = [Options(unit, {option: (_nbytes(unit, option, storage), 0.0)}) for unit, option in smallest.items()]
-    allocate(least, budget, fixed)
+    chosen_nbytes = sum(nbytes for option in least for nbytes, _ in option.costs.values())
+    # Headers grow with the names of types and with padding, by less than this for each tensor.
+    rest = (
+        least_layout.nbytes - chosen_nbytes - sum(size for _, size in fixed) + _HEADER_NBYTES * len(least_layout.specs)
+    )
+    allocate(least, budget, fixed, rest)
     taken = enough_windows(windows, units)
     subject = Subject(skeleton, blocks, schemes, quantizer, layout.scale_dtype(first, skeleton.dtype), taken)
     needs = sensitivity_needs(subject, context.memory)
-    return ChoicePlan(budget, subject, needs, request, storage, fixed, outside, source, work, context)
+    return ChoicePlan(budget, subject, needs, request, storage, fixed, outside, rest, source, work, context)
 
 
-def _outside(skeleton: Skeleton, layout: Format, scheme: Scheme, overrides: Sequence[Override]) -> tuple[Override, ...]:
+def _outside(
+    skeleton: Skeleton, layout: Format, scheme: SchemeOrMix, overrides: Sequence[Override]
+) -> tuple[Override, ...]:
     """The scheme of what lies outside the blocks and no override names, where the format has it quantized."""
-    names = skeleton.outer if layout.outer else ()
-    free = (name for name in names if not any(fnmatchcase(name, override.match) for override in overrides))
+    if not layout.outer or isinstance(scheme, GgmlMix):
+        return ()
+    free = (name for name in skeleton.outer if not any(fnmatchcase(name, override.match) for override in overrides))
     return tuple(Override(glob.escape(name), scheme) for name in free)
 
 
 def _split(
     units: Sequence[FusedUnit], overrides: Sequence[Override]
-) -> tuple[list[FusedUnit], dict[FusedUnit, Scheme]]:
+) -> tuple[tuple[FusedUnit, ...], dict[FusedUnit, Scheme]]:
     """The units that no override names, and those that one gives a scheme."""
     free: list[FusedUnit] = []
     given: dict[FusedUnit, Scheme] = {}
@@ -200,13 +245,16 @@ def _split(
             free.append(unit)  # where only some are named, the plan refuses it
         elif named[0] is not None and named[0].scheme is not None:
             given[unit] = named[0].scheme
-    return free, given
+    return tuple(free), given
 
 
-def _chosen(overrides: Sequence[Override], schemes: Mapping[FusedUnit, Scheme]) -> list[Override]:
-    """What was given, what was chosen, and nothing for the rest."""
+def _chosen(
+    request: QuantizeRequest, outside: Sequence[Override], schemes: Mapping[FusedUnit, Scheme]
+) -> list[Override]:
+    """What was given, what was chosen, and nothing for the rest; a mix has types for it."""
     own = [Override(glob.escape(name), scheme) for unit, scheme in schemes.items() for name in unit.linears]
-    return [*overrides, *own, Override("*", None)]
+    rest = [] if isinstance(request.scheme, GgmlMix) else [Override("*", None)]
+    return [*request.overrides, *outside, *own, *rest]
 
 
 def _nbytes(unit: FusedUnit, scheme: Scheme, storage: Storage) -> int:

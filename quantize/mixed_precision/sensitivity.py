@@ -32,10 +32,13 @@ from llmconvert.engine.statistics import accumulate_hessian, hessian_nbytes
 from llmconvert.engine.stream import Mode, Stream
 from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.methods.base import Quantizer, Target
+from llmconvert.quantize.methods.base import GgmlQuantizer, Method, Quantizer, Target
 from llmconvert.quantize.methods.gptq import Gptq
+from llmconvert.quantize.mixed_precision.encoding import Encoding
+from llmconvert.quantize.mixed_precision.outer import OuterSubject, embedding_costs, head_costs
 from llmconvert.quantize.mixed_precision.units import FusedUnit
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.solve.group_scales import block_scales_nbytes
 from llmconvert.storage.journal import Journal
 from llmconvert.storage.lock import locked
 
@@ -71,15 +74,22 @@ class Subject:
     skeleton: Skeleton
     blocks: Sequence[BlockPlan]
     schemes: Mapping[FusedUnit, Sequence[Scheme]]
-    method: Quantizer
+    method: Method
     scale_dtype: torch.dtype
     windows: Sequence[torch.Tensor]
 
     @property
     def quantizer(self) -> Quantizer:
         """The method where it takes a Hessian or nothing; GPTQ in the place of those that see whole blocks or more."""
+        if isinstance(self.method, GgmlQuantizer) and self.outer:
+            return Encoding(self.method)
         simple = self.method.calibration in ("none", "inputs") and not self.method.original
-        return self.method if simple else Gptq()
+        return self.method if simple and isinstance(self.method, Quantizer) else Gptq()
+
+    @property
+    def outer(self) -> tuple[FusedUnit, ...]:
+        """Embedding and head, where they are up for choice."""
+        return tuple(unit for unit in self.schemes if unit.outer is not None)
 
     @property
     def shape(self) -> tuple[list[int], int, torch.dtype]:
@@ -135,7 +145,7 @@ def measure_sensitivity(
         journal = _open(work, key)
         count = subject.skeleton.block_count
         forward, back = _done(journal, "taped"), _done(journal, "divergences")
-        if back < count:
+        if back < count or (subject.outer and not _done(journal, "outer")):
             with ExitStack() as stack, progress.task("Measuring sensitivity", 2 * count) as task:
                 tape = stack.enter_context(closing(TapeStates(work, *subject.shape)))
                 if not _intact(subject, work, tape, forward, back):
@@ -147,6 +157,8 @@ def measure_sensitivity(
                 for entry in _back(stack, subject, tape, work, count - 1 - back):
                     journal.append(entry)
                     task.advance()
+                if subject.outer:
+                    journal.append({"outer": _outer(stack, subject, tape, work)})
             for path in work.glob("*.bin"):
                 path.unlink()
         return _collect(subject, journal)
@@ -238,13 +250,33 @@ def _of_unit(subject: Subject, unit: FusedUnit, seen: Mapping[str, Passage]) -> 
     return list(found.values())
 
 
+def _outer(stack: ExitStack, subject: Subject, tape: TapeStates, work: Path) -> list[list[float]]:
+    """The divergence of each type of embedding and head; one tensor that is both costs what both do."""
+    skeleton = subject.skeleton
+    gradients = stack.enter_context(closing(DiskStates(work, *subject.shape, name=_GRADIENTS)))
+    measured = OuterSubject(skeleton, subject.blocks, subject.windows, tape, subject.method)
+    head, embedding = skeleton.head_tensor, skeleton.embedding_tensor
+    found: list[list[float]] = []
+    for unit in subject.outer:
+        schemes = subject.schemes[unit]
+        costs = [0.0] * len(schemes)
+        if unit.outer == "embedding" and embedding is not None:
+            costs = embedding_costs(measured, embedding, schemes, gradients)
+        if head is not None and (unit.outer == "head" or head == embedding):
+            costs = [ours + more for ours, more in zip(costs, head_costs(measured, head, schemes), strict=True)]
+        found.append(costs)
+    return found
+
+
 def _collect(subject: Subject, journal: Journal) -> Divergences:
     """What the journal says, by unit and scheme."""
     by_block: dict[int, list[FusedUnit]] = {}
-    for unit in subject.schemes:
+    for unit in (unit for unit in subject.schemes if unit.outer is None):
         by_block.setdefault(unit.block, []).append(unit)
     found: dict[FusedUnit, dict[Scheme, float]] = {}
     for entry in journal.entries:
+        for unit, values in zip(subject.outer, entry.get("outer", ()), strict="outer" in entry):
+            found[unit] = dict(zip(subject.schemes[unit], values, strict=True))
         for unit, values in zip(by_block.get(entry.get("divergences", -1), ()), entry.get("units", ()), strict=True):
             found[unit] = dict(zip(subject.schemes[unit], values, strict=True))
     return found
@@ -262,9 +294,12 @@ def _work_nbytes(subject: Subject) -> int:
     tokens = sum(window.shape[1] for window in subject.windows)
     solving, kept = [0], [0]
     for unit, schemes in subject.schemes.items():
+        if unit.outer is not None:
+            continue
         rows = sum(min(2 * _ROWS, height) for height, _ in unit.shapes)
         slopes = 4 * rows * unit.columns * len(subject.windows)
         matrix = 4 * unit.columns**2 + subject.quantizer.nbytes(rows * len(schemes), unit.columns)
+        matrix += 2 * sum(block_scales_nbytes(scheme, rows, unit.columns) for scheme in schemes)
         solving.append(slopes + max(hessian_nbytes(unit.columns, skeleton.dtype), matrix))
     for block in subject.blocks:
         ordinary = (stop for stop in block.stops if skeleton.sites[stop.linears[0]].kind == "linear")
@@ -274,4 +309,11 @@ def _work_nbytes(subject: Subject) -> int:
     head = skeleton.outer_nbytes(head=True) - skeleton.outer_nbytes(head=False)
     graph = _GRAPH * max(plan.peak_nbytes for plan in subject.blocks)
     logits = longest * skeleton.architecture.vocab_size * (2 * skeleton.dtype.itemsize + 4)
-    return head + max(kept) + max(*solving, graph + logits)
+    return head + max(kept) + max(*solving, graph + logits + _outer_nbytes(subject))
+
+
+def _outer_nbytes(subject: Subject) -> int:
+    """Bytes of the whole tensor that rows of head and embedding are taken from."""
+    infos = subject.skeleton.checkpoint.infos
+    tensors = (subject.skeleton.head_tensor, subject.skeleton.embedding_tensor)
+    return max(infos[name].nbytes for name in tensors if name is not None) if subject.outer else 0

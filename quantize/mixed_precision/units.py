@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -13,10 +14,10 @@ from llmconvert.errors import UsageError
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.formats.experts import gates_of
 from llmconvert.quantize.matrix import check_combination
-from llmconvert.quantize.methods.base import Quantizer
+from llmconvert.quantize.methods.base import Method
 from llmconvert.quantize.scheme import Scheme
 
-__all__ = ["FusedUnit", "Storage", "fused_units"]
+__all__ = ["FusedUnit", "Storage", "fused_units", "outer_units", "single_units"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +27,16 @@ class FusedUnit:
     Attributes:
         linears: module names, in calling order.
         shapes: ``(rows, columns)`` of each.
-        block: index of theirs.
+        block: index of theirs; of what comes before or behind all blocks -1, or their number.
         experts: whether they are the experts of all layers.
+        outer: ``head`` or ``embedding``, which are outside the blocks.
     """
 
     linears: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     block: int
     experts: bool = False
+    outer: Literal["head", "embedding"] | None = None
 
     @property
     def weights(self) -> int:
@@ -71,11 +74,34 @@ def fused_units(skeleton: Skeleton, blocks: Sequence[BlockPlan]) -> tuple[FusedU
     return tuple(found)
 
 
+def single_units(units: Sequence[FusedUnit]) -> tuple[FusedUnit, ...]:
+    """A unit for each linear, for formats whose runtimes fuse none."""
+    return tuple(
+        replace(unit, linears=(name,), shapes=(shape,))
+        for unit in units
+        for name, shape in zip(unit.linears, unit.shapes, strict=True)
+    )
+
+
+def outer_units(skeleton: Skeleton) -> tuple[FusedUnit, ...]:
+    """Embedding and head by these words; one that is both is an embedding."""
+    infos = skeleton.checkpoint.infos
+    tensors = {"embedding": (skeleton.embedding_tensor, -1), "head": (skeleton.head_tensor, skeleton.block_count)}
+    found: dict[str, FusedUnit] = {}
+    for word in ("embedding", "head"):
+        name, block = tensors[word]
+        if name is not None and name not in found:
+            rows, columns = infos[name].shape
+            outer: Literal["head", "embedding"] = "head" if word == "head" else "embedding"
+            found[name] = FusedUnit((word,), ((rows, columns),), block, outer=outer)
+    return tuple(found.values())
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """What a method can choose and a format can hold, for a model in ``dtype``."""
 
-    method: Quantizer
+    method: Method
     format: Format
     dtype: torch.dtype
 

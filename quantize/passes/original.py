@@ -35,7 +35,7 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
 from llmconvert.quantize.solve.fixed_scales import LargestInput
 from llmconvert.quantize.solve.kernels import load_kernels
-from llmconvert.quantize.steps import Outcome, Step, round_unreached
+from llmconvert.quantize.steps import Outcome, Step, head_squares, round_unreached
 
 __all__ = ["ForVariant", "OriginalSteps", "Variant", "VariantSink", "can_share"]
 
@@ -154,6 +154,11 @@ class OriginalSteps:
         yield from self._solve(run)
         if run.plan.index < self.skeleton.block_count - 1:
             return
+        heads = {number: one.plan.head for number, one in enumerate(self.variants) if one.plan.head is not None}
+        squares = head_squares(stream, self.phases) if heads else None
+        for number, name in heads.items():
+            assert squares is not None
+            yield name, ForVariant(number, squares)
         hessian = head_hessian([site for one in self.variants for site in one.plan.outer], stream, None, self.phases)
         for number, one in enumerate(self.variants):
             for site in one.plan.outer:

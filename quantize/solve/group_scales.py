@@ -13,7 +13,7 @@ from llmconvert.quantize.narrow import check_held
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor, SuperBlockScales
 
-__all__ = ["GroupScales", "block_scales", "divisors", "nested_scales"]
+__all__ = ["GroupScales", "block_scales", "block_scales_nbytes", "divisors", "nested_scales"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,19 @@ def block_scales(name: str, weight: torch.Tensor, importance: torch.Tensor, sche
     device = weight.device
     nested = nested_scales(found, codec, rows, device)
     return GroupScales(steps_found.to(device), None, None if offsets is None else offsets.to(device), nested)
+
+
+def block_scales_nbytes(scheme: Scheme, rows: int, columns: int) -> int:
+    """Bytes of what :func:`block_scales` gives for a weight: for super-blocks in float32 beside what is stored of them.
+
+    0 for schemes of other formats, whose scales are few and in 16 bits.
+    """
+    if scheme.block is None:
+        return 0
+    codec = _codec(scheme)
+    groups, blocks = rows * columns // codec.group, rows * columns // codec.size
+    terms = 2 if codec.minima else 1
+    return terms * (2 * groups if codec.sub_range is None else (4 + 2) * groups + 2 * blocks)
 
 
 def divisors(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

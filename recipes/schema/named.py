@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, PlainValidator, WithJsonSchema
@@ -9,10 +10,18 @@ from pydantic import BeforeValidator, PlainSerializer, PlainValidator, WithJsonS
 from llmconvert.convert.dtype_names import ALIASES
 from llmconvert.convert.rope_factor import RopeScaling
 from llmconvert.errors import SchemeError, UsageError
-from llmconvert.gguf.ggml.mix import GgmlMix
+from llmconvert.gguf.ggml.mix import GgmlMix, GgmlType
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 
-__all__ = ["Dtype", "OptionalScheme", "ScalingField", "SchemeOrMix", "WidthOrScheme"]
+__all__ = [
+    "Dtype",
+    "OptionalScheme",
+    "ScalingField",
+    "SchemeOrMix",
+    "TensorType",
+    "WidthOrScheme",
+    "engine_scheme",
+]
 
 
 def _parse_dtype(value: object) -> object:
@@ -41,8 +50,26 @@ def _parse_scheme_or_mix(value: object) -> Scheme | GgmlMix:
         raise ValueError(str(error)) from error
 
 
-def _parse_override(value: object) -> Scheme | Literal["none"]:
-    return "none" if value == "none" else _parse_scheme(value)
+def _parse_override(value: object) -> Scheme | GgmlType | Literal["none"]:
+    if value == "none":
+        return "none"
+    if isinstance(value, GgmlType):
+        return value
+    if isinstance(value, str):
+        with suppress(SchemeError):
+            return GgmlType.parse(value)
+    return _parse_scheme(value)
+
+
+def _parse_type(value: object) -> GgmlType:
+    if isinstance(value, GgmlType):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("expected a type of GGUF's tensors such as q6_k")
+    try:
+        return GgmlType.parse(value)
+    except SchemeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _parse_width(value: object) -> int | Scheme:
@@ -81,7 +108,14 @@ SchemeOrMix = Annotated[
 ]
 #: ``none`` leaves a layer as it is.
 OptionalScheme = Annotated[
-    Scheme | Literal["none"], PlainValidator(_parse_override), PlainSerializer(str), _text("a scheme, or `none`")
+    Scheme | GgmlType | Literal["none"],
+    PlainValidator(_parse_override),
+    PlainSerializer(str),
+    _text("a scheme, a type of GGUF's tensors: `q6_k`, or `none`"),
+]
+#: One of GGUF's types of tensors.
+TensorType = Annotated[
+    GgmlType, PlainValidator(_parse_type), PlainSerializer(str), _text("a type of GGUF's tensors: `q6_k`")
 ]
 #: Bits of integers, or a whole scheme.
 WidthOrScheme = Annotated[
@@ -97,3 +131,10 @@ ScalingField = Annotated[
     PlainSerializer(str),
     _text("kind and factor: `yarn:2.0`, `linear:4`, `dynamic:2`"),
 ]
+
+
+def engine_scheme(value: Scheme | GgmlType | Literal["none"] | None) -> Scheme | None:
+    """What a recipe's value is to the engine, which has a scheme for each type; None for ``none`` or nothing."""
+    if isinstance(value, GgmlType):
+        return Scheme.of_block(value.name)
+    return value if isinstance(value, Scheme) else None

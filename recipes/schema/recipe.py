@@ -23,9 +23,9 @@ from llmconvert.quantize.catalog.formats import only_format
 from llmconvert.quantize.catalog.methods import METHODS, needs_calibration, usual_method
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 from llmconvert.recipes.schema.measuring import DecodingSettings, ValidateSettings
-from llmconvert.recipes.schema.named import Dtype, OptionalScheme, ScalingField, SchemeOrMix, WidthOrScheme
+from llmconvert.recipes.schema.named import Dtype, OptionalScheme, ScalingField, SchemeOrMix, TensorType, WidthOrScheme
 from llmconvert.recipes.schema.presets import with_preset
-from llmconvert.recipes.schema.quantities import Memory, Share
+from llmconvert.recipes.schema.quantities import Bytes, Memory, Share
 from llmconvert.recipes.schema.section import Count, Device, Length, Name, Section, Seed, possible, switch, to_tuple
 
 __all__ = [
@@ -125,7 +125,8 @@ class CalibrateSettings(Section):
 class OverrideSettings(Section):
     """Layers whose name matches the shell pattern ``match`` get another scheme; the first match counts.
 
-    ``scheme: none`` leaves them unquantized.
+    ``scheme: none`` leaves them unquantized. With ``format: gguf`` the scheme is a type of tensors, ``q6_k``, and
+    patterns may be of names in the file (``blk.*.attn_v``), of embedding and head too.
     """
 
     match: Annotated[str, Field(min_length=1)]
@@ -135,11 +136,13 @@ class OverrideSettings(Section):
 class BudgetSettings(Section):
     """A mean number of bits per weight, scales included; layers get what brings the least divergence for it.
 
-    ``bits`` and ``group_sizes`` are what there is to choose from; among the bits may be schemes of other kinds
-    (``[nvfp4, fp8-dynamic]``), which have groups of their own.
+    ``max_bytes`` is for all weight files together, in the place of a mean. ``bits`` and ``group_sizes`` are what there
+    is to choose from; among the bits may be schemes of other kinds (``[nvfp4, fp8-dynamic]``), which have groups of
+    their own. With ``format: gguf`` it is ``types`` of tensors, ``[q3_k, q4_k, q6_k]``, of embedding and head too.
     """
 
-    bits_per_weight: Annotated[float, Field(gt=0, le=16)]
+    bits_per_weight: Annotated[float, Field(gt=0, le=16)] | None = None
+    max_bytes: Bytes | None = None
     bits: Annotated[tuple[WidthOrScheme, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (
         2,
         3,
@@ -147,6 +150,21 @@ class BudgetSettings(Section):
         8,
     )
     group_sizes: Annotated[tuple[Count, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (32, 64, 128)
+    types: Annotated[tuple[TensorType, ...], BeforeValidator(to_tuple), Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> BudgetSettings:
+        if (self.bits_per_weight is None) == (self.max_bytes is None):
+            raise ValueError("give either bits_per_weight or max_bytes")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What names the result."""
+        if self.bits_per_weight is not None:
+            return f"{self.bits_per_weight:g}bpw"
+        assert self.max_bytes is not None
+        return f"{self.max_bytes / 1e6:.4g}MB"
 
 
 class RotateSettings(Section):
@@ -186,12 +204,15 @@ class DistilSettings(Section):
 class QuantizeSettings(Section):
     """The method, the scheme and the format on disk; ``overrides`` give some layers another scheme.
 
-    Of GGUF's types the method is by default ``rtn``, or with calibration text ``imatrix``; of schemes without integers
+    The method is by default ``gptq``; of GGUF's types without calibration text, and of schemes without integers,
     ``rtn``. The format is the one that alone has the scheme: ``gguf``, or ``bitsandbytes``.
 
     ``options`` are the method's own settings, by the names that its class documents: ``{steps: 100}`` for signround.
     With ``format: gguf`` the scheme is one of llama.cpp's types, ``q4_k_m`` for example. With a ``budget`` bits and
     group sizes are chosen by layer, and the scheme says no more than whether there are zero points: ``w4a16-asym``.
+
+    ``head`` and ``embedding`` give the output head and the embedding another type, in formats that hold them.
+    A GGUF file is split into several where its tensors take more than ``split_max_size``.
 
     Of a mixture each expert is calibrated on the tokens that the router sends it; with ``experts: all`` on all of the
     text. ``min_tokens_per_expert`` begins nothing while an expert gets fewer. ``distil`` trains what is stored against
@@ -206,10 +227,13 @@ class QuantizeSettings(Section):
     rotate: Annotated[RotateSettings | None, BeforeValidator(switch)] = None
     format: str = "compressed-tensors"
     overrides: Annotated[tuple[OverrideSettings, ...], BeforeValidator(to_tuple)] = ()
+    head: OptionalScheme | None = None
+    embedding: OptionalScheme | None = None
     experts: Literal["all"] | None = None
     min_tokens_per_expert: Count | None = None
     distil: Annotated[DistilSettings | None, BeforeValidator(switch)] = None
     kv_cache: Literal["fp8"] | None = None
+    split_max_size: Bytes | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -221,7 +245,7 @@ class QuantizeSettings(Section):
         if values.get("method") is None:
             values["method"] = usual_method(_text_of(values.get("scheme")), text=False)
         if values.get("budget") is not None and values.get("scheme") is None:
-            values["scheme"] = "w4a16"
+            values["scheme"] = "q4_k_m" if values.get("format") == "gguf" else "w4a16"
         if values.get("format") is None and isinstance(values.get("scheme"), str):
             only = only_format(values["scheme"])
             if only is not None:
@@ -243,7 +267,8 @@ class QuantizeSettings(Section):
     @property
     def calibrates(self) -> bool:
         """Whether the method, the budget or a scheme reads calibration text."""
-        by_method = self.method in METHODS and needs_calibration(self.method)
+        read = self.method == "imatrix" and bool(self.options.get("file"))  # in the place of text
+        by_method = self.method in METHODS and needs_calibration(self.method) and not read
         return self.budget is not None or by_method or self.fixes_inputs or self.kv_cache is not None
 
     @property
@@ -255,7 +280,7 @@ class QuantizeSettings(Section):
     @property
     def label(self) -> str:
         """What names the result: the scheme, or the budget."""
-        return str(self.scheme) if self.budget is None else f"{self.budget.bits_per_weight:g}bpw"
+        return str(self.scheme) if self.budget is None else self.budget.label
 
 
 def _check_placeholders(value: str | None) -> str | None:

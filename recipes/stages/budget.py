@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from llmconvert.context import Context
-from llmconvert.quantize.mixed_precision.budget import Budget, Choice
+from llmconvert.quantize.mixed_precision.budget import Choice
 from llmconvert.quantize.mixed_precision.job import Allocation, plan_choice
 from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.recipes.forecast import engine_budget
+from llmconvert.recipes.schema.named import engine_scheme
 from llmconvert.recipes.schema.recipe import BudgetSettings, QuantizeSettings
 from llmconvert.report.section import Column, Section
 from llmconvert.report.steps import BudgetReport, StepDetails, UniformReport, UnitReport
@@ -20,6 +22,10 @@ from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.validate.render.display import format_runs
 
 __all__ = ["ChosenReport", "choose_within", "chosen_report", "forget_sensitivity", "layer_overrides"]
+
+
+# Settings that are also what overrides call these tensors.
+_OUTER = ("head", "embedding")
 
 
 class ChosenReport(StepDetails):
@@ -41,12 +47,11 @@ def choose_within(
     Raises:
         LlmconvertError: see :func:`llmconvert.quantize.mixed_precision.job.plan_choice`.
     """
-    assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
     overrides = tuple(layer_overrides(settings))
     allocation = plan_choice(
         source,
         _work(output),
-        Budget(budget.bits_per_weight, budget.bits, budget.group_sizes),
+        engine_budget(budget),
         QuantizeRequest(settings.method, settings.scheme, settings.format, overrides, settings.options),
         windows=windows,
         context=context,
@@ -56,11 +61,11 @@ def choose_within(
 
 
 def layer_overrides(settings: QuantizeSettings) -> list[Override]:
-    """The section's overrides as the engine takes them."""
-    return [
-        Override(override.match, None if override.scheme == "none" else override.scheme)
-        for override in settings.overrides
+    """The section's overrides as the engine takes them, those of head and embedding first."""
+    outer = [
+        Override(word, engine_scheme(wanted)) for word in _OUTER if (wanted := getattr(settings, word)) is not None
     ]
+    return outer + [Override(override.match, engine_scheme(override.scheme)) for override in settings.overrides]
 
 
 def forget_sensitivity(output: Path) -> None:
@@ -74,6 +79,7 @@ def chosen_report(settings: BudgetSettings, allocation: Allocation) -> ChosenRep
     budget = BudgetReport(
         bits_per_weight=allocation.bits_per_weight,
         asked=settings.bits_per_weight,
+        max_bytes=settings.max_bytes,
         divergence=allocation.divergence,
         uniform=UniformReport(scheme=str(uniform[0]), divergence=uniform[1]) if uniform is not None else None,
         tokens=allocation.tokens,
@@ -97,8 +103,9 @@ def _work(output: Path) -> Path:
 
 def _words(settings: BudgetSettings, allocation: Allocation) -> str:
     counts = ", ".join(f"{len(choices)} × {scheme}" for scheme, choices in _by_scheme(allocation).items())
+    asked = f" of {settings.bits_per_weight:g}" if settings.bits_per_weight is not None else ""
     text = (
-        f"{allocation.bits_per_weight:.3f} of {settings.bits_per_weight:g} bits per weight: {counts}; "
+        f"{allocation.bits_per_weight:.3f}{asked} bits per weight: {counts}; "
         f"expected divergence {allocation.divergence:.4f} nats per token"
     )
     if allocation.uniform is not None:
@@ -111,7 +118,7 @@ def _by_scheme(allocation: Allocation) -> dict[Scheme, list[Choice]]:
     found: dict[Scheme, list[Choice]] = {}
     for choice in allocation.choices:
         found.setdefault(choice.scheme, []).append(choice)
-    return dict(sorted(found.items(), key=lambda item: (item[0].bits, -(item[0].group_size or 0))))
+    return dict(sorted(found.items(), key=lambda item: (item[0].bits, -(item[0].group_size or 0), str(item[0]))))
 
 
 def _section(settings: BudgetSettings, allocation: Allocation) -> Section:
@@ -129,7 +136,7 @@ def _section(settings: BudgetSettings, allocation: Allocation) -> Section:
         name="budget",
         title="Bits by layer",
         text=f"Chosen by measured sensitivity on {allocation.tokens:,} tokens of calibration text: "
-        f"{_words(settings, allocation)}. Layers that runtimes fuse have one scheme.",
+        f"{_words(settings, allocation)}. {_apart(allocation)}",
         columns=(
             Column(heading="scheme"),
             Column(heading="units"),
@@ -142,10 +149,16 @@ def _section(settings: BudgetSettings, allocation: Allocation) -> Section:
     )
 
 
+def _apart(allocation: Allocation) -> str:
+    gguf = any(choice.scheme.block is not None for choice in allocation.choices)
+    return "Each tensor has a type of its own." if gguf else "Layers that runtimes fuse have one scheme."
+
+
 def _short_names(choices: list[Choice]) -> list[str]:
     """Units by the last parts of their linears' names, and their blocks: ``gate_proj+up_proj 0 3–5``."""
     blocks: dict[str, list[int]] = {}
     for choice in choices:
         kind = "+".join(name.rpartition(".")[2] for name in choice.unit.linears)
         blocks.setdefault(kind, []).append(choice.unit.block)
-    return [f"{kind} {' '.join(format_runs(numbers))}" for kind, numbers in blocks.items()]
+    outer = {choice.unit.outer for choice in choices}
+    return [kind if kind in outer else f"{kind} {' '.join(format_runs(n))}" for kind, n in blocks.items()]

@@ -18,6 +18,7 @@ from llmconvert.gguf.ggml.mix import FLOATS
 from llmconvert.gguf.split import read_model_header
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import plan_quantize
+from llmconvert.quantize.methods.base import load_method
 from llmconvert.quantize.passes.run import LayerResult, QuantizePlan, QuantizeResult, read_layers
 from llmconvert.quantize.plan import QuantizeRequest, Statistics
 from llmconvert.quantize.requantize import Assignment, RequantizeRequest, plan_requantize
@@ -51,6 +52,7 @@ __all__ = [
     "quantize_stage",
     "recovered",
     "statistics_of",
+    "text_of",
 ]
 
 #: The name of the stage.
@@ -70,6 +72,11 @@ def statistics_of(recipe: Recipe) -> Statistics:
     return recipe.calibrate.statistics if recipe.calibrate is not None else "sequential"
 
 
+def text_of(recipe: Recipe) -> str:
+    """The names of the calibration texts."""
+    return ", ".join(recipe.calibrate.names) if recipe.calibrate is not None else ""
+
+
 def quantize_stage(
     settings: QuantizeSettings, after: str, statistics: Statistics = "sequential"
 ) -> Stage[QuantizeReport]:
@@ -85,6 +92,7 @@ def quantize_stage(
                 place,
                 settings,
                 name=model_stem(work.source.origin),
+                text=text_of(work.recipe),
                 windows=work.windows(CALIBRATION),
                 context=work.context_of(after),
                 statistics=statistics,
@@ -105,7 +113,9 @@ def quantize_stage(
             )
 
     def inputs(work: Work) -> Mapping[str, Any]:
-        own = {"statistics": statistics} if statistics != "sequential" else {}
+        own: dict[str, Any] = {"statistics": statistics} if statistics != "sequential" else {}
+        if settings.method == "imatrix" and settings.options.get("file"):
+            own["importance"] = repr(load_method(settings.method, settings.options))
         return {"device": work.context.device.type, **settings.model_dump(mode="json", exclude={"distil"}), **own}
 
     order = {"model": after, "calibration": CALIBRATION}
@@ -158,6 +168,7 @@ def quantize(
     settings: QuantizeSettings,
     *,
     name: str = "model",
+    text: str = "",
     windows: Sequence[torch.Tensor] = (),
     context: Context,
     statistics: Statistics = "sequential",
@@ -167,10 +178,13 @@ def quantize(
 
     Args:
         name: of the model, for formats that store it.
+        text: what the windows are of, likewise.
         windows: calibration token ids, ``[1, length]`` each.
         statistics: in which model activations are measured.
     """
-    planned = plan_stage(source, place, settings, name=name, windows=windows, context=context, statistics=statistics)
+    planned = plan_stage(
+        source, place, settings, name=name, text=text, windows=windows, context=context, statistics=statistics
+    )
     context.progress.log(f"{settings.format}: {planned.plan.readers}")
     for note in served_by(planned.plan):
         context.progress.log(note)
@@ -185,6 +199,7 @@ def plan_stage(
     settings: QuantizeSettings,
     *,
     name: str = "model",
+    text: str = "",
     windows: Sequence[torch.Tensor] = (),
     context: Context,
     statistics: Statistics = "sequential",
@@ -215,6 +230,8 @@ def plan_stage(
             experts=settings.experts or "routed",
             min_tokens_per_expert=settings.min_tokens_per_expert or 0,
             kv_cache=settings.kv_cache,
+            split_nbytes=settings.split_max_size,
+            text=text,
         ),
         windows=windows,
         context=context,

@@ -14,7 +14,7 @@ from llmconvert.progress import Progress
 from llmconvert.quantize.passes.run import quantize_together
 from llmconvert.recipes.runner import Running
 from llmconvert.recipes.stages.artifact import model_stem
-from llmconvert.recipes.stages.quantization import Planned, keep_report, plan_stage
+from llmconvert.recipes.stages.quantization import Planned, keep_report, plan_stage, text_of
 from llmconvert.recipes.stages.stage import Place
 from llmconvert.recipes.stages.windows import CALIBRATION
 from llmconvert.storage.checkpoint import Checkpoint
@@ -112,6 +112,7 @@ def _plan(
                 Place.stage(directory),
                 one.recipe.quantize,
                 name=model_stem(one.work.source.origin),
+                text=text_of(one.recipe),
                 windows=one.work.windows(CALIBRATION),
                 context=one.work.context_of(one.next_stage.after["model"]),
                 statistics="original",

@@ -91,7 +91,8 @@ def test_runtimes_are_those_that_were_run_with_such_a_scheme() -> None:
 def test_the_usual_method_suits_the_scheme() -> None:
     assert usual_method("w4a16-g64", text=True) == "gptq"
     assert usual_method(None, text=True) == usual_method("q4_x", text=True) == "gptq"
-    assert usual_method("q4_k_m", text=True) == "imatrix"
+    assert usual_method("q4_k_m", text=True) == "gptq"
+    assert usual_method("bf16", text=True) == "rtn"
     assert usual_method("q4_k_m", text=False) == "rtn"
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from llmconvert.errors import SchemeError
 
-__all__ = ["FLOATS", "MIXES", "GgmlMix", "MixContext"]
+__all__ = ["BLOCK_TYPES", "FLOATS", "MIXES", "GgmlMix", "GgmlType", "MixContext"]
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _FALLBACKS: Final[Mapping[str, str]] = {
@@ -189,3 +189,30 @@ MIXES: Final[Mapping[str, GgmlMix]] = {
         GgmlMix("q2_k_s", "Q2_K", 21),
     )
 }
+
+#: The types whose weights are codes, from the one that takes the most bytes on.
+BLOCK_TYPES: Final = tuple(dict.fromkeys(mix.base for mix in MIXES.values() if mix.base not in FLOATS))
+
+
+@dataclass(frozen=True, slots=True)
+class GgmlType:
+    """One of :data:`BLOCK_TYPES`, for single tensors."""
+
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> GgmlType:
+        """Read a type's name, in upper or lower case.
+
+        Raises:
+            SchemeError: it is none; the message lists those there are.
+        """
+        name = text.strip().upper()
+        if name not in BLOCK_TYPES:
+            raise SchemeError(
+                f"GGUF tensor type {text!r} is not known; known are {', '.join(map(str.lower, BLOCK_TYPES))}"
+            )
+        return cls(name)
+
+    def __str__(self) -> str:
+        return self.name.lower()

@@ -17,7 +17,7 @@ import torch
 
 from llmconvert.compute.activations import InputKind
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.base import FLOATS, Feature, Format, StoredLinear, require_shape
+from llmconvert.quantize.formats.base import FLOATS, NO_OUTER, Feature, Format, StoredLinear, require_shape
 from llmconvert.quantize.formats.compressed.config import Config, read_config, stored_layout, written_config
 from llmconvert.quantize.formats.compressed.floats import (
     find_floats,
@@ -54,6 +54,7 @@ class CompressedTensors(Format):
 
     joins: ClassVar[bool] = True
     lacks: ClassVar[Mapping[Feature, str]] = {
+        "outer": NO_OUTER,
         # Seen: 5.23. It dequantizes all of them by one scheme.
         "mixed zero points": "transformers can't load asymmetric weights of several schemes",
     }

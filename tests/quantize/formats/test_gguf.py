@@ -25,14 +25,13 @@ from transformers import AutoModelForCausalLM
 from llmconvert.convert.cast import CastView
 from llmconvert.errors import CheckpointError, OutputError, UnsupportedError
 from llmconvert.gguf.checkpoint import GgufCheckpoint, open_gguf
-from llmconvert.gguf.ggml.mix import MIXES, MixContext
+from llmconvert.gguf.ggml.mix import MIXES
 from llmconvert.gguf.header import Metadata
 from llmconvert.gguf.tokenizer import build_tokenizer, tokenizer_files
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.formats.gguf import GgufContainer
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.passes.run import QuantizeResult
-from llmconvert.quantize.plan import Override
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, SafetensorsCheckpoint
 from llmconvert.storage.writer import write_json
@@ -111,7 +110,9 @@ def test_error_feedback_fills_the_same_types(method: str, mix: str, family: str,
         open_gguf(plain.output) as theirs,
         SafetensorsCheckpoint(directory) as source,
     ):
-        assert torch.equal(ours["model.embed_tokens.weight"], theirs["model.embed_tokens.weight"])
+        # One that is the head too is weighed by what comes to it, which differs.
+        if not source.config["tie_word_embeddings"]:
+            assert torch.equal(ours["model.embed_tokens.weight"], theirs["model.embed_tokens.weight"])
         lost = [logits_lost(found, source) for found in (ours, theirs)]
     assert method == "awq" or lost[0] < lost[1]
 
@@ -239,12 +240,6 @@ def test_codes_of_a_quantized_source_are_taken_over(models: Path, tmp_path: Path
                 assert torch.equal(taken[name], direct[name])
 
 
-def test_overrides_are_refused(models: Path, tmp_path: Path) -> None:
-    directory, overrides = hugging_face(models, "llama"), [Override("*.v_proj", Scheme.parse("w8a16-g32"))]
-    with pytest.raises(UnsupportedError, match=r"says itself which tensors get more bits; leave them out"):
-        written(directory, tmp_path / "tiny.gguf", "q8_0", overrides=overrides)
-
-
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
@@ -348,60 +343,3 @@ def test_llama_3s_rope_scaling_is_told_to_llama_cpp(tmp_path: Path) -> None:
     found = LlamaCpp(path).log_probabilities(IDS[0].tolist(), VOCABULARY)
     with SafetensorsCheckpoint(directory) as source:
         assert distance(next_token(built(source)), found) < ATTENTION
-
-
-@pytest.mark.parametrize("name", MIXES)
-def test_mixes_follow_llama_quantize(name: str) -> None:
-    mix = MIXES[name]
-    context = MixContext(layers=32, tied=False, importance=False)
-    assert mix.type_of("blk.0.attn_norm.weight", (4096,), context) == "F32"
-    assert mix.type_of("blk.9.attn_q.weight", (4096, 4096), context) == mix.base
-    assert mix.type_of("blk.9.ffn_up.weight", (11008, 4096), context) == mix.base
-    assert mix.type_of("token_embd.weight", (32000, 4096), context) == mix.base
-    floats = mix.base in ("F32", "F16", "BF16", "Q8_0")
-    assert mix.type_of("output.weight", (32000, 4096), context) == (mix.base if floats else "Q6_K")
-    tied = MixContext(layers=32, tied=True, importance=False)
-    assert mix.type_of("token_embd.weight", (32000, 4096), tied) == (mix.base if floats else "Q6_K")
-
-
-@pytest.mark.parametrize(
-    ("name", "part", "expected"),
-    [  # of 32 layers: the first, the third, the tenth, the last
-        ("q2_k", "attn_v", ["Q3_K", "Q3_K", "Q3_K", "Q3_K"]),
-        ("q2_k", "ffn_down", ["Q3_K", "Q3_K", "Q3_K", "Q3_K"]),
-        ("q2_k", "attn_output", ["Q3_K", "Q3_K", "Q3_K", "Q3_K"]),
-        ("q2_k_s", "ffn_down", ["Q4_K", "Q4_K", "Q2_K", "Q2_K"]),
-        ("q3_k_m", "attn_v", ["Q5_K", "Q4_K", "Q4_K", "Q4_K"]),
-        ("q3_k_m", "ffn_down", ["Q5_K", "Q4_K", "Q4_K", "Q4_K"]),
-        ("q3_k_m", "attn_output", ["Q4_K", "Q4_K", "Q4_K", "Q4_K"]),
-        ("q3_k_m", "attn_qkv", ["Q4_K", "Q4_K", "Q4_K", "Q4_K"]),
-        ("q3_k_l", "ffn_down", ["Q5_K", "Q5_K", "Q5_K", "Q5_K"]),
-        ("q3_k_s", "attn_v", ["Q3_K", "Q3_K", "Q3_K", "Q3_K"]),
-        ("iq4_xs", "ffn_down", ["Q5_K", "Q5_K", "IQ4_XS", "IQ4_XS"]),
-        ("iq4_nl", "attn_v", ["IQ4_NL", "IQ4_NL", "IQ4_NL", "IQ4_NL"]),
-    ],
-)
-def test_types_by_layer_are_llama_cpps(name: str, part: str, expected: list[str]) -> None:
-    context = MixContext(layers=32, tied=False, importance=False)
-    layers = [f"blk.{layer}.{part}.weight" for layer in (0, 2, 9, 31)]
-    assert [MIXES[name].type_of(layer, (4096, 4096), context) for layer in layers] == expected
-
-
-def test_grouped_queries_give_values_more_bits() -> None:
-    context = MixContext(layers=32, tied=False, importance=True, queries_per_key=4)
-    found = {name: mix.type_of("blk.9.attn_v.weight", (1024, 4096), context) for name, mix in MIXES.items()}
-    assert (found["q2_k"], found["q2_k_s"], found["iq4_xs"], found["iq4_nl"]) == ("Q4_K", "Q4_K", "Q5_K", "Q5_K")
-    down = MIXES["iq4_xs"].type_of("blk.0.ffn_down.weight", (4096, 11008), context)
-    assert down == "IQ4_XS"  # with an importance matrix
-
-
-def test_q4_k_m_gives_more_bits_where_llama_cpp_does() -> None:
-    context = MixContext(layers=32, tied=False, importance=False)
-    mix = MIXES["q4_k_m"]
-    better = [i for i in range(32) if mix.type_of(f"blk.{i}.ffn_down.weight", (4096, 11008), context) == "Q6_K"]
-    # The first and last eighth, and every third between.
-    assert better == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
-    assert mix.type_of("blk.5.attn_qkv.weight", (9216, 3072), context) == "Q5_K"
-    assert mix.type_of("blk.5.ffn_up.weight", (1536, 576), context) == "Q5_0"
-    assert mix.type_of("blk.0.attn_v.weight", (192, 576), context) == "Q8_0"
-    assert mix.type_of("blk.5.ffn_up.weight", (1536, 40), context) == "F16"

@@ -31,9 +31,10 @@ CALIBRATE = 'calibrate: {dataset: "pydoc-topics:train", samples: 4, length: 64}\
         ("{method: imatrix, scheme: w4a16-g64}", r"imatrix chooses GGUF's codes only; methods for int are rtn, gptq"),
         ("{method: rtn, scheme: w4a16-g64, format: gguf}", r"w4a16-g64-sym: no GGUF type holds its codes; .*q4_k_m"),
         ("{method: rtn, scheme: q4_k_x, format: gguf}", r"'q4_k_x'.*or a GGUF type: f32, f16"),
+        ("{method: rtn, scheme: w4a16-g64, head: q8_0}", r"quantize.head: no reader of this format was seen to take"),
         (
-            "{method: rtn, scheme: q8_0, format: gguf, overrides: [{match: '*', scheme: none}]}",
-            r"says itself which tensors get more bits",
+            "{method: rtn, scheme: w4a16-g64, overrides: [{match: '*', scheme: q6_k}]}",
+            r"quantize.overrides.0.scheme: .*; formats that hold q6_k: gguf",
         ),
     ],
 )
@@ -52,7 +53,7 @@ def test_a_recipe_makes_a_measured_gguf_artifact(tmp_path: Path) -> None:
     tiny_llama_dir(tmp_path / "Tiny-1M", hidden_size=256, intermediate_size=256)
     text = (
         f"model: {tmp_path / 'Tiny-1M'}\n{CALIBRATE}"
-        "quantize: {method: imatrix, scheme: q4_k_m, format: gguf}\n"
+        "quantize: {method: imatrix, scheme: q4_k_m, format: gguf, embedding: q5_k}\n"
         'validate: {perplexity: {dataset: "pydoc-topics:test", window: 64, max_windows: 2}}\n'
     )
     result = run_recipe(parse_recipe(text, "x.yaml"), work_dir=tmp_path / "work")
