@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from llmconvert.context import Context
 from llmconvert.convert.source import Source, open_source
 from llmconvert.device import open_device
-from llmconvert.errors import GateError
+from llmconvert.errors import GateError, RecipeError
 from llmconvert.interrupt import interruptible
 from llmconvert.memory import PeakMemory, release_freed_memory
 from llmconvert.progress import SILENT, Progress
@@ -40,6 +40,7 @@ from llmconvert.recipes.stages.stage import MODEL, Finished, Place, Stage, Work
 from llmconvert.report.report import Check, Report, Step, require_passed
 from llmconvert.report.section import Value
 from llmconvert.report.steps import StepDetails
+from llmconvert.storage.contents import Contents
 from llmconvert.storage.stages import StageRun, StageStore
 from llmconvert.validate.render.blame import blame
 
@@ -142,6 +143,8 @@ class Running:
         Raises:
             LlmconvertError: see :func:`run_recipe`.
         """
+        if target is not None and target.set:
+            raise RecipeError("publish.set: is for the variants of a sweep (matrix, quantize.schemes); leave it out")
         context = Context(open_device(recipe.device), recipe.memory, progress=progress)
         require_measurable(recipe.measured)
         require_loader(recipe)
@@ -204,6 +207,12 @@ class Running:
         """Where the artifact is, whatever was measured on it; None before :meth:`finish`."""
         return self._made.model if self._made is not None else None
 
+    @property
+    def contents(self) -> Contents:
+        """Of the artifact's files as they were written, after :meth:`finish`."""
+        assert self._made is not None
+        return self._made.contents.below(MODEL)
+
     def publish(self, result: RunResult) -> RunResult:
         """Publish what :meth:`finish` has made, where the recipe says so.
 
@@ -212,8 +221,7 @@ class Running:
         """
         if self.target is None:
             return result
-        assert self._made is not None
-        contents, hashes = self._made.contents.below(MODEL), self.stages.store.hashes
+        contents, hashes = self.contents, self.stages.store.hashes
         who, progress = self.publisher, self.progress
         where = publish_artifact(result.artifact, contents, self.target, who, hashes, progress=progress)
         return replace(result, published=where)

@@ -147,7 +147,7 @@ _RULES = (
     _Rule(("quantize", "distil"), _distillation, but=("steps",)),
     _Rule(("quantize", "options"), _options),
     _Rule(("quantize", "scheme"), _scheme),
-    _Rule(("publish",), _hub, but=("to",)),
+    _Rule(("publish",), _hub, but=("to", "set")),
     _Rule(("device",), _device),
     _Rule(("requantize",), _requantize),
 )

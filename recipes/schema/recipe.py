@@ -320,7 +320,9 @@ class PublishSettings(Section):
     files that are there and don't belong to the artifact; ``verify_download`` fetches everything again and compares it.
     ``gated`` has whoever wants a new repository's files ask for them, and refuses one that is open. ``collection``
     lists the repository in the collection of that title, or at that address, made if need be: variants on one page.
-    What nothing tells the quality of goes to the Hub with ``unmeasured: true`` only, and its card says so.
+    The variants of a sweep go to one place together with ``set``: GGUF files side by side, others in folders, with one
+    card that compares them. What nothing tells the quality of goes to the Hub with ``unmeasured: true`` only, and its
+    card says so.
     """
 
     to: Annotated[Target, AfterValidator(possible), AfterValidator(_check_place)]
@@ -335,6 +337,7 @@ class PublishSettings(Section):
     gated: Literal["auto", "manual"] | None = None
     collection: Target | None = None
     unmeasured: bool = False
+    set: bool = False
 
 
 class CardSettings(Section):

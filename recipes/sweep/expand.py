@@ -94,7 +94,7 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = ()) -> Sweep | Non
         else:
             plain.append(override)
     values = load_values(source, plain)
-    if not lists and "matrix" not in values and "pick" not in values:
+    if not lists and "matrix" not in values and "pick" not in values and _schemes(values) is None:
         return None
     return make_sweep(values, str(source), lists)
 
@@ -106,6 +106,10 @@ def make_sweep(values: Mapping[str, Any], where: str = "recipe", lists: Mapping[
         RecipeError: see :func:`load_sweep`.
     """
     base = dict(values)
+    schemes = _schemes(base)
+    if schemes is not None:
+        base["quantize"] = {key: value for key, value in base["quantize"].items() if key != "schemes"}
+        lists = {"quantize.scheme": schemes, **lists}
     axes, excluded = _axes(base.pop("matrix", {}), where, lists)
     pick = _pick(base.pop("pick", None), where)
     count = math.prod(len(axis) for axis in axes.values())
@@ -130,6 +134,12 @@ def make_sweep(values: Mapping[str, Any], where: str = "recipe", lists: Mapping[
     if idle:
         raise RecipeError("\n".join(f"{where}: {text}" for text in idle))
     return Sweep(str(base.get("name", "recipe")), tuple(variants), pick)
+
+
+def _schemes(values: Mapping[str, Any]) -> Any:
+    """``quantize.schemes``, which is short for a matrix of ``quantize.scheme``; None without."""
+    quantize = values.get("quantize")
+    return quantize.get("schemes") if isinstance(quantize, Mapping) else None
 
 
 def _axes(
@@ -211,6 +221,10 @@ def _taken_whole(source: str | Path, overrides: Sequence[str], override: str) ->
     return True
 
 
+def _one_place(sweep: Sweep) -> bool:
+    return any(v.recipe is not None and v.recipe.publish is not None and v.recipe.publish.set for v in sweep.variants)
+
+
 def require_places(sweep: Sweep) -> None:
     """Refuse variants that would take each other's place where they are published.
 
@@ -219,8 +233,8 @@ def require_places(sweep: Sweep) -> None:
     """
     from llmconvert.recipes.publishing import fill_target
 
-    if sweep.pick is not None:
-        return  # one of them goes there
+    if sweep.pick is not None or _one_place(sweep):
+        return  # one of them goes there, or all together
     places: dict[tuple[str, ...], str] = {}
     for variant in sweep.variants:
         if variant.recipe is None or variant.recipe.publish is None:

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -22,11 +22,12 @@ from llmconvert.interrupt import interruptible
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.methods.base import load_method
 from llmconvert.quantize.passes.original import can_share
-from llmconvert.recipes.publishing import fill_target
+from llmconvert.recipes.publishing import check_target, fill_target, publish_artifact
 from llmconvert.recipes.runner import Running, RunResult
-from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.provenance import REPORT_FILE
 from llmconvert.recipes.stages.quantization import QUANTIZE
+from llmconvert.recipes.sweep.bundle import MadeVariant, set_target, write_set
 from llmconvert.recipes.sweep.expand import Sweep, require_places
 from llmconvert.recipes.sweep.page import write_page
 from llmconvert.recipes.sweep.together import quantize_variants
@@ -82,12 +83,15 @@ def run_sweep(
         RecipeError: two variants would be published to one place.
         RunInterruptedError: the process was asked to stop; the same call continues.
     """
+    together = set_target(sweep) if publish else None
     if publish:
         require_places(sweep)
     with interruptible(), ExitStack() as stack:
         if store is None:
             store = stack.enter_context(StageStore(Path(work_dir or sweep.work_dir), progress=progress))
-        return _Job(sweep, store, fresh, publish, progress).run()
+        if together is not None:
+            check_target(together, sweep.name, store.hashes)
+        return _Job(sweep, store, fresh, publish and together is None, progress, together).run()
 
 
 @dataclass(slots=True)
@@ -99,6 +103,7 @@ class _Job:
     fresh: bool
     publish: bool
     progress: Progress
+    together: PublishSettings | None = None
     running: dict[str, Running] = field(default_factory=dict)
     results: dict[str, RunResult] = field(default_factory=dict)
     failures: dict[str, Exception] = field(default_factory=dict)
@@ -140,12 +145,27 @@ class _Job:
                 published = self._attempt(name, partial(self.running[name].publish, self.results[name]))
                 if published is not None:
                     self.results[name] = published
+        if self.together is not None and self.results:
+            self._publish_set(self.together)
         page = None
         if len(reports) > 1:
             artifacts = {name: self.running[name].artifact or self.store.work_dir for name in reports}
             page = write_page(self.sweep, self.store.work_dir, reports, artifacts, self.failures, picked)
             self.progress.log(f"{self.sweep.name}: compared in {page}")
         return SweepResult(self.sweep, self.results, self.failures, reports, self.seconds, picked, page)
+
+    def _publish_set(self, target: PublishSettings) -> None:
+        """Put all that was made into one repository."""
+        folder = self.store.work_dir / "sweeps" / self.sweep.name / "set"
+        made = {
+            name: MadeVariant(result.artifact, self.running[name].contents, result.report)
+            for name, result in self.results.items()
+        }
+        contents = write_set(self.sweep, folder, made, self.store.hashes)
+        hashes = self.store.hashes
+        where = publish_artifact(folder, contents, target, self.sweep.name, hashes, progress=self.progress)
+        self.progress.log(f"{self.sweep.name}: {len(made)} variants are in {where}")
+        self.results = {name: replace(result, published=where) for name, result in self.results.items()}
 
     def _begin(self, recipe: Recipe) -> Running:
         filled = fill_target(with_statistics(recipe))

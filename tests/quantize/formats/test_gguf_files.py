@@ -138,7 +138,8 @@ def _planned(model: Path, tmp_path: Path) -> Any:
     from llmconvert.gguf.ggml.mix import GgmlMix
 
     with SafetensorsCheckpoint(model) as source:
-        return plan_file(source, "x.gguf", "tiny", GgmlMix.parse("q4_0"), importance=True).tensors
+        parts = plan_file(source, "x.gguf", "tiny", GgmlMix.parse("q4_0"), importance=True).parts
+        return {name: places[0][0] for name, places in parts.items()}
 
 
 def test_llama_cpps_own_layouts_are_read(tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""A sweep's variants as one repository: GGUF files side by side, other artifacts in folders, and one card for all.
+
+::
+
+    README.md                                  the table, which one to take, sizes against quality
+    NAME-Q4_K_M.gguf, NAME-Q6_K.gguf           of variants that are GGUF files
+    VARIANT/                                   of others, as they are alone
+    llmconvert/VARIANT/report.json, …          what was measured on each file
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmconvert.engine.architecture.config import build_config
+from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.errors import LlmconvertError, RecipeError
+from llmconvert.gguf.checkpoint import open_artifact
+from llmconvert.gguf.split import gguf_models
+from llmconvert.hub.card import CARD, front_matter
+from llmconvert.recipes.publishing import fill_target
+from llmconvert.recipes.schema.recipe import PublishSettings
+from llmconvert.recipes.sweep.expand import Sweep
+from llmconvert.report.report import Report
+from llmconvert.storage.contents import Contents, Hashes
+from llmconvert.storage.writer import write_file
+from llmconvert.validate.render.card import card_metadata
+from llmconvert.validate.render.plots import comparison_plot
+from llmconvert.validate.render.set_card import SetMember, render_set_card
+
+__all__ = ["MadeVariant", "set_target", "write_set"]
+
+_PLOT = "llmconvert/sizes.png"
+_OWN = "llmconvert"
+
+
+@dataclass(frozen=True, slots=True)
+class MadeVariant:
+    """A variant's artifact.
+
+    Attributes:
+        directory: where it is.
+        contents: of its files when they were written.
+        report: what was measured on it.
+    """
+
+    directory: Path
+    contents: Contents
+    report: Report
+
+
+def set_target(sweep: Sweep) -> PublishSettings | None:
+    """Where all variants go together; None where each goes by itself, or nowhere.
+
+    Raises:
+        RecipeError: they are to go to different places, or the sweep picks one of them.
+    """
+    targets: list[PublishSettings] = []
+    for variant in sweep.variants:
+        if variant.recipe is not None and variant.recipe.publish is not None:
+            target = fill_target(variant.recipe).publish
+            assert target is not None
+            targets.append(target)
+    if not targets or not targets[0].set:
+        return None
+    if sweep.pick is not None:
+        raise RecipeError(f"{sweep.name}: publish.set publishes all variants, and pick one of them; leave one out")
+    if any(target != targets[0] for target in targets):
+        raise RecipeError(
+            f"{sweep.name}: publish.set: all variants go to one place, found {targets[0].to} and others; "
+            "leave {name}, {method} and {scheme} out of publish"
+        )
+    return targets[0]
+
+
+def write_set(sweep: Sweep, folder: Path, variants: Mapping[str, MadeVariant], hashes: Hashes) -> Contents:
+    """Put variants into one directory, with links where the disk has them, and a card.
+
+    Args:
+        folder: is made anew.
+        variants: by name, at least one.
+
+    Returns:
+        of the directory.
+
+    Raises:
+        RecipeError: two variants have a file of one name.
+        MachineError: the disk fails or is full.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    members: dict[str, SetMember] = {}
+    placed: dict[str, str] = {}
+    for name, made in variants.items():
+        short = name.removeprefix(f"{sweep.name}-")
+        files = {path.name for path in gguf_models(made.directory)}
+        for inside in made.contents.files:
+            if inside == CARD and files:
+                continue
+            place = _place(inside, short, gguf=bool(files))
+            if place in placed:
+                raise RecipeError(f"{sweep.name}: publish.set: {placed[place]} and {name} both have a file {place}")
+            placed[place] = name
+            _link(made.directory / inside, folder / place)
+        members[name] = SetMember(next(iter(sorted(files)), short), made.report, _token_nbytes(made.directory))
+    picture = comparison_plot({members[name].place: made.report for name, made in variants.items()}, "png")
+    if picture is not None:
+        (folder / _PLOT).parent.mkdir(parents=True, exist_ok=True)
+        write_file(folder / _PLOT, picture)
+    first = next(iter(variants.values()))
+    card = render_set_card(_front_matter(variants), first.report.model.name, members, _PLOT if picture else None)
+    write_file(folder / CARD, card.encode())
+    return hashes.read(folder)
+
+
+def _place(inside: str, variant: str, *, gguf: bool) -> str:
+    """Where a variant's file goes: models of one file stand beside each other, what is theirs under their names."""
+    if not gguf:
+        return f"{variant}/{inside}"
+    if inside.startswith(f"{_OWN}/"):
+        return f"{_OWN}/{variant}/{inside.removeprefix(f'{_OWN}/')}"
+    return inside if inside.endswith(".gguf") else f"{_OWN}/{variant}/{inside}"
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _front_matter(variants: Mapping[str, MadeVariant]) -> str:
+    """That of the first variant, with the tags of all."""
+    first = next(iter(variants.values()))
+    fields = front_matter((first.directory / CARD).read_text(encoding="utf-8"), CARD)
+    tags = [tag for made in variants.values() for tag in _tags(made)]
+    return card_metadata(first.report.model, {**fields, "tags": list(dict.fromkeys(tags))})
+
+
+def _tags(made: MadeVariant) -> list[str]:
+    found = front_matter((made.directory / CARD).read_text(encoding="utf-8"), CARD).get("tags", [])
+    return [str(tag) for tag in found]
+
+
+def _token_nbytes(directory: Path) -> int | None:
+    """Bytes of keys and values of a token in 16 bits, where every layer keeps those of all tokens."""
+    try:
+        with open_artifact(directory) as stored:
+            model = Architecture.of(build_config(stored.config))
+            return 2 * 2 * model.layers * model.kv_heads * model.head_dim if model.has_attention else None
+    except LlmconvertError:
+        return None

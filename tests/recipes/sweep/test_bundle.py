@@ -1,0 +1,84 @@
+"""A set of GGUF files: made in one go, in one directory, with a card that compares them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmconvert.errors import RecipeError
+from llmconvert.gguf.checkpoint import open_gguf
+from llmconvert.hub.card import front_matter
+from llmconvert.recipes.loading import load_recipe
+from llmconvert.recipes.runner import run_recipe
+from llmconvert.recipes.sweep.expand import load_sweep
+from llmconvert.recipes.sweep.job import run_sweep
+from llmconvert.report.report import Report
+from llmconvert.validate.render.set_card import SetMember, render_set_card
+
+SCHEMES = ["q4_0", "q5_0", "q8_0"]
+
+
+def test_a_set_of_gguf_files_is_published_with_one_card(write_recipe: Any, tmp_path: Path) -> None:
+    target = {"to": f"file:{tmp_path / 'set'}", "set": True}
+    quantize = {"method": "imatrix", "format": "gguf", "schemes": SCHEMES}
+    sweep = load_sweep(write_recipe("many", quantize=quantize, publish=target))
+    assert sweep is not None and [variant.settings["quantize.scheme"] for variant in sweep.variants] == SCHEMES
+    result = run_sweep(sweep)
+    assert not result.failures
+    assert {made.published for made in result.results.values()} == {target["to"]}
+    directory = tmp_path / "set"
+    files = sorted(path.name for path in directory.glob("*.gguf"))
+    assert [name.rpartition("-")[2] for name in files] == ["Q4_0.gguf", "Q5_0.gguf", "Q8_0.gguf"]
+    card = (directory / "README.md").read_text()
+    for variant, name in zip(sweep.variants, files, strict=True):
+        artifact = result.results[variant.name].artifact
+        assert (directory / name).read_bytes() == (artifact / name).read_bytes()
+        report = Report.read(directory / "llmconvert" / variant.name.removeprefix("many-") / "report.json")
+        value = report["perplexity"].value
+        assert value is not None and f"| [{name}]({name}) |" in card and f"| {value:.2f} |" in card
+        with open_gguf(directory / name) as stored:
+            assert stored.config["model_type"] == "llama"
+    assert "![Size against perplexity](llmconvert/sizes.png)" in card
+    assert (directory / "llmconvert" / "sizes.png").read_bytes().startswith(b"\x89PNG")
+    assert "- 8 GB: `" in card and "with 32k tokens of context" in card
+    assert {"gguf", "llmconvert"} <= set(front_matter(card, "card")["tags"])
+    listed = json.loads((directory / "llmconvert" / "publication.json").read_text())
+    assert listed["recipe"] == "many" and "README.md" in listed["files"]
+    run_sweep(sweep)  # again: everything is there, and the same directory takes it
+    assert (directory / "README.md").read_text() == card
+
+
+def test_sets_that_cannot_be_are_refused(write_recipe: Any, tmp_path: Path) -> None:
+    target = {"to": f"file:{tmp_path / 'set'}", "set": True}
+    one = write_recipe("one", quantize={"method": "rtn", "scheme": "w4a16-g32"}, publish=target)
+    with pytest.raises(RecipeError, match=r"publish.set: is for the variants of a sweep"):
+        run_recipe(load_recipe(one))
+    quantize = {"method": "rtn", "format": "gguf", "schemes": SCHEMES}
+    apart = write_recipe("apart", quantize=quantize, publish={**target, "to": f"file:{tmp_path}/{{scheme}}"})
+    picked = write_recipe("picked", quantize=quantize, publish=target, pick="smallest within 2%")
+    for path, message in ((apart, r"all variants go to one place"), (picked, r"pick one of them; leave one out")):
+        sweep = load_sweep(path)
+        assert sweep is not None
+        with pytest.raises(RecipeError, match=message):
+            run_sweep(sweep)
+
+
+def test_what_fits_into_a_machine_is_said_with_its_context() -> None:
+    def member(place: str, size: float, cost: float) -> SetMember:
+        checks = [{"name": "size_bytes", "value": size}, {"name": "kl_mean", "value": cost}]
+        about = {"schema": "llmconvert.report/1", "model": {"name": "m", "source": "org/m"}, "checks": checks}
+        return SetMember(place, Report.model_validate(about), 100_000)
+
+    members = {
+        "a": member("small.gguf", 3e9, 0.2),
+        "b": member("large.gguf", 13e9, 0.1),
+        "c": member("huge.gguf", 30e9, 0),
+    }
+    card = render_set_card("", "m", members, None)
+    assert "- 8 GB: `small.gguf`, with 32k tokens of context" in card
+    assert "- 16 GB: `small.gguf`, with 32k tokens of context" in card  # the larger one leaves too little for it
+    assert "- 24 GB: `large.gguf`, with 32k tokens of context" in card
+    assert "3.4 GB | 6.3 GB |" in card
