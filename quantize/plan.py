@@ -38,6 +38,7 @@ __all__ = [
     "QuantizeRequest",
     "ShownTokens",
     "Statistics",
+    "outer_names",
     "plan_encoding",
     "plan_quantization",
     "with_cache",
@@ -185,8 +186,8 @@ def plan_quantization(
     check_experts(skeleton, assigned, method, layout)
     if layout.outer and isinstance(scheme, Scheme):
         sites = {**sites, **skeleton.outer}
-        assigned |= {name: _assigned(name, scheme, overrides) for name in skeleton.outer}
-    _check_overrides(overrides, sites)
+        assigned |= {name: _outer_scheme(site, scheme, overrides) for name, site in skeleton.outer.items()}
+    _check_overrides(overrides, [word for site in sites.values() for word in outer_names(site)])
     for name, site in sites.items():
         chosen = assigned[name]
         if chosen is not None:
@@ -381,6 +382,19 @@ def _idle(blocks: Sequence[BlockPlan]) -> set[str]:
 def _assigned(name: str, scheme: Scheme | None, overrides: Iterable[Override]) -> Scheme | None:
     for override in overrides:
         if fnmatchcase(name, override.match):
+            return override.scheme
+    return scheme
+
+
+def outer_names(site: Site) -> tuple[str, ...]:
+    """What overrides call a site: its name, and outside the blocks by the words for that, two where one is both."""
+    words = {"head": ("head",), "embedding": ("embedding",), "tied": ("head", "embedding")}
+    return (site.name, *words.get(site.kind, ()))
+
+
+def _outer_scheme(site: Site, scheme: Scheme, overrides: Iterable[Override]) -> Scheme | None:
+    for override in overrides:
+        if any(fnmatchcase(name, override.match) for name in outer_names(site)):
             return override.scheme
     return scheme
 

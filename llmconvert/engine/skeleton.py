@@ -181,16 +181,7 @@ class Skeleton:
     @property
     def head_tensor(self) -> str | None:
         """The checkpoint's tensor of the output head, the embedding's where they are tied; None without a head."""
-        return self._tensor_of(self.model.get_output_embeddings())
-
-    @property
-    def embedding_tensor(self) -> str | None:
-        """The checkpoint's tensor of the embedding."""
-        return self._tensor_of(self.model.get_input_embeddings())
-
-    def _tensor_of(self, wanted: nn.Module | None) -> str | None:
-        found = [name for name, module in self.model.named_modules() if module is wanted]
-        return self._stored(f"{found[0]}.weight")[0] if found else None
+        return next((site.tensor for site in self.outer.values() if site.kind in ("head", "tied")), None)
 
     @property
     def block_count(self) -> int:

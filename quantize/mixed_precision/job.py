@@ -30,7 +30,7 @@ from llmconvert.quantize.mixed_precision.sensitivity import (
     sensitivity_needs,
 )
 from llmconvert.quantize.mixed_precision.units import FusedUnit, Storage, fused_units, outer_units, single_units
-from llmconvert.quantize.plan import Override, QuantizeRequest
+from llmconvert.quantize.plan import Override, QuantizeRequest, outer_names
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
@@ -229,8 +229,13 @@ def _outside(
     """The scheme of what lies outside the blocks and no override names, where the format has it quantized."""
     if not layout.outer or isinstance(scheme, GgmlMix):
         return ()
-    free = (name for name in skeleton.outer if not any(fnmatchcase(name, override.match) for override in overrides))
-    return tuple(Override(glob.escape(name), scheme) for name in free)
+    named = [override.match for override in overrides]
+    free = (
+        site
+        for site in skeleton.outer.values()
+        if not any(fnmatchcase(name, match) for match in named for name in outer_names(site))
+    )
+    return tuple(Override(glob.escape(site.name), scheme) for site in free)
 
 
 def _split(

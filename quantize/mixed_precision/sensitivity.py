@@ -36,7 +36,7 @@ from llmconvert.quantize.methods.base import GgmlQuantizer, Method, Quantizer, T
 from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.mixed_precision.encoding import Encoding
 from llmconvert.quantize.mixed_precision.outer import OuterSubject, embedding_costs, head_costs
-from llmconvert.quantize.mixed_precision.units import FusedUnit
+from llmconvert.quantize.mixed_precision.units import FusedUnit, embedding_tensor
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.group_scales import block_scales_nbytes
 from llmconvert.storage.journal import Journal
@@ -255,7 +255,7 @@ def _outer(stack: ExitStack, subject: Subject, tape: TapeStates, work: Path) -> 
     skeleton = subject.skeleton
     gradients = stack.enter_context(closing(DiskStates(work, *subject.shape, name=_GRADIENTS)))
     measured = OuterSubject(skeleton, subject.blocks, subject.windows, tape, subject.method)
-    head, embedding = skeleton.head_tensor, skeleton.embedding_tensor
+    head, embedding = skeleton.head_tensor, embedding_tensor(skeleton)
     found: list[list[float]] = []
     for unit in subject.outer:
         schemes = subject.schemes[unit]
@@ -315,5 +315,5 @@ def _work_nbytes(subject: Subject) -> int:
 def _outer_nbytes(subject: Subject) -> int:
     """Bytes of the whole tensor that rows of head and embedding are taken from."""
     infos = subject.skeleton.checkpoint.infos
-    tensors = (subject.skeleton.head_tensor, subject.skeleton.embedding_tensor)
+    tensors = (subject.skeleton.head_tensor, embedding_tensor(subject.skeleton))
     return max(infos[name].nbytes for name in tensors if name is not None) if subject.outer else 0

@@ -17,7 +17,7 @@ from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import Method
 from llmconvert.quantize.scheme import Scheme
 
-__all__ = ["FusedUnit", "Storage", "fused_units", "outer_units", "single_units"]
+__all__ = ["FusedUnit", "Storage", "embedding_tensor", "fused_units", "outer_units", "single_units"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,15 @@ def single_units(units: Sequence[FusedUnit]) -> tuple[FusedUnit, ...]:
     )
 
 
+def embedding_tensor(skeleton: Skeleton) -> str | None:
+    """The checkpoint's tensor of the embedding."""
+    return next((site.tensor for site in skeleton.outer.values() if site.kind in ("embedding", "tied")), None)
+
+
 def outer_units(skeleton: Skeleton) -> tuple[FusedUnit, ...]:
     """Embedding and head by these words; one that is both is an embedding."""
     infos = skeleton.checkpoint.infos
-    tensors = {"embedding": (skeleton.embedding_tensor, -1), "head": (skeleton.head_tensor, skeleton.block_count)}
+    tensors = {"embedding": (embedding_tensor(skeleton), -1), "head": (skeleton.head_tensor, skeleton.block_count)}
     found: dict[str, FusedUnit] = {}
     for word in ("embedding", "head"):
         name, block = tensors[word]
