@@ -161,10 +161,8 @@ class BudgetSettings(Section):
     @property
     def label(self) -> str:
         """What names the result."""
-        if self.bits_per_weight is not None:
-            return f"{self.bits_per_weight:g}bpw"
-        assert self.max_bytes is not None
-        return f"{self.max_bytes / 1e6:.4g}MB"
+        bits = self.bits_per_weight
+        return f"{bits:g}bpw" if bits is not None else f"{(self.max_bytes or 0) / 1e6:.4g}MB"
 
 
 class RotateSettings(Section):
@@ -320,9 +318,8 @@ class PublishSettings(Section):
     files that are there and don't belong to the artifact; ``verify_download`` fetches everything again and compares it.
     ``gated`` has whoever wants a new repository's files ask for them, and refuses one that is open. ``collection``
     lists the repository in the collection of that title, or at that address, made if need be: variants on one page.
-    The variants of a sweep go to one place together with ``set``: GGUF files side by side, others in folders, with one
-    card that compares them. What nothing tells the quality of goes to the Hub with ``unmeasured: true`` only, and its
-    card says so.
+    All variants of a sweep go to one place with ``set``, with one card. What nothing tells the quality of goes to the
+    Hub with ``unmeasured: true`` only, and its card says so.
     """
 
     to: Annotated[Target, AfterValidator(possible), AfterValidator(_check_place)]
