@@ -12,6 +12,7 @@ import torch
 from llmconvert.context import Context
 from llmconvert.engine.discovery import PROBE_LENGTH, discover
 from llmconvert.engine.memory import choose_mode
+from llmconvert.engine.sites import head_tensor
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, LlmconvertError, MachineError, UnsupportedError
@@ -132,8 +133,8 @@ def plan_quantize(
             work += sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
         # Formats with several schemes in one model have one dtype for all their scales.
         scale_dtype = layout_format.scale_dtype(next(iter(decisions.schemes.values())), skeleton.dtype)
-    if calibrated and types is not None and types.linears.get(skeleton.head_tensor or "", "F32") not in FLOATS:
-        decisions = replace(decisions, head=skeleton.head_tensor)
+    if calibrated and types is not None and types.linears.get(head_tensor(skeleton.outer) or "", "F32") not in FLOATS:
+        decisions = replace(decisions, head=head_tensor(skeleton.outer))
     streams = 2 if chosen.original else 1
     memory = choose_mode(skeleton, blocks, lengths, work, context.memory, request.mode, streams=streams)
     wanted = ContainerRequest(

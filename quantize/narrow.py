@@ -13,7 +13,7 @@ from llmconvert.compute.narrowing import LOST, bounds, unheld
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.tensor import QuantizedTensor
 
-__all__ = ["check_held", "half_scales"]
+__all__ = ["check_held", "half_scale_dtype", "half_scales"]
 
 
 def check_held(
@@ -67,3 +67,12 @@ def half_scales(name: str, tensor: QuantizedTensor) -> torch.Tensor:
 
     check_held(name, tensor.scale, torch.float16, squares)
     return tensor.scale.to(torch.float16)
+
+
+def half_scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Where scales are stored in float16: in which dtype to choose them, for a model in ``dtype``.
+
+    A runtime that computes in bfloat16 rounds the scales it reads to that. Scales chosen in bfloat16 are not changed by
+    this, and float16 holds them as they are from 2⁻¹⁷ up; below, they move by at most 2⁻²⁵.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16

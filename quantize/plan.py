@@ -38,7 +38,6 @@ __all__ = [
     "QuantizeRequest",
     "ShownTokens",
     "Statistics",
-    "outer_names",
     "plan_encoding",
     "plan_quantization",
     "with_cache",
@@ -177,17 +176,17 @@ def plan_quantization(
     narrow = narrow_linears(sites, scheme)
     dense = gates | turned | repeated | narrow | (_idle(blocks) if skeleton.reach.idle else set())
     own = {name: scheme if isinstance(scheme, Scheme) else scheme.get(site.tensor) for name, site in sites.items()}
-    assigned = {name: _assigned(name, None if name in dense else own[name], overrides) for name in sites}
+    assigned = {name: _assigned((name,), None if name in dense else own[name], overrides) for name in sites}
     packed = {chosen for name, chosen in assigned.items() if chosen is not None and sites[name].kind == "linear"}
     said = layout.loaded_dense(packed) if asked else {}
     if asked and not said:
         dense |= asked
-        assigned = {name: _assigned(name, None if name in dense else own[name], overrides) for name in sites}
+        assigned = {name: _assigned((name,), None if name in dense else own[name], overrides) for name in sites}
     check_experts(skeleton, assigned, method, layout)
     if layout.outer and isinstance(scheme, Scheme):
         sites = {**sites, **skeleton.outer}
-        assigned |= {name: _outer_scheme(site, scheme, overrides) for name, site in skeleton.outer.items()}
-    _check_overrides(overrides, [word for site in sites.values() for word in outer_names(site)])
+        assigned |= {name: _assigned(site.called, scheme, overrides) for name, site in skeleton.outer.items()}
+    _check_overrides(overrides, [word for site in sites.values() for word in site.called])
     for name, site in sites.items():
         chosen = assigned[name]
         if chosen is not None:
@@ -379,22 +378,9 @@ def _idle(blocks: Sequence[BlockPlan]) -> set[str]:
     return {name for block in blocks for name in block.unreached}
 
 
-def _assigned(name: str, scheme: Scheme | None, overrides: Iterable[Override]) -> Scheme | None:
+def _assigned(names: Sequence[str], scheme: Scheme | None, overrides: Iterable[Override]) -> Scheme | None:
     for override in overrides:
-        if fnmatchcase(name, override.match):
-            return override.scheme
-    return scheme
-
-
-def outer_names(site: Site) -> tuple[str, ...]:
-    """What overrides call a site: its name, and outside the blocks by the words for that, two where one is both."""
-    words = {"head": ("head",), "embedding": ("embedding",), "tied": ("head", "embedding")}
-    return (site.name, *words.get(site.kind, ()))
-
-
-def _outer_scheme(site: Site, scheme: Scheme, overrides: Iterable[Override]) -> Scheme | None:
-    for override in overrides:
-        if any(fnmatchcase(name, override.match) for name in outer_names(site)):
+        if any(fnmatchcase(name, override.match) for name in names):
             return override.scheme
     return scheme
 

@@ -21,7 +21,6 @@ from llmconvert.compute.dot_products import load_dot_products
 from llmconvert.compute.kv_cache import CacheQuantizer, CacheScales
 from llmconvert.engine.discovery import BlockPlan, Stop
 from llmconvert.engine.edges import Edge, MixtureEdge
-from llmconvert.engine.evaluation import head_inputs
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, states_present
 from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
@@ -40,7 +39,7 @@ from llmconvert.quantize.methods.base import (
 )
 from llmconvert.quantize.methods.expert_blocks import OriginalAnswers, learn_experts
 from llmconvert.quantize.methods.imatrix import mean_squares
-from llmconvert.quantize.methods.outer import head_hessian, solve_outer
+from llmconvert.quantize.methods.outer import head_hessian, head_squares, solve_outer
 from llmconvert.quantize.methods.rescale import Rescaling, rescale_block
 from llmconvert.quantize.methods.rescale_experts import down_scale
 from llmconvert.quantize.methods.rtn import Rtn
@@ -50,7 +49,7 @@ from llmconvert.quantize.solve.fixed_scales import LargestInput, cache_scales, l
 from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["CalibratedSteps", "DataFreeSteps", "Outcome", "Step", "Steps", "head_squares", "round_unreached"]
+__all__ = ["CalibratedSteps", "DataFreeSteps", "Outcome", "Step", "Steps", "round_unreached"]
 
 #: What comes of a name in a block.
 Outcome = Solution | InputSquares | CacheScales | torch.Tensor
@@ -380,14 +379,6 @@ class CalibratedSteps:
     def _targets(self, run: BlockRun, names: Sequence[str], scaling: Rescaling) -> list[Target]:
         weights = {name: scaling.apply(name, run.weight(name)) for name in names}
         return [Target(name, weight, self.plan.schemes[name]) for name, weight in weights.items()]
-
-
-def head_squares(stream: Stream, phases: Phases) -> InputSquares:
-    """What is known of the output head, once a stream's batches have been through the last block."""
-    arrivals = phases.pull("forward", head_inputs(stream))
-    with phases.measure("importance"):
-        inputs = (one.inputs for one in arrivals)
-        return InputSquares(mean_squares("the output head", inputs, stream.skeleton.hidden_size))
 
 
 def round_unreached(run: BlockRun, plan: QuantizationPlan, scale_dtype: torch.dtype) -> Iterator[tuple[str, Solution]]:

@@ -20,7 +20,7 @@ from llmconvert.engine.architecture.experts import expert_parameter
 from llmconvert.engine.experts import ExpertsSlot
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["Site", "find_outer_sites", "find_sites"]
+__all__ = ["Site", "find_outer_sites", "find_sites", "head_tensor"]
 
 _WEIGHT = "weight"
 
@@ -67,6 +67,12 @@ class Site:
     def layer(self) -> str:
         """The module of the layer's experts that an expert's matrix belongs to; of others, themselves."""
         return self.name if self.kind != "expert" else self.name.rsplit(".", 2)[0]
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """What overrides call it: its name, and outside the blocks by the words for that, two where it is both."""
+        words = {"head": ("head",), "embedding": ("embedding",), "tied": ("head", "embedding")}
+        return (self.name, *words.get(self.kind, ()))
 
     @property
     def is_outer(self) -> bool:
@@ -179,3 +185,8 @@ def find_outer_sites(model: PreTrainedModel, names: Mapping[str, str], last: int
         elif module is head and isinstance(module, nn.Linear):
             found[name] = Site(name, tensor, module.out_features, module.in_features, last, "head")
     return found
+
+
+def head_tensor(outer: Mapping[str, Site]) -> str | None:
+    """The checkpoint's tensor of the output head, the embedding's where they are tied; None without a head."""
+    return next((site.tensor for site in outer.values() if site.kind in ("head", "tied")), None)

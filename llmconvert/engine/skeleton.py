@@ -179,11 +179,6 @@ class Skeleton:
         return str(find_decoder(self.model).config._attn_implementation)
 
     @property
-    def head_tensor(self) -> str | None:
-        """The checkpoint's tensor of the output head, the embedding's where they are tied; None without a head."""
-        return next((site.tensor for site in self.outer.values() if site.kind in ("head", "tied")), None)
-
-    @property
     def block_count(self) -> int:
         """How many decoder blocks the model has."""
         return len(self.blocks)

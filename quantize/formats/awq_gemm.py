@@ -19,14 +19,13 @@ from llmconvert.quantize.formats.base import (
     FLOATS,
     Format,
     StoredLinear,
-    half_scale_dtype,
     model_dtype,
     require_matrix,
     require_shape,
     settings,
 )
 from llmconvert.quantize.formats.reading import Declared
-from llmconvert.quantize.narrow import half_scales
+from llmconvert.quantize.narrow import half_scale_dtype, half_scales
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.pack import pack_words, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme

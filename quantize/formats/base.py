@@ -34,7 +34,6 @@ __all__ = [
     "Format",
     "Reader",
     "StoredLinear",
-    "half_scale_dtype",
     "load_format",
     "model_dtype",
     "read_quantized",
@@ -303,30 +302,14 @@ class FileFormat(Format, Protocol):
     def types(
         self, source: Checkpoint, scheme: SchemeOrMix, overrides: Sequence[Override], *, importance: bool
     ) -> TensorTypes:
-        """The type of each tensor; see :class:`~llmconvert.quantize.scheme.Override`.
-
-        Args:
-            importance: whether errors are weighed by what is known of inputs, which gives some tensors other types.
+        """The type of each tensor; some have others where errors are weighed by the ``importance`` of inputs.
 
         Raises:
-            UnsupportedError, CheckpointError: see :meth:`Format.check_source`; an override that cannot be.
-            SchemeError: an override that matches nothing, or does not fit.
+            UnsupportedError, CheckpointError, SchemeError: see :func:`~llmconvert.gguf.export.tensor_types`.
         """
 
     def schemes(self, types: TensorTypes, scheme: SchemeOrMix) -> Mapping[str, Scheme]:
-        """What tensors of these types are stored in where a method chooses their codes, by their names.
-
-        Tensors that are stored as floats are not among them.
-        """
-
-
-def half_scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Where scales are stored in float16: in which dtype to choose them, for a model in ``dtype``.
-
-    A runtime that computes in bfloat16 rounds the scales it reads to that. Scales chosen in bfloat16 are not changed by
-    this, and float16 holds them as they are from 2⁻¹⁷ up; below, they move by at most 2⁻²⁵.
-    """
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+        """Where a method chooses codes: what it stores tensors of these types in, but for floats."""
 
 
 def load_format(name: str) -> Format:

@@ -26,11 +26,12 @@ from llmconvert.gguf.ggml.blocks import BlockCodec, Blocks, load_codec
 from llmconvert.gguf.ggml.mix import FLOATS, MIXES, GgmlMix
 from llmconvert.gguf.ggml.overrides import TypeOverride
 from llmconvert.gguf.records.importance import ImportanceMatrix
-from llmconvert.quantize.formats.base import ContainerRequest, Feature, FileFormat, StoredLinear, half_scale_dtype
+from llmconvert.quantize.formats.base import ContainerRequest, Feature, FileFormat, StoredLinear
 from llmconvert.quantize.formats.container import Container, Packed
 from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.methods.base import GgmlQuantizer
 from llmconvert.quantize.methods.imatrix import Imatrix
+from llmconvert.quantize.narrow import half_scale_dtype
 from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
 from llmconvert.quantize.solve.group_scales import nested_scales
 from llmconvert.quantize.tensor import QuantizedTensor, SuperBlockScales

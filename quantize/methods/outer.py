@@ -22,13 +22,14 @@ from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
 from llmconvert.engine.stream import Stream
 from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.phases import Phases
-from llmconvert.quantize.methods.base import Quantizer, Solution, Target
+from llmconvert.quantize.methods.base import InputSquares, Quantizer, Solution, Target
+from llmconvert.quantize.methods.imatrix import mean_squares
 from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.hessian import quadratic_form
 from llmconvert.quantize.tensor import QuantizedTensor
 
-__all__ = ["head_hessian", "outer_nbytes", "solve_outer"]
+__all__ = ["head_hessian", "head_squares", "outer_nbytes", "solve_outer"]
 
 # Rows are solved in slices of about this many weights.
 _WEIGHTS_AT_ONCE = 1 << 24
@@ -58,6 +59,14 @@ def head_hessian(sites: Iterable[Site], stream: Stream, original: Stream | None,
         for here, there in zip(arrivals, phases.pull("forward", head_inputs(original)), strict=True):
             total.add(here, there)
         return total.hessian()
+
+
+def head_squares(stream: Stream, phases: Phases) -> InputSquares:
+    """What is known of the output head, once a stream's batches have been through the last block."""
+    arrivals = phases.pull("forward", head_inputs(stream))
+    with phases.measure("importance"):
+        inputs = (one.inputs for one in arrivals)
+        return InputSquares(mean_squares("the output head", inputs, stream.skeleton.hidden_size))
 
 
 def solve_outer(

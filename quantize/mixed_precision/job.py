@@ -30,7 +30,7 @@ from llmconvert.quantize.mixed_precision.sensitivity import (
     sensitivity_needs,
 )
 from llmconvert.quantize.mixed_precision.units import FusedUnit, Storage, fused_units, outer_units, single_units
-from llmconvert.quantize.plan import Override, QuantizeRequest, outer_names
+from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
@@ -233,7 +233,7 @@ def _outside(
     free = (
         site
         for site in skeleton.outer.values()
-        if not any(fnmatchcase(name, match) for match in named for name in outer_names(site))
+        if not any(fnmatchcase(name, match) for match in named for name in site.called)
     )
     return tuple(Override(glob.escape(site.name), scheme) for site in free)
 

@@ -26,6 +26,7 @@ import torch
 from llmconvert.engine.backward import Passage, walk_back
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.memory import choose_mode
+from llmconvert.engine.sites import head_tensor
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, TapeStates, states_present
 from llmconvert.engine.statistics import accumulate_hessian, hessian_nbytes
@@ -255,7 +256,7 @@ def _outer(stack: ExitStack, subject: Subject, tape: TapeStates, work: Path) -> 
     skeleton = subject.skeleton
     gradients = stack.enter_context(closing(DiskStates(work, *subject.shape, name=_GRADIENTS)))
     measured = OuterSubject(skeleton, subject.blocks, subject.windows, tape, subject.method)
-    head, embedding = skeleton.head_tensor, embedding_tensor(skeleton)
+    head, embedding = head_tensor(skeleton.outer), embedding_tensor(skeleton)
     found: list[list[float]] = []
     for unit in subject.outer:
         schemes = subject.schemes[unit]
@@ -315,5 +316,5 @@ def _work_nbytes(subject: Subject) -> int:
 def _outer_nbytes(subject: Subject) -> int:
     """Bytes of the whole tensor that rows of head and embedding are taken from."""
     infos = subject.skeleton.checkpoint.infos
-    tensors = (subject.skeleton.head_tensor, embedding_tensor(subject.skeleton))
+    tensors = (head_tensor(subject.skeleton.outer), embedding_tensor(subject.skeleton))
     return max(infos[name].nbytes for name in tensors if name is not None) if subject.outer else 0

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from llmconvert.engine.discovery import BlockPlan
+from llmconvert.engine.sites import head_tensor
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UsageError
 from llmconvert.quantize.formats.base import Format
@@ -91,7 +92,10 @@ def embedding_tensor(skeleton: Skeleton) -> str | None:
 def outer_units(skeleton: Skeleton) -> tuple[FusedUnit, ...]:
     """Embedding and head by these words; one that is both is an embedding."""
     infos = skeleton.checkpoint.infos
-    tensors = {"embedding": (embedding_tensor(skeleton), -1), "head": (skeleton.head_tensor, skeleton.block_count)}
+    tensors = {
+        "embedding": (embedding_tensor(skeleton), -1),
+        "head": (head_tensor(skeleton.outer), skeleton.block_count),
+    }
     found: dict[str, FusedUnit] = {}
     for word in ("embedding", "head"):
         name, block = tensors[word]

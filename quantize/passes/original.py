@@ -29,13 +29,13 @@ from llmconvert.phases import Phases
 from llmconvert.quantize.execute import Sink
 from llmconvert.quantize.methods.base import InputSquares, Method, Quantizer, ScalingQuantizer, Solution, Target
 from llmconvert.quantize.methods.imatrix import mean_squares
-from llmconvert.quantize.methods.outer import head_hessian, solve_outer
+from llmconvert.quantize.methods.outer import head_hessian, head_squares, solve_outer
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
 from llmconvert.quantize.solve.fixed_scales import LargestInput
 from llmconvert.quantize.solve.kernels import load_kernels
-from llmconvert.quantize.steps import Outcome, Step, head_squares, round_unreached
+from llmconvert.quantize.steps import Outcome, Step, round_unreached
 
 __all__ = ["ForVariant", "OriginalSteps", "Variant", "VariantSink", "can_share"]
 
