@@ -174,7 +174,9 @@ def plan_quantization(
     asked = asked_for(skeleton, scheme, layout) if isinstance(scheme, Scheme) else frozenset()
     repeated = {name for block in blocks for name in block.repeated}
     narrow = narrow_linears(sites, scheme)
-    dense = gates | turned | repeated | narrow | (_idle(blocks) if skeleton.reach.idle else set())
+    # Linears of a multimodal model that text never reaches are for images, and stay as they are.
+    idle = {name for block in blocks for name in block.unreached} if skeleton.reach.idle else set[str]()
+    dense = gates | turned | repeated | narrow | idle
     own = {name: scheme if isinstance(scheme, Scheme) else scheme.get(site.tensor) for name, site in sites.items()}
     assigned = {name: _assigned((name,), None if name in dense else own[name], overrides) for name in sites}
     packed = {chosen for name, chosen in assigned.items() if chosen is not None and sites[name].kind == "linear"}
@@ -371,11 +373,6 @@ def _scaling_nbytes(block: BlockPlan, sites: Mapping[str, Site], method: Scaling
     held += 2 * method.sample_tokens * dtype.itemsize * sum(widths)
     heights = {stop: sum(sites[name].rows for name in stop.linears) for stop in block.stops}
     return held + max((method.scales_nbytes(rows, stop.columns) for stop, rows in heights.items()), default=0)
-
-
-def _idle(blocks: Sequence[BlockPlan]) -> set[str]:
-    """The linears of a multimodal model's blocks that text never reaches: they are for images, and stay as they are."""
-    return {name for block in blocks for name in block.unreached}
 
 
 def _assigned(names: Sequence[str], scheme: Scheme | None, overrides: Iterable[Override]) -> Scheme | None:

@@ -302,11 +302,7 @@ class FileFormat(Format, Protocol):
     def types(
         self, source: Checkpoint, scheme: SchemeOrMix, overrides: Sequence[Override], *, importance: bool
     ) -> TensorTypes:
-        """The type of each tensor; some have others where errors are weighed by the ``importance`` of inputs.
-
-        Raises:
-            UnsupportedError, CheckpointError, SchemeError: see :func:`~llmconvert.gguf.export.tensor_types`.
-        """
+        """The type of each tensor, see :func:`~llmconvert.gguf.export.tensor_types`."""
 
     def schemes(self, types: TensorTypes, scheme: SchemeOrMix) -> Mapping[str, Scheme]:
         """Where a method chooses codes: what it stores tensors of these types in, but for floats."""
