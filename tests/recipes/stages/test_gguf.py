@@ -26,7 +26,7 @@ CALIBRATE = 'calibrate: {dataset: "pydoc-topics:train", samples: 4, length: 64}\
         ),
         (
             "{method: signround, scheme: q4_k_m, format: gguf}",
-            r"signround chooses int codes only; methods for GGUF types are rtn, gptq, gptaq, awq, imatrix",
+            r"signround chooses int and float codes only; methods for GGUF types are rtn, gptq, gptaq, awq, imatrix",
         ),
         ("{method: imatrix, scheme: w4a16-g64}", r"imatrix chooses GGUF's codes only; methods for int are rtn, gptq"),
         ("{method: rtn, scheme: w4a16-g64, format: gguf}", r"w4a16-g64-sym: no GGUF type holds its codes; .*q4_k_m"),
