@@ -22,8 +22,9 @@ from llmconvert.errors import SchemeError
 from llmconvert.quantize.catalog.formats import only_format
 from llmconvert.quantize.catalog.methods import METHODS, needs_calibration, usual_method
 from llmconvert.quantize.scheme import Scheme, parse_scheme
+from llmconvert.recipes.schema.budget import BudgetSettings
 from llmconvert.recipes.schema.measuring import DecodingSettings, ValidateSettings
-from llmconvert.recipes.schema.named import Dtype, OptionalScheme, ScalingField, SchemeOrMix, TensorType, WidthOrScheme
+from llmconvert.recipes.schema.named import Dtype, OptionalScheme, ScalingField, SchemeOrMix
 from llmconvert.recipes.schema.presets import with_preset
 from llmconvert.recipes.schema.quantities import Bytes, Memory, Share
 from llmconvert.recipes.schema.section import Count, Device, Length, Name, Section, Seed, possible, switch, to_tuple
@@ -131,38 +132,6 @@ class OverrideSettings(Section):
 
     match: Annotated[str, Field(min_length=1)]
     scheme: OptionalScheme
-
-
-class BudgetSettings(Section):
-    """A mean number of bits per weight, scales included; layers get what brings the least divergence for it.
-
-    ``max_bytes`` is for all weight files together, in the place of a mean. ``bits`` and ``group_sizes`` are what there
-    is to choose from; among the bits may be schemes of other kinds (``[nvfp4, fp8-dynamic]``), which have groups of
-    their own. With ``format: gguf`` it is ``types`` of tensors, ``[q3_k, q4_k, q6_k]``, of embedding and head too.
-    """
-
-    bits_per_weight: Annotated[float, Field(gt=0, le=16)] | None = None
-    max_bytes: Bytes | None = None
-    bits: Annotated[tuple[WidthOrScheme, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (
-        2,
-        3,
-        4,
-        8,
-    )
-    group_sizes: Annotated[tuple[Count, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (32, 64, 128)
-    types: Annotated[tuple[TensorType, ...], BeforeValidator(to_tuple), Field(min_length=1)] | None = None
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> BudgetSettings:
-        if (self.bits_per_weight is None) == (self.max_bytes is None):
-            raise ValueError("give either bits_per_weight or max_bytes")
-        return self
-
-    @property
-    def label(self) -> str:
-        """What names the result."""
-        bits = self.bits_per_weight
-        return f"{bits:g}bpw" if bits is not None else f"{(self.max_bytes or 0) / 1e6:.4g}MB"
 
 
 class RotateSettings(Section):
