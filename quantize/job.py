@@ -92,6 +92,8 @@ def plan_quantize(
             f"method {request.method!r} needs to see what the linears before have become, or no text at all; "
             "statistics of the original are for gptq, imatrix and their like: leave them sequential"
         )
+    if request.statistics == "original" and request.kv_cache is not None:
+        raise UnsupportedError("kv_cache: a cache's scales are taken sequentially; leave it or statistics out")
     if request.experts == "all" and chosen.calibration not in ("inputs", "block"):
         raise UnsupportedError(
             f"experts: all is for methods that measure what comes to linears; {request.method!r} does not: leave it out"

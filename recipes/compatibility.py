@@ -59,6 +59,11 @@ def incompatibilities(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             f"calibrate.statistics: {settings.method} needs more than moments of the original's activations; leave it "
             "out",
         )
+    if calibrate is not None and calibrate.statistics == "original" and settings.kv_cache is not None:
+        yield (
+            ("calibrate", "statistics"),
+            "calibrate.statistics: a cache's scales (quantize.kv_cache) are taken sequentially; leave one of them out",
+        )
     yield from _asymmetric_mixture(recipe)
 
 

@@ -213,6 +213,6 @@ def with_statistics(recipe: Recipe) -> Recipe:
     if settings is None or calibrate is None:
         return recipe
     asked = "statistics" in calibrate.model_fields_set
-    able = can_share(load_method(settings.method, settings.options))
+    able = can_share(load_method(settings.method, settings.options)) and settings.kv_cache is None
     statistics = "original" if able and (not asked or calibrate.statistics == "original") else "sequential"
     return recipe.model_copy(update={"calibrate": calibrate.model_copy(update={"statistics": statistics})})

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from llmconvert.cli.summary import print_batch
+from llmconvert.errors import RecipeError
 from llmconvert.progress import SILENT
 from llmconvert.recipes.batch.run import run_batch
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.runner import run_recipe
 from llmconvert.recipes.sweep.expand import load_sweep
-from llmconvert.recipes.sweep.job import SweepResult, run_sweep
+from llmconvert.recipes.sweep.job import SweepResult, run_sweep, with_statistics
 
 
 class Log:
@@ -133,3 +134,13 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(write_recipe: Any, tmp_p
     result = swept(path, Log())
     assert not result.failures
     assert {name.split("-", 1)[1]: weights(one.artifact) for name, one in result.results.items()} == expected
+
+
+def test_a_caches_scales_are_taken_sequentially(write_recipe: Any, texts: tuple[Path, Path]) -> None:
+    calibrate = {"dataset": str(texts[0]), "samples": 4, "length": 64}
+    quantize = {"method": "gptq", "scheme": "w4a16-g32", "kv_cache": "fp8"}
+    kept = with_statistics(load_recipe(write_recipe("cached", quantize=quantize, calibrate=calibrate)))
+    assert kept.calibrate is not None and kept.calibrate.statistics == "sequential"
+    asked = write_recipe("asked", quantize=quantize, calibrate={**calibrate, "statistics": "original"})
+    with pytest.raises(RecipeError, match=r"calibrate\.statistics: a cache's scales .* are taken sequentially"):
+        load_recipe(asked)
