@@ -68,6 +68,7 @@ from llmconvert.validate.measurement import Measurement
 
 __all__ = [
     "convert_model",
+    "put_papers",
     "quantize_model",
     "require_comparable",
     "require_output",
@@ -101,7 +102,7 @@ def _opened(recipe: Recipe, progress: Progress) -> Iterator[Work]:
         yield Work(recipe, context, source, converted_view(recipe, source, stored, adapter), stored, adapter)
 
 
-def _with_papers(work: Work) -> None:
+def put_papers(work: Work) -> None:
     """Before the weights are written: what lies beside them will be about them, and not about their source."""
     with_papers(work)
     work.view = converted_view(work.recipe, work.source, work.stored, work.adapter)
@@ -129,7 +130,7 @@ def convert_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) 
     require_output(recipe, output)
     recipe = recipe.model_copy(update={"quantize": None})
     with interruptible(), _opened(recipe, progress) as work:
-        _with_papers(work)
+        put_papers(work)
         made = (
             _built(stream_stage(recipe), work, output) if recipe.stream else _built(convert_stage(recipe), work, output)
         )
@@ -166,7 +167,7 @@ def rewrite_model(
             require_mergeable(checkpoint, settings)
         if recipe.calibrate is not None:
             draw_text(work, CALIBRATION, WindowRequest.calibration(recipe.calibrate))
-        _with_papers(work)
+        put_papers(work)
         merge = attention_stage(settings)
         if healing is None or request is None:
             return _built(merge, work, output), None
@@ -206,13 +207,13 @@ def quantize_model(
     lessons, distilling = distil_request(recipe), distil_settings(recipe)
     with interruptible(), _opened(recipe, progress) as work:
         if recipe.stream:
-            _with_papers(work)
+            put_papers(work)
             streamed = _built(stream_stage(recipe), work, output)
             assert isinstance(streamed, QuantizeReport)
             return streamed, None
         if recipe.calibrate is not None and settings.calibrates:
             draw_text(work, CALIBRATION, WindowRequest.calibration(recipe.calibrate))
-        _with_papers(work)
+        put_papers(work)
         stage = quantize_stage(settings, after=ORIGINAL, statistics=statistics_of(recipe))
         if distilling is None or lessons is None:
             return _built(stage, work, output), None

@@ -11,7 +11,7 @@ from llmconvert.recipes.planning.headers import Headers, open_headers
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 from llmconvert.recipes.planning.planner import assemble_plan, fetching, step_of, work_of
 from llmconvert.recipes.schema.recipe import Recipe
-from llmconvert.recipes.single import require_comparable, require_output
+from llmconvert.recipes.single import put_papers, require_comparable, require_output
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
 from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
 from llmconvert.recipes.stages.measurements import foresee_measuring, require_accepted, require_measurable
@@ -51,6 +51,8 @@ def plan_making(recipe: Recipe, output: Path) -> RunPlan:
     if recipe.attention is not None:
         with work.view.open() as dense:
             require_mergeable(dense, recipe.attention)
+    if recipe.quantize is not None and recipe.quantize.format == "gguf":
+        put_papers(work)  # the file itself tells what its card says
     steps, readers = list(fetching(headers)), ""
     *before, last = _stages(recipe)
     for stage in (*before, last):

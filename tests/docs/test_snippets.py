@@ -181,7 +181,8 @@ def test_recipes_are_valid(block: Block) -> None:
         "quantize": {"method": "gptq", "scheme": "w4a16-g64"},
         "validate": {"perplexity": {"dataset": "wikitext-2:test"}},
     }
-    made = make_sweep if "matrix" in values else make_recipe
+    varied = "matrix" in values or "schemes" in values.get("quantize", {})
+    made = make_sweep if varied else make_recipe
     made({"model": "org/name", **usual, **values})
 
 

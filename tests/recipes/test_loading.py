@@ -340,7 +340,7 @@ def test_what_can_be_only_one_thing_need_not_be_said() -> None:
     found = quantize_of("model: m\nquantize: {scheme: q4_k_m}")
     assert (found.method, found.format) == ("rtn", "gguf")
     found = quantize_of("model: m\ncalibrate: {dataset: d}\nquantize: {scheme: q4_k_m}")
-    assert (found.method, found.format) == ("imatrix", "gguf")
+    assert (found.method, found.format) == ("gptq", "gguf")
     found = quantize_of("model: m\nquantize: {scheme: nf4}")
     assert (found.method, found.format) == ("rtn", "bitsandbytes")
     found = quantize_of("model: m\ncalibrate: {dataset: d}\nquantize: {scheme: w4a16-g64}")

@@ -101,7 +101,8 @@ def test_error_feedback_fills_the_same_types(method: str, mix: str, family: str,
     with SafetensorsCheckpoint(directory) as source:
         plain = write(source, tmp_path / "plain.gguf", mix, windows=WINDOWS, name="tiny")
         solved = write(source, tmp_path / "tiny.gguf", mix, windows=WINDOWS, name="tiny", method=method)
-    assert solved.types == plain.types and solved.nbytes == plain.nbytes
+    assert solved.types == plain.types
+    assert 0 <= plain.nbytes - solved.nbytes < 256  # what the other says of its importance matrix
     assert len(solved.layers) == 14 and all(layer.error is not None for layer in solved.layers)
     assert len({layer.scheme for layer in solved.layers}) == (1 if mix in ("q4_0", "iq4_xs") else 2)
     runs_in_llama_cpp(solved.output, directory)
