@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from llmconvert.context import Context
 from llmconvert.errors import CapacityError, DatasetError, UnsupportedError, UsageError
 from llmconvert.quantize.distil.optimizer import StoredAdam
-from llmconvert.quantize.distil.weights import LearnedValue, LearnedWeight
+from llmconvert.quantize.distil.weights import LearnedValue, LearnedWeight, Trained
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.methods.base import Target
 from llmconvert.quantize.methods.rtn import Rtn
@@ -40,7 +40,7 @@ def test_steps_are_adams_on_what_autograd_passes_through_the_roundings(name: str
     norm = nn.Parameter(torch.rand(32, generator=generator) + 0.5)
     value = nn.Parameter(start.dequantize(torch.float32))
     learned = LearnedWeight(start, value, torch.float32, torch.bfloat16, own if moving else None)
-    trained = {"w": learned, "n": LearnedValue(norm.detach().clone(), norm)}
+    trained: dict[str, Trained] = {"w": learned, "n": LearnedValue(norm.detach().clone(), norm)}
     ours = StoredAdam(trained, lr=0.02, code_rate=0.1)
 
     groups = start.scale.shape[1]

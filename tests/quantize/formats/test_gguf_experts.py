@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def quantized(directory: Path, method: str) -> QuantizeResult:
     output = directory.parent / f"{method}.gguf"
     output.unlink(missing_ok=True)
     with SafetensorsCheckpoint(directory) as source:
-        text = {} if method == "rtn" else {"windows": WINDOWS}
+        text: dict[str, Any] = {} if method == "rtn" else {"windows": WINDOWS}
         return quantize_checkpoint(
             source, output, method=method, scheme=MIXES["q4_0"], format="gguf", name="tiny", **text
         )

@@ -122,7 +122,7 @@ def test_a_tied_matrix_does_not_move_toward_what_only_the_head_would_gain_from()
     gptaq = load_quantizer("gptaq", {})
     found = {}
     for kind in ("tied", "head"):
-        site = Site("x", "x.weight", 96, 64, 1, kind)  # type: ignore[arg-type]
+        site = Site("x", "x.weight", 96, 64, 1, kind)
         hessian = Hessian(moments.clone(), 200, drifted.clone())
         found[kind] = outer.solve_outer(site, weight, SCHEME, gptaq, hessian, torch.float32).tensor
     still = Hessian(moments.clone(), 200, moments.clone())

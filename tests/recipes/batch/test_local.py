@@ -115,7 +115,7 @@ def test_two_that_would_take_one_place_are_refused_before_anything_starts(write_
     two = quick(write_recipe, "two", publish={"to": f"file:{tmp_path}/there/../out"})
     for engine in ("here", "local"):
         with pytest.raises(UsageError, match=r"one\.yaml and .*two\.yaml would both be published to file:.*/out"):
-            run_batch([one, two], work_dir=tmp_path / "work", engine=engine)  # type: ignore[arg-type]
+            run_batch([one, two], work_dir=tmp_path / "work", engine=engine)
     assert not (tmp_path / "work").exists()
     # Not published, they take no place.
     assert len(read_jobs([one, two], Settings(publish=False))) == 2
