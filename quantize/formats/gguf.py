@@ -108,7 +108,10 @@ class Gguf(FileFormat):
 
     def mix_of(self, scheme: SchemeOrMix) -> GgmlMix:
         """The types of a file's tensors; of a scheme, those of the mix whose base holds its codes."""
-        return scheme if isinstance(scheme, GgmlMix) else MIXES[_codec(scheme).name.lower()]
+        if isinstance(scheme, GgmlMix):
+            return scheme
+        kind = _codec(scheme).name.lower()
+        return MIXES.get(kind) or MIXES[f"{kind}_m"]
 
     def types(
         self, source: Checkpoint, scheme: SchemeOrMix, overrides: Sequence[Override], *, importance: bool

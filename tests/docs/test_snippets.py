@@ -15,6 +15,7 @@ import tomllib
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,6 +25,7 @@ from support.pages import PAGES, ROOT, Block, blocks, prose
 from support.tiny_models import tiny_llama_dir
 
 from llmconvert.cli import main
+from llmconvert.gguf.records.importance import ImportanceMatrix, write_importance
 from llmconvert.recipes.loading import make_recipe
 from llmconvert.recipes.sweep.expand import make_sweep
 
@@ -125,6 +127,11 @@ def pages_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         here / "org/lora/adapter_model.safetensors",
     )
     (here / "org/lora/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 0.001}')
+    linears = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    names = [f"blk.{block}.{linear}.weight" for block in range(2) for linear in linears]
+    alike = {name: np.ones(256, np.float32) for name in names}
+    seen = {name: np.ones(1, np.float32) for name in names}
+    write_importance(here / "imatrix.gguf", ImportanceMatrix(alike, seen, ("words.txt",), 1, 1))
     texts = [topics[key] for key in sorted(topics)]
     (here / "FILE").write_text("\n".join(texts[:20])[:16_000])
     (here / "TEST").write_text("\n".join(texts[-20:])[:8_000])
@@ -168,6 +175,7 @@ def test_commands_run(block: Block, world: Path) -> None:
         if words[0] == "validate" and set(words) & set(MEASURED_FOR_MINUTES):
             continue
         small = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+        small = [path for word in small for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
         done = CliRunner().invoke(main, small)
         assert done.exit_code == 0, f"{' '.join(words)}\n{done.output}\n{done.exception}"
 

@@ -108,3 +108,9 @@ def test_who_reads_an_artifact_is_who_reads_all_its_schemes() -> None:
     assert readership("gguf", [parse_scheme("q4_k_m")]).read == ("llama.cpp",)
     nobody = readership("compressed-tensors", [Scheme.parse("w3a16-g64")])
     assert not nobody.read and str(nobody).startswith("schemes read by no runtime but ours; transformers was never run")
+
+
+def test_who_reads_a_mix_reads_the_codes_of_its_types() -> None:
+    """What a method chose for the tensors of a mix are schemes of block types."""
+    for kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q8_0", "IQ4_NL", "IQ4_XS"):
+        assert [runtime.name for runtime in readers_of("gguf", Scheme.of_block(kind))] == ["llama.cpp"], kind

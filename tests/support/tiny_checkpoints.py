@@ -104,6 +104,8 @@ _OTHERS: Mapping[str, Mapping[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "emu3": {"vocabulary_map": _IMAGES},
     "ernie4_5_vl_moe": _sectioned(3, 3, 2),
+    "gemma3n": {"text_config": {"intermediate_size": 128}},
+    "gemma3n_text": {"intermediate_size": 128},
     "glm46v": _sectioned(2, 3, 3),
     "glmga": _sectioned(2, 3, 3),
     "glm4v": _sectioned(2, 3, 3),

@@ -37,7 +37,6 @@ def test_a_job_whose_node_dies_finishes_on_the_other(write_recipe: Any, tmp_path
         str(write_recipe(name, quantize={"method": "rtn", "scheme": scheme}, validate=None))
         for name, scheme in (("one", "w4a16-g32"), ("two", "w8a16-g32"))
     ]
-    recipes.append(str(write_recipe("absent", model=str(tmp_path / "none"), validate=None)))
     work, logs = tmp_path / "work", tmp_path / "logs"
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
@@ -55,11 +54,11 @@ def test_a_job_whose_node_dies_finishes_on_the_other(write_recipe: Any, tmp_path
                 lines.append(line)
                 if sum("started" in said for said in lines) == 2 and "started" in line:
                     cluster.remove_node(second, allow_graceful=False)
-        assert driver.returncode == 4, "".join(lines)  # what the one that can't be ends with
+        assert driver.returncode == 0, "".join(lines)
     finally:
         cluster.shutdown()
     assert sum("done in" in line for line in lines) == 2, "".join(lines)
-    here = run_batch(recipes[:2], work_dir=tmp_path / "here")
+    here = run_batch(recipes, work_dir=tmp_path / "here")
     made = {path.read_bytes() for path in work.glob("artifact-*/model/model.safetensors")}
     assert made == {(one.result.artifact / "model.safetensors").read_bytes() for one in here if one.result is not None}
     said = "".join((logs / f"00{number}-{name}.log").read_text() for number, name in ((1, "one"), (2, "two")))
