@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llmconvert.engine.architecture.boundary import WHOLE, foreign_settings
@@ -99,6 +100,12 @@ def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan,
         ids = torch.zeros((1, length), dtype=torch.long, device=skeleton.device)
         with foreign_settings(f"architecture {kind!r} cannot be traced on shapes alone", WHOLE), tracker:
             model(input_ids=ids, use_cache=False)
+    handed = next((recorder.handed for recorder in recorders if recorder.handed), "")
+    if handed:
+        raise UnsupportedError(
+            f"architecture {kind!r}: its blocks hand each other more than hidden states ({handed}), and a pass that "
+            f"begins at a block has nothing else; {WHOLE}"
+        )
     if order != list(range(len(blocks))):
         raise UnsupportedError(
             f"architecture {kind!r}: its forward passes the blocks in the order {order[:8]}…, expected each once, "
@@ -134,11 +141,33 @@ class _Tracker(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.sums = _Sums()
+        #: The argument of the block under way, returned by the one before it, that an operator has read.
+        self.used = ""
+        self._handed: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._watched: dict[int, str] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def hand(self, values: Sequence[object]) -> None:
+        """A block returns these beside its hidden state."""
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        self._handed = {value.untyped_storage()._cdata: weakref.ref(value) for value in tensors}
+        self._watched = {}
+
+    def watch(self, given: Mapping[str, object]) -> None:
+        """A block gets these arguments beside its hidden state."""
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        keys = {value.untyped_storage()._cdata: name for name, value in tensors.items()}
+        alive = {key for key, one in self._handed.items() if one() is not None}
+        self._watched = {key: name for key, name in keys.items() if key in alive}
+        self.used = ""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if self._watched:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in self._watched:
+                    self.used = self._watched[value.untyped_storage()._cdata]
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, torch.Tensor):
@@ -208,20 +237,26 @@ class _BlockRecorder:
         self._linears: tuple[str, ...] = ()
         self._returned = 0
         self._peak = 0
+        #: The argument by which the block uses more of the one before it than its hidden state; empty without.
+        self.handed = ""
 
     def attach(self, block: nn.Module, prefix: str, linears: Mapping[str, nn.Module], order: list[int]) -> None:
         self._linears = tuple(linears)
 
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if args and isinstance(args[0], torch.Tensor):
                 order.append(self.index)
+            given = {**{f"argument {place}": value for place, value in enumerate(args[1:], 2)}, **kwargs}
+            self._tracker.watch(given)
             self._tracker.peak = self._tracker.live
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._returned = len(output) if isinstance(output, tuple) else 0
+            self.handed = self._tracker.used
+            self._tracker.hand(output[1:] if isinstance(output, tuple) else ())
             self._peak = self._tracker.peak
 
-        block.register_forward_pre_hook(enter)
+        block.register_forward_pre_hook(enter, with_kwargs=True)
         block.register_forward_hook(leave)
         modules = {prefix + name: module for name, module in block.named_modules() if name}
         for name, module in modules.items():

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from support.tiny_architectures import ARCHITECTURES, ids, tiny_model, unreached_model
+from support.tiny_checkpoints import save_tiny_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
@@ -222,3 +223,24 @@ def test_shapes_that_contradict_the_config_are_named(tmp_path: Path) -> None:
     checkpoint = save_config(tiny_model(tmp_path / "model"), intermediate_size=128)
     with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp\..*' has shape .*96.*, config\.json says .*128"):
         Skeleton(checkpoint, CPU)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name", "what"),
+    [
+        ("zaya", "ZayaForCausalLM", "argument 2"),  # the routers' states
+        ("hy_v4", "HYV4ForCausalLM", "prev_topk_indices"),  # tokens that the layer before has chosen
+        ("glm_moe_dsa", "GlmMoeDsaForCausalLM", ""),  # hands them on, and uses its own
+    ],
+)
+def test_blocks_that_use_more_of_each_other_than_hidden_states(
+    model_type: str, class_name: str, what: str, tmp_path: Path
+) -> None:
+    save_tiny_checkpoint(tmp_path / "m", model_type, class_name)
+    with SafetensorsCheckpoint(tmp_path / "m") as source:
+        skeleton = Skeleton(source, torch.device("cpu"))
+        if not what:
+            assert discover(skeleton)
+            return
+        with pytest.raises(UnsupportedError, match=rf"'{model_type}': its blocks hand each other more .* \({what}\)"):
+            discover(skeleton)
