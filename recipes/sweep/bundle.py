@@ -111,8 +111,8 @@ def write_set(sweep: Sweep, folder: Path, variants: Mapping[str, MadeVariant], h
     if picture is not None:
         (folder / _PLOT).parent.mkdir(parents=True, exist_ok=True)
         write_file(folder / _PLOT, picture)
-    first = next(iter(variants.values()))
-    card = render_set_card(_front_matter(variants), first.report.model.name, members, _PLOT if picture else None)
+    source = next(iter(variants.values())).report.model.source.partition("@")[0]
+    card = render_set_card(_front_matter(variants), Path(source).name, members, _PLOT if picture else None)
     write_file(folder / CARD, card.encode())
     return hashes.read(folder)
 

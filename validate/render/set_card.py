@@ -59,7 +59,7 @@ def render_set_card(front_matter: str, title: str, members: Mapping[str, SetMemb
 
     Args:
         front_matter: fences included.
-        title: of the repository.
+        title: of the card: what was quantized.
         members: by name.
         plot: the name of a picture of sizes against perplexity; None without one.
     """

@@ -21,7 +21,7 @@ from llmconvert.validate.render.set_card import SetMember, render_set_card
 SCHEMES = ["q4_0", "q5_0", "q8_0"]
 
 
-def test_a_set_of_gguf_files_is_published_with_one_card(write_recipe: Any, tmp_path: Path) -> None:
+def test_a_set_of_gguf_files_is_published_with_one_card(write_recipe: Any, tiny_llama: Path, tmp_path: Path) -> None:
     target = {"to": f"file:{tmp_path / 'set'}", "set": True}
     quantize = {"method": "imatrix", "format": "gguf", "schemes": SCHEMES}
     sweep = load_sweep(write_recipe("many", quantize=quantize, publish=target))
@@ -41,6 +41,7 @@ def test_a_set_of_gguf_files_is_published_with_one_card(write_recipe: Any, tmp_p
         assert value is not None and f"| [{name}]({name}) |" in card and f"| {value:.2f} |" in card
         with open_gguf(directory / name) as stored:
             assert stored.config["model_type"] == "llama"
+    assert f"\n# {tiny_llama.name}\n" in card
     assert "![Size against perplexity](llmconvert/sizes.png)" in card
     assert (directory / "llmconvert" / "sizes.png").read_bytes().startswith(b"\x89PNG")
     assert "- 8 GB: `" in card and "with 32k tokens of context" in card
