@@ -24,6 +24,8 @@ __all__ = ["batch_values", "print_batch", "print_comparison", "print_report"]
 
 # Where no terminal says how wide it is: wide enough for every column, as a log should be.
 _WIDTH = 120
+# Runs whose whole tables are shown; of more, their reports have them.
+_WHOLE = 3
 
 
 def print_comparison(comparison: ReportComparison) -> None:
@@ -51,11 +53,11 @@ def batch_values(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def print_batch(outcomes: Sequence[Outcome]) -> None:
-    """Every run's own table, or one line of each variant of a sweep; and how each of several ended."""
+    """Every run's own table, of a few, or one line of each variant of a sweep; and how each of several ended."""
     console = _console()
     for sweep in {id(one.sweep): one.sweep for one in outcomes if one.sweep is not None}.values():
         _print_sweep(sweep, console)
-    for outcome in outcomes:
+    for outcome in outcomes if len(outcomes) <= _WHOLE else ():
         if outcome.result is not None and outcome.sweep is None:
             render_terminal(outcome.result.report, console, locations=_locations(outcome.result))
     if len(outcomes) == 1:
