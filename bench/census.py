@@ -69,7 +69,7 @@ from llmconvert.storage.checkpoint import Checkpoint
 __all__ = ["CLASSES", "Case", "Finding", "examine", "examine_all", "markdown_page"]
 
 SECONDS = 150
-MEMORY = 3 << 30
+MEMORY = 6 << 30
 SCHEME = "w4a16-g32"
 METHODS = ("rtn", "gptq")
 LENGTH = 24
