@@ -115,6 +115,11 @@ def plan_quantize(
         )
     lengths = [window.shape[1] for window in windows] if calibrated else []
     blocks = discover(skeleton, max(lengths) if lengths else PROBE_LENGTH)
+    if lengths and any(block.entering != max(lengths) * skeleton.hidden_size for block in blocks):
+        raise UnsupportedError(
+            f"architecture {skeleton.architecture.model_type!r}: its blocks get more or fewer hidden states than the "
+            "text has tokens, and calibration keeps one for each; use method: rtn or hqq, which need no text"
+        )
     decisions, work, scale_dtype = plan_encoding(skeleton), 0, skeleton.dtype
     types: TensorTypes | None = None
     schemes: SchemeOrMix | Mapping[str, Scheme] = request.scheme

@@ -64,6 +64,7 @@ class BlockPlan:
         repeated: those that it calls more than once. Batches don't stand still there.
         returned: values in the tuple ``(hidden, …)`` that the block returns; 0 if it returns the hidden state itself.
         peak_nbytes: most bytes one batch has alive anywhere inside the block.
+        entering: numbers in the hidden state that enters it, of a batch of the length that was traced.
     """
 
     index: int
@@ -72,6 +73,7 @@ class BlockPlan:
     returned: int
     peak_nbytes: int
     repeated: tuple[str, ...] = ()
+    entering: int = 0
 
 
 def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan, ...]:
@@ -236,6 +238,7 @@ class _BlockRecorder:
         self._repeated: dict[str, None] = {}
         self._linears: tuple[str, ...] = ()
         self._returned = 0
+        self._entering = 0
         self._peak = 0
         #: The argument by which the block uses more of the one before it than its hidden state; empty without.
         self.handed = ""
@@ -246,6 +249,7 @@ class _BlockRecorder:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if args and isinstance(args[0], torch.Tensor):
                 order.append(self.index)
+                self._entering = args[0].numel()
             given = {**{f"argument {place}": value for place, value in enumerate(args[1:], 2)}, **kwargs}
             self._tracker.watch(given)
             self._tracker.peak = self._tracker.live
@@ -312,7 +316,7 @@ class _BlockRecorder:
                 stops.append(Stop(linears, group.columns, group.held, residual))
         unreached = tuple(name for name in self._linears if name not in self._seen)
         repeated = tuple(self._repeated)
-        return BlockPlan(self.index, tuple(stops), unreached, self._returned, self._peak, repeated)
+        return BlockPlan(self.index, tuple(stops), unreached, self._returned, self._peak, repeated, self._entering)
 
 
 @dataclass(slots=True)
