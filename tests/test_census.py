@@ -102,8 +102,8 @@ def test_what_is_refused_is_said_with_the_model_the_cause_and_what_to_do() -> No
     rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| refused[^|]*\| (.*) \|$", page, re.MULTILINE)
     assert len(rows) > 10
     for model_type, name, said in rows:
-        assert re.search(rf"architecture '[^']+'|model type '[^']+'|{name}|scheme w4", said), model_type
-        assert re.search(r"\b(convert|use|take|give|save it anew|override|mend|install)\b", said, re.IGNORECASE), said
+        assert re.search(rf"architecture '[^']+'|model type '[^']+'|{name}", said), model_type
+        assert re.search(r"\b(convert|use|take|save it anew|override|mend|install)\b", said, re.IGNORECASE), said
 
 
 def test_the_page_counts_and_says_why(census: ModuleType) -> None:

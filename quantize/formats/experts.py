@@ -44,7 +44,10 @@ def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], met
     apart = any(site.experts is not None and site.experts.apart for site in experts)
     if scheme is None:
         if apart or any(site.stored_alone for site in experts):
-            layout.check_dense_experts({chosen for chosen in assigned.values() if chosen is not None}, apart=apart)
+            try:
+                layout.check_dense_experts({chosen for chosen in assigned.values() if chosen is not None}, apart=apart)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"architecture {skeleton.architecture.model_type!r}: {error}") from error
         return
     layout.check_experts(scheme, apart=apart)
     unread = next((site.unread for site in experts if site.unread), "")

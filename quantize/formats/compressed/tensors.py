@@ -117,7 +117,7 @@ class CompressedTensors(Format):
         if others:
             raise UnsupportedError(
                 f"scheme {others[0]}: transformers can't load dense experts in tensors of their own beside integers; "
-                "quantize the experts too (w4a16-g64, w8a16-g128, fp8), or give all other linears fp8"
+                "quantize the experts too (w4a16-g64, w8a16-g128, fp8), or use fp8 for all other linears"
             )
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
