@@ -16,10 +16,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llmconvert.errors import MachineError, OutputError
+from llmconvert.errors import LlmconvertError, MachineError, OutputError
 from llmconvert.storage.disk import NOT_ALLOWED
 
-__all__ = ["Readers", "lock_path", "locked", "unread"]
+__all__ = ["Readers", "clear_locks", "lock_path", "locked", "unread"]
 
 _POLL_SECONDS = 0.1
 
@@ -65,6 +65,14 @@ def locked(path: Path, *, wait: Callable[[str], None] | None = None) -> Iterator
         with suppress(OSError):  # one that stays blocks nobody
             file.unlink()
         lock.release()
+
+
+def clear_locks(directory: Path) -> None:
+    """Remove the lock files that killed runs left in ``directory``; those that are held stay."""
+    for file in directory.glob(".*.lock"):
+        path = file.with_name(file.name.removeprefix(".").removesuffix(".lock"))
+        with suppress(LlmconvertError), locked(path):
+            pass
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from llmconvert.machine import of_machine
 from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.contents import Hashes
-from llmconvert.storage.lock import Readers, lock_path, locked, unread
+from llmconvert.storage.lock import Readers, clear_locks, lock_path, locked, unread
 from llmconvert.storage.stage_record import (
     STAGE_FILE,
     StageResult,
@@ -286,6 +286,8 @@ class StageRun:
             begin = time.perf_counter()
             with PeakMemory() as memory:
                 details = self._fill(wanted, staging, resumed or begun is not None)
+            # A run that was killed just after its artifact appeared left its lock, and nobody builds that one again.
+            clear_locks(staging)
             before = begun or Begun()
             result = StageResult(
                 name=name,

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
 
 from llmconvert.errors import CalibrationError
 from llmconvert.progress import Task
@@ -82,6 +81,9 @@ class Training:
         Raises:
             CalibrationError: the losses are not finite.
         """
+        # Imported where it is used: with it come peft and bitsandbytes, a second and a half of every command's start.
+        from transformers import get_cosine_schedule_with_warmup
+
         options, learner = self._options, self._learner
         optimizer = learner.optimizer
         state = self._restore(state) if state is not None else self._begin(identity)
