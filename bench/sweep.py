@@ -4,8 +4,10 @@
         [--windows 8] [--window 1024] [--rounds 2] [--method gptq]
 
 Every run is a whole process of ``llmconvert run`` in a work directory of its own; rounds alternate. One alone is
-sequential, as a recipe by itself is. What is counted is the step that quantizes, as its report has it; the sweep's is
-that of all variants together. Quality is measured for every scheme both ways, on text that calibration never saw.
+sequential, as a recipe by itself is. What is counted are the steps that quantize and that measure, as reports have
+them; the sweep's are those of all variants together. Eight that are quantized in a pass each are measured in one pass
+of the original all the same, so eight that are measured by themselves are eight times one. Quality is measured for
+every scheme both ways, on text that calibration never saw.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import shutil
 import statistics
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +51,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    rows = []
+    ones, eights = [], []
     for number in range(options.rounds):
-        measured = number == 0
-        rows.append(
-            (run(options, "one", SCHEMES[:1], "sequential", measured), run(options, "eight", SCHEMES, None, measured))
-        )
-        print(f"round {number + 1}: {rows[-1][0][0]:.1f} s, {rows[-1][1][0]:.1f} s", file=sys.stderr, flush=True)
-    one, eight = (statistics.median(row[kind][0] for row in rows) for kind in (0, 1))
-    apart = run(options, "apart", SCHEMES, "sequential", True)
+        ones.append(run(options, "one", SCHEMES[:1], "sequential"))
+        eights.append(run(options, "eight", SCHEMES, None))
+        print(f"round {number + 1}: {ones[-1]}, {eights[-1]}", file=sys.stderr, flush=True)
+    apart = run(options, "apart", SCHEMES, "sequential")
+    one, eight = (
+        (statistics.median(row.quantizing for row in rows), statistics.median(row.measuring for row in rows))
+        for rows in (ones, eights)
+    )
     table = [
-        [name, f"{seconds:.1f}", f"{seconds / one:.2f}", megabytes(peak)]
-        for name, seconds, peak in (
-            ("one, sequential", one, rows[0][0][1]),
-            ("eight in one pass", eight, rows[0][1][1]),
-            ("eight, a pass each", apart[0], apart[1]),
+        [name, f"{q:.1f}", f"{q / one[0]:.2f}", f"{m:.1f}", f"{m / one[1]:.2f}", megabytes(peak)]
+        for name, (q, m), peak in (
+            ("one, sequential", one, ones[0].peak),
+            ("eight in one pass", eight, eights[0].peak),
+            ("eight, a pass each", (apart.quantizing, apart.measuring), apart.peak),
         )
     ]
     tokens = f"{options.samples} × {options.length} tokens"
     print(f"{options.model.name}, {options.method}, {tokens}, {options.threads} threads")
-    print(markdown_table(["", "seconds quantizing", "ratio", "peak RSS of the process"], table))
-    shared, own = rows[0][1][2], apart[2]
+    heading = ["", "seconds quantizing", "ratio", "seconds measuring", "ratio", "peak RSS of the process"]
+    print(markdown_table(heading, table))
+    shared, own = eights[0].quality, apart.quality
     quality = [
         [
             scheme,
@@ -83,10 +88,18 @@ def main() -> None:
     print("\n" + markdown_table(heading, quality))
 
 
-def run(
-    options: argparse.Namespace, name: str, schemes: tuple[str, ...], statistics_of: str | None, measured: bool
-) -> tuple[float, int, dict[str, tuple[float, float]]]:
-    """Seconds of the steps that quantize, peak bytes of the process, and perplexity and KL by scheme."""
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a run cost: seconds of its steps, peak bytes of the process; and perplexity and KL by scheme."""
+
+    quantizing: float
+    measuring: float
+    peak: int
+    quality: dict[str, tuple[float, float]] = field(repr=False)
+
+
+def run(options: argparse.Namespace, name: str, schemes: tuple[str, ...], statistics_of: str | None) -> Made:
+    """Run a recipe with these schemes."""
     work = options.work / name
     shutil.rmtree(work, ignore_errors=True)
     calibrate: dict[str, Any] = {
@@ -103,22 +116,22 @@ def run(
         "matrix": {"quantize.scheme": list(schemes)},
         "work_dir": str(work),
     }
-    if measured:
-        text = {"dataset": str(options.evaluation), "window": options.window, "max_windows": options.windows}
-        recipe["validate"] = {"perplexity": text}
+    text = {"dataset": str(options.evaluation), "window": options.window, "max_windows": options.windows}
+    recipe["validate"] = {"perplexity": text}
     path = options.work / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     command = [Path(sys.executable).parent / "llmconvert", "run", path]
     cost = run_measured(command, threads=options.threads, log=options.work / f"{name}.log")
-    seconds, quality = 0.0, {}
+    seconds = {"quantize": 0.0, "validate": 0.0}
+    quality = {}
     for stage in sorted(work.glob("artifact-*")):
         report = json.loads((stage / "model" / "llmconvert" / "report.json").read_text())
-        seconds += next(step["seconds"] for step in report["steps"] if step["name"] == "quantize")
+        for step in report["steps"]:
+            if step["name"] in seconds:
+                seconds[step["name"]] += step["seconds"]
         checks = {check["name"]: check.get("value") for check in report["checks"]}
-        scheme = report["model"]["scheme"].removesuffix("-sym")
-        if measured:
-            quality[scheme] = (checks["perplexity"], checks["kl_mean"])
-    return seconds, cost.peak_rss, quality
+        quality[report["model"]["scheme"].removesuffix("-sym")] = (checks["perplexity"], checks["kl_mean"])
+    return Made(seconds["quantize"], seconds["validate"], cost.peak_rss, quality)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,11 @@ class Running:
         perform(self.stages, self.work, stage)
         self._done += 1
 
+    def make(self) -> None:
+        """Do the stages that are left up to the artifact's model, which is then still to be measured."""
+        while self.next_stage is not None:
+            self.advance()
+
     def finish(self) -> RunResult:
         """Do what is left; nothing is published.
 
@@ -190,8 +195,7 @@ class Running:
             GateError: the artifact misses a limit; it is kept.
             LlmconvertError: see :func:`run_recipe`.
         """
-        while self.next_stage is not None:
-            self.advance()
+        self.make()
         self._made = _write_up(self.stages, self.work, self.todo)
         if self.plan is not None:
             self.plan.remember(self.work.steps)

@@ -29,7 +29,7 @@ from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.measurement import Measurement, Subject
 
-__all__ = ["ValidationPlan", "plan_validation", "validate_artifact"]
+__all__ = ["ValidationPlan", "comparing_needs", "plan_validation", "validate_artifact"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +118,8 @@ def plan_validation(
     if windows is not None:
         # Of an original the artifact needs no more; it may be still to be made.
         with open_artifact(artifact) if reference is None else nullcontext(reference) as model:
-            needs = _streaming_needs(
-                open_dense(model, weights_only=reference is not None),
-                windows,
-                1 if reference is None else 2,
-                context,
-                dtype,
-            )
+            dense = open_dense(model, weights_only=reference is not None)
+            needs = comparing_needs(dense, windows, int(reference is not None), context, dtype)
     needed = needs.memory if context.device.type == "cpu" else needs.device_memory
     if context.memory is not None and needed > context.memory:
         raise CapacityError(
@@ -134,24 +129,36 @@ def plan_validation(
     return ValidationPlan(tuple(measurements), needs, artifact, reference, windows, dtype, seed, context)
 
 
-def _streaming_needs(
-    model: Checkpoint, windows: TokenWindows, models: int, context: Context, dtype: torch.dtype | None
+def comparing_needs(
+    model: Checkpoint, windows: TokenWindows, artifacts: int, context: Context, dtype: torch.dtype | None = None
 ) -> Needs:
-    """Of ``models`` like this one that run side by side, a block of each at a time."""
+    """What :func:`~llmconvert.validate.predictions.compared.compare_models` takes for an original and artifacts of it.
+
+    Args:
+        model: the original, or one like it; dense weights.
+        windows: evaluation text.
+        artifacts: how many are compared in one pass; with none, the model is scored alone.
+        context: device.
+        dtype: what evaluation computes in.
+    """
     try:
         skeleton = Skeleton(model, context.device, dtype)
         plans = discover(skeleton, windows.length)
     except LlmconvertError:  # a broken artifact is for the measurements to tell
         return Needs(memory=BASE_NBYTES)
+    models, beside = 1 + artifacts, min(artifacts, 1) + 1
     lengths = [windows.length] * windows.drawn
-    states = sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
-    kept = min(states, STATES_IN_MEMORY_NBYTES)
+    states = models * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
+    kept = min(states, beside * STATES_IN_MEMORY_NBYTES)
     blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
     # The logits of a window, as computed and as the model may scale them.
     logits = 2 * windows.length * skeleton.architecture.vocab_size * skeleton.dtype.itemsize
-    each = skeleton.outer_nbytes(head=True) + blocks + activation_nbytes(plans, skeleton, lengths, "replay") + logits
-    parts = {"base": BASE_NBYTES, "two blocks": blocks, "models": models * (each + kept) - blocks}
-    return MemoryEstimate("replay", parts).needs(context.device, disk=models * (states - kept))
+    outer = skeleton.outer_nbytes(head=True)
+    each = outer + blocks + activation_nbytes(plans, skeleton, lengths, "replay") + logits
+    # Of more artifacts, blocks are there one after the other.
+    parts = {"base": BASE_NBYTES, "two blocks": blocks, "models": beside * each - blocks + (models - beside) * outer}
+    estimate = MemoryEstimate("replay", {**parts, "states": kept})
+    return estimate.needs(context.device, disk=states - kept)
 
 
 def validate_artifact(

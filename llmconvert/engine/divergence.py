@@ -1,9 +1,10 @@
-"""Drift of the hidden state between two models, streamed side by side over the same text: what each block adds to it.
+"""Drift of the hidden state between a model and what was made of it, streamed side by side over the same text.
 
-Both run in replay mode, one block ahead of the other at most, so that memory holds two blocks, both models' outer
-weights and a bounded part of their hidden states, whatever the models' sizes. What a block adds to the drift is partly
-what it makes of the drift that it inherits. So the artifact's block is run once more on a little text, entered with the
-original's state: what is off behind it then is its own.
+All run in replay mode, and block by block: the original's is held while each artifact's is there in turn. So memory
+holds two blocks, the outer weights that the artifacts don't have in common with the original, and a bounded part of
+hidden states, whatever the models' sizes and however many artifacts there are; the original passes its blocks once for
+all of them. What a block adds to the drift is partly what it makes of the drift that it inherits. So an artifact's
+block is run once more on a little text, entered with the original's state: what is off behind it then is its own.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, zip_longest
-from typing import Any, Self, TypeVar
+from itertools import accumulate
+from typing import Self, TypeVar
 
 import torch
 
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.states import passing_states
 from llmconvert.engine.stream import Stream
-from llmconvert.errors import CalibrationError, CheckpointError, GateError
+from llmconvert.errors import CalibrationError, CheckpointError, GateError, LlmconvertError, UsageError
 from llmconvert.machine import of_machine
+from llmconvert.memory import release_freed_memory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["BlockDivergence", "SideBySide", "blame_artifact"]
+__all__ = ["BlockDivergence", "Pair", "SideBySide", "blame_artifact"]
 
 T = TypeVar("T")
 # Tokens on which blocks are run alone; a window at least.
@@ -53,26 +56,41 @@ class BlockDivergence:
     own: float
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Logits ``[1, length, vocabulary]`` of the original and of one artifact, by its number, for the same window."""
+
+    artifact: int
+    ours: torch.Tensor
+    theirs: torch.Tensor
+
+
 class SideBySide:
-    """A context manager; ask for :meth:`logits`, and for :attr:`divergences` when they are exhausted.
+    """A context manager; ask for :meth:`logits`, and for :meth:`divergences` when they are exhausted.
+
+    An artifact that can't be run ends alone, and the others go on; when none is left, what ended the last one is
+    raised.
 
     Args:
         reference: dense weights of the original.
-        artifact: dense weights of what was made of it.
+        artifacts: dense weights of what was made of it.
         windows: token ids, each ``[1, length]``.
         device: where to compute.
         dtype: of weights and activations; each checkpoint's own by default.
-        progress: one unit per block.
+        progress: one unit per block of each artifact.
+
+    Attributes:
+        failures: why artifacts ended, by their numbers.
 
     Raises:
-        UnsupportedError: the engine cannot run one of the architectures.
-        GateError: tensors of the artifact are missing or have other shapes than its config says.
+        UnsupportedError: the engine cannot run the original's architecture, or no artifact's.
+        GateError: tensors of the last artifact are missing or have other shapes than its config says.
     """
 
     def __init__(
         self,
         reference: Checkpoint,
-        artifact: Checkpoint,
+        artifacts: Sequence[Checkpoint],
         windows: Sequence[torch.Tensor],
         *,
         device: torch.device,
@@ -81,119 +99,223 @@ class SideBySide:
     ) -> None:
         self._windows = tuple(windows)
         self._progress = progress
-        self._reference = _Side(reference, self._windows, device, dtype)
-        with blame_artifact():
-            self._artifact = _Side(artifact, self._windows, device, dtype)
-        #: Whether blocks and hidden states of the two models correspond at all.
-        self.comparable = self._reference.shape == self._artifact.shape
-        count = self._reference.skeleton.block_count if self.comparable else 0
-        self._sums = [_Sums() for _ in range(count)]
-        self._own = [_Sums() for _ in range(count)]
-        ends = accumulate(window.shape[1] for window in self._windows)
-        #: The artifact's current block on the original's entries: its outputs, for the first windows.
-        self._alone: list[torch.Tensor] = []
-        self._alone_windows = max(1, sum(end <= _ALONE_TOKENS for end in ends))
+        self._count = len(artifacts)
+        models = len(artifacts) + 1
+        self._reference = _Side(reference, self._windows, device, dtype, models)
+        self._artifacts: dict[int, _Artifact] = {}
+        self.failures: dict[int, LlmconvertError] = {}
+        for number, artifact in enumerate(artifacts):
+            with self._running(number):
+                self._artifacts[number] = _Artifact(self._reference, artifact, self._windows, device, dtype, models)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for side in (self._reference, self._artifact):
-            side.stream.close()
+        for side in (self._reference, *self._artifacts.values()):
+            side.close()
 
-    @property
-    def divergences(self) -> tuple[BlockDivergence, ...]:
-        """Of every block that all windows have passed; empty if the models don't correspond."""
-        found: list[BlockDivergence] = []
-        before = 0.0
-        for index, sums in enumerate(self._sums):
-            if sums.windows < len(self._windows):
-                break
-            square = sums.square / sums.tokens
-            name = self._reference.skeleton.prefix(index).rstrip(".")
-            added = math.sqrt(max(0.0, square - before))
-            own = math.sqrt(self._own[index].square / self._own[index].tokens)
-            found.append(BlockDivergence(index, name, math.sqrt(square), added, sums.cosine / sums.tokens, own))
-            before = square
-        return tuple(found)
+    def divergences(self, artifact: int = 0) -> tuple[BlockDivergence, ...]:
+        """Of every block that all windows have passed in an artifact; empty if the models don't correspond."""
+        return self._artifacts[artifact].divergences()
 
-    def logits(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The logits ``[1, length, vocabulary]`` of original and artifact, window after window.
+    def logits(self) -> Iterator[Pair]:
+        """Window after window, and for each of them artifact after artifact.
 
         Raises:
             CalibrationError: a hidden state of the original is not finite; the block is named.
-            GateError: one of the artifact is not, or its weights can't be read.
+            GateError: one of the last artifact is not, or its weights can't be read.
         """
-        count = max(side.skeleton.block_count for side in (self._reference, self._artifact))
-        with self._progress.task("Comparing", count) as task:
-            passed = zip_longest(_naming(self._reference.stream.blocks()), _blaming(self._artifact.stream.blocks()))
-            for index, _ in enumerate(passed):
-                if self.comparable:
-                    if index:
-                        self._compare_entries(index)
-                    self._run_alone(index)
-                task.advance()
-        ours, theirs = _naming(self._reference.stream.logits()), _blaming(self._artifact.stream.logits())
+        ours, reference = self._reference, _naming(self._reference.stream.blocks())
+        deepest = max(side.skeleton.block_count for side in (ours, *self._artifacts.values()))
+        with self._progress.task("Comparing", deepest * self._count) as task:
+            for _ in range(deepest):
+                reached = next(reference, None) is not None
+                for number in list(self._artifacts):
+                    with self._running(number):
+                        self._artifacts[number].pass_block(ours if reached else None)
+                    task.advance()
+        with _named():
+            ours.leave()
+        for number in list(self._artifacts):
+            with self._running(number):
+                self._artifacts[number].arrive(ours)
+        ends = _naming(ours.stream.logits())
         for _ in self._windows:
-            yield self._pair(ours, theirs)  # under no name here, which would hold them beside the next window's
-        for rest in (ours, theirs):
-            assert next(rest, None) is None
+            yield from self._pairs(next(ends))  # under no name here, which would hold it beside the next window's
+        assert next(ends, None) is None
 
-    def _pair(self, ours: Iterator[torch.Tensor], theirs: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = next(ours), next(theirs)
-        if self.comparable:
-            state = self._reference.leaving()
-            self._sums[-1].add(state, self._artifact.leaving())
-            if self._alone:
-                self._own[-1].add(state, self._alone.pop(0))
-        return logits
+    def _pairs(self, ours: torch.Tensor) -> Iterator[Pair]:
+        for number in list(self._artifacts):
+            theirs: list[torch.Tensor] = []
+            with self._running(number):
+                theirs.append(self._artifacts[number].next_logits())
+            if theirs:
+                yield Pair(number, ours, theirs.pop())
 
-    def _compare_entries(self, index: int) -> None:
-        """Both models stand at the entry of block ``index``: compare what the block before it gave."""
-        for window in range(len(self._windows)):
-            state = self._reference.stream.state(index, window)
-            self._sums[index - 1].add(state, self._artifact.stream.state(index, window))
-            if self._alone:
-                self._own[index - 1].add(state, self._alone.pop(0))
+    @contextmanager
+    def alone(self, artifact: int) -> Iterator[None]:
+        """What is found to be wrong with one artifact in here ends it, and nothing else while there are others."""
+        try:
+            yield
+        except (GateError, UsageError) as error:
+            if len(self.failures) + 1 == self._count:
+                raise
+            self.failures[artifact] = error
+            if artifact in self._artifacts:
+                self._artifacts.pop(artifact).close()
 
-    def _run_alone(self, index: int) -> None:
-        """Both models stand at the entry of block ``index``: run the artifact's on the original's state."""
-        numbers = range(self._alone_windows)
-        entries = (self._reference.stream.state(index, window) for window in numbers)
-        likes = (self._artifact.stream.state(index, window) for window in numbers)
-        tried = (
-            self._artifact.stream.try_block(index, window, entry.to(like))
-            for window, entry, like in zip(numbers, entries, likes, strict=True)
-        )
-        self._alone = list(_blaming(tried))
+    @contextmanager
+    def _running(self, artifact: int) -> Iterator[None]:
+        """An artifact is run in here."""
+        with self.alone(artifact), blame_artifact():
+            yield
 
 
 class _Side:
-    """One of the two models."""
+    """One of the models."""
 
     def __init__(
-        self, checkpoint: Checkpoint, windows: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype | None
+        self,
+        checkpoint: Checkpoint,
+        windows: Sequence[torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype | None,
+        models: int,
     ) -> None:
         self.skeleton = Skeleton(checkpoint, device, dtype)
-        plans = discover(self.skeleton, max(window.shape[1] for window in windows))
-        self.stream = Stream(self.skeleton, windows, plans, mode="replay", head=True)
-        self._left: torch.Tensor | None = None
-        # The last block has no successor at whose entry its output could be looked at.
-        self.skeleton.slots[-1].register_forward_hook(self._keep)
+        lengths = [window.shape[1] for window in windows]
+        plans = discover(self.skeleton, max(lengths))
+        self._states = passing_states(lengths, self.skeleton.hidden_size, self.skeleton.dtype, models)
+        self.stream = Stream(self.skeleton, windows, plans, mode="replay", head=True, states=self._states)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Number of blocks and width of the hidden state."""
         return self.skeleton.block_count, self.skeleton.hidden_size
 
-    def leaving(self) -> torch.Tensor:
-        """What the last block gave for the window whose logits were computed last."""
-        assert self._left is not None
-        hidden, self._left = self._left, None
-        return hidden
+    def leave(self) -> None:
+        """Let all windows leave the last block, which isn't needed any more."""
+        last = self.skeleton.block_count - 1
+        self.stream.cross(last)
+        self.skeleton.drop_block(last)
 
-    def _keep(self, module: Any, args: Any, output: Any) -> None:
-        self._left = output[0] if isinstance(output, tuple) else output
+    def close(self) -> None:
+        """Drop all weights and states."""
+        self.stream.close()
+        self._states.close()
+
+
+class _Artifact(_Side):
+    """A model that was made of the original, and how far it has drifted from it.
+
+    A block is loaded from :meth:`pass_block` to its end alone; the windows wait behind it.
+    """
+
+    def __init__(
+        self,
+        reference: _Side,
+        checkpoint: Checkpoint,
+        windows: Sequence[torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype | None,
+        models: int,
+    ) -> None:
+        super().__init__(checkpoint, windows, device, dtype, models)
+        _share_outer(self.skeleton, reference.skeleton)
+        self.comparable = self.shape == reference.shape
+        self._windows = len(windows)
+        self._names = [self.skeleton.prefix(index).rstrip(".") for index in range(self.skeleton.block_count)]
+        count = self.skeleton.block_count if self.comparable else 0
+        self._sums = [_Sums() for _ in range(count)]
+        self._own = [_Sums() for _ in range(count)]
+        ends = accumulate(window.shape[1] for window in windows)
+        self._alone_windows = max(1, sum(end <= _ALONE_TOKENS for end in ends))
+        #: The current block on the original's entries: its outputs, for the first windows.
+        self._alone: list[torch.Tensor] = []
+        self._index = 0
+        self._blocks = self.stream.blocks()
+        self._logits: Iterator[torch.Tensor] | None = None
+
+    def pass_block(self, reference: _Side | None) -> None:
+        """Take all windows through the next block, if there is one; the original stands at its entry, unless None."""
+        if next(self._blocks, None) is None:
+            return
+        index = self._index
+        if self.comparable and reference is not None:
+            if index:
+                self._compare(reference, index)
+            self._run_alone(reference, index)
+        self.stream.cross(index)
+        self.skeleton.drop_block(index)
+        release_freed_memory()
+        self._index += 1
+
+    def close(self) -> None:
+        """See above; of one that ends in the middle of a block, that one's as well."""
+        super().close()
+        if self._index < self.skeleton.block_count:
+            self.skeleton.drop_block(self._index)
+
+    def arrive(self, reference: _Side) -> None:
+        """Both have left their last block."""
+        next(self._blocks, None)
+        if self.comparable:
+            self._compare(reference, self._index)
+
+    def next_logits(self) -> torch.Tensor:
+        """Of the next window."""
+        if self._logits is None:
+            self._logits = self.stream.logits()
+        return next(self._logits)
+
+    def divergences(self) -> tuple[BlockDivergence, ...]:
+        found: list[BlockDivergence] = []
+        before = 0.0
+        for index, sums in enumerate(self._sums):
+            if sums.windows < self._windows:
+                break
+            square = sums.square / sums.tokens
+            added = math.sqrt(max(0.0, square - before))
+            own = math.sqrt(self._own[index].square / self._own[index].tokens)
+            cosine = sums.cosine / sums.tokens
+            found.append(BlockDivergence(index, self._names[index], math.sqrt(square), added, cosine, own))
+            before = square
+        return tuple(found)
+
+    def _compare(self, reference: _Side, index: int) -> None:
+        """Both models stand at the entry of block ``index``: compare what the block before it gave."""
+        for window in range(self._windows):
+            state = reference.stream.state(index, window)
+            self._sums[index - 1].add(state, self.stream.state(index, window))
+            if self._alone:
+                self._own[index - 1].add(state, self._alone.pop(0))
+
+    def _run_alone(self, reference: _Side, index: int) -> None:
+        """Both models stand at the entry of block ``index``: run the artifact's on the original's state."""
+        numbers = range(self._alone_windows)
+        entries = (reference.stream.state(index, window) for window in numbers)
+        likes = (self.stream.state(index, window) for window in numbers)
+        self._alone = [
+            self.stream.try_block(index, window, entry.to(like))
+            for window, entry, like in zip(numbers, entries, likes, strict=True)
+        ]
+
+
+def _share_outer(artifact: Skeleton, reference: Skeleton) -> None:
+    """Let an artifact have the reference's own embedding, norm and head, where its are the same to the bit."""
+    known = dict(reference.model.named_parameters(remove_duplicate=False))
+    for name, parameter in list(artifact.model.named_parameters(remove_duplicate=False)):
+        other, (path, _, leaf) = known.get(name), name.rpartition(".")
+        if other is None or "meta" in (parameter.device.type, other.device.type) or path in artifact.reach.idle:
+            continue
+        if parameter.dtype == other.dtype and parameter.shape == other.shape and _same_bits(parameter, other):
+            setattr(artifact.model.get_submodule(path), leaf, other)
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    ours, theirs = (one.detach().contiguous().reshape(-1).view(torch.uint8) for one in (first, second))
+    return torch.equal(ours, theirs)
 
 
 class _Sums:
@@ -213,17 +335,18 @@ class _Sums:
         self.windows += 1
 
 
-def _naming(steps: Iterator[T]) -> Iterator[T]:
-    """As ``steps``; says that a state that is not finite is the original's."""
+@contextmanager
+def _named() -> Iterator[None]:
+    """A state that is not finite in here is the original's."""
     try:
-        yield from steps
+        yield
     except CalibrationError as error:
         raise CalibrationError(f"the original computes no usable numbers: {error}") from error
 
 
-def _blaming(steps: Iterator[T]) -> Iterator[T]:
-    """As ``steps``, which run the artifact."""
-    with blame_artifact():
+def _naming(steps: Iterator[T]) -> Iterator[T]:
+    """As ``steps``, which run the original."""
+    with _named():
         yield from steps
 
 

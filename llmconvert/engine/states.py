@@ -251,13 +251,16 @@ class TapeStates:
         return self._directory / f"tape-{block}.bin"
 
 
-def passing_states(lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> MemoryStates | ScratchStates:
+def passing_states(
+    lengths: Sequence[int], hidden_size: int, dtype: torch.dtype, models: int = 1
+) -> MemoryStates | ScratchStates:
     """For a pass that nobody resumes: in memory, or in a temporary file where they would take more than 256 MiB.
 
     Args:
         lengths, hidden_size, dtype: as for :class:`DiskStates`.
+        models: that have states of this kind at once. Two have 256 MiB each; more share what two have.
     """
-    if sum(lengths) * hidden_size * dtype.itemsize <= STATES_IN_MEMORY_NBYTES:
+    if sum(lengths) * hidden_size * dtype.itemsize * max(1.0, models / 2) <= STATES_IN_MEMORY_NBYTES:
         return MemoryStates()
     return ScratchStates(lengths, hidden_size, dtype)
 

@@ -250,17 +250,16 @@ class Stream:
                 release_freed_memory()
 
     def logits(self) -> Iterator[torch.Tensor]:
-        """After the last block of :meth:`blocks`: the logits of each batch, ``[1, length, vocabulary]``.
-
-        Raises CalibrationError if they are not finite.
-        """
+        """After the last block of :meth:`blocks`: logits of each batch, ``[1, length, vocabulary]``, all finite."""
         last = self.skeleton.block_count - 1
         for batch, coroutine in enumerate(self.departures(max(last, self._crossed + 1))):
-            logits = coroutine.run_to_end()
-            coroutine.kill()
-            self._check_finite(logits, last, batch)
-            yield logits
-            del logits  # not to be held beside the next batch's
+            yield self._end(coroutine, last, batch)  # under no name, which would hold it beside the next batch's
+
+    def _end(self, coroutine: Pass, last: int, batch: int) -> torch.Tensor:
+        logits = coroutine.run_to_end()
+        coroutine.kill()
+        self._check_finite(logits, last, batch)
+        return logits
 
     def departures(self, start: int) -> Iterator[Pass]:
         """After the last block of :meth:`blocks`: each batch, where it is, or at the entry of ``start`` if not kept."""

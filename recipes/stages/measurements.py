@@ -38,6 +38,7 @@ from llmconvert.validate.long_inputs.decoding import DecodingCheck
 from llmconvert.validate.long_inputs.ladder import MemoryLadder
 from llmconvert.validate.long_inputs.positions import PositionsCheck
 from llmconvert.validate.measurement import Measurement
+from llmconvert.validate.predictions.compared import Compared
 from llmconvert.validate.predictions.quality import QualityCheck
 from llmconvert.validate.predictions.step_losses import StepLossesCheck
 from llmconvert.validate.runtimes.vllm import VllmCheck
@@ -46,6 +47,7 @@ from llmconvert.validate.tasks import Tasks
 from llmconvert.validate.vocabulary import VocabularyCheck
 
 __all__ = [
+    "COMPARED_FILE",
     "Measured",
     "foresee_measuring",
     "measure",
@@ -55,6 +57,10 @@ __all__ = [
     "require_measurable",
     "validate_stage",
 ]
+
+
+#: What :func:`~llmconvert.recipes.sweep.comparing.compare_variants` leaves in a stage's directory for its builder.
+COMPARED_FILE = "compared.json"
 
 
 class Measured(Value):
@@ -80,10 +86,14 @@ def validate_stage(
         overlap = None
         if calibration is not None and evaluation is not None:
             overlap = check_disjoint(calibration, evaluation).fraction
+        kept = place.notes / COMPARED_FILE if place.notes is not None else None
+        compared = Compared.read(kept) if kept is not None and kept.exists() else None
         passed = {step: work.finished[step].model for step in between}
-        wanted = measurements(settings, overlap=overlap, between=passed, last=model)
+        wanted = measurements(settings, overlap=overlap, compared=compared, between=passed, last=model)
         with work.original.open() as reference:
             checks = measure(work.finished[model].model, reference, wanted, evaluation, context=work.context)
+        if kept is not None:
+            kept.unlink(missing_ok=True)
         return Measured(checks=tuple(checks))
 
     def forecast(work: Work, output: Path) -> Forecast:
@@ -141,6 +151,7 @@ def measurements(
     settings: ValidateSettings,
     *,
     overlap: float | None = None,
+    compared: Compared | None = None,
     between: Mapping[str, Path] | None = None,
     last: str = "quantize",
 ) -> list[Measurement]:
@@ -148,6 +159,7 @@ def measurements(
 
     Args:
         overlap: share of the evaluation text found in the calibration text.
+        compared: artifact and original on the evaluation text, where a pass with other artifacts has compared them.
         between: directories of the dense models between the original and the artifact, by step, in order.
         last: the step that made the artifact.
     """
@@ -160,6 +172,7 @@ def measurements(
             settings.max_kl,
             settings.min_top1,
             overlap,
+            compared,
         ),
         BehaviourCheck(_generation(settings)),
         VllmCheck(),

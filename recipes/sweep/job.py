@@ -2,8 +2,9 @@
 
 Stages of equal inputs are one stage anyway: downloads, conversion, attention, texts. Beyond that, variants whose method
 needs no more than moments of the original model are quantized in one pass over the calibration text
-(:mod:`llmconvert.quantize.passes.original`), unless they say ``calibrate.statistics: sequential``. A variant that
-cannot be is left out with its reason, and the others run. Stopped anywhere, the same call continues.
+(:mod:`llmconvert.quantize.passes.original`), unless they say ``calibrate.statistics: sequential``; and all that are
+measured on one text are compared with the original in one pass of it (:mod:`llmconvert.recipes.sweep.comparing`). A
+variant that cannot be is left out with its reason, and the others run. Stopped anywhere, the same call continues.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.provenance import REPORT_FILE
 from llmconvert.recipes.stages.quantization import QUANTIZE
 from llmconvert.recipes.sweep.bundle import MadeVariant, set_target, write_set
+from llmconvert.recipes.sweep.comparing import compare_variants
 from llmconvert.recipes.sweep.expand import Sweep, require_places
 from llmconvert.recipes.sweep.page import write_page
 from llmconvert.recipes.sweep.together import quantize_variants
@@ -124,10 +126,12 @@ class _Job:
         for name, error in quantize_variants(waiting, self.progress).items():
             self._fail(name, error)
         for number, (name, running) in enumerate(self.running.items(), 1):
-            if name in self.failures:
-                continue
-            self.progress.log(f"[{number}/{len(self.running)}] {name}")
-            result = self._attempt(name, running.finish)
+            if name not in self.failures:
+                self.progress.log(f"[{number}/{len(self.running)}] {name}")
+                self._attempt(name, running.make)
+        compare_variants({name: one for name, one in self.running.items() if name not in self.failures}, self.progress)
+        for name, running in self.running.items():
+            result = self._attempt(name, running.finish) if name not in self.failures else None
             if result is not None:
                 self.results[name] = result
         reports = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ def changed(original: Path, directory: Path, name: str, factor: float | None) ->
 
 
 def compare(first: Path, second: Path) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], tuple[BlockDivergence, ...]]:
-    with SideBySide(SafetensorsCheckpoint(first), SafetensorsCheckpoint(second), WINDOWS, device=CPU) as models:
-        logits = list(models.logits())
-        return logits, models.divergences
+    with SideBySide(SafetensorsCheckpoint(first), [SafetensorsCheckpoint(second)], WINDOWS, device=CPU) as models:
+        logits = [(pair.ours, pair.theirs) for pair in models.logits()]
+        return logits, models.divergences()
 
 
 def hidden_states(directory: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -140,7 +141,8 @@ def test_a_model_does_not_drift_from_itself(original: Path) -> None:
     assert all(block.cosine == pytest.approx(1) for block in found)
 
 
-def test_memory_holds_two_blocks_at_most(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def watch_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Gives how many blocks of all models were loaded at most, which none are by then."""
     loaded: set[tuple[int, int]] = set()
     most = 0
     load, drop = Skeleton.load_block, Skeleton.drop_block
@@ -155,10 +157,53 @@ def test_memory_holds_two_blocks_at_most(original: Path, monkeypatch: pytest.Mon
         drop(self, index)
         loaded.discard((id(self), index))
 
+    def told() -> int:
+        assert not loaded
+        return most
+
     monkeypatch.setattr(Skeleton, "load_block", count_load)
     monkeypatch.setattr(Skeleton, "drop_block", count_drop)
+    return told
+
+
+def test_memory_holds_two_blocks_at_most(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = watch_blocks(monkeypatch)
     compare(original, original)
-    assert most == 2 and not loaded
+    assert most() == 2
+
+
+def test_several_artifacts_are_each_compared_as_alone(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the memory of two blocks, with outer weights that are the original's there once; what can't run ends alone."""
+    drifting = changed(original, tmp_path / "drifting", "model.layers.1.mlp.down_proj.weight", 1.3)
+    ends = changed(original, tmp_path / "ends", f"model.layers.{LAYERS - 1}.mlp.down_proj.weight", 0.7)
+    headed = changed(ends, tmp_path / "headed", "model.norm.weight", 1.5)
+    broken = changed(original, tmp_path / "broken", "model.layers.2.mlp.up_proj.weight", math.nan)
+    lost = changed(original, tmp_path / "lost", "model.norm.weight", None)
+    deeper = tiny_llama_dir(tmp_path / "deeper", num_hidden_layers=LAYERS + 1)
+    alone = {path: compare(original, path) for path in (drifting, headed, deeper)}
+    most = watch_blocks(monkeypatch)
+    paths = [drifting, broken, headed, lost, deeper]
+    checkpoints = [SafetensorsCheckpoint(path) for path in paths]
+    with SideBySide(SafetensorsCheckpoint(original), checkpoints, WINDOWS, device=CPU) as models:
+        outer = [
+            {id(parameter) for parameter in side.skeleton.model.parameters() if parameter.device.type != "meta"}
+            for side in (models._reference, models._artifacts[0], models._artifacts[2])
+        ]
+        assert outer[1] == outer[0] and len(outer[2] & outer[0]) == len(outer[0]) - 1
+        found: dict[Path, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for pair in models.logits():
+            found.setdefault(paths[pair.artifact], []).append((pair.ours, pair.theirs))
+        assert found.keys() == alone.keys() and most() == 2
+        assert {paths[number] for number in models.failures} == {broken, lost}
+        assert "block 2 (model.layers.2)" in str(models.failures[1])
+        for path, (logits, blocks) in alone.items():
+            assert models.divergences(paths.index(path)) == blocks
+            for (ours, theirs), (first, second) in zip(found[path], logits, strict=True):
+                assert torch.equal(ours, first) and torch.equal(theirs, second)
+    with pytest.raises(GateError, match="block 2"):
+        list(SideBySide(SafetensorsCheckpoint(original), [checkpoints[1]] * 2, WINDOWS, device=CPU).logits())
 
 
 @pytest.mark.parametrize("layer", [1, LAYERS - 1])
@@ -181,7 +226,7 @@ def test_an_artifact_without_a_tensor_is_to_blame_for_it(original: Path, tmp_pat
 def test_a_file_that_is_cut_off_while_it_is_read_says_nothing_of_the_artifact(original: Path, tmp_path: Path) -> None:
     copy = changed(original, tmp_path / "copy", "model.norm.weight", 1.0)
     first, second = SafetensorsCheckpoint(original), SafetensorsCheckpoint(copy)
-    with SideBySide(first, second, WINDOWS, device=CPU) as models:
+    with SideBySide(first, [second], WINDOWS, device=CPU) as models:
         weights = copy / "model.safetensors"
         os.truncate(weights, weights.stat().st_size // 2)
         with pytest.raises(ChangedError, match=r"model\.safetensors: the file ended inside"):
@@ -193,7 +238,7 @@ def test_a_disk_that_fails_says_nothing_of_the_artifact(
 ) -> None:
     copy = changed(original, tmp_path / "copy", "model.norm.weight", 1.0)
     first, second = SafetensorsCheckpoint(original), SafetensorsCheckpoint(copy)
-    with SideBySide(first, second, WINDOWS, device=CPU) as models:
+    with SideBySide(first, [second], WINDOWS, device=CPU) as models:
         steps = models.logits()
 
         def read(*arguments: object) -> int:

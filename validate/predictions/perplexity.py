@@ -18,7 +18,7 @@ import torch
 
 from llmconvert.errors import CalibrationError, GateError, LlmconvertError, UsageError
 
-__all__ = ["Comparison", "PerplexityResult", "WorstToken", "compare_logits", "perplexity"]
+__all__ = ["Comparing", "Comparison", "PerplexityResult", "WorstToken", "compare_logits", "perplexity"]
 
 T = TypeVar("T")
 
@@ -130,29 +130,53 @@ def compare_logits(
         UsageError: the vocabularies differ.
         ValueError: logits and windows don't belong together.
     """
-    counts = _counts(windows, scored)
+    compared = Comparing(windows, scored=scored, seed=seed)
     both = iter(pairs)
-    parts = [
-        _compare_window(*_next(both), window, index, count)
-        for index, (window, count) in enumerate(zip(windows, counts, strict=True))
-    ]
+    for _ in windows:
+        compared.add(*_next(both))
     _require_end(both)
-    reference_result = _result([part[:, 0] for part in parts], seed)
-    artifact_result = _result([part[:, 1] for part in parts], seed)
-    differences = np.array(artifact_result.window_nlls) - np.array(reference_result.window_nlls)
-    low, high = _interval(differences, np.array(counts), seed)
-    divergence = np.concatenate([part[:, 2] for part in parts])
-    return Comparison(
-        reference=reference_result,
-        artifact=artifact_result,
-        increase=math.expm1(artifact_result.nll - reference_result.nll),
-        increase_low=None if low is None else math.expm1(low),
-        increase_high=None if high is None else math.expm1(high),
-        kl_mean=float(divergence.mean()),
-        kl_p99=float(np.quantile(divergence, 0.99)),
-        top1_agreement=float(np.concatenate([part[:, 3] for part in parts]).mean()),
-        worst=_worst(parts, windows),
-    )
+    return compared.result()
+
+
+class Comparing:
+    """A comparison under way: takes the logits of two models window after window.
+
+    Args:
+        windows, scored, seed: see :func:`compare_logits`.
+    """
+
+    def __init__(self, windows: Sequence[torch.Tensor], *, scored: Sequence[int] | None = None, seed: int = 0) -> None:
+        self._windows, self._counts, self._seed = windows, _counts(windows, scored), seed
+        self._parts: list[np.ndarray] = []
+
+    def add(self, reference: torch.Tensor, artifact: torch.Tensor) -> None:
+        """The logits of both, ``[1, L, V]``, for the next window.
+
+        Raises:
+            LlmconvertError: see :func:`compare_logits`.
+        """
+        index = len(self._parts)
+        self._parts.append(_compare_window(reference, artifact, self._windows[index], index, self._counts[index]))
+
+    def result(self) -> Comparison:
+        """When all windows were there."""
+        parts, counts, seed = self._parts, self._counts, self._seed
+        reference_result = _result([part[:, 0] for part in parts], seed)
+        artifact_result = _result([part[:, 1] for part in parts], seed)
+        differences = np.array(artifact_result.window_nlls) - np.array(reference_result.window_nlls)
+        low, high = _interval(differences, np.array(counts), seed)
+        divergence = np.concatenate([part[:, 2] for part in parts])
+        return Comparison(
+            reference=reference_result,
+            artifact=artifact_result,
+            increase=math.expm1(artifact_result.nll - reference_result.nll),
+            increase_low=None if low is None else math.expm1(low),
+            increase_high=None if high is None else math.expm1(high),
+            kl_mean=float(divergence.mean()),
+            kl_p99=float(np.quantile(divergence, 0.99)),
+            top1_agreement=float(np.concatenate([part[:, 3] for part in parts]).mean()),
+            worst=_worst(parts, self._windows),
+        )
 
 
 def _next(parts: Iterator[T]) -> T:

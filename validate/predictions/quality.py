@@ -1,7 +1,7 @@
 """Quality on text: perplexity, KL divergence, top-1 agreement, and the drift of the hidden state block by block.
 
 Original and artifact run side by side, block by block, in one pass of the streaming engine; neither is ever in memory
-as a whole.
+as a whole. A sweep lets all its variants run beside the original at once, before each is measured by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.engine.architecture.config import declared_number
-from llmconvert.engine.divergence import BlockDivergence, SideBySide, blame_artifact
+from llmconvert.engine.divergence import BlockDivergence, blame_artifact
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import GateError
 from llmconvert.report.report import Check
@@ -20,13 +20,8 @@ from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.text.tokenizer import load_tokenizer
 from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.measurement import Measurement, Subject
-from llmconvert.validate.predictions.perplexity import (
-    Comparison,
-    PerplexityResult,
-    WorstToken,
-    compare_logits,
-    perplexity,
-)
+from llmconvert.validate.predictions.compared import Compared, compare_models
+from llmconvert.validate.predictions.perplexity import Comparison, PerplexityResult, WorstToken, perplexity
 
 __all__ = ["QualityCheck"]
 
@@ -45,12 +40,14 @@ class QualityCheck(Measurement):
         max_kl: mean divergence per token, nats.
         min_top1: share of predictions with the same most likely token.
         overlap: share of the evaluation text found in the calibration text, to go on record; None if nobody looked.
+        compared: both models on the subject's text, where a pass with other artifacts has compared them already.
     """
 
     max_increase: float | None = None
     max_kl: float | None = None
     min_top1: float | None = None
     overlap: float | None = None
+    compared: Compared | None = None
 
     def measure(self, subject: Subject) -> list[Check]:
         """Perplexity, and against an original divergence; nothing without a text.
@@ -80,16 +77,8 @@ class QualityCheck(Measurement):
     def _compared(
         self, subject: Subject, original: Checkpoint, text: TokenWindows, about: dict[str, Any]
     ) -> list[Check]:
-        with SideBySide(
-            original,
-            subject.dense,
-            text.windows,
-            device=subject.device,
-            dtype=subject.dtype,
-            progress=subject.progress,
-        ) as models:
-            comparison = compare_logits(models.logits(), text.windows, scored=text.scored, seed=subject.seed)
-            blocks = models.divergences
+        found = self.compared or _compare(subject, original, text)
+        comparison, blocks = found.comparison, found.blocks
         about = {**about, **self._warning(comparison.reference.ppl, original)}
         worst = _in_context(comparison.worst, text, subject.stored)
         return [
@@ -150,6 +139,20 @@ class QualityCheck(Measurement):
         )
         detail = {} if ok else {"text": text}
         return Check(name="top1_agreement", value=share, limit=self.min_top1, ok=ok, unit="share", detail=detail)
+
+
+def _compare(subject: Subject, original: Checkpoint, text: TokenWindows) -> Compared:
+    (found,) = compare_models(
+        original,
+        [subject.dense],
+        text,
+        device=subject.device,
+        dtype=subject.dtype,
+        seed=subject.seed,
+        progress=subject.progress,
+    )
+    assert isinstance(found, Compared), "what is wrong with the only artifact is raised"
+    return found
 
 
 def _how_measured(windows: TokenWindows, overlap: float | None) -> dict[str, Any]:

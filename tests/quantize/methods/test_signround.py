@@ -101,10 +101,10 @@ def test_blocks_come_nearer_to_the_original_than_where_they_started(
             mode="replay" if mode == "replay" else "lockstep",
         )
         original, ours = SafetensorsCheckpoint(source), open_dense(SafetensorsCheckpoint(output))
-        with SideBySide(original, ours, WINDOWS, device=CPU) as both:
+        with SideBySide(original, [ours], WINDOWS, device=CPU) as both:
             for _ in both.logits():
                 pass
-            errors[method] = both.divergences[-1].error
+            errors[method] = both.divergences()[-1].error
     assert errors["signround"] < 0.95 * errors["gptq"]
 
 
