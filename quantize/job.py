@@ -19,7 +19,8 @@ from llmconvert.errors import CalibrationError, LlmconvertError, MachineError, U
 from llmconvert.gguf.export import TensorTypes
 from llmconvert.gguf.ggml.mix import FLOATS, GgmlMix
 from llmconvert.progress import SILENT, Progress
-from llmconvert.quantize.formats.base import ContainerRequest, FileFormat, Format, load_format
+from llmconvert.quantize.formats.base import FileFormat, Format, load_format
+from llmconvert.quantize.formats.container import ContainerRequest
 from llmconvert.quantize.formats.loading import as_loaded
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, GgmlQuantizer, Quantizer, load_method
@@ -155,7 +156,7 @@ def plan_quantize(
         request.split_nbytes,
         (request.text, len(windows)),
     )
-    container = layout_format.container(source, output, wanted)
+    container = (decisions.layout or layout_format).container(source, output, wanted)
     # Hidden states of every batch at two blocks' entries, for every stream.
     states = 2 * streams * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
     disk = output_nbytes(container.layout, container.config, container.files) + states

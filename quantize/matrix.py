@@ -6,7 +6,7 @@ runtimes' record (:mod:`llmconvert.quantize.runtimes`) what has been seen to rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llmconvert.errors import UnsupportedError
@@ -32,6 +32,14 @@ __all__ = [
     "readers_of",
     "readership",
 ]
+
+
+# What lies outside the blocks and is quantized, in words.
+_OUTER = {
+    "head": "a quantized head",
+    "embedding": "a quantized embedding",
+    "tied": "a quantized embedding that is the head too",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,7 @@ class Readership:
 
     Attributes:
         read: their names.
-        unseen: names of those that read the format, and the schemes that they were never run with.
+        unseen: names of those that read the format, and the schemes, or what else, that they were never run with.
     """
 
     read: tuple[str, ...]
@@ -92,12 +100,21 @@ class Readership:
         return "; ".join([f"schemes read by {read}", *left])
 
 
-def readership(format: str, schemes: Iterable[SchemeOrMix]) -> Readership:
-    """Who reads an artifact with these schemes, as far as the record of runs goes (groups of any size are alike)."""
+def readership(format: str, schemes: Iterable[SchemeOrMix], outer: Collection[str] = ()) -> Readership:
+    """Who reads an artifact with these schemes, as far as the record of runs goes (groups of any size are alike).
+
+    Args:
+        format: by name.
+        schemes: of all that is quantized.
+        outer: what of it lies outside the blocks: ``head``, ``embedding``, ``tied``.
+    """
     used = sorted(set(schemes), key=str)
     readers = {scheme: {runtime.key for runtime in readers_of(format, scheme)} for scheme in used}
     unseen = {
-        runtime.name: tuple(str(scheme) for scheme in used if runtime.key not in readers[scheme])
+        runtime.name: (
+            *(str(scheme) for scheme in used if runtime.key not in readers[scheme]),
+            *(_OUTER[kind] for kind in sorted(outer) if kind not in runtime.outer),
+        )
         for runtime in runtimes_of(format)
     }
     read = tuple(name for name, schemes_left in unseen.items() if not schemes_left)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from llmconvert.engine.discovery import BlockPlan, Stop
 from llmconvert.engine.sites import Site
@@ -18,8 +17,10 @@ from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, SchemeError, UnsupportedError
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.formats.coverage import check_coverage, narrow_linears
+from llmconvert.quantize.formats.declared_names import DeclaredNames
 from llmconvert.quantize.formats.experts import check_experts, gates_of
-from llmconvert.quantize.formats.loading import asked_for, unloadable, what_is_left
+from llmconvert.quantize.formats.loading import asked_for, unloadable, unloadable_outer, what_is_left
+from llmconvert.quantize.formats.outer import outer_schemes
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQuantizer
 from llmconvert.quantize.methods.outer import outer_nbytes
@@ -28,8 +29,6 @@ from llmconvert.quantize.solve.expert_moments import PRIOR
 from llmconvert.quantize.solve.group_scales import block_scales_nbytes
 from llmconvert.storage.checkpoint import TensorSpec
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES
-
-_WEIGHT = ".weight"
 
 __all__ = [
     "CacheKind",
@@ -116,6 +115,7 @@ class QuantizationPlan:
             them; they are rounded to nearest.
         left: what is said of linears that stay dense unasked, or that transformers loads dense.
         caches: attention modules whose keys and values get scales, by what the checkpoint calls them.
+        layout: the format as it stores this model; None where it encodes every tensor by itself.
         head: the tensor of the output head, where it is encoded by what comes to the head on calibration text.
     """
 
@@ -128,6 +128,7 @@ class QuantizationPlan:
     left: tuple[str, ...] = ()
     caches: tuple[str, ...] = ()
     head: str | None = None
+    layout: Format | None = None
 
     @property
     def outer(self) -> tuple[Site, ...]:
@@ -179,15 +180,22 @@ def plan_quantization(
     dense = gates | turned | repeated | narrow | idle
     own = {name: scheme if isinstance(scheme, Scheme) else scheme.get(site.tensor) for name, site in sites.items()}
     assigned = {name: _assigned((name,), None if name in dense else own[name], overrides) for name in sites}
+    outer = outer_schemes(skeleton.outer, layout, scheme, overrides)
+    dense_outer = [
+        name for name, chosen in outer.items() if chosen and layout.check_outer(skeleton.outer[name], chosen)
+    ]
     packed = {chosen for name, chosen in assigned.items() if chosen is not None and sites[name].kind == "linear"}
-    said = layout.loaded_dense(packed) if asked else {}
+    packed |= {chosen for chosen in outer.values() if chosen is not None}
+    said = layout.loaded_dense(packed) if asked or dense_outer else {}
+    if dense_outer and not said:
+        raise UnsupportedError(unloadable_outer(skeleton.outer[dense_outer[0]], outer[dense_outer[0]], packed))
     if asked and not said:
         dense |= asked
         assigned = {name: _assigned((name,), None if name in dense else own[name], overrides) for name in sites}
     check_experts(skeleton, assigned, method, layout)
-    if layout.outer and isinstance(scheme, Scheme):
-        sites = {**sites, **skeleton.outer}
-        assigned |= {name: _assigned(site.called, scheme, overrides) for name, site in skeleton.outer.items()}
+    sites = {**sites, **{name: skeleton.outer[name] for name in outer}}
+    assigned |= outer
+    layout = layout.for_model({name: sites[name] for name, chosen in outer.items() if chosen}, dense=bool(said))
     _check_overrides(overrides, [word for site in sites.values() for word in site.called])
     for name, site in sites.items():
         chosen = assigned[name]
@@ -196,8 +204,8 @@ def plan_quantization(
     if layout.fuses:
         alone = gates | asked | repeated | narrow
         _check_fused(blocks, {name: chosen for name, chosen in assigned.items() if name not in alone})
-    unmet = (name for block in blocks for name in (*block.unreached, *block.repeated))
-    unreached = tuple(name for name in unmet if assigned[name] is not None)
+    aside = (name for block in blocks for name in (*block.unreached, *block.repeated))
+    unreached = tuple(name for name in aside if assigned[name] is not None)
     calibrated = method.calibration != "none"
     if calibrated and unreached and len(unreached) == sum(chosen is not None for chosen in assigned.values()):
         raise CalibrationError(
@@ -218,12 +226,13 @@ def plan_quantization(
             specs += layout.specs(site.stored, site.shape, chosen, layout.scale_dtype(chosen, skeleton.dtype))
         if name not in quantized:
             specs.append(TensorSpec(name, info.dtype, info.shape))
-    names = _DeclaredNames.of(skeleton)
+    names = DeclaredNames.of(skeleton)
     declared = {called: chosen for name, chosen in schemes.items() for called in names.of_site(sites[name])}
     kept = names.kept([sites[name] for name, chosen in assigned.items() if chosen is None], declared)
     config = {**layout.quantization_config(declared, kept), **said}
     left = what_is_left(sites, schemes, asked, repeated, narrow, dense=bool(said))
-    return QuantizationPlan(schemes, sites, kept, tuple(specs), config, unreached if calibrated else (), left)
+    unmet = unreached if calibrated else ()
+    return QuantizationPlan(schemes, sites, kept, tuple(specs), config, unmet, left, layout=layout)
 
 
 def with_cache(plan: QuantizationPlan, skeleton: Skeleton, layout: Format) -> QuantizationPlan:
@@ -245,63 +254,6 @@ def with_cache(plan: QuantizationPlan, skeleton: Skeleton, layout: Format) -> Qu
     parts = [f"{name}.{part}" for name in caches for part in ("k_scale", "v_scale")]
     specs = (*plan.specs, *(TensorSpec(name, skeleton.dtype, (1,)) for name in parts))
     return replace(plan, specs=specs, declared={**plan.declared, "kv_cache_scheme": declared}, caches=caches)
-
-
-@dataclass(frozen=True, slots=True)
-class _DeclaredNames:
-    """What runtimes call the linears of a checkpoint, and which of its tensors a config has to speak of.
-
-    transformers looks for its own modules' names, vLLM and this package for those that the checkpoint has; where they
-    differ, both are declared. A model may hold more than the decoder that is quantized, a vision tower for one; and a
-    checkpoint may hold more than its class, layers that predict several tokens for one, which other runtimes load. A
-    config that says all linears are quantized has to name every one that is not.
-
-    Attributes:
-        skeleton: the model, and its checkpoint.
-        modules: tensor → module, of the tensors that the model loads as they are.
-    """
-
-    skeleton: Skeleton
-    modules: Mapping[str, str]
-
-    @classmethod
-    def of(cls, skeleton: Skeleton) -> _DeclaredNames:
-        names = {tensor: parameter for parameter, tensor in skeleton.names.items()}
-        return cls(skeleton, {tensor: name.removesuffix(_WEIGHT) for tensor, name in names.items()})
-
-    def of_site(self, site: Site) -> Iterator[str]:
-        """What runtimes call a linear of the decoder."""
-        name = site.name if site.kind == "expert" else self.modules.get(site.tensor, site.name)
-        yield name
-        if site.kind != "expert" and site.stored != name:
-            yield site.stored
-
-    def kept(self, dense: Iterable[Site], quantized: Mapping[str, Scheme]) -> tuple[str, ...]:
-        """All that could be taken for quantized linears and are none.
-
-        Args:
-            dense: linears of the decoder that are left so.
-            quantized: the names of the others, with their schemes.
-        """
-        sites = list(dense)
-        # Experts are no linears: all of a layer go by the name of their module.
-        called = ([site.layer] if site.kind == "expert" else self.of_site(site) for site in sites)
-        names = dict.fromkeys(self.skeleton.shared) | dict.fromkeys(name for found in called for name in found)
-        experts = {site.tensor for site in sites if site.kind == "expert"}
-        stored = {module: tensor.removesuffix(_WEIGHT) for tensor, module in self.modules.items()}
-        embeddings: set[str] = set()
-        for name, module in self.skeleton.model.named_modules():
-            if isinstance(module, nn.Embedding):
-                embeddings.add(name)
-            elif isinstance(module, nn.Linear) and name not in quantized and not self.skeleton.holds(name):
-                names |= dict.fromkeys((name, stored.get(name, name)))
-        for tensor, info in self.skeleton.checkpoint.infos.items():
-            found = tensor.removesuffix(_WEIGHT)
-            name = self.modules.get(tensor, found)
-            matrix = tensor.endswith(_WEIGHT) and len(info.shape) == 2 and info.dtype.is_floating_point
-            if matrix and not {name, found} & quantized.keys() and name not in embeddings and tensor not in experts:
-                names |= dict.fromkeys((name, found))
-        return tuple(names)
 
 
 def plan_encoding(skeleton: Skeleton) -> QuantizationPlan:

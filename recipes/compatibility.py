@@ -65,6 +65,22 @@ def incompatibilities(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             "calibrate.statistics: a cache's scales (quantize.kv_cache) are taken sequentially; leave one of them out",
         )
     yield from _asymmetric_mixture(recipe)
+    yield from _outside(recipe, settings, layout)
+
+
+def _outside(recipe: Recipe, settings: QuantizeSettings, layout: Format) -> Iterator[tuple[KeyPath, str]]:
+    """What does not go with an embedding or a head that is quantized because a recipe says so."""
+    word = next((word for word in ("head", "embedding") if getattr(settings, word) not in (None, "none")), None)
+    if word is None or layout.outer != "asked":
+        return
+    if recipe.stream:
+        yield (
+            ("stream",),
+            f"stream: quantize.{word} lies outside the blocks, which a download is quantized by; "
+            + ("leave out one of them (--stream)"),
+        )
+    if recipe.validation is not None and recipe.validation.repair is not None:
+        yield ("validate", "repair"), f"validate.repair: it was never tried with quantize.{word}; leave out one of them"
 
 
 def _lacking(recipe: Recipe, settings: QuantizeSettings, layout: Format) -> Iterator[tuple[KeyPath, str]]:

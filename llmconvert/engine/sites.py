@@ -41,6 +41,7 @@ class Site:
         expert: which of them.
         experts: where the checkpoint has those of the layer.
         transposed: whether model and checkpoint hold it ``[columns, rows]``, as GPT-2's ``Conv1D`` does.
+        head: of an embedding, the module of the head that is tied to it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Site:
     expert: int = 0
     experts: StoredExperts | None = field(default=None, compare=False, repr=False)
     transposed: bool = False
+    head: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,6 +69,16 @@ class Site:
     def layer(self) -> str:
         """The module of the layer's experts that an expert's matrix belongs to; of others, themselves."""
         return self.name if self.kind != "expert" else self.name.rsplit(".", 2)[0]
+
+    @property
+    def owner(self) -> str | None:
+        """The expert that it belongs to, ``model.layers.0.mlp.experts.3``; None for others."""
+        return f"{self.layer}.{self.expert}" if self.kind == "expert" else None
+
+    @property
+    def outside(self) -> str:
+        """What it is outside the blocks: ``head``, ``embedding``, ``tied``; "" for others."""
+        return self.kind if self.is_outer else ""
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -175,13 +187,16 @@ def find_outer_sites(model: PreTrainedModel, names: Mapping[str, str], last: int
     found: dict[str, Site] = {}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    heads = {name for name, module in model.named_modules() if module is head}
+    tied_head = next((name for name in heads if f"{name}.{_WEIGHT}" in model.all_tied_weights_keys), "")
     for name, module in model.named_modules():
         tensor = names.get(f"{name}.{_WEIGHT}")
         if tensor is None or f"{name}.{_WEIGHT}" in model.all_tied_weights_keys:
             continue
         if module is embedding and isinstance(module, nn.Embedding):
             kind: Literal["tied", "embedding"] = "tied" if f"{name}.{_WEIGHT}" in tied else "embedding"
-            found[name] = Site(name, tensor, module.num_embeddings, module.embedding_dim, last, kind)
+            rows, columns = module.num_embeddings, module.embedding_dim
+            found[name] = Site(name, tensor, rows, columns, last, kind, head=tied_head if kind == "tied" else "")
         elif module is head and isinstance(module, nn.Linear):
             found[name] = Site(name, tensor, module.out_features, module.in_features, last, "head")
     return found

@@ -177,11 +177,13 @@ class LinearReport(Value):
         name: in the checkpoint, without ``.weight``.
         scheme: what it is stored in.
         error: squared output error over squared output on the calibration inputs; None for data-free methods.
+        outer: ``head``, ``embedding`` or ``tied`` (one matrix that is both), of what lies outside the blocks.
     """
 
     name: str
     scheme: str
     error: float | None
+    outer: str = Field(default="", exclude_if=_is_empty)
 
 
 class UnitReport(Value):

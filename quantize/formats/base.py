@@ -13,22 +13,21 @@ import torch
 
 from llmconvert.compute.activations import InputKind
 from llmconvert.engine.architecture.config import declared_dtype
+from llmconvert.engine.sites import Site
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.export import TensorTypes
 from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.quantize.catalog.formats import FORMATS, READERS, require_format
-from llmconvert.quantize.formats.container import CheckpointContainer, Container
+from llmconvert.quantize.formats.container import CheckpointContainer, Container, ContainerRequest
 from llmconvert.quantize.formats.reading import left_out
-from llmconvert.quantize.methods.base import Method
 from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
-from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory
+from llmconvert.storage.writer import check_output_directory
 
 __all__ = [
     "FLOATS",
     "NO_OUTER",
-    "ContainerRequest",
     "Feature",
     "FileFormat",
     "Format",
@@ -46,7 +45,11 @@ __all__ = [
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: Of formats whose artifacts have embedding and head as they were.
-NO_OUTER = "no reader of this format was seen to take a quantized head or embedding"
+NO_OUTER = (
+    "no reader of this format was seen to take a quantized head or embedding; compressed-tensors, mlx and gguf do"
+)
+#: Whether embeddings and heads are quantized: never, where an override names them, or like linears.
+OuterUse = Literal["never", "asked", "always"]
 #: What may be asked for beside method, scheme and format, and does not go with every format.
 Feature = Literal[
     "outer", "budget", "repair", "mixed zero points", "rotations", "streaming", "generation", "distillation"
@@ -110,33 +113,6 @@ class StoredLinear(ABC):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class ContainerRequest:
-    """What a job has decided, for the container of its artifact.
-
-    Attributes:
-        method: what chooses codes.
-        scheme: what was asked for; single linears may have others.
-        specs: every tensor of the artifact as :meth:`Format.specs` gives them, in the order of the source.
-        declared: see :meth:`Format.quantization_config`.
-        name: of the model.
-        max_shard_bytes: size at which a new shard is begun.
-        types: of each tensor by its name in the file, in formats that hold GGML's.
-        split_nbytes: of a file, in formats that are one file unless they are split.
-        text: what calibration windows are of, and how many there are.
-    """
-
-    method: Method
-    scheme: SchemeOrMix
-    specs: Sequence[TensorSpec]
-    declared: Mapping[str, Any]
-    name: str
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    types: Mapping[str, str] | None = None
-    split_nbytes: int | None = None
-    text: tuple[str, int] = ("", 0)
-
-
 class Reader(Protocol):
     """Finds the quantized linears of checkpoints of one ``quant_method``."""
 
@@ -169,8 +145,8 @@ class Format(Reader, Protocol):
     transposes: ClassVar[bool] = False
     #: Whether a layer's experts are in tensors of all of them, each with a type of its own, whatever a class reads.
     stacks_experts: ClassVar[bool] = False
-    #: Whether its runtimes read embeddings and heads in it, which are quantized then unless overrides say otherwise.
-    outer: ClassVar[bool] = False
+    #: Whether embeddings and heads are quantized in it: never, where an override names them, or like linears.
+    outer: ClassVar[OuterUse] = "never"
     #: Whether artifacts have tensors in one that transformers joins as it loads: there it fails at that.
     joins: ClassVar[bool] = False
     #: Packages that its library needs to load it, beside those that this one depends on.
@@ -198,6 +174,26 @@ class Format(Reader, Protocol):
 
     def unpack(self, linear: str, stored: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedTensor:
         """The inverse of :meth:`pack`."""
+
+    def check_outer(self, site: Site, scheme: Scheme) -> bool:
+        """Refuse a scheme in which no reader of the format takes an embedding or a head; by default none.
+
+        Returns:
+            whether transformers has to load all weights dense then, by what :meth:`loaded_dense` gives.
+
+        Raises:
+            UnsupportedError: with what is read.
+        """
+        return False
+
+    def for_model(self, outer: Mapping[str, Site], *, dense: bool) -> Format:
+        """The format as it stores a model with this embedding and head; by default itself.
+
+        Args:
+            outer: those of them that are quantized, by name.
+            dense: whether transformers loads all weights dense.
+        """
+        return self
 
     def quantization_config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
         """The ``quantization_config`` of ``config.json``: schemes by linear, and the linears left unquantized.

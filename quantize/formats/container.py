@@ -9,12 +9,14 @@ from typing import Any, Protocol
 
 import torch
 
+from llmconvert.quantize.methods.base import Method
+from llmconvert.quantize.scheme import SchemeOrMix
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.artifact import copy_tensor
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
-from llmconvert.storage.writer import Layout, TensorWriter, plan_layout
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, TensorWriter, plan_layout
 
-__all__ = ["CheckpointContainer", "Container", "Packed"]
+__all__ = ["CheckpointContainer", "Container", "ContainerRequest", "Packed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,33 @@ class Packed:
     name: str
     rows: torch.Tensor
     start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerRequest:
+    """What a job has decided, for the container of its artifact.
+
+    Attributes:
+        method: what chooses codes.
+        scheme: what was asked for; single linears may have others.
+        specs: every tensor of the artifact as the format gives them, in the order of the source.
+        declared: what ``config.json`` says of how it is quantized.
+        name: of the model.
+        max_shard_bytes: size at which a new shard is begun.
+        types: of each tensor by its name in the file, in formats that hold GGML's.
+        split_nbytes: of a file, in formats that are one file unless they are split.
+        text: what calibration windows are of, and how many there are.
+    """
+
+    method: Method
+    scheme: SchemeOrMix
+    specs: Sequence[TensorSpec]
+    declared: Mapping[str, Any]
+    name: str
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    types: Mapping[str, str] | None = None
+    split_nbytes: int | None = None
+    text: tuple[str, int] = ("", 0)
 
 
 class Container(Protocol):

@@ -26,8 +26,8 @@ from llmconvert.gguf.ggml.blocks import BlockCodec, Blocks, load_codec
 from llmconvert.gguf.ggml.mix import FLOATS, MIXES, GgmlMix
 from llmconvert.gguf.ggml.overrides import TypeOverride
 from llmconvert.gguf.records.importance import ImportanceMatrix
-from llmconvert.quantize.formats.base import ContainerRequest, Feature, FileFormat, StoredLinear
-from llmconvert.quantize.formats.container import Container, Packed
+from llmconvert.quantize.formats.base import Feature, FileFormat, StoredLinear
+from llmconvert.quantize.formats.container import Container, ContainerRequest, Packed
 from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.methods.base import GgmlQuantizer
 from llmconvert.quantize.methods.imatrix import Imatrix

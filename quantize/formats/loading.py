@@ -16,7 +16,7 @@ from llmconvert.quantize.formats.joined import JoinedTensors
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["as_loaded", "asked_for", "unloadable", "what_is_left", "written_joined"]
+__all__ = ["as_loaded", "asked_for", "unloadable", "unloadable_outer", "what_is_left", "written_joined"]
 
 
 def asked_for(skeleton: Skeleton, scheme: Scheme, layout: Format) -> frozenset[str]:
@@ -134,4 +134,14 @@ def unloadable(model_type: str, names: Collection[str]) -> str:
         f"architecture {model_type!r}: transformers cannot load it with packed weights, since its class sets the "
         f"weights of its linears by name while it loads ({min(names)}, …). Take a scheme that is not packed, w8a8 or "
         "fp8; or, for another runtime, an override that gives `*` this scheme"
+    )
+
+
+def unloadable_outer(site: Site, scheme: Scheme | None, schemes: Collection[Scheme]) -> str:
+    """The refusal of an embedding that transformers loads dense alone, beside linears that keep it from that."""
+    others = ", ".join(sorted(str(one) for one in schemes if one != scheme)) or "quantized inputs"
+    return (
+        f"{site.name}: transformers loads an embedding in {scheme} only where all that is quantized is in this one "
+        f"scheme with 16-bit inputs, and here are {others} beside it; give it 8 bits (w8a16-channel, which is not "
+        "packed), or the linears' scheme; or take format: gguf or mlx"
     )

@@ -227,7 +227,7 @@ def _outside(
     skeleton: Skeleton, layout: Format, scheme: SchemeOrMix, overrides: Sequence[Override]
 ) -> tuple[Override, ...]:
     """The scheme of what lies outside the blocks and no override names, where the format has it quantized."""
-    if not layout.outer or isinstance(scheme, GgmlMix):
+    if layout.outer != "always" or isinstance(scheme, GgmlMix):
         return ()
     named = [override.match for override in overrides]
     free = (

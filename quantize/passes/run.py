@@ -62,6 +62,7 @@ class LayerResult:
         damping: share of the mean diagonal that its Hessian needed; None without one.
         expert: the expert that it belongs to, ``model.layers.0.mlp.experts.3``; None for others.
         tokens: of calibration text that the router sent to that expert; None without text.
+        outer: ``head``, ``embedding`` or ``tied`` for what lies outside the blocks; "" for others.
     """
 
     name: str
@@ -71,6 +72,7 @@ class LayerResult:
     damping: float | None
     expert: str | None = None
     tokens: int | None = None
+    outer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,9 @@ class QuantizePlan:
     @property
     def readers(self) -> Readership:
         """Which runtimes read what is made, by the schemes that its linears really have."""
-        return readership(self.request.format, {*self.decisions.schemes.values()} or {self.request.scheme})
+        decisions = self.decisions
+        outer = {site.outside for site in decisions.outer}
+        return readership(self.request.format, {*decisions.schemes.values()} or {self.request.scheme}, outer)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -374,17 +378,10 @@ def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
 
 
 def _layers(plan: QuantizationPlan, sink: ArtifactSink) -> tuple[LayerResult, ...]:
+    found = ((plan.sites[name], plan.schemes[name], result) for name, result in sink.results.items())
     return tuple(
-        LayerResult(
-            (site := plan.sites[name]).stored,
-            str(plan.schemes[name]),
-            site.shape,
-            error,
-            damping,
-            f"{site.layer}.{site.expert}" if site.kind == "expert" else None,
-            tokens,
-        )
-        for name, (error, damping, tokens) in sink.results.items()
+        LayerResult(site.stored, str(scheme), site.shape, error, damping, site.owner, tokens, site.outside)
+        for site, scheme, (error, damping, tokens) in found
     )
 
 

@@ -323,7 +323,9 @@ def _stored_linears(stored: Checkpoint) -> tuple[LinearReport, ...]:
 
 
 def _linears(layers: Iterable[LayerResult]) -> tuple[LinearReport, ...]:
-    return tuple(LinearReport(name=layer.name, scheme=layer.scheme, error=layer.error) for layer in layers)
+    return tuple(
+        LinearReport(name=layer.name, scheme=layer.scheme, error=layer.error, outer=layer.outer) for layer in layers
+    )
 
 
 def change_schemes(

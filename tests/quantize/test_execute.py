@@ -15,7 +15,8 @@ from llmconvert.engine.skeleton import Skeleton
 from llmconvert.phases import Phases
 from llmconvert.progress import SILENT
 from llmconvert.quantize.execute import Sink, quantize_blocks, resumed_blocks
-from llmconvert.quantize.formats.base import ContainerRequest, load_format
+from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.formats.container import ContainerRequest
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import load_quantizer
 from llmconvert.quantize.numbers import Int

@@ -119,7 +119,7 @@ def render_card(
         chat=chat,
         library=_library(model.format),
         gguf=_file(report),
-        readers=_readers(model.format, schemes),
+        readers=_readers(report, schemes),
         schemes=len(schemes),
         # Zero points are packed, which transformers' kernel path refuses to read.
         unpacked=model.format == "compressed-tensors"
@@ -181,9 +181,12 @@ def _schemes(report: Report) -> tuple[SchemeOrMix, ...]:
     return tuple(found)
 
 
-def _readers(format: str | None, schemes: Sequence[SchemeOrMix]) -> Readership | None:
+def _readers(report: Report, schemes: Sequence[SchemeOrMix]) -> Readership | None:
     """Which runtimes read all of these; None where nothing is quantized, or in a format of another version."""
-    return readership(format, schemes) if format in FORMATS and format is not None and schemes else None
+    format = report.model.format
+    details = [step.details for step in report.steps if isinstance(step.details, QuantizeReport)]
+    outer = {linear.outer for found in details for linear in found.linears if linear.outer}
+    return readership(format, schemes, outer) if format in FORMATS and format is not None and schemes else None
 
 
 def _file(report: Report) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -224,25 +224,35 @@ def stored_layout(scheme: Scheme) -> str:
     return _BY_NUMBER.get(scheme.number, plain)
 
 
-def written_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
-    """The config to write: schemes by linear, and the linears left unquantized."""
-    by_scheme: dict[Scheme, list[str]] = {}
+def written_config(
+    schemes: Mapping[str, Scheme], kept: Sequence[str], outer: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The config to write.
+
+    Args:
+        schemes: by linear.
+        kept: the linears left unquantized.
+        outer: how embedding and head are written, by their names. No class stands for an embedding, nor in vLLM for a
+            head.
+    """
+    outer = outer or {}
+    alike: dict[tuple[Scheme, str], list[str]] = {}
     for linear, scheme in schemes.items():
-        by_scheme.setdefault(scheme, []).append(linear)
+        alike.setdefault((scheme, outer.get(linear) or stored_layout(scheme)), []).append(linear)
     # The commonest scheme is for every linear that nothing else names. It comes last: names win over classes in every
     # reader, but transformers looks for the first match and warns of each name that it found to be a Linear before.
-    ordered = sorted(by_scheme, key=lambda scheme: -len(by_scheme[scheme]))
+    ordered = sorted(alike, key=lambda kind: -len(alike[kind]))
     groups = {
         f"group_{index}": {
-            "targets": _targets(by_scheme[scheme], rest=scheme == ordered[0], alone=len(ordered) == 1),
-            "weights": weight_args(scheme),
-            "input_activations": activation_args(scheme),
+            "targets": _targets(alike[kind], outer, rest=kind == ordered[0], alone=len(ordered) == 1),
+            "weights": weight_args(kind[0]),
+            "input_activations": activation_args(kind[0]),
             "output_activations": None,
-            "format": stored_layout(scheme),
+            "format": kind[1],
         }
-        for index, scheme in enumerate((*ordered[1:], ordered[0]))
+        for index, kind in enumerate((*ordered[1:], ordered[0]))
     }
-    layouts = {stored_layout(scheme) for scheme in ordered}
+    layouts = {layout for _, layout in ordered}
     return {
         "quant_method": "compressed-tensors",
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
@@ -254,14 +264,15 @@ def written_config(schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[s
     }
 
 
-def _targets(linears: Sequence[str], *, rest: bool, alone: bool) -> list[str]:
+def _targets(linears: Sequence[str], outer: Collection[str], *, rest: bool, alone: bool) -> list[str]:
     """What a group applies to: linears by name, experts by a pattern, in which readers look for the word.
 
     Args:
         linears: module names.
+        outer: those of embedding and head.
         rest: whether it is for all linears that no other group names.
         alone: whether there is no other group.
     """
     named = [linear for linear in linears if not _EXPERT.search(linear)]
     experts = [_EXPERTS] if len(named) < len(linears) and not alone else []
-    return [*experts, *([_CLASS] if rest else named)]
+    return [*experts, *([_CLASS, *(linear for linear in named if linear in outer)] if rest else named)]

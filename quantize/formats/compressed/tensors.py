@@ -10,14 +10,15 @@ without E4M3 activations; those of floats with scales of other kinds are in
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 
 from llmconvert.compute.activations import InputKind
+from llmconvert.engine.sites import Site
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.base import FLOATS, NO_OUTER, Feature, Format, StoredLinear, require_shape
+from llmconvert.quantize.formats.base import FLOATS, Feature, Format, OuterUse, StoredLinear, require_shape
 from llmconvert.quantize.formats.compressed.config import Config, read_config, stored_layout, written_config
 from llmconvert.quantize.formats.compressed.floats import (
     find_floats,
@@ -27,6 +28,14 @@ from llmconvert.quantize.formats.compressed.floats import (
     unpack_floats,
 )
 from llmconvert.quantize.formats.compressed.numbers import CACHE_ARGS, INTS
+from llmconvert.quantize.formats.compressed.outer import (
+    Outer,
+    check_outer,
+    orphans,
+    plain_specs,
+    tied_scales,
+    unpacked_layout,
+)
 from llmconvert.quantize.numbers import E4M3, MXFP4, MXFP8, NVFP4
 from llmconvert.quantize.pack import pack_words, packed_length, signed_codes, unpack_words, unsigned_codes
 from llmconvert.quantize.scheme import Scheme
@@ -49,12 +58,19 @@ _ZEROS = "weight_zero_point"
 _SURPLUS = (_ZEROS, _ORDER, "input_scale", "input_zero_point")
 
 
+@dataclass(frozen=True)
 class CompressedTensors(Format):
-    """``pack-quantized``, ``int-quantized`` and ``float-quantized`` tensors and their configuration."""
+    """``pack-quantized``, ``int-quantized`` and ``float-quantized`` tensors and their configuration.
+
+    Attributes:
+        model: embedding and head of the model that it stores.
+    """
+
+    model: Outer = field(default_factory=Outer)
 
     joins: ClassVar[bool] = True
+    outer: ClassVar[OuterUse] = "asked"
     lacks: ClassVar[Mapping[Feature, str]] = {
-        "outer": NO_OUTER,
         # Seen: 5.23. It dequantizes all of them by one scheme.
         "mixed zero points": "transformers can't load asymmetric weights of several schemes",
     }
@@ -120,10 +136,18 @@ class CompressedTensors(Format):
                 "quantize the experts too (w4a16-g64, w8a16-g128, fp8), or use fp8 for all other linears"
             )
 
+    def check_outer(self, site: Site, scheme: Scheme) -> bool:
+        return check_outer(site, scheme)
+
+    def for_model(self, outer: Mapping[str, Site], *, dense: bool) -> Format:
+        return CompressedTensors(Outer.of(outer, packed=dense)) if outer else self
+
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:
+        if linear == self.model.embedding:
+            return plain_specs(self.model, shape, scheme, scale_dtype)
         if holds_floats(scheme):
             return float_specs(linear, shape, scheme, scale_dtype)
         rows, columns = shape
@@ -144,6 +168,9 @@ class CompressedTensors(Format):
 
     def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         scheme = tensor.scheme
+        if linear == self.model.embedding:
+            scales = {f"{name}.weight_scale": tensor.scale for name in (linear, self.model.head) if name}
+            return {f"{linear}.weight": tensor.codes, **scales}
         if holds_floats(scheme):
             return pack_floats(linear, tensor)
         if stored_layout(scheme) != "pack-quantized":
@@ -162,7 +189,7 @@ class CompressedTensors(Format):
         if holds_floats(scheme):
             return unpack_floats(linear, stored, scheme)
         scale = stored[f"{linear}.weight_scale"]
-        if stored_layout(scheme) != "pack-quantized":
+        if f"{linear}.weight" in stored:
             return QuantizedTensor(stored[f"{linear}.weight"], scale, None, scheme)
         words = stored[f"{linear}.weight_packed"]
         rows, columns = words.shape[0], int(stored[f"{linear}.weight_shape"][1])
@@ -175,7 +202,17 @@ class CompressedTensors(Format):
         return QuantizedTensor(codes, scale, zero, scheme)
 
     def quantization_config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
-        return written_config(schemes, kept)
+        model = self.model
+        tied = next((schemes[name] for name in model.names if model.head and name in schemes), None)
+        if tied is not None:
+            schemes = {**schemes, model.head: tied}
+        layout = unpacked_layout if model.embedding else stored_layout
+        layouts = {name: layout(schemes[name]) for name in model.names if name in schemes}
+        layouts |= {name: stored_layout(schemes[name]) for name in model.heads if name in schemes}
+        return written_config(schemes, [name for name in kept if name not in schemes], layouts)
+
+    def remarks(self, source: Checkpoint) -> tuple[str, ...]:
+        return self.model.remarks
 
     def cache_config(self) -> Mapping[str, Any] | None:
         return CACHE_ARGS
@@ -189,7 +226,7 @@ class CompressedTensors(Format):
         return {}
 
     def find(self, checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterable[StoredLinear]:
-        config = read_config(declared)
+        config, heads = read_config(declared), orphans(checkpoint)
         for name, info in checkpoint.infos.items():
             linear = name.rpartition(".")[0]
             if name.endswith(_PACKED) and info.dtype == torch.uint8:
@@ -201,7 +238,9 @@ class CompressedTensors(Format):
             elif name.endswith(".weight") and info.dtype in _CODES:
                 if len(info.shape) != 2:
                     raise UnsupportedError(f"tensor {name!r} has shape {list(info.shape)}; this reader knows matrices")
-                yield _linear(checkpoint, linear, (info.shape[0], info.shape[1]), config)
+                found = _linear(checkpoint, linear, (info.shape[0], info.shape[1]), config)
+                copies = tied_scales(checkpoint, linear, config.group_of(linear).targets, heads) if heads else ()
+                yield replace(found, parts=(*found.parts, *copies))
             elif name.endswith(".weight") and f"{linear}.weight_scale" in checkpoint:
                 yield _decompressed(checkpoint, linear, config, str(declared.get("quantization_status")))
 
@@ -311,7 +350,9 @@ def _linear(checkpoint: Checkpoint, linear: str, shape: tuple[int, int], config:
         raise CheckpointError(f"quantized linear {linear!r}: a weight of shape {list(shape)} can't be in {scheme}")
     if not scheme.symmetric and stored_layout(scheme) != "pack-quantized":
         raise UnsupportedError(f"{linear}: {scheme}; this reader knows zero points beside packed weights alone")
-    specs = CompressedTensors().specs(linear, shape, scheme, scale.dtype)
+    unpacked = f"{linear}.weight" in checkpoint and scheme.symmetric and scheme.activation_bits != 8
+    layout = CompressedTensors(Outer(embedding=linear) if unpacked else Outer())
+    specs = layout.specs(linear, shape, scheme, scale.dtype)
     for spec in specs:
         part = spec.name.removeprefix(f"{linear}.")
         dtypes = _INTEGERS if part == "weight_shape" else (spec.dtype,)

@@ -16,7 +16,15 @@ import torch
 
 from llmconvert.engine.architecture.auto import has_parts
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.quantize.formats.base import FLOATS, Feature, Format, StoredLinear, require_matrix, require_shape
+from llmconvert.quantize.formats.base import (
+    FLOATS,
+    Feature,
+    Format,
+    OuterUse,
+    StoredLinear,
+    require_matrix,
+    require_shape,
+)
 from llmconvert.quantize.formats.mlx.config import BITS, GROUPS, read_schemes, with_plain_rope, written
 from llmconvert.quantize.formats.mlx.model_types import DIFFERS, KNOWN, SEEN, VERSION
 from llmconvert.quantize.numbers import AFFINE
@@ -34,7 +42,7 @@ class Mlx(Format):
     """``weight``, ``scales`` and ``biases``, and two copies of what they are in ``config.json``."""
 
     library: ClassVar[str] = "mlx"
-    outer: ClassVar[bool] = True
+    outer: ClassVar[OuterUse] = "always"
     fuses: ClassVar[bool] = False
     lacks: ClassVar[Mapping[Feature, str]] = {
         "rotations": "mlx-lm was never seen to run a rotated model",
