@@ -158,7 +158,7 @@ def quantize_model(
     experts: Literal["all"] | None = None,
     min_tokens_per_expert: int | None = None,
     distil_steps: int | None = None,
-    kv_cache: Literal["fp8"] | None = None,
+    kv_cache: Literal["fp8", "fp8-head"] | None = None,
     preset: Literal["fast", "balanced", "best"] | None = None,
     adapter: str | Path | None = None,
     requantize: bool = False,
@@ -198,7 +198,8 @@ def quantize_model(
         experts: calibrate every expert of a mixture on ``"all"`` tokens; by default on those that its router sends it.
         min_tokens_per_expert: begin nothing while an expert gets fewer tokens of the calibration text.
         distil_steps: steps of distillation from the original after quantization; none by default.
-        kv_cache: ``"fp8"`` adds scales from the calibration text, by which runtimes keep keys and values in 8 bits.
+        kv_cache: ``"fp8"`` adds scales from the calibration text, by which runtimes keep keys and values in 8 bits;
+            ``"fp8-head"`` one for each head.
         preset: method, scheme, text, samples and distillation where they are not given; ``balanced`` where neither
             scheme, bits per weight, method nor format is.
         adapter: a LoRA of peft to merge into the model first: a directory, or a Hub id.

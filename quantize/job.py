@@ -135,7 +135,7 @@ def plan_quantize(
         assert not isinstance(schemes, GgmlMix)  # formats without types of tensors have no mixes
         decisions = plan_quantization(skeleton, blocks, schemes, overrides, chosen, layout_format)
         if request.kv_cache is not None:
-            decisions = with_cache(decisions, skeleton, layout_format)
+            decisions = with_cache(decisions, skeleton, layout_format, request.kv_cache)
         work = work_nbytes(skeleton, blocks, decisions, chosen, skeleton.dtype)
         if isinstance(chosen, BlockQuantizer) and any(skeleton.experts):  # what an expert is to give for every token
             work += sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize

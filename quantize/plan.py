@@ -46,8 +46,8 @@ __all__ = [
 
 #: Of what model a linear's moments are.
 Statistics = Literal["sequential", "original"]
-#: What a cache holds keys and values as: E4M3, one scale for a layer's keys and one for its values.
-CacheKind = Literal["fp8"]
+#: What a cache holds keys and values as: E4M3, one scale for a layer's keys and one for its values, or one by head.
+CacheKind = Literal["fp8", "fp8-head"]
 #: Which tokens of the text an expert is calibrated on.
 ShownTokens = Literal["routed", "all"]
 
@@ -115,6 +115,7 @@ class QuantizationPlan:
             them; they are rounded to nearest.
         left: what is said of linears that stay dense unasked, or that transformers loads dense.
         caches: attention modules whose keys and values get scales, by what the checkpoint calls them.
+        cache_by_head: whether there is a scale for each head.
         layout: the format as it stores this model; None where it encodes every tensor by itself.
         head: the tensor of the output head, where it is encoded by what comes to the head on calibration text.
     """
@@ -127,6 +128,7 @@ class QuantizationPlan:
     uncalibrated: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     caches: tuple[str, ...] = ()
+    cache_by_head: bool = False
     head: str | None = None
     layout: Format | None = None
 
@@ -235,25 +237,27 @@ def plan_quantization(
     return QuantizationPlan(schemes, sites, kept, tuple(specs), config, unmet, left, layout=layout)
 
 
-def with_cache(plan: QuantizationPlan, skeleton: Skeleton, layout: Format) -> QuantizationPlan:
+def with_cache(plan: QuantizationPlan, skeleton: Skeleton, layout: Format, kind: CacheKind) -> QuantizationPlan:
     """The plan with scales of an FP8 cache for every layer that attends.
 
     Raises:
         UnsupportedError: the format holds no such scales, or the model has another kind of cache.
     """
-    declared = layout.cache_config()
+    by_head = kind == "fp8-head"
+    declared = layout.cache_config(by_head=by_head)
     if declared is None:
         raise UnsupportedError("kv_cache: this format holds no scales of a cache; use format: compressed-tensors")
-    kind = skeleton.architecture.model_type
     caches = tuple(skeleton.watch_caches())
     if not caches or skeleton.architecture.latent_size:
         raise UnsupportedError(
-            f"kv_cache: architecture {kind!r} hands no keys and values to a cache that runtimes quantize by scales of "
-            "an artifact (latent attention, or none); leave it out"
+            f"kv_cache: architecture {skeleton.architecture.model_type!r} hands no keys and values to a cache that "
+            "runtimes quantize by scales of an artifact (latent attention, or none); leave it out"
         )
     parts = [f"{name}.{part}" for name in caches for part in ("k_scale", "v_scale")]
-    specs = (*plan.specs, *(TensorSpec(name, skeleton.dtype, (1,)) for name in parts))
-    return replace(plan, specs=specs, declared={**plan.declared, "kv_cache_scheme": declared}, caches=caches)
+    shape = (skeleton.architecture.kv_heads, 1, 1) if by_head else (1,)
+    specs = (*plan.specs, *(TensorSpec(name, skeleton.dtype, shape) for name in parts))
+    declared = {**plan.declared, "kv_cache_scheme": declared}
+    return replace(plan, specs=specs, declared=declared, caches=caches, cache_by_head=by_head)
 
 
 def plan_encoding(skeleton: Skeleton) -> QuantizationPlan:

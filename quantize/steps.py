@@ -222,7 +222,7 @@ class CalibratedSteps:
         self.skeleton.quantize_inputs({name: kind for name, kind in fixed.items() if kind is not None})
         yield from solve()
         with self.phases.measure("forward"):
-            yield from cache_scales(run, self.caches, self.skeleton)
+            yield from cache_scales(run, self.caches, self.skeleton, by_head=self.plan.cache_by_head)
         with self.phases.measure("solving"):
             yield from round_unreached(run, self.plan, self.scale_dtype)
         if run.plan.index < self.skeleton.block_count - 1:

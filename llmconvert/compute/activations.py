@@ -17,7 +17,7 @@ from torch import nn
 from llmconvert.compute.scale_numbers import E4M3_SCALES, E8M0
 from llmconvert.compute.small_floats import E2M1_PARTS, E4M3_PARTS
 
-__all__ = ["InputKind", "InputNumber", "InputQuantizer", "quantize_input"]
+__all__ = ["InputKind", "InputNumber", "InputQuantizer", "quantize_input", "round_by"]
 
 InputNumber = Literal["int8", "fp8", "fp4"]
 
@@ -90,13 +90,14 @@ def quantize_input(values: torch.Tensor, kind: InputKind) -> torch.Tensor:
         raise ValueError(f"inputs are quantized to {kind}, and nothing fixed the scale")
     if kind.group is not None:
         grouped = values.unflatten(-1, (-1, kind.group))
-        return _round(grouped, _group_scale(grouped, kind), kind.number).flatten(-2).to(values.dtype)
+        return round_by(grouped, _group_scale(grouped, kind), kind.number).flatten(-2).to(values.dtype)
     if kind.static:
-        return _round(values, torch.tensor([kind.scale], dtype=values.dtype, device=values.device), kind.number)
-    return _round(values, _float_scale(values, kind.number), kind.number)
+        return round_by(values, torch.tensor([kind.scale], dtype=values.dtype, device=values.device), kind.number)
+    return round_by(values, _float_scale(values, kind.number), kind.number)
 
 
-def _round(values: torch.Tensor, scale: torch.Tensor, number: InputNumber) -> torch.Tensor:
+def round_by(values: torch.Tensor, scale: torch.Tensor, number: InputNumber) -> torch.Tensor:
+    """Values rounded to codes of a number times a scale, which is of their dtype and broadcasts to them."""
     codes = values / scale
     if number == "int8":
         return codes.round_().clamp_(-128, 127).mul_(scale)

@@ -1,4 +1,5 @@
-"""Keys and values as an FP8 cache holds them: E4M3 under one fixed scale for a layer's keys, and one for its values.
+"""Keys and values as an FP8 cache holds them: E4M3 under fixed scales, one for a layer's keys and one for its values,
+or one for each of its heads.
 
 An attention module hands keys, after their rotation, and values to a cache, and goes on with what that gives back. What
 it is handed here stands between: it looks at what comes, or rounds it as the caches of vLLM and compressed-tensors do,
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmconvert.compute.activations import InputKind, quantize_input
+from llmconvert.compute.activations import round_by
+from llmconvert.compute.small_floats import E4M3_PARTS
 
 __all__ = ["CacheQuantizer", "CacheScales", "cache_quantizers"]
 
-_KIND = InputKind("fp8", static=True)
 # What runtimes look for scales in, and what its forward calls the cache.
 _ATTENTION = re.compile(r"(?:^|\.)(?:self_attn|attention)$")
 _CACHES = ("past_key_values", "past_key_value")
@@ -28,7 +29,8 @@ _CACHES = ("past_key_values", "past_key_value")
 
 @dataclass(frozen=True, slots=True)
 class CacheScales:
-    """What a layer's keys and values are divided by before they are rounded; ``[1]`` each, in the model's dtype."""
+    """What a layer's keys and values are divided by before they are rounded, in the model's dtype: ``[1]`` each, or
+    ``[heads, 1, 1]``."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -41,32 +43,43 @@ class CacheQuantizer:
         attention: the module.
 
     Attributes:
-        largest: magnitudes of the keys and of the values that have come.
+        largest: magnitudes of the keys and of the values that have come, float32 ``[heads]`` each; None before any.
     """
 
     def __init__(self, attention: nn.Module) -> None:
-        self.largest = (0.0, 0.0)
-        self._kinds: tuple[InputKind, InputKind] | None = None
+        self.largest: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._scales: CacheScales | None = None
         parameters = inspect.signature(attention.forward).parameters
         self._name = next(name for name in _CACHES if name in parameters)
         attention.register_forward_pre_hook(self._enter, with_kwargs=True)
 
-    def scales(self, dtype: torch.dtype) -> CacheScales:
-        """Those that reach the largest magnitudes that have come, as a model in ``dtype`` stores them."""
-        key, value = (_KIND.scale_for(largest, dtype) for largest in self.largest)
-        return CacheScales(key, value)
+    @property
+    def met(self) -> bool:
+        """Whether keys and values other than zero have come."""
+        return self.largest is not None and all(bool(found.any()) for found in self.largest)
+
+    def scales(self, dtype: torch.dtype, *, by_head: bool = False) -> CacheScales:
+        """Those that reach the largest magnitudes that have come, as a model in ``dtype`` stores them.
+
+        A head that nothing but zeros came to has the scale of magnitudes up to one.
+        """
+        assert self.largest is not None
+        found = [largest[:, None, None] if by_head else largest.amax()[None] for largest in self.largest]
+        key, value = (torch.where(largest == 0, 1, largest) / E4M3_PARTS.largest for largest in found)
+        return CacheScales(key.to(dtype), value.to(dtype))
 
     def fix(self, scales: CacheScales) -> None:
         """Round from here on."""
-        self._kinds = _KIND.at(scales.key), _KIND.at(scales.value)
+        self._scales = scales
 
     def pass_on(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What becomes of keys and values, ``[batch, heads, length, head size]``, in a cache."""
-        if self._kinds is not None:
-            return quantize_input(key, self._kinds[0]), quantize_input(value, self._kinds[1])
+        if self._scales is not None:
+            return round_by(key, self._scales.key.to(key), "fp8"), round_by(value, self._scales.value.to(value), "fp8")
         if not key.is_meta and key.numel():
-            found = (float(key.detach().abs().max()), float(value.detach().abs().max()))
-            self.largest = max(self.largest[0], found[0]), max(self.largest[1], found[1])
+            keys, values = (part.detach().abs().amax((0, 2, 3)).float().cpu() for part in (key, value))
+            before = self.largest or (keys, values)
+            self.largest = torch.maximum(before[0], keys), torch.maximum(before[1], values)
         return key, value
 
     def _enter(

@@ -206,8 +206,9 @@ class Format(Reader, Protocol):
         """The ``config.json`` of an artifact, from the source's and what :meth:`quantization_config` gives."""
         return {**source, "quantization_config": declared}
 
-    def cache_config(self) -> Mapping[str, Any] | None:
-        """What its config says of a cache in E4M3 whose scales are in the artifact; None where it holds none."""
+    def cache_config(self, *, by_head: bool) -> Mapping[str, Any] | None:
+        """What its config says of a cache in E4M3 whose scales are in the artifact, by layer or by head; None where it
+        holds none."""
         return None
 
     def loaded_dense(self, schemes: Collection[Scheme]) -> Mapping[str, Any]:

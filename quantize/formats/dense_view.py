@@ -81,19 +81,23 @@ class _LastRead(CheckpointView):
 
 
 def _is_static_fp8(scheme: object) -> bool:
-    """Whether a key-value cache is E4M3 under one scale for a layer's keys and one for its values."""
-    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-    return isinstance(scheme, Mapping) and all(scheme.get(key) == value for key, value in wanted.items())
+    """Whether a key-value cache is E4M3 under fixed scales, by layer or by head."""
+    wanted = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True}
+    if not isinstance(scheme, Mapping) or scheme.get("strategy") not in ("tensor", "attn_head"):
+        return False
+    return all(scheme.get(key) == value for key, value in wanted.items())
 
 
 def _cache_scales(base: Checkpoint, names: Collection[str]) -> dict[str, CacheScales]:
-    """Attention modules whose keys and values both have one scale."""
+    """Attention modules whose keys and values both have one scale, or one for each head."""
     found: dict[str, CacheScales] = {}
     for name in names:
         module = name.removesuffix(".k_scale")
         pair = name, f"{module}.v_scale"
-        if module != name and pair[1] in names and all(base.infos[part].shape in ((), (1,)) for part in pair):
-            found[module] = CacheScales(*(base[part].reshape(1) for part in pair))
+        if module != name and pair[1] in names:
+            key, value = (base[part].flatten() for part in pair)
+            shape = (1,) if len(key) == 1 else (-1, 1, 1)
+            found[module] = CacheScales(key.reshape(shape), value.reshape(shape))
     return found
 
 

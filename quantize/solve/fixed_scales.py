@@ -81,7 +81,7 @@ def largest_inputs(
 
 
 def cache_scales(
-    run: BlockRun, caches: Mapping[str, CacheQuantizer], skeleton: Skeleton
+    run: BlockRun, caches: Mapping[str, CacheQuantizer], skeleton: Skeleton, *, by_head: bool = False
 ) -> Iterator[tuple[str, CacheScales]]:
     """Scales of a block's caches, with all batches through its attention and the new weights in place.
 
@@ -89,18 +89,25 @@ def cache_scales(
         run: of the block, whose linears have been asked for.
         caches: what looks at keys and values, by what the checkpoint calls attention modules.
         skeleton: the model.
+        by_head: whether each head has its own.
 
     Raises:
-        CalibrationError: nothing came to a cache.
+        CalibrationError: nothing came to a cache, or not as many heads as the config says.
     """
     tensors = [tensor for name, tensor in skeleton.names.items() if name.startswith(skeleton.prefix(run.plan.index))]
     own = {name: cache for name, cache in caches.items() if any(part.startswith(f"{name}.") for part in tensors)}
-    if any(0.0 in cache.largest for cache in own.values()):
+    if not all(cache.met for cache in own.values()):
         for _ in run.inputs(run.plan.stops[-1].linears[0]):
             pass
     for name, cache in own.items():
-        if 0.0 in cache.largest:
+        if not cache.met:
             raise CalibrationError(
                 f"{name}: no keys and values of calibration text came to a cache; leave out kv_cache"
             )
-        yield name, cache.scales(skeleton.dtype)
+        scales = cache.scales(skeleton.dtype, by_head=by_head)
+        if by_head and len(scales.key) != skeleton.architecture.kv_heads:
+            raise CalibrationError(
+                f"{name}: has {len(scales.key)} key-value heads, and the config says {skeleton.architecture.kv_heads}; "
+                "runtimes expect as many scales as that; take kv_cache: fp8"
+            )
+        yield name, scales

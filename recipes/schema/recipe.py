@@ -184,7 +184,7 @@ class QuantizeSettings(Section):
     Of a mixture each expert is calibrated on the tokens that the router sends it; with ``experts: all`` on all of the
     text. ``min_tokens_per_expert`` begins nothing while an expert gets fewer. ``distil`` trains what is stored against
     the original's predictions afterwards. ``kv_cache: fp8`` adds scales from the calibration text, by which runtimes
-    keep keys and values in 8 bits.
+    keep keys and values in 8 bits: one for a layer, or with ``fp8-head`` one for each of its key-value heads.
     """
 
     method: str = "gptq"
@@ -199,7 +199,7 @@ class QuantizeSettings(Section):
     experts: Literal["all"] | None = None
     min_tokens_per_expert: Count | None = None
     distil: Annotated[DistilSettings | None, BeforeValidator(switch)] = None
-    kv_cache: Literal["fp8"] | None = None
+    kv_cache: Literal["fp8", "fp8-head"] | None = None
     split_max_size: Bytes | None = None
 
     @model_validator(mode="before")

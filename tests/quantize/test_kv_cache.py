@@ -16,6 +16,7 @@ from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import CalibrationError, UnsupportedError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.plan import CacheKind
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -31,13 +32,13 @@ def logits(directory: Path, *, cache: bool = True) -> list[torch.Tensor]:
     return list(stream_logits(view, WINDOWS, device=CPU))
 
 
-@pytest.mark.parametrize(("method", "name"), [("gptq", "llama"), ("rtn", "qwen3")])
+@pytest.mark.parametrize(("method", "name", "kind"), [("gptq", "llama", "fp8"), ("rtn", "qwen3", "fp8-head")])
 def test_the_loaded_model_has_our_scales_and_gives_our_logits(
-    tiny: Tiny, tmp_path: Path, method: str, name: str
+    tiny: Tiny, tmp_path: Path, method: str, name: str, kind: CacheKind
 ) -> None:
     source, output = SafetensorsCheckpoint(tiny(name, torch.bfloat16)), tmp_path / "out"
     scheme = Scheme.parse("w8a16-g32")
-    quantize_checkpoint(source, output, method=method, scheme=scheme, windows=WINDOWS, kv_cache="fp8")
+    quantize_checkpoint(source, output, method=method, scheme=scheme, windows=WINDOWS, kv_cache=kind)
     model = AutoModelForCausalLM.from_pretrained(output)
     with torch.no_grad():
         expected = [model(input_ids=window).logits for window in WINDOWS]
@@ -54,10 +55,12 @@ def test_the_loaded_model_has_our_scales_and_gives_our_logits(
     stored = load_file(output / "model.safetensors")
     for index, layer in enumerate(model.model.layers):
         for part, kept in (("k_scale", "keys"), ("v_scale", "values")):
-            largest = max(float(getattr(cache.layers[index], kept).abs().max()) for cache in caches)
+            heads = [getattr(cache.layers[index], kept).abs().amax((0, 2, 3)).float() for cache in caches]
+            largest = torch.stack(heads).amax(0)
+            expected_scale = largest[:, None, None] / 448 if kind == "fp8-head" else largest.amax()[None] / 448
             found = stored[f"model.layers.{index}.self_attn.{part}"]
             assert torch.equal(getattr(layer.self_attn, part).data, found) and found.dtype == torch.bfloat16
-            torch.testing.assert_close(found.float(), torch.tensor([largest / 448]), rtol=0.03, atol=0)
+            torch.testing.assert_close(found.float(), expected_scale, rtol=0.03, atol=0)
 
 
 def test_what_can_have_no_scales_is_refused_before_the_work(tiny: Tiny, tmp_path: Path) -> None:

@@ -214,8 +214,8 @@ class CompressedTensors(Format):
     def remarks(self, source: Checkpoint) -> tuple[str, ...]:
         return self.model.remarks
 
-    def cache_config(self) -> Mapping[str, Any] | None:
-        return CACHE_ARGS
+    def cache_config(self, *, by_head: bool) -> Mapping[str, Any] | None:
+        return {**CACHE_ARGS, "strategy": "attn_head"} if by_head else CACHE_ARGS
 
     def loaded_dense(self, schemes: Collection[Scheme]) -> Mapping[str, Any]:
         # transformers 5.23 dequantizes all linears by one group then, and no longer quantizes any inputs.
