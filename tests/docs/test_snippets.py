@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 import shutil
 import tomllib
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from support.pages import PAGES, ROOT, Block, blocks, prose
+from support.pages import PAGES, ROOT, TASKS, Block, blocks, commands, prose, smaller
 from support.tiny_models import tiny_llama_dir
 
 from llmconvert.cli import main
@@ -30,16 +29,6 @@ from llmconvert.recipes.loading import make_recipe
 from llmconvert.recipes.sweep.expand import make_sweep
 
 CONSOLE, PYTHON, YAML = ([*blocks(language)] for language in ("console", "python", "yaml"))
-# What the pages ask for is made smaller, so that a stand-in answers in seconds.
-SMALLER = {
-    "--samples": "4",
-    "--length": "64",
-    "--window": "64",
-    "--stride": "32",
-    "--heal-steps": "2",
-    "--distil-steps": "2",
-    "--preset": "fast",
-}
 # Not run: what needs the Hub or a cluster. Artifacts are opened in other runtimes by tests/readers and tests/gguf.
 OF_THE_HUB = ("--stream", "--private", "--engine")
 # Run at shorter lengths by tests/validate/long_inputs: each length and backend in a process of its own takes minutes.
@@ -47,12 +36,6 @@ MEASURED_FOR_MINUTES = ("--attention", "--memory")
 # What the pages' adapter is of.
 LINEAR = "model.layers.0.self_attn.q_proj"
 RUNTIMES = ("vllm", "gptqmodel", "xllamacpp", "mlx_lm")
-
-
-def commands(block: Block) -> list[list[str]]:
-    """The words of each ``$`` line, without comments; a line that ends in a backslash goes on."""
-    text = block.text.replace("\\\n", " ")
-    return [shlex.split(line[2:], comments=True) for line in text.splitlines() if line.startswith("$ ")]
 
 
 def parse(words: list[str]) -> None:
@@ -162,8 +145,8 @@ def world(pages_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def runnable(block: Block) -> bool:
-    if block.page.name == "commands.md":
-        return False  # examples of the help, on models of the Hub
+    if block.page.name == "commands.md" or block.page in TASKS:
+        return False  # examples of the help, on models of the Hub; pages that are run from beginning to end
     calls = commands(block)
     return all(call[0] == "llmconvert" and not set(call) & set(OF_THE_HUB) for call in calls)
 
@@ -174,13 +157,14 @@ def test_commands_run(block: Block, world: Path) -> None:
     for _, *words in commands(block):
         if words[0] == "validate" and set(words) & set(MEASURED_FOR_MINUTES):
             continue
-        small = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
-        small = [path for word in small for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+        small = [
+            path for word in smaller(words) for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
+        ]
         done = CliRunner().invoke(main, small)
         assert done.exit_code == 0, f"{' '.join(words)}\n{done.output}\n{done.exception}"
 
 
-@pytest.mark.parametrize("block", YAML, ids=str)
+@pytest.mark.parametrize("block", [block for block in YAML if block.page not in TASKS], ids=str)
 def test_recipes_are_valid(block: Block) -> None:
     """Parts get what they leave out: a model, text to calibrate on, a method, a measurement."""
     values = yaml.safe_load(block.text)
@@ -194,7 +178,7 @@ def test_recipes_are_valid(block: Block) -> None:
     made({"model": "org/name", **usual, **values})
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=str)
+@pytest.mark.parametrize("block", [block for block in PYTHON if block.page not in TASKS], ids=str)
 def test_programs_run(block: Block, world: Path) -> None:
     code = compile(block.text, str(block), "exec")
     imported = set(re.findall(r"^(?:from|import) (\w+)", block.text, re.MULTILINE))

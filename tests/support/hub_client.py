@@ -44,6 +44,9 @@ class Log:
 def call(name, args, kwargs):
     log = Log()
     log.lines = []
+    if name == "chdir":
+        os.chdir(args[0])
+        return {"log": []}
     if name == "cli":
         from click.testing import CliRunner
         from llmconvert.cli import main
