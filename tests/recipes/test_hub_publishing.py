@@ -161,7 +161,6 @@ def test_what_the_hub_would_refuse_at_the_end_is_refused_before_the_work(
 @pytest.mark.parametrize(
     "publish",
     [
-        {"to": "me/{name}"},
         {"to": "me/{name}", "revision": "{scheme}"},
         {"to": "me/{name}", "folder": "{scheme}"},
         {"to": "file:published"},
