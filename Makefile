@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
-.PHONY: demo test test-fast examples readers wheel lint types docs clean FORCE
+.PHONY: demo test test-fast coverage examples readers wheel lint types docs clean FORCE
 
 # torch comes first and alone, so that the build which pip's own settings prefer is the one that stays. Triton, which one
 # test needs and not every system has, is kept apart: torch imports it where it finds it, and takes 80 MB more.
@@ -36,18 +36,22 @@ demo: $(VENV)/.installed
 
 # pytest by its own name: `python -m pytest` puts the working directory before what is installed. Tests run side by side,
 # each in one thread, twice as many as there are processors, since many wait for processes of their own; slow ones file by
-# file, which share what they set up. What is covered is what the fast ones reach.
+# file, which share what they set up.
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(8, 2 * os.cpu_count()))')
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 FAST := $(SIDE_BY_SIDE) -m 'not slow'
 
 test: $(VENV)/.installed
-	$(FAST) --cov --cov-report=
+	$(FAST)
 	$(SIDE_BY_SIDE) --dist loadfile -m slow
-	$(BIN)/python .ci/low_coverage.py
 
 test-fast: $(VENV)/.installed
 	$(FAST)
+
+# What is covered is what the fast ones reach. Counting lines takes half as long again as the tests do, so it is apart.
+coverage: $(VENV)/.installed
+	$(FAST) --cov --cov-report=
+	$(BIN)/python .ci/low_coverage.py
 
 # dist/llmconvert-VERSION-py3-none-any.whl; and a fresh environment takes it and lists what there is.
 wheel: $(VENV)/.ready

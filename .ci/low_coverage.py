@@ -1,4 +1,4 @@
-"""Lists the files that the last tests saw less than 90 % of, from what `pytest --cov` wrote.
+"""Lists the files that the last `make coverage` saw less than 90 % of, from what `pytest --cov` wrote.
 
 python .ci/low_coverage.py
 """
@@ -19,7 +19,7 @@ def main() -> None:
     measured.load()
     files = measured.get_data().measured_files()
     if not files:
-        sys.exit("nothing was measured; run `make test`")
+        sys.exit("nothing was measured; run `make coverage`")
     low = []
     for file in files:
         _, statements, _, missing, _ = measured.analysis2(file)
