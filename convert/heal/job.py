@@ -15,11 +15,10 @@ from llmconvert.convert.gqa.weights import attention_tensors
 from llmconvert.convert.heal.muon import Muon
 from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import DatasetError, UsageError
-from llmconvert.memory import release_freed_memory
 from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.steps import HealReport
-from llmconvert.storage.artifact import build_artifact, job_key, output_nbytes
+from llmconvert.storage.artifact import job_key, output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.shared import share_tensors
@@ -28,11 +27,10 @@ from llmconvert.training.loop import Learner, Training
 from llmconvert.training.model import ResidentModel
 from llmconvert.training.needs import backward_nbytes, require_memory
 from llmconvert.training.options import TrainingOptions
-from llmconvert.training.state import TrainingState, load_state, save_state
+from llmconvert.training.output import build_trained
+from llmconvert.training.state import TrainingState
 
 __all__ = ["HealOptions", "HealPlan", "heal_attention", "plan_heal"]
-
-_STATE = "healing.safetensors"
 
 
 class HealOptions(TrainingOptions):
@@ -78,30 +76,21 @@ class HealPlan:
             "options": asdict(self.options),
         }
         job = job_key(merged, self.layout, about, identity=identity, windows=self._windows)
-        with build_artifact(self._output, self.layout, job, progress=context.progress) as artifact:
-            kept = self._state or artifact.work / _STATE
-            found = load_state(kept, job)
-            start = found.step if found is not None else 0
+        with build_trained(self._output, self.layout, job, self._state, context.progress) as made:
             shared = share_tensors((original, merged), apart, context.device, dtype)
             teacher, student = (ResidentModel(view, context.device, dtype) for view in shared)
             learner = _learner(student, names, self.options)
             healing = Training(teacher, student, learner, self._windows, self.options)
 
-            def save(current: TrainingState) -> None:
-                save_state(kept, current)
-                artifact.finish(f"step {current.step}")
-
             with context.progress.task("Healing attention", self.options.steps) as task:
-                final = healing.run(found, job, save, task)
+                final = healing.run(made.found, job, made.save, task)
             best = final.best or learner.keep()
             tokens = sum(self._windows[0].shape[1] * self.options.batch for _ in final.history)
             del healing, learner, teacher, student, shared
-            release_freed_memory()
-            for name in names:
-                artifact.writer.write(name, best[name].to(merged.infos[name].dtype))
-            artifact.copy(merged, (name for name in merged if name not in set(names)))
-            artifact.publish(merged.config, merged.files)
-        return _report(final, self.options, tokens, start)
+            for name in names:  # one by one, so that both dtypes are never there together
+                best[name] = best[name].to(merged.infos[name].dtype)
+            made.write(best, merged)
+        return _report(final, self.options, tokens, made.start)
 
 
 def plan_heal(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from llmconvert.compute.precision import compute_dtype
 from llmconvert.context import Context
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import DatasetError, UnsupportedError, UsageError
-from llmconvert.memory import release_freed_memory
 from llmconvert.needs import Needs
 from llmconvert.quantize.distil.optimizer import StoredAdam
 from llmconvert.quantize.distil.options import DistilOptions
@@ -32,18 +31,17 @@ from llmconvert.quantize.formats.base import Format, load_format
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.formats.reading import declared_quantization
 from llmconvert.report.steps import DistilReport
-from llmconvert.storage.artifact import build_artifact, job_key, output_nbytes
+from llmconvert.storage.artifact import job_key, output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.shared import share_tensors
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
 from llmconvert.training.loop import Learner, Training
 from llmconvert.training.model import ResidentModel
-from llmconvert.training.state import TrainingState, load_state, save_state
+from llmconvert.training.output import TrainedArtifact, build_trained
+from llmconvert.training.state import TrainingState
 
 __all__ = ["DistilPlan", "plan_distil"]
-
-_STATE = "distillation.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +82,13 @@ class DistilPlan:
         dtype = compute_dtype(context.device)
         about = {"original": original.identity, "dtype": str(dtype), "options": asdict(self.options)}
         job = job_key(artifact, self.layout, about, identity=context.identity, windows=self._windows)
-        with build_artifact(self._output, self.layout, job, progress=context.progress) as made:
-            kept = self._state or made.work / _STATE
-            found = load_state(kept, job)
-            start = found.step if found is not None else 0
-
-            def save(current: TrainingState) -> None:
-                save_state(kept, current)
-                made.finish(f"step {current.step}")
-
-            final, stored, moved = self._train(found, job, save, dtype)
-            del found
-            release_freed_memory()
-            for name, tensor in stored.items():
-                made.writer.write(name, tensor)
-            made.copy(artifact, (name for name in artifact if name not in stored))
-            made.publish(artifact.config, artifact.files)
-        return self._report(final, moved, start)
+        with build_trained(self._output, self.layout, job, self._state, context.progress) as made:
+            final, stored, moved = self._train(made, job, dtype)
+            made.write(stored, artifact)
+        return self._report(final, moved, made.start)
 
     def _train(
-        self, found: TrainingState | None, job: str, save: Callable[[TrainingState], None], dtype: torch.dtype
+        self, made: TrainedArtifact, job: str, dtype: torch.dtype
     ) -> tuple[TrainingState, dict[str, torch.Tensor], int]:
         """The state in the end, every tensor of the output that is not the artifact's own, and how many codes moved."""
         original, context, options = self._original, self._context, self.options
@@ -124,7 +109,7 @@ class DistilPlan:
         )
         training = Training(teacher, student, learner, self._windows, options)
         with context.progress.task("Distilling", options.steps) as task:
-            final = training.run(found, job, save, task)
+            final = training.run(made.found, job, made.save, task)
         stored, moved = self._stored(final.best or learner.keep(), trained)
         return final, stored, moved
 

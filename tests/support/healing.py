@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
-import torch
+from support.kills import die_when_replaced
 from support.tiny_architectures import ids
 
 from llmconvert.convert.heal.job import HealOptions, heal_attention
@@ -28,15 +26,5 @@ def heal(original: Path, merged: Path, output: Path, **options: Any) -> HealRepo
 
 def heal_until_killed(original: Path, merged: Path, output: Path, state: Path, kill_at: int) -> None:
     """In a process of its own; ends by SIGKILL when the state is being replaced for the ``kill_at``-th time."""
-    torch.set_num_threads(1)
-    replace, count = os.replace, 0
-
-    def counted(*names: Any) -> None:
-        nonlocal count
-        count += str(names[1]) == str(state)
-        if kill_at and count == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*names)
-
-    os.replace = counted  # type: ignore[assignment]
+    die_when_replaced(state, kill_at)
     heal(original, merged, output, state=state)
