@@ -222,7 +222,8 @@ def _put_experts_together(checkpoint: Checkpoint, dense: dict[str, torch.Tensor]
     absent = {name for name in checkpoint if name not in dense}
     if not absent:
         return
-    apart = [site for site in Skeleton(checkpoint, CPU).sites.values() if site.tensor in absent]
+    sites = Skeleton(checkpoint, CPU).sites.values()
+    apart = [site for site in sites if site.tensor in absent and not site.stored_alone]
     for name in dict.fromkeys(site.tensor for site in apart):
         shape = checkpoint.infos[name].shape
         places: Any = _Places({name: torch.arange(torch.Size(shape).numel()).view(shape)})

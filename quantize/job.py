@@ -21,6 +21,7 @@ from llmconvert.gguf.ggml.mix import FLOATS, GgmlMix
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import FileFormat, Format, load_format
 from llmconvert.quantize.formats.container import ContainerRequest
+from llmconvert.quantize.formats.experts import experts_in_one
 from llmconvert.quantize.formats.loading import as_loaded
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, GgmlQuantizer, Quantizer, load_method
@@ -106,7 +107,7 @@ def plan_quantize(
         what = f"scheme {request.scheme}" if request.fixes_inputs else "kv_cache"
         what = f"method {request.method!r}" if chosen.calibration != "none" else what
         raise CalibrationError(f"{what} needs calibration text and was given none")
-    skeleton = _skeleton(source, context.device, layout_format)
+    skeleton = _skeleton(source, context.device, layout_format, request)
     source = skeleton.checkpoint
     if (request.experts == "all" or request.min_tokens_per_expert) and not any(skeleton.experts):
         key = "experts: all" if request.experts == "all" else "min_tokens_per_expert"
@@ -166,11 +167,14 @@ def plan_quantize(
     return QuantizePlan(request, decisions, memory, container, memory.needs(skeleton.device, disk=disk), inputs)
 
 
-def _skeleton(source: Checkpoint, device: torch.device, layout: Format) -> Skeleton:
+def _skeleton(
+    source: Checkpoint, device: torch.device, layout: Format, request: QuantizeRequest | None = None
+) -> Skeleton:
     """The model of a checkpoint as an artifact in that format has its tensors."""
     skeleton = Skeleton(source, device, fast_products=True)
-    written = as_loaded(skeleton, layout)
-    return skeleton if written is source else Skeleton(written, device, fast_products=True)
+    dense = request is not None and experts_in_one(skeleton, request.scheme, request.overrides, layout)
+    written = as_loaded(skeleton, layout, dense_experts=dense)
+    return skeleton if written is skeleton.checkpoint else Skeleton(written, device, fast_products=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.formats.coverage import check_coverage, narrow_linears
 from llmconvert.quantize.formats.declared_names import DeclaredNames
 from llmconvert.quantize.formats.experts import check_experts, gates_of
-from llmconvert.quantize.formats.loading import asked_for, unloadable, unloadable_outer, what_is_left
+from llmconvert.quantize.formats.loading import asked_for, check_loadable, unloadable, unloadable_outer, what_is_left
 from llmconvert.quantize.formats.outer import outer_schemes
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQuantizer
@@ -181,7 +181,7 @@ def plan_quantization(
     idle = {name for block in blocks for name in block.unreached} if skeleton.reach.idle else set[str]()
     dense = gates | turned | repeated | narrow | idle
     own = {name: scheme if isinstance(scheme, Scheme) else scheme.get(site.tensor) for name, site in sites.items()}
-    assigned = {name: _assigned((name,), None if name in dense else own[name], overrides) for name in sites}
+    assigned = {name: Override.chosen((name,), None if name in dense else own[name], overrides) for name in sites}
     outer = outer_schemes(skeleton.outer, layout, scheme, overrides)
     dense_outer = [
         name for name, chosen in outer.items() if chosen and layout.check_outer(skeleton.outer[name], chosen)
@@ -193,7 +193,7 @@ def plan_quantization(
         raise UnsupportedError(unloadable_outer(skeleton.outer[dense_outer[0]], outer[dense_outer[0]], packed))
     if asked and not said:
         dense |= asked
-        assigned = {name: _assigned((name,), None if name in dense else own[name], overrides) for name in sites}
+        assigned = {name: Override.chosen((name,), None if name in dense else own[name], overrides) for name in sites}
     check_experts(skeleton, assigned, method, layout)
     sites = {**sites, **{name: skeleton.outer[name] for name in outer}}
     assigned |= outer
@@ -219,6 +219,7 @@ def plan_quantization(
     if not any(assigned.values()):
         raise SchemeError("the overrides leave no linear to quantize")
     schemes = {name: chosen for name, chosen in assigned.items() if chosen is not None}
+    check_loadable(skeleton, [sites[name] for name in schemes], layout)
     quantized: dict[str, list[tuple[Site, Scheme]]] = {}
     for name, chosen in schemes.items():
         quantized.setdefault(sites[name].tensor, []).append((sites[name], chosen))
@@ -329,13 +330,6 @@ def _scaling_nbytes(block: BlockPlan, sites: Mapping[str, Site], method: Scaling
     held += 2 * method.sample_tokens * dtype.itemsize * sum(widths)
     heights = {stop: sum(sites[name].rows for name in stop.linears) for stop in block.stops}
     return held + max((method.scales_nbytes(rows, stop.columns) for stop, rows in heights.items()), default=0)
-
-
-def _assigned(names: Sequence[str], scheme: Scheme | None, overrides: Iterable[Override]) -> Scheme | None:
-    for override in overrides:
-        if any(fnmatchcase(name, override.match) for name in names):
-            return override.scheme
-    return scheme
 
 
 def _check_overrides(overrides: Sequence[Override], linears: Iterable[str]) -> None:

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from llmconvert.errors import SchemeError
@@ -272,6 +274,14 @@ class Override:
 
     match: str
     scheme: Scheme | None
+
+    @staticmethod
+    def chosen(names: Sequence[str], scheme: Scheme | None, overrides: Iterable[Override]) -> Scheme | None:
+        """What a linear of these names gets: the first override's that matches one of them, or else ``scheme``."""
+        for override in overrides:
+            if any(fnmatchcase(name, override.match) for name in names):
+                return override.scheme
+        return scheme
 
 
 #: How a model's linears are stored: in a scheme, or in the GGML types that one of llama.cpp's mixes gives its tensors.

@@ -25,6 +25,8 @@ from llmconvert.engine.architecture.buffers import restore_buffers
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.experts import find_experts
+from llmconvert.engine.architecture.loading.held import as_held
+from llmconvert.engine.architecture.loading.states import assign, dtype_of, own_states
 from llmconvert.engine.architecture.model import build_meta_model, find_decoder, find_linears, forget_lengths
 from llmconvert.engine.architecture.names import joined_tensors, map_names, stored_experts
 from llmconvert.engine.architecture.reach import find_reach
@@ -119,25 +121,24 @@ class Skeleton:
         *,
         fast_products: bool = False,
     ) -> None:
-        self.checkpoint = checkpoint
         self.device = device
-        config = build_config(checkpoint.config)
         self.dtype = dtype or main_dtype(checkpoint)
-        self.architecture = Architecture.of(config)
+        self.architecture = Architecture.of(config := build_config(checkpoint.config))
         self.architecture.check_layers(checkpoint.infos)
         attention = "eager" if self.architecture.eager_only else "sdpa"
         self.model = build_meta_model(config, self.dtype, attention)
         forget_lengths(self.model)
         #: What of the model text reaches; the rest is never loaded.
         self.reach = find_reach(self.model, config, self.dtype, self.attention)
+        self.checkpoint = checkpoint = as_held(self.model, checkpoint, self.reach.needs)
         self.names = map_names(self.model, checkpoint, self.reach.needs)
         #: Parameters that are several tensors of the checkpoint, one behind the other.
         self.joined = joined_tensors(self.model, checkpoint)
         #: Of the module of each layer's experts, by its name.
         self.stored_experts = stored_experts(self.model, checkpoint, self.names)
         whole = {f"{name}.{leaf}" for name, stored in self.stored_experts.items() for leaf in stored.whole}
-        states = self.model.state_dict()
-        self._check_shapes({name: tuple(state.shape) for name, state in states.items() if name not in whole})
+        states = {name: state for name, state in self.model.state_dict().items() if name not in whole}
+        self._check_shapes({name: tuple(state.shape) for name, state in states.items()})
         blocks: Any = self.model.get_submodule(self.reach.blocks)
         self.blocks: list[nn.Module] = [blocks[position] for position in self.reach.positions]
         self.slots = [BlockSlot(block, index) for index, block in enumerate(self.blocks)]
@@ -262,8 +263,8 @@ class Skeleton:
     def load_block(self, index: int) -> None:
         """Read a block's weights from the checkpoint into fresh memory on :attr:`device`."""
         prefix = self.prefix(index)
-        for name in self._own_states(self.blocks[index]):
-            self._assign(self.blocks[index], name, self._read(prefix + name, self._dtype_of(self.blocks[index], name)))
+        for name in self._block_states(index):
+            assign(self.blocks[index], name, self._read(prefix + name, dtype_of(self.blocks[index], name)))
 
     def prefetch_block(self, index: int) -> None:
         """Have a block's weights read ahead from disk, if there is such a block."""
@@ -276,8 +277,8 @@ class Skeleton:
             slot.clear()
             slot.answers.clear()
             slot.scale = None
-        for name in self._own_states(self.blocks[index]):
-            self._assign(self.blocks[index], name, None)
+        for name in self._block_states(index):
+            assign(self.blocks[index], name, None)
 
     def load_outer(self, *, head: bool) -> None:
         """Read everything outside the blocks: embeddings and final norm, and the output head if asked for."""
@@ -288,13 +289,13 @@ class Skeleton:
         for module_name, module in self.model.named_modules():
             if id(module) in skipped or not self._is_outer(module_name):
                 continue
-            for leaf in self._own_states(module, recurse=False):
+            for leaf in own_states(module, recurse=False):
                 name = f"{module_name}.{leaf}" if module_name else leaf
                 source = name if name in self.names or name in self.joined else tied[name]
                 if source not in loaded:
-                    value = self._read(source, self._dtype_of(module, leaf))
+                    value = self._read(source, dtype_of(module, leaf))
                     loaded[source] = nn.Parameter(value, requires_grad=False)
-                self._assign(module, leaf, loaded[source])
+                assign(module, leaf, loaded[source])
         self._stand_in()
 
     def outer_nbytes(self, *, head: bool) -> int:
@@ -304,7 +305,7 @@ class Skeleton:
         for module_name, module in self.model.named_modules():
             if (module is embeddings and not head) or not self._is_outer(module_name):
                 continue
-            for leaf in self._own_states(module, recurse=False):
+            for leaf in own_states(module, recurse=False):
                 name = f"{module_name}.{leaf}" if module_name else leaf
                 names.update(self._stored(name))
         return sum(self._numel(name) for name in names) * self.dtype.itemsize
@@ -335,17 +336,22 @@ class Skeleton:
     def _stand_in(self) -> None:
         """Give weights that text never meets a single number's memory: classes ask any of them for the device."""
         for name, module in self.model.named_modules():
-            for leaf in self._own_states(module, recurse=False) if name in self.reach.idle else ():
+            for leaf in own_states(module, recurse=False) if name in self.reach.idle else ():
                 state: torch.Tensor = getattr(module, leaf)
-                self._assign(module, leaf, torch.zeros((), dtype=state.dtype, device=self.device).expand(state.shape))
+                assign(module, leaf, torch.zeros((), dtype=state.dtype, device=self.device).expand(state.shape))
 
     def _is_outer(self, module: str) -> bool:
         """Whether a module lies outside the blocks and takes part in what text gives."""
         return not self.holds(module) and module not in self.reach.idle
 
+    def _block_states(self, index: int) -> list[str]:
+        """Parameters and buffers of a block that text meets, by their names inside it."""
+        prefix = self.prefix(index)
+        return [name for name in own_states(self.blocks[index]) if self.reach.needs(prefix + name)]
+
     def _stored_names(self, index: int) -> list[str]:
         """What a block's weights are called in the checkpoint."""
-        own = (self._stored(self.prefix(index) + name) for name in self._own_states(self.blocks[index]))
+        own = (self._stored(self.prefix(index) + name) for name in self._block_states(index))
         return [name for names in own for name in names]
 
     def _stored(self, name: str) -> tuple[str, ...]:
@@ -362,35 +368,6 @@ class Skeleton:
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         wanted = (dtype or self.dtype) if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=self.device, dtype=wanted)
-
-    @staticmethod
-    def _dtype_of(module: nn.Module, name: str) -> torch.dtype:
-        """Of a parameter or buffer; some classes keep routers in float32 whatever the model's dtype is."""
-        path, _, leaf = name.rpartition(".")
-        state: torch.Tensor = getattr(module.get_submodule(path), leaf)
-        return state.dtype
-
-    @staticmethod
-    def _own_states(module: nn.Module, recurse: bool = True) -> list[str]:
-        states = [name for name, _ in module.named_parameters(recurse=recurse)]
-        for prefix, child in module.named_modules() if recurse else [("", module)]:
-            persistent = set(child._buffers) - child._non_persistent_buffers_set
-            states += [f"{prefix}.{name}" if prefix else name for name in sorted(persistent)]
-        return states
-
-    @staticmethod
-    def _assign(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
-        """Set a parameter or buffer; None returns it to the meta device."""
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        current = getattr(owner, leaf)
-        if value is None:
-            value = torch.empty_like(current, device="meta")
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = value
-        else:
-            parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-            owner._parameters[leaf] = parameter
 
     def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import SchemeError, UnsupportedError
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.methods.base import Method
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
 
-__all__ = ["check_experts", "gates_of"]
+__all__ = ["check_experts", "experts_in_one", "gates_of"]
 
 
 def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], method: Method, layout: Format) -> None:
@@ -63,6 +63,22 @@ def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], met
             "what the original model has at the same tokens, and these experts get tokens only where the router sends "
             "them; use gptq, awq, hqq or rtn"
         )
+
+
+def experts_in_one(skeleton: Skeleton, scheme: SchemeOrMix, overrides: Sequence[Override], layout: Format) -> bool:
+    """Whether experts are to be in one tensor of their layer: dense ones where readers take none in several."""
+    if not isinstance(scheme, Scheme):
+        return False
+    chosen: dict[str, set[Scheme | None]] = {"expert": set(), "linear": set()}
+    for site in skeleton.sites.values():
+        chosen[site.kind].add(Override.chosen((site.name,), scheme, overrides))
+    if chosen["expert"] != {None}:
+        return False
+    try:
+        layout.check_dense_experts({one for one in chosen["linear"] if one is not None}, apart=False)
+    except UnsupportedError:
+        return True
+    return False
 
 
 def gates_of(skeleton: Skeleton) -> set[str]:

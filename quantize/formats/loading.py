@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 
+from transformers.core_model_loading import MergeModulelist
+
 from llmconvert.engine.architecture.config import build_config
-from llmconvert.engine.architecture.expert_storage import Conversions
-from llmconvert.engine.architecture.initialization import weights_asked_for
+from llmconvert.engine.architecture.expert_storage import Conversion, Conversions
+from llmconvert.engine.architecture.loading.held import HeldTensors, Made, made_tensors
+from llmconvert.engine.architecture.loading.initialization import weights_asked_for
 from llmconvert.engine.architecture.model import build_meta_model
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import Format
-from llmconvert.quantize.formats.joined import JoinedTensors
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["as_loaded", "asked_for", "unloadable", "unloadable_outer", "what_is_left", "written_joined"]
+__all__ = ["as_loaded", "asked_for", "check_loadable", "unloadable", "unloadable_outer", "what_is_left", "written_as_held"]
 
 
 def asked_for(skeleton: Skeleton, scheme: Scheme, layout: Format) -> frozenset[str]:
@@ -33,37 +36,74 @@ def asked_for(skeleton: Skeleton, scheme: Scheme, layout: Format) -> frozenset[s
     return weights_asked_for(build_meta_model(config, skeleton.dtype, skeleton.attention), linears)
 
 
-def as_loaded(skeleton: Skeleton, layout: Format) -> Checkpoint:
-    """The checkpoint of a model as transformers can load it in a format: with tensors in one that it joins otherwise.
+def as_loaded(skeleton: Skeleton, layout: Format, *, dense_experts: bool = False) -> Checkpoint:
+    """The checkpoint of a model as transformers can load it in a format: with tensors as the class holds them.
+
+    In a quantized checkpoint transformers takes the weights that it makes parameters of for quantized ones, and fails
+    or drops those that are not: joined tensors, routers that it turns around, dense experts in tensors of their own.
+
+    Args:
+        skeleton: the model.
+        layout: the format.
+        dense_experts: whether the experts that text reaches stay dense, beside linears in a scheme that makes
+            transformers look for codes in their tensors.
 
     Raises:
-        UnsupportedError: the format is one in which nobody has seen transformers join them, or transformers can set up
-            no quantized model of this class in it.
-        CheckpointError: they do not fit behind each other.
+        UnsupportedError: the format is one in which nobody has seen transformers load such a class.
+        CheckpointError: tensors that it joins do not fit behind each other.
     """
-    if layout.joins:
-        _check_conversions(skeleton)
-    if layout.library != "transformers" or not skeleton.joined:
-        return skeleton.checkpoint
+    stored, own = skeleton.checkpoint, isinstance(skeleton.checkpoint, HeldTensors)
+    if layout.library != "transformers" or not (layout.joins or skeleton.joined or own):
+        return stored
     if not layout.joins:
-        target, parts = next(iter(skeleton.joined.items()))
+        joined = skeleton.joined or {name: made.sources for name, made in _made_of(stored).items()}
+        target, parts = next(iter(joined.items()))
         raise UnsupportedError(
             f"architecture {skeleton.architecture.model_type!r}: transformers makes {target!r} of {', '.join(parts)} "
             f"while it loads, which was not seen to work in a quantized checkpoint of {type(layout).__name__.lower()}; "
             "use format: compressed-tensors"
         )
-    return JoinedTensors(skeleton.checkpoint, skeleton.joined)
+
+    def wanted(target: str, conversion: Conversion) -> bool:
+        weights = all(source.endswith(".weight") for source in conversion.converter._original_source_patterns)
+        alone = MergeModulelist in conversion.kinds and skeleton.reach.needs(target) and not dense_experts
+        return target in skeleton.joined or (weights and not alone)
+
+    if not Conversions(skeleton.model).converters:
+        return stored
+    # Without the skeleton's slots, in whose names there are other parts.
+    model = build_meta_model(build_config(stored.config), skeleton.dtype, skeleton.attention)
+    made = made_tensors(model, stored, wanted)
+    left = next((target for target in skeleton.joined if target not in made), None)
+    if left is not None:
+        infos = [stored.infos[part] for part in skeleton.joined[left]]
+        found = ", ".join(f"{info.name} {str(info.dtype).removeprefix('torch.')} {list(info.shape)}" for info in infos)
+        raise CheckpointError(f"{left!r} is made of tensors that do not fit behind each other: {found}")
+    return HeldTensors(stored, made) if made else stored
 
 
-def _check_conversions(skeleton: Skeleton) -> None:
+def check_loadable(skeleton: Skeleton, quantized: Collection[Site], layout: Format) -> None:
     """Refuse a class with a weight that becomes several: transformers 5.23 finds no place for its scales, and fails.
 
-    That is so whatever is quantized, and whether or not a checkpoint has that weight.
+    That is so whether or not a checkpoint has that weight, unless linears of such names are quantized elsewhere in the
+    model (the queries of the decoder beside those of a vision tower): their scales are a place then.
+
+    Args:
+        skeleton: the model.
+        quantized: sites that are.
+        layout: the format.
+
+    Raises:
+        UnsupportedError: the model is of such a class.
     """
+    if not layout.joins:
+        return
+    scales = "\n".join(f"{site.name}.weight_scale" for site in quantized if site.kind == "linear")
     for converter in Conversions(skeleton.model).converters:
-        sources, targets = converter._original_source_patterns, converter.target_patterns
+        sources, targets = converter._original_source_patterns, converter._original_target_patterns
         split = len(targets) > 1 and all(source.endswith(".weight") for source in sources)
-        if split and not any(operation.supports_many_to_many for operation in converter.operations):
+        placed = split and re.search(rf"{targets[0]}_scale$", scales, re.MULTILINE)
+        if split and not placed and not any(operation.supports_many_to_many for operation in converter.operations):
             raise UnsupportedError(
                 f"architecture {str(skeleton.checkpoint.config.get('model_type'))!r}: transformers makes several "
                 f"weights ({', '.join(targets)}) of {sources[0]!r} while it loads this class, and cannot load it from "
@@ -72,12 +112,20 @@ def _check_conversions(skeleton: Skeleton) -> None:
             )
 
 
-def written_joined(joined: Mapping[str, Sequence[str]]) -> str:
-    """The note on tensors that an artifact has joined."""
-    target, parts = next(iter(joined.items()))
+def _made_of(checkpoint: Checkpoint) -> Mapping[str, Made]:
+    return checkpoint.made if isinstance(checkpoint, HeldTensors) else {}
+
+
+def written_as_held(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The note on tensors that an artifact of a checkpoint has as the class holds them; none where it has no such."""
+    made = _made_of(checkpoint)
+    if not made:
+        return ()
+    target, one = next(iter(made.items()))
+    sources = f"{', '.join(one.sources[:3])}{', …' if len(one.sources) > 3 else ''}"
     return (
-        f"{len(joined)} tensors that transformers joins while it loads are joined in the artifact ({target}, of "
-        f"{', '.join(parts)}): it fails at that in a quantized checkpoint. Other runtimes may look for the parts"
+        f"{len(made)} tensors are in the artifact as transformers makes them while it loads ({target}, of {sources}): "
+        "it cannot make them in a quantized checkpoint. Other runtimes may look for what they are made of",
     )
 
 

@@ -24,8 +24,7 @@ from llmconvert.needs import Needs
 from llmconvert.phases import Phases
 from llmconvert.quantize.execute import quantize_blocks, resumed_blocks
 from llmconvert.quantize.formats.container import Container
-from llmconvert.quantize.formats.joined import JoinedTensors
-from llmconvert.quantize.formats.loading import written_joined
+from llmconvert.quantize.formats.loading import written_as_held
 from llmconvert.quantize.matrix import Readership, readership
 from llmconvert.quantize.methods.base import Method, ScalingQuantizer
 from llmconvert.quantize.methods.rescale import describe_edges
@@ -165,9 +164,8 @@ class QuantizePlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What will be otherwise than asked for, or otherwise in the runtime than in transformers."""
-        source = self.inputs.source
-        joined = [written_joined(source.joined)] if isinstance(source, JoinedTensors) else []
-        return *self._names, *self.decisions.notes, *joined, *self.container.notes
+        held = written_as_held(self.inputs.source)
+        return *self._names, *self.decisions.notes, *held, *self.container.notes
 
     @property
     def _names(self) -> tuple[str, ...]:

@@ -82,6 +82,7 @@ QUIRKS: Mapping[str, Quirks] = {
     "falcon": Quirks(kv_heads="num_kv_heads", multi_query=True, grouped_by="new_decoder_architecture"),
     "gemma2": Quirks(eager=True),
     "gemma3n_text": Quirks(streams="altup_num_inputs"),
+    "glm5_next_text": Quirks(streams="hc_mult"),
     "gpt_bigcode": Quirks(multi_query=True),
     "hy_v4": Quirks(streams="hc_mult"),
     "longcat_flash": Quirks(layers_per_block=2),

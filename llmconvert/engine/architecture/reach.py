@@ -51,12 +51,15 @@ class Reach:
     idle: frozenset[str]
 
     def needs(self, state: str) -> bool:
-        """Whether a parameter or buffer, by its name in the model, takes part in what text gives."""
-        return state.rpartition(".")[0] not in self.idle
+        """Whether a parameter or buffer, or a matrix of an expert, by its name, takes part in what text gives."""
+        parts = state.split(".")
+        return not any(".".join(parts[:end]) in self.idle for end in range(1, len(parts)))
 
 
 def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> Reach:
-    """Where text goes in ``model``; a model without parts or blocks for images is passed whole, and nothing is run.
+    """Where text goes in ``model``; a plain decoder is passed whole, and nothing is run.
+
+    What has parts, blocks for images, or several lists that could be those of the decoder, is run.
 
     Args:
         model: on the meta device; stays as it is.
@@ -68,8 +71,9 @@ def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dt
         UnsupportedError: the model does not run on token ids alone, or its decoder blocks cannot be told.
     """
     found = find_blocks(model)
-    if not has_parts({"model_type": config.model_type}) and not getattr(config, IMAGE_LAYERS, None):
-        name = main_blocks(model, found)
+    parts = has_parts({"model_type": config.model_type}) or getattr(config, IMAGE_LAYERS, None)
+    if not parts and len(found) == 1:
+        name = next(iter(found))
         return Reach(name, tuple(range(len(found[name]))), frozenset())
     reached = _trace(build_meta_model(config, dtype, attention), config.model_type)
     passed = {
@@ -86,8 +90,8 @@ def find_reach(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dt
 def on_shapes(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Let ``model``, on the meta device, run on fake tensors of ``device`` inside the block.
 
-    Where a forward looks at values, it finds all of them to be other than zero, and numbers that it takes out of a
-    tensor to be zero: what it calls then may be more than what it calls for a text.
+    Where a forward looks at values, it finds all of them to be other than zero (a mask chooses all that there is), and
+    numbers that it takes out of a tensor to be zero: what it calls then may be more than what it calls for a text.
     """
     with FakeTensorMode(), torch.no_grad():
         for module in model.modules():
@@ -112,11 +116,23 @@ class _AssumedValues(TorchDispatchMode):
             if func is torch.ops.aten.nonzero.default:
                 return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
             if func is torch.ops.aten.where.default:
-                return [args[0].new_empty(args[0].numel(), dtype=torch.long) for _ in range(args[0].dim())]
+                return _everywhere(args[0])
+            if func is torch.ops.aten.index.Tensor:
+                masks = [_everywhere(one) if _is_mask(one) else [one] for one in args[1]]
+                return func(args[0], [place for places in masks for place in places])
             if func is torch.ops.aten._local_scalar_dense.default:
                 dtype = args[0].dtype
                 return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
             raise
+
+
+def _is_mask(index: object) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _everywhere(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Places of as many values as a tensor has, an index for each of its dimensions."""
+    return [tensor.new_empty(tensor.numel(), dtype=torch.long) for _ in range(tensor.dim())]
 
 
 @contextmanager
@@ -133,9 +149,9 @@ def _unlogged() -> Iterator[None]:
 def _trace(model: PreTrainedModel, kind: str) -> frozenset[str]:
     """The modules that token ids reach, by name: what is called, what an operator reads from, and what holds such."""
     fix_frequencies(model)
-    parts: set[str] = set()
+    inside: dict[str, set[str]] = {}
     for name, experts, _ in list(find_experts(model)):
-        parts |= {f"{name}.{part}" for part, _ in experts.named_modules() if part}
+        inside[name] = {f"{name}.{part}" for part, _ in experts.named_modules() if part}
         model.set_submodule(name, _Experts(experts))
     reached: set[str] = set()
     with on_shapes(model, torch.device("cpu")):
@@ -151,8 +167,8 @@ def _trace(model: PreTrainedModel, kind: str) -> frozenset[str]:
         ):
             model(input_ids=ids, use_cache=False)
     parents = {name[:end] for name in reached for end, letter in enumerate(name) if letter == "."}
-    inside = {name for name, module in model.named_modules() if isinstance(module, _Experts)}
-    return frozenset(reached | parents | parts) | inside
+    parts = {part for name in reached & inside.keys() for part in inside[name]}
+    return frozenset(reached | parents | parts)
 
 
 class _Experts(nn.Module):

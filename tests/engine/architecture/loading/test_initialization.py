@@ -7,7 +7,7 @@ import torch
 from support.tiny_checkpoints import tiny_config
 from torch import nn
 
-from llmconvert.engine.architecture.initialization import weights_asked_for
+from llmconvert.engine.architecture.loading.initialization import weights_asked_for
 from llmconvert.engine.architecture.model import build_meta_model
 
 
