@@ -16,6 +16,9 @@ dense, in the original class. What the engine computes must be what transformers
 - ``crash``: anything else but a refusal: an exception of another kind, a signal, or out of time or memory;
 - ``not built``: transformers itself cannot build, save or run such a model on text alone.
 
+Classes with a tower of timm's can be built where timm is installed, and torchvision for the same torch; Inkling wants
+scipy. Without them they are not built.
+
 Each class runs in a process of its own, forked before anything was computed. Results are kept in ``--state``, and a
 later run goes on with what is missing there.
 """
@@ -39,7 +42,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -357,18 +360,28 @@ def markdown_page(findings: Mapping[str, Finding], today: str) -> str:
         transformers=version("transformers"),
         compressed_tensors=version("compressed-tensors"),
         torch=version("torch"),
+        beside="".join(f", {name} {found}" for name in _BESIDE if (found := _version(name))),
         scheme=SCHEME,
         counts=_counts(findings),
         parts="\n\n".join(_part(kind, title, findings) for kind, title in _TITLES.items()),
     )
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+# What some classes need besides.
+_BESIDE = ("timm", "torchvision", "scipy")
 _TITLES = {"causal": "Causal language models", "image-text": "Image-text-to-text"}
 _VERDICTS = ("works", "as advised", "refused", "wrong", "crash", "not built")
 _PAGE = """# Families of models
 
 Which of transformers' classes can be quantized, read back and trusted. Written by `bench/census.py` on {date}, with
-transformers {transformers}, compressed-tensors {compressed_tensors} and torch {torch}.
+transformers {transformers}, compressed-tensors {compressed_tensors} and torch {torch}{beside}.
 
 Every class of transformers' automatic mappings gets a tiny random checkpoint with the structure of the real one: layers
 of every kind, experts, tied weights as the class has them by default. It is quantized to {scheme} by rtn and by gptq,
@@ -379,6 +392,13 @@ the other linears. **refused** is said before any work, with the reason in the t
 build, save or run such a model on text alone with the settings that it has by default.
 
 Readings are kept, and what changes is read again: the table may be of several runs, and lacks what none has ended for.
+
+All of this is in float32, where nothing hides a difference. In bfloat16 transformers computes two things otherwise than
+a model's own forward. Experts go through a grouped product by default, which adds up in another order; with
+`experts_implementation="eager"` logits are the engine's to the bit (measured on MiMo-V2-Flash and Mixtral). And in a
+quantized Jamba or Falcon Mamba it adds a bias and takes it away again, each time rounded, to have the linear called
+(`dt_proj`): a quantized Jamba differs by that from the same weights written out dense, which give the engine's logits
+to the bit.
 
 `llmconvert inspect MODEL` says the same of any checkpoint, from its headers: whether `quantize` takes it, what stays
 dense, or why not and what to do instead.

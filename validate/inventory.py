@@ -1,10 +1,10 @@
 """Inventory: every tensor of the original found again in the artifact, with its relative error.
 
 An artifact can load and compute nonsense because a tensor was dropped, reshaped or written from the wrong buffer, and
-loaders fill what is missing with random numbers. So every tensor of the source must be found again, and the relative
-error ‖source − artifact‖ / ‖source‖ (Frobenius norm) of its dequantized values is measured. Where norms hold other
-values, scales or a rotation went into the weights around them (AWQ, SmoothQuant, QuaRot): these compute the same in
-other coordinates, and have no error of this kind.
+loaders fill what is missing with random numbers. So every tensor of the source must be found again, by its name or in
+what transformers makes of it while it loads, and the relative error ‖source − artifact‖ / ‖source‖ (Frobenius norm) of
+its dequantized values is measured. Where norms hold other values, scales or a rotation went into the weights around
+them (AWQ, SmoothQuant, QuaRot): these compute the same in other coordinates, and have no error of this kind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.view import MergedAttention
-from llmconvert.engine.architecture.config import declares_tied_embeddings
+from llmconvert.engine.architecture.config import build_config, declares_tied_embeddings
+from llmconvert.engine.architecture.loading.held import HeldTensors, made_tensors
+from llmconvert.engine.architecture.model import build_meta_model
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.machine import of_machine
 from llmconvert.memory import row_slices
@@ -121,6 +123,7 @@ def take_inventory(
     Raises:
         CheckpointError: a tensor cannot be read.
     """
+    source = _as_the_artifact_has_it(source, dense)
     records: list[TensorRecord] = []
     problems: list[str] = []
     merged = _merged_shapes(source, dense)
@@ -137,6 +140,18 @@ def take_inventory(
     if moved:
         records = [replace(record, error=None) if _may_be_moved(record) else record for record in records]
     return Inventory(tuple(records), tuple(problems), moved)
+
+
+def _as_the_artifact_has_it(source: Checkpoint, dense: Checkpoint) -> Checkpoint:
+    """``source`` with what its class makes of its tensors as it loads, where the artifact has that in their place."""
+    if all(name in dense for name in source) or all(name in source for name in dense):
+        return source
+    try:
+        model = build_meta_model(build_config(source.config), torch.float32, "sdpa")
+    except (UnsupportedError, CheckpointError):
+        return source
+    made = made_tensors(model, source, lambda target, conversion: target in dense and target not in source)
+    return HeldTensors(source, made) if made else source
 
 
 def _moves_others(record: TensorRecord) -> bool:

@@ -19,7 +19,15 @@ from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["as_loaded", "asked_for", "check_loadable", "unloadable", "unloadable_outer", "what_is_left", "written_as_held"]
+__all__ = [
+    "as_loaded",
+    "asked_for",
+    "check_loadable",
+    "unloadable",
+    "unloadable_outer",
+    "what_is_left",
+    "written_as_held",
+]
 
 
 def asked_for(skeleton: Skeleton, scheme: Scheme, layout: Format) -> frozenset[str]:

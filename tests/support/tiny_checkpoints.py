@@ -120,6 +120,12 @@ _OTHERS: Mapping[str, Mapping[str, Any]] = {
     "mistral4": {"qk_nope_head_dim": 8, "qk_head_dim": 16, "head_dim": 16},
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
     "paddleocr_vl": _sectioned(2, 3, 3),
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_tiny_patch16_384",
+            "model_args": {"embed_dim": 64, "depth": 2, "num_heads": 4},
+        }
+    },
     "qwen2_5_omni_thinker": _sectioned(2, 3, 3),
     "qwen2_5_vl": _sectioned(2, 3, 3),
     "qwen4_exp": {"text_config": _INDEXER},

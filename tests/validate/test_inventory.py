@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.disguised_heads import grouped_model
 from support.tiny_architectures import ids
+from support.tiny_mixtures import fuse_experts, tiny_mixture
 
 from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.quantize.formats.dense_view import open_dense
@@ -159,3 +160,16 @@ def test_infinities_that_stay_are_kept_and_others_are_problems() -> None:
         assert [problem.split()[0] for problem in take_inventory(before, after, after).problems] == ["limit"]
     narrow = InMemory({**source, "limit": torch.tensor([-math.inf, math.inf, 2.0], dtype=torch.bfloat16)})
     assert take_inventory(before, narrow, narrow).counts == {"cast": 1, "kept": 1}
+
+
+def test_tensors_are_found_in_what_the_class_makes_of_them(tmp_path: Path) -> None:
+    """Experts in one tensor of their layer are each of those that the source has; another number in one is found."""
+    source = SafetensorsCheckpoint(tiny_mixture(tmp_path / "model", "qwen3_moe"))
+    held = dict(SafetensorsCheckpoint(fuse_experts(source.directory, tmp_path / "one")))
+    found = take_inventory(source, InMemory(held, **source.config), InMemory(held, **source.config))
+    assert not found.problems and found.counts == {"kept": len(held)} and len(held) < len(source)
+    name = next(name for name in held if name.endswith("gate_up_proj"))
+    held[name] = held[name].clone()
+    held[name][3, 5] *= 2
+    found = take_inventory(source, InMemory(held, **source.config), InMemory(held, **source.config))
+    assert [record.name for record in found.tensors if record.status == "changed"] == [name]
