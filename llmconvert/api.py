@@ -251,6 +251,7 @@ def validate_model(
     positions: bool = False,
     positions_window: int | None = None,
     memory: bool = False,
+    serve: Sequence[str] = (),
     measurements: Sequence[Measurement] = (),
     card: bool = False,
     device: str | None = None,
@@ -282,6 +283,8 @@ def validate_model(
             lengths in tokens that they read.
         positions, positions_window: perplexity by position, in windows of so many tokens (twice the trained length).
         memory: the key-value cache and the memory ladder, computed and measured.
+        serve: load time, memory and speed in runtimes (``transformers``, ``llama.cpp``, ``vllm``, ``mlx``), each with
+            its Python where that is another one: ``mlx=/path/to/python``.
         measurements: of one's own, made after these; their checks are shown like all others.
         card: write report, page, plots and model card into the artifact, as a run does; it must have been made here.
         device: where to compute, ``cpu`` (the default), ``cuda``, ``cuda:N`` or ``auto``.

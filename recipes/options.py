@@ -59,6 +59,7 @@ _VALIDATE = {
     "attention": "validate.attention.backends",
     "attention_lengths": "validate.attention.lengths",
     "positions_window": "validate.positions.window",
+    "serve": "validate.serve.runtimes",
 }
 # Options that are off unless they are given.
 _SWITCHES = ("allow_pickle", "stream", "requantize", "rotate", "generation", "positions", "memory")

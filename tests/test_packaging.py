@@ -82,8 +82,10 @@ def test_what_the_code_imports_is_declared() -> None:
     project = SETTINGS["project"]
     extras = (project["optional-dependencies"][name] for name in ("datasets", "bnb", "gptq", "lm-eval", "ray"))
     declared = {canonical(Requirement(text).name) for part in (project["dependencies"], *extras) for text in part}
-    # torch's CUDA builds bring Triton; vLLM lives in an environment of its own.
-    assert {canonical(IMPORTS.get(name, name)) for name in imported()} <= declared | {"triton", "vllm"}
+    # torch's CUDA builds bring Triton; runtimes that serve live in environments of their own.
+    assert {canonical(IMPORTS.get(name, name)) for name in imported()} <= declared | {
+        *("triton", "vllm", "mlx", "mlx-lm", "xllamacpp")
+    }
 
 
 def test_every_dependency_has_its_reason() -> None:

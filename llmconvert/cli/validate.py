@@ -54,6 +54,12 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str | Non
 @click.option("--positions", is_flag=True, help="Perplexity by position, up to the trained length and beyond.")
 @click.option("--positions-window", type=int, help="Tokens per window for that; twice the trained length by default.")
 @click.option("--memory", is_flag=True, help="The KV cache and the memory ladder, computed and measured.")
+@click.option(
+    "--serve",
+    metavar="NAMES",
+    callback=_names,
+    help="Load time, memory and speed in runtimes: transformers,llama.cpp,vllm,mlx=/path/to/python.",
+)
 @click.option("--card", is_flag=True, help="Write report, page and model card into MODEL, as a run does.")
 @click.option("--device", help="cpu, cuda, cuda:N or auto. [default: cpu]")
 @click.option(

@@ -17,10 +17,13 @@ __all__ = [
     "PerplexitySettings",
     "PositionSettings",
     "RepairSettings",
+    "ServeSettings",
     "TaskSettings",
     "ValidateSettings",
 ]
 
+#: A runtime, and after ``=`` the Python that has it.
+RuntimeName = Annotated[str, Field(pattern=r"^(vllm|llama\.cpp|mlx|transformers)(=.+)?$")]
 BackendName = Literal["eager", "math", "flash", "efficient", "cudnn", "sdpa", "flash_attention_2", "flash_attention_3"]
 
 
@@ -29,6 +32,11 @@ def _backends(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return {"backends": tuple(value)} if value else None
     return value
+
+
+def _runtime_names(value: object) -> object:
+    """A list of names stands for a section with nothing else."""
+    return {"runtimes": value} if isinstance(value, list) else value
 
 
 def _task_names(value: object) -> object:
@@ -110,6 +118,20 @@ class DecodingSettings(Section):
     rounds: Annotated[int, Field(ge=1, le=1_000)] = 2
 
 
+class ServeSettings(Section):
+    """Load time, memory, and speed of reading and writing in runtimes; a list of their names stands for the section.
+
+    ``runtimes`` are of vllm, llama.cpp, mlx and transformers, with ``=`` and its Python where it is in another
+    environment: ``serve: [transformers, mlx=/opt/mlx/bin/python]``. In ``rounds`` turns, original and artifact read
+    prompts of ``contexts`` tokens and write ``tokens`` behind each.
+    """
+
+    runtimes: Annotated[tuple[RuntimeName, ...], BeforeValidator(to_tuple), Field(min_length=1)]
+    contexts: Annotated[tuple[Length, ...], BeforeValidator(to_tuple), Field(min_length=1)] = (512, 2048)
+    tokens: Annotated[int, Field(ge=1, le=65_536)] = 32
+    rounds: Annotated[int, Field(ge=1, le=1_000)] = 2
+
+
 class TaskSettings(Section):
     """Benchmarks of lm-eval by name, on original and artifact; a list stands for the section: ``tasks: [arc_easy]``.
 
@@ -149,6 +171,7 @@ class ValidateSettings(Section):
     positions: Annotated[PositionSettings | None, BeforeValidator(switch)] = None
     memory: Annotated[MemorySettings | None, BeforeValidator(switch)] = None
     decoding: Annotated[DecodingSettings | None, BeforeValidator(switch)] = None
+    serve: Annotated[ServeSettings | None, BeforeValidator(_runtime_names)] = None
     max_kl: Annotated[float, Field(gt=0)] | None = None
     min_top1: LeastShare | None = None
     max_bytes: Bytes | None = None

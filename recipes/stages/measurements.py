@@ -42,6 +42,8 @@ from llmconvert.validate.predictions.compared import Compared
 from llmconvert.validate.predictions.quality import QualityCheck
 from llmconvert.validate.predictions.step_losses import StepLossesCheck
 from llmconvert.validate.runtimes.vllm import VllmCheck
+from llmconvert.validate.serving.check import ServingCheck
+from llmconvert.validate.serving.runtimes import ServedBy
 from llmconvert.validate.size import SizeCheck
 from llmconvert.validate.tasks import Tasks
 from llmconvert.validate.vocabulary import VocabularyCheck
@@ -189,6 +191,10 @@ def measurements(
         decoding = settings.decoding
         asked = "decoding" in settings.model_fields_set
         found.append(DecodingCheck(decoding.context, decoding.tokens, decoding.rounds, asked))
+    if settings.serve is not None:
+        serve = settings.serve
+        served = tuple(ServedBy.parse(name) for name in serve.runtimes)
+        found.append(ServingCheck(served, serve.contexts, serve.tokens, serve.rounds))
     if settings.tasks is not None:
         tasks = settings.tasks
         include = local_path(tasks.include) if tasks.include is not None else None

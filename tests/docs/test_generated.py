@@ -47,6 +47,7 @@ def test_the_recipe_reference_names_every_key_of_a_full_recipe() -> None:
             "positions": True,
             "memory": True,
             "decoding": True,
+            "serve": ["mlx"],
             "tasks": ["t"],
             "repair": True,
         },
