@@ -20,11 +20,23 @@ from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.serving.tensor_parallel import Matrix, tensor_parallel
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["chat_template", "devices", "licence", "parameters_by_kind"]
+__all__ = ["chat_template", "devices", "licence", "parameters_by_kind", "parts_beside"]
+
+
+_ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight", ".gate.wg.weight")
+
+
+def parts_beside(dense: Checkpoint, beside: frozenset[str]) -> dict[str, int]:
+    """Parts that text never meets, by the first of their names that tells them apart → numbers in them."""
+    found: dict[str, int] = {}
+    for name in beside:
+        words = name.removeprefix("model.").split(".")
+        found[words[0]] = found.get(words[0], 0) + math.prod(dense.infos[name].shape)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def parameters_by_kind(dense: Checkpoint, beside: frozenset[str]) -> dict[str, int]:
-    """Kind → numbers in tensors of it: embeddings, output head, experts, attention, MLP, beside the text, the rest."""
+    """Kind → numbers in tensors of it: embeddings, output head, experts, routers, attention, MLP, beside the text, …"""
     found: dict[str, int] = {}
     for name, info in dense.infos.items():
         kind = "beside the text" if name in beside else _kind(name, len(info.shape))
@@ -39,8 +51,12 @@ def _kind(name: str, dimensions: int) -> str:
         return "embeddings"
     if dimensions < 2:
         return "norms and biases"
-    if "experts." in name and "shared_expert" not in name:
+    if "shared_expert" in name:
+        return "shared experts"
+    if "experts." in name:
         return "experts"
+    if name.endswith(_ROUTERS):
+        return "routers"
     if "attn" in name or "attention" in name:
         return "attention"
     return "MLP" if "mlp" in name or "ffn" in name or "feed_forward" in name else "other"

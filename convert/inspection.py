@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from llmconvert.convert.facts import chat_template, devices, licence, parameters_by_kind
+from llmconvert.convert.facts import chat_template, devices, licence, parameters_by_kind, parts_beside
 from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.convert.quantized import stored_as
 from llmconvert.convert.source import open_source, parse_hub_id
@@ -42,10 +42,12 @@ class Stored:
     Attributes:
         tensors: dense ones, as the model has them, however many each is stored in.
         weights: numbers in them.
+        where: what they are called, with ``*`` for the layer → the layers, none for what is in no layer.
     """
 
     tensors: int
     weights: int
+    where: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class ModelSummary:
         positions: ``RoPE …``, ``ALiBi``, ``learned, 1024`` or ``none``.
         windows: layers with sliding-window attention and the window in tokens, or None.
         experts: per layer; 0 for a dense model.
+        experts_per_token: of a layer's, how many a token goes to.
         vocabulary: rows of the embedding.
         context: longest sequence the config allows, in tokens; None if it doesn't say.
         tied: whether input and output embedding are one tensor.
@@ -81,6 +84,7 @@ class ModelSummary:
         quantizable: whether ``quantize`` takes it, or why not; None where that was not asked, or its weights can't be
             read.
         unread: why the quantized weights can't be read here; None if they can.
+        parts: those beside the text, by the name of each tower or projector → how many parameters they have.
         kinds: what parameters are for → how many of them there are: embeddings, attention, experts, …
         chat_template: whether the tokenizer has one; None where that was not looked at.
         license: identifier, as the card or the file says it; None if nothing does.
@@ -115,6 +119,8 @@ class ModelSummary:
     chat_template: bool | None = None
     license: str | None = None
     devices: str = ""
+    experts_per_token: int = 0
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -201,6 +207,8 @@ def describe_model(checkpoint: Checkpoint) -> ModelSummary:
         chat_template=chat_template(checkpoint),
         license=licence(checkpoint),
         devices=devices(found, dense) if unread is None else "",
+        experts_per_token=found.experts_per_token,
+        parts=parts_beside(dense, beside),
     )
 
 
@@ -221,10 +229,19 @@ def _beside(dense: Checkpoint) -> frozenset[str]:
 def _mixture(dense: Checkpoint) -> dict[str, Stored]:
     """Way of storing → what is stored so, most weights first."""
     found: dict[str, Stored] = {}
+    layers: dict[str, dict[str, set[int]]] = {}
     for name, info in dense.infos.items():
         way = _way(dense, name)
         before = found.get(way, Stored(0, 0))
         found[way] = Stored(before.tensors + 1, before.weights + math.prod(info.shape))
+        # The first number in a name is that of its layer; a second one is an expert's.
+        numbers = [int(word) for word in name.split(".") if word.isdecimal()]
+        called = ".".join("*" if word.isdecimal() else word for word in name.removesuffix(".weight").split("."))
+        layers.setdefault(way, {}).setdefault(called, set()).update(numbers[:1])
+    found = {
+        way: replace(one, where={called: tuple(sorted(at)) for called, at in layers[way].items()})
+        for way, one in found.items()
+    }
     return dict(sorted(found.items(), key=lambda item: -item[1].weights))
 
 

@@ -57,7 +57,7 @@ _SHORT = {
 }
 #: Other names of named schemes: compressed-tensors' own FP8 is ``fp8-static``.
 ALIASES = {"fp8": "fp8-dynamic"}
-_USUAL = ("w8a8", "w8a16-g128", "w4a16-g128", "w4a16-g64", "w4a16-g128-asym", "w3a16-g64", "w2a16-g64")
+_USUAL = ("w8a16-g128", "w8a8", "w4a16-g128", "w4a16-g64", "w4a16-g128-asym", "w3a16-g64", "w2a16-g64")
 _GUESSES = (*_USUAL, "w4a16-g64-affine", *_SHORT, *ALIASES)
 
 
@@ -301,9 +301,18 @@ def parse_scheme(text: str) -> SchemeOrMix:
     try:
         return Scheme.parse(text)
     except SchemeError as error:
-        close = difflib.get_close_matches(text.strip().lower(), (*MIXES, *_GUESSES), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise SchemeError(f"{error}; or a GGUF type: {', '.join(MIXES)}{hint}") from error
+        raise SchemeError(
+            f"{error}; or a GGUF type: {', '.join(MIXES)}{_nearest(text, (*MIXES, *_GUESSES))}"
+        ) from error
+
+
+def _nearest(text: str, names: Sequence[str]) -> str:
+    """A question for the name that was meant, if one is near; of what is only a beginning, for one that goes on so."""
+    wanted = text.strip().lower()
+    close = difflib.get_close_matches(wanted, names, n=1) or [
+        name for name in names if wanted and name.startswith(wanted)
+    ]
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _demands(number: Number) -> str:

@@ -18,7 +18,7 @@ from llmconvert.compute.dot_products import use_dot_products
 from llmconvert.compute.precision import compute_dtype, cpu_has
 from llmconvert.hub.retry import TRANSPORT_ERROR
 from llmconvert.memory import available_nbytes
-from llmconvert.quantize.catalog.formats import FORMATS, loaders_of
+from llmconvert.quantize.catalog.formats import FORMATS, library_of, loaders_of
 from llmconvert.quantize.runtimes import RUNTIMES
 from llmconvert.report.report import environment
 from llmconvert.validate.long_inputs.backends import BACKENDS
@@ -32,6 +32,7 @@ _OPTIONAL = {
     "lm_eval": "validate.tasks (pip install 'llmconvert[lm-eval]')",
     "vllm": "logits of vLLM beside ours",
     "xllamacpp": "GGUF files in llama.cpp, in the tests",
+    "mlx_lm": "MLX artifacts (pip install mlx-lm)",
     "triton": "compiled kernels on a GPU",
     "flash_attn": "flash attention 2",
 }
@@ -84,7 +85,8 @@ def _processor() -> Iterator[Finding]:
         kernels = "products in bfloat16, moments by vdpbf16ps, attention in tiles"
     else:
         kernels = "products and attention in bfloat16 by oneDNN (AMX)"
-    yield Finding("kernels", f"{kernels}; {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    yield Finding("kernels", f"{kernels}; {threads} thread{'s' if threads > 1 else ''}")
 
 
 def _devices() -> Iterator[Finding]:
@@ -112,9 +114,10 @@ def _attention() -> Iterator[Finding]:
 def _readers() -> Iterator[Finding]:
     """Which formats can be loaded here by the library that cards name, and which runtimes there are."""
     for name in FORMATS:
-        missing = [package for package in loaders_of(name) if importlib.util.find_spec(package) is None]
-        if name == "gguf":
-            continue
+        library, *packages = library_of(name), *loaders_of(name)
+        if library != "transformers":
+            continue  # what reads it is among the readers, or is not installed
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
         advice = f"pip install {' '.join(missing)}" if missing else ""
         yield Finding(
             f"format {name}", f"transformers {'lacks ' + ', '.join(missing) if missing else 'loads it'}", advice

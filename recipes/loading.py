@@ -263,12 +263,14 @@ def _problems(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
     for item in errors:
         path = tuple(item["loc"])
         if item["type"] == "missing" and path not in suggested:
-            yield path, f"key {_dotted(path)} is missing"
+            yield path, f"[[{_dotted(path)}]] is missing"
         elif item["type"] not in ("missing", "extra_forbidden"):
             reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
             if item["type"] in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
                 reason = f"should be a section{_example(path, item['input'])}"
-            yield path, f"{_dotted(path)}: found {_describe(item['input'])}: {reason}"
+            # What is not understood has been quoted by who did not understand it.
+            found = "" if f"{item['input']!r} is not understood" in reason else f"found {_describe(item['input'])}: "
+            yield path, f"{_dotted(path)}: {found}{reason}"
 
 
 def _example(path: KeyPath, value: Any) -> str:

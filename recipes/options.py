@@ -30,6 +30,8 @@ _CONVERT = {
     "heal_length": "attention.heal.length",
     **_CALIBRATE,
 }
+#: Options that a command takes one by one, and hands on together.
+_SPELT = {"overrides": "override"}
 _QUANTIZE = {
     **_EVERYWHERE,
     **{name: f"quantize.{name}" for name in ("method", "scheme", "format", "overrides", "rotate")},
@@ -165,7 +167,9 @@ def _recipe_of(command: str, options: Mapping[str, Any]) -> Recipe:
             section = section[part]
         if not (value is True and isinstance(section.get(last), dict)):
             section[last] = _plain(value)
-    names: dict[KeyPath, str] = {tuple(key.split(".")): f"--{name.replace('_', '-')}" for name, key in keys.items()}
+    names: dict[KeyPath, str] = {
+        tuple(key.split(".")): f"--{_SPELT.get(name, name).replace('_', '-')}" for name, key in keys.items()
+    }
     return make_recipe(values, command, options=names)
 
 

@@ -227,7 +227,10 @@ class Running:
             return result
         contents, hashes = self.contents, self.stages.store.hashes
         who, progress = self.publisher, self.progress
+        begin = time.perf_counter()
         where = publish_artifact(result.artifact, contents, self.target, who, hashes, progress=progress)
+        if self.plan is not None:
+            self.plan.remember([Step(name="publish", seconds=time.perf_counter() - begin)])
         return replace(result, published=where)
 
 

@@ -298,7 +298,17 @@ def test_mistakes_leave_nothing_behind(tiny_llama: Path, here: Path, text: Path)
     assert "no such file, and no shipped recipe" in fails(2, "run", "nothing.yaml")
     assert "--set x: expected key=value" in fails(2, "run", "demo", "--set", "x")
     assert "needs calibration text" in fails(2, "quantize", tiny_llama, "out", "--scheme", "w4a16-g32")
-    assert "scheme 'w4' is not understood" in fails(2, "quantize", tiny_llama, "out", "--scheme", "w4")
+    unknown = fails(2, "quantize", tiny_llama, "out", "--scheme", "w4")
+    assert "--scheme: scheme 'w4' is not understood" in unknown and "did you mean w4a16-g128?" in unknown
+    assert "--scheme: found 'awq': is a method (--method awq) and a format (--format awq)" in fails(
+        2, "quantize", tiny_llama, "out", "--scheme", "awq"
+    )
+    override = fails(2, "quantize", tiny_llama, "out", "--method", "rtn", "--scheme", "w4a16", "--override", "*=w8")
+    assert "quantize --override: scheme 'w8'" in override
+    alone = fails(2, "quantize", tiny_llama, "out", "--method", "rtn", "--scheme", "w4a16", "--samples", "4")
+    assert "quantize --samples without --calibration: --calibration is missing" in alone
+    gone = fails(4, "quantize", tiny_llama, "out", "--scheme", "w4a16", "--calibration", "gone")
+    assert "dataset gone: is no file here" in gone
     fit = fails(2, "quantize", tiny_llama, "out", "--scheme", "w4a16-g48", "--method", "rtn")
     assert "48" in fit and "sizes that fit it: 16, 32, 64" in fit
     assert "did you mean gptq" in fails(2, "quantize", tiny_llama, "out", "--scheme", "w4a16", "--method", "gtpq")

@@ -59,9 +59,7 @@ class Tasks(Measurement):
             UsageError: it has no task of a name.
         """
         if importlib.util.find_spec("lm_eval") is None:
-            raise UnsupportedError(
-                "validate.tasks: lm-eval is not installed; pip install 'lm-eval>=0.4.9', or leave the key out"
-            )
+            raise UnsupportedError("tasks: lm-eval is not installed; pip install 'lm-eval>=0.4.9', or leave them out")
         known = set(self._manager().all_tasks)
         for name in self.names:
             if name not in known:

@@ -70,8 +70,9 @@ def main() -> None:
       llmconvert run recipes/demo.yaml
 
     \b
-    Exit codes: 0 done, 2 usage or recipe error, 3 quality gate failed, 4 source or Hub error,
-    5 this machine's memory or disk, 6 interrupted (the same command continues), 1 a bug.
+    Exit codes: 0 done, 2 usage or recipe error, 3 quality gate failed,
+    4 source or Hub error, 5 this machine's memory or disk, 6 interrupted
+    (the same command continues), 1 a bug.
     """
     # Idle threads of torch's OpenMP spin for milliseconds before they sleep, on cores that compiled kernels could use.
     # The runtime reads this when torch is loaded, which is after this line.

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from llmconvert.cli.manners import Manners, manners
+from llmconvert.cli.say import beside
 
 
 @click.command(short_help="Show what this machine has for the work.")
@@ -25,10 +26,7 @@ def doctor(offline: bool, work_dir: Path, manners: Manners) -> None:
     from llmconvert.recipes.doctor import examine
 
     found = list(examine(work_dir, network=not offline))
-    width = max(len(finding.topic) for finding in found)
-    lines: list[str] = []
+    rows: list[tuple[str, str]] = []
     for finding in found:
-        lines.append(f"{finding.topic:<{width}}  {finding.found}")
-        if finding.advice:
-            lines.append(f"{'':<{width}}  → {finding.advice}")
-    manners.result([asdict(finding) for finding in found], *lines)
+        rows += [(finding.topic, finding.found), *([("", f"→ {finding.advice}")] if finding.advice else [])]
+    manners.result([asdict(finding) for finding in found], *beside(rows))

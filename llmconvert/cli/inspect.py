@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from llmconvert.cli.manners import Manners, manners
+from llmconvert.cli.say import beside
 
 if TYPE_CHECKING:
-    from llmconvert.convert.inspection import ModelSummary
+    from llmconvert.convert.inspection import ModelSummary, Stored
 
 
 @click.command(short_help="Show what MODEL is and what it needs.")
@@ -27,12 +29,11 @@ def inspect(model: str, manners: Manners) -> None:
     from llmconvert.convert.inspection import inspect_model
 
     summary = inspect_model(model)
-    lines = (f"{label:<20} {value}" for label, value in _rows(summary))
     said = {**asdict(summary), "bits_per_weight": summary.bits_per_weight}
     if (found := summary.quantizable) is not None:
         scheme = None if found.scheme is None else str(found.scheme)
         said["quantizable"] = {**asdict(found), "scheme": scheme, "taken": scheme is not None}
-    manners.result(said, *lines)
+    manners.result(said, *beside(_rows(summary)))
 
 
 def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
@@ -47,28 +48,25 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
         ("vocabulary", f"{summary.vocabulary:,}"),
     ]
     if summary.beside:
-        rows.insert(
-            2, ("  met by no text", f"{summary.beside:,}: towers for images or sound, and what joins them to the text")
-        )
-        rows.insert(3, ("loaded by", summary.loader))
+        towers = [(f"    {name}", f"{count:,}") for name, count in summary.parts.items()]
+        met = f"{summary.beside:,}: towers for images or sound, and what joins them to the text"
+        rows[2:2] = [("  met by no text", met), *towers, ("loaded by", summary.loader)]
     rows[2:2] = [(f"  {kind}", f"{count:,}") for kind, count in summary.kinds.items() if kind != "beside the text"]
     if summary.context:
         rows.append(("context", f"{summary.context:,} tokens"))
     if summary.windows:
         rows.append(("sliding windows", f"{summary.windows[1]:,} tokens in {summary.windows[0]} layers"))
     if summary.experts:
-        rows.append(("experts", f"{summary.experts} per layer"))
+        routed = f", {summary.experts_per_token} for each token" if summary.experts_per_token else ""
+        rows.append(("experts", f"{summary.experts} per layer{routed}"))
     cache = summary.kv_bytes_per_token
-    rows.append(("KV cache, 16 bits", f"{cache:,} bytes per token, {_megabytes(cache * 4096)} at 4,096 tokens"))
+    rows.append(("KV cache, 16 bits", f"{cache:,} bytes per token, {_size(cache * 4096)} at 4,096 tokens"))
     if summary.quantization:
         bits = f", {summary.bits_per_weight:.3f} bits per weight in all" if summary.bits_per_weight else ""
-        rows.append(("quantized", f"{summary.quantization}, {_megabytes(summary.stored_bytes)}{bits}"))
-        rows += [
-            (f"  {way}", f"{stored.weights:,} weights in {stored.tensors} tensors{_words(way)}")
-            for way, stored in summary.mixture.items()
-        ]
-        if summary.released is False:
-            rows.append(("quantizing it anew", "needs --requantize: it was quantized for deployment"))
+        rows.append(("quantized", f"{summary.quantization}, {_size(summary.stored_bytes)}{bits}"))
+        for way, stored in summary.mixture.items():
+            rows.append((f"  {way}", f"{stored.weights:,} weights in {stored.tensors} tensors{_words(way)}"))
+            rows += [("", line) for line in _where(stored, summary)]
     if summary.devices:
         rows.append(("can be split", summary.devices))
     if summary.chat_template is not None:
@@ -77,7 +75,9 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
         rows.append(("licence", summary.license))
     if summary.unread:
         rows.append(("not read here", summary.unread))
-    rows += [(f"weights, {name}", _megabytes(size)) for name, size in summary.weight_bytes.items()]
+    if summary.weight_bytes:
+        sizes = (f"{_size(size)} in {name}" for name, size in summary.weight_bytes.items())
+        rows.append(("weights", ", ".join(sizes)))
     return rows + _verdict(summary)
 
 
@@ -89,8 +89,43 @@ def _verdict(summary: ModelSummary) -> list[tuple[str, str]]:
     if found.scheme is None:
         return [("quantize", f"refuses it: {found.reason}")]
     share = f", {found.weights / summary.parameters:.0%} of the parameters" if summary.parameters else ""
-    rows = [("quantize", f"takes it, for example in {found.scheme} by gptq{share}")]
+    anew = " with --requantize (it was quantized for deployment)" if summary.released is False else ""
+    rows = [("quantize", f"takes it{anew}, for example in {found.scheme} by gptq{share}")]
     return rows + [("  note", note) for note in found.notes]
+
+
+def _where(stored: Stored, summary: ModelSummary) -> Iterator[str]:
+    """Which of the blocks' matrices are stored so, and in which layers, where the blocks have several ways."""
+    mixed = [one for one in summary.mixture.values() if any(_is_matrix(name) for name in one.where)]
+    if len(mixed) < 2:
+        return
+    by_layers: dict[tuple[int, ...], list[str]] = {}
+    for name, layers in stored.where.items():
+        if _is_matrix(name):
+            by_layers.setdefault(layers, []).append(name.rpartition(".*.")[2])
+    for layers, names in by_layers.items():
+        places = (
+            "all layers"
+            if len(layers) == summary.layers
+            else f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}"
+        )
+        yield f"{', '.join(dict.fromkeys(names))} in {places}"
+
+
+def _is_matrix(name: str) -> bool:
+    """Whether that is a block's linear, as far as names tell."""
+    return ".*." in name and not name.endswith(("norm", ".bias", "_norm1", "_norm2"))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0 to 3, 7``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]} to {part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
 def _words(way: str) -> str:
@@ -108,5 +143,5 @@ def _counted(summary: ModelSummary) -> str:
     return f"{count}{', embeddings tied' if summary.tied else ''}"
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def _size(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 10e9 else f"{size / 1e6:,.1f} MB"

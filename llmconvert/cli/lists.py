@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 
 import click
 
 from llmconvert.cli.manners import Known, Manners, manners
+from llmconvert.cli.say import beside
 
 __all__ = ["formats", "methods", "recipes", "schemes"]
-
-
-def _table(rows: Mapping[str, str]) -> Iterator[str]:
-    width = max(map(len, rows), default=0)
-    yield from (f"{name:<{width}}  {about}" for name, about in rows.items())
 
 
 @click.command(short_help="List quantization methods, or one with its options.")
@@ -37,21 +34,19 @@ def methods(name: str | None, manners: Manners) -> None:
 
     if name is None:
         listed = {method: about_method(method) for method in METHODS}
-        manners.result(listed, *_table(listed))
+        manners.result(listed, *beside(listed.items()))
         return
     require_method(name)
     settings = method_settings(name)
     reads = "reads calibration text" if needs_calibration(name) else "needs no text"
     rows = {f"{one.name}: {one.kind} = {one.default}": one.about for one in settings}
     said = {one.name: {"type": one.kind, "default": one.default, "about": one.about} for one in settings}
-    lines = [about_method(name), reads, *(["", *_options(rows)] if rows else ["no options"])]
+    lines = [*textwrap.wrap(about_method(name), 80), reads, *(["", *_options(rows)] if rows else ["no options"])]
     about = {"name": name, "about": about_method(name), "calibrated": needs_calibration(name), "options": said}
     manners.result(about, *lines)
 
 
 def _options(rows: Mapping[str, str]) -> Iterator[str]:
-    import textwrap
-
     for option, about in rows.items():
         yield option
         yield from textwrap.wrap(about, 76, initial_indent="    ", subsequent_indent="    ")
@@ -71,7 +66,7 @@ def schemes(manners: Manners) -> None:
     from llmconvert.quantize.catalog.schemes import usual_schemes
 
     listed = usual_schemes()
-    manners.result(listed, *_table(listed))
+    manners.result(listed, *beside(listed.items()))
 
 
 @click.command(short_help="List formats on disk.")
@@ -88,11 +83,10 @@ def formats(manners: Manners) -> None:
 
     listed = {name: about_format(name) for name in FORMATS}
     read = {name: {one.name: list(one.schemes) for one in runtimes_of(name)} for name in FORMATS}
-    lines: list[str] = []
-    for line, runtimes in zip(_table(listed), read.values(), strict=True):
-        lines.append(line)
-        lines += [f"    {runtime}: {', '.join(found)}" for runtime, found in runtimes.items()]
-    manners.result({name: {"about": listed[name], "read by": read[name]} for name in FORMATS}, *lines)
+    rows: list[tuple[str, str]] = []
+    for name, runtimes in read.items():
+        rows += [(name, listed[name]), *(("", f"{runtime}: {', '.join(found)}") for runtime, found in runtimes.items())]
+    manners.result({name: {"about": listed[name], "read by": read[name]} for name in FORMATS}, *beside(rows))
 
 
 @click.command(short_help="List shipped recipes, or print one.")
@@ -113,4 +107,4 @@ def recipes(name: str | None, manners: Manners) -> None:
         manners.result({"name": name, "text": text}, text.rstrip("\n"))
         return
     listed = {found: about_recipe(found) for found in shipped_recipes()}
-    manners.result(listed, *_table(listed))
+    manners.result(listed, *beside(listed.items()))

@@ -192,8 +192,8 @@ class _HubDocuments(Sequence[Document]):
 
 def _without_datasets(repo: str) -> str:
     return (
-        f"dataset {repo}: reading from the Hub needs the datasets package: pip install 'datasets>=3.0'; "
-        f"or give a local .txt or .jsonl file, or {_topic_names()}"
+        f"dataset {repo}: is no file here, and reading from the Hub needs the datasets package: "
+        f"pip install 'datasets>=3.0'; or give a local .txt or .jsonl file, or {_topic_names()}"
     )
 
 

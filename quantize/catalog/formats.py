@@ -12,7 +12,7 @@ from llmconvert.quantize.catalog.declared import declaration_of
 from llmconvert.quantize.numbers import AFFINE
 from llmconvert.quantize.scheme import parse_scheme
 
-__all__ = ["FORMATS", "READERS", "about_format", "loaders_of", "only_format", "require_format"]
+__all__ = ["FORMATS", "READERS", "about_format", "library_of", "loaders_of", "only_format", "require_format"]
 
 #: Format name, which is the ``quant_method`` of its configs → where its class lies; loaded on use.
 FORMATS: Mapping[str, str] = {
@@ -64,6 +64,11 @@ def only_format(scheme: str) -> str | None:
 def about_format(name: str) -> str:
     """A format in one line: the first of its file."""
     return declaration_of(FORMATS[name]).title
+
+
+def library_of(name: str) -> str:
+    """The library that loads it, as model cards name it."""
+    return str(declaration_of(FORMATS[name]).constants.get("library", "transformers"))
 
 
 def loaders_of(name: str) -> tuple[str, ...]:

@@ -193,11 +193,17 @@ def fetching(headers: Headers, name: str = "fetch") -> Iterator[StepPlan]:
 
 
 def _publishing(target: PublishSettings, made: StepPlan) -> StepPlan:
-    if not target.to.startswith("file:"):
-        return StepPlan("publish", seconds=expected_seconds("publish hub", made.nbytes), notes=(f"to {target.to}",))
-    place = local_path(target.to.removeprefix("file:"))
-    seconds = expected_seconds("publish", made.nbytes)
-    return StepPlan("publish", needs=Needs(disk=made.nbytes), seconds=seconds, place=place, notes=(f"to {target.to}",))
+    here = target.to.startswith("file:")
+    kind = "publish" if here else "publish hub"
+    return StepPlan(
+        "publish",
+        needs=Needs(disk=made.nbytes if here else 0),
+        seconds=expected_seconds(kind, made.nbytes),
+        kind=kind,
+        work=made.nbytes,
+        place=local_path(target.to.removeprefix("file:")) if here else None,
+        notes=(f"to {target.to}",),
+    )
 
 
 def assemble_plan(recipe: Recipe, work: Work, steps: Sequence[StepPlan], makes: str, readers: str) -> RunPlan:

@@ -9,7 +9,7 @@ from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 
 __all__ = ["gigabytes", "makes", "plan_lines", "row"]
 
-_WIDTHS = (17, 9, 9, 14)
+_WIDTHS = (16, 9, 10, 16)
 
 
 def plan_lines(plan: RunPlan, *, probe: bool = True) -> Iterator[str]:
@@ -67,7 +67,7 @@ def makes(step: StepPlan) -> str:
 def row(*cells: str) -> str:
     """Cells of the table: names to the left, numbers to the right; a cell that is longer pushes nothing but the end."""
     name, *numbers = cells
-    right = "".join(f"{cell:>{width}}" for cell, width in zip(numbers, _WIDTHS[1:], strict=False))
+    right = "".join(f" {cell:>{width - 1}}" for cell, width in zip(numbers, _WIDTHS[1:], strict=False))
     return f"{name:<{_WIDTHS[0]}}{right}  "
 
 

@@ -11,6 +11,8 @@ from llmconvert.convert.dtype_names import ALIASES
 from llmconvert.convert.rope_factor import RopeScaling
 from llmconvert.errors import SchemeError, UsageError
 from llmconvert.gguf.ggml.mix import GgmlMix, GgmlType
+from llmconvert.quantize.catalog.formats import FORMATS
+from llmconvert.quantize.catalog.methods import METHODS
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 
 __all__ = [
@@ -47,7 +49,15 @@ def _parse_scheme_or_mix(value: object) -> Scheme | GgmlMix:
     try:
         return parse_scheme(value)
     except SchemeError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_no_scheme(value) or str(error)) from error
+
+
+def _no_scheme(value: str) -> str:
+    """What a name stands for that people take for a scheme, as ``awq``; empty if it is nothing known."""
+    name = value.strip().lower()
+    kinds = {"method": METHODS, "format": FORMATS}
+    found = [f"a {kind} ([[quantize.{kind}={name}]])" for kind, known in kinds.items() if name in known]
+    return f"is {' and '.join(found)}; a scheme says how many bits: w4a16-g128" if found else ""
 
 
 def _parse_override(value: object) -> Scheme | GgmlType | Literal["none"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ def call(*arguments: str) -> Result:
 def test_lists_have_a_line_for_everything_there_is(command: str, expected: dict[str, object]) -> None:
     result = call(command)
     assert result.exit_code == 0, result.output
-    listed = {line.split()[0]: line for line in result.output.splitlines() if not line.startswith(" ")}
+    assert max(map(len, result.output.splitlines())) <= 80
+    told = re.sub(r"\n {3,}", " ", result.output)  # what goes on under itself, in one line
+    listed = {line.split()[0]: line for line in told.splitlines()}
     assert set(expected) <= set(listed)
     assert all(len(line.split()) > 2 and "``" not in line for line in listed.values())
     assert set(json.loads(call(command, "--json").output)) == set(listed)

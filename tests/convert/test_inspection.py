@@ -18,7 +18,7 @@ from support.tiny_models import tiny_llama, tiny_llama_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmconvert.cli import main
-from llmconvert.convert.inspection import ModelSummary, Stored, describe_model, inspect_model
+from llmconvert.convert.inspection import ModelSummary, describe_model, inspect_model
 from llmconvert.errors import CheckpointError, SourceError, UnsupportedError
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.plan import Override
@@ -199,11 +199,12 @@ def test_a_quantized_models_parameters_are_those_of_the_original(
     linear = sum(math.prod(i.shape) for i in source.infos.values() if i.name.endswith("proj.weight"))
     assert (found.parameters, found.quantization, found.unread) == (original.parameters, format, None)
     assert original.parameters is not None
-    assert found.mixture == {name: Stored(14, linear), "float32": Stored(6, original.parameters - linear)}
+    counted = {way: (one.tensors, one.weights) for way, one in found.mixture.items()}
+    assert counted == {name: (14, linear), "float32": (6, original.parameters - linear)}
     assert list(found.mixture) == [name, "float32"]
     assert found.stored_bytes == sum(info.nbytes for info in SafetensorsCheckpoint(tmp_path / "out").infos.values())
     assert found.bits_per_weight == pytest.approx(8 * found.stored_bytes / original.parameters)
-    assert original.bits_per_weight == 32 and original.mixture == {"float32": Stored(20, original.parameters)}
+    assert original.bits_per_weight == 32 and original.mixture["float32"].weights == original.parameters
     assert (found.tied, found.vocabulary, found.weight_bytes) == (original.tied, original.vocabulary, {})
 
 
@@ -222,11 +223,16 @@ def test_a_mixture_is_told_by_scheme(tiny_llama: Path, tmp_path: Path) -> None:
         "w8a16-g64-sym": 2,
         "float32": 7,
     }
+    assert found["w8a16-g64-sym"].where == {"model.layers.*.mlp.down_proj": (0, 1)}
+    assert found["float32"].where["model.layers.*.self_attn.o_proj"] == (0,)
     lines = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).output
-    assert re.search(r"^quantized +compressed-tensors, 0\.\d MB, \d+\.\d{3} bits per weight in all$", lines, re.M)
-    assert re.search(
-        r"^  w8a16-g64-sym +16,384 weights in 2 tensors: 8-bit integers, one scale per 64 columns$", lines, re.M
-    )
+    assert max(map(len, lines.splitlines())) <= 80
+    told = re.sub(r"\n {3,}", " ", lines)  # what goes on under itself, in one line
+    assert re.search(r"^quantized +compressed-tensors, 0\.\d MB, \d+\.\d{3} bits per weight in all$", told, re.M)
+    in_8_bits = "16,384 weights in 2 tensors: 8-bit integers, one scale per 64 columns mlp.down_proj in all layers"
+    assert re.search(rf"^  w8a16-g64-sym +{in_8_bits}$", told, re.M)
+    assert "self_attn.o_proj in layer 0" in told and "self_attn.o_proj in layer 1" in told
+    assert "takes it with --requantize" in told
 
 
 def test_a_gguf_files_types_are_told(tiny_llama: Path, tmp_path: Path) -> None:
@@ -256,7 +262,9 @@ def test_weights_that_cannot_be_read_are_not_counted(tiny_llama: Path, tmp_path:
     assert (found.parameters, found.bits_per_weight, found.mixture, found.layers) == (None, None, {}, 2)
     assert found.quantization == "hqq" and "quantized with 'hqq'" in str(found.unread)
     lines = CliRunner().invoke(main, ["inspect", str(directory)]).output
-    assert "parameters           not known" in lines and "not read here        quantized with 'hqq'" in lines
+    assert re.search(r"^parameters +not known", lines, re.M) and re.search(
+        r"^not read here +quantized with 'hqq'", lines, re.M
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,7 +280,8 @@ def test_of_a_multimodal_model_the_parts_for_images_are_counted_apart(
     found = inspect_model(str(save_family(tmp_path, name)))
     stored = SafetensorsCheckpoint(tmp_path).infos
     beside = {tensor: info for tensor, info in stored.items() if any(part in tensor for part in parts)}
-    assert found.beside == sum(math.prod(info.shape) for info in beside.values()) > 0
+    assert found.beside == sum(math.prod(info.shape) for info in beside.values()) == sum(found.parts.values()) > 0
+    assert set(found.parts) == {tensor.removeprefix("model.").partition(".")[0] for tensor in beside}
     assert (found.vocabulary, found.loader) == (320, loader)
     # Scales stand for groups of the decoder's linears alone, and nothing else leaves 16 bits.
     linear = [info for tensor, info in stored.items() if tensor not in beside and len(info.shape) == 2]

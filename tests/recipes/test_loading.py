@@ -86,8 +86,8 @@ def test_unknown_keys_are_named_with_line_and_nearest_key() -> None:
 
 def test_every_problem_is_reported_at_once() -> None:
     text = refusal("quantise: {}\ncalibrate: {samples: 0}\nconvert: {dtype: int3}")
-    assert "key model is missing" in text
-    assert "key calibrate.dataset is missing" in text
+    assert "x.yaml: model is missing" in text
+    assert "line 2: calibrate.dataset is missing" in text
     assert "line 2: calibrate.samples: found 0: should be greater than or equal to 1" in text
     assert "convert.dtype: found 'int3': should be 'bfloat16', 'float16' or 'float32'" in text
 

@@ -172,9 +172,10 @@ def test_a_probe_times_all_steps(write_recipe: Writer, tmp_path: Path) -> None:
 def test_time_comes_from_earlier_runs(write_recipe: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     history = tmp_path / "cache" / "history.jsonl"
     monkeypatch.setenv("LLMCONVERT_HISTORY", str(history))
-    path = write_recipe(quantize={"method": "rtn", "scheme": "w4a16-g32"}, validate=None)
+    publish = {"to": f"file:{tmp_path / 'out'}"}
+    path = write_recipe(quantize={"method": "rtn", "scheme": "w4a16-g32"}, validate=None, publish=publish)
     run_recipe(load_recipe(path))
     kinds = [json.loads(line)["kind"] for line in history.read_text().splitlines()]
-    assert kinds == ["convert", "quantize rtn cpu"]
+    assert kinds == ["convert", "quantize rtn cpu", "publish"]
     plan = plan_recipe(load_recipe(path, [f"work_dir={tmp_path / 'other'}"]))
     assert plan.seconds is not None and plan.seconds.least == plan.seconds.most > 0
