@@ -8,7 +8,7 @@ dequantized forward, within the rounding of that runtime's kernels. What version
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -42,6 +42,10 @@ class Runtime:
     schemes: tuple[str, ...]
     note: str = ""
     outer: tuple[str, ...] = ()
+
+    def outer_read(self, kinds: Iterable[str]) -> bool:
+        """Whether it was run with all of what lies outside the blocks and is quantized."""
+        return set(kinds) <= set(self.outer)
 
     @property
     def key(self) -> str:

@@ -33,6 +33,7 @@ from llmconvert.validate.generation.greedy import PROMPTS
 from llmconvert.validate.inventory import InventoryCheck
 from llmconvert.validate.long_inputs.attention import AttentionOptions
 from llmconvert.validate.long_inputs.attention_check import AttentionCheck
+from llmconvert.validate.long_inputs.cache_cost import CacheCostCheck
 from llmconvert.validate.long_inputs.cache_size import CacheCheck
 from llmconvert.validate.long_inputs.decoding import DecodingCheck
 from llmconvert.validate.long_inputs.ladder import MemoryLadder
@@ -183,6 +184,8 @@ def measurements(
         found.append(_attention(settings.attention))
     if settings.positions is not None:
         found.append(_positions(settings.positions, settings.perplexity))
+    if settings.perplexity is not None:
+        found.append(CacheCostCheck(settings.perplexity.dataset))
     if settings.memory is not None:
         memory = settings.memory
         found.append(CacheCheck(memory.contexts, memory.batches))

@@ -124,7 +124,10 @@ def render_card(
         # Zero points are packed, which transformers' kernel path refuses to read.
         unpacked=model.format == "compressed-tensors"
         and any(isinstance(scheme, Scheme) and not scheme.symmetric for scheme in schemes),
-        vllm=model.format is None or any(runtime.script == "vllm" for runtime in runtimes_of(model.format)),
+        vllm=model.format is None
+        or any(
+            runtime.script == "vllm" and runtime.outer_read(_outer(report)) for runtime in runtimes_of(model.format)
+        ),
         plots=plots,
         limitations=limitations,
         environment=report.environment,
@@ -184,9 +187,14 @@ def _schemes(report: Report) -> tuple[SchemeOrMix, ...]:
 def _readers(report: Report, schemes: Sequence[SchemeOrMix]) -> Readership | None:
     """Which runtimes read all of these; None where nothing is quantized, or in a format of another version."""
     format = report.model.format
+    known = format in FORMATS and format is not None and schemes
+    return readership(format, schemes, _outer(report)) if known and format is not None else None
+
+
+def _outer(report: Report) -> set[str]:
+    """What is quantized outside the blocks."""
     details = [step.details for step in report.steps if isinstance(step.details, QuantizeReport)]
-    outer = {linear.outer for found in details for linear in found.linears if linear.outer}
-    return readership(format, schemes, outer) if format in FORMATS and format is not None and schemes else None
+    return {linear.outer for found in details for linear in found.linears if linear.outer}
 
 
 def _file(report: Report) -> str:
