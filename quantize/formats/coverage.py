@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
+from llmconvert.engine.experts import ExpertsSlot
 from llmconvert.engine.sites import Site
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.scheme import Scheme
@@ -34,7 +35,7 @@ def check_coverage(
 ) -> None:
     """Refuse a model with most weights outside linears: the artifact would look quantized and not be.
 
-    Weights that several blocks share count as neither.
+    Weights that several blocks share count as neither. Experts of a layout that is known count as linears.
 
     Args:
         model: on any device.
@@ -55,7 +56,9 @@ def check_coverage(
                     for leaf, value in module.named_parameters(recurse=False)
                     if f"{prefix}{name}.{leaf}" not in shared
                 }
+        slots = [module for module in block.modules() if isinstance(module, ExpertsSlot)]
         quantized = sum(linear.get_parameter("weight").numel() for linear in inside.values())
+        quantized += sum(slot.layout.count * slot.layout.numel for slot in slots)
         rest = sum(value.numel() for value in others.values())
         higher = sum(value.numel() for value in others.values() if sum(size > 1 for size in value.shape) > 2)
         if rest > quantized or higher > _HIGHER * (quantized + rest):

@@ -49,6 +49,7 @@ def as_loaded(skeleton: Skeleton, layout: Format, *, dense_experts: bool = False
 
     In a quantized checkpoint transformers takes the weights that it makes parameters of for quantized ones, and fails
     or drops those that are not: joined tensors, routers that it turns around, dense experts in tensors of their own.
+    And it doesn't find the scales of a linear whose weight alone it calls otherwise.
 
     Args:
         skeleton: the model.
@@ -77,11 +78,15 @@ def as_loaded(skeleton: Skeleton, layout: Format, *, dense_experts: bool = False
         alone = MergeModulelist in conversion.kinds and skeleton.reach.needs(target) and not dense_experts
         return target in skeleton.joined or (weights and not alone)
 
-    if not Conversions(skeleton.model).converters:
-        return stored
-    # Without the skeleton's slots, in whose names there are other parts.
-    model = build_meta_model(build_config(stored.config), skeleton.dtype, skeleton.attention)
-    made = made_tensors(model, stored, wanted)
+    conversions = Conversions(skeleton.model)
+    made: dict[str, Made] = {}
+    if conversions.converters:
+        # Without the skeleton's slots, in whose names there are other parts.
+        model = build_meta_model(build_config(stored.config), skeleton.dtype, skeleton.attention)
+        made = made_tensors(model, stored, wanted)
+    for site in skeleton.sites.values():
+        if site.kind == "linear" and not conversions.loads_beside(site.tensor, site.parameter):
+            made[site.parameter] = Made(((site.tensor,),), stored.infos[site.tensor].shape)
     left = next((target for target in skeleton.joined if target not in made), None)
     if left is not None:
         infos = [stored.infos[part] for part in skeleton.joined[left]]

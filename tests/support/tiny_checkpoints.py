@@ -84,6 +84,7 @@ _INDEXER = {
     "indexer_budget": 16,
     "indexer_compress_ratio": 4,
 }
+_INKLING = {"n_routed_experts": 16, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}
 _IMAGES = {"<image>": 5, "IMGIMGAAZ": 6, "IMGIMGBBZ": 7}
 
 
@@ -114,6 +115,8 @@ _OTHERS: Mapping[str, Mapping[str, Any]] = {
     "glm_ocr": _sectioned(2, 3, 3),
     "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2"},
     "hunyuan_vl": _sectioned(2, 2, 2, 2),
+    "inkling_mm_model": {"text_config": _INKLING},
+    "inkling_text": _INKLING,
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1},
     "kimi_linear": {"linear_head_dim": 32},
     "lfm2_moe": {"layer_types": _CONVOLUTIONS, "num_dense_layers": 1},

@@ -76,6 +76,16 @@ class Conversions:
         found = next((item for item in self.converters if pattern in item.source_patterns), None)
         return target, None if pattern is None or found is None else Conversion(found, pattern)
 
+    def loads_beside(self, tensor: str, parameter: str) -> bool:
+        """Whether what is stored beside a weight, its scales for one, is loaded beside the parameter that it becomes.
+
+        Not so where a name is changed of the weight alone, ``mlp.w2.weight`` into ``mlp.down_proj.weight``.
+        """
+        scale = f"{parameter}_scale"
+        states = {scale: torch.empty(0)}
+        target, _ = rename_source_key(f"{tensor}_scale", self._renamings, [], self._prefix, states)
+        return scale in (target, f"{tensor}_scale")
+
     def one_by_one(self, parameter: str, tensor: str) -> tuple[str, ...]:
         """Names of one matrix each, with ``*`` for its expert, that become a parameter of a layer's experts.
 

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_architectures import ARCHITECTURES, ids, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.core_model_loading import WeightRenaming
 
+from llmconvert.engine.architecture.expert_storage import Conversions
 from llmconvert.engine.architecture.names import map_names
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.skeleton import Skeleton
@@ -108,3 +110,14 @@ def test_only_names_are_looked_at(tiny: Tiny) -> None:
         model = AutoModelForCausalLM.from_config(config)
     names = list(SafetensorsCheckpoint(tiny("llama")))
     assert dict(map_names(model, names)) == {name: name for name in names}
+
+
+def test_scales_are_loaded_beside_a_weight_unless_its_name_alone_is_changed(tiny: Tiny) -> None:
+    conversions = Conversions(Skeleton(SafetensorsCheckpoint(tiny("llama")), CPU).model)
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert conversions.loads_beside(down, down) and conversions.loads_beside(down.removeprefix("model."), down)
+    for pattern, loaded in ((r"mlp\.w2\.weight", False), (r"mlp\.w2", True)):
+        target = "mlp.down_proj.weight" if pattern.endswith("weight") else "mlp.down_proj"
+        conversions._renamings = [WeightRenaming(pattern, target)]
+        assert conversions.target("model.layers.0.mlp.w2.weight") == (down, None)
+        assert conversions.loads_beside("model.layers.0.mlp.w2.weight", down) is loaded

@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
     Chunk,
     Concatenate,
     ErnieFuseAndSplitTextVisionExperts,
+    Interleave,
     MergeModulelist,
     Split,
     Transpose,
@@ -45,6 +46,8 @@ class Made:
         start: of its rows, in what the tensors of the only stack give.
         axis: 0 or 1.
         turned: whether rows and columns are the other way round in the stored tensor, which is the only one.
+        stacked: whether each stack is a row.
+        turns: of two tensors that the only one has in turns by dimension ``axis``, which it is.
     """
 
     stacks: tuple[tuple[str, ...], ...]
@@ -53,6 +56,7 @@ class Made:
     axis: int = 0
     turned: bool = False
     stacked: bool = False
+    turns: int | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -67,6 +71,10 @@ class Made:
         (parts,) = self.stacks
         if self.turned:
             return base[parts[0]].T[start:stop].contiguous()
+        if self.turns is not None and self.axis == 0:
+            return base.read_rows(parts[0], 2 * start, 2 * stop)[self.turns :: 2].contiguous()
+        if self.turns is not None:
+            return base.read_rows(parts[0], start, stop)[:, self.turns :: 2].contiguous()
         if self.axis == 1:
             return torch.cat([base.read_rows(part, start, stop) for part in parts], dim=1)
         return _consecutive(base, parts, self.start + start, self.start + stop)
@@ -197,6 +205,14 @@ def _made_of(
     if MergeModulelist in kinds and kinds <= _FUSED and len(targets) == 1:
         return {targets[0]: _stacked(checkpoint, parts)}
     operation = operations[0]
+    if isinstance(operation, Interleave) and len(operations) == 2 and isinstance(operations[1], Chunk):
+        axis = operation.dim
+        both = not operation.inverse and axis == operations[1].dim and axis in (0, 1) and len(targets) == 2
+        half = (*first[:axis], first[axis] // 2, *first[axis + 1 :])
+        alone = len(flat) == 1 and first[axis] % 2 == 0
+        return {
+            target: Made((flat,), half, axis=axis, turns=turn) for turn, target in enumerate(targets) if both and alone
+        }
     if len(operations) > 1:
         return {}
     if isinstance(operation, Chunk | Split) and operation.dim == 0 and len(flat) == 1:
