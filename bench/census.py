@@ -410,11 +410,12 @@ dense, or why not and what to do instead.
 
 
 def _counts(findings: Mapping[str, Finding]) -> str:
-    rows = [["", *_VERDICTS, "works, of those that transformers runs"]]
+    rows = [["", *_VERDICTS, "works, of those that transformers runs", "works or as advised"]]
     for kind, title in _TITLES.items():
         found = Counter(finding.verdict for key, finding in findings.items() if key.startswith(f"{kind}/"))
         ran = sum(found.values()) - found["not built"]
-        rows.append([title, *(str(found[verdict]) for verdict in _VERDICTS), f"{found['works']} of {ran}"])
+        shares = (f"{number} of {ran}" for number in (found["works"], found["works"] + found["as advised"]))
+        rows.append([title, *(str(found[verdict]) for verdict in _VERDICTS), *shares])
     return markdown_table(rows)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.quantize_process import start
 from support.tiny_architectures import ids
+from support.tiny_checkpoints import save_tiny_checkpoint
 from support.tiny_mixtures import WHOLE, fuse_experts, load_mixture, tiny_mixture
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,7 +20,7 @@ from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError, LlmconvertError, SchemeError, UnsupportedError
 from llmconvert.quantize.formats.dense_view import open_dense
-from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.job import judge_model, quantize_checkpoint
 from llmconvert.quantize.mixed_precision.budget import Budget
 from llmconvert.quantize.mixed_precision.job import plan_choice
 from llmconvert.quantize.mixed_precision.units import fused_units
@@ -237,6 +238,12 @@ def test_experts_that_a_class_or_a_format_has_otherwise_are_refused(
     with pytest.raises(UnsupportedError, match=message):
         quantize(mixture(kind), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_count_into_how_much_of_a_block_is_in_linears(tmp_path: Path) -> None:
+    """Shared experts in a layout of their own are no reason to refuse a mixture that has many others."""
+    source = SafetensorsCheckpoint(save_tiny_checkpoint(tmp_path, "inkling_text", "InklingForCausalLM"))
+    assert "transformers reads the experts of a layer from one tensor" in judge_model(source).reason
 
 
 def test_dense_experts_beside_fp8(mixture: Mixture, tmp_path: Path) -> None:

@@ -70,6 +70,10 @@ def test_what_is_made_is_its_parts_in_order(parts: SafetensorsCheckpoint) -> Non
     made = {"qkv": Made((("q", "k", "v"),), (6, 1, 4)), "t": Made((("a",),), (2, 3), turned=True)}
     held = HeldTensors(parts, made)
     assert set(held) == {"t", "qkv"} and set(HeldTensors(held, {}).made) == {"t", "qkv"}
+    halves = HeldTensors(
+        parts, {"even": Made((("q",),), (1, 1, 4), turns=0), "odd": Made((("q",),), (1, 1, 4), turns=1)}
+    )
+    assert torch.equal(halves["even"], parts["q"][:1]) and torch.equal(halves["odd"], parts["q"][1:])
     whole = torch.cat([parts["q"], parts["k"], parts["v"]])
     assert torch.equal(held["qkv"], whole) and torch.equal(held["t"], parts["a"].T)
     for start in range(7):
