@@ -138,6 +138,16 @@ def _turns(request: dict[str, Any], turn: Turn) -> Iterator[dict[str, float]]:
         yield {"context": context, "reading": context / read, "writing": request["tokens"] / max(written, 1e-9)}
 
 
+def _peak() -> int:
+    """Bytes of this process at most. What getrusage says on Linux may be its parent's, of before this program began."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return int(lines["VmHWM"].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _version(package: str) -> str:
     for name in (package, f"{package}-cpu"):
         try:
@@ -156,9 +166,7 @@ def main(name: str, request_file: str, answer_file: str) -> None:
     turn(list(range(1, 1 + _WARMUP)), _WARMUP)
     loaded = time.perf_counter() - begin
     turns = list(_turns(request, turn))
-    unit = 1 if sys.platform == "darwin" else 1024
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    answer = {"version": _version(package), "load": loaded, "memory": memory, "turns": turns}
+    answer = {"version": _version(package), "load": loaded, "memory": _peak(), "turns": turns}
     Path(answer_file).write_text(json.dumps(answer))
     # Servers of xllamacpp may wait for each other when they are destroyed.
     sys.stdout.flush()

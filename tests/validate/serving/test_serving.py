@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,6 @@ def test_a_real_turn_in_transformers_and_llama_cpp(artifacts: dict[str, Path], o
         (section,) = check.sections
         assert all(isinstance(cell, float) and cell > 0 for row in section.rows for cell in row[1:])
         assert {row[0] for row in section.rows} == {"original", "artifact"}
+        if served == LLAMA_CPP:  # without torch it is smaller than this process, whose peak a child may inherit
+            here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            assert all(isinstance(row[3], float) and row[3] < 0.8 * here for row in section.rows)
