@@ -18,6 +18,8 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 FROM python:3.12-slim
 ARG TORCH_INDEX=
 COPY constraints.txt /tmp/constraints.txt
+# The version is pinned, by the file of constraints.
+# hadolint ignore=DL3013
 RUN version="$(sed -n 's/^torch==//p' /tmp/constraints.txt)" \
     && pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==$version"
 COPY --from=wheel /dist /dist
@@ -26,7 +28,7 @@ RUN pip install --no-cache-dir -c /tmp/constraints.txt /dist/*.whl \
     && useradd --create-home --uid 1000 llmconvert \
     && mkdir -p /data /cache \
     && chown llmconvert /data /cache
-USER llmconvert
+USER 1000
 ENV HF_HOME=/cache
 WORKDIR /data
 ENTRYPOINT ["llmconvert"]

@@ -113,6 +113,7 @@ readers: $(VENV)/.installed $(foreach name,vllm gptqmodel llmcompressor autogptq
 lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; fi
 
 # mypy sees the package where it is installed: from here it would find the folder llmconvert/, which lacks what lies
 # beside it. Tests, benches and examples are held to a little less: what others leave untyped they may call. Scripts

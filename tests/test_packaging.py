@@ -48,6 +48,16 @@ def test_a_wheel_holds_every_file(tmp_path: Path) -> None:
     assert {"llmconvert/py.typed", "llmconvert/recipes/demo.yaml", "llmconvert/quantize/runtimes.json"} <= names
 
 
+def test_the_image_is_built_from_what_there_is() -> None:
+    """No daemon runs here: `make lint` has hadolint read the file, and what it copies is looked for."""
+    text = re.sub(r"\\\n", " ", (ROOT / "Dockerfile").read_text())
+    copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY ") and "--from=" not in line]
+    named = {name for names in copied for name in names}
+    assert all((ROOT / name).exists() for name in named)
+    assert set(FOLDERS) | {"pyproject.toml", "README.md", "LICENSE", "constraints.txt"} == named
+    assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(), re.MULTILINE), "the image asks for it by that"
+
+
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed(name: str) -> None:
     oldest = dict(line.split("==") for line in (ROOT / ".github" / "oldest.txt").read_text().splitlines()[1:])
