@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
-from llmconvert.quantize.numbers import Int
+from llmconvert.quantize.plan import Override
 from llmconvert.quantize.rotate import Rotation, rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
@@ -112,14 +113,21 @@ def test_rows_are_those_of_the_whole_tensor(tiny: Tiny) -> None:
         torch.testing.assert_close(rotated.read_rows(name, 3, 9), rotated[name][3:9])
 
 
-def test_an_artifact_of_a_rotated_model_runs_in_transformers(tiny: Tiny, tmp_path: Path) -> None:
-    """Tied embeddings became two tensors, and the config says so."""
-    source = SafetensorsCheckpoint(tiny("llama-tied", torch.bfloat16))
+@pytest.mark.parametrize(("scheme", "head", "away"), [("w8a16-g32", None, 0.03), ("nvfp4", "w8a16-channel", 0.3)])
+def test_an_artifact_of_a_rotated_model_runs_in_transformers(
+    tiny: Tiny, tmp_path: Path, scheme: str, head: str | None, away: float
+) -> None:
+    """Tied embeddings became two tensors, and the config says so; floats and their inputs are rounded after it."""
+    source, output = SafetensorsCheckpoint(tiny("llama-tied", torch.bfloat16)), tmp_path / "out"
     rotated = rotate_checkpoint(source)
-    quantize_checkpoint(rotated, tmp_path / "out", method="gptq", scheme=Scheme(Int(8), 32), windows=WINDOWS)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
-    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    overrides = [Override("head", Scheme.parse(head))] if head is not None else []
+    quantize_checkpoint(
+        rotated, output, method="gptq", scheme=Scheme.parse(scheme), overrides=overrides, windows=WINDOWS
+    )
+    model = AutoModelForCausalLM.from_pretrained(output, dtype="auto").eval()
     with torch.no_grad():
-        found = torch.cat([model(input_ids=window).logits[0] for window in WINDOWS]).float()
+        found = torch.cat([model(input_ids=window).logits[0] for window in WINDOWS])
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(found, logits(open_dense(SafetensorsCheckpoint(output))))
     expected = logits(source).float()
-    assert float((found - expected).norm() / expected.norm()) < 0.03
+    assert float((found.float() - expected).norm() / expected.norm()) < away
