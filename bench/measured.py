@@ -18,10 +18,11 @@ __all__ = ["Cost", "markdown_table", "megabytes", "run_measured"]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Wall-clock seconds of a whole process, start-up included, and its peak resident bytes (``wait4``)."""
+    """Wall-clock seconds of a whole process, start-up included, its peak resident bytes and CPU seconds (``wait4``)."""
 
     seconds: float
     peak_rss: int
+    cpu: float = 0.0
 
 
 def run_measured(command: Sequence[str | Path], *, threads: int, log: Path, extra: Mapping[str, str] = {}) -> Cost:
@@ -40,7 +41,7 @@ def run_measured(command: Sequence[str | Path], *, threads: int, log: Path, extr
     if process.returncode != 0:
         tail = log.read_text(errors="replace")[-3000:]
         raise SystemExit(f"{' '.join(map(str, command))}\nfailed with {process.returncode}:\n{tail}")
-    return Cost(seconds, usage.ru_maxrss * 1024)
+    return Cost(seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
 
 
 def megabytes(nbytes: float) -> str:

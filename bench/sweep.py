@@ -1,13 +1,14 @@
 """Eight variants of one model from one pass, against one alone and against a pass for each: seconds, memory, quality.
 
     python bench/sweep.py --model DIR --calibration FILE --evaluation FILE --work DIR [--samples 32] [--length 512]
-        [--windows 8] [--window 1024] [--rounds 2] [--method gptq]
+        [--windows 8] [--window 1024] [--rounds 2] [--apart 8]
+        [--method gptq]
 
-Every run is a whole process of ``llmconvert run`` in a work directory of its own; rounds alternate. One alone is
-sequential, as a recipe by itself is. What is counted are the steps that quantize and that measure, as reports have
-them; the sweep's are those of all variants together. Eight that are quantized in a pass each are measured in one pass
-of the original all the same, so eight that are measured by themselves are eight times one. Quality is measured for
-every scheme both ways, on text that calibration never saw.
+Each phase is a whole process of ``llmconvert run`` in a work directory of its own: first the recipe without its
+validate section, then with it, which finds the quantized models there; and once more, which finds everything there and
+tells what starting costs, which is taken off. One alone is sequential, as a recipe by itself is. Beside wall-clock time
+stands CPU time, which other work on the machine changes less. Quality is measured both ways, on text that calibration
+never saw.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from measured import markdown_table, megabytes, run_measured
+from measured import Cost, markdown_table, megabytes, run_measured
 
 SCHEMES = (
     "w4a16-g64",
-    "w4a16-g128",
-    "w4a16-g32",
-    "w4a16-g64-asym",
-    "w3a16-g64",
-    "w3a16-g64-asym",
-    "w8a16-g128",
     "w2a16-g32-asym",
+    "w3a16-g64-asym",
+    "w3a16-g64",
+    "w4a16-g64-asym",
+    "w4a16-g32",
+    "w4a16-g32-asym",
+    "w8a16-g64",
 )
 
 
@@ -47,54 +48,47 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--apart", type=int, default=len(SCHEMES), help="schemes whose sequential quality is shown")
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     ones, eights = [], []
-    for number in range(options.rounds):
+    for _ in range(options.rounds):
         ones.append(run(options, "one", SCHEMES[:1], "sequential"))
         eights.append(run(options, "eight", SCHEMES, None))
-        print(f"round {number + 1}: {ones[-1]}, {eights[-1]}", file=sys.stderr, flush=True)
-    apart = run(options, "apart", SCHEMES, "sequential")
-    one, eight = (
-        (statistics.median(row.quantizing for row in rows), statistics.median(row.measuring for row in rows))
-        for rows in (ones, eights)
+    apart = run(options, "apart", SCHEMES[: options.apart], "sequential")
+    tokens = (
+        f"{options.samples} × {options.length} tokens to calibrate, {options.windows} × {options.window} to measure"
     )
-    table = [
-        [name, f"{q:.1f}", f"{q / one[0]:.2f}", f"{m:.1f}", f"{m / one[1]:.2f}", megabytes(peak)]
-        for name, (q, m), peak in (
-            ("one, sequential", one, ones[0].peak),
-            ("eight in one pass", eight, eights[0].peak),
-            ("eight, a pass each", (apart.quantizing, apart.measuring), apart.peak),
-        )
-    ]
-    tokens = f"{options.samples} × {options.length} tokens"
     print(f"{options.model.name}, {options.method}, {tokens}, {options.threads} threads")
-    heading = ["", "seconds quantizing", "ratio", "seconds measuring", "ratio", "peak RSS of the process"]
-    print(markdown_table(heading, table))
+    rows = []
+    for phase in ("quantizing", "measuring"):
+        one, eight = (_median([getattr(made, phase) for made in several]) for several in (ones, eights))
+        for name, cost in (("one, sequential", one), (f"{len(SCHEMES)} in one pass", eight)):
+            times = (f"{cost.seconds:.1f} s", f"{cost.cpu:.1f} s", f"{cost.cpu / one.cpu:.2f}")
+            rows.append([f"{phase}: {name}", *times, megabytes(cost.peak_rss)])
+    print(markdown_table(["", "wall clock", "CPU", "ratio of CPU", "peak RSS of the process"], rows))
     shared, own = eights[0].quality, apart.quality
-    quality = [
-        [
-            scheme,
-            f"{shared[scheme][0]:.2f}",
-            f"{own[scheme][0]:.2f}",
-            f"{shared[scheme][1]:.4f}",
-            f"{own[scheme][1]:.4f}",
-        ]
-        for scheme in SCHEMES
-    ]
+    quality = []
+    for scheme in own:
+        pairs = list(zip(shared[scheme], own[scheme], strict=True))
+        quality.append([scheme, *(f"{value:.2f}" for value in pairs[0]), *(f"{value:.4f}" for value in pairs[1])])
     heading = ["", "perplexity, original's statistics", "sequential", "KL, original's statistics", "sequential"]
     print("\n" + markdown_table(heading, quality))
 
 
+def _median(costs: list[Cost]) -> Cost:
+    wall, cpu = (statistics.median(getattr(cost, name) for cost in costs) for name in ("seconds", "cpu"))
+    return Cost(wall, max(cost.peak_rss for cost in costs), cpu)
+
+
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a run cost: seconds of its steps, peak bytes of the process; and perplexity and KL by scheme."""
+    """What the phases of a sweep cost, and perplexity and KL by scheme."""
 
-    quantizing: float
-    measuring: float
-    peak: int
+    quantizing: Cost
+    measuring: Cost
     quality: dict[str, tuple[float, float]] = field(repr=False)
 
 
@@ -117,21 +111,25 @@ def run(options: argparse.Namespace, name: str, schemes: tuple[str, ...], statis
         "work_dir": str(work),
     }
     text = {"dataset": str(options.evaluation), "window": options.window, "max_windows": options.windows}
-    recipe["validate"] = {"perplexity": text}
     path = options.work / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe))
     command = [Path(sys.executable).parent / "llmconvert", "run", path]
-    cost = run_measured(command, threads=options.threads, log=options.work / f"{name}.log")
-    seconds = {"quantize": 0.0, "validate": 0.0}
+    costs: list[Cost] = []
+    for validate in ({}, {"validate": {"perplexity": text}}, {"validate": {"perplexity": text}}):
+        path.write_text(yaml.safe_dump({**recipe, **validate}))
+        log = options.work / f"{name}-{len(costs)}.log"
+        costs.append(run_measured(command, threads=options.threads, log=log))
+        print(f"{name}: {costs[-1]}", file=sys.stderr, flush=True)
+    *phases, again = costs
     quality = {}
     for stage in sorted(work.glob("artifact-*")):
         report = json.loads((stage / "model" / "llmconvert" / "report.json").read_text())
-        for step in report["steps"]:
-            if step["name"] in seconds:
-                seconds[step["name"]] += step["seconds"]
         checks = {check["name"]: check.get("value") for check in report["checks"]}
-        quality[report["model"]["scheme"].removesuffix("-sym")] = (checks["perplexity"], checks["kl_mean"])
-    return Made(seconds["quantize"], seconds["validate"], cost.peak_rss, quality)
+        if "perplexity" in checks:
+            quality[report["model"]["scheme"].removesuffix("-sym")] = (checks["perplexity"], checks["kl_mean"])
+    if len(quality) != len(schemes):
+        raise SystemExit(f"{name}: {len(quality)} of {len(schemes)} schemes were made; see {options.work}")
+    quantizing, measuring = (Cost(one.seconds - again.seconds, one.peak_rss, one.cpu - again.cpu) for one in phases)
+    return Made(quantizing, measuring, {scheme: quality[scheme] for scheme in schemes})
 
 
 if __name__ == "__main__":

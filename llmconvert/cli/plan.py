@@ -79,34 +79,47 @@ def show_plans(
     publish: bool,
     manners: Manners,
 ) -> None:
-    """Print the plan of every recipe and sweep, as if each ran by itself.
+    """Print the plan of a recipe or a sweep, or of several and of all of them together.
+
+    Of several, one that can't be run is told and the others are planned, as they would run.
 
     Raises:
-        RecipeError: one of them is wrong.
-        CapacityError: this machine has no room for one.
+        RecipeError: the only one is wrong.
+        CapacityError: this machine has no room for one of them, or for what all leave on its disk.
     """
     from llmconvert.recipes.loading import load_recipe
     from llmconvert.recipes.sweep.expand import load_sweep
 
-    loaded = [load_sweep(name, overrides) or load_recipe(name, overrides) for name in recipes]
+    if len(recipes) > 1:
+        _show_batch(recipes, overrides, work_dir, fresh=fresh, publish=publish, manners=manners)
+        return
+    (loaded,) = (load_sweep(name, overrides) or load_recipe(name, overrides) for name in recipes)
     from llmconvert.recipes.planning.planner import plan_recipe
-    from llmconvert.recipes.planning.render import plan_lines
-    from llmconvert.recipes.plans.sweep import SweepPlan, plan_sweep, sweep_lines
+    from llmconvert.recipes.plans.sweep import plan_sweep, sweep_lines
     from llmconvert.recipes.sweep.expand import Sweep
 
-    plans: list[RunPlan | SweepPlan] = []
-    lines: list[str] = []
-    for one in loaded:
-        if isinstance(one, Sweep):
-            swept = plan_sweep(one, work_dir=work_dir, publish=publish, fresh=fresh)
-            plans.append(swept)
-            found = sweep_lines(swept)
-        else:
-            made = plan_recipe(one, work_dir=work_dir, publish=publish, fresh=fresh)
-            plans.append(made)
-            found = plan_lines(made)
-        lines += ["", *found] if lines else found
-    values = [plan.to_mapping() for plan in plans]
-    manners.result(values[0] if len(values) == 1 else values, *lines)
-    for plan in plans:
-        plan.require_room()
+    if isinstance(loaded, Sweep):
+        swept = plan_sweep(loaded, work_dir=work_dir, publish=publish, fresh=fresh)
+        manners.result(swept.to_mapping(), *sweep_lines(swept))
+        swept.require_room()
+    else:
+        show_plan(plan_recipe(loaded, work_dir=work_dir, publish=publish, fresh=fresh), manners, probe=True)
+
+
+def _show_batch(
+    recipes: Sequence[str],
+    overrides: Sequence[str],
+    work_dir: Path | None,
+    *,
+    fresh: bool,
+    publish: bool,
+    manners: Manners,
+) -> None:
+    from llmconvert.recipes.batch.jobs import Settings, read_jobs
+    from llmconvert.recipes.plans.batch import batch_lines, plan_jobs
+
+    plan = plan_jobs(read_jobs(recipes, Settings(tuple(overrides), work_dir, fresh, publish)))
+    manners.result(plan.to_mapping(), *batch_lines(plan))
+    plan.require_room()
+    if plan.problems:
+        raise click.exceptions.Exit(next(iter(plan.problems.values())).exit_code)

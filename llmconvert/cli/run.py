@@ -40,7 +40,7 @@ def _settings(command: C) -> C:
 @plan_option
 @manners
 def run(manners: Manners, **settings: Any) -> None:
-    """Run recipes: files, or names of shipped recipes. Several run one after the other; see batch for more.
+    """Run recipes: files, or names of shipped recipes. Several are a batch of one job at a time, as batch runs them.
 
     A run that was stopped continues with the same command. Recipes share downloads and conversions; one that fails
     does not stop the others.
@@ -54,7 +54,7 @@ def run(manners: Manners, **settings: Any) -> None:
       llmconvert run demo --set quantize.scheme=w3a16-g64 --set publish.to=file:out/w3
       llmconvert run demo --set quantize.scheme=w4a16-g64,w3a16-g64 --no-publish
     """
-    _run(manners, settings, engine="here")
+    _run(manners, settings, engine="here" if len(settings["recipes"]) == 1 else "local")
 
 
 @click.command(short_help="Run many recipes, here or on a Ray cluster.")

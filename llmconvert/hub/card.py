@@ -19,7 +19,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 from llmconvert.errors import HubError
 from llmconvert.hub.retry import Backoff, retrying
 
-__all__ = ["CARD", "front_matter", "mark_card", "require_other_base", "state_of_card", "validate_card"]
+__all__ = ["CARD", "front_matter", "mark_card", "parts_of_card", "require_other_base", "state_of_card", "validate_card"]
 
 #: Where the Hub looks for a repository's card.
 CARD = "README.md"
@@ -105,6 +105,15 @@ def _messages(entries: Any) -> tuple[str, ...]:
 def mark_card(front: str, text: str, what: str) -> str:
     """A card of front matter (which may be empty) and text, with the mark of its kind between them."""
     return f"{front}<!-- llmconvert: {what}, sha256 {_digest(front, text)} -->\n{text}"
+
+
+def parts_of_card(card: str) -> tuple[str, str]:
+    """Front matter and text of a card, without the mark between them if it was written here."""
+    mark = re.search(_MARK.format("[^,>]*"), card)
+    if mark is not None:
+        return card[: mark.start()], card[mark.end() :]
+    front = REGEX_YAML_BLOCK.search(card)
+    return (card[: front.end()], card[front.end() :]) if front is not None else ("", card)
 
 
 def state_of_card(card: str, what: str) -> Literal["ours", "edited", "foreign"]:

@@ -79,9 +79,11 @@ def read_jobs(recipes: Sequence[str], settings: Settings) -> list[Job]:
     """All recipes, in order.
 
     Raises:
-        UsageError: two of them would be published to one place; nothing was started.
+        UsageError: two of them would be published to one place, or are sweeps that would write one page; nothing was
+            started.
     """
     jobs = [load_job(recipe, settings) for recipe in recipes]
+    _require_own_pages(jobs)
     if settings.publish:
         _require_apart(jobs)
     return jobs
@@ -94,6 +96,19 @@ def load_job(recipe: str, settings: Settings) -> Job:
     except LlmconvertError as error:
         return Job(recipe, error, settings)
     return Job(recipe, found, settings)
+
+
+def _require_own_pages(jobs: Sequence[Job]) -> None:
+    taken: dict[tuple[Path, str], str] = {}
+    for job in jobs:
+        if not isinstance(job.loaded, Sweep):
+            continue
+        other = taken.setdefault((job.work_dir, job.loaded.name), job.recipe)
+        if other is not job.recipe:
+            raise UsageError(
+                f"{other} and {job.recipe} are both sweeps of the name {job.loaded.name!r} and would write one page in "
+                f"{job.work_dir}; give them different names (name) or work directories; nothing was started"
+            )
 
 
 def _require_apart(jobs: Sequence[Job]) -> None:

@@ -31,7 +31,7 @@ from llmconvert.recipes.stages.attention import require_mergeable
 from llmconvert.recipes.stages.conversion import converted_view, recipe_adapter, require_source
 from llmconvert.recipes.stages.measurements import require_accepted, require_loader, require_measurable
 from llmconvert.recipes.stages.run import require_texts, stages_of
-from llmconvert.recipes.stages.stage import Finished, Stage, Work
+from llmconvert.recipes.stages.stage import ORIGINAL, Finished, Stage, Work
 from llmconvert.storage.contents import Hashes
 from llmconvert.storage.stage_record import read_stage, stage_key
 from llmconvert.text.files import local_path
@@ -135,7 +135,8 @@ def _identity(stage: Stage[Any], work: Work, keys: Mapping[str, str]) -> str:
     """What tells the stage from others of the same name, before what it follows is made; equal for equal work."""
     text = work.texts.get(stage.name)
     own: Any = (text.dataset, text.drawn, text.length, text.stride, text.digest) if text else stage.settings(work)
-    return stage_key(stage.name, {"own": own, **{role: keys.get(name, name) for role, name in stage.after.items()}})
+    made = {ORIGINAL: work.view.key, **keys}
+    return stage_key(stage.name, {"own": own, **{role: made.get(name, name) for role, name in stage.after.items()}})
 
 
 def step_of(name: str, forecast: Forecast, output: Path) -> StepPlan:

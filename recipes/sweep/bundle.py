@@ -6,6 +6,8 @@
     NAME-Q4_K_M.gguf, NAME-Q6_K.gguf           of variants that are GGUF files
     VARIANT/                                   of others, as they are alone
     llmconvert/VARIANT/report.json, …          what was measured on each file
+
+Variants that have a repository, branch or folder each are there as they are alone, and the card of each compares all.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
+
+import huggingface_hub
 
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
@@ -30,9 +35,9 @@ from llmconvert.storage.contents import Contents, Hashes
 from llmconvert.storage.writer import write_file
 from llmconvert.validate.render.card import card_metadata
 from llmconvert.validate.render.plots import comparison_plot
-from llmconvert.validate.render.set_card import SetMember, render_set_card
+from llmconvert.validate.render.set_card import SetMember, render_set_card, with_set
 
-__all__ = ["MadeVariant", "set_target", "write_set"]
+__all__ = ["MadeVariant", "SetTargets", "set_targets", "write_apart", "write_set"]
 
 _PLOT = "llmconvert/sizes.png"
 _OWN = "llmconvert"
@@ -53,28 +58,94 @@ class MadeVariant:
     report: Report
 
 
-def set_target(sweep: Sweep) -> PublishSettings | None:
-    """Where all variants go together; None where each goes by itself, or nowhere.
+@dataclass(frozen=True, slots=True)
+class SetTargets:
+    """Where the variants of a set go.
+
+    Attributes:
+        together: the one place of all; None where each has its own.
+        apart: places by variant, where each has its own.
+    """
+
+    together: PublishSettings | None
+    apart: Mapping[str, PublishSettings]
+
+
+def set_targets(sweep: Sweep) -> SetTargets | None:
+    """Where the variants of a set go; None where they are no set, or nothing is published.
 
     Raises:
-        RecipeError: they are to go to different places, or the sweep picks one of them.
+        RecipeError: some go to one place and others don't, or the sweep picks one of them.
     """
-    targets: list[PublishSettings] = []
+    targets: dict[str, PublishSettings] = {}
     for variant in sweep.variants:
         if variant.recipe is not None and variant.recipe.publish is not None:
             target = fill_target(variant.recipe).publish
             assert target is not None
-            targets.append(target)
-    if not targets or not targets[0].set:
+            targets[variant.name] = target
+    if not any(target.set for target in targets.values()):
         return None
     if sweep.pick is not None:
         raise RecipeError(f"{sweep.name}: publish.set publishes all variants, and pick one of them; leave one out")
-    if any(target != targets[0] for target in targets):
+    places = [(target.to, target.revision or "", target.folder or "") for target in targets.values()]
+    first = next(iter(targets.values()))
+    if len(set(places)) == 1:
+        return SetTargets(first, {})
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
         raise RecipeError(
-            f"{sweep.name}: publish.set: all variants go to one place, found {targets[0].to} and others; "
-            "leave {name}, {method} and {scheme} out of publish"
+            f"{sweep.name}: publish.set: all variants go to one place, or each to its own; found several for "
+            f"{twice[0]} and others elsewhere; leave {{scheme}} and the like out, or tell all apart by {{name}}"
         )
-    return targets[0]
+    return SetTargets(None, targets)
+
+
+def write_apart(
+    sweep: Sweep,
+    folder: Path,
+    variants: Mapping[str, MadeVariant],
+    targets: Mapping[str, PublishSettings],
+    hashes: Hashes,
+) -> dict[str, Contents]:
+    """Put each variant into a directory of its own, with links where the disk has them, and a card that compares all.
+
+    Args:
+        folder: is made anew.
+        variants: by name, at least one.
+        targets: where each goes.
+
+    Returns:
+        of the directories, by variant: what was written then, and the card of now.
+
+    Raises:
+        MachineError: the disk fails or is full.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    members: dict[str, SetMember] = {}
+    for name, made in variants.items():
+        place = name.removeprefix(f"{sweep.name}-")
+        members[name] = SetMember(place, made.report, _token_nbytes(made.directory), _link_to(targets[name]))
+    found = {}
+    for name, made in variants.items():
+        directory = folder / name
+        directory.mkdir(parents=True)
+        for inside in made.contents.files:
+            if inside != CARD:
+                _link(made.directory / inside, directory / inside)
+        card = (made.directory / CARD).read_text(encoding="utf-8")
+        write_file(directory / CARD, with_set(card, members).encode())
+        files = {**made.contents.files, CARD: hashes.read(directory).files[CARD]}
+        found[name] = Contents(files)
+    return found
+
+
+def _link_to(target: PublishSettings) -> str:
+    """The page of a place on the Hub; empty of a directory, which may be moved."""
+    if target.to.startswith("file:"):
+        return ""
+    page = f"{huggingface_hub.constants.ENDPOINT}/{target.to}"
+    branch, inside = target.revision or "main", f"/{target.folder}" if target.folder else ""
+    return page if branch == "main" and not inside else f"{page}/tree/{quote(branch, safe='')}{inside}"
 
 
 def write_set(sweep: Sweep, folder: Path, variants: Mapping[str, MadeVariant], hashes: Hashes) -> Contents:

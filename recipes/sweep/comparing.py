@@ -110,9 +110,9 @@ def _portions(waiting: Mapping[str, Path], variants: Mapping[str, _Variant]) -> 
         else:
             return  # each by itself, or not at all
     portions = -(-len(names) // count)
-    size = -(-len(names) // portions)
-    for start in range(0, len(names), size):
-        if len(portion := names[start : start + size]) > 1:
+    for number in range(portions):
+        portion = names[len(names) * number // portions : len(names) * (number + 1) // portions]
+        if len(portion) > 1:
             yield portion
 
 

@@ -28,7 +28,7 @@ from llmconvert.recipes.runner import Running, RunResult
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.provenance import REPORT_FILE
 from llmconvert.recipes.stages.quantization import QUANTIZE
-from llmconvert.recipes.sweep.bundle import MadeVariant, set_target, write_set
+from llmconvert.recipes.sweep.bundle import MadeVariant, SetTargets, set_targets, write_apart, write_set
 from llmconvert.recipes.sweep.comparing import compare_variants
 from llmconvert.recipes.sweep.expand import Sweep, require_places
 from llmconvert.recipes.sweep.page import write_page
@@ -85,7 +85,8 @@ def run_sweep(
         RecipeError: two variants would be published to one place.
         RunInterruptedError: the process was asked to stop; the same call continues.
     """
-    together = set_target(sweep) if publish else None
+    targets = set_targets(sweep) if publish else None
+    together = targets.together if targets is not None else None
     if publish:
         require_places(sweep)
     with interruptible(), ExitStack() as stack:
@@ -93,7 +94,7 @@ def run_sweep(
             store = stack.enter_context(StageStore(Path(work_dir or sweep.work_dir), progress=progress))
         if together is not None:
             check_target(together, sweep.name, store.hashes)
-        return _Job(sweep, store, fresh, publish and together is None, progress, together).run()
+        return _Job(sweep, store, fresh, publish and together is None, progress, targets).run()
 
 
 @dataclass(slots=True)
@@ -105,7 +106,7 @@ class _Job:
     fresh: bool
     publish: bool
     progress: Progress
-    together: PublishSettings | None = None
+    targets: SetTargets | None = None
     running: dict[str, Running] = field(default_factory=dict)
     results: dict[str, RunResult] = field(default_factory=dict)
     failures: dict[str, Exception] = field(default_factory=dict)
@@ -144,13 +145,16 @@ class _Job:
             picked = self.sweep.pick.choose({name: reports[name] for name in self.results})
             taken = f"{picked} is taken" if picked is not None else "no variant is"
             self.progress.log(f"{self.sweep.name}: pick: {self.sweep.pick.text}: {taken}")
-        if self.publish:
+        apart = self.targets.apart if self.targets is not None else {}
+        if apart and self.results:
+            self._publish_apart(apart)
+        elif self.publish:
             for name in list(self.results) if self.sweep.pick is None else [picked] if picked is not None else []:
                 published = self._attempt(name, partial(self.running[name].publish, self.results[name]))
                 if published is not None:
                     self.results[name] = published
-        if self.together is not None and self.results:
-            self._publish_set(self.together)
+        if self.targets is not None and self.targets.together is not None and self.results:
+            self._publish_set(self.targets.together)
         page = None
         if len(reports) > 1:
             artifacts = {name: self.running[name].artifact or self.store.work_dir for name in reports}
@@ -160,20 +164,37 @@ class _Job:
 
     def _publish_set(self, target: PublishSettings) -> None:
         """Put all that was made into one repository."""
-        folder = self.store.work_dir / "sweeps" / self.sweep.name / "set"
-        made = {
-            name: MadeVariant(result.artifact, self.running[name].contents, result.report)
-            for name, result in self.results.items()
-        }
-        contents = write_set(self.sweep, folder, made, self.store.hashes)
-        hashes = self.store.hashes
+        folder, made, hashes = self._set_folder, self._made(), self.store.hashes
+        contents = write_set(self.sweep, folder, made, hashes)
         where = publish_artifact(folder, contents, target, self.sweep.name, hashes, progress=self.progress)
         self.progress.log(f"{self.sweep.name}: {len(made)} variants are in {where}")
         self.results = {name: replace(result, published=where) for name, result in self.results.items()}
 
+    def _publish_apart(self, targets: Mapping[str, PublishSettings]) -> None:
+        """Put each where it goes, with a card that compares all."""
+        folder, hashes = self._set_folder, self.store.hashes
+        contents = write_apart(self.sweep, folder, self._made(), targets, hashes)
+        for name, files in contents.items():
+            publish = partial(publish_artifact, folder / name, files, targets[name], name, hashes)
+            where = self._attempt(name, partial(publish, progress=self.progress))
+            if where is not None:
+                self.results[name] = replace(self.results[name], published=where)
+
+    @property
+    def _set_folder(self) -> Path:
+        return self.store.work_dir / "sweeps" / self.sweep.name / "set"
+
+    def _made(self) -> dict[str, MadeVariant]:
+        return {
+            name: MadeVariant(result.artifact, self.running[name].contents, result.report)
+            for name, result in self.results.items()
+        }
+
     def _begin(self, recipe: Recipe) -> Running:
         filled = fill_target(with_statistics(recipe))
         target = filled.publish if self.publish else None
+        if target is not None and target.set:  # what is checked for one is the same
+            target = target.model_copy(update={"set": False})
         publisher = self.sweep.name if self.sweep.pick is not None else None
         stages = self.store.begin(recipe.name, fresh=self.fresh)
         return Running.begin(filled, target, stages, self.progress, publisher)

@@ -229,3 +229,48 @@ def test_placeholders_stand_for_the_recipes_values(write_recipe: Any) -> None:
 def test_other_placeholders_are_refused(write_recipe: Any, value: str) -> None:
     with pytest.raises(RecipeError, match="publish"):
         load_recipe(str(write_recipe(publish={"to": "me/x", "revision": value})))
+
+
+@pytest.mark.slow
+def test_a_set_goes_to_repositories_branches_folders_or_one_place(
+    hub: HubServer, write_recipe: Any, tmp_path: Path
+) -> None:
+    """Wherever variants lie, a card compares all of them; with a rule, the one that it takes is published."""
+    schemes = ["w4a16-g32", "w8a16-g32"]
+    labels = [f"{scheme}-sym" for scheme in schemes]
+
+    def publish(name: str, quantize: dict[str, Any], **target: Any) -> None:
+        more = {"pick": target.pop("pick")} if "pick" in target else {}
+        more |= {"validate": None} if "unmeasured" in target else {}
+        recipe = write_recipe(name, quantize={"method": "rtn", **quantize}, publish=target, **more)
+        answer = client("cli", "run", recipe)
+        assert answer["code"] == 0, answer
+
+    def compares(card: bytes, pages: list[str]) -> bool:
+        text = card.decode()
+        assert text.count("| RAM at 4k |") == 1 and "perplexity" in text
+        return all(f"]({page})" in text for page in pages)
+
+    with Client(hub.url, tmp_path / "home") as client:
+        publish("repos", {"schemes": schemes}, to="me/of-{scheme}", set=True)
+        pages = [f"{hub.url}/me/of-{label}" for label in labels]
+        assert all(compares(hub.files(f"me/of-{label}")["README.md"], pages) for label in labels)
+
+        publish("branches", {"schemes": schemes}, to="me/branches", revision="{scheme}", set=True, unmeasured=True)
+        pages = [f"{hub.url}/me/branches/tree/{label}" for label in labels]
+        assert all(compares(hub.files("me/branches", label)["README.md"], pages) for label in labels)
+
+        publish("folders", {"schemes": schemes}, to="me/folders", folder="{scheme}", set=True, unmeasured=True)
+        pages = [f"{hub.url}/me/folders/tree/main/{label}" for label in labels]
+        files = hub.files("me/folders")
+        assert all(compares(files[f"{label}/README.md"], pages) for label in labels)
+        assert all(f"`{label}`" in files["README.md"].decode() for label in labels), "the root lists them"
+
+        publish("files", {"format": "gguf", "schemes": ["q4_0", "q8_0"]}, to="me/files-GGUF", set=True)
+        files = hub.files("me/files-GGUF")
+        names = sorted(name for name in files if name.endswith(".gguf"))
+        assert len(names) == 2 and compares(files["README.md"], names)
+
+        publish("picked", {"schemes": schemes}, to="me/picked", pick="best under 1GB")
+        picked = hub.files("me/picked")["model.safetensors"]
+        assert picked in [hub.files(f"me/of-{label}")["model.safetensors"] for label in labels]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llmconvert.hub.card import mark_card
+from llmconvert.hub.card import mark_card, parts_of_card
 from llmconvert.report.report import Report
 from llmconvert.validate.render.display import format_bytes
 from llmconvert.validate.render.pareto import front, knee, points
 
-__all__ = ["SetMember", "render_set_card"]
+__all__ = ["SetMember", "render_set_card", "with_set"]
 
 #: Memory of machines that people have, in GB, and the part of it that a model may have.
 _MACHINES = (8, 16, 24)
@@ -35,11 +35,13 @@ class SetMember:
         place: its file, or folder, in the repository.
         report: what was measured on it.
         token_nbytes: of the key-value cache, for each token of context; None where that is not known.
+        link: to it; its place if None, and nothing where empty.
     """
 
     place: str
     report: Report
     token_nbytes: int | None
+    link: str | None = None
 
     @property
     def nbytes(self) -> float | None:
@@ -66,17 +68,7 @@ def render_set_card(front_matter: str, title: str, members: Mapping[str, SetMemb
     reports = {name: member.report for name, member in members.items()}
     first = next(iter(reports.values()))
     lines = [f"# {title}", "", f"{len(members)} quantizations of {first.model.source}, made in one go.", ""]
-    headings = ["", "size", *(heading for _, heading, _ in _MEASURES), "RAM at 4k", "RAM at 32k"]
-    lines += [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)])]
-    lines += [_row(_cells(member)) for member in members.values()]
-    lines += [
-        "",
-        "KL is the divergence of predictions from the original's, in nats per token. RAM is weights and the key-value",
-        "cache in 16 bits, for 4,096 and 32,768 tokens of context; runtimes take some more for themselves.",
-    ]
-    advice = list(_advice(list(members.values())))
-    if advice:
-        lines += ["", "## Which one", "", *advice]
+    lines += _comparison(members)
     found = points(reports, "perplexity")
     bend = knee(found)
     if plot is not None:
@@ -92,12 +84,34 @@ def render_set_card(front_matter: str, title: str, members: Mapping[str, SetMemb
     return mark_card(front_matter, "\n" + "\n".join(lines) + "\n", _KIND)
 
 
+def with_set(card: str, members: Mapping[str, SetMember]) -> str:
+    """An artifact's card, with the comparison of a set that it is one of; marked as a set's card is."""
+    front, text = parts_of_card(card)
+    lines = ["", "## The set", "", "Made in one go with this one:", "", *_comparison(members)]
+    return mark_card(front, text.rstrip("\n") + "\n" + "\n".join(lines) + "\n", _KIND)
+
+
+def _comparison(members: Mapping[str, SetMember]) -> list[str]:
+    """A table of all, and which one is for which machine."""
+    headings = ["", "size", *(heading for _, heading, _ in _MEASURES), "RAM at 4k", "RAM at 32k"]
+    lines = [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)])]
+    lines += [_row(_cells(member)) for member in members.values()]
+    lines += [
+        "",
+        "KL is the divergence of predictions from the original's, in nats per token. RAM is weights and the key-value",
+        "cache in 16 bits, for 4,096 and 32,768 tokens of context; runtimes take some more for themselves.",
+    ]
+    advice = list(_advice(list(members.values())))
+    return [*lines, "", "## Which one", "", *advice] if advice else lines
+
+
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def _cells(member: SetMember) -> list[str]:
-    cells = [f"[{member.place}]({member.place})", _size(member.nbytes)]
+    link = member.place if member.link is None else member.link
+    cells = [f"[{member.place}]({link})" if link else member.place, _size(member.nbytes)]
     for name, _, form in _MEASURES:
         check = member.report.check(name)
         cells.append("" if check is None or check.value is None else form.format(check.value))

@@ -119,14 +119,15 @@ def is_whole(conversion: Conversion | None) -> bool:
 
 def is_joined(model: PreTrainedModel, parameter: str, conversion: Conversion) -> bool:
     """Whether a parameter is several tensors one behind the other: kernels of convolutions, linears side by side."""
+    operations = conversion.converter.operations
+    if len(operations) != 1 or not isinstance(operations[0], Concatenate) or operations[0].dim != 0:
+        return False
     owner, _, leaf = parameter.rpartition(".")
     try:
-        held = leaf in dict(model.get_submodule(owner).named_parameters(recurse=False))
+        module = model.get_submodule(owner)
     except AttributeError:
         return False
-    operations = conversion.converter.operations
-    behind = len(operations) == 1 and isinstance(operations[0], Concatenate) and operations[0].dim == 0
-    return held and behind and not isinstance(model.get_submodule(owner), nn.Embedding)
+    return leaf in dict(module.named_parameters(recurse=False)) and not isinstance(module, nn.Embedding)
 
 
 def expert_matrix(

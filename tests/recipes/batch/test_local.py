@@ -119,6 +119,11 @@ def test_two_that_would_take_one_place_are_refused_before_anything_starts(write_
     assert not (tmp_path / "work").exists()
     # Not published, they take no place.
     assert len(read_jobs([one, two], Settings(publish=False))) == 2
+    matrix = {"quantize.scheme": list(SCHEMES)}
+    pages = [quick(write_recipe, file, matrix=matrix) for file in ("three", "four")]
+    with pytest.raises(UsageError, match=r"three\.yaml and .*four\.yaml are both sweeps of the name 'many'"):
+        run_batch(pages, overrides=["name=many"], work_dir=tmp_path / "work", engine="local", publish=False)
+    assert not (tmp_path / "work").exists()
 
 
 def test_memory_and_disk_say_what_runs_together(write_recipe: Any, tmp_path: Path) -> None:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from support.header_only import make_header_only, qwen3_moe
 
 from llmconvert.cli import main
+from llmconvert.errors import CapacityError
+from llmconvert.needs import Needs
+from llmconvert.recipes.batch.jobs import Settings, load_job
+from llmconvert.recipes.planning.history import Seconds
+from llmconvert.recipes.planning.plan import RunPlan, StepPlan
+from llmconvert.recipes.plans.batch import BatchPlan, batch_lines, plan_jobs
 from llmconvert.storage.directory import is_weight_file
 
 Writer = Callable[..., Path]
@@ -117,9 +125,81 @@ def test_what_a_sweep_has_made_is_reused(write_recipe: Writer) -> None:
     assert plan["needs"] == {"memory": 0, "device_memory": 0, "disk": 0, "download": 0}
 
 
-def test_several_recipes_are_planned_one_after_the_other(write_recipe: Writer) -> None:
-    first, second = write_recipe("first", validate=None), write_recipe("second", quantize=None, validate=None)
+def test_several_recipes_are_planned_together(write_recipe: Writer, tmp_path: Path) -> None:
+    """What one of them leaves for the next is counted once, and one that can't be run is left out."""
+    quick = {"validate": None, "calibrate": None}
+    first = write_recipe("first", quantize={"method": "rtn", "scheme": "w4a16-g32"}, **quick)
+    second = write_recipe("second", quantize=None, **quick)
     result = call("run", first, second, "--plan", "--json")
     assert result.exit_code == 0, result.output
-    assert [one["name"] for one in json.loads(result.stdout)] == ["first", "second"]
+    plan = json.loads(result.stdout)
+    one, two = plan["recipes"].values()
+    assert [one["name"], two["name"]] == ["first", "second"]
+    assert plan["needs"]["memory"] == max(one["needs"]["memory"], two["needs"]["memory"])
+    assert plan["needs"]["disk"] == one["needs"]["disk"], "the second's conversion is the first's"
     assert call("run", first, second, "--plan").stdout.count("plan: ") == 2
+
+    unfit = write_recipe("unfit", quantize={"method": "rtn", "scheme": "w4a16-g48"}, **quick)
+    own = [
+        write_recipe(f"own{number}", quantize=None, work_dir=str(tmp_path / str(number)), **quick)
+        for number in range(2)
+    ]
+    result = call("run", first, unfit, second, *own, "--plan")
+    assert result.exit_code == 2 and "group size 48" in result.stdout and "batch: 5 recipes" in result.stdout
+    rows = [line for line in result.stdout.splitlines() if line.endswith(".yaml")]
+    assert len(rows) == 4 and rows[1].split()[0] == "there" and "plan: " not in result.stdout
+
+
+def test_a_batch_of_a_thousand_is_a_queue_on_several_machines() -> None:
+    """Against a queue that goes second by second."""
+
+    def job(seconds: int) -> RunPlan:
+        step = StepPlan("quantize", needs=Needs(memory=seconds, disk=10), seconds=Seconds(seconds, 2 * seconds))
+        return RunPlan("r", "m", "", (step,), 1, 1, "", memory=10**12)
+
+    lengths = [7 + 13 * number % 29 for number in range(1000)]
+    plans = {f"{number}.yaml": job(seconds) for number, seconds in enumerate(lengths)}
+    batch = BatchPlan(plans, {}, dict.fromkeys(plans, Path("work")))
+    assert batch.whole.needs == Needs(memory=max(lengths), disk=10_000)
+    for machines in (1, 4, 8):
+        left, waiting, now = [0] * machines, list(lengths), 0
+        while waiting or any(left):
+            for machine in range(machines):
+                if not left[machine] and waiting:
+                    left[machine] = waiting.pop(0)
+            now += 1
+            left = [max(0, one - 1) for one in left]
+        assert batch.seconds(machines) == Seconds(now, 2 * now)
+    *_, last = batch_lines(batch)
+    assert last.startswith("time on machines like this one: 5.8 h to ") and " on 8" in last
+    untimed = replace(plans["3.yaml"], steps=(StepPlan("quantize"),))
+    assert BatchPlan({**plans, "3.yaml": untimed}, {}, batch.work_dirs).seconds(4) is None
+
+
+@pytest.mark.slow
+def test_mixtures_of_400_and_1000_billion_are_planned_from_headers(tmp_path: Path) -> None:
+    """Sizes are sums over the shapes, and memory is a fraction of a layer's experts."""
+    jobs = []
+    sizes = {}
+    for name, config in (("big", qwen3_moe(52, 160, 6144, 2560)), ("huge", qwen3_moe(61, 384, 7168, 2048))):
+        sizes[name] = make_header_only(tmp_path / name, config), config
+        quantize = {"method": "rtn", "scheme": "w4a16-g64"}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"model": str(tmp_path / name), "quantize": quantize}))
+        jobs.append(load_job(str(tmp_path / f"{name}.yaml"), Settings(work_dir=tmp_path / "work")))
+    batch = plan_jobs(jobs)
+    assert not batch.problems and not (tmp_path / "work").exists()
+    for plan, (numel, config) in zip(batch.jobs.values(), sizes.values(), strict=True):
+        assert plan.parameters == numel > 4e11
+        hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+        dense = 2 * config["vocab_size"] * hidden + layers * config["num_experts"] * hidden
+        dense += layers * (2 * hidden + 2 * 128) + hidden
+        convert, quantize = plan.steps[-2:]
+        assert 2 * numel < convert.nbytes < 2 * numel * 1.0001
+        packed = 2 * dense + (numel - dense) * (4 + 16 / 64) / 8
+        assert packed < quantize.nbytes < packed * 1.002
+        experts = 2 * 3 * config["num_experts"] * hidden * config["moe_intermediate_size"]
+        assert plan.needs.memory < experts / 3
+    disk = sum(job.needs.disk for job in batch.jobs.values())
+    assert batch.whole.needs.disk == disk > 3.5e12
+    with pytest.raises(CapacityError, match="of disk in"):
+        batch.require_room()

@@ -10,7 +10,7 @@ import pytest
 
 from llmconvert.errors import RecipeError
 from llmconvert.gguf.checkpoint import open_gguf
-from llmconvert.hub.card import front_matter
+from llmconvert.hub.card import front_matter, state_of_card
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.runner import run_recipe
 from llmconvert.recipes.sweep.expand import load_sweep
@@ -52,15 +52,46 @@ def test_a_set_of_gguf_files_is_published_with_one_card(write_recipe: Any, tiny_
     assert (directory / "README.md").read_text() == card
 
 
+def test_variants_apart_have_cards_that_compare_all(write_recipe: Any, tmp_path: Path) -> None:
+    quantize = {"method": "rtn", "schemes": ["w4a16-g32", "w8a16-g32"]}
+    target = {"to": f"file:{tmp_path}/out-{{scheme}}", "set": True}
+    sweep = load_sweep(write_recipe("many", quantize=quantize, publish=target))
+    assert sweep is not None
+    result = run_sweep(sweep)
+    assert not result.failures
+    for scheme, (name, made) in zip(quantize["schemes"], result.results.items(), strict=True):
+        directory = tmp_path / f"out-{scheme}-sym"
+        assert made.published == f"file:{directory}"
+        own, card = (made.artifact / "README.md").read_text(), (directory / "README.md").read_text()
+        assert front_matter(own, "own") == front_matter(card, "card")
+        assert card.startswith(own.partition("<!-- llmconvert")[0]) and own.partition("-->")[2].strip() in card
+        text = card.partition("## The set")[2]
+        for other, report in result.reports.items():
+            assert f"| {other.removeprefix('many-')} |" in text and f"| {report['perplexity'].value:.2f} |" in text
+        assert state_of_card(card, "set") == "ours" and name in result.reports
+        files = {path.relative_to(made.artifact): path for path in made.artifact.rglob("*") if path.is_file()}
+        for inside, path in files.items():
+            assert inside.name == "README.md" or (directory / inside).read_bytes() == path.read_bytes()
+    run_sweep(sweep)  # again: the same directories take it
+
+
 def test_sets_that_cannot_be_are_refused(write_recipe: Any, tmp_path: Path) -> None:
     target = {"to": f"file:{tmp_path / 'set'}", "set": True}
     one = write_recipe("one", quantize={"method": "rtn", "scheme": "w4a16-g32"}, publish=target)
     with pytest.raises(RecipeError, match=r"publish.set: is for the variants of a sweep"):
         run_recipe(load_recipe(one))
     quantize = {"method": "rtn", "format": "gguf", "schemes": SCHEMES}
-    apart = write_recipe("apart", quantize=quantize, publish={**target, "to": f"file:{tmp_path}/{{scheme}}"})
+    mixed = write_recipe(
+        "mixed",
+        quantize={"method": "rtn", "format": "gguf", "scheme": "q4_0"},
+        matrix={"quantize.scheme": SCHEMES[:2], "validate.perplexity.max_windows": [3, 4]},
+        publish={**target, "to": f"file:{tmp_path}/{{scheme}}"},
+    )
     picked = write_recipe("picked", quantize=quantize, publish=target, pick="smallest within 2%")
-    for path, message in ((apart, r"all variants go to one place"), (picked, r"pick one of them; leave one out")):
+    for path, message in (
+        (mixed, r"all variants go to one place, or each to its own"),
+        (picked, r"pick one of them; leave one out"),
+    ):
         sweep = load_sweep(path)
         assert sweep is not None
         with pytest.raises(RecipeError, match=message):
