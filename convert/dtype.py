@@ -13,7 +13,7 @@ import torch
 
 from llmconvert.context import Context
 from llmconvert.convert.cast import CASTABLE, TARGETS, CastErrors, Overflow, check_overflow, check_underflow, with_dtype
-from llmconvert.convert.pipeline import BUFFER_NBYTES, stream_tensors
+from llmconvert.convert.pipeline import buffer_nbytes, stream_tensors
 from llmconvert.convert.quantized import dense_source
 from llmconvert.convert.rope_factor import RopeScaling
 from llmconvert.convert.rope_scaling import scale_positions
@@ -114,11 +114,9 @@ def plan_dtype(source: Checkpoint, output: Path, request: DtypeRequest, *, conte
     config = with_dtype(source.config, dtype)
     if request.rope_scaling is not None:
         config = scale_positions(config, request.rope_scaling)
-    layout = plan_layout(
-        (TensorSpec(i.name, dtype if i.dtype in CASTABLE else i.dtype, i.shape) for i in source.infos.values()),
-        request.max_shard_bytes,
-    )
-    needs = Needs(memory=BASE_NBYTES + BUFFER_NBYTES, disk=output_nbytes(layout, config, source.files))
+    specs = [TensorSpec(i.name, dtype if i.dtype in CASTABLE else i.dtype, i.shape) for i in source.infos.values()]
+    layout = plan_layout(specs, request.max_shard_bytes)
+    needs = Needs(memory=BASE_NBYTES + buffer_nbytes(source, specs), disk=output_nbytes(layout, config, source.files))
     return DtypePlan(request, layout, config, needs, source, output, context)
 
 

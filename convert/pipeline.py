@@ -17,10 +17,10 @@ import torch
 
 from llmconvert.convert.cast import CastErrors, cast_into
 from llmconvert.progress import Task
-from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo, TensorSpec
 from llmconvert.storage.writer import TensorWriter
 
-__all__ = ["BUFFER_NBYTES", "stream_tensors"]
+__all__ = ["BUFFER_NBYTES", "buffer_nbytes", "stream_tensors"]
 
 #: What its buffers take, at most.
 BUFFER_NBYTES = 100_000_000
@@ -57,6 +57,27 @@ class _Done:
     errors: CastErrors
 
 
+def _casters() -> int:
+    return min(4, os.cpu_count() or 1)
+
+
+def _slots() -> int:
+    return _casters() + 3
+
+
+def buffer_nbytes(source: Checkpoint, specs: Iterable[TensorSpec]) -> int:
+    """What the buffers take for tensors of ``source`` that become ``specs``.
+
+    Pages that no block reaches are never in memory, so narrow dtypes take less than there is room for. What is not read
+    from a file as it is comes in whole rows of its own, and is counted by the bound.
+    """
+    if not isinstance(source, SafetensorsCheckpoint):
+        return BUFFER_NBYTES
+    read = max((info.dtype.itemsize for info in source.infos.values()), default=0)
+    cast = [spec.dtype.itemsize for spec in specs if spec.dtype != source.infos[spec.name].dtype]
+    return min(BUFFER_NBYTES, _slots() * _BLOCK * (read + max(cast, default=0)))
+
+
 def stream_tensors(
     source: Checkpoint, names: Iterable[str], writer: TensorWriter, task: Task
 ) -> Generator[tuple[str, CastErrors, bool], None, None]:
@@ -72,8 +93,8 @@ def stream_tensors(
         CheckpointError: the source cannot be read.
         CapacityError: the disk is full.
     """
-    casters = min(4, os.cpu_count() or 1)
-    free = [_Slot(*(torch.empty(_BLOCK * _WIDEST, dtype=torch.uint8) for _ in range(2))) for _ in range(casters + 3)]
+    casters = _casters()
+    free = [_Slot(*(torch.empty(_BLOCK * _WIDEST, dtype=torch.uint8) for _ in range(2))) for _ in range(_slots())]
     pending: deque[Future[_Done]] = deque()
     behind = _Behind(writer)
 
