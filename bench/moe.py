@@ -2,7 +2,7 @@
 
     python bench/moe.py make DENSE OUTPUT --kind exact|routed [--experts N] [--noise 0.05] [--seed 0]
     python bench/moe.py measure MODEL --calibration FILE --evaluation FILE --work DIR [--samples 32] [--length 512]
-        [--scheme w4a16-g64] [--method gptq] [--prior 0.01 --prior 0] [--windows 8] [--window 1024]
+        [--scheme w4a16-g64] [--method gptq|gptq-cut] [--prior 0.01 --prior 0] [--windows 8] [--window 1024]
 
 ``exact``: four experts are quarters of the dense MLP's inner neurons, the router is zero, all four are chosen, and
 what that weighs them with is in ``down_proj``: it computes what the dense model does, and every expert sees every
@@ -12,7 +12,8 @@ Llama checkpoint of one shard in bfloat16; OUTPUT has Mixtral's layout.
 
 ``measure`` quantizes and scores by perplexity and mean KL divergence from the unquantized mixture on text that the
 calibration never saw. ``--prior`` is how strongly experts' moments are drawn toward their layer's, by the columns of an
-input; 0 is without.
+input; 0 is without. ``gptq-cut`` is for the dense model beside the exact mixture: it solves a down projection under a
+Hessian of which four blocks on the diagonal are left, which is all that four experts can know of it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from measured import markdown_table
@@ -31,13 +33,34 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from llmconvert.engine.evaluation import stream_logits
+from llmconvert.engine.statistics import Hessian
+from llmconvert.quantize.catalog.methods import METHODS
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.methods.base import Solution, Target
+from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.expert_moments import PRIOR
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
+_EXACT_EXPERTS = 4
+
+
+@dataclass(frozen=True)
+class CutGptq(Gptq):
+    """GPTQ that knows of a down projection's input what the experts of the exact mixture know."""
+
+    def quantize(
+        self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
+    ) -> dict[str, Solution]:
+        if hessian is not None and targets[0].name.endswith("down_proj"):
+            matrix = torch.zeros_like(hessian.matrix)
+            for part in torch.arange(len(matrix)).chunk(_EXACT_EXPERTS):
+                block = slice(int(part[0]), int(part[-1]) + 1)
+                matrix[block, block] = hessian.matrix[block, block]
+            hessian = replace(hessian, matrix=matrix)
+        return super().quantize(targets, hessian, scale_dtype)
 
 
 def main() -> None:
@@ -112,6 +135,7 @@ def make_mixture(dense: Path, output: Path, kind: str, experts: int, noise: floa
 
 def measure(options: argparse.Namespace) -> None:
     """Quantize in every way asked for, and print the table."""
+    cast(dict[str, str], METHODS)["gptq-cut"] = "moe:CutGptq"  # a table that lists what is shipped
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     calibration = windows_of(tokenizer, options.calibration, options.samples, options.length)
     evaluation = windows_of(tokenizer, options.evaluation, options.windows, options.window)

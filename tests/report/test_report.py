@@ -238,7 +238,7 @@ def test_rows_show_change_interval_and_limit(report: Report) -> None:
 def test_the_table_fits_a_terminal(report: Report) -> None:
     text = terminal(report, 100, locations={"artifact": "out/demo", "page": "out/demo/" + "x" * 120})
     assert "Weights on disk" in text and "113.2 MB" in text and "269.1 MB" in text
-    assert "+9.7 % to +12.1 %" in text and "passed all 9 checks" in text
+    assert "+9.7 % to +12.1 %" in text and "passed all 10 checks" in text
     # Paths stay whole, to be copied; everything else keeps to the width.
     assert "out/demo/" + "x" * 120 in text
     assert all(len(line) <= 100 for line in text.splitlines() if "xxx" not in line)

@@ -125,6 +125,7 @@ def report() -> Report:
                 unit="nats",
                 detail={"worst": [{**worst, "context": "if a < b &", "next": "&"}]},
             ),
+            Check(name="kl_p999", value=1.8042, unit="nats"),
             Check(name="top1_agreement", value=0.87312, unit="share"),
             Check(name="block_divergence", value=0.05, unit="relative", detail={"blocks": blocks}),
             Check(name="generation.agreement", value=0.421, limit=0.3, unit="share", detail={"texts": texts}),

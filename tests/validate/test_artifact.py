@@ -78,6 +78,7 @@ def test_everything_at_once(original: Path, quantized: Path, windows: TokenWindo
         "perplexity",
         "kl_mean",
         "kl_p99",
+        "kl_p999",
         "top1_agreement",
         "block_divergence",
         "runtime",

@@ -69,7 +69,7 @@ class Comparison:
     Attributes:
         increase: relative increase of the perplexity, 0.05 for 5 %.
         increase_low, increase_high: its 95 % interval by a paired bootstrap; None with fewer than two windows.
-        kl_mean, kl_p99: KL(reference ‖ artifact) per prediction in nats, mean and 99th percentile.
+        kl_mean, kl_p99, kl_p999: KL(reference ‖ artifact) per prediction in nats: mean, 99th and 99.9th percentile.
         top1_agreement: share of predictions whose most likely token is the same.
         worst: the predictions with the largest divergence, largest first.
     """
@@ -81,6 +81,7 @@ class Comparison:
     increase_high: float | None
     kl_mean: float
     kl_p99: float
+    kl_p999: float
     top1_agreement: float
     worst: tuple[WorstToken, ...]
 
@@ -174,6 +175,7 @@ class Comparing:
             increase_high=None if high is None else math.expm1(high),
             kl_mean=float(divergence.mean()),
             kl_p99=float(np.quantile(divergence, 0.99)),
+            kl_p999=float(np.quantile(divergence, 0.999)),
             top1_agreement=float(np.concatenate([part[:, 3] for part in parts]).mean()),
             worst=_worst(parts, self._windows),
         )

@@ -85,6 +85,7 @@ class QualityCheck(Measurement):
             self._perplexity(comparison, about),
             self._divergence(comparison),
             Check(name="kl_p99", value=comparison.kl_p99, unit="nats", detail={"worst": worst}),
+            Check(name="kl_p999", value=comparison.kl_p999, unit="nats"),
             self._agreement(comparison),
             *_drift(blocks),
         ]

@@ -22,7 +22,7 @@ _MEASURES = (
     ("bits_per_weight", "bits per weight", "{:.2f}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("kl_mean", "KL, mean", "{:.4f}"),
-    ("kl_p99", "KL, 99th percentile", "{:.3f}"),
+    ("kl_p999", "KL, 99.9th percentile", "{:.3f}"),
     ("top1_agreement", "same top-1", "{:.1%}"),
 )
 

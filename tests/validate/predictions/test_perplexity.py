@@ -64,6 +64,7 @@ def test_divergence_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     divergence = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
     assert result.kl_mean == pytest.approx(divergence.mean().item(), rel=1e-4)
     assert result.kl_p99 == pytest.approx(divergence.quantile(0.99).item(), rel=1e-4)
+    assert result.kl_p999 == pytest.approx(divergence.quantile(0.999).item(), rel=1e-4)
     assert result.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
     assert result.reference == perplexity(first, ids)
     assert result.artifact == perplexity(second, ids)

@@ -21,7 +21,7 @@ def test_the_page_is_well_formed_and_holds_the_numbers(report: Report) -> None:
         assert number in text
     assert "≤ 15.14" in text and "8,176 predictions" in text and "0.12 % also occur" in text
     assert "1 min 11 s" in text and "990.0 MB" in text and "134.5 M parameters" in text
-    assert "passed all 9 checks" in text
+    assert "passed all 10 checks" in text
     # Text of models and recipes stays text.
     assert "<b>1 < 2</b>" in text and "</div>" in text and "# <script>" in text and "if a < b &" in text
 
