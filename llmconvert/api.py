@@ -16,6 +16,7 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.options import convert_recipe, quantize_recipe, validate_recipe
 
 if TYPE_CHECKING:  # what computes is loaded once it is clear that what was asked for can be meant
+    from llmconvert.compute.ranks.group import Ranks
     from llmconvert.report.report import Report
     from llmconvert.report.steps import AttentionReport, DistilReport, DtypeReport, HealReport, QuantizeReport
     from llmconvert.validate.measurement import Measurement
@@ -173,6 +174,7 @@ def quantize_model(
     allow_pickle: bool = False,
     stream: bool = False,
     progress: Progress = SILENT,
+    ranks: Ranks | None = None,
 ) -> QuantizedModel:
     """Quantize a model to a directory that its runtime loads, or to a ``.gguf`` file. Stopped, the same call continues.
 
@@ -215,6 +217,7 @@ def quantize_model(
         allow_pickle: read ``.bin`` weights, by torch's ``weights_only`` loader.
         stream: quantize a Hub model while it downloads, by a method without calibration.
         progress: where long work is shown, :func:`llmconvert.console_progress` for example.
+        ranks: the processes that do it together (``llmconvert/compute/ranks/opening.py``); each gets the same result.
 
     Raises:
         UsageError: options contradict each other, or a scheme does not fit the model's layers.
@@ -223,9 +226,10 @@ def quantize_model(
         RunInterruptedError: the process was asked to stop.
     """
     recipe = quantize_recipe(locals(), Path(output))
+    from llmconvert.compute.ranks.group import ALONE
     from llmconvert.recipes import single
 
-    made, distilled = single.quantize_model(recipe, Path(output), progress=progress)
+    made, distilled = single.quantize_model(recipe, Path(output), progress=progress, ranks=ranks or ALONE)
     seconds = made.seconds + (distilled.seconds if distilled is not None else 0.0)
     return QuantizedModel(Path(output), made.layers, made.bytes, seconds, made, distilled)
 
@@ -256,6 +260,7 @@ def validate_model(
     card: bool = False,
     device: str | None = None,
     progress: Progress = SILENT,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Measure an artifact, against the original it was made from where one is named.
 
@@ -289,6 +294,7 @@ def validate_model(
         card: write report, page, plots and model card into the artifact, as a run does; it must have been made here.
         device: where to compute, ``cpu`` (the default), ``cuda``, ``cuda:N`` or ``auto``.
         progress: where long work is shown, :func:`llmconvert.console_progress` for example.
+        ranks: the processes that do it together (``llmconvert/compute/ranks/opening.py``); each gets the same result.
 
     Raises:
         UsageError: options contradict each other, or the reference has another vocabulary.
@@ -298,10 +304,11 @@ def validate_model(
         RunInterruptedError: the process was asked to stop.
     """
     recipe = validate_recipe(locals())
+    from llmconvert.compute.ranks.group import ALONE
     from llmconvert.recipes import single
 
     original = None if reference is None else str(reference)
-    return single.validate_model(recipe, original, measurements, card=card, progress=progress)
+    return single.validate_model(recipe, original, measurements, card=card, progress=progress, ranks=ranks or ALONE)
 
 
 def push_model(

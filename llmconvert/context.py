@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.progress import SILENT, Progress
 
 __all__ = ["Context"]
@@ -21,9 +22,11 @@ class Context:
         identity: tells sources apart that look alike (a fingerprint of their files); an interrupted job is continued
             only under the same one.
         progress: where long work is shown.
+        ranks: the processes that do the job together. Their number may change last bits, and so a few codes.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory: int | None = None
     identity: str = ""
     progress: Progress = SILENT
+    ranks: Ranks = ALONE

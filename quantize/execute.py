@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.memory import map_large_tensors
 from llmconvert.progress import Progress
 from llmconvert.quantize.methods.base import Solution
@@ -48,7 +49,16 @@ def resumed_blocks(sinks: Sequence[Sink[T]]) -> int:
     return min(counts) if max(counts) - min(counts) <= 1 else 0
 
 
-def quantize_blocks(steps: Steps[T], count: int, sinks: Sequence[Sink[T]], work: Path, progress: Progress) -> None:
+def quantize_blocks(
+    steps: Steps[T],
+    count: int,
+    sinks: Sequence[Sink[T]],
+    work: Path,
+    progress: Progress,
+    *,
+    done: int | None = None,
+    ranks: Ranks = ALONE,
+) -> None:
     """Solve all blocks, from the first that the sinks lack.
 
     Args:
@@ -57,14 +67,16 @@ def quantize_blocks(steps: Steps[T], count: int, sinks: Sequence[Sink[T]], work:
         sinks: get every block, each one for itself.
         work: a directory for activations, the same one when the pass is continued.
         progress: one unit per block.
+        done: blocks to leave out; by default what the sinks have.
+        ranks: the processes that do it together, the first of which has all sinks.
     """
     map_large_tensors()
-    done = resumed_blocks(sinks)
+    done = resumed_blocks(sinks) if done is None else done
     with progress.task("Quantizing", count) as task:
         task.advance(done)
         for step in steps.run(work, done):
             if step.index > done:
-                _commit(sinks, step.index - 1, step.sync)
+                _commit(sinks, step.index - 1, step.sync, ranks)
             errors: list[float] = []
             for name, outcome in step.solve():
                 for sink in sinks:
@@ -76,11 +88,12 @@ def quantize_blocks(steps: Steps[T], count: int, sinks: Sequence[Sink[T]], work:
                 sink.complete(step.index)
             task.advance(1, f"output error {max(errors):.2%} at most" if errors else "")
     if done < count:
-        _commit(sinks, count - 1, None)
+        _commit(sinks, count - 1, None, ranks)
 
 
-def _commit(sinks: Sequence[Sink[T]], index: int, sync: Callable[[], None] | None) -> None:
+def _commit(sinks: Sequence[Sink[T]], index: int, sync: Callable[[], None] | None, ranks: Ranks) -> None:
     if sync is not None:
         sync()
+        ranks.wait()  # until all of them are on disk
     for sink in sinks:
         sink.commit(index)

@@ -24,7 +24,14 @@ from llmconvert.quantize.formats.container import ContainerRequest
 from llmconvert.quantize.formats.experts import experts_in_one
 from llmconvert.quantize.formats.loading import as_loaded
 from llmconvert.quantize.matrix import check_combination
-from llmconvert.quantize.methods.base import BlockQuantizer, GgmlQuantizer, Quantizer, load_method
+from llmconvert.quantize.methods.base import (
+    BlockQuantizer,
+    GgmlQuantizer,
+    Method,
+    Quantizer,
+    ScalingQuantizer,
+    load_method,
+)
 from llmconvert.quantize.methods.imatrix import Imatrix
 from llmconvert.quantize.passes.original import can_share
 from llmconvert.quantize.passes.run import Inputs, QuantizePlan, QuantizeResult
@@ -107,6 +114,7 @@ def plan_quantize(
         what = f"scheme {request.scheme}" if request.fixes_inputs else "kv_cache"
         what = f"method {request.method!r}" if chosen.calibration != "none" else what
         raise CalibrationError(f"{what} needs calibration text and was given none")
+    _require_shareable(request, chosen, len(windows) if calibrated else None, context)
     skeleton = _skeleton(source, context.device, layout_format, request)
     source = skeleton.checkpoint
     if (request.experts == "all" or request.min_tokens_per_expert) and not any(skeleton.experts):
@@ -114,6 +122,11 @@ def plan_quantize(
         raise UnsupportedError(
             f"{key}: architecture {skeleton.architecture.model_type!r} has no experts that are quantized one by one; "
             "leave it out"
+        )
+    if not context.ranks.alone and isinstance(chosen, ScalingQuantizer) and any(skeleton.experts):
+        raise UnsupportedError(
+            f"method {request.method!r} with {context.ranks.count} processes: moves no scales of experts then; use "
+            "gptq or gptaq, or one process"
         )
     lengths = [window.shape[1] for window in windows] if calibrated else []
     blocks = discover(skeleton, max(lengths) if lengths else PROBE_LENGTH)
@@ -145,7 +158,9 @@ def plan_quantize(
     if calibrated and types is not None and types.linears.get(head_tensor(skeleton.outer) or "", "F32") not in FLOATS:
         decisions = replace(decisions, head=head_tensor(skeleton.outer))
     streams = 2 if chosen.original else 1
-    memory = choose_mode(skeleton, blocks, lengths, work, context.memory, request.mode, streams=streams)
+    own = [lengths[number] for number in context.ranks.share(len(lengths))]
+    sharing = context.ranks.local_count if context.device.type == "cpu" else 1
+    memory = choose_mode(skeleton, blocks, own, work, context.memory, request.mode, streams=streams, processes=sharing)
     wanted = ContainerRequest(
         chosen,
         request.scheme,
@@ -165,6 +180,27 @@ def plan_quantize(
         source, output, tuple(windows), context, original, record, skeleton, blocks, chosen, scale_dtype, work
     )
     return QuantizePlan(request, decisions, memory, container, memory.needs(skeleton.device, disk=disk), inputs)
+
+
+def _require_shareable(request: QuantizeRequest, chosen: Method, windows: int | None, context: Context) -> None:
+    """Refuse what several processes can't do together; ``windows`` of calibration text, None without any."""
+    count = context.ranks.count
+    if count == 1:
+        return
+    if chosen.calibration == "block":
+        raise UnsupportedError(
+            f"method {request.method!r} with {count} processes: it trains whole blocks in one; use gptq, gptaq, awq, "
+            "smoothquant, imatrix, rtn or hqq, or one process"
+        )
+    if request.statistics == "original":
+        raise UnsupportedError(
+            f"statistics: original with {count} processes: leave statistics sequential, or use one process"
+        )
+    if windows is not None and windows < count:
+        raise UnsupportedError(
+            f"{count} processes have {windows} windows of calibration text to share; start at most {windows}, or give "
+            "more text (samples)"
+        )
 
 
 def _skeleton(

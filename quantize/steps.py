@@ -1,8 +1,8 @@
-"""The loop over blocks: data-free, or true-sequential with calibration text streaming through.
+"""The loop over blocks: true-sequential, with calibration text streaming through.
 
 A step is one block: what quantizes its linears, and what makes the activations that enter it last on disk. The
 sequential way shows each linear what those before it have become; methods that ask for it get a second stream beside
-it, of the same text through the original weights.
+it, of the same text through the original weights. Several processes have a part of the text each, and solve together.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 
 from llmconvert.compute.dot_products import load_dot_products
 from llmconvert.compute.kv_cache import CacheQuantizer, CacheScales
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.engine.discovery import BlockPlan, Stop
 from llmconvert.engine.edges import Edge, MixtureEdge
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.states import DiskStates, states_present
+from llmconvert.engine.states import DiskStates, PartOfStates, states_present
 from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Mode, Stream
 from llmconvert.memory import release_freed_memory
@@ -40,6 +41,7 @@ from llmconvert.quantize.methods.base import (
 from llmconvert.quantize.methods.expert_blocks import OriginalAnswers, learn_experts
 from llmconvert.quantize.methods.imatrix import mean_squares
 from llmconvert.quantize.methods.outer import head_hessian, head_squares, solve_outer
+from llmconvert.quantize.methods.ranks.together import solve_together
 from llmconvert.quantize.methods.rescale import Rescaling, rescale_block
 from llmconvert.quantize.methods.rescale_experts import down_scale
 from llmconvert.quantize.methods.rtn import Rtn
@@ -49,7 +51,7 @@ from llmconvert.quantize.solve.fixed_scales import LargestInput, cache_scales, l
 from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["CalibratedSteps", "DataFreeSteps", "Outcome", "Step", "Steps", "round_unreached"]
+__all__ = ["CalibratedSteps", "Outcome", "Step", "Steps", "round_unreached"]
 
 #: What comes of a name in a block.
 Outcome = Solution | InputSquares | CacheScales | torch.Tensor
@@ -88,39 +90,6 @@ class Steps(Protocol[T_co]):
 
 
 @dataclass(frozen=True, slots=True)
-class DataFreeSteps:
-    """Linears are read one at a time, without a forward pass."""
-
-    skeleton: Skeleton
-    method: Method
-    plan: QuantizationPlan
-    scale_dtype: torch.dtype
-    phases: Phases
-
-    def lost(self, work: Path, done: int) -> bool:
-        return False
-
-    def run(self, work: Path, done: int) -> Iterator[Step[Outcome]]:
-        for index in range(done, self.skeleton.block_count):
-            yield Step(index, partial(self._solve, index), _nothing)
-
-    def _solve(self, index: int) -> Iterator[tuple[str, Solution]]:
-        if not self.plan.schemes:
-            return
-        assert isinstance(self.method, Quantizer)
-        for site in self.plan.sites.values():
-            if site.block == index and site.name in self.plan.schemes:
-                with self.phases.measure("reading"):
-                    weight = site.read(self.skeleton.checkpoint)
-                targets = [Target(site.name, weight.to(self.skeleton.device), self.plan.schemes[site.name])]
-                with self.phases.measure("solving"):
-                    solutions = self.method.quantize(targets, None, self.scale_dtype)
-                del weight, targets
-                yield from solutions.items()
-                del solutions
-
-
-@dataclass(frozen=True, slots=True)
 class CalibratedSteps:
     """Text streams through the model while it is quantized.
 
@@ -135,6 +104,7 @@ class CalibratedSteps:
             (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
         every: whether every expert is shown all tokens of the text.
         caches: what looks at keys and values, by what the checkpoint calls attention modules; of those wanted.
+        ranks: the processes, each of which has a part of the batches.
     """
 
     skeleton: Skeleton
@@ -151,6 +121,7 @@ class CalibratedSteps:
     prior: float = PRIOR
     every: bool = False
     caches: Mapping[str, CacheQuantizer] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
     def lost(self, work: Path, done: int) -> bool:
         needed = _STREAMS if self.method.original else _STREAMS[:1]
@@ -200,12 +171,14 @@ class CalibratedSteps:
         self, stack: ExitStack, skeleton: Skeleton, work: Path, name: str, start: int
     ) -> tuple[DiskStates, Stream]:
         states = stack.enter_context(closing(DiskStates(work, *self._shape, name=name)))
+        self.ranks.wait()  # until their space is reserved, which may write to it
+        own = self.ranks.share(len(self.windows))
         stream = Stream(
             skeleton,
-            self.windows,
+            self.windows[own.start : own.stop],
             self.blocks,
             mode=self.mode,
-            states=states,
+            states=PartOfStates(states, own.start),
             start=start,
             residuals=self.method.original and self.method.calibration == "inputs",
             phases=self.phases,
@@ -222,40 +195,52 @@ class CalibratedSteps:
         self.skeleton.quantize_inputs({name: kind for name, kind in fixed.items() if kind is not None})
         yield from solve()
         with self.phases.measure("forward"):
-            yield from cache_scales(run, self.caches, self.skeleton, by_head=self.plan.cache_by_head)
+            yield from cache_scales(run, self.caches, self.skeleton, self.ranks, by_head=self.plan.cache_by_head)
         with self.phases.measure("solving"):
             yield from round_unreached(run, self.plan, self.scale_dtype)
         if run.plan.index < self.skeleton.block_count - 1:
             return
         if self.plan.head is not None:
-            yield self.plan.head, head_squares(streams[0], self.phases)
+            yield self.plan.head, head_squares(streams[0], self.phases, self.ranks)
         outer = self.plan.outer
         if outer:
             assert isinstance(self.method, Quantizer)
-            hessian = head_hessian(outer, streams[0], streams[1] if len(streams) > 1 else None, self.phases)
+            other = streams[1] if len(streams) > 1 else None
+            hessian = head_hessian(outer, streams[0], other, self.phases, self.ranks)
             for site in outer:
                 with self.phases.measure("solving"):
                     weight = site.read(self.skeleton.checkpoint).to(self.skeleton.device)
                     scheme = self.plan.schemes[site.name]
-                    yield site.name, solve_outer(site, weight, scheme, self.method, hessian, self.scale_dtype)
+                    found = solve_outer(site, weight, scheme, self.method, hessian, self.scale_dtype, self.ranks)
+                    yield site.name, found
 
     def _measure(self, run: BlockRun) -> Iterator[tuple[str, InputSquares]]:
         """The importance matrix of a block, which keeps its weights."""
         for stop in run.plan.stops:
             inputs = self.phases.pull("forward", run.inputs(stop.linears[0]))
             with self.phases.measure("importance"):
-                mean = mean_squares(stop.linears[0], inputs, stop.columns)
+                mean = mean_squares(stop.linears[0], inputs, stop.columns, self.ranks)
             for name in stop.linears:
                 yield name, InputSquares(mean)
 
     def _rescale(self, run: BlockRun, method: ScalingQuantizer) -> Iterator[tuple[str, Outcome]]:
         """Move scales along the edges of a block, and quantize its linears then."""
-        index, batches = run.plan.index, len(self.windows)
+        index, own = run.plan.index, self.ranks.share(len(self.windows))
         block, prefix = self.skeleton.blocks[index], self.skeleton.prefix(index)
         mixtures = self.mixtures[index] if self.mixtures else ()
         with self.phases.measure("scaling"):
             scaling = rescale_block(
-                run, block, batches, self.edges[index], prefix, self.plan.schemes, method, self.scale_dtype, mixtures
+                run,
+                block,
+                len(own),
+                self.edges[index],
+                prefix,
+                self.plan.schemes,
+                method,
+                self.scale_dtype,
+                mixtures,
+                self.ranks,
+                before=[window.shape[1] for window in self.windows[: own.start]],
             )
         yield from scaling.changed.items()
         yield from self._solve_stops(run, None, scaling)
@@ -266,7 +251,7 @@ class CalibratedSteps:
         """Quantize the linears of a block in the order the batches reach them, each on what the ones before give."""
         assert isinstance(self.method, Quantizer)
         dtype = self.skeleton.dtype
-        experts = ExpertMoments(run, original, self.skeleton.device, self.prior, every=self.every)
+        experts = ExpertMoments(run, original, self.skeleton.device, self.prior, every=self.every, ranks=self.ranks)
         for stop, following in zip_longest(run.plan.stops, run.plan.stops[1:]):
             for name in stop.linears:
                 if name in scaling and name not in self.plan.schemes:
@@ -275,7 +260,7 @@ class CalibratedSteps:
             names = [name for name in stop.linears if name in self.plan.schemes]
             if not names:
                 continue
-            seen = LargestInput(self.plan.schemes[name] for name in names)
+            seen = LargestInput((self.plan.schemes[name] for name in names), self.ranks)
             is_expert = run.site(names[0]).kind == "expert"
             if is_expert:
                 slot = run.slots[run.site(names[0]).layer]
@@ -289,7 +274,7 @@ class CalibratedSteps:
             with self.phases.measure("releasing"):
                 release_freed_memory()
             with self.phases.measure("solving"):
-                solutions = self.method.quantize(targets, hessian, self.scale_dtype)
+                solutions = solve_together(self.method, targets, hessian, self.scale_dtype, self.ranks)
             del hessian, targets
             for name, found in solutions.items():
                 solution = self._with_inputs(name, found, seen)
@@ -325,10 +310,10 @@ class CalibratedSteps:
                     pass
                 return None
             with self.phases.measure("Hessians"):
-                return accumulate_hessian(name, inputs, stop.columns, device)
+                return accumulate_hessian(name, inputs, stop.columns, device, ranks=self.ranks)
         with self.phases.measure("Hessians"):
             drift = run.site(name).rows if stop.residual is not None else 0
-            total = HessianSum(name, stop.columns, device, original=True, drift=drift)
+            total = HessianSum(name, stop.columns, device, original=True, drift=drift, ranks=self.ranks)
             both = (self.phases.pull("forward", model.arrivals(stop)) for model in (run, original))
             for here, there in zip(*both, strict=True):
                 seen.look(here.inputs)
@@ -394,7 +379,3 @@ def round_unreached(run: BlockRun, plan: QuantizationPlan, scale_dtype: torch.dt
 def _sync_all(kept: Sequence[DiskStates], index: int) -> None:
     for states in kept:
         states.sync(index)
-
-
-def _nothing() -> None:
-    """There are no activations to make last."""

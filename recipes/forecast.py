@@ -140,6 +140,7 @@ def foresee_quantization(
         ("quantize", settings.method, *map(str, sorted(settings.options.items())), context.device.type)
         + (("gguf",) if settings.format == "gguf" else ())
         + (("rotated",) if settings.rotate is not None else ())
+        + ((f"by {context.ranks.count}",) if not context.ranks.alone else ())
     )
     if settings.budget is None:
         plan = plan_with(settings.scheme)

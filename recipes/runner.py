@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.context import Context
 from llmconvert.convert.source import Source, open_source
 from llmconvert.device import open_device
@@ -27,6 +28,7 @@ from llmconvert.recipes.planning.plan import RunPlan
 from llmconvert.recipes.planning.planner import foresee
 from llmconvert.recipes.planning.render import plan_lines
 from llmconvert.recipes.publishing import check_metadata, check_target, fill_target, publish_artifact
+from llmconvert.recipes.ranks import agree, follow
 from llmconvert.recipes.schema.presets import preset_words
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, artifact_stage, front_matter_of
@@ -72,6 +74,7 @@ def run_recipe(
     fresh: bool = False,
     publish: bool = True,
     progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Run a recipe, or what is left of it.
 
@@ -80,20 +83,32 @@ def run_recipe(
         store: an open work directory, to share among several recipes, instead.
         fresh: forget what earlier runs of this recipe did.
         publish: false leaves the artifact in the work directory.
+        ranks: the processes that run it together; each gets the same result.
 
     Raises:
         GateError: the artifact misses a limit; it is kept and not published.
         RunInterruptedError: the process was asked to stop; the same call continues.
         LlmconvertError: anything else that is wrong with the recipe, its sources or this machine.
     """
+    agree(ranks, "run", recipe, work_dir=work_dir, publish=publish)
+    if not ranks.leads:
+        with interruptible():
+            follow(recipe, ranks)
+            told = ranks.tell()
+        return RunResult(recipe, Report.model_validate(told[0]), Path(told[1]), told[2])
     with interruptible(), ExitStack() as stack:
         if store is None:
             store = stack.enter_context(StageStore(Path(work_dir or recipe.work_dir), progress=progress))
         filled = fill_target(recipe)
         target = filled.publish if publish else None
-        running = Running.begin(filled, target, store.begin(recipe.name, fresh=fresh), progress, planned=True)
-        result = running.finish()
-        return running.publish(result)
+        begun = store.begin(recipe.name, fresh=fresh)
+        running = Running.begin(filled, target, begun, progress, planned=True, ranks=ranks)
+        result = running.publish(running.finish())
+        if not ranks.alone:
+            ranks.tell()  # no one is needed any more
+            said = result.report.model_dump(mode="json", by_alias=True)
+            ranks.tell([said, str(result.artifact), result.published])
+        return result
 
 
 @dataclass(slots=True)
@@ -132,6 +147,7 @@ class Running:
         publisher: str | None = None,
         *,
         planned: bool = False,
+        ranks: Ranks = ALONE,
     ) -> Running:
         """Check everything that can be told before the long work, and fetch the model.
 
@@ -139,20 +155,22 @@ class Running:
             publisher: who may replace what is published there, if it isn't the recipe: a sweep that picks one of many.
             planned: say what the run will do and need, refuse what can't fit before the first byte is fetched, and keep
                 how long its steps take.
+            ranks: the processes that run it together; this is the first.
 
         Raises:
             LlmconvertError: see :func:`run_recipe`.
         """
         if target is not None and target.set:
             raise RecipeError("publish.set: is for the variants of a sweep (matrix, quantize.schemes); leave it out")
-        context = Context(open_device(recipe.device), recipe.memory, progress=progress)
+        device = open_device(recipe.device, None if ranks.alone else ranks.local_rank)
+        context = Context(device, recipe.memory, progress=progress)
         require_measurable(recipe.measured)
         require_loader(recipe)
         require_texts(recipe)
         if target is not None:
             check_target(target, publisher or recipe.name, stages.store.hashes)
         todo = stages_of(recipe)
-        plan = _foresee(recipe, target, stages, progress) if planned else None
+        plan = _foresee(recipe, target, stages, progress, ranks) if planned else None
         source, fetched = _fetch(recipe, progress)
         stored = require_source(recipe, source)
         adapter = recipe_adapter(recipe, progress)
@@ -161,7 +179,7 @@ class Running:
             if recipe.attention is not None:
                 require_mergeable(dense, recipe.attention)
             require_accepted(recipe.measured, dense)
-        work = Work(recipe, context, source, view, stored, adapter, steps=[fetched])
+        work = Work(recipe, context, source, view, stored, adapter, steps=[fetched], ranks=ranks)
         if (note := unread_card(source)) is not None:
             progress.log(note)
         if words := preset_words(recipe.preset, recipe.to_mapping()):
@@ -234,14 +252,16 @@ class Running:
         return replace(result, published=where)
 
 
-def _foresee(recipe: Recipe, target: PublishSettings | None, stages: StageRun, progress: Progress) -> RunPlan | None:
+def _foresee(
+    recipe: Recipe, target: PublishSettings | None, stages: StageRun, progress: Progress, ranks: Ranks
+) -> RunPlan | None:
     """Say what the run will do and need, and refuse what can't fit, before the first byte is fetched.
 
     Returns:
         the plan; None where nothing is known of the weights before they are fetched.
     """
     try:
-        plan = foresee(recipe, target, stages.store.work_dir, fresh=stages.fresh)
+        plan = foresee(recipe, target, stages.store.work_dir, fresh=stages.fresh, ranks=ranks)
     except UnknownWeightsError:
         return None
     for line in plan_lines(plan) if plan.todo else ():
@@ -285,7 +305,7 @@ def perform(stages: StageRun, work: Work, stage: Stage[D]) -> Finished[D]:
     """
 
     def build(directory: Path) -> dict[str, object]:
-        return stage.build(work, Place.stage(directory)).model_dump(mode="json", by_alias=True)
+        return work.build(stage, Place.stage(directory)).model_dump(mode="json", by_alias=True)
 
     found = stages.run(stage.name, stage.inputs(work), build, resumable=stage.resumable)
     done = Finished(stage.name, found.key, found.path, stage.read(found.details), found.contents)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.context import Context
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.source import Source, open_source
@@ -23,22 +24,17 @@ from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.recipes.papers.single_steps import Papers, tell_steps, told_step
+from llmconvert.recipes.ranks import agree, follow, opened_work, put_papers
 from llmconvert.recipes.runner import perform
 from llmconvert.recipes.schema.measuring import ValidateSettings
-from llmconvert.recipes.schema.presets import preset_words
-from llmconvert.recipes.schema.recipe import Recipe
-from llmconvert.recipes.stages.artifact import REPORT_FILE, public_name, with_papers
+from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
+from llmconvert.recipes.stages.artifact import REPORT_FILE, public_name
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
 from llmconvert.recipes.stages.conversion import (
     convert_stage,
-    converted_view,
-    open_remote,
-    recipe_adapter,
-    require_source,
     stream_stage,
 )
 from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
-from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.run import require_texts
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
@@ -82,37 +78,11 @@ _FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 _NOTHING = "nothing was written; run the same command again"
 
 
-@contextmanager
-def _opened(recipe: Recipe, progress: Progress) -> Iterator[Work]:
-    """The recipe's model, as a run has it when it has been fetched; where it is streamed, known from its headers."""
-    context = Context(open_device(recipe.device), recipe.memory, progress=progress)
-    if words := preset_words(recipe.preset, recipe.to_mapping()):
-        progress.log(words)
-    require_texts(recipe)
-    source = (
-        open_remote(recipe)
-        if recipe.stream
-        else open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
-    )
-    with source.checkpoint:
-        if (note := unread_card(source)) is not None:
-            progress.log(note)
-        stored = require_source(recipe, source)
-        adapter = recipe_adapter(recipe, progress)
-        yield Work(recipe, context, source, converted_view(recipe, source, stored, adapter), stored, adapter)
-
-
-def put_papers(work: Work) -> None:
-    """Before the weights are written: what lies beside them will be about them, and not about their source."""
-    with_papers(work)
-    work.view = converted_view(work.recipe, work.source, work.stored, work.adapter)
-
-
 def _built(stage: Stage[D], work: Work, output: Path) -> D:
     """Build a stage's model in ``output``, and tell there what it did."""
     begin = time.perf_counter()
     with PeakMemory() as memory:
-        made = stage.build(work, Place(output))
+        made = work.build(stage, Place(output))
     tell_steps(output, [told_step(stage.name, made, time.perf_counter() - begin, memory)])
     return made
 
@@ -129,7 +99,7 @@ def convert_model(recipe: Recipe, output: Path, *, progress: Progress = SILENT) 
     """
     require_output(recipe, output)
     recipe = recipe.model_copy(update={"quantize": None})
-    with interruptible(), _opened(recipe, progress) as work:
+    with interruptible(), opened_work(recipe, progress) as work:
         put_papers(work)
         made = (
             _built(stream_stage(recipe), work, output) if recipe.stream else _built(convert_stage(recipe), work, output)
@@ -161,7 +131,7 @@ def rewrite_model(
     request, healing = heal_request(recipe), heal_settings(recipe)
     with (
         interruptible(),
-        _opened(recipe, progress) as work,
+        opened_work(recipe, progress) as work,
     ):
         with work.original.open() as checkpoint:
             require_mergeable(checkpoint, settings)
@@ -182,7 +152,7 @@ def rewrite_model(
 
 
 def quantize_model(
-    recipe: Recipe, output: Path, *, progress: Progress = SILENT
+    recipe: Recipe, output: Path, *, progress: Progress = SILENT, ranks: Ranks = ALONE
 ) -> tuple[QuantizeReport, DistilReport | None]:
     """Quantize ``recipe.model`` to the directory ``output``, by the recipe's quantize and calibrate sections.
 
@@ -192,6 +162,9 @@ def quantize_model(
 
     Where the section distils, a call that was stopped continues from what waits in a hidden directory beside the
     output.
+
+    Args:
+        ranks: the processes that quantize it together; each gets the same reports.
 
     Returns:
         What quantization reports, and what distillation does; None without one.
@@ -204,8 +177,32 @@ def quantize_model(
     if settings is None:
         raise UsageError("nothing to quantize: the recipe has no quantize section")
     require_output(recipe, output)
+    agree(ranks, "quantize", recipe, output=output)
+    if not ranks.leads:
+        with interruptible():
+            follow(recipe, ranks)
+        return _told(ranks)
+    made, distilled = _quantize(recipe, settings, output, progress, ranks)
+    ranks.tell()  # no one is needed any more
+    return _told(ranks, made, distilled)
+
+
+def _told(
+    ranks: Ranks, made: QuantizeReport | None = None, distilled: DistilReport | None = None
+) -> tuple[QuantizeReport, DistilReport | None]:
+    """The reports of the first process."""
+    if made is not None and ranks.alone:
+        return made, distilled
+    own = [None if one is None else one.model_dump(mode="json", by_alias=True) for one in (made, distilled)]
+    first, second = ranks.tell(own)
+    return QuantizeReport.model_validate(first), None if second is None else DistilReport.model_validate(second)
+
+
+def _quantize(
+    recipe: Recipe, settings: QuantizeSettings, output: Path, progress: Progress, ranks: Ranks
+) -> tuple[QuantizeReport, DistilReport | None]:
     lessons, distilling = distil_request(recipe), distil_settings(recipe)
-    with interruptible(), _opened(recipe, progress) as work:
+    with interruptible(), opened_work(recipe, progress, ranks) as work:
         if recipe.stream:
             put_papers(work)
             streamed = _built(stream_stage(recipe), work, output)
@@ -239,12 +236,14 @@ def validate_model(
     *,
     card: bool = False,
     progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Measure ``recipe.model``, by the recipe's validate section, against the model that ``reference`` names.
 
     Args:
         more: measurements that no section has.
         card: write what is found into the artifact as a run does: report, page, plots and card.
+        ranks: the processes that measure it together; each gets the same report.
 
     Raises:
         UsageError: the recipe has no validate section, or limits that need a reference where none is named; or the
@@ -260,10 +259,12 @@ def validate_model(
     require_texts(recipe)
     for measurement in more:
         measurement.require()
-    context = Context(open_device(recipe.device), recipe.memory, progress=progress)
+    agree(ranks, "validate", recipe, reference=reference)
+    device = open_device(recipe.device, None if ranks.alone else ranks.local_rank)
+    context = Context(device, recipe.memory, progress=progress, ranks=ranks)
     with interruptible(_NOTHING):
         source = open_source(recipe.model, progress=progress)
-        papers = _papers(source) if card else None
+        papers = _papers(source) if card and ranks.leads else None
         original = open_source(reference, progress=progress) if reference is not None else None
         with source.checkpoint as checkpoint:
             if not source.path.is_dir() and settings.generation is not None:
@@ -292,6 +293,8 @@ def validate_model(
     with suppress(SourceError):  # an artifact that was made here knows more of itself
         info = Report.read(source.path / REPORT_FILE).model.model_copy(update={"name": info.name})
     report = Report(model=info, environment=environment(), checks=tuple(checks))
+    if not ranks.alone:
+        report = Report.model_validate(ranks.tell(report.model_dump(mode="json", by_alias=True)))
     if papers is not None:
         papers.write(report)
     return report

@@ -25,11 +25,10 @@ ORDER = (
         "memory",
         "interrupt",
         "progress",
-        "context",
         "needs",
     ),
-    *("hub", "storage", "report", "text", "compute", "engine", "gguf", "training"),
-    *("quantize", "convert", "validate", "recipes", "api", "cli"),
+    *("hub", "storage", "report", "text", "compute", "context", "engine", "gguf", "training"),
+    *("quantize", "convert", "validate", "recipes", "api", "cli", "__main__"),
 )
 
 

@@ -77,6 +77,7 @@ class ValidationPlan:
                 memory=self._context.memory,
                 seed=self._seed,
                 progress=self._context.progress,
+                ranks=self._context.ranks,
             )
             for measurement in self.measurements:
                 checks = measurement.measure(subject)
@@ -112,6 +113,7 @@ def plan_validation(
         CapacityError: not even a block of each model at a time fits the memory that may be used.
     """
     context = context or Context()
+    measurements = [one for one in measurements if one.together or context.ranks.leads]
     for measurement in measurements:
         measurement.require()
     needs = Needs(memory=BASE_NBYTES)
@@ -147,7 +149,7 @@ def comparing_needs(
     except LlmconvertError:  # a broken artifact is for the measurements to tell
         return Needs(memory=BASE_NBYTES)
     models, beside = 1 + artifacts, min(artifacts, 1) + 1
-    lengths = [windows.length] * windows.drawn
+    lengths = [windows.length] * len(range(windows.drawn)[:: context.ranks.count])
     states = models * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
     kept = min(states, beside * STATES_IN_MEMORY_NBYTES)
     blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))

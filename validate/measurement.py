@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
@@ -40,6 +41,7 @@ class Subject:
         seed: of whatever is drawn.
         progress: where long work is shown.
         checks: what was measured before, in order.
+        ranks: the processes that measure together; all but the first give no checks.
     """
 
     artifact: Path
@@ -54,6 +56,7 @@ class Subject:
     seed: int = 0
     progress: Progress = SILENT
     checks: tuple[Check, ...] = ()
+    ranks: Ranks = ALONE
 
     @property
     def loadable(self) -> bool:
@@ -67,6 +70,9 @@ class Subject:
 
 class Measurement(Protocol):
     """Something to measure on every artifact: a frozen dataclass of settings that derives from this."""
+
+    #: Whether several processes measure it together; the first one alone measures everything else.
+    together: ClassVar[bool] = False
 
     def require(self) -> None:
         """Refuse, before any work, what can't be done in this environment; by default nothing is needed.

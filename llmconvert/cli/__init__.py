@@ -25,11 +25,15 @@ from llmconvert.cli.quantize import quantize
 from llmconvert.cli.report import report
 from llmconvert.cli.run import batch, run
 from llmconvert.cli.validate import validate
-from llmconvert.errors import LlmconvertError, RunInterruptedError
+from llmconvert.compute.ranks.launch import Launch
+from llmconvert.errors import LlmconvertError, RunInterruptedError, UsageError
 from llmconvert.machine import machine_errors
 from llmconvert.version import __version__
 
 __all__ = ["main"]
+
+# What several processes do together.
+_TOGETHER = ("run", "quantize", "validate")
 
 
 class _Failure(click.ClickException):
@@ -47,14 +51,33 @@ class _Failure(click.ClickException):
 class _Main(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            launch = Launch.of(os.environ)
             with machine_errors():
-                return super().invoke(ctx)
+                return super().invoke(ctx) if launch is None else self._invoke_together(ctx, launch)
         except LlmconvertError as error:
             if ctx.meta.get(DEBUG):
                 click.echo(traceback.format_exc(), err=True)
             raise _Failure(error) from error
         except KeyboardInterrupt:
             raise _Failure(RunInterruptedError("stopped by SIGINT")) from None
+
+    def _invoke_together(self, ctx: click.Context, launch: Launch) -> Any:
+        """Run the command in one of several processes."""
+        from llmconvert.compute.ranks.opening import opened
+
+        with opened(launch) as ctx.obj:
+            return super().invoke(ctx)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if ctx.obj is not None and name not in _TOGETHER:
+            raise UsageError(
+                f"{name}: {ctx.obj.count} processes were started (torchrun), and it is done by one; several do "
+                f"{', '.join(_TOGETHER)}"
+            )
+        return name, command, rest
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

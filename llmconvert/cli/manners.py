@@ -8,13 +8,16 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from click.shell_completion import CompletionItem
 
 from llmconvert.cli.say import say
 from llmconvert.convert.dtype_names import ALIASES, NAMES
+
+if TYPE_CHECKING:
+    from llmconvert.compute.ranks.group import Ranks
 
 __all__ = ["DEBUG", "DtypeName", "Known", "Manners", "calibration_option", "manners", "manners_but_json", "plan_option"]
 
@@ -32,11 +35,18 @@ class Manners:
         quiet: nothing but the result.
         verbose: a line for each piece of work, and what libraries log.
         as_json: the result as JSON, where the command has that option.
+        ranks: the processes that run the command together; None of one that is alone.
     """
 
     quiet: bool = False
     verbose: bool = False
     as_json: bool = False
+    ranks: Ranks | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and talks."""
+        return self.ranks is None or self.ranks.leads
 
     def progress(self) -> Any:
         """Where long work is shown."""
@@ -44,6 +54,8 @@ class Manners:
 
         from llmconvert.progress import SILENT, LineProgress, console_progress
 
+        if not self.leads:
+            return SILENT
         if self.verbose:
             logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
             return LineProgress(sys.stderr, interval=0)
@@ -75,7 +87,7 @@ def _polite(command: C, *, as_json: bool) -> C:
         if quiet and verbose:
             raise click.UsageError("-q and -v exclude each other")
         wanted = options.pop("json_result", False)
-        return command(*args, manners=Manners(quiet, verbose, wanted), **options)
+        return command(*args, manners=Manners(quiet, verbose, wanted, click.get_current_context().obj), **options)
 
     decorators = [
         click.option("-q", "--quiet", is_flag=True, help="Say nothing but the result."),

@@ -94,6 +94,7 @@ def show_plans(
         _show_batch(recipes, overrides, work_dir, fresh=fresh, publish=publish, manners=manners)
         return
     (loaded,) = (load_sweep(name, overrides) or load_recipe(name, overrides) for name in recipes)
+    from llmconvert.compute.ranks.group import ALONE
     from llmconvert.recipes.planning.planner import plan_recipe
     from llmconvert.recipes.plans.sweep import plan_sweep, sweep_lines
     from llmconvert.recipes.sweep.expand import Sweep
@@ -103,7 +104,8 @@ def show_plans(
         manners.result(swept.to_mapping(), *sweep_lines(swept))
         swept.require_room()
     else:
-        show_plan(plan_recipe(loaded, work_dir=work_dir, publish=publish, fresh=fresh), manners, probe=True)
+        made = plan_recipe(loaded, work_dir=work_dir, publish=publish, fresh=fresh, ranks=manners.ranks or ALONE)
+        show_plan(made, manners, probe=True)
 
 
 def _show_batch(

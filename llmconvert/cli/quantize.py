@@ -95,11 +95,12 @@ def quantize(model: str, output: Path | None, plan: bool, manners: Manners, **op
         recipe = quantize_recipe({**options, "model": model}, output)
         from llmconvert.recipes.plans.commands import plan_making
 
-        show_plan(plan_making(recipe, output), manners)
+        if manners.leads:
+            show_plan(plan_making(recipe, output, manners.ranks), manners)
         return
     from llmconvert.api import quantize_model
 
-    made = quantize_model(model, output, progress=manners.progress(), **options)
+    made = quantize_model(model, output, progress=manners.progress(), ranks=manners.ranks, **options)
     lines = [f"{output}: {made.layers} layers quantized, {made.nbytes:,} bytes, {made.seconds:.1f} s"]
     if made.details.types:
         lines.append("types: " + ", ".join(f"{count} {kind}" for kind, count in made.details.types.items()))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from llmconvert.cli.manners import Known, Manners, manners, plan_option
+
+if TYPE_CHECKING:
+    from llmconvert.compute.ranks.group import Ranks
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -92,7 +95,8 @@ def _run(manners: Manners, settings: dict[str, Any], *, engine: Any, memory: str
         from llmconvert.cli.plan import show_plans
 
         work_dir, fresh = settings["work_dir"], settings["fresh"]
-        show_plans(recipes, overrides, work_dir, fresh=fresh, publish=publish, manners=manners)
+        if manners.leads:
+            show_plans(recipes, overrides, work_dir, fresh=fresh, publish=publish, manners=manners)
         return
     if len(recipes) == 1:  # a mistake in it is told before what computes is loaded
         from llmconvert.recipes.loading import load_recipe
@@ -110,6 +114,9 @@ def _run(manners: Manners, settings: dict[str, Any], *, engine: Any, memory: str
     except ValueError as error:
         raise UsageError(f"--memory: {error}") from error
     progress = manners.progress()
+    if manners.ranks is not None:
+        _run_together(manners.ranks, recipes, overrides, publish, manners, settings)
+        return
     outcomes = run_batch(
         recipes, overrides=overrides, publish=publish, engine=engine, memory=usable, progress=progress, **settings
     )
@@ -122,3 +129,31 @@ def _run(manners: Manners, settings: dict[str, Any], *, engine: Any, memory: str
         print_batch(outcomes)
     if failed:
         raise click.exceptions.Exit(failed[0].exit_code)
+
+
+def _run_together(
+    ranks: Ranks, recipes: Sequence[str], overrides: Sequence[str], publish: bool, manners: Manners, settings: Any
+) -> None:
+    """Run a recipe in several processes, of which this is one."""
+    import time
+
+    from llmconvert.cli.summary import batch_values, print_batch
+    from llmconvert.errors import UsageError
+    from llmconvert.recipes.batch.outcome import Outcome
+    from llmconvert.recipes.loading import load_recipe
+    from llmconvert.recipes.runner import run_recipe
+    from llmconvert.recipes.sweep.expand import load_sweep
+
+    if len(recipes) != 1 or load_sweep(recipes[0], overrides) is not None:
+        raise UsageError(
+            f"{ranks.count} processes run one recipe that is no sweep; run recipes and variants one after the other, "
+            "or each by one process (batch --jobs)"
+        )
+    begin = time.perf_counter()
+    recipe = load_recipe(recipes[0], overrides)
+    result = run_recipe(recipe, publish=publish, progress=manners.progress(), ranks=ranks, **settings)
+    outcomes = [Outcome(recipes[0], result, None, time.perf_counter() - begin)]
+    if manners.as_json:
+        manners.result(batch_values(outcomes))
+    else:
+        print_batch(outcomes)

@@ -92,7 +92,8 @@ def validate(
         from llmconvert.recipes.plans.commands import plan_measuring
 
         shown = replace(manners, as_json=str(json_file) == "-")
-        show_plan(plan_measuring(recipe, options["reference"]), shown)
+        if manners.leads:
+            show_plan(plan_measuring(recipe, options["reference"], manners.ranks), shown)
         return
     from llmconvert.api import validate_model
     from llmconvert.cli.summary import print_report
@@ -102,12 +103,14 @@ def validate(
     from llmconvert.validate.render.html import render_html
 
     printed, json_file = str(json_file) == "-", None if str(json_file) == "-" else json_file
+    if not manners.leads:
+        json_file = html_file = None
     if json_file is not None and json_file.absolute().parent.parent == Path(model).absolute():
         json_file.parent.mkdir(exist_ok=True)  # the artifact's own folder for what was measured
     for file in (json_file, html_file):
         if file is not None:
             check_output_file(file)
-    report = validate_model(model, progress=manners.progress(), **options)
+    report = validate_model(model, progress=manners.progress(), ranks=manners.ranks, **options)
     if json_file is not None:
         report.write(json_file)
     if html_file is not None:

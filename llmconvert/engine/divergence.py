@@ -10,7 +10,7 @@ block is run once more on a little text, entered with the original's state: what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +18,7 @@ from typing import Self, TypeVar
 
 import torch
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import passing_states
@@ -78,6 +79,7 @@ class SideBySide:
         device: where to compute.
         dtype: of weights and activations; each checkpoint's own by default.
         progress: one unit per block of each artifact.
+        ranks: the processes, each of which runs a part of the windows.
 
     Attributes:
         failures: why artifacts ended, by their numbers.
@@ -96,9 +98,14 @@ class SideBySide:
         device: torch.device,
         dtype: torch.dtype | None = None,
         progress: Progress = SILENT,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._windows = tuple(windows)
-        self._progress = progress
+        own = ranks.share(len(windows))
+        self._windows, self._all = tuple(windows[own.start : own.stop]), len(windows)
+        self._progress, self._ranks = progress, ranks
+        ends = accumulate(window.shape[1] for window in windows)
+        first = max(1, sum(end <= _ALONE_TOKENS for end in ends))
+        alone = min(max(0, first - own.start), len(own))
         self._count = len(artifacts)
         models = len(artifacts) + 1
         self._reference = _Side(reference, self._windows, device, dtype, models)
@@ -106,7 +113,9 @@ class SideBySide:
         self.failures: dict[int, LlmconvertError] = {}
         for number, artifact in enumerate(artifacts):
             with self._running(number):
-                self._artifacts[number] = _Artifact(self._reference, artifact, self._windows, device, dtype, models)
+                self._artifacts[number] = _Artifact(
+                    self._reference, artifact, self._windows, device, dtype, models, alone
+                )
 
     def __enter__(self) -> Self:
         return self
@@ -116,8 +125,11 @@ class SideBySide:
             side.close()
 
     def divergences(self, artifact: int = 0) -> tuple[BlockDivergence, ...]:
-        """Of every block that all windows have passed in an artifact; empty if the models don't correspond."""
-        return self._artifacts[artifact].divergences()
+        """Of every block that all windows have passed in an artifact; empty if the models don't correspond.
+
+        Of several processes, all have to ask.
+        """
+        return self._artifacts[artifact].divergences(self._all, self._ranks)
 
     def logits(self) -> Iterator[Pair]:
         """Window after window, and for each of them artifact after artifact.
@@ -220,6 +232,7 @@ class _Artifact(_Side):
         device: torch.device,
         dtype: torch.dtype | None,
         models: int,
+        alone: int,
     ) -> None:
         super().__init__(checkpoint, windows, device, dtype, models)
         _share_outer(self.skeleton, reference.skeleton)
@@ -229,8 +242,7 @@ class _Artifact(_Side):
         count = self.skeleton.block_count if self.comparable else 0
         self._sums = [_Sums() for _ in range(count)]
         self._own = [_Sums() for _ in range(count)]
-        ends = accumulate(window.shape[1] for window in windows)
-        self._alone_windows = max(1, sum(end <= _ALONE_TOKENS for end in ends))
+        self._alone_windows = alone
         #: The current block on the original's entries: its outputs, for the first windows.
         self._alone: list[torch.Tensor] = []
         self._index = 0
@@ -269,15 +281,17 @@ class _Artifact(_Side):
             self._logits = self.stream.logits()
         return next(self._logits)
 
-    def divergences(self) -> tuple[BlockDivergence, ...]:
+    def divergences(self, windows: int, ranks: Ranks) -> tuple[BlockDivergence, ...]:
         found: list[BlockDivergence] = []
         before = 0.0
-        for index, sums in enumerate(self._sums):
-            if sums.windows < self._windows:
+        everything = _joined([*self._sums, *self._own], ranks)
+        all_sums, all_own = everything[: len(self._sums)], everything[len(self._sums) :]
+        for index, sums in enumerate(all_sums):
+            if sums.windows < windows:
                 break
             square = sums.square / sums.tokens
             added = math.sqrt(max(0.0, square - before))
-            own = math.sqrt(self._own[index].square / self._own[index].tokens)
+            own = math.sqrt(all_own[index].square / all_own[index].tokens)
             cosine = sums.cosine / sums.tokens
             found.append(BlockDivergence(index, self._names[index], math.sqrt(square), added, cosine, own))
             before = square
@@ -319,20 +333,37 @@ def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 class _Sums:
-    """Sums over tokens of a block's relative squared error and cosine."""
+    """Sums over tokens of a block's relative squared error and cosine, and those of each window."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Iterable[tuple[float, float, float]] = ()) -> None:
+        self.parts: list[tuple[float, float, float]] = []
         self.square = self.cosine = 0.0
         self.tokens = self.windows = 0
+        for part in parts:
+            self._take(*part)
 
     def add(self, reference: torch.Tensor, artifact: torch.Tensor) -> None:
         """Add a window's hidden states, ``[1, length, hidden size]`` each."""
         ours, theirs = reference[0].float(), artifact[0].float()
         norm = ours.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        self.square += float(((theirs - ours).square().sum(-1) / norm).sum(dtype=torch.float64))
-        self.cosine += float(torch.cosine_similarity(ours, theirs, dim=-1).sum(dtype=torch.float64))
-        self.tokens += len(ours)
+        square = float(((theirs - ours).square().sum(-1) / norm).sum(dtype=torch.float64))
+        self._take(square, float(torch.cosine_similarity(ours, theirs, dim=-1).sum(dtype=torch.float64)), len(ours))
+
+    def _take(self, square: float, cosine: float, tokens: float) -> None:
+        self.parts.append((square, cosine, tokens))
+        self.square += square
+        self.cosine += cosine
+        self.tokens += int(tokens)
         self.windows += 1
+
+
+def _joined(sums: Sequence[_Sums], ranks: Ranks) -> list[_Sums]:
+    """Those of all processes, each added up in the order of windows, as one process does it."""
+    if ranks.alone:
+        return list(sums)
+    own = [torch.tensor(one.parts, dtype=torch.float64).reshape(-1, 3) for one in sums]
+    everyone = ranks.exchange(own, torch.device("cpu"))
+    return [_Sums(torch.cat(parts).tolist()) for parts in zip(*everyone, strict=True)]
 
 
 @contextmanager

@@ -74,6 +74,7 @@ def choose_mode(
     mode: Mode | None = None,
     *,
     streams: int = 1,
+    processes: int = 1,
 ) -> MemoryEstimate:
     """Lockstep if it fits the budget, replay if only that does.
 
@@ -87,11 +88,13 @@ def choose_mode(
         budget: bytes the job may use on the skeleton's device; what is free there now when None.
         mode: the mode to use in any case.
         streams: models that the batches run through beside each other.
+        processes: how many share the budget.
 
     Raises:
         CapacityError: not even replay fits; names what it would take.
     """
     limit = budget if budget is not None else int(available_nbytes(skeleton.device) * _USABLE)
+    limit //= processes
     candidates: tuple[Mode, ...] = (mode,) if mode else ("lockstep", "replay")
     for candidate in candidates:
         parts = {"base": BASE_NBYTES, "one linear": work_nbytes}

@@ -18,6 +18,7 @@ __all__ = [
     "STATES_IN_MEMORY_NBYTES",
     "DiskStates",
     "MemoryStates",
+    "PartOfStates",
     "ScratchStates",
     "States",
     "TapeStates",
@@ -38,6 +39,24 @@ class States(Protocol):
 
     def get(self, block: int, batch: int) -> torch.Tensor:
         """What was put, in the same order; in that shape, or as it was."""
+
+
+class PartOfStates:
+    """Those of some batches that come one after the other, by numbers of their own.
+
+    Args:
+        states: of all.
+        first: the batch that has number 0 here.
+    """
+
+    def __init__(self, states: States, first: int) -> None:
+        self._states, self._first = states, first
+
+    def put(self, block: int, batch: int, hidden: torch.Tensor) -> None:
+        self._states.put(block, self._first + batch, hidden)
+
+    def get(self, block: int, batch: int) -> torch.Tensor:
+        return self._states.get(block, self._first + batch)
 
 
 class MemoryStates:

@@ -14,6 +14,7 @@ import torch
 
 from llmconvert.compute.dot_products import LANES, add_products, pack_pairs, use_dot_products
 from llmconvert.compute.precision import all_finite, bfloat16_products
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.errors import CalibrationError
 
 __all__ = ["Arrival", "Hessian", "HessianSum", "accumulate_hessian", "hessian_nbytes"]
@@ -65,12 +66,20 @@ class HessianSum:
         device: where the inputs are.
         original: whether the original model's inputs come too, for :attr:`Hessian.cross`.
         drift: width of the differences that come too, for :attr:`Hessian.drift`.
+        ranks: the processes that each add a part of the batches; all get the Hessian of all of them.
     """
 
     def __init__(
-        self, name: str, columns: int, device: torch.device, *, original: bool = False, drift: int = 0
+        self,
+        name: str,
+        columns: int,
+        device: torch.device,
+        *,
+        original: bool = False,
+        drift: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._name, self._columns = name, columns
+        self._name, self._columns, self._ranks = name, columns, ranks
         self._total = torch.zeros((columns, columns), dtype=torch.float32, device=device)
         self._cross = torch.zeros_like(self._total) if original else None
         self._drift = torch.zeros((drift, columns), dtype=torch.float32, device=device) if drift else None
@@ -127,6 +136,7 @@ class HessianSum:
         """
         self._flush()
         del self._buffer, self._packed
+        self._join()
         if self._tokens == 0:
             raise CalibrationError(
                 f"{self._name}: no calibration token reached this linear; use more or other calibration text, "
@@ -147,6 +157,18 @@ class HessianSum:
         cross = None if self._cross is None else self._cross.div_(self._tokens)
         drift = None if self._drift is None else self._drift.div_(self._tokens)
         return Hessian(upper.div_(self._tokens), self._tokens, cross, drift)
+
+    def _join(self) -> None:
+        """Add what other processes have."""
+        if self._ranks.alone:
+            return
+        self._tokens = self._ranks.sum_number(self._tokens)
+        for start in range(0, self._columns, _TILE):  # what lies on and above the diagonal
+            rows = self._total[start : start + _TILE, start:]
+            rows.copy_(self._ranks.sum_(rows.contiguous()))
+        for more in (self._cross, self._drift):
+            if more is not None:
+                self._ranks.sum_(more)
 
     def _parts(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
         """Rows of the buffer: this model's inputs, the original's, differences; without these, of no width."""
@@ -204,6 +226,8 @@ def accumulate_hessian(
     columns: int,
     device: torch.device,
     originals: Iterable[torch.Tensor] | None = None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Hessian:
     """Sum ``xᵀx`` over batches.
 
@@ -213,11 +237,12 @@ def accumulate_hessian(
         columns: width of the inputs.
         device: where the inputs are.
         originals: the same batches in the original model, for :attr:`Hessian.cross`.
+        ranks: see :class:`HessianSum`.
 
     Raises:
         CalibrationError: no token reached the linear, or an input is not finite.
     """
-    total = HessianSum(name, columns, device, original=originals is not None)
+    total = HessianSum(name, columns, device, original=originals is not None, ranks=ranks)
     if originals is None:
         for batch in inputs:
             total.add(Arrival(batch))

@@ -64,12 +64,14 @@ class Solution:
             method has none.
         damping: share of the mean diagonal that the Hessian needed; None without one.
         tokens: of calibration text that the router sent to the expert that the weight belongs to; None of others.
+        energy: the squared output per token that the error is a share of; None where there is none.
     """
 
     tensor: QuantizedTensor
     error: float | None = None
     damping: float | None = None
     tokens: int | None = None
+    energy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,7 @@ class Gptq:
                 energy, loss = energies[target.name], float(losses[rows].sum())
                 error = loss / energy if energy > 0 else 0.0
                 tensor = shared[scheme].tensor(number, whole.rows(rows.start, rows.stop))
-                solutions[target.name] = Solution(tensor, error, prepared.damping)
+                solutions[target.name] = Solution(tensor, error, prepared.damping, energy=energy)
         return solutions
 
     def nbytes(self, rows: int, columns: int) -> int:

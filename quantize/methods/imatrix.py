@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.errors import CalibrationError, SourceError
 from llmconvert.gguf.ggml.blocks import Codec
 from llmconvert.gguf.records.importance import ImportanceMatrix, read_importance
@@ -74,12 +75,14 @@ class Imatrix:
             raise SourceError(f"{self.file}: the importance matrix cannot be read: {error.strerror}") from error
 
 
-def mean_squares(name: str, inputs: Iterable[torch.Tensor], columns: int) -> torch.Tensor:
+def mean_squares(name: str, inputs: Iterable[torch.Tensor], columns: int, ranks: Ranks = ALONE) -> torch.Tensor:
     """Mean square of each column of a linear's inputs, summed in float64.
 
     Args:
         name: of the linear, for errors.
         inputs: ``[tokens, columns]`` each.
+        columns: of them.
+        ranks: the processes, each of which has a part of the inputs.
 
     Returns:
         float32 ``[columns]``.
@@ -91,6 +94,7 @@ def mean_squares(name: str, inputs: Iterable[torch.Tensor], columns: int) -> tor
     for rows in inputs:
         total += rows.float().square().sum(0, dtype=torch.float64).cpu()
         tokens += len(rows)
+    total, tokens = ranks.sum_(total), ranks.sum_number(tokens)
     mean = (total / max(tokens, 1)).float()
     if not torch.isfinite(mean).all():
         raise CalibrationError(f"{name}: its calibration inputs are not finite")

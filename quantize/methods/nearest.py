@@ -80,4 +80,4 @@ def _round(target: Target, hessian: torch.Tensor, scale_dtype: torch.dtype) -> S
         energy += quadratic_form(work, hessian)
         lost += quadratic_form(part.dequantize(torch.float32).sub_(work), hessian)
     tensor = shared.tensor(0, QuantizedTensor.concatenate(parts))
-    return Solution(tensor, max(0.0, lost / energy) if energy > 0 else 0.0)
+    return Solution(tensor, max(0.0, lost / energy) if energy > 0 else 0.0, energy=energy)

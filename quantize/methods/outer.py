@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import torch
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.engine.evaluation import head_inputs
 from llmconvert.engine.sites import Site
 from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
@@ -24,6 +25,7 @@ from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.phases import Phases
 from llmconvert.quantize.methods.base import InputSquares, Quantizer, Solution, Target
 from llmconvert.quantize.methods.imatrix import mean_squares
+from llmconvert.quantize.methods.ranks.together import solve_together
 from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.hessian import quadratic_form
@@ -35,7 +37,9 @@ __all__ = ["head_hessian", "head_squares", "outer_nbytes", "solve_outer"]
 _WEIGHTS_AT_ONCE = 1 << 24
 
 
-def head_hessian(sites: Iterable[Site], stream: Stream, original: Stream | None, phases: Phases) -> Hessian | None:
+def head_hessian(
+    sites: Iterable[Site], stream: Stream, original: Stream | None, phases: Phases, ranks: Ranks = ALONE
+) -> Hessian | None:
     """Moments of what comes to the output head, if one of the sites is one.
 
     Args:
@@ -43,6 +47,7 @@ def head_hessian(sites: Iterable[Site], stream: Stream, original: Stream | None,
         stream: at its last block, which is left.
         original: the same in the original model, for methods that want it.
         phases: where time is counted.
+        ranks: the processes, each of which streams a part of the batches.
 
     Raises:
         CalibrationError: an input is not finite.
@@ -54,19 +59,23 @@ def head_hessian(sites: Iterable[Site], stream: Stream, original: Stream | None,
     arrivals = phases.pull("forward", head_inputs(stream))
     with phases.measure("Hessians"):
         if original is None:
-            return accumulate_hessian(head.name, (one.inputs for one in arrivals), head.columns, device)
-        total = HessianSum(head.name, head.columns, device, original=True)
+            inputs = (one.inputs for one in arrivals)
+            return accumulate_hessian(head.name, inputs, head.columns, device, ranks=ranks)
+        total = HessianSum(head.name, head.columns, device, original=True, ranks=ranks)
         for here, there in zip(arrivals, phases.pull("forward", head_inputs(original)), strict=True):
             total.add(here, there)
         return total.hessian()
 
 
-def head_squares(stream: Stream, phases: Phases) -> InputSquares:
-    """What is known of the output head, once a stream's batches have been through the last block."""
+def head_squares(stream: Stream, phases: Phases, ranks: Ranks = ALONE) -> InputSquares:
+    """What is known of the output head, once a stream's batches have been through the last block.
+
+    ``ranks`` are the processes, each of which streams a part of them.
+    """
     arrivals = phases.pull("forward", head_inputs(stream))
     with phases.measure("importance"):
         inputs = (one.inputs for one in arrivals)
-        return InputSquares(mean_squares("the output head", inputs, stream.skeleton.hidden_size))
+        return InputSquares(mean_squares("the output head", inputs, stream.skeleton.hidden_size, ranks))
 
 
 def solve_outer(
@@ -76,6 +85,7 @@ def solve_outer(
     method: Quantizer,
     hessian: Hessian | None,
     scale_dtype: torch.dtype,
+    ranks: Ranks = ALONE,
 ) -> Solution:
     """Quantize an embedding or a head.
 
@@ -87,6 +97,7 @@ def solve_outer(
         hessian: of what comes to the head, which is not changed and which an embedding alone has no use for; None for a
             method without calibration.
         scale_dtype: what scales are stored as.
+        ranks: the processes that solve it together.
 
     Raises:
         CheckpointError: the weight is not finite.
@@ -100,7 +111,7 @@ def solve_outer(
     for rows in row_slices(weight.shape, _WEIGHTS_AT_ONCE):
         target = Target(site.name, weight[rows], scheme)
         given = None if hessian is None else _copy(hessian, site, method)
-        solution = chosen.quantize([target], given, scale_dtype)[site.name]
+        solution = solve_together(chosen, [target], given, scale_dtype, ranks)[site.name]
         parts.append(solution.tensor)
         damping = solution.damping
         if hessian is not None and solution.error is not None:

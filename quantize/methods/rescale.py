@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from llmconvert.compute.precision import all_finite
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.engine.coroutine import AnsweredCall, record_inputs
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.edges import Edge, MixtureEdge, edge_holds, stand_in
@@ -113,6 +114,9 @@ def rescale_block(
     method: ScalingQuantizer,
     scale_dtype: torch.dtype,
     mixtures: Sequence[MixtureEdge] = (),
+    ranks: Ranks = ALONE,
+    *,
+    before: Sequence[int] = (),
 ) -> Rescaling:
     """Choose the scales of a block's edges and fold them into its norms, biases and routers.
 
@@ -129,6 +133,8 @@ def rescale_block(
         method: chooses.
         scale_dtype: of the quantized weights.
         mixtures: norms before experts in this block.
+        ranks: the processes, each of which has a part of the batches, and chooses the scales of some edges.
+        before: tokens of each batch that processes of lower rank have.
 
     Raises:
         UnsupportedError: an edge does not hold in this block.
@@ -140,14 +146,20 @@ def rescale_block(
         if not all_finite(run.weight(name)):
             raise CheckpointError(f"tensor {name!r} has values that are not finite; the checkpoint is damaged")
     edges = [edge for edge in edges if all(prefix + name in schemes for name in edge.linears)]
-    statistics = _gather(run, block, batches, edges, mixtures, prefix, method)
+    statistics = _gather(run, block, batches, edges, mixtures, prefix, method, ranks, before)
     columns: dict[str, torch.Tensor] = {}
     rows: dict[str, torch.Tensor] = {}
     changed: dict[str, torch.Tensor] = {}
-    for edge, found in zip(edges, statistics, strict=False):
+    chosen_here: dict[int, torch.Tensor] = {}
+    for number, (edge, found) in enumerate(zip(edges, statistics, strict=False)):
+        if number % ranks.count == ranks.rank:
+            targets = [
+                Target(prefix + name, run.weight(prefix + name), schemes[prefix + name]) for name in edge.linears
+            ]
+            chosen_here[number] = method.scales(ScaledEdge(targets, edge.channels, *found), scale_dtype)
+    scales = _all_scales(chosen_here, len(edges), next(block.parameters()).device, ranks)
+    for edge, chosen in zip(edges, scales, strict=True):
         names = [prefix + name for name in edge.linears]
-        targets = [Target(name, run.weight(name), schemes[name]) for name in names]
-        chosen = method.scales(ScaledEdge(targets, edge.channels, *found), scale_dtype)
         producer = block.get_submodule(edge.producer)
         assert isinstance(producer.weight, nn.Parameter)
         scale = torch.ones(len(producer.weight), dtype=torch.float32, device=chosen.device)
@@ -176,6 +188,12 @@ def rescale_block(
             changed[f"{prefix}{name}.weight"] = weight.data
         slot.scale = scale
     return Rescaling(columns, rows, changed)
+
+
+def _all_scales(here: Mapping[int, torch.Tensor], edges: int, device: torch.device, ranks: Ranks) -> list[torch.Tensor]:
+    """The scales of all edges, of which every ``ranks.count``-th was chosen here."""
+    came = [iter(tensors) for tensors in ranks.exchange(list(here.values()), device)]
+    return [next(came[number % ranks.count]) for number in range(edges)]
 
 
 def share_by_channel(values: torch.Tensor, channels: torch.Tensor, reduce: str) -> torch.Tensor:
@@ -226,13 +244,23 @@ def _fold(producer: nn.Module, kind: str, scale: torch.Tensor) -> tuple[torch.Te
 class _Inputs:
     """Mean and largest magnitude of each column of a linear's inputs, and a sample: a few tokens of every batch."""
 
-    def __init__(self, columns: int, device: torch.device, per_batch: int) -> None:
+    def __init__(self, columns: int, device: torch.device, per_batch: int, before: Sequence[int]) -> None:
         self.total = torch.zeros(columns, dtype=torch.float64, device=device)
         self.largest = torch.zeros(columns, dtype=torch.float32, device=device)
         self.tokens = 0
         self.sample: list[torch.Tensor] = []
         self._per_batch = per_batch
         self._generator = torch.Generator().manual_seed(0)
+        for tokens in before if per_batch else ():  # the same tokens whoever has the batches
+            torch.randperm(tokens, generator=self._generator)
+
+    def join(self, ranks: Ranks) -> None:
+        """Take in what other processes have."""
+        ranks.sum_(self.total)
+        self.tokens = ranks.sum_number(self.tokens)
+        theirs = ranks.exchange([self.largest, *self.sample], self.largest.device)
+        self.largest = torch.stack([tensors[0] for tensors in theirs]).amax(0)
+        self.sample = [sample for _, *samples in theirs for sample in samples]
 
     def add(self, batch: torch.Tensor) -> None:
         sizes = batch.abs()
@@ -253,14 +281,17 @@ def _gather(
     mixtures: Sequence[MixtureEdge],
     prefix: str,
     method: ScalingQuantizer,
+    ranks: Ranks,
+    before: Sequence[int],
 ) -> list[tuple[Hessian | None, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Run all batches through the block as it is; for each edge what :class:`ScaledEdge` has of its inputs."""
     widths = {edge.linears[0]: len(edge.channels) for edge in edges}
     widths |= {mixture.experts: run.slots[prefix + mixture.experts].layout.hidden_size for mixture in mixtures}
     device = next(block.parameters()).device
-    per_batch = math.ceil(method.sample_tokens / batches)
-    inputs = {name: _Inputs(width, device, per_batch) for name, width in widths.items()}
-    sums = {name: HessianSum(prefix + name, width, device) for name, width in widths.items() if method.moments}
+    per_batch = math.ceil(method.sample_tokens / ranks.sum_number(batches))
+    inputs = {name: _Inputs(width, device, per_batch, before) for name, width in widths.items()}
+    moments = widths.items() if method.moments else ()
+    sums = {name: HessianSum(prefix + name, width, device, ranks=ranks) for name, width in moments}
 
     def record(name: str, value: torch.Tensor) -> None:
         batch = value.reshape(-1, value.shape[-1])
@@ -276,6 +307,8 @@ def _gather(
     gathered = []
     for name in widths:
         found = inputs[name]
+        if not ranks.alone:
+            found.join(ranks)
         if found.tokens == 0:
             raise CalibrationError(f"{prefix}{name}: no calibration token reached this linear; use more text")
         hessian = sums[name].hessian() if sums else None

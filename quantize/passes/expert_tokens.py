@@ -7,6 +7,7 @@ from contextlib import closing
 
 import torch
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode, Stream
@@ -54,17 +55,19 @@ def require_tokens(
     *,
     every: bool = False,
     phases: Phases | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Refuse a text of which some expert of the model gets too little; arguments as for :func:`count_tokens`.
 
     Args:
         least: tokens that every expert has to get.
         every: whether all experts are shown all tokens.
+        ranks: the processes, each of which has some of the windows.
 
     Raises:
         CalibrationError: naming the experts with the fewest.
     """
-    total = sum(window.shape[1] for window in windows)
+    total = ranks.sum_number(sum(window.shape[1] for window in windows))
     if every:
         if total < least:
             raise CalibrationError(
@@ -74,7 +77,8 @@ def require_tokens(
         return
     short: list[tuple[int, str]] = []
     count = 0
-    for layer, counts in count_tokens(skeleton, blocks, windows, mode, phases):
+    for layer, own in count_tokens(skeleton, blocks, windows, mode, phases):
+        counts = [sum(each) for each in zip(*ranks.ask(list(own)), strict=True)]
         count += len(counts)
         short += [(tokens, f"{layer}.{number}") for number, tokens in enumerate(counts) if tokens < least]
     if short:

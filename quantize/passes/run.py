@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from llmconvert.compute.ranks.group import Ranks
 from llmconvert.context import Context
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.edges import Edge, MixtureEdge, find_edges, find_mixture_edges
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
-from llmconvert.errors import CapacityError
-from llmconvert.gguf.ggml.mix import FLOATS
+from llmconvert.errors import CapacityError, UsageError
 from llmconvert.needs import Needs
 from llmconvert.phases import Phases
 from llmconvert.quantize.execute import quantize_blocks, resumed_blocks
@@ -28,15 +27,16 @@ from llmconvert.quantize.formats.loading import written_as_held
 from llmconvert.quantize.matrix import Readership, readership
 from llmconvert.quantize.methods.base import Method, ScalingQuantizer
 from llmconvert.quantize.methods.rescale import describe_edges
+from llmconvert.quantize.passes.data_free import DataFreeSteps
 from llmconvert.quantize.passes.expert_tokens import require_tokens
 from llmconvert.quantize.passes.original import OriginalSteps, Variant, VariantSink
+from llmconvert.quantize.passes.results import LayerResult, QuantizeResult, layers_of, read_layers, write_layers
 from llmconvert.quantize.plan import QuantizationPlan, QuantizeRequest
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.sink import ArtifactSink, finished_blocks
-from llmconvert.quantize.steps import CalibratedSteps, DataFreeSteps, Outcome, Steps
+from llmconvert.quantize.steps import CalibratedSteps, Outcome, Steps
 from llmconvert.storage.artifact import Artifact, build_artifact, job_key
 from llmconvert.storage.checkpoint import Checkpoint
-from llmconvert.storage.writer import write_json
 
 __all__ = [
     "Inputs",
@@ -47,65 +47,6 @@ __all__ = [
     "read_layers",
     "write_layers",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerResult:
-    """One quantized linear.
-
-    Attributes:
-        name: in the checkpoint, without ``.weight``.
-        scheme: what it is stored in.
-        shape: ``(rows, columns)``.
-        error: squared output error over squared output on the calibration inputs; None for data-free methods.
-        damping: share of the mean diagonal that its Hessian needed; None without one.
-        expert: the expert that it belongs to, ``model.layers.0.mlp.experts.3``; None for others.
-        tokens: of calibration text that the router sent to that expert; None without text.
-        outer: ``head``, ``embedding`` or ``tied`` for what lies outside the blocks; "" for others.
-    """
-
-    name: str
-    scheme: str
-    shape: tuple[int, int]
-    error: float | None
-    damping: float | None
-    expert: str | None = None
-    tokens: int | None = None
-    outer: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeResult:
-    """A finished job.
-
-    Attributes:
-        output: the artifact: a directory, or a file.
-        layers: every quantized linear, in model order.
-        memory: what the job was expected to need, and the mode chosen.
-        nbytes: size of the weight files.
-        seconds: wall-clock time of this run.
-        phases: seconds of this run by phase.
-        resumed_blocks: blocks that an earlier, interrupted run had finished.
-        files: names of the weight files.
-        types: how many tensors have each type, in formats whose files say it of every tensor (GGUF).
-        notes: what is otherwise than asked for, or otherwise in the runtime than in transformers, a sentence each.
-    """
-
-    output: Path
-    layers: tuple[LayerResult, ...]
-    memory: MemoryEstimate
-    nbytes: int
-    seconds: float
-    phases: Mapping[str, float]
-    resumed_blocks: int
-    files: tuple[str, ...] = ()
-    types: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def quantized(self) -> int:
-        """Quantized linears; where every tensor has a type, tensors of one that is no plain float."""
-        return sum(count for kind, count in self.types.items() if kind not in FLOATS) or len(self.layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +163,8 @@ def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ..
     """
     begin = time.perf_counter()
     first = plans[0]
-    skeleton, progress = first.inputs.skeleton, first.inputs.context.progress
+    skeleton, progress, ranks = first.inputs.skeleton, first.inputs.context.progress, first.inputs.context.ranks
+    _require_same(plans, ranks)
     phases = Phases(partial(torch.cuda.synchronize, skeleton.device) if skeleton.device.type == "cuda" else None)
     for note in dict.fromkeys(note for plan in plans for note in plan.notes):
         progress.log(f"note: {note}")
@@ -232,21 +174,22 @@ def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ..
         if least:
             inputs = first.inputs
             every = first.request.experts == "all"
-            require_tokens(skeleton, inputs.blocks, inputs.windows, memory.mode, least, every=every, phases=phases)
+            windows = [inputs.windows[number] for number in ranks.share(len(inputs.windows))]
+            require_tokens(
+                skeleton, inputs.blocks, windows, memory.mode, least, every=every, phases=phases, ranks=ranks
+            )
         if first.request.statistics == "original":
             memory = _joint_memory(plans)
             steps = _original_steps(plans, memory.mode, phases)
-            with _opened(plans, steps.lost, phases) as (sinks, work):
-                resumed = resumed_blocks(sinks)
+            with _opened(plans, steps.lost, phases, ranks) as (sinks, work, resumed):
                 own = [VariantSink(number, sink) for number, sink in enumerate(sinks)]
-                quantize_blocks(steps, skeleton.block_count, own, work, progress)
+                quantize_blocks(steps, skeleton.block_count, own, work, progress, done=resumed, ranks=ranks)
                 layers = _finished(plans, sinks)
         else:
             assert len(plans) == 1, "what follows what was quantized before is one artifact's own"
             alone = _sequential_steps(first, phases)
-            with _opened(plans, alone.lost, phases) as (sinks, work):
-                resumed = resumed_blocks(sinks)
-                quantize_blocks(alone, skeleton.block_count, sinks, work, progress)
+            with _opened(plans, alone.lost, phases, ranks) as (sinks, work, resumed):
+                quantize_blocks(alone, skeleton.block_count, sinks, work, progress, done=resumed, ranks=ranks)
                 layers = _finished(plans, sinks)
     except torch.OutOfMemoryError as error:
         raise CapacityError(
@@ -274,9 +217,17 @@ def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ..
 
 @contextmanager
 def _opened(
-    plans: Sequence[QuantizePlan], lost: Callable[[Path, int], bool], phases: Phases
-) -> Iterator[tuple[list[ArtifactSink], Path]]:
-    """The sinks of the plans' artifacts, and a directory for activations: the first one's."""
+    plans: Sequence[QuantizePlan], lost: Callable[[Path, int], bool], phases: Phases, ranks: Ranks
+) -> Iterator[tuple[list[ArtifactSink], Path, int]]:
+    """The sinks of the plans' artifacts, a directory for activations (the first one's), and how many blocks are done.
+
+    Of several processes the first one has the sinks.
+    """
+    if not ranks.leads:
+        work, done = ranks.tell()
+        _require_seen(Path(work), ranks)
+        yield [], Path(work), done
+        return
     with ExitStack() as stack:
         artifacts: list[Artifact] = []
 
@@ -291,18 +242,50 @@ def _opened(
                 inputs.output, plan.container.layout, plan.key, lost=gone, progress=inputs.context.progress
             )
             artifacts.append(stack.enter_context(built))
-        yield (
-            [
-                ArtifactSink(artifact, plan.inputs.skeleton, plan.container, plan.decisions, phases)
-                for plan, artifact in zip(plans, artifacts, strict=True)
-            ],
-            artifacts[0].work,
+        sinks = [
+            ArtifactSink(artifact, plan.inputs.skeleton, plan.container, plan.decisions, phases)
+            for plan, artifact in zip(plans, artifacts, strict=True)
+        ]
+        work, done = artifacts[0].work.absolute(), resumed_blocks(sinks)
+        ranks.tell([str(work), done])
+        yield sinks, work, done
+
+
+def _require_same(plans: Sequence[QuantizePlan], ranks: Ranks) -> None:
+    """Refuse processes that are about to make different things.
+
+    Raises:
+        UsageError: they are.
+    """
+    if ranks.alone:
+        return
+    keys = ranks.ask([plan.key for plan in plans])
+    for rank, key in enumerate(keys):
+        if key != keys[0]:
+            raise UsageError(
+                f"rank {rank} of {ranks.count} sees another model, text or recipe than rank 0, or has other versions "
+                "of llmconvert or torch; give all processes the same files, and install the same packages"
+            )
+
+
+def _require_seen(work: Path, ranks: Ranks) -> None:
+    """Refuse to begin where a process does not see what the first one writes.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if not work.is_dir():
+        raise UsageError(
+            f"{work}: rank {ranks.rank} of {ranks.count} does not see this directory, which rank 0 has made; name one "
+            "that all machines share under the same path"
         )
 
 
 def _finished(plans: Sequence[QuantizePlan], sinks: Sequence[ArtifactSink]) -> list[tuple[LayerResult, ...]]:
-    """Put the artifacts in place; gives what came of the linears of each."""
-    layers = [_layers(plan.decisions, sink) for plan, sink in zip(plans, sinks, strict=True)]
+    """Put the artifacts in place; gives what came of the linears of each, where there are sinks."""
+    if not sinks:
+        return [() for _ in plans]
+    layers = [layers_of(plan.decisions, sink) for plan, sink in zip(plans, sinks, strict=True)]
     for plan, found, sink in reversed(list(zip(plans, layers, sinks, strict=True))):  # the first has the activations
         if plan.inputs.record is not None:
             write_layers(plan.inputs.record, found)
@@ -346,7 +329,7 @@ def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
     skeleton, blocks, method = inputs.skeleton, inputs.blocks, inputs.method
     fixed = any(planned.fixes_inputs for planned in decisions.schemes.values()) or decisions.caches
     if method.calibration == "none" and not fixed:
-        return DataFreeSteps(skeleton, method, decisions, inputs.scale_dtype, phases)
+        return DataFreeSteps(skeleton, method, decisions, inputs.scale_dtype, phases, inputs.context.ranks)
     kinds = {linear: planned.input_kind for linear, planned in decisions.schemes.items() if not planned.fixes_inputs}
     skeleton.quantize_inputs({linear: kind for linear, kind in kinds.items() if kind is not None})
     edges: tuple[tuple[Edge, ...], ...] = ()
@@ -372,22 +355,5 @@ def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
         plan.request.expert_prior,
         plan.request.experts == "all",
         skeleton.watch_caches() if decisions.caches else {},
+        inputs.context.ranks,
     )
-
-
-def _layers(plan: QuantizationPlan, sink: ArtifactSink) -> tuple[LayerResult, ...]:
-    found = ((plan.sites[name], plan.schemes[name], result) for name, result in sink.results.items())
-    return tuple(
-        LayerResult(site.stored, str(scheme), site.shape, error, damping, site.owner, tokens, site.outside)
-        for site, scheme, (error, damping, tokens) in found
-    )
-
-
-def write_layers(record: Path, layers: Sequence[LayerResult]) -> None:
-    """Keep what came of each linear in a file."""
-    write_json(record, [asdict(layer) for layer in layers])
-
-
-def read_layers(record: Path) -> tuple[LayerResult, ...]:
-    """What :func:`write_layers` kept."""
-    return tuple(LayerResult(**{**entry, "shape": tuple(entry["shape"])}) for entry in json.loads(record.read_bytes()))

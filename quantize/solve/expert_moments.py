@@ -15,6 +15,7 @@ from itertools import repeat
 
 import torch
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.engine.discovery import Stop
 from llmconvert.engine.statistics import Arrival, Hessian, HessianSum
 from llmconvert.engine.stream import BlockRun
@@ -38,6 +39,7 @@ class ExpertMoments:
         device: where it is computed.
         prior: κ by the columns of the input; 0 leaves moments as the expert's own tokens give them.
         every: whether every expert is shown all tokens of the layer, wherever the router sends them.
+        ranks: the processes, each of which has a part of the tokens.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class ExpertMoments:
         prior: float = PRIOR,
         *,
         every: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._run, self._original, self._device = run, original, device
+        self._run, self._original, self._device, self._ranks = run, original, device, ranks
         self._prior = prior
         self.every = every
         self._layer: tuple[str, Hessian] | None = None
@@ -59,7 +62,8 @@ class ExpertMoments:
         """How many tokens the router sends to the expert that a site belongs to."""
         site = self._run.site(name)
         if site.layer not in self._counts:
-            self._counts[site.layer] = self._run.experts(name).tokens()
+            counts = self._ranks.ask(list(self._run.experts(name).tokens()))
+            self._counts[site.layer] = [sum(each) for each in zip(*counts, strict=True)]
         return self._counts[site.layer][site.expert]
 
     def hessian(self, stop: Stop) -> Hessian:
@@ -132,7 +136,7 @@ class ExpertMoments:
         return zip(here, there, strict=False)
 
     def _sum(self, name: str, columns: int, arrivals: Iterable[tuple[Arrival, Arrival | None]]) -> HessianSum:
-        total = HessianSum(name, columns, self._device, original=self._original is not None)
+        total = HessianSum(name, columns, self._device, original=self._original is not None, ranks=self._ranks)
         for here, there in arrivals:
             if len(here.inputs):
                 total.add(here, there)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from llmconvert.compute.kv_cache import CacheQuantizer, CacheScales
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.engine.coroutine import record_inputs
 from llmconvert.engine.skeleton import BlockCall, Skeleton
 from llmconvert.engine.stream import BlockRun
@@ -22,10 +23,12 @@ class LargestInput:
 
     Args:
         schemes: of the linears.
+        ranks: the processes, each of which looks at a part of the batches.
     """
 
-    def __init__(self, schemes: Iterable[Scheme]) -> None:
+    def __init__(self, schemes: Iterable[Scheme], ranks: Ranks = ALONE) -> None:
         self.wanted = any(scheme.fixes_inputs for scheme in schemes)
+        self._ranks = ranks
         self.value = 0.0
 
     def watch(self, inputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -47,7 +50,10 @@ class LargestInput:
             dtype: of the model.
         """
         kind = scheme.input_kind
-        return kind.scale_for(self.value, dtype) if kind is not None and kind.calibrated else None
+        if kind is None or not kind.calibrated:
+            return None
+        self.value = self._ranks.largest(self.value)
+        return kind.scale_for(self.value, dtype)
 
 
 def largest_inputs(
@@ -81,7 +87,12 @@ def largest_inputs(
 
 
 def cache_scales(
-    run: BlockRun, caches: Mapping[str, CacheQuantizer], skeleton: Skeleton, *, by_head: bool = False
+    run: BlockRun,
+    caches: Mapping[str, CacheQuantizer],
+    skeleton: Skeleton,
+    ranks: Ranks = ALONE,
+    *,
+    by_head: bool = False,
 ) -> Iterator[tuple[str, CacheScales]]:
     """Scales of a block's caches, with all batches through its attention and the new weights in place.
 
@@ -89,6 +100,7 @@ def cache_scales(
         run: of the block, whose linears have been asked for.
         caches: what looks at keys and values, by what the checkpoint calls attention modules.
         skeleton: the model.
+        ranks: the processes, each of which has a part of the batches.
         by_head: whether each head has its own.
 
     Raises:
@@ -100,6 +112,10 @@ def cache_scales(
         for _ in run.inputs(run.plan.stops[-1].linears[0]):
             pass
     for name, cache in own.items():
+        if not ranks.alone and cache.largest is not None:
+            came = ranks.exchange(cache.largest, torch.device("cpu"))
+            keys, values = (torch.stack(parts).amax(0) for parts in zip(*came, strict=True))
+            cache.largest = keys, values
         if not cache.met:
             raise CalibrationError(
                 f"{name}: no keys and values of calibration text came to a cache; leave out kv_cache"

@@ -71,6 +71,7 @@ class RunPlan:
         readers: which runtimes read the result.
         memory: bytes that may be used; those that are free now, or the recipe's own limit.
         device_memory: the same on an accelerator; None where the run computes on the processor.
+        processes: that do it together. What is said of memory is said of each of them.
     """
 
     name: str
@@ -82,6 +83,7 @@ class RunPlan:
     readers: str
     memory: int
     device_memory: int | None = None
+    processes: int = 1
 
     @property
     def needs(self) -> Needs:
@@ -162,6 +164,7 @@ class RunPlan:
             "readers": self.readers,
             "memory_free": self.memory,
             "device_memory_free": self.device_memory,
+            "processes": self.processes,
             "needs": _needs(needs),
             "seconds": _seconds(self.seconds),
             "steps": [

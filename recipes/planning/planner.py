@@ -14,6 +14,7 @@ from typing import Any
 
 import huggingface_hub
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.context import Context
 from llmconvert.device import open_device
 from llmconvert.engine.architecture.config import declared_number
@@ -40,7 +41,12 @@ __all__ = ["assemble_plan", "fetching", "foresee", "foresee_steps", "plan_recipe
 
 
 def plan_recipe(
-    recipe: Recipe, *, work_dir: Path | str | None = None, publish: bool = True, fresh: bool = False
+    recipe: Recipe,
+    *,
+    work_dir: Path | str | None = None,
+    publish: bool = True,
+    fresh: bool = False,
+    ranks: Ranks = ALONE,
 ) -> RunPlan:
     """What :func:`llmconvert.run_recipe` would do with a recipe: nothing is fetched but headers, nothing written.
 
@@ -53,16 +59,23 @@ def plan_recipe(
         work_dir: where finished stages are looked for; the recipe's own by default.
         publish: whether it shall be published, and the target be checked.
         fresh: reckon with no finished stage.
+        ranks: the processes that would run it.
 
     Raises:
         LlmconvertError: whatever a run would refuse before its work; memory and disk are
             :meth:`~llmconvert.recipes.planning.plan.RunPlan.require_room`'s.
     """
-    return plan_run(recipe, Path(work_dir or recipe.work_dir), publish=publish, fresh=fresh)
+    return plan_run(recipe, Path(work_dir or recipe.work_dir), publish=publish, fresh=fresh, ranks=ranks)
 
 
 def plan_run(
-    recipe: Recipe, work_dir: Path, *, publish: bool = True, fresh: bool = False, publisher: str | None = None
+    recipe: Recipe,
+    work_dir: Path,
+    *,
+    publish: bool = True,
+    fresh: bool = False,
+    publisher: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunPlan:
     """The plan of a recipe; ``publisher`` is who may replace what is published there, if it isn't the recipe."""
     filled = fill_target(recipe)
@@ -72,14 +85,16 @@ def plan_run(
     require_texts(filled)
     if target is not None:
         check_target(target, publisher or filled.name, Hashes())
-    return foresee(filled, target, work_dir, fresh=fresh)
+    return foresee(filled, target, work_dir, fresh=fresh, ranks=ranks)
 
 
-def foresee(recipe: Recipe, target: PublishSettings | None, work_dir: Path, *, fresh: bool = False) -> RunPlan:
+def foresee(
+    recipe: Recipe, target: PublishSettings | None, work_dir: Path, *, fresh: bool = False, ranks: Ranks = ALONE
+) -> RunPlan:
     """The plan of a recipe whose environment, texts and target were checked, and whose target is filled in."""
     todo = stages_of(recipe)
     headers = open_headers(recipe)
-    work = work_of(recipe, headers)
+    work = work_of(recipe, headers, ranks)
     source = headers.source
     with work.view.open() as dense:
         if recipe.attention is not None:
@@ -168,9 +183,10 @@ def _found(stage: Stage[Any], work: Work, pending: set[str], work_dir: Path) -> 
     return Finished(stage.name, key, path, stage.read(result.details), result.contents)
 
 
-def work_of(recipe: Recipe, headers: Headers) -> Work:
-    """A recipe's model as its headers tell it, to plan stages on."""
-    context = Context(open_device(recipe.device), recipe.memory)
+def work_of(recipe: Recipe, headers: Headers, ranks: Ranks = ALONE) -> Work:
+    """A recipe's model as its headers tell it, to plan stages on that ``ranks`` build."""
+    device = open_device(recipe.device, None if ranks.alone else ranks.local_rank)
+    context = Context(device, recipe.memory, ranks=ranks)
     source = headers.source
     stored, adapter = require_source(recipe, source), recipe_adapter(recipe, SILENT)
     return Work(recipe, context, source, converted_view(recipe, source, stored, adapter), stored, adapter)
@@ -221,6 +237,7 @@ def assemble_plan(recipe: Recipe, work: Work, steps: Sequence[StepPlan], makes: 
         parameters=parameters(checkpoint),
         blocks=declared_number(checkpoint.config, "num_hidden_layers") or 0,
         readers=readers,
-        memory=host if accelerated or recipe.memory is None else recipe.memory,
+        memory=(host if accelerated or recipe.memory is None else recipe.memory) // work.context.ranks.local_count,
         device_memory=(recipe.memory or free()) if accelerated else None,
+        processes=work.context.ranks.count,
     )

@@ -20,6 +20,8 @@ def plan_lines(plan: RunPlan, *, probe: bool = True) -> Iterator[str]:
     """
     yield f"plan: {plan.model} → {plan.makes}" if plan.makes else f"plan: {plan.model}"
     yield f"{plan.parameters / 1e6:,.0f}M parameters in {plan.blocks} blocks"
+    if plan.processes > 1:
+        yield f"{plan.processes} processes share calibration and evaluation; memory is of each"
     yield row("step", "memory", "disk", "time") + "makes"
     for step in plan.steps:
         yield from _step(step)

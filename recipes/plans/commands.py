@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.errors import UsageError
 from llmconvert.recipes.planning.headers import Headers, open_headers
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 from llmconvert.recipes.planning.planner import assemble_plan, fetching, step_of, work_of
+from llmconvert.recipes.ranks import put_papers
 from llmconvert.recipes.schema.recipe import Recipe
-from llmconvert.recipes.single import put_papers, require_comparable, require_output
+from llmconvert.recipes.single import require_comparable, require_output
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
 from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
 from llmconvert.recipes.stages.measurements import foresee_measuring, require_accepted, require_measurable
@@ -33,12 +35,13 @@ from llmconvert.recipes.stages.windows import (
 __all__ = ["plan_making", "plan_measuring"]
 
 
-def plan_making(recipe: Recipe, output: Path) -> RunPlan:
+def plan_making(recipe: Recipe, output: Path, ranks: Ranks | None = None) -> RunPlan:
     """What ``convert`` or ``quantize`` would do: nothing is fetched but headers, nothing written.
 
     Args:
         recipe: of the command's options.
         output: the directory or file that it would make.
+        ranks: the processes that would do it.
 
     Raises:
         LlmconvertError: whatever the command would refuse before its work; memory and disk are
@@ -47,7 +50,7 @@ def plan_making(recipe: Recipe, output: Path) -> RunPlan:
     require_output(recipe, output)
     require_texts(recipe)
     headers = open_headers(recipe)
-    work = work_of(recipe, headers)
+    work = work_of(recipe, headers, ranks or ALONE)
     if recipe.attention is not None:
         with work.view.open() as dense:
             require_mergeable(dense, recipe.attention)
@@ -93,8 +96,8 @@ def _stages(recipe: Recipe) -> Iterator[Stage[Any]]:
             yield heal_stage(healing, after=merge.name)
 
 
-def plan_measuring(recipe: Recipe, reference: str | None = None) -> RunPlan:
-    """What ``validate`` would do with ``recipe.model``, against the model that ``reference`` names.
+def plan_measuring(recipe: Recipe, reference: str | None = None, ranks: Ranks | None = None) -> RunPlan:
+    """What ``validate`` would do with ``recipe.model``, against the model that ``reference`` names, on ``ranks``.
 
     Raises:
         LlmconvertError: whatever the command would refuse before its work.
@@ -107,7 +110,7 @@ def plan_measuring(recipe: Recipe, reference: str | None = None) -> RunPlan:
     require_texts(recipe)
     headers = open_headers(recipe)
     original = _original(recipe, reference)
-    work = work_of(recipe, headers)
+    work = work_of(recipe, headers, ranks or ALONE)
     require_accepted(settings, headers.source.checkpoint)
     if settings.perplexity is not None:
         draw_text(work, EVALUATION_TEXT, WindowRequest.evaluation(settings.perplexity))

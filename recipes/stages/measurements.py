@@ -108,7 +108,7 @@ def validate_stage(
         return {**own, **settings.model_dump(mode="json", exclude={"repair"})}
 
     after = {"original": ORIGINAL, "artifact": model, "text": EVALUATION_TEXT, "calibration": CALIBRATION}
-    return Stage(name, after, Measured.model_validate, build, inputs, forecast=forecast)
+    return Stage(name, after, Measured.model_validate, build, inputs, forecast=forecast, together=True)
 
 
 def foresee_measuring(
@@ -125,9 +125,10 @@ def foresee_measuring(
     tokens = windows.drawn * windows.length if windows is not None else 0
     asked = [name for name in type(settings).model_fields if getattr(settings, name) is not None]
     written = settings.generation.max_new_tokens if settings.generation is not None else 0
+    shared = "" if context.ranks.alone else f" by {context.ranks.count}"
     return Forecast(
         plan.needs,
-        kind=f"validate {' '.join(asked)} {context.device.type}",
+        kind=f"validate {' '.join(asked)} {context.device.type}{shared}",
         work=float(weights * (tokens + 64 * written + 1)),
     )
 

@@ -119,7 +119,8 @@ def quantize_stage(
         return {"device": work.context.device.type, **settings.model_dump(mode="json", exclude={"distil"}), **own}
 
     order = {"model": after, "calibration": CALIBRATION}
-    return Stage(QUANTIZE, order, QuantizeReport.model_validate, build, inputs, resumable=True, forecast=forecast)
+    read = QuantizeReport.model_validate
+    return Stage(QUANTIZE, order, read, build, inputs, resumable=True, forecast=forecast, together=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.context import Context
 from llmconvert.convert.adapter.files import Adapter
 from llmconvert.convert.quantized import StoredAs
@@ -110,6 +111,8 @@ class Work:
         finished: stages, by name.
         steps: what the report will say of the run so far.
         foreseen: models that stages will make, by name, where a run is only planned.
+        ranks: the processes that take part in stages which are built together; others are built by the first.
+        has_papers: whether what lies beside the weights is about what is made of them.
     """
 
     recipe: Recipe
@@ -122,6 +125,8 @@ class Work:
     finished: dict[str, Finished[Any]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     foreseen: dict[str, Checkpoint] = field(default_factory=dict)
+    ranks: Ranks = ALONE
+    has_papers: bool = False
 
     @property
     def original(self) -> Original:
@@ -146,6 +151,29 @@ class Work:
     def windows(self, name: str) -> Sequence[torch.Tensor]:
         """Token ids ``[1, length]`` each that the stage drew; none where the recipe has no such text."""
         return self.texts[name].windows if name in self.texts else ()
+
+    def build(self, stage: Stage[D], place: Place) -> D:
+        """What a stage's builder says, when it has built it in a place; of several processes the first one does this.
+
+        It calls the others to a stage that is built together, where there is anything left to build.
+        """
+        there = place.notes is not None and place.model.exists()
+        if self.ranks.alone or not stage.together or there:
+            return stage.build(self, place)
+        texts = {name: asdict(replace(text, windows=())) for name, text in self.texts.items()}
+        for about in texts.values():
+            del about["windows"]
+        call = {
+            "stage": stage.name,
+            "after": dict(stage.after),
+            "model": str(place.model.absolute()),
+            "finished": {name: [done.key, str(done.directory.absolute())] for name, done in self.finished.items()},
+            "texts": texts,
+            "papers": self.has_papers,
+        }
+        self.ranks.tell(call)
+        self.ranks.exchange([torch.cat(text.windows) for text in self.texts.values()], torch.device("cpu"))
+        return stage.build(replace(self, context=replace(self.context, ranks=self.ranks)), place)
 
     def context_of(self, name: str) -> Context:
         """The context of a job on that stage's output."""
@@ -190,6 +218,7 @@ class Stage(Generic[D]):
     finish: Callable[[Work], None] = _no_check
     reported: bool = True
     forecast: Callable[[Work, Path], Forecast] = _nothing_to_foresee
+    together: bool = False
 
     def inputs(self, work: Work) -> Mapping[str, Any]:
         """Everything that decides the stage's output: its key is their hash."""

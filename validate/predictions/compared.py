@@ -7,19 +7,22 @@ whichever others are compared beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ConfigDict
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.engine.divergence import BlockDivergence, Pair, SideBySide
-from llmconvert.errors import LlmconvertError
+from llmconvert.errors import GateError, LlmconvertError
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.section import Value
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import write_file
 from llmconvert.text.tokens import TokenWindows
-from llmconvert.validate.predictions.perplexity import Comparing, Comparison
+from llmconvert.validate.predictions.perplexity import Comparing, Comparison, require_all
 
 __all__ = ["Compared", "compare_models"]
 
@@ -56,6 +59,7 @@ def compare_models(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
 ) -> list[Compared | LlmconvertError]:
     """Compare artifacts with the original, block by block in the memory of two, in one pass of the original.
 
@@ -67,6 +71,7 @@ def compare_models(
         dtype: of weights and activations; each checkpoint's own by default.
         seed: of the bootstrap.
         progress: one unit per block of each artifact.
+        ranks: the processes, each of which runs a part of the text; several compare one artifact.
 
     Returns:
         for each artifact what was found, or why it could not be compared.
@@ -75,13 +80,22 @@ def compare_models(
         CalibrationError: the original computes NaN or infinity.
         LlmconvertError: what is wrong with the last artifact, where nothing could be found for any.
     """
-    sums = [Comparing(text.windows, scored=text.scored, seed=seed) for _ in artifacts]
-    with SideBySide(original, artifacts, text.windows, device=device, dtype=dtype, progress=progress) as models:
-        pairs = models.logits()
-        while _add_next(pairs, models, sums):
-            pass
+    sums = [Comparing(text.windows, scored=text.scored, seed=seed, ranks=ranks) for _ in artifacts]
+    about: dict[str, Any] = {"device": device, "dtype": dtype, "progress": progress, "ranks": ranks}
+    with ExitStack() as stack:
+        failed, models = "", list[SideBySide]()
+        try:
+            models.append(stack.enter_context(SideBySide(original, artifacts, text.windows, **about)))
+            pairs = models[0].logits()
+            while _add_next(pairs, models[0], sums):
+                pass
+        except GateError as error:
+            if ranks.alone:
+                raise
+            failed = str(error)
+        require_all(failed, ranks)
         return [
-            models.failures.get(number) or Compared(comparison=one.result(), blocks=models.divergences(number))
+            models[0].failures.get(number) or Compared(comparison=one.result(), blocks=models[0].divergences(number))
             for number, one in enumerate(sums)
         ]
 

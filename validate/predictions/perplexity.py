@@ -16,9 +16,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.errors import CalibrationError, GateError, LlmconvertError, UsageError
 
-__all__ = ["Comparing", "Comparison", "PerplexityResult", "WorstToken", "compare_logits", "perplexity"]
+__all__ = ["Comparing", "Comparison", "PerplexityResult", "WorstToken", "compare_logits", "perplexity", "require_all"]
 
 T = TypeVar("T")
 
@@ -92,23 +93,54 @@ def perplexity(
     *,
     scored: Sequence[int] | None = None,
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> PerplexityResult:
     """Score ``windows`` (int64 ``[1, L]``) by a model's ``logits`` for them (``[1, L, V]``, any float dtype, in order).
 
     Args:
         scored: of each window, how many predictions at its end count; all by default.
+        ranks: the processes, each of which has the logits of its share of the windows; all get the result.
 
     Raises:
         GateError: logits that are not finite, with window and position.
         ValueError: logits and windows don't belong together.
     """
-    parts = iter(logits)
-    nlls = [
-        torch.cat([_nll(*piece) for piece in _scored(_next(parts), window, index, "artifact", count)])
-        for index, (window, count) in enumerate(zip(windows, _counts(windows, scored), strict=True))
-    ]
-    _require_end(parts)
-    return _result([part.double().cpu().numpy() for part in nlls], seed)
+    parts, counts = iter(logits), _counts(windows, scored)
+    failed, nlls = "", list[np.ndarray]()
+    try:
+        for index in ranks.share(len(windows)):
+            pieces = _scored(_next(parts), windows[index], index, "artifact", counts[index])
+            nlls.append(torch.cat([_nll(*piece) for piece in pieces]).double().cpu().numpy())
+        _require_end(parts)
+    except GateError as error:
+        if ranks.alone:
+            raise
+        failed = str(error)
+    require_all(failed, ranks)
+    return _result(_of_all(nlls, ranks), seed)
+
+
+def require_all(failed: str, ranks: Ranks) -> None:
+    """Fail in all processes if the artifact has failed in one.
+
+    Args:
+        failed: why, here; empty where it has not.
+        ranks: the processes.
+
+    Raises:
+        GateError: with why it has in the first of them.
+    """
+    for said in ranks.ask(failed):
+        if said:
+            raise GateError(said)
+
+
+def _of_all(parts: list[np.ndarray], ranks: Ranks) -> list[np.ndarray]:
+    """What comes of every window, in order, whichever process has scored it."""
+    if ranks.alone:
+        return parts
+    everyone = ranks.exchange([torch.from_numpy(part) for part in parts], torch.device("cpu"))
+    return [part.numpy() for tensors in everyone for part in tensors]
 
 
 def compare_logits(
@@ -144,10 +176,19 @@ class Comparing:
 
     Args:
         windows, scored, seed: see :func:`compare_logits`.
+        ranks: the processes, each of which takes its share of the windows; all get the result.
     """
 
-    def __init__(self, windows: Sequence[torch.Tensor], *, scored: Sequence[int] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        windows: Sequence[torch.Tensor],
+        *,
+        scored: Sequence[int] | None = None,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self._windows, self._counts, self._seed = windows, _counts(windows, scored), seed
+        self._ranks, self._first = ranks, ranks.share(len(windows)).start
         self._parts: list[np.ndarray] = []
 
     def add(self, reference: torch.Tensor, artifact: torch.Tensor) -> None:
@@ -156,12 +197,12 @@ class Comparing:
         Raises:
             LlmconvertError: see :func:`compare_logits`.
         """
-        index = len(self._parts)
+        index = self._first + len(self._parts)
         self._parts.append(_compare_window(reference, artifact, self._windows[index], index, self._counts[index]))
 
     def result(self) -> Comparison:
         """When all windows were there."""
-        parts, counts, seed = self._parts, self._counts, self._seed
+        parts, counts, seed = _of_all(self._parts, self._ranks), self._counts, self._seed
         reference_result = _result([part[:, 0] for part in parts], seed)
         artifact_result = _result([part[:, 1] for part in parts], seed)
         differences = np.array(artifact_result.window_nlls) - np.array(reference_result.window_nlls)

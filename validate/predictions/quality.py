@@ -6,11 +6,14 @@ as a whole. A sweep lets all its variants run beside the original at once, befor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
+
+from llmconvert.compute.ranks.group import ALONE
 from llmconvert.engine.architecture.config import declared_number
 from llmconvert.engine.divergence import BlockDivergence, blame_artifact
 from llmconvert.engine.evaluation import stream_logits
@@ -49,28 +52,36 @@ class QualityCheck(Measurement):
     overlap: float | None = None
     compared: Compared | None = None
 
+    together: ClassVar[bool] = True
+
     def measure(self, subject: Subject) -> list[Check]:
         """Perplexity, and against an original divergence; nothing without a text.
 
         Where the artifact computes NaN or infinity, the perplexity fails and has no value.
         """
-        if subject.windows is None:
+        text = subject.windows
+        if text is None:
             return []
-        about = _how_measured(subject.windows, self.overlap)
+        if text.drawn < subject.ranks.count:  # too few to share
+            if not subject.ranks.leads:
+                return []
+            subject = replace(subject, ranks=ALONE)
+        about = _how_measured(text, self.overlap)
         try:
             if subject.original is None:
-                return [self._alone(subject, subject.windows, about)]
-            return self._compared(subject, subject.original, subject.windows, about)
+                return [self._alone(subject, text, about)]
+            return self._compared(subject, subject.original, text, about)
         except GateError as error:
             return [Check(name="perplexity", ok=False, detail={**about, "text": str(error)})]
 
     def _alone(self, subject: Subject, text: TokenWindows, about: dict[str, Any]) -> Check:
         # States that are not finite and tensors that are missing are the artifact's failure.
-        with blame_artifact():
-            logits = stream_logits(
-                subject.dense, text.windows, device=subject.device, dtype=subject.dtype, progress=subject.progress
-            )
-            result = perplexity(logits, text.windows, scored=text.scored, seed=subject.seed)
+        own = [text.windows[number] for number in subject.ranks.share(text.drawn)]
+        streamed = stream_logits(
+            subject.dense, own, device=subject.device, dtype=subject.dtype, progress=subject.progress
+        )
+        logits = _blaming(streamed)
+        result = perplexity(logits, text.windows, scored=text.scored, seed=subject.seed, ranks=subject.ranks)
         detail = {**about, **self._warning(result.ppl, subject.dense), "tokens": result.tokens, **_interval(result)}
         return Check(name="perplexity", value=result.ppl, detail=detail)
 
@@ -142,6 +153,11 @@ class QualityCheck(Measurement):
         return Check(name="top1_agreement", value=share, limit=self.min_top1, ok=ok, unit="share", detail=detail)
 
 
+def _blaming(logits: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    with blame_artifact():
+        yield from logits
+
+
 def _compare(subject: Subject, original: Checkpoint, text: TokenWindows) -> Compared:
     (found,) = compare_models(
         original,
@@ -151,6 +167,7 @@ def _compare(subject: Subject, original: Checkpoint, text: TokenWindows) -> Comp
         dtype=subject.dtype,
         seed=subject.seed,
         progress=subject.progress,
+        ranks=subject.ranks,
     )
     assert isinstance(found, Compared), "what is wrong with the only artifact is raised"
     return found
