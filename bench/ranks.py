@@ -90,7 +90,10 @@ def launched(options: argparse.Namespace, count: int, *arguments: str | Path) ->
 
 
 def quantize(options: argparse.Namespace, count: int) -> dict[str, Any]:
-    output = options.work / str(count)
+    output, kept = options.work / str(count), options.work / f"{count}.json"
+    if kept.exists():  # of a run that was stopped
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found
     shutil.rmtree(output, ignore_errors=True)
     given = ["--method", options.method, "--scheme", options.scheme, "--calibration", options.calibration, "--json"]
     given += ["--samples", str(options.samples), "--length", str(options.length), "-q"]
@@ -98,6 +101,7 @@ def quantize(options: argparse.Namespace, count: int) -> dict[str, Any]:
         launched(options, count, "-m", "llmconvert", "quantize", options.model, output, *given)
     )
     print(f"{count}: {said['seconds']} s {said['phases']}", file=sys.stderr, flush=True)
+    kept.write_text(json.dumps(said))
     return said
 
 
