@@ -29,6 +29,8 @@ __all__ = ["Failure", "Watch", "invite"]
 
 #: How long processes may take to connect.
 _MEET_SECONDS = 120.0
+# Of what strangers say, so many bytes are read.
+_LONGEST = 100
 # A collective that a death has broken says so at once; then the main thread is interrupted; then the process ends.
 _NOTICE_SECONDS, _GRACE_SECONDS = 1.0, 5.0
 # A machine that is gone answers nothing: so long until the first question, between questions, and how many.
@@ -190,7 +192,7 @@ def _welcome(server: socket.socket, token: str, count: int) -> dict[int, socket.
         try:
             connection, _ = server.accept()
             connection.settimeout(_MEET_SECONDS)
-            said = connection.makefile("rb").readline(100)
+            said = _line(connection)
         except OSError as error:
             missing = sorted(set(expected.values()) - set(found))
             raise MachineError(f"ranks {missing} of {count} did not connect: {error}") from error
@@ -199,6 +201,14 @@ def _welcome(server: socket.socket, token: str, count: int) -> dict[int, socket.
             connection.close()
         else:
             found[rank] = _lasting(connection)
+    return found
+
+
+def _line(connection: socket.socket) -> bytes:
+    """The first line that comes, and nothing of what is behind it, which may be the first thing to be told."""
+    found = b""
+    while not found.endswith(b"\n") and len(found) < _LONGEST and (byte := connection.recv(1)):
+        found += byte
     return found
 
 
