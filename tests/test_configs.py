@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmconvert.api import convert_model, quantize_model, validate_model
 from llmconvert.convert.inspection import inspect_model
 from llmconvert.convert.source import Source, open_source
-from llmconvert.recipes import single
+from llmconvert.recipes import ranks, single
 
 #: In the spelling of models on the Hub, which transformers completes and renames when it builds a config of it.
 SPELLINGS: dict[str, dict[str, Any]] = {
@@ -93,7 +93,8 @@ def test_a_config_stays_as_it_is(
         opened.append((source, copy.deepcopy(dict(source.checkpoint.config))))
         return source
 
-    monkeypatch.setattr(single, "open_source", spy)
+    for module in (single, ranks):
+        monkeypatch.setattr(module, "open_source", spy)
     run, allowed = COMMANDS[command]
     run(model, tmp_path / "out")
     assert (model / "config.json").read_bytes() == before

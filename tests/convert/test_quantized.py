@@ -77,7 +77,7 @@ def test_it_is_named(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert found.quantization == "fp8" and found.released and found.unread is None
     assert found.mixture["w8a8-g48x48-fp8"].tensors == 14
     main(["inspect", str(tmp_path / "fp8")], standalone_mode=False)
-    assert "8-bit floats (E4M3), one scale per block of 48 × 48" in capsys.readouterr().out
+    assert "8-bit floats (E4M3), one scale per block of 48 × 48" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_was_quantized_for_deployment_is_quantized_again_on_request_alone(

@@ -57,9 +57,15 @@ def test_commands_parse(block: Block, tmp_path: Path, monkeypatch: pytest.Monkey
     found = commands(block)
     assert found, "a console block without a command"
     for words in found:
+        while "=" in words[0]:
+            words = words[1:]  # variables of the environment
         match words:
             case ["llmconvert", *rest]:
                 parse(rest)
+            case ["torchrun", *rest]:
+                module = rest.index("-m")
+                assert rest[module + 1] == "llmconvert"
+                parse(rest[module + 2 :])
             case ["make", *targets]:
                 makefile = (ROOT / "Makefile").read_text()
                 assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets if "=" not in target)

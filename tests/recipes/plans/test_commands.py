@@ -193,10 +193,10 @@ def test_mixtures_of_400_and_1000_billion_are_planned_from_headers(tmp_path: Pat
         hidden, layers = config["hidden_size"], config["num_hidden_layers"]
         dense = 2 * config["vocab_size"] * hidden + layers * config["num_experts"] * hidden
         dense += layers * (2 * hidden + 2 * 128) + hidden
-        convert, quantize = plan.steps[-2:]
-        assert 2 * numel < convert.nbytes < 2 * numel * 1.0001
+        converted, quantized = plan.steps[-2:]
+        assert 2 * numel < converted.nbytes < 2 * numel * 1.0001
         packed = 2 * dense + (numel - dense) * (4 + 16 / 64) / 8
-        assert packed < quantize.nbytes < packed * 1.002
+        assert packed < quantized.nbytes < packed * 1.002
         experts = 2 * 3 * config["num_experts"] * hidden * config["moe_intermediate_size"]
         assert plan.needs.memory < experts / 3
     disk = sum(job.needs.disk for job in batch.jobs.values())

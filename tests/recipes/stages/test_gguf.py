@@ -31,7 +31,10 @@ CALIBRATE = 'calibrate: {dataset: "pydoc-topics:train", samples: 4, length: 64}\
         ("{method: imatrix, scheme: w4a16-g64}", r"imatrix chooses GGUF's codes only; methods for int are rtn, gptq"),
         ("{method: rtn, scheme: w4a16-g64, format: gguf}", r"w4a16-g64-sym: no GGUF type holds its codes; .*q4_k_m"),
         ("{method: rtn, scheme: q4_k_x, format: gguf}", r"'q4_k_x'.*or a GGUF type: f32, f16"),
-        ("{method: rtn, scheme: w4a16-g64, head: q8_0}", r"quantize.head: no reader of this format was seen to take"),
+        (
+            "{method: rtn, scheme: w4a16-g64, head: q8_0}",
+            r"quantize.head: scheme q8_0: .*; formats that hold q8_0: gguf",
+        ),
         (
             "{method: rtn, scheme: w4a16-g64, overrides: [{match: '*', scheme: q6_k}]}",
             r"quantize.overrides.0.scheme: .*; formats that hold q6_k: gguf",
