@@ -33,6 +33,8 @@ CONSOLE, PYTHON, YAML = ([*blocks(language)] for language in ("console", "python
 OF_THE_HUB = ("--stream", "--private", "--engine")
 # Run at shorter lengths by tests/validate/long_inputs: each length and backend in a process of its own takes minutes.
 MEASURED_FOR_MINUTES = ("--attention", "--memory")
+# Run by tests/validate/serving: it needs runtimes, which the page names by paths.
+IN_RUNTIMES = ("--serve",)
 # What the pages' adapter is of.
 LINEAR = "model.layers.0.self_attn.q_proj"
 RUNTIMES = ("vllm", "gptqmodel", "xllamacpp", "mlx_lm")
@@ -161,7 +163,7 @@ def runnable(block: Block) -> bool:
 @pytest.mark.parametrize("block", [block for block in CONSOLE if runnable(block)], ids=str)
 def test_commands_run(block: Block, world: Path) -> None:
     for _, *words in commands(block):
-        if words[0] == "validate" and set(words) & set(MEASURED_FOR_MINUTES):
+        if words[0] == "validate" and set(words) & {*MEASURED_FOR_MINUTES, *IN_RUNTIMES}:
             continue
         small = [
             path for word in smaller(words) for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])

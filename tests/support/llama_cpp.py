@@ -69,6 +69,8 @@ def _worker() -> subprocess.Popen[str]:
 
 
 def _ask(request: dict[str, Any]) -> Any:
+    if _worker().poll() is not None:  # ended by what an earlier test asked of it
+        _worker.cache_clear()
     worker = _worker()
     assert worker.stdin is not None and worker.stdout is not None
     worker.stdin.write(json.dumps(request) + "\n")

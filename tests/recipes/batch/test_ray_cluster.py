@@ -62,4 +62,5 @@ def test_a_job_whose_node_dies_finishes_on_the_other(write_recipe: Any, tmp_path
     made = {path.read_bytes() for path in work.glob("artifact-*/model/model.safetensors")}
     assert made == {(one.result.artifact / "model.safetensors").read_bytes() for one in here if one.result is not None}
     said = "".join((logs / f"00{number}-{name}.log").read_text() for number, name in ((1, "one"), (2, "two")))
-    assert said.count("convert: done in") == 1, "nothing is done twice"
+    # The line of a process that is killed just after it may be lost with it.
+    assert said.count("convert: done in") <= 1 <= said.count("convert: unchanged, reusing"), "nothing is done twice"
