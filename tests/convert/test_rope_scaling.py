@@ -106,3 +106,15 @@ def test_what_is_no_scaling(text: str) -> None:
 
 def test_it_prints_as_it_is_written() -> None:
     assert str(RopeScaling.parse("yarn:2.0")) == "yarn:2" and RopeScaling.parse("linear:1.5").factor == 1.5
+
+
+@pytest.mark.parametrize("text", ["yarn:" + "9" * 400, "linear:1000001", "dynamic:1.0"])
+def test_a_factor_that_no_model_has_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^.{,100}the factor must be above 1 and at most 1,000,000$"):
+        RopeScaling.parse(text)
+
+
+@pytest.mark.parametrize("factor", [1.23456789, 2.0, 1.0000001, 123456.75, 1e6])
+def test_a_factor_is_read_back_from_its_name(factor: float) -> None:
+    scaling = RopeScaling("yarn", factor)
+    assert RopeScaling.parse(str(scaling)) == scaling
