@@ -8,7 +8,7 @@
 what that weighs them with is in ``down_proj``: it computes what the dense model does, and every expert sees every
 token. ``routed``: eight experts, each the dense MLP plus its own noise (``--noise`` of a weight's standard deviation),
 a random router, two of them chosen: close to the dense model, and each expert sees a quarter of the tokens. DENSE is a
-Llama checkpoint of one shard in bfloat16; OUTPUT has Mixtral's layout.
+Llama checkpoint of one shard; OUTPUT has Mixtral's layout.
 
 ``measure`` quantizes and scores by perplexity and mean KL divergence from the unquantized mixture on text that the
 calibration never saw. ``--prior`` is how strongly experts' moments are drawn toward their layer's, by the columns of an
@@ -118,7 +118,8 @@ def make_mixture(dense: Path, output: Path, kind: str, experts: int, noise: floa
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         router = torch.randn((experts, width), generator=generator) * (0.0 if exact else 1.0)
-        made[f"{prefix}block_sparse_moe.gate.weight"] = router.to(torch.bfloat16)
+        dtype = weights[f"{prefix}mlp.down_proj.weight"].dtype
+        made[f"{prefix}block_sparse_moe.gate.weight"] = router.to(dtype)
         for expert in range(experts):
             for theirs, ours in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
                 weight = weights[f"{prefix}mlp.{ours}.weight"].float()
@@ -129,7 +130,7 @@ def make_mixture(dense: Path, output: Path, kind: str, experts: int, noise: floa
                 else:
                     weight = weight + noise * weight.std() * torch.randn(weight.shape, generator=generator)
                 name = f"{prefix}block_sparse_moe.experts.{expert}.{theirs}.weight"
-                made[name] = weight.to(torch.bfloat16).contiguous()
+                made[name] = weight.to(dtype).contiguous()
     save_file(made, output / "model.safetensors", metadata={"format": "pt"})
 
 
