@@ -69,7 +69,7 @@ def _worker() -> subprocess.Popen[str]:
 
 
 def _ask(request: dict[str, Any]) -> Any:
-    if _worker().poll() is not None:  # ended by what an earlier test asked of it
+    if _worker().poll() is not None:  # it has ended since: a new one
         _worker.cache_clear()
     worker = _worker()
     assert worker.stdin is not None and worker.stdout is not None
