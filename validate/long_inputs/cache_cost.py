@@ -22,16 +22,14 @@ from llmconvert.machine import of_machine
 from llmconvert.memory import available_nbytes
 from llmconvert.report.report import Check
 from llmconvert.report.section import Cell, Column, Plot, Section, Series
-from llmconvert.text.datasets import load_dataset_text
-from llmconvert.text.tokenizer import load_tokenizer
-from llmconvert.text.tokens import TokenWindows, draw_windows
+from llmconvert.text.tokens import TokenWindows
+from llmconvert.validate.long_inputs.windows import SHORTEST, longest_windows
 from llmconvert.validate.measurement import Measurement, Subject
 
 __all__ = ["CacheCostCheck"]
 
 _NAME, _LABEL = "kv_cache.kl_mean", "KL divergence by the quantized cache alone"
 _BINS = 8
-_SHORTEST = 64
 # Of the memory that is free, for both logits of a window.
 _USABLE = 0.25
 # Rows of logits that are widened to float32 at a time.
@@ -79,16 +77,9 @@ class CacheCostCheck(Measurement):
         length = min(self.length, *(limit for limit in limits if limit is not None))
         vocabulary = Architecture.of(subject.dense.config).vocab_size
         free = subject.memory if subject.memory is not None else available_nbytes(subject.device)
-        while length > _SHORTEST and 2 * length * vocabulary * torch.float32.itemsize > _USABLE * free:
+        while length > SHORTEST and 2 * length * vocabulary * torch.float32.itemsize > _USABLE * free:
             length //= 2
-        tokenizer, corpus = load_tokenizer(subject.stored), load_dataset_text(self.dataset)
-        while True:
-            try:
-                return draw_windows(tokenizer, corpus, samples=self.windows, length=length, order="sequential")
-            except DatasetError:
-                if length <= _SHORTEST:
-                    raise
-                length //= 2
+        return longest_windows(subject, self.dataset, self.windows, length)
 
 
 def _compared(window: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

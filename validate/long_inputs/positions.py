@@ -23,10 +23,9 @@ from llmconvert.memory import available_nbytes
 from llmconvert.report.report import Check
 from llmconvert.report.section import Column, Plot, Section, Series
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
-from llmconvert.text.datasets import load_dataset_text
-from llmconvert.text.tokenizer import load_tokenizer
-from llmconvert.text.tokens import TokenWindows, draw_windows
+from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.long_inputs.backends import activate, best_backend
+from llmconvert.validate.long_inputs.windows import SHORTEST, longest_windows
 from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, limit_memory, run_isolated
 from llmconvert.validate.runtimes.transformers import runtime
@@ -35,7 +34,6 @@ __all__ = ["PositionCurve", "PositionsCheck", "score_positions"]
 
 _NAME, _LABEL = "positions.perplexity", "Perplexity at the end of the trained length"
 _BINS = 16
-_SHORTEST = 64
 _USABLE = 0.8
 _TIMEOUT = 3600.0
 # Rows of logits that are widened to float32 at a time.
@@ -109,7 +107,7 @@ class PositionsCheck(Measurement):
         notes: list[str] = []
         length = self._length(subject, summary, trained, notes)
         try:
-            windows = self._draw(subject, length, notes)
+            windows = longest_windows(subject, self.dataset, self.windows, length, notes.append)
             curves = {"artifact": self._curve(subject.artifact, windows, subject)}
         except (UnmeasuredError, DatasetError) as error:
             if of_machine(error):
@@ -131,7 +129,7 @@ class PositionsCheck(Measurement):
         # The logits of all positions, and a copy where the model scales them.
         itemsize = max((info.dtype.itemsize for info in subject.dense.infos.values()), default=4)
         budget = self._budget(subject)
-        while length > _SHORTEST and 2 * length * summary.vocabulary * itemsize > budget:
+        while length > SHORTEST and 2 * length * summary.vocabulary * itemsize > budget:
             needed = 2 * length * summary.vocabulary * itemsize
             notes.append(f"{length:,} tokens need {needed:,} bytes for their logits, {budget:,} may be used")
             length //= 2
@@ -142,18 +140,6 @@ class PositionsCheck(Measurement):
         if allowed is not None:
             return allowed
         return int(_USABLE * available_nbytes(subject.device))
-
-    def _draw(self, subject: Subject, length: int, notes: list[str]) -> TokenWindows:
-        tokenizer = load_tokenizer(subject.stored)
-        corpus = load_dataset_text(self.dataset)
-        while True:
-            try:
-                return draw_windows(tokenizer, corpus, samples=self.windows, length=length, order="sequential")
-            except DatasetError:
-                if length <= _SHORTEST:
-                    raise
-                notes.append(f"the text does not fill a window of {length:,} tokens")
-                length //= 2
 
     def _curve(self, directory: Path, windows: TokenWindows, subject: Subject) -> PositionCurve:
         arguments = {
