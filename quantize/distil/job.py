@@ -93,7 +93,8 @@ class DistilPlan:
         """The state in the end, every tensor of the output that is not the artifact's own, and how many codes moved."""
         original, context, options = self._original, self._context, self.options
         others = differing(original, self._view)
-        apart = frozenset((*self.weights, *self.norms, *others))
+        # A quantized head or embedding is not the original's, and is left as it is.
+        apart = frozenset((*self._view.quantized, *self.norms, *others))
         views = share_tensors((original, self._view), apart, context.device, dtype)
         teacher, student = (ResidentModel(view, context.device, dtype) for view in views)
         # With other norms or embeddings the artifact is in coordinates of its own: where its weights were before they
@@ -128,6 +129,7 @@ class DistilPlan:
                 codes=start.codes.to(device),
                 scale=start.scale.to(device),
                 zero=None if start.zero is None else start.zero.to(device),
+                offset=None if start.offset is None else start.offset.to(device),
             )
             scale_dtype = self._format.scale_dtype(start.scheme, stored)
             found[name] = LearnedWeight(start, values[name], stored, scale_dtype, own.get(name))

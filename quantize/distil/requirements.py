@@ -36,16 +36,18 @@ _CODE_NBYTES, _PLACE_NBYTES = 2, 8
 
 
 def require_learnable(name: str, scheme: Scheme, *, moving: bool) -> None:
-    """Refuse weights whose scales are not floats of their own.
+    """Refuse weights whose scales follow from others, or stand for many rows.
 
     Raises:
         UnsupportedError: naming tensor and scheme.
     """
     number = scheme.number
-    if scheme.rows != 1 or scheme.nested or scheme.block or number.scales is not None or number.absmax or number.minima:
+    powers = number.scales is not None and not number.scales.shared
+    if scheme.rows != 1 or scheme.nested or scheme.block or powers or number.absmax:
         raise UnsupportedError(
-            f"distillation: {name} is stored in {scheme}, whose scales are shared, quantized themselves or prescribed; "
-            "those of integers in groups or by channel (w4a16-g64) can be learned"
+            f"distillation: {name} is stored in {scheme}, whose scales are those of several rows, powers of two, "
+            "nested or prescribed; those of integers in groups or by channel (w4a16-g64), of MLX's affine weights and "
+            "of nvfp4 can be learned"
         )
     if moving and not number.even:
         raise UnsupportedError(
@@ -90,7 +92,7 @@ def count_trained(view: QuantizedView, weights: Sequence[str], norms: Sequence[s
     for name in weights:
         scheme, (rows, columns) = view.scheme_of(name), view.infos[name].shape
         assert scheme is not None
-        total += rows * scheme.groups(columns)
+        total += rows * scheme.groups(columns) * (2 if scheme.number.minima else 1)
     return total
 
 

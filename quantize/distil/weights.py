@@ -1,14 +1,15 @@
 """Weights in training as a file stores them: codes and scales of quantized ones, values of others, rounded on the way.
 
-What is learned is a factor on every scale and, where codes may move, the place of every weight between codes. Forward
-passes see what a runtime would: the nearest code times the scale in the dtype that it is stored in. Gradients pass both
-roundings straight through (Bengio et al. 2013, arXiv 1308.3432), as in EfficientQAT (Chen et al. 2024, arXiv
-2407.11062).
+What is learned is a factor on every scale, a shift of what a group's values are added to where there is such, and,
+where codes may move, the place of every weight between codes. Forward passes see what a runtime would: the nearest
+code times the scale in the number that it is stored in. Gradients pass all roundings straight through (Bengio et al.
+2013, arXiv 1308.3432), as in EfficientQAT (Chen et al. 2024, arXiv 2407.11062).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -98,17 +99,23 @@ class LearnedWeight:
         self._shape = (rows, groups, start.codes.shape[1] // groups)
         self._codes = start.codes.view(self._shape)
         self._scale = start.scale.float().unsqueeze(-1)
+        self._divisor = 1.0 if start.divisor is None else float(start.divisor)
+        self._offset = None if start.offset is None else start.offset.float().unsqueeze(-1)
         self._zero = None if start.zero is None else start.zero.float().unsqueeze(-1)
 
     def begin(self) -> dict[str, torch.Tensor]:
         scale = self._scale.squeeze(-1)
-        state = {name: torch.zeros_like(scale) for name in ("factor", "factor_mean", "factor_square")}
+        learned = ("factor",) if self._offset is None else ("factor", "shift")
+        state = {f"{name}{kind}": torch.zeros_like(scale) for name in learned for kind in ("", "_mean", "_square")}
         if self._own is not None:
             place = torch.empty(self._shape, device=scale.device)
             own = self._own.view(self._shape)
             for part in self._slices():
                 code = self._codes[part].float()
-                exact = own[part].float() / self._scale[part]
+                exact = own[part].float()
+                if self._offset is not None:
+                    exact = exact - self._offset[part]
+                exact = exact / (self._scale[part] / self._divisor)
                 if self._zero is not None:
                     exact += self._zero[part]
                 place[part] = exact.sub_(code).nan_to_num_(0.0).mul_(_LEAN).clamp_(-_LEAST, _LEAST).add_(code)
@@ -123,24 +130,32 @@ class LearnedWeight:
         corrections = corrections_of(step)
         low, high = self.start.scheme.number.limits
         by_factor = torch.empty_like(state["factor"])
+        by_shift = None if self._offset is None else torch.empty_like(by_factor)
         for part in self._slices():
             towards, scale = gradient[part].float(), self._current(state, part)
             by_factor[part] = towards.mul(self._levels(state, part)).sum(-1)
+            if by_shift is not None:
+                by_shift[part] = towards.sum(-1)
             if "place" in state:
                 code = self._codes[part].float()
                 change = adam_step(towards.mul_(scale), state["mean"][part], state["square"][part], corrections)
                 place = state["place"][part].sub_(change, alpha=code_rate)
                 least, most = code.sub(_REACH).clamp_(min=low), code.add_(_REACH).clamp_(max=high)
                 place.clamp_(least.sub_(_EDGE), most.add_(_EDGE))
-        by_factor *= self._scale.squeeze(-1)
-        change = adam_step(by_factor, state["factor_mean"], state["factor_square"], corrections)
-        state["factor"].sub_(change, alpha=rate)
+        for name, slope in (("factor", by_factor), ("shift", by_shift)):
+            if slope is not None:
+                slope *= self._scale.squeeze(-1) / self._divisor
+                change = adam_step(slope, state[f"{name}_mean"], state[f"{name}_square"], corrections)
+                state[name].sub_(change, alpha=rate)
 
     def write(self, state: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
             value = self.value.view(self._shape)
             for part in self._slices():
-                value[part] = self._levels(state, part).mul_(self._current(state, part)).to(self._dtype)
+                found = self._levels(state, part).mul_(self._current(state, part))
+                if self._offset is not None:
+                    found += self._stored_offset(state, part).float().unsqueeze(-1)
+                value[part] = found.to(self._dtype)
 
     def stored(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         codes = self.start.codes
@@ -148,11 +163,12 @@ class LearnedWeight:
             codes = torch.empty_like(codes)
             for part in self._slices():
                 codes.view(self._shape)[part] = self._moved(state, part).to(codes.dtype)
-        return {"codes": codes, "scale": self._stored_scale(state, slice(None))}
+        found = {"codes": codes, "scale": self._stored_scale(state, slice(None))}
+        return found if self._offset is None else found | {"offset": self._stored_offset(state, slice(None))}
 
     def tensor(self, stored: Mapping[str, torch.Tensor]) -> QuantizedTensor:
         """The canonical tensor of what :meth:`stored` gave."""
-        return QuantizedTensor(stored["codes"], stored["scale"], self.start.zero, self.start.scheme)
+        return replace(self.start, codes=stored["codes"], scale=stored["scale"], offset=stored.get("offset"))
 
     def _slices(self) -> Iterator[slice]:
         return row_slices(self._shape, _WEIGHTS_AT_ONCE)
@@ -173,8 +189,14 @@ class LearnedWeight:
         scale = self._scale[part].squeeze(-1) * (1 + state["factor"][part])
         return self.start.scheme.number.round_scale(scale, self._scale_dtype)
 
+    def _stored_offset(self, state: Mapping[str, torch.Tensor], part: slice) -> torch.Tensor:
+        """What is added to values ``[rows, groups]``, as it will be stored; its shift is counted in scales."""
+        assert self._offset is not None
+        offset = self._offset[part] + (self._scale[part] / self._divisor) * state["shift"][part].unsqueeze(-1)
+        return offset.squeeze(-1).to(self._scale_dtype)
+
     def _current(self, state: Mapping[str, torch.Tensor], part: slice) -> torch.Tensor:
-        return self._stored_scale(state, part).float().unsqueeze(-1)
+        return self._stored_scale(state, part).float().unsqueeze(-1) / self._divisor
 
 
 class LearnedValue:

@@ -37,7 +37,7 @@ PRESETS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
     },
 }
 # Formats whose scales are learned.
-_LEARNING: Final = ("compressed-tensors", "gptq", "awq")
+_LEARNING: Final = ("compressed-tensors", "gptq", "awq", "mlx")
 
 
 def with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -47,7 +47,6 @@ class Mlx(Format):
     lacks: ClassVar[Mapping[Feature, str]] = {
         "rotations": "mlx-lm was never seen to run a rotated model",
         "streaming": "the embedding and the head lie outside the blocks, which a download is quantized by",
-        "distillation": "MLX's scales and biases are not trained here",
         "repair": "it was never tried with embedding and head quantized too",
         "generation": "it is measured with transformers, which does not run MLX",
     }

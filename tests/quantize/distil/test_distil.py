@@ -21,14 +21,15 @@ from llmconvert.errors import CapacityError, DatasetError, UnsupportedError, Usa
 from llmconvert.quantize.distil.optimizer import StoredAdam
 from llmconvert.quantize.distil.weights import LearnedValue, LearnedWeight, Trained
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
+from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import Target
 from llmconvert.quantize.methods.rtn import Rtn
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Override, Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME
 
 
-@pytest.mark.parametrize("name", ["w3a16-g16", "w4a16-g16-asym", "w8a8-channel-fp8"])
+@pytest.mark.parametrize("name", ["w3a16-g16", "w4a16-g16-asym", "w8a8-channel-fp8", "w4a16-g32-affine", "nvfp4a16"])
 def test_steps_are_adams_on_what_autograd_passes_through_the_roundings(name: str) -> None:
     """An oracle of torch's own: roundings by ``x + (round(x) - x).detach()``, ``torch.optim.Adam`` on the rest."""
     scheme = Scheme.parse(name)
@@ -46,10 +47,15 @@ def test_steps_are_adams_on_what_autograd_passes_through_the_roundings(name: str
     groups = start.scale.shape[1]
     codes = start.scheme.number.values(start.codes).view(8, groups, -1)
     zero = 0 if start.zero is None else start.zero.float().unsqueeze(-1)
-    scale, size = start.scale.float().unsqueeze(-1), norm.detach().clone()
+    divisor = 1.0 if start.divisor is None else start.divisor
+    scale, size = start.scale.float().unsqueeze(-1) / divisor, norm.detach().clone()
+    added = torch.zeros_like(scale) if start.offset is None else start.offset.float().unsqueeze(-1)
     place = ours.state[value].get("place", codes).clone().requires_grad_(moving)
-    factor, delta = torch.zeros_like(scale, requires_grad=True), torch.zeros_like(size, requires_grad=True)
-    adam = torch.optim.Adam([factor, delta], lr=0.02, betas=(0.9, 0.95), eps=1e-12)
+    factor, shift = torch.zeros_like(scale, requires_grad=True), torch.zeros_like(scale, requires_grad=True)
+    delta = torch.zeros_like(size, requires_grad=True)
+    adam = torch.optim.Adam(
+        [factor, shift, delta] if start.offset is not None else [factor, delta], lr=0.02, betas=(0.9, 0.95), eps=1e-12
+    )
     other = torch.optim.Adam([place], lr=0.1, betas=(0.9, 0.95), eps=1e-12) if moving else None
     low, high = scheme.number.limits
 
@@ -60,9 +66,11 @@ def test_steps_are_adams_on_what_autograd_passes_through_the_roundings(name: str
         (inputs * norm @ value.T - wanted).square().mean().backward()
         ours.step()
         ours.zero_grad()
-        exact = scale * (1 + factor)
+        exact, moved = scale * (1 + factor), added + scale * shift
+        stored = scheme.number.round_scale(exact * divisor, torch.bfloat16).float() / divisor
         code = through(place, place.round().clamp(low, high)) if moving else codes
-        weight = ((code - zero) * through(exact, exact.bfloat16().float())).view(8, 32)
+        weight = (code - zero) * through(exact, stored) + through(moved, moved.bfloat16().float())
+        weight = weight.view(8, 32)
         (inputs * (size + size * delta) @ weight.T - wanted).square().mean().backward()
         for optimizer in (adam, other):
             if optimizer is not None:
@@ -71,6 +79,8 @@ def test_steps_are_adams_on_what_autograd_passes_through_the_roundings(name: str
         if moving:  # no further than to the neighbours
             place.data.clamp_((codes - 1).clamp(min=low) - 0.49, (codes + 1).clamp(max=high) + 0.49)
     torch.testing.assert_close(ours.state[value]["factor"], factor.detach().squeeze(-1), rtol=0, atol=2e-3)
+    if start.offset is not None:
+        torch.testing.assert_close(ours.state[value]["shift"], shift.detach().squeeze(-1), rtol=0, atol=2e-3)
     torch.testing.assert_close(norm.detach(), size + size * delta.detach(), rtol=0, atol=2e-3)
     if moving:
         # Means of the places are kept in bfloat16.
@@ -78,20 +88,54 @@ def test_steps_are_adams_on_what_autograd_passes_through_the_roundings(name: str
         assert not torch.equal(ours.stored(learned)["codes"], start.codes)
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
-def test_scales_learn_and_nothing_else_changes(format: str, tiny_llama: Path, tmp_path: Path) -> None:
-    scheme = "w4a16-g32-asym" if format == "awq" else "w3a16-g32"
+@pytest.mark.parametrize(
+    ("format", "scheme", "parts"),
+    [
+        ("compressed-tensors", "w3a16-g32", {"weight_scale"}),
+        ("compressed-tensors", "nvfp4a16", {"weight_scale"}),
+        ("gptq", "w3a16-g32", {"scales"}),
+        ("awq", "w4a16-g32-asym", {"scales"}),
+        ("mlx", "w3a16-g32-affine", {"scales", "biases"}),
+    ],
+)
+def test_scales_learn_and_nothing_else_changes(
+    format: str, scheme: str, parts: set[str], tiny_llama: Path, tmp_path: Path
+) -> None:
     before = quantized(tiny_llama, tmp_path / "w4", scheme, format)
     options = replace(QUICK, code_rate=0.0, norms=False, learning_rate=5e-3)
+    if scheme == "nvfp4a16":  # whose scales lie 6 to 12 % apart
+        options = replace(options, steps=20, batch=4)
     report = distil(tiny_llama, before, tmp_path / "out", options)
     assert report.before is not None and report.after is not None and report.after < report.before
     assert (report.moved, report.norms) == (0, 0)
     first, second = load_file(before / SINGLE_NAME), load_file(tmp_path / "out" / SINGLE_NAME)
     assert {name: (t.dtype, t.shape) for name, t in first.items()} == {n: (t.dtype, t.shape) for n, t in second.items()}
     changed = {name.rpartition(".")[2] for name in first if not torch.equal(first[name], second[name])}
-    assert changed == {"weight_scale" if format == "compressed-tensors" else "scales"}
+    assert changed == parts
     assert (tmp_path / "out" / SINGLE_NAME).stat().st_size == (before / SINGLE_NAME).stat().st_size
     assert (tmp_path / "out" / "config.json").read_bytes() == (before / "config.json").read_bytes()
+
+
+def _divergence(original: Path, artifact: Path) -> float:
+    """Of what transformers makes of them, on the windows that are held out; nats per token."""
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (original, artifact)
+    )
+    parts = []
+    with torch.no_grad():
+        for window in WINDOWS[-QUICK.held_out :]:
+            ours, wanted = (model(window).logits[0].log_softmax(-1) for model in (student, teacher))
+            parts.append(float(kl_div(ours, wanted, log_target=True, reduction="sum")) / window.shape[1])
+    return sum(parts) / len(parts)
+
+
+def test_a_quantized_head_is_what_the_scales_learn_for(tiny_llama: Path, tmp_path: Path) -> None:
+    """The student has the head that its file has, not the original's."""
+    with SafetensorsCheckpoint(tiny_llama) as source:
+        scheme = Scheme.parse("w4a16-g32")
+        quantize_checkpoint(source, tmp_path / "w4", method="rtn", scheme=scheme, overrides=[Override("head", scheme)])
+    report = distil(tiny_llama, tmp_path / "w4", tmp_path / "out", replace(QUICK, steps=1, code_rate=0.0))
+    assert report.before == pytest.approx(_divergence(tiny_llama, tmp_path / "w4"), rel=0.02)
 
 
 def test_codes_move_to_their_neighbours_and_transformers_reads_what_was_measured(
@@ -111,22 +155,8 @@ def test_codes_move_to_their_neighbours_and_transformers_reads_what_was_measured
         assert report.norms == sum(not torch.equal(first[name], second[name]) for name in first if "norm" in name)
     assert moved == report.moved
 
-    original, read = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (tiny_llama, tmp_path / "out")
-    )
-    with torch.no_grad():
-        parts = [
-            kl_div(
-                read(w).logits[0].log_softmax(-1),
-                original(w).logits[0].log_softmax(-1),
-                log_target=True,
-                reduction="sum",
-            )
-            / w.shape[1]
-            for w in WINDOWS[-QUICK.held_out :]
-        ]
     again = distil(tiny_llama, tmp_path / "out", tmp_path / "again", replace(QUICK, learning_rate=1e-9, code_rate=0.0))
-    assert float(sum(parts)) / len(parts) == pytest.approx(again.before, rel=0.02)
+    assert _divergence(tiny_llama, tmp_path / "out") == pytest.approx(again.before, rel=0.02)
 
 
 @pytest.mark.slow
@@ -156,7 +186,9 @@ def test_refusals_leave_nothing_behind(
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="not quantized"):
         distil(tiny_llama, tiny_llama, out)
-    with pytest.raises(UnsupportedError, match="whose scales are shared, quantized themselves or prescribed"):
+    with pytest.raises(
+        UnsupportedError, match="whose scales are those of several rows, powers of two, nested or prescribed"
+    ):
         distil(tiny_llama, nf4, out)
     with pytest.raises(DatasetError, match="4 windows"):
         distil(tiny_llama, w4, out, windows=WINDOWS[:4])
