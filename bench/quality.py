@@ -303,7 +303,9 @@ class Bench:
         if entry.tool == "bitsandbytes":
             return [*command, "--kind", "int8" if entry.scheme == _INT8 else entry.scheme]
         if environment == "llm-compressor" and entry.scheme in _PRESETS:
-            return [*command, "--preset", _PRESETS[entry.scheme]]
+            # It would store these codes of 4 bits one to a byte.
+            stored = ["--stored", "pack-quantized"] if entry.scheme == "w4afp8" else []
+            return [*command, "--preset", _PRESETS[entry.scheme], *stored]
         match = _WEIGHTS.fullmatch(entry.scheme)
         if match is None:
             raise SystemExit(f"{entry.name}: peers take schemes such as w4a16-g64 and w4a16-g64-asym")

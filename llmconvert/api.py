@@ -245,6 +245,8 @@ def validate_model(
     max_increase: Share | None = None,
     max_kl: float | None = None,
     min_top1: Share | None = None,
+    max_saturated: Share | None = None,
+    activations: Literal["transformers", "vllm"] | None = None,
     max_bytes: Size | None = None,
     generation: bool = False,
     min_agreement: Share | None = None,
@@ -280,6 +282,8 @@ def validate_model(
         max_increase: limit on the rise of perplexity over the original's, ``"5%"`` or ``0.05``.
         max_kl: limit on the mean divergence KL(original ‖ artifact), in nats per token.
         min_top1: least share of predictions with the same most likely token.
+        max_saturated: limit on the share of a linear's inputs that a static scale cuts off, ``0.001`` for example.
+        activations: whose formulas inputs of 8 bits are quantized by, ``transformers`` (the default) or ``vllm``.
         max_bytes: limit on the weight files, as a number or ``"4GB"``.
         generation: continue prompts greedily and compare with the original's text.
         min_agreement: least share of equal tokens in that; it turns ``generation`` on.

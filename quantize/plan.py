@@ -208,6 +208,13 @@ def plan_quantization(
         _check_fused(blocks, {name: chosen for name, chosen in assigned.items() if name not in alone})
     aside = (name for block in blocks for name in (*block.unreached, *block.repeated))
     unreached = tuple(name for name in aside if assigned[name] is not None)
+    fixed = next((name for name in unreached if (one := assigned[name]) is not None and one.fixes_inputs), None)
+    if fixed is not None:
+        raise SchemeError(
+            f"scheme {assigned[fixed]}: calibration text fixes a scale for the inputs of a linear, and text never "
+            f"passes {fixed} once (it is called for something else, or twice); give such linears fp8-dynamic, "
+            "w4a16-g64 or none with an override"
+        )
     calibrated = method.calibration != "none"
     if calibrated and unreached and len(unreached) == sum(chosen is not None for chosen in assigned.values()):
         raise CalibrationError(

@@ -105,6 +105,8 @@ class CalibratedSteps:
         every: whether every expert is shown all tokens of the text.
         caches: what looks at keys and values, by what the checkpoint calls attention modules; of those wanted.
         ranks: the processes, each of which has a part of the batches.
+        leads: of linears with a fixed scale for their inputs, by name, what the solved ones have found
+            (:attr:`~llmconvert.quantize.solve.fixed_scales.LargestInput.lead`).
     """
 
     skeleton: Skeleton
@@ -122,6 +124,7 @@ class CalibratedSteps:
     every: bool = False
     caches: Mapping[str, CacheQuantizer] = field(default_factory=dict)
     ranks: Ranks = ALONE
+    leads: dict[str, float] = field(default_factory=dict)
 
     def lost(self, work: Path, done: int) -> bool:
         needed = _STREAMS if self.method.original else _STREAMS[:1]
@@ -296,6 +299,7 @@ class CalibratedSteps:
         if scale is None:
             return solution
         self.skeleton.input_quantizers[name].fix(scale)
+        self.leads[name] = seen.lead
         return replace(solution, tensor=replace(solution.tensor, input_scale=scale))
 
     def _hessian(
@@ -369,7 +373,7 @@ class CalibratedSteps:
 def round_unreached(run: BlockRun, plan: QuantizationPlan, scale_dtype: torch.dtype) -> Iterator[tuple[str, Solution]]:
     """The linears of a block that no batch stands at but which get a scheme, rounded to nearest."""
     for name in (*run.plan.unreached, *run.plan.repeated):
-        if name in plan.uncalibrated:
+        if name in plan.schemes:
             scheme = plan.schemes[name]
             found = Rtn().quantize([Target(name, run.weight(name), scheme)], None, scale_dtype)[name]
             inputs = LargestInput([scheme]).scale(scheme, scale_dtype)

@@ -184,7 +184,8 @@ def _limits_without_text(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     settings = recipe.validation
     if settings is None or settings.perplexity is not None:
         return
-    for key, value in (("max_kl", settings.max_kl), ("min_top1", settings.min_top1)):
+    for key in ("max_kl", "min_top1", "max_saturated"):
+        value = getattr(settings, key)
         if value is not None:
             yield (
                 ("validate", key),

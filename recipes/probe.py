@@ -66,7 +66,7 @@ def _without_limits(recipe: Recipe) -> Any:
     settings = recipe.validation
     if settings is None:
         return None
-    given = dict.fromkeys(("max_kl", "min_top1", "max_bytes", "repair"))
+    given = dict.fromkeys(("max_kl", "min_top1", "max_saturated", "max_bytes", "repair"))
     perplexity, generation, tasks = settings.perplexity, settings.generation, settings.tasks
     if perplexity is not None:
         given["perplexity"] = perplexity.model_copy(update={"max_increase": None})

@@ -1,11 +1,12 @@
 """One timed run of llm-compressor; started by ``bench/peers.py`` and ``bench/quality.py`` in its own environment.
 
     PYTHON bench/peers/llm_compressor.py --model DIR --ids FILE.npy --output DIR --report FILE.json
-        [--method gptq|awq|rtn] [--bits 4] [--group-size 64] [--asymmetric] [--preset NVFP4]
+        [--method gptq|awq|rtn] [--bits 4] [--group-size 64] [--asymmetric] [--preset NVFP4] [--stored pack-quantized]
 
 Its defaults (for GPTQ static act-order, true-sequential per decoder layer, damping 0.01; for AWQ 20 points of its
 grid), with the ``mse`` observer for scales; ``--preset`` takes a scheme of its own names instead, with the observers
-that it gives it. A mixture's experts are calibrated on all tokens each, unless
+that it gives it; ``--stored`` is the layout of its file, where it would choose another (codes of W4AFP8 one to a byte).
+A mixture's experts are calibrated on all tokens each, unless
 ``--routed``. The clock starts with everything imported, tokenizer and token
 ids loaded, and stops with the artifact saved.
 """
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--routed", action="store_true", help="calibrate experts on the tokens that are routed to them")
     parser.add_argument("--preset", help="one of its own schemes: NVFP4, MXFP4, FP8_BLOCK, W4AFP8, …")
+    parser.add_argument("--stored", help="layout of the file: pack-quantized, …")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ids = np.load(options.ids)
@@ -74,7 +76,7 @@ def main() -> None:
             moe_calibrate_all_experts=not options.routed,
         )
     quantized = time.perf_counter()
-    model.save_pretrained(options.output, save_compressed=True)
+    model.save_pretrained(options.output, save_compressed=True, quantization_format=options.stored)
     tokenizer.save_pretrained(options.output)
     saved = time.perf_counter()
     report = {

@@ -9,6 +9,9 @@ in the place of the text that they would download; what they give embedding and 
 set to the width and groups of the rest, so that files have the same size. DWQ learns from the logits of the model on
 the same tokens, with its own defaults (Adam at 1e-6) and ``--batch`` windows a step, and begins with ``convert``'s.
 
+On a CPU mlx adds up products of bfloat16 in bfloat16, which leaves nothing of a Hessian over thousands of tokens, and
+without BLAS. So these three compute in float32, and what they give is cast to the model's dtype as it is saved.
+
 mlx-lm takes the base of rotary positions from ``rope_theta``, which transformers 5 calls otherwise, and has a default
 where that is missing; it is given the right one.
 """
@@ -24,6 +27,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
 from arguments import run_parser
+from mlx.utils import tree_flatten
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize, update_config
 from mlx_lm.quant.dwq import dwq_quantize
@@ -46,6 +50,9 @@ def main() -> None:
     model, tokenizer, config = load(options.model, lazy=True, return_config=True, model_config=told)
     size, bits = options.group_size, options.bits
     tokens = mx.array(ids)
+    stored = next(value.dtype for _, value in tree_flatten(model.parameters()))
+    if options.method != "convert":
+        model.set_dtype(mx.float32)
     if options.method == "gptq":
         model, config["quantization"] = gptq_quantize(model, tokens, bits, size, bits, size)
     elif options.method == "awq":
@@ -57,8 +64,10 @@ def main() -> None:
         student, config = quantize_model(model, config, size, bits, quant_predicate=recipe)
         if options.method == "dwq":
             teacher, *_ = load(options.model, model_config=told)
+            teacher.set_dtype(mx.float32)
             learn(student, teacher, ids, options.batch)
         model = student
+    model.set_dtype(stored)
     save(options.output, options.model, model, tokenizer, config)
     report = {"version": version("mlx-lm"), "mlx": version("mlx"), "seconds": time.perf_counter() - begin}
     options.report.write_text(json.dumps(report))

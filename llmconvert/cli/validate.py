@@ -33,6 +33,12 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str | Non
 @click.option("--max-increase", metavar="SHARE", help="Fail if perplexity rises by more than this, 5% for example.")
 @click.option("--max-kl", type=float, help="Fail if the predictions diverge by more nats per token on average.")
 @click.option("--min-top1", metavar="SHARE", help="Fail if fewer predictions agree, 90% for example.")
+@click.option("--max-saturated", metavar="SHARE", help="Fail if static scales cut off more of a linear's inputs.")
+@click.option(
+    "--activations",
+    type=click.Choice(["transformers", "vllm"]),
+    help="Whose formulas inputs of linears are quantized by. [default: transformers]",
+)
 @click.option("--max-bytes", metavar="SIZE", help="Fail if the weight files are larger, 4GB for example.")
 @click.option("--html", "html_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the page here.")
 @click.option("--generation", is_flag=True, help="Generate greedily, and compare with the original's text.")

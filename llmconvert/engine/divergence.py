@@ -19,6 +19,7 @@ from typing import Self, TypeVar
 import torch
 
 from llmconvert.compute.ranks.group import ALONE, Ranks
+from llmconvert.compute.saturation import Saturation, all_saturation, uncounted
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import passing_states
@@ -130,6 +131,10 @@ class SideBySide:
         Of several processes, all have to ask.
         """
         return self._artifacts[artifact].divergences(self._all, self._ranks)
+
+    def saturation(self, artifact: int = 0) -> tuple[Saturation, ...]:
+        """Of an artifact's linears with fixed scales what came in and what was cut off; as :meth:`divergences`."""
+        return all_saturation(self._artifacts[artifact].skeleton.input_counts, self._ranks)
 
     def logits(self) -> Iterator[Pair]:
         """Window after window, and for each of them artifact after artifact.
@@ -308,12 +313,9 @@ class _Artifact(_Side):
     def _run_alone(self, reference: _Side, index: int) -> None:
         """Both models stand at the entry of block ``index``: run the artifact's on the original's state."""
         numbers = range(self._alone_windows)
-        entries = (reference.stream.state(index, window) for window in numbers)
-        likes = (self.stream.state(index, window) for window in numbers)
-        self._alone = [
-            self.stream.try_block(index, window, entry.to(like))
-            for window, entry, like in zip(numbers, entries, likes, strict=True)
-        ]
+        states = ((one, reference.stream.state(index, one), self.stream.state(index, one)) for one in numbers)
+        with uncounted(self.skeleton.input_counts.values()):
+            self._alone = [self.stream.try_block(index, window, entry.to(like)) for window, entry, like in states]
 
 
 def _share_outer(artifact: Skeleton, reference: Skeleton) -> None:

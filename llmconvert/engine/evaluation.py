@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ def stream_logits(
     device: torch.device,
     dtype: torch.dtype | None = None,
     progress: Progress = SILENT,
+    passed: Callable[[Skeleton], None] | None = None,
 ) -> Iterator[torch.Tensor]:
     """The model's logits for each window, computed in the memory of one block.
 
@@ -33,6 +34,7 @@ def stream_logits(
         device: where to compute.
         dtype: of weights and activations; the checkpoint's own by default.
         progress: one unit per block.
+        passed: given the model once all windows have left its blocks and head, for what was counted on the way.
 
     Yields:
         logits ``[1, length, vocabulary]`` per window, in order.
@@ -49,6 +51,8 @@ def stream_logits(
             for _ in stream.blocks():
                 task.advance()
         yield from stream.logits()
+        if passed is not None:
+            passed(skeleton)
     finally:
         stream.close()
 

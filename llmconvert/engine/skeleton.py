@@ -223,6 +223,11 @@ class Skeleton:
             for name in linears.keys() & kinds.keys():
                 self.input_quantizers[name] = InputQuantizer(linears[name], kinds[name])
 
+    @property
+    def input_counts(self) -> dict[str, InputQuantizer]:
+        """What quantizes the inputs of linears, and counts what fixed scales cut off, by their stored names."""
+        return {self.sites[name].stored: one for name, one in self.input_quantizers.items()}
+
     def watch_caches(self) -> dict[str, CacheQuantizer]:
         """What stands from here on between attention modules and their caches, by what the checkpoint calls these."""
         return cache_quantizers({self.prefix(index): block for index, block in enumerate(self.blocks)}, self.names)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from llmconvert.compute.activations import InputKind
+from llmconvert.compute.activations import ActivationRuntime, InputKind
 from llmconvert.compute.kv_cache import CacheScales
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import StoredLinear, read_quantized
@@ -16,7 +18,7 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, TensorInfo
 
-__all__ = ["QuantizedView", "open_dense"]
+__all__ = ["QuantizedView", "open_dense", "served_by"]
 
 # What readers of GPTQ, AWQ and ModelOpt want beside config.json; of a dense model it would be a lie.
 _QUANTIZER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -57,6 +59,20 @@ def open_dense(
         scales = f", {len(view.left_out)} scales ({view.left_out[0]}, …)" if view.left_out else ""
         progress.log(f"a quantized key-value cache is left out{scales}: what is measured and written here has none")
     return view
+
+
+def served_by(dense: Checkpoint, runtime: ActivationRuntime) -> Checkpoint:
+    """The same weights, their linears' inputs quantized by a runtime's formulas; itself where there are none.
+
+    Args:
+        dense: what :func:`open_dense` gives, which quantizes them as transformers does.
+        runtime: whose.
+    """
+    if runtime == "transformers" or not dense.quantized_inputs:
+        return dense
+    served = copy.copy(dense)
+    served.quantized_inputs = _ByRuntime(dense.quantized_inputs, runtime)
+    return served
 
 
 class _LastRead(CheckpointView):
@@ -118,6 +134,23 @@ class _Inputs(Mapping[str, InputKind]):
 
     def __len__(self) -> int:
         return len(self._linears)
+
+
+class _ByRuntime(Mapping[str, InputKind]):
+    """Kinds as another runtime computes them."""
+
+    def __init__(self, kinds: Mapping[str, InputKind], runtime: ActivationRuntime) -> None:
+        self._kinds = kinds
+        self._runtime = runtime
+
+    def __getitem__(self, weight: str) -> InputKind:
+        return replace(self._kinds[weight], runtime=self._runtime)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
 
 
 class QuantizedView(CheckpointView):

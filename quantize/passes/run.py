@@ -34,6 +34,7 @@ from llmconvert.quantize.passes.results import LayerResult, QuantizeResult, laye
 from llmconvert.quantize.plan import QuantizationPlan, QuantizeRequest
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.sink import ArtifactSink, finished_blocks
+from llmconvert.quantize.solve.fixed_scales import lone_peaks
 from llmconvert.quantize.steps import CalibratedSteps, Outcome, Steps
 from llmconvert.storage.artifact import Artifact, build_artifact, job_key
 from llmconvert.storage.checkpoint import Checkpoint
@@ -190,6 +191,8 @@ def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ..
             alone = _sequential_steps(first, phases)
             with _opened(plans, alone.lost, phases, ranks) as (sinks, work, resumed):
                 quantize_blocks(alone, skeleton.block_count, sinks, work, progress, done=resumed, ranks=ranks)
+                if isinstance(alone, CalibratedSteps) and (remark := lone_peaks(alone.leads)):
+                    progress.log(remark)
                 layers = _finished(plans, sinks)
     except torch.OutOfMemoryError as error:
         raise CapacityError(

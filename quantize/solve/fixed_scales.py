@@ -15,7 +15,10 @@ from llmconvert.errors import CalibrationError
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
-__all__ = ["LargestInput", "cache_scales", "largest_inputs"]
+__all__ = ["LargestInput", "cache_scales", "largest_inputs", "lone_peaks"]
+
+# From how many times all others a window's largest input makes a scale one that text like it would have overflown.
+_LONE = 2.0
 
 
 class LargestInput:
@@ -29,7 +32,23 @@ class LargestInput:
     def __init__(self, schemes: Iterable[Scheme], ranks: Ranks = ALONE) -> None:
         self.wanted = any(scheme.fixes_inputs for scheme in schemes)
         self._ranks = ranks
-        self.value = 0.0
+        #: Of the batch that has the largest, and of the one that has the largest but for that.
+        self._peaks = (0.0, 0.0)
+        self._batches = 0
+
+    @property
+    def value(self) -> float:
+        """The largest magnitude so far."""
+        return self._peaks[0]
+
+    @property
+    def lead(self) -> float:
+        """How many times the largest of all other batches one batch has; 1 where there are no others to tell.
+
+        So far beyond the scale its largest input would have been if calibration had not met it.
+        """
+        first, second = self._peaks
+        return first / second if self._batches > 1 and second else 1.0
 
     def watch(self, inputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The same inputs, looked at as they pass."""
@@ -40,7 +59,12 @@ class LargestInput:
     def look(self, batch: torch.Tensor) -> None:
         """Take a batch of any shape into account."""
         if self.wanted and batch.numel():
-            self.value = max(self.value, float(batch.abs().max()))
+            self._batches += 1
+            self._take(float(batch.abs().max()))
+
+    def _take(self, peak: float) -> None:
+        first, second = self._peaks
+        self._peaks = max(first, peak), max(second, min(first, peak))
 
     def scale(self, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor | None:
         """What is fixed for the inputs of a linear in this scheme, as it is stored; None where nothing is.
@@ -52,8 +76,31 @@ class LargestInput:
         kind = scheme.input_kind
         if kind is None or not kind.calibrated:
             return None
-        self.value = self._ranks.largest(self.value)
+        if not self._ranks.alone:
+            said = self._ranks.ask([*self._peaks, self._batches])
+            self._peaks, self._batches = (0.0, 0.0), sum(batches for *_, batches in said)
+            for first, second, _ in said:
+                self._take(first)
+                self._take(second)
         return kind.scale_for(self.value, dtype)
+
+
+def lone_peaks(leads: Mapping[str, float]) -> str:
+    """What is said of static scales that one window alone has set; nothing where there are none.
+
+    Args:
+        leads: of linears with such a scale, by name (:attr:`LargestInput.lead`).
+    """
+    lone = {name: lead for name, lead in leads.items() if lead >= _LONE}
+    if not lone:
+        return ""
+    worst = max(lone, key=lambda name: lone[name])
+    return (
+        f"static scales: in {len(lone)} of {len(leads)} linears one window alone has the largest input, at least "
+        f"{_LONE:g} times that of all others ({worst}: {lone[worst]:.3g} times). Other text may go beyond "
+        "such scales, and is cut off then; more windows make that rarer, validate counts it on text of its own "
+        "(saturated_inputs)"
+    )
 
 
 def largest_inputs(

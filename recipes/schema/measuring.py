@@ -160,7 +160,10 @@ class ValidateSettings(Section):
     """What is measured on the artifact and on the original, both reloaded from disk.
 
     ``max_kl`` (mean divergence per token, nats), ``min_top1`` (share of equal predictions) and ``max_bytes`` (of the
-    weight files) are further gates; the first two need ``perplexity``, on whose text they are measured.
+    weight files) are further gates; the first two need ``perplexity``, on whose text they are measured, and so does
+    ``max_saturated``: the share of a linear's inputs that a static scale (``fp8-static``, ``nvfp4``) may cut off.
+    ``activations`` says whose formulas inputs of linears are quantized by while predictions are measured, where an
+    artifact has that: transformers' (which are compressed-tensors') or vLLM's.
     ``decoding`` is measured where the recipe rewrites attention, unless it says ``false``.
     ``repair`` gives an artifact that misses one of them more bits where they tell most.
     """
@@ -174,6 +177,8 @@ class ValidateSettings(Section):
     serve: Annotated[ServeSettings | None, BeforeValidator(_runtime_names)] = None
     max_kl: Annotated[float, Field(gt=0)] | None = None
     min_top1: LeastShare | None = None
+    max_saturated: Share | None = None
+    activations: Literal["transformers", "vllm"] = "transformers"
     max_bytes: Bytes | None = None
     tasks: Annotated[TaskSettings | None, BeforeValidator(_task_names)] = None
     repair: Annotated[RepairSettings | None, BeforeValidator(switch)] = None

@@ -177,6 +177,8 @@ def measurements(
             settings.min_top1,
             overlap,
             compared,
+            settings.max_saturated,
+            settings.activations,
         ),
         BehaviourCheck(_generation(settings)),
         VllmCheck(),

@@ -18,11 +18,12 @@ from llmconvert.errors import LlmconvertError, RunInterruptedError
 from llmconvert.gguf.checkpoint import open_artifact
 from llmconvert.memory import PeakMemory, available_nbytes, release_freed_memory
 from llmconvert.progress import Progress
-from llmconvert.quantize.formats.dense_view import open_dense
+from llmconvert.quantize.formats.dense_view import open_dense, served_by
 from llmconvert.recipes.runner import Running
 from llmconvert.recipes.stages.measurements import COMPARED_FILE, Measured
 from llmconvert.recipes.stages.stage import Stage
 from llmconvert.recipes.stages.windows import EVALUATION_TEXT
+from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.stages import Begun
 from llmconvert.validate.artifact import comparing_needs
 from llmconvert.validate.predictions.compared import Compared, compare_models
@@ -44,6 +45,13 @@ class _Variant:
     @property
     def place(self) -> Path:
         return self.running.stages.place_of(self.stage.name, self.inputs)
+
+    def opened(self, stack: ExitStack) -> Checkpoint:
+        """What it made, as its recipe has its inputs quantized."""
+        todo = self.running.todo
+        settings, model = todo.recipe.measured, self.running.work.finished[todo.model].model
+        dense = open_dense(stack.enter_context(open_artifact(model)))
+        return dense if settings is None else served_by(dense, settings.activations)
 
     def begun(self, cost: Begun) -> None:
         self.running.stages.begun(self.stage.name, self.inputs, cost)
@@ -124,10 +132,9 @@ def _in_one_pass(variants: Mapping[str, _Variant], directories: Mapping[str, Pat
     try:
         with ExitStack() as stack, PeakMemory() as memory:
             original = stack.enter_context(work.original.open())
-            models = [one.running.work.finished[one.running.todo.model].model for one in variants.values()]
             found = compare_models(
                 open_dense(original, weights_only=True),
-                [open_dense(stack.enter_context(open_artifact(model))) for model in models],
+                [one.opened(stack) for one in variants.values()],
                 work.texts[EVALUATION_TEXT],
                 device=context.device,
                 progress=progress,

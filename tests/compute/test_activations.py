@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStatus, preset_name_to_scheme
@@ -12,6 +14,7 @@ from compressed_tensors.quantization.utils import generate_gparam
 from torch import nn
 
 from llmconvert.compute.activations import InputKind, InputQuantizer, quantize_input
+from llmconvert.compute.saturation import uncounted
 
 INT8, FP8 = InputKind("int8"), InputKind("fp8")
 _TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
@@ -63,6 +66,43 @@ def test_values_are_those_of_compressed_tensors(kind: InputKind, dtype: torch.dt
     assert not torch.equal(found, values)
 
 
+def vllm_int8(row: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """``dynamic_scaled_int8_quant_impl`` of vLLM's csrc/cpu/dnnl_kernels.cpp, symmetric: codes and scale of a token."""
+    scale = np.float32(np.abs(row).max()) / np.float32(127.0)
+    if scale == 0:
+        return np.zeros(len(row), np.int8), scale
+    inverse = np.float32(1.0 / np.float64(scale))
+    return np.clip(np.rint(row * inverse), -128, 127).astype(np.int8), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_integers_are_those_of_vllms_kernel(dtype: torch.dtype) -> None:
+    values = tokens(dtype)
+    found = quantize_input(values, InputKind("int8", runtime="vllm"))
+    for row, own in zip(values[0].float().numpy(), found[0], strict=True):
+        codes, scale = vllm_int8(row)
+        expected = torch.from_numpy(codes.astype(np.float32) * scale).to(dtype)
+        assert torch.equal(own, expected)
+        assert not row.any() or np.abs(codes).max() == 127
+    # By half a percent, which is half a step of the largest codes, transformers' scale is the smaller one.
+    assert (found != quantize_input(values, INT8)).float().mean() > 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [FP8, InputKind("fp8", 128), InputKind("fp8", static=True, scale=0.75)], ids=str)
+def test_floats_are_those_of_vllms_own_reference(kind: InputKind, dtype: torch.dtype) -> None:
+    """``QuantFP8.forward_native`` and ``_quantize_group_native`` of its input_quant_fp8.py, written out."""
+    values = tokens(dtype)
+    grouped = values if kind.group is None else values.unflatten(-1, (-1, kind.group))
+    largest = grouped.abs().amax(-1, keepdim=True).to(torch.float32)
+    scale = torch.tensor(0.75) if kind.static else (largest / 448.0).clamp(min=1.0 / (448.0 * 512.0))
+    # Tokens are multiplied by the inverse ("performs slightly better"), groups are divided.
+    codes = grouped.to(torch.float32) * scale.reciprocal() if kind.group is None else grouped / scale
+    codes = codes.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    expected = (codes.float() * scale).view(values.shape).to(dtype)
+    assert torch.equal(quantize_input(values, replace(kind, runtime="vllm")), expected)
+
+
 def test_a_linear_sees_its_inputs_quantized() -> None:
     linear, plain = nn.Linear(256, 8), nn.Linear(256, 8)
     plain.load_state_dict(linear.state_dict())
@@ -81,6 +121,31 @@ def test_a_linear_sees_its_inputs_quantized_once_the_scale_is_fixed() -> None:
     scale = kind.scale_for(3.0, torch.float32)
     quantizer.fix(scale)
     assert torch.equal(linear(values), plain(quantize_input(values, kind.at(scale))))
+
+
+@pytest.mark.parametrize("kind", [InputKind("fp8", static=True), InputKind("fp4", 16, "e4m3")], ids=str)
+def test_what_a_fixed_scale_cuts_off_is_counted(kind: InputKind) -> None:
+    values = tokens(torch.bfloat16)
+    met = float(values.abs().max())
+    for largest in (met, met / 4):
+        linear = nn.Linear(256, 8, dtype=torch.bfloat16)
+        quantizer = InputQuantizer(linear, kind)
+        linear(values)
+        assert quantizer.saturation("l") is None
+        scale = kind.scale_for(largest, torch.bfloat16)
+        quantizer.fix(scale)
+        with uncounted([quantizer]):
+            linear(values)
+        linear(values[:, :20])
+        linear(values[:, 20:])
+        # What E4M3 rounds to 480, were there such a number: codes of static scales, and the scales of NVFP4's groups.
+        wide, one = values.double().abs(), float(scale)
+        codes = wide / one if kind.static else wide / 6 * one
+        expected = int((codes > 464).sum())
+        found = quantizer.saturation("l")
+        assert found is not None and (found.inputs, found.largest) == (values.numel(), met)
+        assert found.beyond == expected and (expected > 0) == (largest < met)
+        assert found.share == expected / values.numel() and (found.excess > 1) == (expected > 0)
 
 
 def test_a_scale_that_nothing_fixed_is_no_scale() -> None:

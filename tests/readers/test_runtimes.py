@@ -24,6 +24,7 @@ from samples import PROMPTS, VOCABULARY, artifact, sample_model
 from snippets import ARTIFACT, loading_snippets
 from support.agreement import compare, joined
 
+from llmconvert.compute.activations import ActivationRuntime
 from llmconvert.quantize.runtimes import Pair, Runtime, pairs
 from llmconvert.quantize.scheme import Scheme
 
@@ -108,7 +109,8 @@ def test_a_runtime_computes_what_we_read(pair: Pair, reports: Reports, seen: See
     path, report = reports(pair)
     tokens = torch.tensor(report["tokens"])
     assert tokens.shape == (len(PROMPTS), NEW_TOKENS)
-    ours = our_forward(path, joined(PROMPTS, tokens))
+    served: ActivationRuntime = "vllm" if pair.runtime.script == "vllm" else "transformers"
+    ours = our_forward(path, joined(PROMPTS, tokens), served)
     floor = ATTENTION if pair.runtime.format == "gguf" else 0.0
     found = compare(torch.tensor(report["logprobs"]), tokens, ours, prompt=len(PROMPTS[0]), floor=floor)
     assert found.holds, (found, report["versions"], report["linears"])

@@ -15,6 +15,7 @@ import torch
 from pydantic import ConfigDict
 
 from llmconvert.compute.ranks.group import ALONE, Ranks
+from llmconvert.compute.saturation import Saturation
 from llmconvert.engine.divergence import BlockDivergence, Pair, SideBySide
 from llmconvert.errors import GateError, LlmconvertError
 from llmconvert.progress import SILENT, Progress
@@ -33,12 +34,14 @@ class Compared(Value):
     Attributes:
         comparison: of their predictions.
         blocks: drift of the hidden state, block by block; empty if the models' blocks don't correspond.
+        saturation: of linears with fixed scales for their inputs, what came in and what was cut off.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
     comparison: Comparison
     blocks: tuple[BlockDivergence, ...]
+    saturation: tuple[Saturation, ...] = ()
 
     def write(self, path: Path) -> None:
         """Keep it, every number exactly."""
@@ -95,7 +98,12 @@ def compare_models(
             failed = str(error)
         require_all(failed, ranks)
         return [
-            models[0].failures.get(number) or Compared(comparison=one.result(), blocks=models[0].divergences(number))
+            models[0].failures.get(number)
+            or Compared(
+                comparison=one.result(),
+                blocks=models[0].divergences(number),
+                saturation=models[0].saturation(number),
+            )
             for number, one in enumerate(sums)
         ]
 

@@ -13,11 +13,15 @@ from typing import Any, ClassVar
 
 import torch
 
+from llmconvert.compute.activations import ActivationRuntime
 from llmconvert.compute.ranks.group import ALONE
+from llmconvert.compute.saturation import Saturation, all_saturation
 from llmconvert.engine.architecture.config import declared_number
 from llmconvert.engine.divergence import BlockDivergence, blame_artifact
 from llmconvert.engine.evaluation import stream_logits
+from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import GateError
+from llmconvert.quantize.formats.dense_view import served_by
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.text.tokenizer import load_tokenizer
@@ -25,6 +29,7 @@ from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.predictions.compared import Compared, compare_models
 from llmconvert.validate.predictions.perplexity import Comparison, PerplexityResult, WorstToken, perplexity
+from llmconvert.validate.predictions.saturated import saturated_inputs
 
 __all__ = ["QualityCheck"]
 
@@ -44,6 +49,8 @@ class QualityCheck(Measurement):
         min_top1: share of predictions with the same most likely token.
         overlap: share of the evaluation text found in the calibration text, to go on record; None if nobody looked.
         compared: both models on the subject's text, where a pass with other artifacts has compared them already.
+        max_saturated: share of a linear's inputs that a fixed scale may cut off.
+        activations: whose formulas inputs of 8 bits are quantized by.
     """
 
     max_increase: float | None = None
@@ -51,6 +58,8 @@ class QualityCheck(Measurement):
     min_top1: float | None = None
     overlap: float | None = None
     compared: Compared | None = None
+    max_saturated: float | None = None
+    activations: ActivationRuntime = "transformers"
 
     together: ClassVar[bool] = True
 
@@ -67,23 +76,32 @@ class QualityCheck(Measurement):
                 return []
             subject = replace(subject, ranks=ALONE)
         about = _how_measured(text, self.overlap)
+        if self.activations != "transformers" and subject.dense.quantized_inputs:
+            about["activations"] = self.activations
+            subject = replace(subject, dense=served_by(subject.dense, self.activations))
         try:
             if subject.original is None:
-                return [self._alone(subject, text, about)]
+                return self._alone(subject, text, about)
             return self._compared(subject, subject.original, text, about)
         except GateError as error:
             return [Check(name="perplexity", ok=False, detail={**about, "text": str(error)})]
 
-    def _alone(self, subject: Subject, text: TokenWindows, about: dict[str, Any]) -> Check:
+    def _alone(self, subject: Subject, text: TokenWindows, about: dict[str, Any]) -> list[Check]:
         # States that are not finite and tensors that are missing are the artifact's failure.
         own = [text.windows[number] for number in subject.ranks.share(text.drawn)]
+        saturation: list[Saturation] = []
+
+        def passed(skeleton: Skeleton) -> None:
+            saturation.extend(all_saturation(skeleton.input_counts, subject.ranks))
+
         streamed = stream_logits(
-            subject.dense, own, device=subject.device, dtype=subject.dtype, progress=subject.progress
+            subject.dense, own, device=subject.device, dtype=subject.dtype, progress=subject.progress, passed=passed
         )
         logits = _blaming(streamed)
         result = perplexity(logits, text.windows, scored=text.scored, seed=subject.seed, ranks=subject.ranks)
         detail = {**about, **self._warning(result.ppl, subject.dense), "tokens": result.tokens, **_interval(result)}
-        return Check(name="perplexity", value=result.ppl, detail=detail)
+        alone = Check(name="perplexity", value=result.ppl, detail=detail)
+        return [alone, *saturated_inputs(saturation, self.max_saturated, subject.progress)]
 
     def _compared(
         self, subject: Subject, original: Checkpoint, text: TokenWindows, about: dict[str, Any]
@@ -99,6 +117,7 @@ class QualityCheck(Measurement):
             Check(name="kl_p999", value=comparison.kl_p999, unit="nats"),
             self._agreement(comparison),
             *_drift(blocks),
+            *saturated_inputs(found.saturation, self.max_saturated, subject.progress),
         ]
 
     def _warning(self, perplexity: float, model: Checkpoint) -> dict[str, str]:

@@ -43,6 +43,7 @@ _LABELS: Mapping[str, str] = {
     "kl_p999": "KL divergence per token, 99.9th percentile",
     "top1_agreement": "Same most likely next token",
     "block_divergence": "Drift of the hidden state",
+    "saturated_inputs": "Inputs beyond static scales, worst linear",
     "generation.agreement": "Same tokens in greedy continuations",
     "generation.looping": "Continuations stuck in a loop",
     "generation.ended": "Continuations that end by themselves",

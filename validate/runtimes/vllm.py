@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmconvert.errors import GateError, UnsupportedError
+from llmconvert.quantize.formats.dense_view import served_by
 from llmconvert.report.report import Check
 from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes import vllm_worker
@@ -152,7 +153,7 @@ class VllmCheck(Measurement):
         """One check, the mean difference of a log-probability in nats; nothing without a text."""
         if not vllm_is_installed():
             return []
-        probe = take_probe(subject)
+        probe = take_probe(replace(subject, dense=served_by(subject.dense, "vllm")))
         return [] if probe is None else [_compared(subject, probe)]
 
 
