@@ -11,6 +11,10 @@ dense, in the original class. What the engine computes must be what transformers
 - ``works``: by both methods;
 - ``as advised``: what is asked for is refused by name, and works by both methods with the override that the refusal
   names: the experts of some classes stay dense, the other linears are quantized;
+- ``not in transformers``: the same, and with ``runtime: vllm``, which the refusal names too, experts are quantized one
+  by one under names that vLLM and llm-compressor have for them. No runtime here runs such an artifact, so this is
+  proven otherwise: compressed-tensors' own decompression gives bit for bit what is read here, and the engine computes
+  from the artifact what transformers does from the dense twin;
 - ``refused``: by name, before the work; the message is in the table;
 - ``wrong``: it went through, and logits, kept tensors or names are not what they should be;
 - ``crash``: anything else but a refusal: an exception of another kind, a signal, or out of time or memory;
@@ -49,7 +53,9 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, logging
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -65,7 +71,7 @@ from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import LlmconvertError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
-from llmconvert.quantize.plan import Override
+from llmconvert.quantize.plan import Override, RuntimeName
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint
 
@@ -79,8 +85,9 @@ LENGTH = 24
 CPU = torch.device("cpu")
 # Logits of the artifact against its twin's, and streamed against resident ones: norm of the difference by the latter's.
 TOLERANCE = 2e-4
-# What a refusal tells to leave dense.
+# What a refusal tells to leave dense, and for which runtime it would write all.
 _ADVISED = re.compile(r"\(match: '(?P<match>[^']+)', scheme: none\)")
+_ELSEWHERE = re.compile(r"\(runtime: (?P<runtime>vllm)\)")
 
 
 @dataclass(frozen=True, order=True)
@@ -147,19 +154,28 @@ def examine(case: Case, directory: Path) -> Finding:
     advised = _ADVISED.search(finding.detail) if finding.verdict == "refused" else None
     if advised is not None:
         again = _by_all_methods(source, directory / "advised", expected, [Override(advised["match"], None)])
-        verdict = "as advised" if again.verdict == "works" else again.verdict
-        return replace(again, verdict=verdict, detail=again.detail or finding.detail)
+        if again.verdict != "works":
+            return replace(again, detail=again.detail or finding.detail)
+        if _ELSEWHERE.search(finding.detail):
+            other = _by_all_methods(source, directory / "elsewhere", expected, runtime="vllm")
+            verdict = "not in transformers" if other.verdict == "works" else other.verdict
+            return replace(other, verdict=verdict, detail=other.detail or finding.detail)
+        return replace(again, verdict="as advised", detail=finding.detail)
     return finding
 
 
 def _by_all_methods(
-    source: Path, directory: Path, expected: torch.Tensor, overrides: Sequence[Override] = ()
+    source: Path,
+    directory: Path,
+    expected: torch.Tensor,
+    overrides: Sequence[Override] = (),
+    runtime: RuntimeName | None = None,
 ) -> Finding:
     finding = Finding("works")
     directory.mkdir(exist_ok=True)
     for method in METHODS:
         try:
-            finding = _quantized(source, directory / method, method, expected, overrides)
+            finding = _quantized(source, directory / method, method, expected, overrides, runtime)
         except LlmconvertError as error:
             return Finding("refused", str(error), method, finding.weights, finding.quantized)
         except _WrongError as error:
@@ -170,13 +186,20 @@ def _by_all_methods(
 
 
 def _quantized(
-    source: Path, output: Path, method: str, expected: torch.Tensor, overrides: Sequence[Override]
+    source: Path,
+    output: Path,
+    method: str,
+    expected: torch.Tensor,
+    overrides: Sequence[Override],
+    runtime: RuntimeName | None,
 ) -> Finding:
     checkpoint = open_source(str(source)).checkpoint
     generator = torch.Generator().manual_seed(1)
     windows = [_ids(generator) for _ in range(4)]
     scheme = Scheme.parse(SCHEME)
-    quantize_checkpoint(checkpoint, output, method=method, scheme=scheme, windows=windows, overrides=overrides)
+    quantize_checkpoint(
+        checkpoint, output, method=method, scheme=scheme, windows=windows, overrides=overrides, runtime=runtime
+    )
     (streamed,) = stream_logits(checkpoint, [_ids()], device=CPU)
     _same("what the engine computes of the unquantized model", streamed, expected)
     written = open_dense(open_source(str(output)).checkpoint)
@@ -207,10 +230,31 @@ def _quantized(
     save_file(tensors, twin / "model.safetensors", {"format": "pt"})
     (twin / "config.json").write_bytes((source / "config.json").read_bytes())
     right = _logits(twin)
-    _same("what the artifact gives in transformers", _logits(output), right)
+    if runtime is None:
+        _same("what the artifact gives in transformers", _logits(output), right)
+    else:
+        (found,) = stream_logits(written, [_ids()], device=CPU)
+        _same("what the engine computes of the artifact", found, right)
+        _decompressed_alike(output, written)
     if torch.equal(right, expected):
         raise _WrongError("logits are the unquantized model's: what is quantized takes no part")
     return Finding("works", weights=weights, quantized=quantized)
+
+
+def _decompressed_alike(output: Path, written: Checkpoint) -> None:
+    """Whether compressed-tensors itself makes of an artifact's packed weights what is read here."""
+    declared = json.loads((output / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(declared)
+    (scheme,) = config.config_groups.values()
+    compressor: Any = BaseCompressor.get_value_from_registry(config.format)
+    stored = load_file(output / "model.safetensors")
+    packed = [name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")]
+    for name in packed:
+        parts = {part: stored[f"{name}.{part}"] for part in ("weight_packed", "weight_scale", "weight_shape")}
+        if not torch.equal(compressor.decompress(parts, scheme)["weight"], written[f"{name}.weight"]):
+            raise _WrongError(f"compressed-tensors makes another weight of {name}")
+    if not any(".experts." in name for name in packed):
+        raise _WrongError("no expert is packed")
 
 
 class _Places(dict[str, torch.Tensor]):
@@ -222,15 +266,16 @@ class _Places(dict[str, torch.Tensor]):
 
 def _put_experts_together(checkpoint: Checkpoint, dense: dict[str, torch.Tensor]) -> None:
     """Let experts that the checkpoint has in one tensor, and the artifact one by one, be in one tensor again."""
-    absent = {name for name in checkpoint if name not in dense}
-    if not absent:
+    if all(name in dense for name in checkpoint):
         return
-    sites = Skeleton(checkpoint, CPU).sites.values()
-    apart = [site for site in sites if site.tensor in absent and not site.stored_alone]
+    skeleton = Skeleton(checkpoint, CPU)
+    sites = [site for site in skeleton.sites.values() if site.tensor not in dense and not site.stored_alone]
+    apart = [site for site in sites if f"{site.stored}.weight" in dense]
     for name in dict.fromkeys(site.tensor for site in apart):
-        shape = checkpoint.infos[name].shape
+        info = skeleton.checkpoint.infos[name]
+        shape = info.shape
         places: Any = _Places({name: torch.arange(torch.Size(shape).numel()).view(shape)})
-        whole = torch.full(shape, torch.nan, dtype=checkpoint.infos[name].dtype)
+        whole = torch.full(shape, torch.nan, dtype=info.dtype)
         for site in apart:
             if site.tensor == name:
                 whole.view(-1)[site.read(places).reshape(-1)] = dense.pop(f"{site.stored}.weight").reshape(-1)
@@ -377,7 +422,7 @@ def _version(package: str) -> str:
 # What some classes need besides.
 _BESIDE = ("timm", "torchvision", "scipy")
 _TITLES = {"causal": "Causal language models", "image-text": "Image-text-to-text"}
-_VERDICTS = ("works", "as advised", "refused", "wrong", "crash", "not built")
+_VERDICTS = ("works", "not in transformers", "as advised", "refused", "wrong", "crash", "not built")
 _PAGE = """# Families of models
 
 Which of transformers' classes can be quantized, read back and trusted. Written by `bench/census.py` on {date}, with
@@ -388,8 +433,12 @@ of every kind, experts, tied weights as the class has them by default. It is qua
 and the artifact is read by the class that its config names. It **works** if by both methods no tensor is missing,
 unknown or other than it was, and logits are those of the artifact's own weights written out dense. **as advised**: that
 is refused, and the same holds with the override that the refusal names, which leaves the experts dense and quantizes
-the other linears. **refused** is said before any work, with the reason in the table. **not built**: transformers cannot
-build, save or run such a model on text alone with the settings that it has by default.
+the other linears. **not in transformers**: the same, and with `runtime: vllm`, which the refusal names as well, experts
+too are quantized, one by one, under names that vLLM and llm-compressor have for them and transformers has not. That is
+proven otherwise: compressed-tensors' own decompression gives each weight bit for bit as it is read here, and the engine
+computes from the artifact the logits that transformers computes from its weights written out dense. **refused** is said
+before any work, with the reason in the table. **not built**: transformers cannot build, save or run such a model on
+text alone with the settings that it has by default.
 
 Readings are kept, and what changes is read again: the table may be of several runs, and lacks what none has ended for.
 
@@ -410,12 +459,15 @@ dense, or why not and what to do instead.
 
 
 def _counts(findings: Mapping[str, Finding]) -> str:
-    rows = [["", *_VERDICTS, "works, of those that transformers runs", "works or as advised"]]
+    shares = ("works, of those that transformers runs", "works, in transformers or elsewhere", "works or as advised")
+    rows = [["", *_VERDICTS, *shares]]
     for kind, title in _TITLES.items():
         found = Counter(finding.verdict for key, finding in findings.items() if key.startswith(f"{kind}/"))
         ran = sum(found.values()) - found["not built"]
-        shares = (f"{number} of {ran}" for number in (found["works"], found["works"] + found["as advised"]))
-        rows.append([title, *(str(found[verdict]) for verdict in _VERDICTS), *shares])
+        all_linears = found["works"] + found["not in transformers"]
+        counts = (found["works"], all_linears, all_linears + found["as advised"])
+        of_ran = (f"{number} of {ran}" for number in counts)
+        rows.append([title, *(str(found[verdict]) for verdict in _VERDICTS), *of_ran])
     return markdown_table(rows)
 
 

@@ -16,7 +16,9 @@ fsync included; for a peer loading the model, quantizing and saving, which it do
 none. Peak memory is the process's, as ``wait4`` reports it. Perplexity, and the divergence of the predictions from the
 unquantized model's, are those of the dequantized weights in bfloat16, by one evaluator for all; they are measured for
 every artifact whose weights differ from those of an earlier round. ``--our-method gptaq`` runs another method of ours
-beside gptq. Models may be mixtures of experts (``bench/moe.py``).
+beside gptq. Models may be mixtures of experts (``bench/moe.py``); ``--mixture`` has ours run without drawing experts'
+moments toward their layer's too, and llm-compressor with the tokens that routers send to each expert alone. What
+llm-compressor's model predicts in memory, before it is saved, is in its report (``--json``).
 
 ``--profile`` shows first where our time goes, by phase, and the floor of each phase on this machine.
 """
@@ -86,6 +88,12 @@ def main() -> None:
     ]
     if options.llm_compressor_python:
         tools.append(Tool("llm-compressor, `mse` observer", options.llm_compressor_python, "llm_compressor.py"))
+    if options.mixture:
+        tools.append(Tool("llmconvert, κ = 0", sys.executable, "ours.py", ("--prior", "0")))
+    if options.mixture and options.llm_compressor_python:
+        tools.append(
+            Tool("llm-compressor, tokens as routed", options.llm_compressor_python, "llm_compressor.py", ("--routed",))
+        )
     if options.gptqmodel_python:
         tools.append(Tool("GPTQModel, `mse=2.4`", options.gptqmodel_python, "gptq_model.py"))
     if len(tools) > 1:
@@ -107,6 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation", help="text to measure perplexity on")
     parser.add_argument("--work", type=Path, required=True, help="scratch directory")
     parser.add_argument("--our-method", action="append", default=[], help="another method of ours to run beside gptq")
+    parser.add_argument("--mixture", action="store_true", help="both settings of each tool for experts with few tokens")
     parser.add_argument("--llm-compressor-python", help="interpreter that has llm-compressor")
     parser.add_argument("--gptqmodel-python", help="interpreter that has GPTQModel")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
@@ -150,8 +159,11 @@ def cut_windows(options: argparse.Namespace, text: str, samples: int, length: in
     return ids
 
 
-def quantize(options: argparse.Namespace, tool: Tool, ids: Path, output: Path) -> Run:
+def quantize(options: argparse.Namespace, tool: Tool, ids: Path, output: Path, evaluation: Path | None = None) -> Run:
     """One timed run of a tool; the artifact is left in ``output``."""
+    extra = list(tool.extra)
+    if tool.runner == "llm_compressor.py" and options.mixture and evaluation is not None:
+        extra += ["--evaluation-ids", str(evaluation)]
     shutil.rmtree(output, ignore_errors=True)
     report, log = output.with_suffix(".json"), output.with_suffix(".log")
     command = [
@@ -171,7 +183,7 @@ def quantize(options: argparse.Namespace, tool: Tool, ids: Path, output: Path) -
         str(options.group_size),
         "--threads",
         str(options.threads),
-        *tool.extra,
+        *extra,
     ]
     cost = run_measured(command, threads=options.threads, log=log, extra=_ENVIRONMENT)
     found = json.loads(report.read_text())
@@ -196,7 +208,7 @@ def compare(
     for number in range(options.rounds):
         for position, tool in enumerate(tools):
             output = options.work / f"artifact-{position}"
-            run = quantize(options, tool, ids, output)
+            run = quantize(options, tool, ids, output, evaluation)
             runs.append(run)
             note = f"round {number + 1}, {tool.name}: {run.seconds:.1f} s, {megabytes(run.peak_rss)}"
             if (tool.name, run.digest) not in seen:

@@ -160,6 +160,7 @@ def quantize_model(
     min_tokens_per_expert: int | None = None,
     distil_steps: int | None = None,
     kv_cache: Literal["fp8", "fp8-head"] | None = None,
+    runtime: Literal["vllm"] | None = None,
     preset: Literal["fast", "balanced", "best"] | None = None,
     adapter: str | Path | None = None,
     requantize: bool = False,
@@ -202,6 +203,7 @@ def quantize_model(
         distil_steps: steps of distillation from the original after quantization; none by default.
         kv_cache: ``"fp8"`` adds scales from the calibration text, by which runtimes keep keys and values in 8 bits;
             ``"fp8-head"`` one for each head.
+        runtime: ``"vllm"`` writes what vLLM alone has to load; by default what every reader of the format does.
         preset: method, scheme, text, samples and distillation where they are not given; ``balanced`` where neither
             scheme, bits per weight, method nor format is.
         adapter: a LoRA of peft to merge into the model first: a directory, or a Hub id.

@@ -39,6 +39,7 @@ from llmconvert.quantize.plan import (
     CacheKind,
     Override,
     QuantizeRequest,
+    RuntimeName,
     ShownTokens,
     Statistics,
     plan_encoding,
@@ -89,7 +90,7 @@ def plan_quantize(
         CapacityError: memory does not suffice, with what would fit.
     """
     context = context or Context()
-    chosen, layout_format = load_method(request.method, request.options), load_format(request.format)
+    chosen, layout_format = load_method(request.method, request.options), load_format(request.format, request.runtime)
     layout_format.check_output(output)
     check_combination(chosen, request.scheme, layout_format)
     if request.split_nbytes is not None and not isinstance(layout_format, FileFormat):
@@ -284,6 +285,7 @@ def quantize_checkpoint(
     experts: ShownTokens = "routed",
     min_tokens_per_expert: int = 0,
     kv_cache: CacheKind | None = None,
+    runtime: RuntimeName | None = None,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
     """Quantize the linears of every decoder block and write the artifact: :func:`plan_quantize` and its run in one.
@@ -291,7 +293,7 @@ def quantize_checkpoint(
     Args:
         source, output, windows, original, record: see :func:`plan_quantize`.
         method, scheme, format, overrides, options, mode, name, max_shard_bytes, expert_prior, statistics, experts,
-            min_tokens_per_expert, kv_cache: see :class:`~llmconvert.quantize.plan.QuantizeRequest`.
+            min_tokens_per_expert, kv_cache, runtime: see :class:`~llmconvert.quantize.plan.QuantizeRequest`.
         device, memory_budget, identity, progress: see :class:`~llmconvert.context.Context`.
 
     Raises:
@@ -311,6 +313,7 @@ def quantize_checkpoint(
         experts,
         min_tokens_per_expert,
         kv_cache,
+        runtime=runtime,
     )
     context = Context(device or torch.device("cpu"), memory_budget, identity, progress)
     return plan_quantize(

@@ -100,22 +100,26 @@ class Readership:
         return "; ".join([f"schemes read by {read}", *left])
 
 
-def readership(format: str, schemes: Iterable[SchemeOrMix], outer: Collection[str] = ()) -> Readership:
+def readership(
+    format: str, schemes: Iterable[SchemeOrMix], outer: Collection[str] = (), runtime: str | None = None
+) -> Readership:
     """Who reads an artifact with these schemes, as far as the record of runs goes (groups of any size are alike).
 
     Args:
         format: by name.
         schemes: of all that is quantized.
         outer: what of it lies outside the blocks: ``head``, ``embedding``, ``tied``.
+        runtime: the one that the artifact is for alone, as requests call it.
     """
     used = sorted(set(schemes), key=str)
+    runtimes = [one for one in runtimes_of(format) if runtime in (None, one.script)]
     readers = {scheme: {runtime.key for runtime in readers_of(format, scheme)} for scheme in used}
     unseen = {
         runtime.name: (
             *(str(scheme) for scheme in used if runtime.key not in readers[scheme]),
             *(_OUTER[kind] for kind in sorted(outer) if kind not in runtime.outer),
         )
-        for runtime in runtimes_of(format)
+        for runtime in runtimes
     }
     read = tuple(name for name, schemes_left in unseen.items() if not schemes_left)
     return Readership(read, {name: left for name, left in unseen.items() if left})

@@ -35,6 +35,7 @@ __all__ = [
     "Override",
     "QuantizationPlan",
     "QuantizeRequest",
+    "RuntimeName",
     "ShownTokens",
     "Statistics",
     "plan_encoding",
@@ -50,6 +51,8 @@ Statistics = Literal["sequential", "original"]
 CacheKind = Literal["fp8", "fp8-head"]
 #: Which tokens of the text an expert is calibrated on.
 ShownTokens = Literal["routed", "all"]
+#: For which runtime alone an artifact is, where others need not load it.
+RuntimeName = Literal["vllm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class QuantizeRequest:
         statistics: of what model the moments are: ``sequential`` of one whose linears before are quantized already,
             ``original`` of the unquantized one, which several artifacts can share.
         kv_cache: what keys and values are quantized to in the cache, by scales from calibration text; None for nothing.
+        runtime: which one alone has to load the artifact; None for all that read the format, transformers first.
     """
 
     method: str
@@ -91,6 +95,7 @@ class QuantizeRequest:
     kv_cache: CacheKind | None = None
     split_nbytes: int | None = None
     text: str = ""
+    runtime: RuntimeName | None = None
 
     @property
     def fixes_inputs(self) -> bool:

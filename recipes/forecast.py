@@ -14,6 +14,7 @@ from llmconvert.engine.sites import Site
 from llmconvert.errors import SchemeError, UnsupportedError
 from llmconvert.needs import Needs
 from llmconvert.quantize.formats.base import FileFormat, load_format
+from llmconvert.quantize.formats.experts import for_vllm_alone
 from llmconvert.quantize.job import plan_quantize
 from llmconvert.quantize.mixed_precision.budget import Budget
 from llmconvert.quantize.mixed_precision.job import plan_choice
@@ -129,7 +130,7 @@ def foresee_quantization(
         request = QuantizeRequest(settings.method, scheme, settings.format, overrides, settings.options, name=name)
         request = replace(request, statistics=statistics, experts=settings.experts or "routed")
         request = replace(request, min_tokens_per_expert=settings.min_tokens_per_expert or 0)
-        request = replace(request, kv_cache=settings.kv_cache)
+        request = replace(request, kv_cache=settings.kv_cache, runtime=settings.runtime)
         request = replace(request, split_nbytes=settings.split_max_size)
         plan = plan_quantize(source, output, request, windows=windows, context=context)
         if repaired:
@@ -223,7 +224,8 @@ def served_by(plan: QuantizePlan) -> tuple[str, ...]:
     sites = plan.decisions.sites.items()
     matrices = [Matrix(name, site.rows, site.columns, schemes.get(name)) for name, site in sites]
     found = tensor_parallel(plan.inputs.skeleton.architecture, matrices)
-    return (f"can be split {found}", *((found.warning,) if found.warning else ()))
+    alone = for_vllm_alone(plan.decisions.sites[name] for name in schemes)
+    return (*alone, f"can be split {found}", *((found.warning,) if found.warning else ()))
 
 
 def _first(schemes: Sequence[str], plan_with: Callable[[SchemeOrMix], QuantizePlan]) -> QuantizePlan:

@@ -43,6 +43,7 @@ _QUANTIZE = {
     "distil_steps": "quantize.distil.steps",
     "distil_length": "quantize.distil.length",
     "kv_cache": "quantize.kv_cache",
+    "runtime": "quantize.runtime",
     "requantize": "requantize",
     "bits_per_weight": "quantize.budget.bits_per_weight",
     "dtype": "convert.dtype",

@@ -17,7 +17,7 @@ from llmconvert.report.report import Check
 from llmconvert.report.section import Cell, Column, Section
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.measurement import Measurement, Subject
-from llmconvert.validate.runtimes.transformers import runtime, too_large
+from llmconvert.validate.runtimes.transformers import not_loaded, runtime
 
 __all__ = ["Tasks"]
 
@@ -67,12 +67,12 @@ class Tasks(Measurement):
 
     def measure(self, subject: Subject) -> Sequence[Check]:
         """A check for each task, with its first metric; all metrics are in the section of the first check."""
-        note = too_large(subject.dense, subject.device, subject.memory)
+        note = not_loaded(subject.dense, subject.device, subject.memory)
         if note:
             return [Check.unmeasured(f"task.{name}", note, asked=True) for name in self.names]
         ours = self._run(subject.artifact, subject)
         theirs: Mapping[str, list[_Score]] = {}
-        if isinstance(subject.reference, SafetensorsCheckpoint) and not too_large(
+        if isinstance(subject.reference, SafetensorsCheckpoint) and not not_loaded(
             subject.reference, subject.device, subject.memory
         ):
             theirs = self._run(subject.reference.directory, subject)

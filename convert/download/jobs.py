@@ -273,7 +273,8 @@ def plan_stream_quantize(
         CapacityError: memory does not suffice.
     """
     context = context or Context()
-    quantizer, layout_format = load_quantizer(request.method, request.options), load_format(request.format)
+    quantizer = load_quantizer(request.method, request.options)
+    layout_format = load_format(request.format, request.runtime)
     if quantizer.calibration != "none":
         raise UsageError(
             f"method {request.method!r} needs the model's activations, so it can't be streamed; leave out --stream"

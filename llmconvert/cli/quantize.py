@@ -60,6 +60,7 @@ def _overrides(context: click.Context, parameter: click.Parameter, values: Seque
 )
 @click.option("--distil-steps", type=int, help="Steps of distillation from the original afterwards. [default: 0]")
 @click.option("--kv-cache", type=click.Choice(["fp8", "fp8-head"]), help="Add scales for keys and values in 8 bits.")
+@click.option("--runtime", type=click.Choice(["vllm"]), help="Write what this one alone has to load.")
 @click.option("--requantize", is_flag=True, help="Quantize again what was quantized for deployment.")
 @click.option("--dtype", type=DtypeName(), help="Of the rest; or bf16, fp16, fp32. [default: bfloat16]")
 @calibration_option("Text to calibrate on, pydoc-topics:train for example")

@@ -261,6 +261,7 @@ class QuantizeReport(StepDetails):
         types: of GGUF, how many tensors have each type.
         notes: what is otherwise than asked for, or otherwise in the runtime than in transformers, a sentence each.
         streamed: whether the source was quantized while it downloaded.
+        runtime: the one that it was written for alone; None for all that read the format.
     """
 
     budget: BudgetReport | None = Field(default=None, exclude_if=_is_none)
@@ -276,6 +277,7 @@ class QuantizeReport(StepDetails):
     mode: str | None = Field(default=None, exclude_if=_is_none)
     resumed_blocks: int | None = Field(default=None, exclude_if=_is_none)
     streamed: bool = Field(default=False, exclude_if=_is_empty)
+    runtime: str | None = Field(default=None, exclude_if=_is_none)
 
 
 _DETAILS: Mapping[str, type[StepDetails]] = {

@@ -12,7 +12,16 @@ from llmconvert.quantize.catalog.declared import declaration_of
 from llmconvert.quantize.numbers import AFFINE
 from llmconvert.quantize.scheme import parse_scheme
 
-__all__ = ["FORMATS", "READERS", "about_format", "library_of", "loaders_of", "only_format", "require_format"]
+__all__ = [
+    "FORMATS",
+    "FOR_RUNTIMES",
+    "READERS",
+    "about_format",
+    "library_of",
+    "loaders_of",
+    "only_format",
+    "require_format",
+]
 
 #: Format name, which is the ``quant_method`` of its configs → where its class lies; loaded on use.
 FORMATS: Mapping[str, str] = {
@@ -22,6 +31,11 @@ FORMATS: Mapping[str, str] = {
     "bitsandbytes": "llmconvert.quantize.formats.bitsandbytes:BitsAndBytes",
     "gguf": "llmconvert.quantize.formats.gguf:Gguf",
     "mlx": "llmconvert.quantize.formats.mlx.affine:Mlx",
+}
+
+#: Format and runtime → the class of artifacts that this runtime alone has to load.
+FOR_RUNTIMES: Mapping[tuple[str, str], str] = {
+    ("compressed-tensors", "vllm"): "llmconvert.quantize.formats.compressed.vllm:CompressedTensorsForVllm",
 }
 
 #: ``quant_method`` of configs that are read and not written → where its reader lies; loaded on use.

@@ -17,7 +17,7 @@ from llmconvert.engine.sites import Site
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.export import TensorTypes
 from llmconvert.gguf.ggml.mix import GgmlMix
-from llmconvert.quantize.catalog.formats import FORMATS, READERS, require_format
+from llmconvert.quantize.catalog.formats import FOR_RUNTIMES, FORMATS, READERS, require_format
 from llmconvert.quantize.formats.container import CheckpointContainer, Container, ContainerRequest
 from llmconvert.quantize.formats.reading import left_out
 from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
@@ -305,14 +305,16 @@ class FileFormat(Format, Protocol):
         """Where a method chooses codes: what it stores tensors of these types in, but for floats."""
 
 
-def load_format(name: str) -> Format:
-    """The format of that name.
+def load_format(name: str, runtime: str | None = None) -> Format:
+    """The format of that name, for all that read it or for one runtime alone.
 
     Raises:
-        UnsupportedError: there is none; the message lists those there are.
+        UnsupportedError: there is none, and the message lists those there are; or it is the same for all runtimes.
     """
     require_format(name)
-    instance: Format = _load(FORMATS[name])
+    if runtime is not None and (name, runtime) not in FOR_RUNTIMES:
+        raise UnsupportedError(f"runtime {runtime}: {name} is the same for all that read it; leave it out")
+    instance: Format = _load(FORMATS[name] if runtime is None else FOR_RUNTIMES[name, runtime])
     return instance
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from llmconvert.engine.architecture.expert_names import RUNTIME
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import SchemeError, UnsupportedError
@@ -11,7 +12,7 @@ from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.methods.base import Method
 from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
 
-__all__ = ["check_experts", "experts_in_one", "gates_of"]
+__all__ = ["check_experts", "experts_in_one", "for_vllm_alone", "gates_of"]
 
 
 def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], method: Method, layout: Format) -> None:
@@ -50,11 +51,14 @@ def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], met
                 raise UnsupportedError(f"architecture {skeleton.architecture.model_type!r}: {error}") from error
         return
     layout.check_experts(scheme, apart=apart)
+    elsewhere = all(site.experts is not None and site.experts.elsewhere for site in experts)
     unread = next((site.unread for site in experts if site.unread), "")
-    if unread and not layout.stacks_experts:
+    if unread and not layout.stacks_experts and not (elsewhere and layout.library == RUNTIME):
+        other = f"; or have them one by one, for vLLM alone, which has such names (runtime: {RUNTIME})"
         raise UnsupportedError(
             f"architecture {skeleton.architecture.model_type!r}: {unread}; leave them dense with an override "
             "(match: '*.experts.*', scheme: none), and the other linears are quantized"
+            f"{other if elsewhere else ''}"
         )
     kind = skeleton.architecture.model_type
     if method.original and any(slot.layout.stacked for slots in skeleton.experts for slot in slots.values()):
@@ -63,6 +67,17 @@ def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], met
             "what the original model has at the same tokens, and these experts get tokens only where the router sends "
             "them; use gptq, awq, hqq or rtn"
         )
+
+
+def for_vllm_alone(quantized: Iterable[Site]) -> tuple[str, ...]:
+    """What is said of an artifact that has experts under names that transformers does not know; else nothing."""
+    first = next((site for site in quantized if site.experts is not None and site.experts.elsewhere), None)
+    if first is None:
+        return ()
+    return (
+        f"transformers can't load it: it has no names for single experts of this class ({first.stored}, …), and would "
+        "leave all of them random. vLLM has these names, and llm-compressor writes them",
+    )
 
 
 def experts_in_one(skeleton: Skeleton, scheme: SchemeOrMix, overrides: Sequence[Override], layout: Format) -> bool:

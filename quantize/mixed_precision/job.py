@@ -169,7 +169,7 @@ def plan_choice(
     context = context or Context()
     require_dense(source, "the source")
     scheme, overrides = request.scheme, request.overrides
-    layout = load_format(request.format)
+    layout = load_format(request.format, request.runtime)
     mixed = isinstance(layout, FileFormat)
     adjustable = scheme.base not in FLOATS if isinstance(scheme, GgmlMix) else scheme.adjustable
     if mixed != isinstance(scheme, GgmlMix) or not adjustable:

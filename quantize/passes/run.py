@@ -32,7 +32,7 @@ from llmconvert.quantize.passes.expert_tokens import require_tokens
 from llmconvert.quantize.passes.original import OriginalSteps, Variant, VariantSink
 from llmconvert.quantize.passes.results import LayerResult, QuantizeResult, layers_of, read_layers, write_layers
 from llmconvert.quantize.plan import QuantizationPlan, QuantizeRequest
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.sink import ArtifactSink, finished_blocks
 from llmconvert.quantize.solve.fixed_scales import lone_peaks
 from llmconvert.quantize.steps import CalibratedSteps, Outcome, Steps
@@ -101,7 +101,8 @@ class QuantizePlan:
         """Which runtimes read what is made, by the schemes that its linears really have."""
         decisions = self.decisions
         outer = {site.outside for site in decisions.outer}
-        return readership(self.request.format, {*decisions.schemes.values()} or {self.request.scheme}, outer)
+        schemes: set[SchemeOrMix] = {*decisions.schemes.values()} or {self.request.scheme}
+        return readership(self.request.format, schemes, outer, self.request.runtime)
 
     @property
     def notes(self) -> tuple[str, ...]:

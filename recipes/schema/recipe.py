@@ -185,6 +185,7 @@ class QuantizeSettings(Section):
     text. ``min_tokens_per_expert`` begins nothing while an expert gets fewer. ``distil`` trains what is stored against
     the original's predictions afterwards. ``kv_cache: fp8`` adds scales from the calibration text, by which runtimes
     keep keys and values in 8 bits: one for a layer, or with ``fp8-head`` one for each of its key-value heads.
+    ``runtime: vllm`` writes what vLLM alone has to load: experts that transformers has no names for, one by one.
     """
 
     method: str = "gptq"
@@ -201,6 +202,7 @@ class QuantizeSettings(Section):
     distil: Annotated[DistilSettings | None, BeforeValidator(switch)] = None
     kv_cache: Literal["fp8", "fp8-head"] | None = None
     split_max_size: Bytes | None = None
+    runtime: Literal["vllm"] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -292,7 +292,8 @@ def names_in(directory: Path) -> set[str]:
 
 def front_matter_of(recipe: Recipe, source: Source, original: Checkpoint) -> str:
     """What the card of the artifact to be will begin with; ``original`` is the converted model."""
-    return card_metadata(model_info(recipe, source, original, None), provenance(source).inherited)
+    runtime = recipe.quantize.runtime if recipe.quantize is not None else None
+    return card_metadata(model_info(recipe, source, original, None), provenance(source).inherited, runtime)
 
 
 def artifact_stage(

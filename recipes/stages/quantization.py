@@ -160,6 +160,7 @@ class Planned:
             phases={name: round(seconds, 3) for name, seconds in result.phases.items()},
             mode=result.memory.mode,
             resumed_blocks=result.resumed_blocks,
+            runtime=self.plan.request.runtime,
         )
 
 
@@ -231,6 +232,7 @@ def plan_stage(
             experts=settings.experts or "routed",
             min_tokens_per_expert=settings.min_tokens_per_expert or 0,
             kv_cache=settings.kv_cache,
+            runtime=settings.runtime,
             split_nbytes=settings.split_max_size,
             text=text,
         ),

@@ -33,7 +33,7 @@ from llmconvert.recipes.sweep.expand import Sweep
 from llmconvert.report.report import Report
 from llmconvert.storage.contents import Contents, Hashes
 from llmconvert.storage.writer import write_file
-from llmconvert.validate.render.card import card_metadata
+from llmconvert.validate.render.card import card_metadata, runtime_of
 from llmconvert.validate.render.plots import comparison_plot
 from llmconvert.validate.render.set_card import SetMember, render_set_card, with_set
 
@@ -210,7 +210,7 @@ def _front_matter(variants: Mapping[str, MadeVariant]) -> str:
     first = next(iter(variants.values()))
     fields = front_matter((first.directory / CARD).read_text(encoding="utf-8"), CARD)
     tags = [tag for made in variants.values() for tag in _tags(made)]
-    return card_metadata(first.report.model, {**fields, "tags": list(dict.fromkeys(tags))})
+    return card_metadata(first.report.model, {**fields, "tags": list(dict.fromkeys(tags))}, runtime_of(first.report))
 
 
 def _tags(made: MadeVariant) -> list[str]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
 from support.multimodal_families import FAMILIES, image_features, save_family
 from support.tiny_architectures import ids
+from support.tiny_checkpoints import save_tiny_checkpoint
 from transformers import AutoModelForMultimodalLM, PreTrainedModel
 
 from llmconvert.engine.evaluation import stream_logits
@@ -19,6 +23,7 @@ from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.plan import Override
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.validate.runtimes.transformers import not_loaded
 
 CPU = torch.device("cpu")
 SCHEME = Scheme.parse("w4a16-g32")
@@ -29,6 +34,10 @@ FAST = ("llava", "mllama", "qwen2_5_vl")
 DENSE = {"qwen3_vl_moe": (Override("*.experts.*", None),)}
 # transformers multiplies these families' experts in an order of its own: the last bits differ, of the original too.
 ABOUT = ("qwen3_vl_moe", "llama4")
+# Classes whose experts vLLM alone has names for: their type, and one layer's.
+CLASSES = {"Qwen3VLMoe": "qwen3_vl_moe", "Step3p7": "step3p7"}
+PACKED = ("weight_packed", "weight_scale", "weight_shape")
+EACH = {"Qwen3VLMoe": "model.language_model.layers.0.mlp.experts", "Step3p7": "model.layers.3.moe.experts"}
 
 
 def load(directory: Path) -> PreTrainedModel:
@@ -118,3 +127,38 @@ def test_models_that_need_an_image_are_refused(tmp_path: Path) -> None:
     BlipForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match=r"'blip'.* cannot be traced on text alone: .*pixel_values"):
         Skeleton(SafetensorsCheckpoint(tmp_path), CPU)
+
+
+@pytest.mark.parametrize("name", ["Qwen3VLMoe", pytest.param("Step3p7", marks=pytest.mark.slow)])
+def test_experts_that_transformers_has_no_names_for_are_written_for_vllm(tmp_path: Path, name: str) -> None:
+    """Judged by compressed-tensors' own decompression, and by the class with these weights in its parameters."""
+    source, output = tmp_path / "model", tmp_path / "out"
+    save_tiny_checkpoint(source, CLASSES[name], f"{name}ForConditionalGeneration")
+    options: dict[str, Any] = {"method": "rtn", "scheme": SCHEME}
+    with pytest.raises(UnsupportedError, match=r"scheme: none\), .*; or .* for vLLM alone, .*runtime: vllm"):
+        quantize_checkpoint(SafetensorsCheckpoint(source), output, **options)
+    quantize_checkpoint(SafetensorsCheckpoint(source), output, runtime="vllm", **options)
+    stored = SafetensorsCheckpoint(output)
+    view = open_dense(stored)
+    declared = QuantizationConfig.model_validate(stored.config["quantization_config"])
+    compressor: Any = BaseCompressor.get_value_from_registry(declared.format)
+    model = AutoModelForMultimodalLM.from_pretrained(source, experts_implementation="eager").eval()
+    skeleton = Skeleton(SafetensorsCheckpoint(source), CPU)
+    with torch.no_grad():
+        for site in skeleton.sites.values():
+            if f"{site.stored}.weight_packed" not in stored:
+                continue
+            parts = {part: stored[f"{site.stored}.{part}"] for part in PACKED}
+            weight = compressor.decompress(parts, declared.config_groups["group_0"])["weight"]
+            assert torch.equal(weight, view[f"{site.stored}.weight"])
+            if site.experts is None:
+                model.get_parameter(site.parameter).copy_(weight)
+            else:
+                matrix = site.experts.layout.matrices[site.projection]
+                matrix.of(model.get_parameter(f"{site.layer}.{matrix.leaf}")[site.expert]).copy_(weight)
+        theirs = model(input_ids=WINDOWS[0], use_cache=False).logits
+    assert {f"{EACH[name]}.1.{part}_proj.weight_packed" for part in ("gate", "up", "down")} <= set(stored)
+    torch.testing.assert_close(next(iter(stream_logits(view, WINDOWS, device=CPU))), theirs, rtol=0, atol=1e-5)
+    assert "no names for single experts" in not_loaded(view, CPU) and not not_loaded(SafetensorsCheckpoint(source), CPU)
+    with pytest.raises(UnsupportedError, match="runtime vllm: gptq is the same for all"):
+        quantize_checkpoint(SafetensorsCheckpoint(source), output, format="gptq", runtime="vllm", **options)

@@ -17,7 +17,7 @@ from llmconvert.validate.generation.greedy import PROMPTS, Continuation, Generat
 from llmconvert.validate.generation.streamed import Scored, score_continuations, stream_continuations
 from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes.fidelity import Fidelity, Probe, fidelity, take_probe
-from llmconvert.validate.runtimes.transformers import Runtime, runtime, too_large
+from llmconvert.validate.runtimes.transformers import Runtime, not_loaded, runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ class BehaviourCheck(Measurement):
         # The runtime computes in the probe's dtype, in that of the config without one.
         if subject.dtype is None and probe is not None:
             subject = replace(subject, dtype=probe.logits.dtype)
-        if oversized := too_large(subject.dense, subject.device, subject.memory):
+        if oversized := not_loaded(subject.dense, subject.device, subject.memory):
             loading = Check.unmeasured("runtime", oversized, asked=False)
             return [loading] if options is None else [loading, *_streamed(subject, options)]
         try:
@@ -96,7 +96,7 @@ def _against_original(
     if subject.original is None:
         return [*_alone(ours.continuations, about, options), *_pace(ours, None)]
     try:
-        note = too_large(subject.original, subject.device, subject.memory)
+        note = not_loaded(subject.original, subject.device, subject.memory)
         if isinstance(subject.reference, SafetensorsCheckpoint) and not note:
             with runtime(subject.reference.directory, device=subject.device, dtype=subject.dtype) as loaded:
                 theirs = _generate(loaded, options, subject)

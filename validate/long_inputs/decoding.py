@@ -23,7 +23,7 @@ from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.validate.long_inputs.prefill import cache_nbytes
 from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, run_isolated
-from llmconvert.validate.runtimes.transformers import runtime, too_large
+from llmconvert.validate.runtimes.transformers import not_loaded, runtime
 
 __all__ = ["DecodingCheck", "measure_decoding"]
 
@@ -138,7 +138,7 @@ class DecodingCheck(Measurement):
             limit = describe_model(dense).position_limit
             if limit is not None and self.context + _WARMUP + self.tokens > limit:
                 raise UnmeasuredError(f"{directory.name} takes {limit:,} positions")
-            if reason := too_large(dense, subject.device, subject.memory):
+            if reason := not_loaded(dense, subject.device, subject.memory):
                 raise UnmeasuredError(reason)
         found: dict[str, list[dict[str, float]]] = {model: [] for model in models}
         with subject.progress.task("decoding", self.rounds * len(models)) as task:

@@ -26,7 +26,7 @@ from llmconvert.report.steps import QuantizeReport
 from llmconvert.validate.render.display import label_of, printable_report, rows, section_table
 from llmconvert.validate.render.html import template_environment
 
-__all__ = ["Address", "card_metadata", "inherited_metadata", "is_untouched", "render_card"]
+__all__ = ["Address", "card_metadata", "inherited_metadata", "is_untouched", "render_card", "runtime_of"]
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -117,7 +117,7 @@ def render_card(
         recipe=recipe.strip(),
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
         chat=chat,
-        library=_library(model.format),
+        library=_library(model.format, runtime_of(report)),
         gguf=_file(report),
         readers=_readers(report, schemes),
         schemes=len(schemes),
@@ -125,6 +125,7 @@ def render_card(
         unpacked=model.format == "compressed-tensors"
         and any(isinstance(scheme, Scheme) and not scheme.symmetric for scheme in schemes),
         vllm=model.format is None
+        or runtime_of(report) == "vllm"
         or any(
             runtime.script == "vllm" and runtime.outer_read(_outer(report)) for runtime in runtimes_of(model.format)
         ),
@@ -132,7 +133,7 @@ def render_card(
         limitations=limitations,
         environment=report.environment,
     )
-    return mark_card(card_metadata(model, inherited or {}), f"\n{body}", _KIND)
+    return mark_card(card_metadata(model, inherited or {}, runtime_of(report)), f"\n{body}", _KIND)
 
 
 def is_untouched(card: str) -> bool:
@@ -140,8 +141,13 @@ def is_untouched(card: str) -> bool:
     return state_of_card(card, _KIND) == "ours"
 
 
-def card_metadata(model: ModelInfo, inherited: Mapping[str, Any]) -> str:
+def card_metadata(model: ModelInfo, inherited: Mapping[str, Any], runtime: str | None = None) -> str:
     """The front matter of an artifact's card, fences included.
+
+    Args:
+        model: what it is of.
+        inherited: what the original's card says.
+        runtime: the one that it was written for alone.
 
     Raises:
         HubError: ``huggingface_hub`` would not read it.
@@ -152,7 +158,7 @@ def card_metadata(model: ModelInfo, inherited: Mapping[str, Any]) -> str:
         tags += [tag for tag in (model.method, model.format, bits and f"{bits[1]}-bit", bits and bits[0]) if tag]
     fields: dict[str, Any] = {
         **{key: inherited[key] for key in _INHERITED if key in inherited and key != "tags"},
-        "library_name": _library(model.format),
+        "library_name": _library(model.format, runtime),
         "pipeline_tag": _PIPELINES.get(model.loader, "text-generation"),
         "tags": list(dict.fromkeys([*tags, *inherited.get("tags", ())])),
     }
@@ -188,7 +194,8 @@ def _readers(report: Report, schemes: Sequence[SchemeOrMix]) -> Readership | Non
     """Which runtimes read all of these; None where nothing is quantized, or in a format of another version."""
     format = report.model.format
     known = format in FORMATS and format is not None and schemes
-    return readership(format, schemes, _outer(report)) if known and format is not None else None
+    runtime = runtime_of(report)
+    return readership(format, schemes, _outer(report), runtime) if known and format is not None else None
 
 
 def _outer(report: Report) -> set[str]:
@@ -203,9 +210,16 @@ def _file(report: Report) -> str:
     return next((file for file in files if file is not None), "")
 
 
-def _library(format: str | None) -> str:
+def runtime_of(report: Report) -> str | None:
+    """The runtime that it was written for alone; None for all that read the format."""
+    details = [step.details for step in report.steps if isinstance(step.details, QuantizeReport)]
+    return next((found.runtime for found in details if found.runtime is not None), None)
+
+
+def _library(format: str | None, runtime: str | None = None) -> str:
     """What loads the model, by the Hub's name for it; formats that other versions wrote are taken for transformers'."""
-    return load_format(format).library if format is not None and format in FORMATS else "transformers"
+    known = format is not None and format in FORMATS
+    return load_format(format, runtime).library if known and format is not None else "transformers"
 
 
 def inherited_metadata(readme: bytes | str | None) -> dict[str, Any]:

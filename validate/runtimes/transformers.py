@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from llmconvert.engine.architecture.expert_names import first_elsewhere
 from llmconvert.errors import MachineError, UnsupportedError, one_line
 from llmconvert.machine import of_machine
 from llmconvert.memory import available_nbytes, release_freed_memory
@@ -23,7 +24,7 @@ from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.directory import read_config
 from llmconvert.text.tokenizer import try_tokenizer
 
-__all__ = ["Runtime", "end_tokens", "runtime", "too_large"]
+__all__ = ["Runtime", "end_tokens", "not_loaded", "runtime"]
 
 T = TypeVar("T")
 # What transformers takes while loading, relative to the dense weights it ends up with.
@@ -142,8 +143,14 @@ def _twice(load: Callable[[], T], directory: Path) -> T:
         last = True
 
 
-def too_large(dense: Checkpoint, device: torch.device, memory: int | None = None) -> str:
-    """Why a checkpoint can't be loaded whole in ``memory`` bytes, or in what is free on ``device``; empty if it can."""
+def not_loaded(dense: Checkpoint, device: torch.device, memory: int | None = None) -> str:
+    """Why transformers is not asked to load a checkpoint; empty if it is.
+
+    It can't be loaded whole in ``memory`` bytes, or in what is free on ``device``; or its experts have names that
+    transformers does not know, which would leave them random.
+    """
+    if expert := first_elsewhere(dense.config.get("model_type"), dense):
+        return f"it was not loaded, since transformers has no names for single experts of its class ({expert}, …)"
     free = available_nbytes(device) if memory is None else memory
     needed = round(_LOADING_FACTOR * dense.nbytes)
     words = "are free" if memory is None else "may be used"

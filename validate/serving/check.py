@@ -28,7 +28,7 @@ from llmconvert.report.section import Cell, Column, Section
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.validate.measurement import Measurement, Subject
 from llmconvert.validate.runtimes.isolated import UnmeasuredError
-from llmconvert.validate.runtimes.transformers import too_large
+from llmconvert.validate.runtimes.transformers import not_loaded
 from llmconvert.validate.serving.runtimes import ServedBy, Turn, run_turn
 
 __all__ = ["ServingCheck"]
@@ -108,7 +108,7 @@ class ServingCheck(Measurement):
             models = {_ORIGINAL: original} if original is not None else {}
             models[_ARTIFACT] = (_path(subject), subject.stored, subject.dense)
             for _, _, dense in models.values():
-                if served.name == "transformers" and (reason := too_large(dense, subject.device, subject.memory)):
+                if served.name == "transformers" and (reason := not_loaded(dense, subject.device, subject.memory)):
                     raise UnmeasuredError(reason)
             found: dict[str, list[Turn]] = {}
             with subject.progress.task(f"serving in {served.name}", self.rounds * len(models)) as task:

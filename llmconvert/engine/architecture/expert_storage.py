@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from llmconvert.engine.architecture.expert_names import names_elsewhere
 from llmconvert.engine.architecture.experts import ExpertsLayout, expert_parameter
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
@@ -55,10 +56,14 @@ class Conversion:
 
 
 class Conversions:
-    """transformers' table for a model.
+    """transformers' table for a model, and behind it the names that other runtimes have for single experts.
 
     Args:
         model: on any device; only names are looked at.
+
+    Attributes:
+        converters: transformers' own.
+        elsewhere: those of :func:`~llmconvert.engine.architecture.expert_names.names_elsewhere`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -67,14 +72,21 @@ class Conversions:
         self._prefix = model.base_model_prefix
         self._states: dict[str, torch.Tensor] = model.state_dict()
         self.converters = [item for item in transforms if isinstance(item, WeightConverter)]
+        self.elsewhere = names_elsewhere(str(model.config.model_type))
 
     def target(self, name: str) -> tuple[str, Conversion | None]:
         """The parameter that a tensor is loaded into, and how, if not as it is."""
-        target, pattern = rename_source_key(name, self._renamings, self.converters, self._prefix, self._states)
+        converters = [*self.converters, *self.elsewhere]
+        target, pattern = rename_source_key(name, self._renamings, converters, self._prefix, self._states)
         if target not in self._states and name in self._states:  # the model's own names win, as they do there
             target, pattern = rename_source_key(name, [], [], self._prefix, self._states)
-        found = next((item for item in self.converters if pattern in item.source_patterns), None)
+        found = next((item for item in converters if pattern in item.source_patterns), None)
         return target, None if pattern is None or found is None else Conversion(found, pattern)
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a tensor holds a matrix of an expert under a name that transformers does not know."""
+        _, conversion = self.target(name)
+        return conversion is not None and conversion.converter in self.elsewhere
 
     def loads_beside(self, tensor: str, parameter: str) -> bool:
         """Whether what is stored beside a weight, its scales for one, is loaded beside the parameter that it becomes.
@@ -94,15 +106,19 @@ class Conversions:
             tensor: what a checkpoint calls it, as whose neighbours they are named.
 
         Returns:
-            In the order in which their rows are put together; empty if there are none that transformers would take.
+            In the order in which their rows are put together, those that transformers would take before those that
+            others do; empty if there are none.
         """
-        for converter in self.converters:
+        for converter in (*self.converters, *self.elsewhere):
             sources, target = converter._original_source_patterns, converter.target_patterns[0]
             kinds = Conversion(converter, sources[0]).kinds
             named = all(_EACH in source and source.endswith(_WEIGHT) for source in sources)
             if not named or not kinds <= {MergeModulelist, Concatenate} or not parameter.endswith(target):
                 continue
             stem = (tensor if tensor.endswith(target) else parameter).removesuffix(target)
+            place = f".{sources[0].partition('.')[0]}."
+            if converter in self.elsewhere and place in tensor:
+                stem = f"{tensor.partition(place)[0]}."
             names = tuple(stem + source.replace("\\", "") for source in sources)
             found = [self.target(name.replace("*", "0")) for name in names]
             if all(back == parameter and how is not None and how.converter is converter for back, how in found):
@@ -233,6 +249,8 @@ class StoredExperts:
         written: matrix → what artifacts call it, without ``.weight`` and with ``*`` for the expert, where transformers
             reads experts so; empty where it does not.
         apart: whether transformers puts a linear for each matrix in their place as it loads a quantized model.
+        elsewhere: whether these names are other runtimes' alone
+            (:mod:`~llmconvert.engine.architecture.expert_names`): transformers would load experts at random.
     """
 
     name: str
@@ -241,6 +259,7 @@ class StoredExperts:
     whole: Mapping[str, WholeTensor]
     written: Mapping[str, str]
     apart: bool
+    elsewhere: bool = False
 
     @property
     def unread(self) -> str:
@@ -248,7 +267,12 @@ class StoredExperts:
         if self.layout.passing:
             return "transformers takes no quantized experts of a class that has others without weights behind them"
         first = next(iter(self.layout.matrices))
-        if self.artifact_name(0, first) is None:
+        if self.elsewhere and not self.whole:
+            return (
+                "transformers reads the experts of a layer from one tensor, and has no names for each of them "
+                f"({self.tensor(0, first)})"
+            )
+        if self.elsewhere or self.artifact_name(0, first) is None:
             return (
                 f"transformers reads the experts of a layer from one tensor ({self.tensor(0, first)}), which no format "
                 "holds quantized, and has no names for each of them"

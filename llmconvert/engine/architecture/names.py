@@ -21,6 +21,7 @@ from llmconvert.engine.architecture.expert_storage import (
     is_whole,
 )
 from llmconvert.engine.architecture.experts import ExpertsLayout, expert_parameter, find_experts
+from llmconvert.engine.architecture.loading.held import HeldTensors
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint
 
@@ -124,6 +125,7 @@ def stored_experts(
     if not modules:
         return {}
     conversions = Conversions(model)
+    made = checkpoint.made if isinstance(checkpoint, HeldTensors) else {}
     found: dict[str, StoredExperts] = {}
     for name, module, layout in modules:
         first = next(iter(layout.matrices))
@@ -132,6 +134,8 @@ def stored_experts(
         whole: dict[str, WholeTensor] = {}
         written: dict[str, str] = {}
         apart = type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
+        each = [expert_parameter(name, 0, projection) for projection in layout.matrices]
+        elsewhere = any(conversions.is_elsewhere(names[one]) for one in each if one in names)
         for leaf in layout.parts:
             tensor = names.get(f"{name}.{leaf}")
             if tensor is None:
@@ -140,15 +144,18 @@ def stored_experts(
             target, conversion = conversions.target(tensor)
             whole[leaf] = WholeTensor.of(checkpoint.infos[tensor], shape, layout.parts[leaf][0], conversion)
             matrices = [projection for projection, matrix in layout.matrices.items() if matrix.leaf == leaf]
-            each = conversions.one_by_one(target, tensor)
-            if len(each) == len(matrices):
-                paired = zip(matrices, each, strict=True)
+            stored = made[tensor].sources[0] if tensor in made else tensor
+            named = conversions.one_by_one(target, stored)
+            if named and len(named) == len(matrices):
+                paired = zip(matrices, named, strict=True)
                 written |= {projection: other.removesuffix(".weight") for projection, other in paired}
+                elsewhere |= conversions.is_elsewhere(named[0].replace("*", "0"))
             elif apart:
                 stem = tensor.removesuffix(leaf)
                 written |= {projection: f"{stem}*.{projection}" for projection in matrices}
         complete = set(written) == {key for key, matrix in layout.matrices.items() if matrix.leaf in whole}
-        found[name] = StoredExperts(name, layout, names, whole, written if complete else {}, apart)
+        written = written if complete else {}
+        found[name] = StoredExperts(name, layout, names, whole, written, apart, elsewhere and complete)
     return found
 
 

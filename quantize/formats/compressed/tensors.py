@@ -140,7 +140,7 @@ class CompressedTensors(Format):
         return check_outer(site, scheme)
 
     def for_model(self, outer: Mapping[str, Site], *, dense: bool) -> Format:
-        return CompressedTensors(Outer.of(outer, packed=dense)) if outer else self
+        return replace(self, model=Outer.of(outer, packed=dense)) if outer else self
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return dtype

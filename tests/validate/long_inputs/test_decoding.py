@@ -70,7 +70,7 @@ def test_what_can_not_be_measured_says_why(models: tuple[Path, Path], monkeypatc
     check = measure(models[1], None, DecodingCheck())
     assert check.value is None and not check.ok and "not measured: out of memory" in check.text
     assert measure(models[1], None, DecodingCheck(asked=False)).ok, "what is measured by default may be left out"
-    monkeypatch.setattr(decoding, "too_large", lambda *_: "loading it whole takes about 9 bytes, 1 are free")
+    monkeypatch.setattr(decoding, "not_loaded", lambda *_: "loading it whole takes about 9 bytes, 1 are free")
     assert "9 bytes, 1 are free" in measure(models[1], models[0], DecodingCheck()).text
 
 

@@ -40,6 +40,14 @@ def test_metadata(report: Report) -> None:
     assert (data.get("base_model"), data.get("license")) == (["maker/Tiny"], "apache-2.0")
 
 
+def test_what_is_for_vllm_alone_is_not_shown_in_transformers(report: Report) -> None:
+    details = QuantizeReport(layers=1, bytes=1, seconds=1.0, runtime="vllm")
+    steps = (*report.steps, Step(name="quantize", seconds=1.0, details=details))
+    card = render_card(report.model_copy(update={"steps": steps}), address=Address("user/x"), recipe=RECIPE)
+    assert front_matter(card)["library_name"] == "vllm" and "from vllm import" in card
+    assert "from transformers import" not in card and "were run with vLLM" in card
+
+
 def test_what_was_not_measured_is_said(report: Report) -> None:
     told = render_card(report, address=Address("user/x"), recipe=RECIPE)
     assert "Every number below was measured" in told and "not measured" not in told
