@@ -3,6 +3,8 @@
     python bench/moe.py make DENSE OUTPUT --kind exact|routed [--experts N] [--noise 0.05] [--seed 0]
     python bench/moe.py measure MODEL --calibration FILE --evaluation FILE --work DIR [--samples 32] [--length 512]
         [--scheme w4a16-g64] [--method gptq|gptq-cut] [--prior 0.01 --prior 0] [--windows 8] [--window 1024]
+        [--draws 1] [--dtype float32]
+    python bench/moe.py cut MODEL OUTPUT --blocks N
 
 ``exact``: four experts are quarters of the dense MLP's inner neurons, the router is zero, all four are chosen, and
 what that weighs them with is in ``down_proj``: it computes what the dense model does, and every expert sees every
@@ -13,13 +15,18 @@ Llama checkpoint of one shard; OUTPUT has Mixtral's layout.
 ``measure`` quantizes and scores by perplexity and mean KL divergence from the unquantized mixture on text that the
 calibration never saw. ``--prior`` is how strongly experts' moments are drawn toward their layer's, by the columns of an
 input; 0 is without. ``gptq-cut`` is for the dense model beside the exact mixture: it solves a down projection under a
-Hessian of which four blocks on the diagonal are left, which is all that four experts can know of it.
+Hessian of which four blocks on the diagonal are left, which is all that four experts can know of it. With ``--draws``
+that is done on so many pieces of the calibration text, one behind the other: whether a difference is one of the text.
+
+``cut`` writes the first N blocks of a model, which are a model too, in less time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -32,6 +39,7 @@ from measured import markdown_table
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from llmconvert.convert.cast import CastView
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.catalog.methods import METHODS
@@ -85,10 +93,18 @@ def main() -> None:
     measuring.add_argument("--scheme", default="w4a16-g64")
     measuring.add_argument("--method", action="append")
     measuring.add_argument("--prior", type=float, action="append")
+    measuring.add_argument("--draws", type=int, default=1)
+    measuring.add_argument("--dtype", choices=["float32"], help="what weights are cast to first")
+    cutting = commands.add_parser("cut")
+    cutting.add_argument("model", type=Path)
+    cutting.add_argument("output", type=Path)
+    cutting.add_argument("--blocks", type=int, required=True)
     options = parser.parse_args()
     if options.command == "make":
         experts = options.experts or (4 if options.kind == "exact" else 8)
         make_mixture(options.dense, options.output, options.kind, experts, options.noise, options.seed)
+    elif options.command == "cut":
+        cut(options.model, options.output, options.blocks)
     else:
         measure(options)
 
@@ -134,33 +150,51 @@ def make_mixture(dense: Path, output: Path, kind: str, experts: int, noise: floa
     save_file(made, output / "model.safetensors", metadata={"format": "pt"})
 
 
+def cut(model: Path, output: Path, blocks: int) -> None:
+    """Write the first blocks of a model of one shard."""
+    output.mkdir(parents=True)
+    for path in model.iterdir():
+        if path.is_file() and path.name not in ("config.json", "model.safetensors"):
+            shutil.copy(path, output / path.name)
+    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": blocks}
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    number = re.compile(r"model\.layers\.(\d+)\.")
+    weights = load_file(model / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if int((number.match(name) or [0, -1])[1]) < blocks}
+    save_file(kept, output / "model.safetensors", metadata={"format": "pt"})
+
+
 def measure(options: argparse.Namespace) -> None:
     """Quantize in every way asked for, and print the table."""
     cast(dict[str, str], METHODS)["gptq-cut"] = "moe:CutGptq"  # a table that lists what is shipped
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    calibration = windows_of(tokenizer, options.calibration, options.samples, options.length)
+    drawn = windows_of(tokenizer, options.calibration, options.draws * options.samples, options.length)
     evaluation = windows_of(tokenizer, options.evaluation, options.windows, options.window)
     rows = []
-    with SafetensorsCheckpoint(options.model) as source:
+    with SafetensorsCheckpoint(options.model) as stored:
+        source = CastView(stored, torch.float32) if options.dtype else stored
         original = [logits.float().log_softmax(-1).half() for logits in stream_logits(source, evaluation, device=CPU)]
         rows.append(["unquantized", "", "", *scored(source, evaluation, original)])
-        for method in options.method or ["gptq"]:
-            for prior in options.prior or [PRIOR]:
-                output = options.work / f"{method}-{options.scheme}-{prior}-{options.samples}x{options.length}"
-                shutil.rmtree(output, ignore_errors=True)
-                begin = time.perf_counter()
-                quantize_checkpoint(
-                    source,
-                    output,
-                    method=method,
-                    scheme=Scheme.parse(options.scheme),
-                    windows=calibration,
-                    expert_prior=prior,
-                )
-                seconds = f"{time.perf_counter() - begin:.0f}"
-                with SafetensorsCheckpoint(output) as artifact:
-                    figures = scored(open_dense(artifact), evaluation, original)
-                rows.append([f"{method} {options.scheme}", f"{prior:g}", seconds, *figures])
+        ways = itertools.product(options.method or ["gptq"], options.prior or [PRIOR], range(options.draws))
+        for method, prior, draw in ways:
+            calibration = drawn[draw * options.samples : (draw + 1) * options.samples]
+            output = options.work / f"{method}-{options.scheme}-{prior}-{options.samples}x{options.length}"
+            shutil.rmtree(output, ignore_errors=True)
+            begin = time.perf_counter()
+            quantize_checkpoint(
+                source,
+                output,
+                method=method,
+                scheme=Scheme.parse(options.scheme),
+                windows=calibration,
+                expert_prior=prior,
+            )
+            seconds = f"{time.perf_counter() - begin:.0f}"
+            with SafetensorsCheckpoint(output) as artifact:
+                figures = scored(open_dense(artifact), evaluation, original)
+            name = f"{method} {options.scheme}" + (f", draw {draw + 1}" if options.draws > 1 else "")
+            rows.append([name, f"{prior:g}", seconds, *figures])
+            print(*rows[-1], flush=True)
     print(f"{options.model.name}, {options.samples} × {options.length} tokens")
     print(markdown_table(["", "κ / columns", "seconds", "perplexity", "KL"], rows))
 

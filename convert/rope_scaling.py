@@ -45,11 +45,15 @@ def scale_positions(config: Mapping[str, Any], scaling: RopeScaling) -> dict[str
     parameters = copy.deepcopy(dict(found.rope_sets))
     if not parameters:
         raise UnsupportedError(
-            f"rope scaling {scaling}: {found.model_type!r} has no rotary positions that its config could scale"
+            f"rope scaling {scaling}: {found.model_type!r} has no rotary positions that its config could scale; "
+            "leave rope_scaling out"
         )
     trained = found.context
     if trained is None:
-        raise UnsupportedError(f"rope scaling {scaling}: config.json does not say how long inputs may be")
+        raise UnsupportedError(
+            f"rope scaling {scaling}: config.json does not say how long inputs may be; set max_position_embeddings "
+            "there"
+        )
     nested = parameters.get("full_attention")
     target = nested if isinstance(nested, dict) else parameters
     found = target.get("rope_type", "default")
@@ -72,5 +76,6 @@ def _check(config: Mapping[str, Any], scaling: RopeScaling) -> None:
     read = Architecture.of(build_config(config)).rope
     if (read.get("rope_type"), read.get("factor")) != (scaling.kind, scaling.factor):
         raise UnsupportedError(
-            f"rope scaling {scaling}: the config's class reads {read} instead; it has its own scaling"
+            f"rope scaling {scaling}: the config's class reads {read} instead; it has its own scaling; leave "
+            "rope_scaling out"
         )

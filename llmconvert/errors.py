@@ -26,6 +26,8 @@ Anything else that escapes is a bug, and ends with exit code 1 and a traceback.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from llmconvert.printable import printable
@@ -90,6 +92,19 @@ class SchemeError(UsageError):
 
 class UnsupportedError(UsageError):
     """An architecture, method, format or combination this version refuses by name."""
+
+
+@contextmanager
+def advising(instead: str) -> Iterator[None]:
+    """Let a refusal from inside say what to do instead.
+
+    Raises:
+        UnsupportedError: the one that was raised, and behind its message this advice.
+    """
+    try:
+        yield
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error}; {instead}") from error
 
 
 class OutputError(UsageError):

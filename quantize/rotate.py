@@ -132,7 +132,9 @@ def rotate_checkpoint(
     skeleton = Skeleton(source, torch.device("cpu"))
     kind = skeleton.architecture.model_type
     if any(skeleton.experts):
-        raise UnsupportedError(f"architecture {kind!r}: rotations can't be folded into a mixture of experts yet")
+        raise UnsupportedError(
+            f"architecture {kind!r}: rotations are not folded into mixtures of experts here; leave rotate out"
+        )
     folding = _Folding(skeleton, kind, seed)
     if residual:
         folding.rotate_residual()

@@ -108,7 +108,10 @@ def _sorted(adapter: Adapter) -> tuple[dict[str, dict[str, str]], dict[str, str]
     whole: dict[str, str] = {}
     for name in adapter.tensors:
         if not name.startswith(_PREFIX):
-            raise UnsupportedError(f"adapter {adapter.origin}: tensor {name!r} is none that peft's LoRA has")
+            raise UnsupportedError(
+                f"adapter {adapter.origin}: tensor {name!r} is none that peft's LoRA has; merge it with peft "
+                "(merge_and_unload)"
+            )
         inner = name.removeprefix(_PREFIX)
         match = _PART.fullmatch(inner)
         if match is None and ("lora_" in inner or "token_adapter" in inner):

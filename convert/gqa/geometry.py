@@ -28,6 +28,8 @@ from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["AttentionGeometry", "Norm", "Projections", "Rotary", "read_geometry", "require_kv_heads"]
 
+_INSTEAD = "leave kv_heads out, and quantize it as it is"
+
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
@@ -164,10 +166,12 @@ def _family(kind: str, architecture: Architecture) -> Family:
     if family is None:
         known = f"known are {', '.join(FAMILIES)}" if architecture.has_kv_heads_setting else NO_SETTING
         reason = REASONS.get(kind) or known
-        raise UnsupportedError(f"attention heads of architecture {kind!r} cannot be merged: {reason}")
+        raise UnsupportedError(f"attention heads of architecture {kind!r} cannot be merged: {reason}; {_INSTEAD}")
     for key in family.forbidden:
         if architecture.switch(key):
-            raise UnsupportedError(f"attention heads of this {kind} model cannot be merged: {key} {FORBIDDEN[key]}")
+            raise UnsupportedError(
+                f"attention heads of this {kind} model cannot be merged: {key} {FORBIDDEN[key]}; {_INSTEAD}"
+            )
     return family
 
 

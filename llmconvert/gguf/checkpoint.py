@@ -20,7 +20,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from llmconvert.errors import ChangedError, CheckpointError, UnsupportedError
+from llmconvert.errors import ChangedError, CheckpointError, UnsupportedError, advising
 from llmconvert.gguf.architectures.entries import Change
 from llmconvert.gguf.architectures.pieces import ReadRows, restored
 from llmconvert.gguf.architectures.placing import Place, check_tensors, place_tensors
@@ -129,7 +129,8 @@ class GgufCheckpoint(Checkpoint):
         self.identity = identity_of(header.parts)
         try:
             self._open()
-            described = describe_model(header, self._read_setting)
+            with advising("take the model that the file was made from, in safetensors"):
+                described = describe_model(header, self._read_setting)
         except BaseException:
             self.close()
             raise

@@ -336,10 +336,7 @@ def read_quantized(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> tuple
     method = str(declared.get("quant_method", "")).lower()
     known = {**FORMATS, **READERS}
     if method not in known:
-        raise UnsupportedError(
-            f"quantized with {method!r} (quant_method in its config); known are {', '.join(known)}. Take the "
-            "unquantized model, or save it dequantized with the library that wrote it"
-        )
+        raise UnsupportedError(f"quantized with {method!r} (quant_method in its config); known are {', '.join(known)}")
     reader: Reader = _load(known[method])
     linears = list(reader.find(checkpoint, declared))
     # What compressed-tensors decompressed may be saved without its scales, and is dense then.

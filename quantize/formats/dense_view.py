@@ -11,6 +11,7 @@ import torch
 
 from llmconvert.compute.activations import ActivationRuntime, InputKind
 from llmconvert.compute.kv_cache import CacheScales
+from llmconvert.errors import advising
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import StoredLinear, read_quantized
 from llmconvert.quantize.formats.reading import declared_quantization, without_quantization
@@ -171,7 +172,8 @@ class QuantizedView(CheckpointView):
         self._last = _LastRead(base)
         self.config = without_quantization(base.config)
         self.files = {name: content for name, content in base.files.items() if name not in _QUANTIZER_FILES}
-        linears, self.left_out = read_quantized(base, declared)
+        with advising("take the unquantized model, or save it dequantized with the library that wrote it"):
+            linears, self.left_out = read_quantized(base, declared)
         #: Weight name → its quantized linear.
         self.quantized = {found.weight: found for found in linears}
         owners = {part: weight for weight, found in self.quantized.items() for part in found.parts}

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final, overload
 import numpy as np
 import torch
 
-from llmconvert.errors import CheckpointError, OutputError, UnsupportedError
+from llmconvert.errors import CheckpointError, OutputError, UnsupportedError, advising
 from llmconvert.gguf.architectures.pieces import Piece
 from llmconvert.gguf.export import TensorTypes, check_exportable, tensor_types
 from llmconvert.gguf.file import Encode, GgufFile, PlannedTensor, plan_file
@@ -43,6 +43,7 @@ __all__ = ["Gguf", "GgufContainer"]
 #: Scheme → the block type that holds its codes and scales as they are. The schemes of block types need no line here.
 _CARRIERS: Final[Mapping[str, str]] = {"w4a16-g32-sym": "Q4_0", "w8a16-g32-sym": "Q8_0"}
 _SUFFIX = ".gguf"
+_INSTEAD = "use format: compressed-tensors, for transformers and vLLM"
 
 
 class Gguf(FileFormat):
@@ -133,10 +134,12 @@ class Gguf(FileFormat):
         check_output_directory(output)
 
     def check_source(self, source: Checkpoint) -> None:
-        check_exportable(source)
+        with advising(_INSTEAD):
+            check_exportable(source)
 
     def container(self, source: Checkpoint, output: Path, request: ContainerRequest) -> Container:
-        return GgufContainer(source, output, request, self.mix_of(request.scheme))
+        with advising(_INSTEAD):
+            return GgufContainer(source, output, request, self.mix_of(request.scheme))
 
 
 class GgufContainer:

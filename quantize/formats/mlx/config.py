@@ -61,7 +61,8 @@ def with_plain_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         _tell(told, rope["sliding_attention"], "rope_local_base_freq", None)
     else:
         raise UnsupportedError(
-            f"config.json: rope_parameters are {spell(rope)}, by kind of layer; mlx-lm has no names for these here"
+            f"config.json: rope_parameters are {spell(rope)}, by kind of layer; mlx-lm has no names for these here. "
+            "Use format: compressed-tensors or gguf"
         )
     return told
 
@@ -74,7 +75,8 @@ def _tell(told: dict[str, Any], rope: Mapping[str, Any], theta: str, scaling: st
         return
     if scaling is None:
         raise UnsupportedError(
-            f"config.json: rope_parameters scale local attention ({kind}); mlx-lm has no name for it"
+            f"config.json: rope_parameters scale local attention ({kind}); mlx-lm has no name for it. Use "
+            "format: compressed-tensors or gguf"
         )
     told.setdefault(scaling, {key: value for key, value in rope.items() if key != "rope_theta"})
 
