@@ -101,7 +101,12 @@ class Readership:
 
 
 def readership(
-    format: str, schemes: Iterable[SchemeOrMix], outer: Collection[str] = (), runtime: str | None = None
+    format: str,
+    schemes: Iterable[SchemeOrMix],
+    outer: Collection[str] = (),
+    runtime: str | None = None,
+    *,
+    experts: bool = False,
 ) -> Readership:
     """Who reads an artifact with these schemes, as far as the record of runs goes (groups of any size are alike).
 
@@ -110,16 +115,18 @@ def readership(
         schemes: of all that is quantized.
         outer: what of it lies outside the blocks: ``head``, ``embedding``, ``tied``.
         runtime: the one that the artifact is for alone, as requests call it.
+        experts: whether experts of a mixture are among what is quantized.
     """
     used = sorted(set(schemes), key=str)
     runtimes = [one for one in runtimes_of(format) if runtime in (None, one.script)]
     readers = {scheme: {runtime.key for runtime in readers_of(format, scheme)} for scheme in used}
     unseen = {
-        runtime.name: (
-            *(str(scheme) for scheme in used if runtime.key not in readers[scheme]),
-            *(_OUTER[kind] for kind in sorted(outer) if kind not in runtime.outer),
+        reader.name: (
+            *(str(scheme) for scheme in used if reader.key not in readers[scheme]),
+            *(_OUTER[kind] for kind in sorted(outer) if kind not in reader.outer),
+            *(("quantized experts",) if experts and not reader.experts else ()),
         )
-        for runtime in runtimes
+        for reader in runtimes
     }
     read = tuple(name for name, schemes_left in unseen.items() if not schemes_left)
     return Readership(read, {name: left for name, left in unseen.items() if left})

@@ -32,6 +32,7 @@ class Runtime:
         outer: what it was run with that lies outside the blocks: a head of its own, an embedding, one matrix that is
             both (tied).
         note: what else to know.
+        experts: whether it was run with quantized experts of a mixture.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Runtime:
     schemes: tuple[str, ...]
     note: str = ""
     outer: tuple[str, ...] = ()
+    experts: bool = False
 
     def outer_read(self, kinds: Iterable[str]) -> bool:
         """Whether it was run with all of what lies outside the blocks and is quantized."""
@@ -70,6 +72,7 @@ RUNTIMES: Sequence[Runtime] = (
         ),
         "expands weights at the first forward; asymmetric ones need `CompressedTensorsConfig(dequantize=True)`",
         outer=_EVERY,
+        experts=True,
     ),
     Runtime(
         "transformers",
@@ -105,6 +108,7 @@ RUNTIMES: Sequence[Runtime] = (
         ),
         "rounds inputs of linears to 8 bits per block",
         outer=_EVERY,
+        experts=True,
     ),
     Runtime(
         "vLLM on CPU",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from llmconvert.errors import LlmconvertError, one_line
+import pytest
+
+from llmconvert.errors import CheckpointError, LlmconvertError, UnsupportedError, advising, one_line
 
 CUSTOM = (
     "The repository m contains custom code which must be executed to correctly load the model.\n"
@@ -21,3 +23,10 @@ def test_advice_that_is_never_followed_is_left_out() -> None:
 
 def test_a_message_commands_no_terminal() -> None:
     assert str(LlmconvertError("tensor \x1b[2J")) == "tensor \\x1b[2J"
+
+
+def test_a_refusal_from_inside_ends_with_what_to_do_instead() -> None:
+    with pytest.raises(UnsupportedError, match=r"^no such layout; take another$"), advising("take another"):
+        raise UnsupportedError("no such layout")
+    with pytest.raises(CheckpointError, match=r"^truncated$"), advising("take another"):
+        raise CheckpointError("truncated")

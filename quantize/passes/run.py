@@ -102,7 +102,8 @@ class QuantizePlan:
         decisions = self.decisions
         outer = {site.outside for site in decisions.outer}
         schemes: set[SchemeOrMix] = {*decisions.schemes.values()} or {self.request.scheme}
-        return readership(self.request.format, schemes, outer, self.request.runtime)
+        experts = any(decisions.sites[name].kind == "expert" for name in decisions.schemes)
+        return readership(self.request.format, schemes, outer, self.request.runtime, experts=experts)
 
     @property
     def notes(self) -> tuple[str, ...]:

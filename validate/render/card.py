@@ -35,6 +35,8 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _INHERITED = ("license", "license_name", "license_link", "language", "tags")
 # The Hub's word for what a model does, by the class that loads it.
 _PIPELINES = {"AutoModelForImageTextToText": "image-text-to-text", "AutoModelForMultimodalLM": "any-to-any"}
+# What reports call a matrix of a single expert.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 # What the mark of a card that is written here calls it.
 _KIND = "model card"
 _OF_SCHEMES = re.compile(r"\d+-bit|w\d+(a\d+)?")
@@ -195,7 +197,11 @@ def _readers(report: Report, schemes: Sequence[SchemeOrMix]) -> Readership | Non
     format = report.model.format
     known = format in FORMATS and format is not None and schemes
     runtime = runtime_of(report)
-    return readership(format, schemes, _outer(report), runtime) if known and format is not None else None
+    if not known or format is None:
+        return None
+    details = [step.details for step in report.steps if isinstance(step.details, QuantizeReport)]
+    experts = any(_EXPERT.search(linear.name) for found in details for linear in found.linears)
+    return readership(format, schemes, _outer(report), runtime, experts=experts)
 
 
 def _outer(report: Report) -> set[str]:

@@ -249,7 +249,11 @@ def test_codes_of_a_quantized_source_are_taken_over(models: Path, tmp_path: Path
         ("gemma2", {"query_pre_attn_scalar": 48}, r"query_pre_attn_scalar is 48; llama.cpp scales queries"),
         ("gemma2", {"final_logit_softcapping": None}, r"final_logit_softcapping is not set"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, r"'dynamic' cannot"),
-        ("llama", {"model_type": "xlm"}, r"'xlm' cannot be written as GGUF; supported are .*llama, .*mistral"),
+        (
+            "llama",
+            {"model_type": "xlm"},
+            r"'xlm' cannot be written as GGUF; supported are .*llama, .*mistral.*; use format: comp",
+        ),
     ],
 )
 def test_what_llama_cpp_would_compute_differently_is_refused(

@@ -211,7 +211,10 @@ INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (declared(sparsity_config={"format": "sparse-24-bitmask"}), r'sparsity_config\.format is "sparse-24-bitmask"'),
+        (
+            declared(sparsity_config={"format": "sparse-24-bitmask"}),
+            r'sparsity_config\.format is "sparse-24-bitmask".*; take the unquantized model',
+        ),
         (declared(format="marlin-24"), 'compressed-tensors format "marlin-24"'),
         (declared(group={"format": "mxfp6-pack-quantized"}), 'compressed-tensors format "mxfp6-pack-quantized"'),
         (declared(moe_sparsity_config={"method": "prune"}), r"quantization_config\.moe_sparsity_config"),

@@ -41,11 +41,13 @@ def test_metadata(report: Report) -> None:
 
 
 def test_what_is_for_vllm_alone_is_not_shown_in_transformers(report: Report) -> None:
-    details = QuantizeReport(layers=1, bytes=1, seconds=1.0, runtime="vllm")
+    expert = LinearReport(name="layers.0.mlp.experts.0.up_proj", scheme="w4a16-g64", error=None)
+    details = QuantizeReport(layers=1, bytes=1, seconds=1.0, runtime="vllm", linears=(expert,))
     steps = (*report.steps, Step(name="quantize", seconds=1.0, details=details))
     card = render_card(report.model_copy(update={"steps": steps}), address=Address("user/x"), recipe=RECIPE)
     assert front_matter(card)["library_name"] == "vllm" and "from vllm import" in card
-    assert "from transformers import" not in card and "were run with vLLM" in card
+    assert "from transformers import" not in card and "were run with" not in card
+    assert "**vLLM on CPU** was never seen to run quantized experts" in card
 
 
 def test_what_was_not_measured_is_said(report: Report) -> None:
