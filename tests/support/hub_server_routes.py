@@ -5,90 +5,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
 import subprocess
-import time
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
 import yaml
-from support.hub_server_state import (
-    DATE,
-    EXPIRED_TOKEN,
-    LFS_BYTES,
-    READ_TOKEN,
-    WRITE_TOKEN,
-    Blob,
-    Collection,
-    HubState,
-    RefusalError,
-    Repo,
-)
-from support.hub_server_xet import XetStore
+from support.hub_server_objects import Objects
+from support.hub_server_state import DATE, LFS_BYTES, Blob, Collection, RefusalError, Repo
 
 
-class Routes:
-    """The API's operations. What HTTP there is about a request lies in the subclass that calls them."""
-
-    state: HubState
-    xet: XetStore
-    body: bytes
-    query: dict[str, str]
-    authorization: str | None
-    byte_range: str
-    #: Content, status and headers of the answer, sent when the operation is over.
-    response: tuple[bytes, int, dict[str, str]]
-
-    def answer(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.response = content, status, headers or {}
-
-    def answer_json(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.answer(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
-
-    def _role(self) -> str | None:
-        if self.authorization is None:
-            return None
-        if self.authorization == f"Bearer {EXPIRED_TOKEN}":
-            raise RefusalError(401, 'User Access Token "laptop" is expired')
-        roles = {f"Bearer {WRITE_TOKEN}": "write", f"Bearer {READ_TOKEN}": "read"}
-        if self.authorization not in roles:
-            raise RefusalError(401, "Invalid credentials in Authorization header")
-        return roles[self.authorization]
-
-    def _require_writable(self, repo_id: str) -> None:
-        """The account's own namespace or its organization's, and a token whose scope reaches there."""
-        namespace, account = repo_id.split("/")[0], self.state.account
-        own = {"me", *(org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read")}
-        if namespace not in own:
-            raise RefusalError(403, f"Forbidden: you don't have the rights to write under {namespace}")
-        token = account.get("token", {})
-        if token.get("role") == "fineGrained":
-            scopes = token["fineGrained"]["scoped"]
-            writable = {scope["entity"]["name"] for scope in scopes if "repo.write" in scope["permissions"]}
-            if not writable & {namespace, repo_id}:
-                raise RefusalError(403, "Forbidden: the token's scope does not reach this repository")
-
-    def _repo(self, repo_id: str, *, write: bool = False, content: bool = False, proposal: bool = False) -> Repo:
-        role = self._role()
-        repo = self.state.repos.get(repo_id)
-        if repo is None or (repo.private and role is None):
-            raise RefusalError(401 if role is None else 404, "Repository not found", "RepoNotFound")
-        if content and repo.gated and role != "write":  # the terms were accepted by the account of that token
-            raise RefusalError(403 if role else 401, "Access to model is restricted", "GatedRepo")
-        if write and role != "write":
-            raise RefusalError(403 if role else 401, "Forbidden: this token cannot write")
-        if write and not proposal and self.query.get("create_pr") != "1":  # anybody may propose a change
-            self._require_writable(repo_id)
-        return repo
-
-    def _tree(self, repo_id: str, revision: str, **access: bool) -> tuple[Repo, str, dict[str, Blob]]:
-        repo = self._repo(repo_id, **access)
-        sha = repo.resolve(revision)
-        if sha is None:
-            raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return repo, sha, repo.commits[sha]
+class Routes(Objects):
+    """The API's operations."""
 
     def whoami(self) -> None:
         role = self._role()
@@ -194,74 +123,6 @@ class Routes:
                 {"path": file["path"], "uploadMode": mode, "shouldIgnore": file["path"] in self.state.ignored, **known}
             )
         self.answer_json({"files": answers})
-
-    def lfs_batch(self, repo_id: str) -> None:
-        repo = self._repo(repo_id, write=True, proposal=True)  # it does not say what for
-        asked = json.loads(self.body)
-        if asked["operation"] != "upload" or asked["hash_algo"] != "sha256" or "basic" not in asked["transfers"]:
-            raise RefusalError(422, "unsupported transfer")
-        objects: list[dict[str, Any]] = []
-        for thing in asked["objects"]:
-            known = thing["oid"] in repo.objects
-            actions = {} if known else {"actions": self._actions(repo_id, thing["oid"], thing["size"])}
-            if self.state.refused_object and not known:
-                actions = {"error": {"code": 507, "message": self.state.refused_object}}
-            objects.append({"oid": thing["oid"], "size": thing["size"], **actions})
-        self.answer_json({"transfer": "basic", "objects": objects})
-
-    def _actions(self, repo_id: str, oid: str, size: int) -> dict[str, Any]:
-        href, step = f"{self.state.storage or self.state.url}/lfs/{repo_id}/{oid}", self.state.part_bytes
-        signature = f"?signature={_signature(oid)}"
-        verify = {"href": f"{href}/verify"}
-        if step is None or size <= step:
-            return {"upload": {"href": href + signature}, "verify": verify}
-        count = math.ceil(size / step)
-        urls = {str(number): f"{href}/part/{number}{signature}" for number in range(1, count + 1)}
-        return {"upload": {"href": f"{href}/complete", "header": {"chunk_size": str(step), **urls}}, "verify": verify}
-
-    def _check_signature(self, oid: str) -> None:
-        if self.authorization is not None:
-            raise RefusalError(400, "only one way to authenticate is allowed, and the token is not for the store")
-        if self.query.get("signature") != _signature(oid):
-            raise RefusalError(403, "SignatureDoesNotMatch")
-
-    def lfs_put(self, repo_id: str, oid: str) -> None:
-        self._check_signature(oid)
-        self.state.store(self.state.repos[repo_id], oid, self.body)
-        self.answer(b"")
-
-    def lfs_part(self, repo_id: str, oid: str, number: str) -> None:
-        self._check_signature(oid)
-        self.state.repos[repo_id].parts[oid, int(number)] = self.body
-        self.answer(b"", headers={"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'})
-
-    def lfs_complete(self, repo_id: str, oid: str) -> None:
-        repo, asked = self.state.repos[repo_id], json.loads(self.body)
-        content = b""
-        for part in asked["parts"]:
-            data = repo.parts.pop((oid, part["partNumber"]), b"")
-            if part["etag"].strip('"') != hashlib.md5(data).hexdigest():
-                raise RefusalError(400, f"InvalidPart {part['partNumber']}")
-            content += data
-        self.state.store(repo, oid, content)
-        self.answer_json({})
-
-    def lfs_verify(self, repo_id: str, oid: str) -> None:
-        repo, asked = self._repo(repo_id, write=True, proposal=True), json.loads(self.body)
-        if asked["oid"] != oid or len(repo.objects.get(oid, b"")) != asked["size"]:
-            raise RefusalError(422, "the object is not here, or has another size")
-        self.answer_json({})
-
-    def xet_token(self, repo_id: str, kind: str, revision: str) -> None:
-        self._repo(repo_id, write=kind == "write")
-        expiry = int(time.time()) + 3600
-        answer = {"casUrl": self.xet.url, "accessToken": "xet", "exp": expiry}
-        headers = {
-            "X-Xet-Cas-Url": self.xet.url,
-            "X-Xet-Access-Token": "xet",
-            "X-Xet-Token-Expiration": str(expiry),
-        }
-        self.answer_json(answer, headers=headers)
 
     def commit(self, repo_id: str, revision: str) -> None:
         repo, head, tree = self._tree(repo_id, revision, write=True)
@@ -427,10 +288,6 @@ def _require_ref(name: str, present: dict[str, str], what: str) -> None:
         raise RefusalError(409, f"{what} exists")
     if any(f"{name}/".startswith(f"{other}/") or other.startswith(f"{name}/") for other in present):
         raise RefusalError(400, f"cannot lock ref {name}")
-
-
-def _signature(oid: str) -> str:
-    return hashlib.sha256(f"the store's secret {oid}".encode()).hexdigest()[:16]
 
 
 _ID = r"([^/]+/[^/]+)"
