@@ -7,33 +7,26 @@ says what is finished and where it lies; they open the same model, share the wor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmconvert.compute.ranks.group import ALONE, Ranks
-from llmconvert.context import Context
-from llmconvert.convert.source import open_source
-from llmconvert.device import open_device
+from llmconvert.compute.ranks.group import Ranks
 from llmconvert.errors import UnsupportedError, UsageError
-from llmconvert.progress import SILENT, Progress
+from llmconvert.progress import SILENT
 from llmconvert.quantize.methods.base import load_method
-from llmconvert.recipes.schema.presets import preset_words
 from llmconvert.recipes.schema.recipe import Recipe
-from llmconvert.recipes.stages.artifact import with_papers
-from llmconvert.recipes.stages.conversion import converted_view, open_remote, recipe_adapter, require_source
-from llmconvert.recipes.stages.provenance import unread_card
-from llmconvert.recipes.stages.run import require_texts, stages_of
+from llmconvert.recipes.stages.opening import opened_work, put_papers
+from llmconvert.recipes.stages.run import stages_of
 from llmconvert.recipes.stages.stage import Finished, Place, Work
 from llmconvert.report.section import Value
 from llmconvert.storage.contents import Contents
 from llmconvert.text.tokens import TokenWindows, WindowSource
 from llmconvert.version import __version__
 
-__all__ = ["agree", "follow", "opened_work", "put_papers"]
+__all__ = ["agree", "follow", "require_shareable"]
 
 
 def agree(ranks: Ranks, command: str, recipe: Recipe, **more: object) -> None:
@@ -61,10 +54,20 @@ def agree(ranks: Ranks, command: str, recipe: Recipe, **more: object) -> None:
                     f"{name}: {first} on rank 0, {found} on rank {rank} of {ranks.count}; start all processes with "
                     "the same command and the same versions"
                 )
-    _require_shareable(recipe, ranks.count)
+    require_shareable(recipe, ranks.count)
 
 
-def _require_shareable(recipe: Recipe, count: int) -> None:
+def require_shareable(recipe: Recipe, count: int) -> None:
+    """Refuse what takes one process, by its setting; what depends on the model is refused when it is planned.
+
+    Args:
+        count: of the processes.
+
+    Raises:
+        UnsupportedError: naming the setting, and what to do instead.
+    """
+    if count == 1:
+        return
     settings = recipe.quantize
     if recipe.stream:
         raise UnsupportedError(f"stream with {count} processes: one downloads; leave it out, or use one process")
@@ -112,35 +115,6 @@ def _take_over(work: Work, call: Mapping[str, Any], ids: list[torch.Tensor]) -> 
         work.finished[name] = Finished(name, key, Path(directory), Value(), Contents({}))
     if call["papers"]:
         put_papers(work)
-
-
-@contextmanager
-def opened_work(recipe: Recipe, progress: Progress, ranks: Ranks = ALONE) -> Iterator[Work]:
-    """The recipe's model, as a run has it when it has been fetched; where it is streamed, known from its headers."""
-    device = open_device(recipe.device, None if ranks.alone else ranks.local_rank)
-    context = Context(device, recipe.memory, progress=progress)
-    if words := preset_words(recipe.preset, recipe.to_mapping()):
-        progress.log(words)
-    require_texts(recipe)
-    source = (
-        open_remote(recipe)
-        if recipe.stream
-        else open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
-    )
-    with source.checkpoint:
-        if (note := unread_card(source)) is not None:
-            progress.log(note)
-        stored = require_source(recipe, source)
-        adapter = recipe_adapter(recipe, progress)
-        view = converted_view(recipe, source, stored, adapter)
-        yield Work(recipe, context, source, view, stored, adapter, ranks=ranks)
-
-
-def put_papers(work: Work) -> None:
-    """Before the weights are written: what lies beside them will be about them, and not about their source."""
-    with_papers(work)
-    work.view = converted_view(work.recipe, work.source, work.stored, work.adapter)
-    work.has_papers = True
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,11 +17,10 @@ from typing import Any, TypeVar
 
 from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.context import Context
-from llmconvert.convert.source import Source, open_source
 from llmconvert.device import open_device
 from llmconvert.errors import GateError, RecipeError
 from llmconvert.interrupt import interruptible
-from llmconvert.memory import PeakMemory, release_freed_memory
+from llmconvert.memory import release_freed_memory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.recipes.planning.headers import UnknownWeightsError
 from llmconvert.recipes.planning.plan import RunPlan
@@ -29,13 +28,11 @@ from llmconvert.recipes.planning.planner import foresee
 from llmconvert.recipes.planning.render import plan_lines
 from llmconvert.recipes.publishing import check_metadata, check_target, fill_target, publish_artifact
 from llmconvert.recipes.ranks import agree, follow
-from llmconvert.recipes.schema.presets import preset_words
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, artifact_stage, front_matter_of
 from llmconvert.recipes.stages.attention import require_mergeable
-from llmconvert.recipes.stages.conversion import converted_view, open_remote, recipe_adapter, require_source
 from llmconvert.recipes.stages.measurements import Measured, require_accepted, require_loader, require_measurable
-from llmconvert.recipes.stages.provenance import unread_card
+from llmconvert.recipes.stages.opening import fetch_model, tell_of, work_on
 from llmconvert.recipes.stages.repair import repair
 from llmconvert.recipes.stages.run import RunStages, require_texts, stages_of
 from llmconvert.recipes.stages.stage import MODEL, Finished, Place, Stage, Work
@@ -171,19 +168,14 @@ class Running:
             check_target(target, publisher or recipe.name, stages.store.hashes)
         todo = stages_of(recipe)
         plan = _foresee(recipe, target, stages, progress, ranks) if planned else None
-        source, fetched = _fetch(recipe, progress)
-        stored = require_source(recipe, source)
-        adapter = recipe_adapter(recipe, progress)
-        view = converted_view(recipe, source, stored, adapter)
-        with view.open() as dense:
+        source, fetched = fetch_model(recipe, progress)
+        work = work_on(recipe, source, context, ranks)
+        work.steps.append(fetched)
+        with work.view.open() as dense:
             if recipe.attention is not None:
                 require_mergeable(dense, recipe.attention)
             require_accepted(recipe.measured, dense)
-        work = Work(recipe, context, source, view, stored, adapter, steps=[fetched], ranks=ranks)
-        if (note := unread_card(source)) is not None:
-            progress.log(note)
-        if words := preset_words(recipe.preset, recipe.to_mapping()):
-            progress.log(words)
+        tell_of(recipe, source, progress)
         if target is not None:
             with work.original.open() as original:
                 check_metadata(target, front_matter_of(recipe, source, original))
@@ -268,17 +260,6 @@ def _foresee(
         progress.log(line)
     plan.require_room()
     return plan
-
-
-def _fetch(recipe: Recipe, progress: Progress) -> tuple[Source, Step]:
-    begin = time.perf_counter()
-    with PeakMemory() as memory:
-        if recipe.stream:
-            source = open_remote(recipe)
-        else:
-            source = open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=progress)
-    seconds = round(time.perf_counter() - begin, 3)
-    return source, Step(name="fetch", seconds=seconds, peak_rss_bytes=memory.nbytes)
 
 
 def _write_up(stages: StageRun, work: Work, todo: RunStages) -> Finished[StepDetails]:

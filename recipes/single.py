@@ -24,7 +24,7 @@ from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.recipes.papers.single_steps import Papers, tell_steps, told_step
-from llmconvert.recipes.ranks import agree, follow, opened_work, put_papers
+from llmconvert.recipes.ranks import agree, follow
 from llmconvert.recipes.runner import perform
 from llmconvert.recipes.schema.measuring import ValidateSettings
 from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
@@ -35,6 +35,7 @@ from llmconvert.recipes.stages.conversion import (
     stream_stage,
 )
 from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
+from llmconvert.recipes.stages.opening import opened_work, put_papers
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.run import require_texts
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
@@ -64,7 +65,6 @@ from llmconvert.validate.measurement import Measurement
 
 __all__ = [
     "convert_model",
-    "put_papers",
     "quantize_model",
     "require_comparable",
     "require_output",

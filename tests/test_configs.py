@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmconvert.api import convert_model, quantize_model, validate_model
 from llmconvert.convert.inspection import inspect_model
 from llmconvert.convert.source import Source, open_source
-from llmconvert.recipes import ranks, single
+from llmconvert.recipes import single
+from llmconvert.recipes.stages import opening
 
 #: In the spelling of models on the Hub, which transformers completes and renames when it builds a config of it.
 SPELLINGS: dict[str, dict[str, Any]] = {
@@ -93,7 +94,7 @@ def test_a_config_stays_as_it_is(
         opened.append((source, copy.deepcopy(dict(source.checkpoint.config))))
         return source
 
-    for module in (single, ranks):
+    for module in (single, opening):
         monkeypatch.setattr(module, "open_source", spy)
     run, allowed = COMMANDS[command]
     run(model, tmp_path / "out")

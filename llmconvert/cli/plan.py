@@ -91,7 +91,14 @@ def show_plans(
     from llmconvert.recipes.sweep.expand import load_sweep
 
     if len(recipes) > 1:
-        _show_batch(recipes, overrides, work_dir, fresh=fresh, publish=publish, manners=manners)
+        from llmconvert.recipes.batch.jobs import Settings, read_jobs
+        from llmconvert.recipes.plans.batch import batch_lines, plan_jobs
+
+        batch = plan_jobs(read_jobs(recipes, Settings(tuple(overrides), work_dir, fresh, publish)))
+        manners.result(batch.to_mapping(), *batch_lines(batch))
+        batch.require_room()
+        if batch.problems:
+            raise click.exceptions.Exit(next(iter(batch.problems.values())).exit_code)
         return
     (loaded,) = (load_sweep(name, overrides) or load_recipe(name, overrides) for name in recipes)
     from llmconvert.compute.ranks.group import ALONE
@@ -106,22 +113,3 @@ def show_plans(
     else:
         made = plan_recipe(loaded, work_dir=work_dir, publish=publish, fresh=fresh, ranks=manners.ranks or ALONE)
         show_plan(made, manners, probe=True)
-
-
-def _show_batch(
-    recipes: Sequence[str],
-    overrides: Sequence[str],
-    work_dir: Path | None,
-    *,
-    fresh: bool,
-    publish: bool,
-    manners: Manners,
-) -> None:
-    from llmconvert.recipes.batch.jobs import Settings, read_jobs
-    from llmconvert.recipes.plans.batch import batch_lines, plan_jobs
-
-    plan = plan_jobs(read_jobs(recipes, Settings(tuple(overrides), work_dir, fresh, publish)))
-    manners.result(plan.to_mapping(), *batch_lines(plan))
-    plan.require_room()
-    if plan.problems:
-        raise click.exceptions.Exit(next(iter(plan.problems.values())).exit_code)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import huggingface_hub
 
 from llmconvert.convert.download.shards import describe_remote
-from llmconvert.convert.source import Source, open_source, parse_hub_id
+from llmconvert.convert.source import Source, parse_hub_id
 from llmconvert.errors import UnsupportedError
 from llmconvert.hub import missing_weights
 from llmconvert.progress import SILENT
 from llmconvert.recipes.schema.recipe import Recipe
-from llmconvert.recipes.stages.conversion import open_remote
+from llmconvert.recipes.stages.opening import open_model
 from llmconvert.text.files import local_path
 
 __all__ = ["Headers", "UnknownWeightsError", "open_headers"]
@@ -43,10 +43,10 @@ def open_headers(recipe: Recipe) -> Headers:
         SourceError, HubError, CheckpointError: see :func:`llmconvert.convert.source.open_source`.
     """
     if recipe.stream:
-        return Headers(open_remote(recipe))
+        return Headers(open_model(recipe, SILENT))
     named = parse_hub_id(recipe.model) if not local_path(recipe.model).exists() else None
     if named is None or recipe.model.endswith(".gguf") or huggingface_hub.constants.HF_HUB_OFFLINE:
-        return Headers(open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=SILENT))
+        return Headers(open_model(recipe, SILENT))
     missing = missing_weights(*named, allow_pickle=recipe.allow_pickle)
     if any(not name.endswith(".safetensors") for name in missing):
         raise UnknownWeightsError(
@@ -54,7 +54,7 @@ def open_headers(recipe: Recipe) -> Headers:
             f"({sum(missing.values()) / 1e6:,.0f} MB); run it, or name a repository with safetensors"
         )
     if not missing:
-        return Headers(open_source(recipe.model, allow_pickle=recipe.allow_pickle, progress=SILENT))
+        return Headers(open_model(recipe, SILENT))
     model = describe_remote(*named)
     remote = model.remote
     source = Source("hub", remote.repo_id, remote.commit_hash, remote.directory, model.checkpoint)

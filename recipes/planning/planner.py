@@ -6,7 +6,7 @@ on models that are still to be made where they come from stages before it. What 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,22 +20,23 @@ from llmconvert.device import open_device
 from llmconvert.engine.architecture.config import declared_number
 from llmconvert.memory import available_nbytes
 from llmconvert.needs import Needs
-from llmconvert.progress import SILENT
 from llmconvert.recipes.forecast import Forecast, parameters
 from llmconvert.recipes.planning.headers import Headers, open_headers
 from llmconvert.recipes.planning.history import expected_seconds
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 from llmconvert.recipes.publishing import check_metadata, check_target, fill_target
+from llmconvert.recipes.ranks import require_shareable
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import artifact_name, front_matter_of
 from llmconvert.recipes.stages.attention import require_mergeable
-from llmconvert.recipes.stages.conversion import converted_view, recipe_adapter, require_source
 from llmconvert.recipes.stages.measurements import require_accepted, require_loader, require_measurable
+from llmconvert.recipes.stages.opening import work_on
 from llmconvert.recipes.stages.run import require_texts, stages_of
 from llmconvert.recipes.stages.stage import ORIGINAL, Finished, Stage, Work
 from llmconvert.storage.contents import Hashes
 from llmconvert.storage.stage_record import read_stage, stage_key
 from llmconvert.text.files import local_path
+from llmconvert.text.tokens import TokenWindows
 
 __all__ = ["assemble_plan", "fetching", "foresee", "foresee_steps", "plan_recipe", "plan_run", "step_of", "work_of"]
 
@@ -76,8 +77,17 @@ def plan_run(
     fresh: bool = False,
     publisher: str | None = None,
     ranks: Ranks = ALONE,
+    drawn: dict[Hashable, TokenWindows] | None = None,
 ) -> RunPlan:
-    """The plan of a recipe; ``publisher`` is who may replace what is published there, if it isn't the recipe."""
+    """The plan of a recipe.
+
+    Args:
+        publisher: who may replace what is published there, if it isn't the recipe.
+        drawn: windows that were drawn for other plans; those of this one are added.
+
+    Raises:
+        LlmconvertError: see :func:`plan_recipe`.
+    """
     filled = fill_target(recipe)
     target = filled.publish if publish else None
     require_measurable(filled.measured)
@@ -85,17 +95,29 @@ def plan_run(
     require_texts(filled)
     if target is not None:
         check_target(target, publisher or filled.name, Hashes())
-    return foresee(filled, target, work_dir, fresh=fresh, ranks=ranks)
+    return foresee(filled, target, work_dir, fresh=fresh, ranks=ranks, drawn=drawn)
 
 
 def foresee(
-    recipe: Recipe, target: PublishSettings | None, work_dir: Path, *, fresh: bool = False, ranks: Ranks = ALONE
+    recipe: Recipe,
+    target: PublishSettings | None,
+    work_dir: Path,
+    *,
+    fresh: bool = False,
+    ranks: Ranks = ALONE,
+    drawn: dict[Hashable, TokenWindows] | None = None,
 ) -> RunPlan:
     """The plan of a recipe whose environment, texts and target were checked, and whose target is filled in."""
-    todo = stages_of(recipe)
     headers = open_headers(recipe)
-    work = work_of(recipe, headers, ranks)
-    source = headers.source
+    with headers.source.checkpoint:
+        work = work_of(recipe, headers, ranks)
+        work.drawn = drawn if drawn is not None else work.drawn
+        return _foresee(work, headers, target, work_dir, fresh=fresh)
+
+
+def _foresee(work: Work, headers: Headers, target: PublishSettings | None, work_dir: Path, *, fresh: bool) -> RunPlan:
+    recipe, source = work.recipe, work.source
+    todo = stages_of(recipe)
     with work.view.open() as dense:
         if recipe.attention is not None:
             require_mergeable(dense, recipe.attention)
@@ -184,12 +206,15 @@ def _found(stage: Stage[Any], work: Work, pending: set[str], work_dir: Path) -> 
 
 
 def work_of(recipe: Recipe, headers: Headers, ranks: Ranks = ALONE) -> Work:
-    """A recipe's model as its headers tell it, to plan stages on that ``ranks`` build."""
+    """A recipe's model as its headers tell it, to plan stages on that ``ranks`` build.
+
+    Raises:
+        UnsupportedError: several can't do it.
+        LlmconvertError: see :func:`llmconvert.recipes.stages.opening.work_on`.
+    """
+    require_shareable(recipe, ranks.count)
     device = open_device(recipe.device, None if ranks.alone else ranks.local_rank)
-    context = Context(device, recipe.memory, ranks=ranks)
-    source = headers.source
-    stored, adapter = require_source(recipe, source), recipe_adapter(recipe, SILENT)
-    return Work(recipe, context, source, converted_view(recipe, source, stored, adapter), stored, adapter)
+    return work_on(recipe, headers.source, Context(device, recipe.memory, ranks=ranks))
 
 
 def fetching(headers: Headers, name: str = "fetch") -> Iterator[StepPlan]:

@@ -11,12 +11,12 @@ from llmconvert.errors import UsageError
 from llmconvert.recipes.planning.headers import Headers, open_headers
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 from llmconvert.recipes.planning.planner import assemble_plan, fetching, step_of, work_of
-from llmconvert.recipes.ranks import put_papers
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.single import require_comparable, require_output
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
 from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
 from llmconvert.recipes.stages.measurements import foresee_measuring, require_accepted, require_measurable
+from llmconvert.recipes.stages.opening import put_papers
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.run import require_texts
 from llmconvert.recipes.stages.stage import ORIGINAL, Stage

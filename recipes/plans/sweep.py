@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -19,6 +19,7 @@ from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.quantization import QUANTIZE
 from llmconvert.recipes.sweep.expand import Sweep, require_places
 from llmconvert.recipes.sweep.job import with_statistics
+from llmconvert.text.tokens import TokenWindows
 
 __all__ = ["SweepPlan", "plan_sweep", "sweep_lines"]
 
@@ -99,18 +100,28 @@ class SweepPlan:
 
 
 def plan_sweep(
-    sweep: Sweep, *, work_dir: Path | str | None = None, publish: bool = True, fresh: bool = False
+    sweep: Sweep,
+    *,
+    work_dir: Path | str | None = None,
+    publish: bool = True,
+    fresh: bool = False,
+    drawn: dict[Hashable, TokenWindows] | None = None,
 ) -> SweepPlan:
     """What :func:`llmconvert.run_sweep` would do; see :func:`llmconvert.plan_recipe`.
 
     A variant that can't be made is left out with its reason, as it would be when run.
 
+    Args:
+        drawn: windows that were drawn for other plans; those of this one are added.
+
     Raises:
         LlmconvertError: no variant can be made, and this is what is wrong with the first one; or two would be published
             to one place.
     """
+    sweep.require_measured()
     if publish:
         require_places(sweep)
+    drawn = {} if drawn is None else drawn
     plans: dict[str, RunPlan] = {}
     recipes: dict[str, Recipe] = {}
     problems: dict[str, LlmconvertError] = {}
@@ -122,9 +133,11 @@ def plan_sweep(
             continue
         recipes[variant.name] = with_statistics(variant.recipe)
         try:
-            plan = plan_run(recipes[variant.name], directory, publish=publish, fresh=fresh, publisher=publisher)
+            plan = plan_run(
+                recipes[variant.name], directory, publish=publish, fresh=fresh, publisher=publisher, drawn=drawn
+            )
         except LlmconvertError as error:
-            problems[variant.name] = error
+            problems[variant.name] = error.with_traceback(None)  # whose frames hold the model
             continue
         if publisher is not None:  # one of them is published
             plan = replace(plan, steps=tuple(_published_once(step) for step in plan.steps))

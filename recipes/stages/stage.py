@@ -6,7 +6,7 @@ output that they were given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -110,6 +110,7 @@ class Work:
         texts: token windows, by the name of the stage that drew them.
         finished: stages, by name.
         steps: what the report will say of the run so far.
+        drawn: windows by what was asked for, of which text and tokenizer; shared by several that are planned together.
         foreseen: models that stages will make, by name, where a run is only planned.
         ranks: the processes that take part in stages which are built together; others are built by the first.
         has_papers: whether what lies beside the weights is about what is made of them.
@@ -124,6 +125,7 @@ class Work:
     texts: dict[str, TokenWindows] = field(default_factory=dict)
     finished: dict[str, Finished[Any]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    drawn: dict[Hashable, TokenWindows] = field(default_factory=dict)
     foreseen: dict[str, Checkpoint] = field(default_factory=dict)
     ranks: Ranks = ALONE
     has_papers: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ _FILE = "windows.safetensors"
 _ALL = 1 << 40
 # Windows that are reckoned with where all of a text are wanted, and it is not here to count.
 _FORESEEN = 128
+# Texts that are kept for who plans on the same ones.
+_KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,5 +239,11 @@ def text_stage(name: str, request: WindowRequest) -> Stage[DrawnText]:
 
 def draw_text(work: Work, name: str, request: WindowRequest) -> None:
     """Draw a text's windows for stages that are built without a work directory."""
-    with work.original.open() as checkpoint:
-        work.texts[name] = request.draw(checkpoint, request.corpus())
+    corpus = request.corpus()
+    asked = (replace(request, setting=""), corpus.digest, work.original.key)
+    if asked not in work.drawn:
+        if len(work.drawn) >= _KEPT:
+            work.drawn.clear()
+        with work.original.open() as checkpoint:
+            work.drawn[asked] = request.draw(checkpoint, corpus)
+    work.texts[name] = work.drawn[asked]

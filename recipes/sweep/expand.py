@@ -74,6 +74,15 @@ class Sweep:
         """Where the recipe keeps its stages."""
         return next(variant.recipe.work_dir for variant in self.variants if variant.recipe is not None)
 
+    def require_measured(self) -> None:
+        """Refuse, before the work, a rule by a number that no variant will have.
+
+        Raises:
+            RecipeError: see :meth:`llmconvert.recipes.sweep.pick.Pick.require_measured`.
+        """
+        if self.pick is not None:
+            self.pick.require_measured([variant.recipe for variant in self.variants if variant.recipe is not None])
+
 
 def load_sweep(source: str | Path, overrides: Sequence[str] = ()) -> Sweep | None:
     """The variants of a recipe file, or of a shipped recipe; None if it is one recipe.

@@ -82,9 +82,10 @@ def run_sweep(
         publish: false leaves all artifacts in the work directory.
 
     Raises:
-        RecipeError: two variants would be published to one place.
+        RecipeError: two variants would be published to one place, or one is to be picked by what none measures.
         RunInterruptedError: the process was asked to stop; the same call continues.
     """
+    sweep.require_measured()
     targets = set_targets(sweep) if publish else None
     together = targets.together if targets is not None else None
     if publish:

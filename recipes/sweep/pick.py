@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from llmconvert.errors import RecipeError
+
 if TYPE_CHECKING:  # a rule is read before torch is loaded, which reports need
+    from llmconvert.recipes.schema.recipe import Recipe
     from llmconvert.report.report import Check, Report
 
 __all__ = ["Pick"]
@@ -18,6 +22,17 @@ _WORDS = re.compile(
     r"(?:(?P<smallest>smallest) within (?P<limit>[\d.]+(?:e-?\d+)?)(?P<percent>\s*%)?(?: of (?P<of>[\w.]+))?)"
     r"|(?:(?P<best>best) under (?P<size>[\d.]+\s*[a-zA-Z]+)(?: by (?P<by>[\w.]+))?)"
 )
+# What the first words of measurements' names need to be measured; and those that have names of their own.
+_SECTIONS = {
+    "perplexity": "perplexity",
+    **dict.fromkeys(("kl_mean", "kl_p99", "kl_p999", "top1_agreement", "block_divergence"), "perplexity"),
+    "generation": "generation",
+    "task": "tasks",
+    "positions": "positions",
+    "serve": "serve",
+}
+_FAMILIES = ("task", "attention", "positions", "kv_cache", "memory", "serve", "fidelity")
+_DIFFERENCES = ("kl_mean", "kl_p99", "kl_p999", "block_divergence")
 _USAGE = "expected smallest within 2%, smallest within 0.05 of kl_mean, or best under 4GB"
 
 
@@ -55,7 +70,13 @@ class Pick:
                 limit = float(match["limit"]) / (100 if share else 1)
             except ValueError:
                 raise ValueError(f"{match['limit']!r} is no number; {_USAGE}") from None
-            return cls("smallest", match["of"] or ("perplexity" if share else "kl_mean"), limit, share, text)
+            measure = match["of"] or ("perplexity" if share else "kl_mean")
+            if share and measure in _DIFFERENCES:
+                raise ValueError(
+                    f"{text!r}: {measure} is itself a difference from the original, which has none to take "
+                    f"{match['limit']}% of; give a number, for example smallest within 0.05 of {measure}"
+                )
+            return cls("smallest", measure, limit, share, text)
         try:
             size = TypeAdapter(ByteSize).validate_python(match["size"])
         except ValidationError:
@@ -73,18 +94,41 @@ class Pick:
         good = []
         for point in found:
             check = reports[point.name].check(self.measure)
-            if check is not None and self._loss(check) <= self.limit:
+            loss = self._loss(check) if check is not None else None
+            if loss is not None and loss <= self.limit:
                 good.append(point)
         return min(good, key=lambda point: (point.size, point.cost)).name if good else None
 
-    def _loss(self, check: Check) -> float:
-        """How much worse a check is than the original, or than the best it can be."""
+    def _loss(self, check: Check) -> float | None:
+        """How much worse a check is than the original, or than the best it can be; None where neither is known."""
         from llmconvert.validate.render.pareto import cost_of
 
         cost = cost_of(check)
-        if not self.relative:
-            return cost
-        if check.reference:
-            before = cost_of(check.model_copy(update={"value": check.reference}))
-            return (cost - before) / abs(before) if before else cost
-        return cost
+        if check.reference is not None:
+            lost = cost - cost_of(check.model_copy(update={"value": check.reference}))
+            if not self.relative:
+                return lost
+            return lost / abs(check.reference) if check.reference else None
+        known = check.unit == "share" or (not self.relative and check.unit != "tokens/s")
+        return cost if known else None
+
+    def require_measured(self, recipes: Sequence[Recipe]) -> None:
+        """Refuse, before the work, a rule that asks for what none of the variants' recipes measure.
+
+        Raises:
+            RecipeError: there is no such number, or the section that gives it is missing.
+        """
+        from llmconvert.validate.render.display import known_names
+
+        kind = self.measure.partition(".")[0]
+        names = known_names()
+        if self.measure not in names and kind not in _FAMILIES:
+            close = difflib.get_close_matches(self.measure, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(names))}"
+            raise RecipeError(f"pick: {self.text}: reports have no number called {self.measure!r}{hint}")
+        section = _SECTIONS.get(kind)
+        settings = [recipe.validation for recipe in recipes]
+        if section is not None and not any(one is not None and getattr(one, section) for one in settings):
+            raise RecipeError(
+                f"pick: {self.text}: needs {self.measure}, which no variant measures; give validate.{section}"
+            )

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from support.tiny_mixtures import tiny_mixture
+from support.tiny_models import tiny_tokenizer
 
 from llmconvert.cli import main
-from llmconvert.errors import CapacityError, LlmconvertError
+from llmconvert.compute.ranks.group import Ranks
+from llmconvert.errors import CapacityError, LlmconvertError, UnsupportedError
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 from llmconvert.recipes.planning.planner import plan_recipe
@@ -137,6 +140,28 @@ def test_a_plan_refuses_what_a_run_would(write_recipe: Writer, tiny_llama: Path,
         with pytest.raises(LlmconvertError, match=expected):
             plan_recipe(recipe)
     assert not (tmp_path / "work").exists()
+
+
+def test_a_plan_refuses_what_several_processes_do_not_do(
+    write_recipe: Writer, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """By its name, and with what to do instead; of what depends on the model as well."""
+    text = {"dataset": str(texts[0]), "samples": 4, "length": 64}
+    tiny_tokenizer(256).save_pretrained(tiny_mixture(tmp_path / "mixture", "mixtral", vocab_size=256))
+    experts = {"model": str(tmp_path / "mixture"), "validate": None}
+    budget = {"method": "gptq", "budget": {"bits_per_weight": 5, "group_sizes": [32]}}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"quantize": budget}, "quantize.budget with 2 processes: .* give what it chose as quantize.overrides"),
+        ({"quantize": {"method": "signround", "scheme": "w4a16-g32"}}, "method 'signround' with 2 processes"),
+        ({"calibrate": {**text, "statistics": "original"}}, "statistics: original with 2 processes"),
+        ({"calibrate": {**text, "samples": 1}}, "2 processes have 1 windows .* give more text"),
+        ({"quantize": {"method": "awq", "scheme": "w4a16-g32-asym"}, **experts}, "moves no scales of experts"),
+        ({"quantize": {"method": "smoothquant", "scheme": "w8a8"}, **experts}, "moves no scales of experts"),
+    ]
+    for sections, said in cases:
+        recipe = load_recipe(write_recipe(**sections))
+        with pytest.raises(UnsupportedError, match=said):
+            plan_recipe(recipe, ranks=Ranks(count=2, local_count=2))
 
 
 def test_the_command_prints_a_table_that_fits_or_json(write_recipe: Writer, tmp_path: Path) -> None:
