@@ -128,6 +128,7 @@ RUNTIMES: Sequence[Runtime] = (
         "gptq",
         ("w4a16-g128",),
         "refuses 8 bits on CPU, and other widths and asymmetric weights everywhere",
+        outer=("head",),
     ),
     Runtime("vLLM on CPU", "vllm", "vllm", _VLLM, "awq", ("w4a16-g64-asym",)),
     Runtime(

@@ -12,6 +12,10 @@ weights, adds the one to the whole 32-bit word for 2, 4 and 8 bits, so a zero po
 code by code for 3 bits; what is written here is what it undoes. AutoGPTQ's own kernels add code by code, and differ
 where a zero point is 0: where a group of weights has (nearly) no negative one. AutoGPTQ itself destroyed such words
 when it packed them.
+
+A head of its own is stored like a linear where ``lm_head`` of the config is true, as GPTQModel has it
+(https://github.com/ModelCloud/GPTQModel) and as vLLM reads it (``get_linear_quant_method`` in its ``gptq_utils.py``);
+in another scheme than most linears it is named in ``dynamic``. Embeddings are quantized by none of the readers.
 """
 
 from __future__ import annotations
@@ -27,10 +31,13 @@ from typing import Any, ClassVar
 import torch
 
 from llmconvert.engine.architecture.families import HEADS
+from llmconvert.engine.sites import Site
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import (
     FLOATS,
+    Feature,
     Format,
+    OuterUse,
     StoredLinear,
     model_dtype,
     require_matrix,
@@ -51,6 +58,7 @@ __all__ = ["GptqFormat", "stored_zeros", "unstored_zeros"]
 _WORDS = ".qweight"
 _BITS = (2, 3, 4, 8)
 _NUMBERS = tuple(Int(bits, symmetric) for bits in _BITS for symmetric in (True, False))
+_HEAD_BITS = (4, 8)
 _GROUP_SIZES = (None, 16, 32, 64, 128, 256, 512, 1024)
 # Both dimensions are packed, so both come in whole words of any of these widths.
 _MULTIPLE = 32
@@ -96,6 +104,8 @@ class GptqFormat(Format):
     """``qweight``, ``qzeros``, ``scales`` and ``g_idx``, and their configuration in both of its places."""
 
     loaders: ClassVar[Sequence[str]] = ("optimum", "gptqmodel")
+    lacks: ClassVar[Mapping[Feature, str]] = {}
+    outer: ClassVar[OuterUse] = "asked"
 
     def check(self, scheme: Scheme) -> None:
         if scheme.number not in _NUMBERS or scheme.activation_bits != 16:
@@ -105,6 +115,20 @@ class GptqFormat(Format):
         if scheme.group_size not in _GROUP_SIZES:
             sizes = ", ".join(f"g{size}" for size in _GROUP_SIZES if size)
             raise UnsupportedError(f"scheme {scheme}: gptq readers know the group sizes channel, {sizes}")
+
+    def check_outer(self, site: Site, scheme: Scheme) -> bool:
+        if site.kind != "head":
+            what = "is embedding and head, one matrix" if site.kind == "tied" else "is an embedding"
+            raise UnsupportedError(
+                f"{site.name}: {what}, and no reader of gptq takes one that is quantized; leave it dense, or take "
+                "format: compressed-tensors, gguf or mlx"
+            )
+        if not scheme.symmetric or scheme.bits not in _HEAD_BITS:
+            raise UnsupportedError(
+                f"{site.name}: scheme {scheme}; of gptq heads vLLM reads symmetric ones of 4 and 8 bits; "
+                "take w4a16-g64 or w8a16-g64, or leave the head out"
+            )
+        return False
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return half_scale_dtype(dtype)
@@ -159,8 +183,9 @@ class GptqFormat(Format):
             raise UnsupportedError(
                 f"schemes {used}: gptq readers take one symmetry per model; make all of them symmetric, or none"
             )
+        head = any(_is_head(name) for name in schemes)
         # Readers leave the output head dense without being told.
-        named = (name for name in kept if not f"{name}.weight".endswith(HEADS))
+        named = (name for name in kept if not _is_head(name))
         dynamic: dict[str, Any] = {f"-:^{_pattern(name)}$": {} for name in named}
         dynamic |= {f"+:^{_pattern(name)}$": _settings(scheme) for name, scheme in schemes.items() if scheme != common}
         producers = [f"llmconvert:{__version__}"]
@@ -175,7 +200,7 @@ class GptqFormat(Format):
             "checkpoint_format": "gptq",
             **_settings(common),
             "pack_dtype": "int32",
-            "lm_head": False,
+            "lm_head": head,
             "true_sequential": True,
             "meta": {"quantizer": producers},
             **({"dynamic": dynamic} if dynamic else {}),
@@ -291,6 +316,10 @@ def unstored_zeros(qzeros: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
 def _ones(bits: int) -> int:
     """A word with the code 1 in every place."""
     return sum(1 << place for place in range(0, 32, bits))
+
+
+def _is_head(linear: str) -> bool:
+    return f"{linear}.weight".endswith(HEADS)
 
 
 def _settings(scheme: Scheme) -> dict[str, Any]:

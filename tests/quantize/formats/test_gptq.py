@@ -13,15 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.quantized import random_tensor, write_quantized
+from support.tiny_models import tiny_llama_dir
 
 from llmconvert import __version__
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
+from llmconvert.quantize.job import plan_quantize, quantize_checkpoint
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.pack import pack_words
+from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 GPTQ = load_format("gptq")
 BITS = (2, 3, 4, 8)
@@ -203,3 +207,57 @@ def test_a_missing_part_is_named(tmp_path: Path, part: str) -> None:
     del stored[f"a.b.{part}"]
     with pytest.raises(CheckpointError, match=rf"quantized linear 'a\.b' has no tensor 'a\.b\.{part}'"):
         open_dense(write_quantized(tmp_path / "m", stored, {"quant_method": "gptq", "bits": 4}))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w8a16-g64"])
+def test_a_head_of_its_own_is_stored_and_said(tmp_path: Path, scheme: str) -> None:
+    """``lm_head`` of the config is what makes readers look for it; where it differs, ``dynamic`` says how."""
+    source = tiny_llama_dir(tmp_path / "source", dtype=torch.bfloat16, tie_word_embeddings=False, hidden_size=64)
+    window = torch.arange(24).reshape(1, 24)
+    head = Scheme.parse(scheme)
+    with SafetensorsCheckpoint(source) as checkpoint:
+        weight = checkpoint["lm_head.weight"]
+        quantize_checkpoint(
+            checkpoint,
+            tmp_path / "made",
+            method="gptq",
+            format="gptq",
+            scheme=Scheme.parse("w4a16-g32"),
+            overrides=[Override("head", head)],
+            windows=[window],
+        )
+    with SafetensorsCheckpoint(tmp_path / "made") as checkpoint:
+        declared = checkpoint.config["quantization_config"]
+        assert declared["lm_head"] is True
+        told = declared.get("dynamic", {})
+        expected = {"bits": 8, "group_size": 64, "sym": True, "desc_act": False}
+        assert told == ({r"+:^lm_head$": expected} if scheme == "w8a16-g64" else {})
+        assert {"lm_head.qweight", "lm_head.qzeros", "lm_head.scales", "lm_head.g_idx"} <= {*checkpoint.infos}
+        assert "lm_head.weight" not in checkpoint.infos and "model.embed_tokens.weight" in checkpoint.infos
+        dense = open_dense(checkpoint)
+        found = dense["lm_head.weight"]
+        # By GPTQModel's definition: codes, moved by the middle, times the scale of their group.
+        half, per_word = 1 << (head.bits - 1), 32 // head.bits
+        packed, scales = checkpoint["lm_head.qweight"], checkpoint["lm_head.scales"].float()
+        codes = torch.stack([(packed >> (head.bits * place)) & (2 * half - 1) for place in range(per_word)], 1)
+        values = (codes.flatten(0, 1) - half) * scales[checkpoint["lm_head.g_idx"].long()]
+        assert torch.equal(found, values.T.to(torch.bfloat16))
+        assert (found - weight).norm() < 0.2 * weight.norm()
+
+
+@pytest.mark.parametrize(
+    ("tied", "given", "words"),
+    [
+        (True, {"head": "w4a16-g32"}, "embedding and head, one matrix, and no reader of gptq"),
+        (False, {"embedding": "w8a16-g32"}, "is an embedding, and no reader of gptq"),
+        (False, {"head": "w3a16-g32"}, "symmetric ones of 4 and 8 bits"),
+    ],
+)
+def test_what_no_reader_takes_outside_the_blocks_is_refused(
+    tmp_path: Path, tied: bool, given: dict[str, str], words: str
+) -> None:
+    source = tiny_llama_dir(tmp_path / "source", dtype=torch.bfloat16, tie_word_embeddings=tied, hidden_size=64)
+    overrides = tuple(Override(match, Scheme.parse(scheme)) for match, scheme in given.items())
+    request = QuantizeRequest("rtn", Scheme.parse("w4a16-g32"), "gptq", overrides)
+    with SafetensorsCheckpoint(source) as checkpoint, pytest.raises(UnsupportedError, match=words):
+        plan_quantize(checkpoint, tmp_path / "never", request)
