@@ -5,15 +5,20 @@ A layer that computes nothing loads and runs. So scales are held against the ran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
 from llmconvert.compute.narrowing import LOST, bounds, unheld
 from llmconvert.errors import UnsupportedError
-from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.memory import row_slices
+from llmconvert.quantize.tensor import NestedScales, QuantizedTensor
 
-__all__ = ["check_held", "half_scale_dtype", "half_scales"]
+__all__ = ["check_held", "check_kept", "half_scale_dtype", "half_scales"]
+
+# Weights that are dequantized at a time to be looked at.
+_WEIGHTS_AT_ONCE = 1 << 22
 
 
 def check_held(
@@ -25,12 +30,18 @@ def check_held(
         name: of the linear.
         values: what is to be stored in ``dtype``, of any shape.
         dtype: floating.
-        squares: gives the sum of the squares of the weights that each value stands for, of the same shape.
+        squares: gives the sum of the squares of the weights that each value stands for, of the same shape, in float64:
+            those of small weights are zero in float32.
         what: the values are, for the error.
 
     Raises:
         UnsupportedError: with what would hold them; also for a single value beyond the range.
     """
+    if not bool(torch.isfinite(values).all()):
+        raise UnsupportedError(
+            f"{name}: a group's values lie farther apart than float32 holds, and it has no {what}; leave the layer "
+            "dense with an override (scheme: none)"
+        )
     lost = unheld(values, dtype)
     if not bool(lost.any()):
         return
@@ -49,6 +60,37 @@ def check_held(
         raise UnsupportedError(
             f"{name}: {what} of {share:.0%} of it (by norm) are too small ({smallest:.2g}), and would be zero or near "
             f"it; {advice}"
+        )
+
+
+def check_kept(name: str, tensor: QuantizedTensor, dtype: torch.dtype, weight: Callable[[], torch.Tensor]) -> None:
+    """Refuse codes that stand for no weights: beyond what the model's dtype holds, or all zero where weights are not.
+
+    Args:
+        name: of the linear.
+        tensor: what was chosen for it.
+        dtype: of the model, which readers dequantize to.
+        weight: gives the weights; asked for where all codes stand for zero.
+
+    Raises:
+        UnsupportedError: they do.
+    """
+    rows, largest = tensor.shape[0], 0.0
+    whole = isinstance(tensor.nested, NestedScales)
+    together = rows if whole else tensor.scheme.rows or rows
+    for part in row_slices(tensor.shape, _WEIGHTS_AT_ONCE, together=together):
+        values = (tensor if whole else tensor.rows(part.start, part.stop)).dequantize(dtype)
+        largest = max(largest, float(values.abs().max())) if bool(torch.isfinite(values).all()) else math.inf
+        if largest == math.inf:
+            raise UnsupportedError(
+                f"{name}: rounded to {tensor.scheme}, some of its weights are beyond what the model's dtype holds "
+                f"({bounds(dtype)}), and would be infinite or no numbers; leave it dense with an override "
+                "(scheme: none)"
+            )
+    if not largest and bool(weight().any()):
+        raise UnsupportedError(
+            f"{name}: its weights are so small that {tensor.scheme} makes all of them zero; leave it dense with an "
+            "override (scheme: none), or take compressed-tensors with scales in float32"
         )
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "AFFINE",
     "E4M3",
     "FP4",
+    "LEAST_MAGNITUDE",
     "LLM_INT8",
     "MXFP4",
     "MXFP8",
@@ -44,8 +45,8 @@ __all__ = [
     "dtype_named",
 ]
 
-# bitsandbytes divides by no less.
-_SMALLEST = 1e-38
+#: Of a group; bitsandbytes divides by no less.
+LEAST_MAGNITUDE = 1e-38
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class Number(ABC):
         """
         values = grouped.to(dtype_named(self.rounded_from))
         magnitude = values.abs().amax(-1, keepdim=True).float()
-        codes = self.nearest((values * (self.largest / magnitude.clamp(min=_SMALLEST))).where(magnitude > 0, 0))
+        codes = self.nearest((values * (self.largest / magnitude.clamp(min=LEAST_MAGNITUDE))).where(magnitude > 0, 0))
         # By a tensor: a GPU multiplies by the inverse of a number, which is off by a bit.
         return codes, (magnitude / magnitude.new_tensor(self.largest)).squeeze(-1)
 

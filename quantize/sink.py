@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from llmconvert.engine.skeleton import Skeleton
 from llmconvert.phases import Phases
 from llmconvert.quantize.formats.container import Container
 from llmconvert.quantize.methods.base import InputSquares
+from llmconvert.quantize.narrow import check_kept
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.steps import Outcome
 from llmconvert.storage.artifact import Artifact
@@ -78,8 +80,13 @@ class ArtifactSink:
                 self._container.write_values(self._artifact.writer, stored, outcome)
             self._changed.add(stored)
         else:
+            site = self._plan.sites[name]
             with self._phases.measure("packing"):
-                packed = list(self._container.pack(self._plan.sites[name].stored, outcome.tensor))
+                # Types of files have a check of their own as they are encoded.
+                if outcome.tensor.scheme.block is None:
+                    source = self._skeleton
+                    check_kept(site.stored, outcome.tensor, source.dtype, partial(site.read, source.checkpoint))
+                packed = list(self._container.pack(site.stored, outcome.tensor))
             with self._phases.measure("writing"):
                 for part in packed:
                     self._artifact.writer.write_rows(part.name, part.start, part.rows)

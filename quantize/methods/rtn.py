@@ -11,13 +11,14 @@ from typing import ClassVar
 
 import torch
 
+from llmconvert.compute.narrowing import LOST
 from llmconvert.engine.statistics import Hessian
-from llmconvert.errors import CheckpointError
+from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.ggml.blocks import Codec
 from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
 from llmconvert.quantize.narrow import check_held
-from llmconvert.quantize.numbers import dtype_named
+from llmconvert.quantize.numbers import LEAST_MAGNITUDE, dtype_named
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.group_scales import GroupScales, divisors
 from llmconvert.quantize.solve.scales import full_range_scales, search_scales
@@ -84,10 +85,18 @@ def _round_by_absmax(target: Target) -> QuantizedTensor:
         raise CheckpointError(
             f"tensor {target.name!r} has values that are not finite{where}; the checkpoint is damaged{advice}"
         )
+    largest = grouped.abs().amax(-1).float()
+    lost = (largest < LEAST_MAGNITUDE) & (largest > 0)
+    if bool(lost.any()):
+        squares = grouped.double().square().sum(-1)
+        if float(squares[lost].sum()) > LOST**2 * float(squares.sum()):
+            raise UnsupportedError(
+                f"{target.name}: groups of its weights are below {LEAST_MAGNITUDE:g}, and bitsandbytes divides by no "
+                "less; leave it dense with an override (scheme: none)"
+            )
     if held != "float32":
-        largest = grouped.abs().amax(-1).float()
         check_held(
-            target.name, largest, dtype_named(held), lambda: grouped.float().square().sum(-1), what="largest weights"
+            target.name, largest, dtype_named(held), lambda: grouped.double().square().sum(-1), what="largest weights"
         )
     codes = codes.reshape(rows, columns)
     if not scheme.nested:

@@ -95,8 +95,9 @@ def affine_range(
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise CheckpointError(f"tensor {name!r} has values that are not finite; the checkpoint is damaged")
     largest = scheme.number.limits[1]
-    check_held(name, (high - low) / largest, scale_dtype, lambda: (grouped - low.unsqueeze(-1)).square().sum(-1))
-    check_held(name, low, scale_dtype, lambda: grouped.square().sum(-1), what="biases")
+    above = low.double().unsqueeze(-1)
+    check_held(name, (high - low) / largest, scale_dtype, lambda: (grouped.double() - above).square().sum(-1))
+    check_held(name, low, scale_dtype, lambda: grouped.double().square().sum(-1), what="biases")
     return low, high
 
 

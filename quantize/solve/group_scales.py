@@ -73,7 +73,7 @@ def block_scales(name: str, weight: torch.Tensor, importance: torch.Tensor, sche
         raise CheckpointError(f"tensor {name!r} has values that are not finite; the checkpoint is damaged")
     # A part of the largest weight that the smallest scale of a type is (a 4,096th in Q6_K) is no scale of others.
     steps = (1 << (codec.bits - 1)) * (1 if codec.sub_range is None else codec.sub_range[1] + 1)
-    check_held(name, largest / steps, torch.float16, lambda: blocks.square().sum(-1))
+    check_held(name, largest / steps, torch.float16, lambda: blocks.double().square().sum(-1))
     values = np.ascontiguousarray(weight.float().cpu().numpy())
     found = codec.fit(values, importance.float().cpu().numpy())
     steps_found = torch.from_numpy(found.steps).reshape(rows, -1)

@@ -131,7 +131,7 @@ def _group_range(
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise CheckpointError(f"tensor {name!r} has values that are not finite; the checkpoint is damaged")
     span, steps = _span(low, high, scheme)
-    check_held(name, span / steps, scale_dtype, lambda: grouped.square().sum(-1))
+    check_held(name, span / steps, scale_dtype, lambda: grouped.double().square().sum(-1))
     return low, high
 
 

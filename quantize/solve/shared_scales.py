@@ -120,9 +120,9 @@ def _grid(name: str, weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dt
         )
         lines.append(line.float())
     largest = torch.stack(lines)
-    _finite(name, float(largest.sum()))
+    _finite(name, float(largest.max()))
     number = scheme.number
-    check_held(name, largest / number.largest, scale_dtype, largest.square)
+    check_held(name, largest / number.largest, scale_dtype, lambda: largest.double().square())
     scale = number.round_scale(largest / number.largest, scale_dtype)
     # A block of zeros needs some scale that is not zero.
     return torch.where(scale > 0, scale, torch.ones_like(scale))
