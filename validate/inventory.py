@@ -20,6 +20,7 @@ import torch
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.engine.architecture.config import build_config, declares_tied_embeddings
+from llmconvert.engine.architecture.expert_storage import Conversions
 from llmconvert.engine.architecture.loading.held import HeldTensors, made_tensors
 from llmconvert.engine.architecture.model import build_meta_model
 from llmconvert.errors import CheckpointError, UnsupportedError
@@ -150,7 +151,7 @@ def _as_the_artifact_has_it(source: Checkpoint, dense: Checkpoint) -> Checkpoint
         model = build_meta_model(build_config(source.config), torch.float32, "sdpa")
     except (UnsupportedError, CheckpointError):
         return source
-    made = made_tensors(model, source, lambda target, conversion: target in dense and target not in source)
+    made = made_tensors(Conversions(model), source, lambda target, conversion: target in dense and target not in source)
     return HeldTensors(source, made) if made else source
 
 

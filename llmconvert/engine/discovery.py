@@ -9,9 +9,11 @@ cannot run fails here, before any work.
 from __future__ import annotations
 
 import itertools
+import json
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from llmconvert.engine.architecture.boundary import WHOLE, foreign_settings
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.experts import ExpertsLayout, expert_parameter, find_experts
 from llmconvert.engine.architecture.model import build_meta_model, fix_frequencies
-from llmconvert.engine.architecture.reach import on_shapes
+from llmconvert.engine.architecture.reach import Reach, on_shapes
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UnsupportedError
 
@@ -32,6 +34,8 @@ __all__ = ["PROBE_LENGTH", "BlockPlan", "Stop", "discover"]
 
 #: Tokens that suffice where no batch will run: which linears share an input doesn't depend on the length.
 PROBE_LENGTH = 16
+# Traces that are kept for who asks the same again.
+_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,27 +83,71 @@ class BlockPlan:
 def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan, ...]:
     """Run a batch of shape ``[1, length]`` through the model's shapes; bytes hold for batches up to that length.
 
+    Planning, calibration and evaluation ask the same of one model; it is run once in a process.
+
     Raises:
         UnsupportedError: the forward does not run this way, or does not pass its blocks once each and in order.
     """
-    config = build_config(skeleton.checkpoint.config)
+    return _trace(
+        _Question(
+            json.dumps(skeleton.checkpoint.config),
+            frozenset(type(module).forward for module in skeleton.model.modules()),
+            skeleton.dtype,
+            skeleton.attention,
+            skeleton.device,
+            skeleton.reach,
+            tuple(name for slots in skeleton.experts for name in slots),
+            tuple(tuple(linears) for linears in skeleton.linears),
+            length,
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """All that a trace depends on.
+
+    Attributes:
+        config: ``config.json``.
+        forwards: what its modules do.
+        dtype, attention, device: what the model computes in, how it attends, and where.
+        reach: what text reaches of it.
+        experts: names of the modules that hold experts.
+        linears: names of each block's linears.
+        length: tokens.
+    """
+
+    config: str
+    forwards: frozenset[Callable[..., Any]]
+    dtype: torch.dtype
+    attention: str
+    device: torch.device
+    reach: Reach
+    experts: tuple[str, ...]
+    linears: tuple[tuple[str, ...], ...]
+    length: int
+
+
+@lru_cache(maxsize=_KEPT)
+def _trace(asked: _Question) -> tuple[BlockPlan, ...]:
+    config = build_config(json.loads(asked.config))
     kind = config.model_type
     # Built outside the fake mode, which does not take the constants that some modules turn into buffers.
-    model = build_meta_model(config, skeleton.dtype, skeleton.attention)
+    model = build_meta_model(config, asked.dtype, asked.attention)
     fix_frequencies(model)
-    taken = {name for slots in skeleton.experts for name in slots}
+    taken = set(asked.experts)
     for name, _, layout in [found for found in find_experts(model) if found[0] in taken]:
         model.set_submodule(name, _ExpertShapes(layout))
     # Fake, but on the real device, whose attention kernels decide what is alive.
-    with on_shapes(model, skeleton.device):
-        listed: Any = model.get_submodule(skeleton.reach.blocks)
-        blocks = [listed[position] for position in skeleton.reach.positions]
+    with on_shapes(model, asked.device):
+        listed: Any = model.get_submodule(asked.reach.blocks)
+        blocks = [listed[position] for position in asked.reach.positions]
         tracker = _Tracker(model)
         recorders = [_BlockRecorder(index, tracker) for index in range(len(blocks))]
         order: list[int] = []
-        for recorder, block, linears in zip(recorders, blocks, skeleton.linears, strict=True):
-            recorder.attach(block, skeleton.prefix(recorder.index), linears, order)
-        ids = torch.zeros((1, length), dtype=torch.long, device=skeleton.device)
+        for recorder, block, linears in zip(recorders, blocks, asked.linears, strict=True):
+            recorder.attach(block, asked.reach.prefix(recorder.index), linears, order)
+        ids = torch.zeros((1, asked.length), dtype=torch.long, device=asked.device)
         with foreign_settings(f"architecture {kind!r} cannot be traced on shapes alone", WHOLE), tracker:
             model(input_ids=ids, use_cache=False)
     handed = next((recorder.handed for recorder in recorders if recorder.handed), "")
@@ -243,8 +291,8 @@ class _BlockRecorder:
         #: The argument by which the block uses more of the one before it than its hidden state; empty without.
         self.handed = ""
 
-    def attach(self, block: nn.Module, prefix: str, linears: Mapping[str, nn.Module], order: list[int]) -> None:
-        self._linears = tuple(linears)
+    def attach(self, block: nn.Module, prefix: str, linears: tuple[str, ...], order: list[int]) -> None:
+        self._linears = linears
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if args and isinstance(args[0], torch.Tensor):

@@ -24,6 +24,7 @@ from llmconvert.compute.precision import Scratch, WideLinear, compute_dtype
 from llmconvert.engine.architecture.buffers import restore_buffers
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
+from llmconvert.engine.architecture.expert_storage import Conversions
 from llmconvert.engine.architecture.experts import find_experts
 from llmconvert.engine.architecture.loading.held import as_held
 from llmconvert.engine.architecture.loading.states import assign, dtype_of, own_states
@@ -130,12 +131,14 @@ class Skeleton:
         forget_lengths(self.model)
         #: What of the model text reaches; the rest is never loaded.
         self.reach = find_reach(self.model, config, self.dtype, self.attention)
-        self.checkpoint = checkpoint = as_held(self.model, checkpoint, self.reach.needs)
-        self.names = map_names(self.model, checkpoint, self.reach.needs)
+        #: Which parameter transformers makes of a tensor, and how.
+        self.conversions = Conversions(self.model)
+        self.checkpoint = checkpoint = as_held(self.conversions, checkpoint, self.reach.needs)
+        self.names = map_names(self.conversions, checkpoint, self.reach.needs)
         #: Parameters that are several tensors of the checkpoint, one behind the other.
-        self.joined = joined_tensors(self.model, checkpoint)
+        self.joined = joined_tensors(self.conversions, checkpoint)
         #: Of the module of each layer's experts, by its name.
-        self.stored_experts = stored_experts(self.model, checkpoint, self.names)
+        self.stored_experts = stored_experts(self.conversions, checkpoint, self.names)
         whole = {f"{name}.{leaf}" for name, stored in self.stored_experts.items() for leaf in stored.whole}
         states = {name: state for name, state in self.model.state_dict().items() if name not in whole}
         self._check_shapes({name: tuple(state.shape) for name, state in states.items()})
@@ -191,7 +194,7 @@ class Skeleton:
 
     def prefix(self, index: int) -> str:
         """What the module names of a block's parameters begin with, e.g. ``model.layers.0.``."""
-        return f"{self.reach.blocks}.{self.reach.positions[index]}."
+        return self.reach.prefix(index)
 
     def holds(self, name: str) -> bool:
         """Whether a module, parameter or buffer lies in one of the blocks, by its name in the model."""

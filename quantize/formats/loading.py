@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from transformers.core_model_loading import MergeModulelist
 
 from llmconvert.engine.architecture.config import build_config
-from llmconvert.engine.architecture.expert_storage import Conversion, Conversions
+from llmconvert.engine.architecture.expert_storage import Conversion
 from llmconvert.engine.architecture.loading.held import HeldTensors, Made, made_tensors
 from llmconvert.engine.architecture.loading.initialization import weights_asked_for
 from llmconvert.engine.architecture.model import build_meta_model
@@ -78,12 +78,8 @@ def as_loaded(skeleton: Skeleton, layout: Format, *, dense_experts: bool = False
         alone = MergeModulelist in conversion.kinds and skeleton.reach.needs(target) and not dense_experts
         return target in skeleton.joined or (weights and not alone)
 
-    conversions = Conversions(skeleton.model)
-    made: dict[str, Made] = {}
-    if conversions.converters:
-        # Without the skeleton's slots, in whose names there are other parts.
-        model = build_meta_model(build_config(stored.config), skeleton.dtype, skeleton.attention)
-        made = made_tensors(model, stored, wanted)
+    conversions = skeleton.conversions
+    made = made_tensors(conversions, stored, wanted) if conversions.converters else {}
     for site in skeleton.sites.values():
         if site.kind == "linear" and not conversions.loads_beside(site.tensor, site.parameter):
             made[site.parameter] = Made(((site.tensor,),), stored.infos[site.tensor].shape)
@@ -112,7 +108,7 @@ def check_loadable(skeleton: Skeleton, quantized: Collection[Site], layout: Form
     if not layout.joins:
         return
     scales = "\n".join(f"{site.name}.weight_scale" for site in quantized if site.kind == "linear")
-    for converter in Conversions(skeleton.model).converters:
+    for converter in skeleton.conversions.converters:
         sources, targets = converter._original_source_patterns, converter._original_target_patterns
         split = len(targets) > 1 and all(source.endswith(".weight") for source in sources)
         placed = split and re.search(rf"{targets[0]}_scale$", scales, re.MULTILINE)

@@ -55,6 +55,16 @@ def test_what_outputs_are_added_to_is_named(tiny: Tiny, name: str) -> None:
         assert found == {linear: prefix + module for linear, module in ARCHITECTURES[name].residuals.items()}
 
 
+def test_a_model_is_traced_once_for_all_who_ask_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = plans_of(tiny("llama"))
+    assert plans_of(tiny("llama")) is plans
+    assert plans_of(tiny("llama"), 2 * LENGTH)[0].peak_nbytes > plans[0].peak_nbytes
+    half = discover(Skeleton(SafetensorsCheckpoint(tiny("llama")), CPU, torch.bfloat16), LENGTH)
+    assert half[0].peak_nbytes < plans[0].peak_nbytes
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
+    assert [name.rpartition(".")[2] for name in plans_of(tiny("llama"))[0].unreached] == ["gate_proj"]
+
+
 def test_linears_that_are_never_called_are_told(tmp_path: Path) -> None:
     unreached_model(tmp_path)
     for plan in plans_of(tmp_path):

@@ -59,9 +59,11 @@ class Conversions:
     """transformers' table for a model, and behind it the names that other runtimes have for single experts.
 
     Args:
-        model: on any device; only names are looked at.
+        model: on any device, as its class has it; only names and shapes are looked at.
 
     Attributes:
+        model: the same. What is put in the place of its modules later changes nothing here.
+        shapes: of its parameters and buffers, by name.
         converters: transformers' own.
         elsewhere: those of :func:`~llmconvert.engine.architecture.expert_names.names_elsewhere`.
     """
@@ -71,11 +73,24 @@ class Conversions:
         self._renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
         self._prefix = model.base_model_prefix
         self._states: dict[str, torch.Tensor] = model.state_dict()
+        self._targets: dict[str, tuple[str, Conversion | None]] = {}
+        self.model = model
+        self.shapes = {name: tuple(state.shape) for name, state in self._states.items()}
         self.converters = [item for item in transforms if isinstance(item, WeightConverter)]
         self.elsewhere = names_elsewhere(str(model.config.model_type))
 
     def target(self, name: str) -> tuple[str, Conversion | None]:
         """The parameter that a tensor is loaded into, and how, if not as it is."""
+        number = _NUMBER.search(name)
+        if number is not None and number[1] != "0":  # of a layer, whose experts go where its first one goes
+            first = self.target(f"{name[: number.start(1)]}0{name[number.end(1) :]}")
+            if first[1] is not None and MergeModulelist in first[1].kinds:
+                return first
+        if name not in self._targets:
+            self._targets[name] = self._target(name)
+        return self._targets[name]
+
+    def _target(self, name: str) -> tuple[str, Conversion | None]:
         converters = [*self.converters, *self.elsewhere]
         target, pattern = rename_source_key(name, self._renamings, converters, self._prefix, self._states)
         if target not in self._states and name in self._states:  # the model's own names win, as they do there

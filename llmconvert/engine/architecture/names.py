@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from transformers import PreTrainedModel
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from llmconvert.engine.architecture.expert_storage import (
@@ -29,16 +28,16 @@ __all__ = ["joined_tensors", "map_names", "stored_experts"]
 
 
 def map_names(
-    model: PreTrainedModel, checkpoint_names: Iterable[str], needed: Callable[[str], bool] = lambda state: True
+    conversions: Conversions, checkpoint_names: Iterable[str], needed: Callable[[str], bool] = lambda state: True
 ) -> Mapping[str, str]:
-    """Module parameter name → checkpoint tensor name, for every state of ``model`` that the checkpoint holds.
+    """Module parameter name → checkpoint tensor name, for every state of a model that the checkpoint holds.
 
     Where the checkpoint has a tensor for each matrix of each expert, these stand in the place of the parameters that
     hold all experts of a layer, under the names of
     :func:`~llmconvert.engine.architecture.experts.expert_parameter`.
 
     Args:
-        model: the model, on any device; only names are looked at.
+        conversions: of the model; only names are looked at.
         checkpoint_names: all tensor names of the checkpoint. Those that the model does not know are left out.
         needed: whether a state, by its name in the model, is going to be loaded. Others may be missing, or merged in
             any way.
@@ -47,12 +46,12 @@ def map_names(
         UnsupportedError: transformers would merge or split tensors of this checkpoint in a way that is not known.
         CheckpointError: two tensors claim one parameter, or a needed parameter has no tensor.
     """
-    conversions = Conversions(model)
+    model = conversions.model
     loaded = [(name, *conversions.target(name)) for name in checkpoint_names]
     layouts = {name: layout for name, _, layout in find_experts(model)}
     held = {f"{name}.{matrix.leaf}": name for name, layout in layouts.items() for matrix in layout.matrices.values()}
     whole = {target for _, target, conversion in loaded if target in held and is_whole(conversion)}
-    wanted = _one_by_one(model.state_dict(), layouts, held, whole)
+    wanted = _one_by_one(conversions.shapes, layouts, held, whole)
     mapping: dict[str, str] = {}
     for name, target, conversion in loaded:
         if conversion is not None and target not in whole:
@@ -84,7 +83,7 @@ def map_names(
     return mapping
 
 
-def joined_tensors(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
+def joined_tensors(conversions: Conversions, checkpoint_names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
     """Parameters that transformers makes of several tensors, one behind the other → these, in order.
 
     Kernels of short convolutions of queries, keys and values are such, and gate and up projections in some classes.
@@ -92,11 +91,11 @@ def joined_tensors(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> M
     Raises:
         CheckpointError: some of the tensors of one are missing.
     """
-    conversions, parts = Conversions(model), dict[str, dict[str, str]]()
+    parts: dict[str, dict[str, str]] = {}
     orders: dict[str, list[str]] = {}
     for name in checkpoint_names:
         target, conversion = conversions.target(name)
-        if conversion is not None and is_joined(model, target, conversion):
+        if conversion is not None and is_joined(conversions.model, target, conversion):
             parts.setdefault(target, {})[conversion.pattern] = name
             orders[target] = list(conversion.converter.source_patterns)
     for target, order in orders.items():
@@ -108,12 +107,12 @@ def joined_tensors(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> M
 
 
 def stored_experts(
-    model: PreTrainedModel, checkpoint: Checkpoint, names: Mapping[str, str]
+    conversions: Conversions, checkpoint: Checkpoint, names: Mapping[str, str]
 ) -> Mapping[str, StoredExperts]:
     """Where a checkpoint has the experts of each layer, by the names of their modules.
 
     Args:
-        model: what runtimes load, and read artifacts with.
+        conversions: of what runtimes load, and read artifacts with.
         checkpoint: whose headers are looked at.
         names: of :func:`map_names`.
 
@@ -121,10 +120,7 @@ def stored_experts(
         CheckpointError: a tensor has another shape than the config asks for.
         UnsupportedError: it is turned around in a way that is not known here.
     """
-    modules = list(find_experts(model))
-    if not modules:
-        return {}
-    conversions = Conversions(model)
+    modules = list(find_experts(conversions.model))
     made = checkpoint.made if isinstance(checkpoint, HeldTensors) else {}
     found: dict[str, StoredExperts] = {}
     for name, module, layout in modules:

@@ -50,8 +50,14 @@ class Reach:
     positions: tuple[int, ...]
     idle: frozenset[str]
 
+    def prefix(self, index: int) -> str:
+        """What the names of a block's parameters begin with, e.g. ``model.layers.0.``."""
+        return f"{self.blocks}.{self.positions[index]}."
+
     def needs(self, state: str) -> bool:
         """Whether a parameter or buffer, or a matrix of an expert, by its name, takes part in what text gives."""
+        if not self.idle:
+            return True
         parts = state.split(".")
         return not any(".".join(parts[:end]) in self.idle for end in range(1, len(parts)))
 

@@ -109,7 +109,7 @@ def test_only_names_are_looked_at(tiny: Tiny) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     names = list(SafetensorsCheckpoint(tiny("llama")))
-    assert dict(map_names(model, names)) == {name: name for name in names}
+    assert dict(map_names(Conversions(model), names)) == {name: name for name in names}
 
 
 def test_scales_are_loaded_beside_a_weight_unless_its_name_alone_is_changed(tiny: Tiny) -> None:

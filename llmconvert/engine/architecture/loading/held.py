@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -153,12 +152,12 @@ def _natural(name: str) -> list[str | int]:
 
 
 def made_tensors(
-    model: PreTrainedModel, checkpoint: Checkpoint, wanted: Callable[[str, Conversion], bool]
+    conversions: Conversions, checkpoint: Checkpoint, wanted: Callable[[str, Conversion], bool]
 ) -> dict[str, Made]:
     """What transformers makes of tensors of a checkpoint, by the names of the model's parameters.
 
     Args:
-        model: on any device; only names and shapes are looked at.
+        conversions: of the model.
         checkpoint: whose headers are looked at.
         wanted: whether to make a parameter, given its name and how transformers makes it. Of several that are made
             together it is the first one's.
@@ -166,7 +165,6 @@ def made_tensors(
     Returns:
         What is made in a way that is known here, and has the shape that the class wants. All else is left out.
     """
-    conversions = Conversions(model)
     groups: dict[str, _Group] = {}
     for name in checkpoint:
         target, conversion = conversions.target(name)
@@ -174,7 +172,7 @@ def made_tensors(
             groups.setdefault(target, _Group(conversion.converter)).parts.setdefault(conversion.pattern, []).append(
                 name
             )
-    shapes = {name: tuple(state.shape) for name, state in model.state_dict().items()}
+    shapes = conversions.shapes
     made: dict[str, Made] = {}
     for target, group in groups.items():
         found = _made_of(checkpoint, group, _targets(group.converter, target), shapes)
@@ -240,21 +238,21 @@ def _stacked(checkpoint: Checkpoint, parts: Sequence[Sequence[str]]) -> Made:
     return Made(rows, (len(rows), height, *(shapes[0][1:] if shapes else ())), stacked=True)
 
 
-def as_held(model: PreTrainedModel, checkpoint: Checkpoint, needed: Callable[[str], bool]) -> Checkpoint:
+def as_held(conversions: Conversions, checkpoint: Checkpoint, needed: Callable[[str], bool]) -> Checkpoint:
     """A checkpoint with what text needs as the class has it, where it is neither stored so nor read part by part.
 
     Experts with a tensor for each matrix, and parameters of several tensors one behind the other, are read as they are
     stored.
 
     Args:
-        model: on any device; only names and shapes are looked at.
+        conversions: of the model.
         checkpoint: any of the model.
         needed: whether a state, by its name in the model, is going to be loaded.
     """
 
     def wanted(target: str, conversion: Conversion) -> bool:
-        by_parts = MergeModulelist in conversion.kinds or is_joined(model, target, conversion)
+        by_parts = MergeModulelist in conversion.kinds or is_joined(conversions.model, target, conversion)
         return needed(target) and not by_parts
 
-    made = made_tensors(model, checkpoint, wanted)
+    made = made_tensors(conversions, checkpoint, wanted)
     return HeldTensors(checkpoint, made) if made else checkpoint

@@ -13,6 +13,7 @@ from support.tiny_mixtures import tiny_mixture
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import MergeModulelist
 
+from llmconvert.engine.architecture.expert_storage import Conversions
 from llmconvert.engine.architecture.loading.held import HeldTensors, Made, as_held, made_tensors
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -33,7 +34,7 @@ def test_tensors_are_what_transformers_makes_of_them(
 ) -> None:
     source = SafetensorsCheckpoint(save_tiny_checkpoint(tmp_path, model_type, class_name))
     model = getattr(transformers, class_name).from_pretrained(tmp_path, dtype=torch.float32)
-    held, states = as_held(model, source, lambda state: True), model.state_dict()
+    held, states = as_held(Conversions(model), source, lambda state: True), model.state_dict()
     assert isinstance(held, HeldTensors)
     owners = {name.removesuffix(".weight").split(".")[-1 if name.endswith(".weight") else -2] for name in held.made}
     assert owners >= made
@@ -49,8 +50,8 @@ def test_experts_of_a_layer_are_stacked_where_that_is_asked_for(tmp_path: Path) 
     """By themselves they stay as they are: each is read when it is met."""
     source = SafetensorsCheckpoint(tiny_mixture(tmp_path, "qwen3_moe"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert as_held(model, source, lambda state: True) is source
-    made = made_tensors(model, source, lambda target, conversion: MergeModulelist in conversion.kinds)
+    assert as_held(Conversions(model), source, lambda state: True) is source
+    made = made_tensors(Conversions(model), source, lambda target, conversion: MergeModulelist in conversion.kinds)
     held, states = HeldTensors(source, made), model.state_dict()
     assert len(made) == 4
     for name in made:
