@@ -29,6 +29,8 @@ __all__ = ["RayEngine"]
 _TICK = 0.25
 # Seconds in which a cluster has to take up a connection.
 _ANSWER = 10.0
+# Stands where a task's job does, for the one that plans.
+_PLANNING = -1
 # How often a job is run again whose node or process dies.
 _RETRIES = 3
 
@@ -115,16 +117,17 @@ class _Driver:
         cores = [int(node["CPU"]) for node in self._nodes if node.get("CPU")]
         self._cores = max(1, min(cores, default=1) // at_once)
         self._tasks: dict[Any, int] = {}
+        self._unplanned: list[int] = []
 
     def run(self) -> None:
-        plan = self._ray.remote(num_cpus=1, max_retries=_RETRIES)(plan_task)
         for number, job in enumerate(self._jobs):
             if isinstance(job.loaded, LlmconvertError):
                 self._board.end(number, [Outcome(job.recipe, None, job.loaded, 0.0)])
                 continue
             self._board.open_log(number)
             self._board.begin(number, "planning")
-            self._tasks[plan.remote(job.to_values(), str(Path.cwd()))] = number
+            self._unplanned.append(number)
+        self._plan()
         try:
             while self._tasks:
                 ready, _ = self._ray.wait(list(self._tasks), timeout=_TICK)
@@ -136,25 +139,40 @@ class _Driver:
             for task in self._tasks:
                 self._ray.cancel(task, force=True)
 
+    def _plan(self) -> None:
+        """Have all jobs planned that are not yet, while others run: in one process, which takes no job's place."""
+        if self._unplanned:
+            plan = self._ray.remote(num_cpus=0, max_retries=_RETRIES)(plan_task)
+            jobs = {number: self._jobs[number].to_values() for number in self._unplanned}
+            self._tasks[plan.remote(jobs, str(Path.cwd()), self._mailbox)] = _PLANNING
+
     def _listen(self) -> None:
         for number, message in self._ray.get(self._mailbox.take.remote()):
+            if "planned" in message:
+                if number in self._unplanned:  # not so if a node died and its plans are made again
+                    self._unplanned.remove(number)
+                    self._board.hear(number, message)
+                    self._submit(number, message["planned"])
+                continue
             if "begun" in message:
                 self._board.begin(number, "running")
             self._board.hear(number, message)
 
     def _advance(self, task: Any, number: int) -> None:
-        """A job has been planned, or has ended."""
+        """Jobs have been planned, or one has ended."""
         try:
             found: dict[str, Any] = self._ray.get(task)
         except (self._ray.exceptions.RayError, LlmconvertError) as error:
-            self._fail(number, _reason(error))
-            return
-        job = self._jobs[number]
-        if "planned" in found:
-            self._board.hear(number, found)
-            self._submit(number, found["planned"] or {})
+            for failed in list(self._unplanned) if number == _PLANNING else [number]:
+                self._fail(failed, _reason(error))
             return
         self._listen()
+        if number == _PLANNING:
+            if found["at"] is not None:
+                self._fail(found["at"], ended_early(found["status"], self._board.log_of(found["at"])))
+            self._plan()
+            return
+        job = self._jobs[number]
         if "ends" in found:
             assert not isinstance(job.loaded, LlmconvertError)
             self._board.hear(number, found)
@@ -162,8 +180,9 @@ class _Driver:
         else:
             self._fail(number, ended_early(found["status"], self._board.log_of(number)))
 
-    def _submit(self, number: int, needs: Mapping[str, int]) -> None:
+    def _submit(self, number: int, planned: Mapping[str, int] | None) -> None:
         """Hand a job to the cluster with what it needs, or refuse one that no node can hold."""
+        needs = planned or {}
         memory, disk = needs.get("memory", 0), needs.get("disk", 0)
         asked: dict[str, Any] = {"num_cpus": self._cores, "memory": memory}
         if needs.get("device_memory", 0):
@@ -182,10 +201,12 @@ class _Driver:
             )
             return
         run = self._ray.remote(max_retries=_RETRIES, **asked)(run_task)
-        values, directory = self._jobs[number].to_values(), str(Path.cwd())
+        values, directory = self._jobs[number].to_values(needs=needs), str(Path.cwd())
         self._tasks[run.remote(values, directory, self._cores, number, self._mailbox)] = number
 
     def _fail(self, number: int, failure: Exception) -> None:
+        if number in self._unplanned:
+            self._unplanned.remove(number)
         recipe, log = self._jobs[number].recipe, self._board.log_of(number)
         self._board.end(number, [Outcome(recipe, None, failure, self._board.seconds(number), log=log)])
 

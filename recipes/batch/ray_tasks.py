@@ -47,16 +47,25 @@ class Mailbox:
         return sorted(self.keys)
 
 
-def plan_task(values: dict[str, Any], directory: str) -> dict[str, Any]:
-    """On a node: what a job needs there, as ``{"planned": …}``, or the status that its process ended with."""
-    found: dict[str, Any] = {}
+def plan_task(jobs: Mapping[int, dict[str, Any]], directory: str, mailbox: Any) -> dict[str, Any]:
+    """On a node: tell the driver what each of some jobs needs there, in one process, one job after the other.
+
+    Returns:
+        The status that the process ended with, and the job that it was at if it ended before all were planned.
+    """
+    import ray
+
+    left = list(jobs)
+    told: list[Any] = []
 
     def hear(message: dict[str, Any]) -> bool:
-        found.update({"planned": message["planned"]} if "planned" in message else {})
-        return "planned" not in message
+        if left and message.keys() & {"planned", "log"}:
+            told.append(mailbox.tell.remote(left.pop(0) if "planned" in message else left[0], [message]))
+        return bool(left)
 
-    status = converse(values, directory, 1, hear, go=None)
-    return found or {"status": status}
+    status = converse(jobs[left[0]], directory, 1, hear, go=lambda: jobs[left[0]])
+    ray.get(told)  # what was told is there before the result is
+    return {"status": status, "at": left[0] if left else None}
 
 
 def run_task(values: dict[str, Any], directory: str, cores: int, number: int, mailbox: Any) -> dict[str, Any]:
@@ -90,7 +99,7 @@ def converse(
     cores: int,
     hear: Callable[[dict[str, Any]], bool],
     *,
-    go: Callable[[], dict[str, Any]] | None,
+    go: Callable[[], dict[str, Any]],
 ) -> int:
     """Run a job's process and pass on what it tells, and what it writes to its standard error as log lines.
 
@@ -99,7 +108,7 @@ def converse(
         directory: to run in; local paths of recipes are relative to it.
         cores: threads to compute with.
         hear: takes each message; the process is stopped when it gives False.
-        go: what to let the job in with, asked for when it has planned; None if it shall only plan.
+        go: what to let the job in with, or another job to plan, asked for when it has planned.
 
     Returns:
         the process's exit status.
@@ -125,7 +134,7 @@ def converse(
                 goes_on = hear(message)
             if not goes_on:
                 break
-            if "planned" in message and go is not None:
+            if "planned" in message:
                 _write(process.stdin, go())
     finally:
         # Its standard input ends: it stops in order.

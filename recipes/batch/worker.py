@@ -1,8 +1,8 @@
 """The process of one job: it plans, waits to be let in, runs, and tells how far it is.
 
-Its standard input holds the job in the first line; the second lets it run. When the input ends, whoever started it is
-gone, and it stops as if asked to: what it has finished stays. Messages go to standard output
-(:mod:`llmconvert.recipes.batch.messages`), everything else to standard error.
+Its standard input holds the job in the first line; the second lets it run, or is another job to plan. When the input
+ends, whoever started it is gone, and it stops as if asked to: what it has finished stays. Messages go to standard
+output (:mod:`llmconvert.recipes.batch.messages`), everything else to standard error.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,24 +36,31 @@ def main() -> int:
     """Run the job that the standard input describes; gives the exit status."""
     sender = Sender(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)
-    values = json.loads(sys.stdin.readline())
-    overrides, work_dir = tuple(values["overrides"]), Path(values["work_dir"])
-    if values["memory"] is not None:
-        overrides += (f"memory={values['memory']}",)
-    job = load_job(values["recipe"], Settings(overrides, work_dir, values["fresh"], values["publish"]))
     threading.Thread(target=_beat, args=(sender,), daemon=True).start()
-    sender.send(planned=needs_of(job))
-    granted = sys.stdin.readline()
-    if not granted:
-        return RunInterruptedError.exit_code
+    told: dict[str, Any] = json.loads(sys.stdin.readline())
+    while "recipe" in told:
+        job = _job(told)
+        sender.send(planned=needs_of(job) if told.get("needs") is None else told["needs"])
+        line = sys.stdin.readline()
+        if not line:
+            return RunInterruptedError.exit_code
+        told = json.loads(line)
     threading.Thread(target=_watch, args=(sys.stdin,), daemon=True).start()
     try:
-        ended, built = _run(job, sender, set(json.loads(granted)["built"]))
+        ended, built = _run(job, sender, set(told["built"]))
     except RunInterruptedError as error:
         sender.log(str(error))
         return error.exit_code
     sender.send(ends=ended, built=built)
     return 0
+
+
+def _job(values: Mapping[str, Any]) -> Job:
+    """What :meth:`llmconvert.recipes.batch.jobs.Job.to_values` has put into words."""
+    overrides, work_dir = tuple(values["overrides"]), Path(values["work_dir"])
+    if values["memory"] is not None:
+        overrides += (f"memory={values['memory']}",)
+    return load_job(values["recipe"], Settings(overrides, work_dir, values["fresh"], values["publish"]))
 
 
 def _run(job: Job, sender: Sender, built: set[str]) -> tuple[dict[str, Any], list[str]]:
