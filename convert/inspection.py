@@ -25,7 +25,7 @@ from llmconvert.quantize.job import Verdict, judge_model
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
-from llmconvert.storage.remote import RemoteCheckpoint
+from llmconvert.storage.remote import RemoteCheckpoint, describing_files
 from llmconvert.text.files import local_path
 
 __all__ = ["ModelSummary", "Stored", "describe_model", "inspect_model"]
@@ -144,6 +144,7 @@ def inspect_model(model: str) -> ModelSummary:
     hub = parse_hub_id(model) if not local_path(model).exists() else None
     if hub is not None:
         with RemoteCheckpoint(*hub) as remote:
+            remote.files = describing_files(hub[0], remote.commit_hash)
             return _judged(remote)
     with open_source(model, allow_pickle=True).checkpoint as checkpoint:
         return _judged(checkpoint)

@@ -110,6 +110,11 @@ def _open_path(path: Path, allow_pickle: bool) -> Checkpoint:
             from llmconvert.convert.pickle import PickleCheckpoint
 
             return PickleCheckpoint(path)
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            raise SourceError(
+                f"{path}: is an adapter and no model; name the model that it was trained on, and this one with "
+                "--adapter (in a recipe: adapter)"
+            )
         return SafetensorsCheckpoint(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file")

@@ -21,6 +21,7 @@ class Needs:
         disk: bytes of its output and, at the worst moment, of what it keeps beside it while it works.
         download: bytes it fetches.
         seconds: wall-clock time; None where nobody has measured it.
+        passing: bytes of ``disk`` that are free again when it is done.
     """
 
     memory: int = 0
@@ -28,6 +29,12 @@ class Needs:
     disk: int = 0
     download: int = 0
     seconds: float | None = None
+    passing: int = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes of disk that stay taken."""
+        return self.disk - self.passing
 
     def __add__(self, other: Needs) -> Needs:
         """Of two jobs at the same time: everything adds up, but for the time, which is the longer one's."""
@@ -37,16 +44,19 @@ class Needs:
             self.disk + other.disk,
             self.download + other.download,
             None if self.seconds is None or other.seconds is None else max(self.seconds, other.seconds),
+            self.passing + other.passing,
         )
 
     def then(self, other: Needs) -> Needs:
-        """Of two jobs one after the other: what the first one wrote stays, memory is given back."""
+        """Of two jobs one after the other: what the first one leaves stays, memory is given back."""
+        disk = max(self.disk, self.left + other.disk)
         return Needs(
             max(self.memory, other.memory),
             max(self.device_memory, other.device_memory),
-            self.disk + other.disk,
+            disk,
             self.download + other.download,
             None if self.seconds is None or other.seconds is None else self.seconds + other.seconds,
+            disk - self.left - other.left,
         )
 
     def __str__(self) -> str:

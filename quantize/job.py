@@ -177,10 +177,11 @@ def plan_quantize(
     # Hidden states of every batch at two blocks' entries, for every stream.
     states = 2 * streams * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
     disk = output_nbytes(container.layout, container.config, container.files) + states
+    needs = memory.needs(skeleton.device, disk=disk, passing=states)
     inputs = Inputs(
         source, output, tuple(windows), context, original, record, skeleton, blocks, chosen, scale_dtype, work
     )
-    return QuantizePlan(request, decisions, memory, container, memory.needs(skeleton.device, disk=disk), inputs)
+    return QuantizePlan(request, decisions, memory, container, needs, inputs)
 
 
 def _require_shareable(request: QuantizeRequest, chosen: Method, windows: int | None, context: Context) -> None:

@@ -224,7 +224,8 @@ def plan_requantize(
         if request.anew:
             # Beside the output, as a directory that does not exist: where it will be is not known before the run.
             part = plan._plan_part(stored, output.with_name(f".{output.name}.{_PART}"))
-            needs = needs.then(part.needs)
+            beside = part.needs.disk
+            needs = replace(needs.then(replace(part.needs, passing=0)), passing=beside)
     return replace(plan, needs=needs)
 
 

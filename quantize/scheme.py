@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ALIASES", "Override", "Scheme", "SchemeOrMix", "parse_scheme"]
 
+# Where a dash was left out: w4a16g32, w8a16channel-sym.
+_UNDASHED = re.compile(r"(?<=[\dl])(?=g\d|channel|a?sym)(?<!-)")
 _PATTERN = re.compile(
     r"w(?P<bits>\d+)a(?P<act>\d+|fp8)(?:-(?:g(?:(?P<rows>\d+)x)?(?P<group>\d+)|channel|(?P<tensor>tensor)))?"
     rf"(?:-(?:(?P<sym>a?sym)|(?P<other>{'|'.join(map(re.escape, NAMED))})(?P<nested>-dq)?))?"
@@ -309,6 +311,9 @@ def parse_scheme(text: str) -> SchemeOrMix:
 def _nearest(text: str, names: Sequence[str]) -> str:
     """A question for the name that was meant, if one is near; of what is only a beginning, for one that goes on so."""
     wanted = text.strip().lower()
+    dashed = _UNDASHED.sub("-", wanted)
+    if dashed != wanted and _PATTERN.fullmatch(dashed):
+        return f"; did you mean {dashed}?"
     close = difflib.get_close_matches(wanted, names, n=1) or [
         name for name in names if wanted and name.startswith(wanted)
     ]

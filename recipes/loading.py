@@ -24,9 +24,22 @@ from llmconvert.text.files import local_path, read_text
 
 __all__ = ["assign", "load_recipe", "load_values", "make_recipe", "parse_recipe", "read_override"]
 
+# Parts of what the YAML parser says, and what is said instead.
+_IN_WORDS = (
+    ("'\\t'", "a tab; YAML is indented with spaces"),
+    ("another document", "a second document begins (---); a recipe is one, and several files are a batch"),
+    ("could not determine a constructor", "a tag (!…) names a type of its own; write the value itself"),
+    ("escape", "a backslash in double quotes begins an escape; put a path in single quotes"),
+)
 # Bytes of a recipe, and keys that YAML's merging may add to one; those that people write are a hundredth of both.
 _LONGEST = 1 << 20
 _MOST_MERGED = 10_000
+# What keys with a form of their own expect.
+_FORMS: Mapping[str | int, str] = {
+    "name": "letters, digits, dots, _ and - alone",
+    "base_model": "a Hub id, org/name",
+    "folder": "the path of a folder, of letters, digits, dots, _ and -",
+}
 # Characters of a value that an error shows.
 _LONGEST_VALUE = 100
 
@@ -122,7 +135,8 @@ def _read_yaml(text: str, where: str) -> tuple[yaml.Node | None, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
-        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        said = " ".join(str(getattr(error, "problem", None) or error).split())
+        reason = next((words for part, words in _IN_WORDS if part in said), said)
         raise RecipeError(f"{where}{line}: not YAML: {reason}") from error
     except RecursionError as error:
         raise RecipeError(f"{where}: not YAML that can be read: it is nested too deep") from error
@@ -263,9 +277,12 @@ def _problems(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
     for item in errors:
         path = tuple(item["loc"])
         if item["type"] == "missing" and path not in suggested:
-            yield path, f"[[{_dotted(path)}]] is missing"
+            named = "; name one, for example model: org/name" if path == ("model",) else ""
+            yield path, f"[[{_dotted(path)}]] is missing{named}"
         elif item["type"] not in ("missing", "extra_forbidden"):
             reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+            if item["type"] == "string_pattern_mismatch":
+                reason = f"expected {_FORMS.get(path[-1], 'another form')}"
             if item["type"] in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
                 reason = f"should be a section{_example(path, item['input'])}"
             # What is not understood has been quoted by who did not understand it.
@@ -279,8 +296,10 @@ def _example(path: KeyPath, value: Any) -> str:
     for part in path:
         if model is not None and isinstance(part, str):
             model = dict(_sections(model)).get(part)
-    if model is None or not issubclass(model, Section) or not isinstance(value, (str, int, float)):
-        return ", with keys of its own"
+    understood = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    if model is None or not issubclass(model, Section) or not understood:
+        keys = _valid_keys(path)
+        return f", with keys of its own{': ' if keys else ''}{', '.join(keys)}"
     said = ", ".join(f"{key}: {_short(meant)}" for key, meant in model.meant_by(value).items())
     return f", for example {path[-1]}: {{{said}}}"
 
@@ -338,6 +357,8 @@ def _describe(value: object) -> str:
         return "a list"
     if value is None:
         return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
     try:
         text = repr(value)
     except ValueError:  # a number of more digits than Python writes

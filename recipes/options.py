@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.errors import UsageError
+from llmconvert.quantize.catalog.formats import require_format
 from llmconvert.quantize.catalog.methods import usual_method
 from llmconvert.recipes.consistency import KeyPath
 from llmconvert.recipes.loading import make_recipe
@@ -91,6 +92,8 @@ def quantize_recipe(options: Mapping[str, Any], output: Path) -> Recipe:
     imatrix = options["imatrix"]
     preset = options["preset"]
     if preset is None and scheme is None and options["bits_per_weight"] is None:
+        if format is not None:
+            require_format(format)
         if options["method"] is not None or output.suffix == ".gguf" or format is not None:
             raise UsageError(
                 "give a scheme, bits per weight (--bits-per-weight) to have schemes chosen by layer, or a preset "

@@ -275,6 +275,8 @@ def validate_model(
             if settings.perplexity is not None:
                 request = WindowRequest.evaluation(settings.perplexity)
                 windows = request.draw(checkpoint, request.corpus())
+                if short := request.shortfall(windows):
+                    progress.log(f"note: {short}")
                 _require_other_text(source.path, windows)
         against = original.checkpoint if original is not None else None
         if against is not None:

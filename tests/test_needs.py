@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from llmconvert.context import Context
 from llmconvert.convert.dtype import DtypeRequest, plan_dtype
 from llmconvert.convert.gqa.job import AttentionRequest, plan_attention
 from llmconvert.convert.heal.job import HealOptions, plan_heal
+from llmconvert.engine.memory import BASE_NBYTES, tokenizer_nbytes
 from llmconvert.errors import CapacityError
 from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.needs import Needs
@@ -23,6 +25,7 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.artifact import plan_validation
+from llmconvert.validate.generation.behaviour import BehaviourCheck, GenerationOptions
 
 W4, W8 = Scheme.parse("w4a16-g32"), Scheme.parse("w8a16-g32")
 SMALL = Context(memory=1_000_000)
@@ -51,6 +54,15 @@ def test_one_after_the_other_the_disk_fills_and_memory_is_given_back() -> None:
     assert first.then(Needs()).seconds is None and (Needs() + first).seconds is None
 
 
+def test_what_passes_is_free_for_the_next_one() -> None:
+    first, second = Needs(disk=100, passing=30), Needs(disk=20, passing=5)
+    both = first.then(second)
+    assert (first.left, both.disk, both.left) == (70, 100, 70 + 15)
+    assert first.then(Needs(disk=60)) == Needs(disk=130, seconds=None)
+    beside = first + second
+    assert (beside.disk, beside.left) == (120, 85)
+
+
 def test_needs_read_as_a_sentence() -> None:
     assert str(Needs()) == "nothing"
     needs = Needs(1_234_000_000, 0, 250_000_000, 80_000_000, 61.2)
@@ -74,6 +86,7 @@ def test_a_quantization_takes_the_disk_that_its_plan_states(model: Path, tmp_pat
         calibrated = plan_quantize(source, tmp_path / "gptq", QuantizeRequest("gptq", W4), windows=ids())
         # While it runs, the hidden states of every batch at two blocks' entries lie beside the artifact.
         assert calibrated.needs.disk == plan.needs.disk + 2 * 3 * 24 * 64 * 4
+        assert calibrated.needs.left == plan.needs.disk
         both = plan_quantize(source, tmp_path / "gptaq", QuantizeRequest("gptaq", W4), windows=ids())
         assert both.needs.disk == plan.needs.disk + 2 * 2 * 3 * 24 * 64 * 4
         assert not list(tmp_path.glob(".*"))
@@ -112,7 +125,7 @@ def test_a_rewrite_and_its_healing_take_the_disk_that_their_plans_state(model: P
             heal.run()
             state = heal.needs.disk - files(tmp_path / "healed")
             names = [name for name in merged if ".self_attn." in name]
-            assert state == 2 * 3 * sum(merged[name].numel() * 4 for name in names)
+            assert state == heal.needs.passing == 2 * 3 * sum(merged[name].numel() * 4 for name in names)
 
 
 def test_a_gguf_file_is_as_large_as_its_plan_states(model: Path, tmp_path: Path) -> None:
@@ -123,6 +136,26 @@ def test_a_gguf_file_is_as_large_as_its_plan_states(model: Path, tmp_path: Path)
 
 def text(windows: Sequence[torch.Tensor]) -> TokenWindows:
     return TokenWindows(tuple(windows), len(windows), 1000, "text", "", "", False, windows[0].shape[1])
+
+
+def test_an_artifact_that_transformers_loads_whole_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is loaded at all: no GGUF file, and none that is too large to be tried."""
+    monkeypatch.setattr("llmconvert.validate.artifact.COMPARING_NBYTES", 0)  # far more than all of a tiny model
+    deep = tiny_llama_dir(tmp_path / "deep", num_hidden_layers=24)
+    given: dict[str, Any] = {"windows": text(ids()), "reference": None}
+    with SafetensorsCheckpoint(deep) as source:
+        given["reference"] = source
+        compared = plan_validation(deep, (), **given).needs.memory
+        loaded = plan_validation(deep, [BehaviourCheck()], **given).needs.memory
+        own = BASE_NBYTES + tokenizer_nbytes(source)
+        assert loaded - own == 2 * source.nbytes + 2 * 256 * 320 * 4 > compared - own
+        packed = plan_validation(deep, [BehaviourCheck()], **given, stored=1000).needs.memory
+        assert loaded - packed == source.nbytes - 1000
+        both = [BehaviourCheck(GenerationOptions())]
+        assert plan_validation(deep, both, **given, stored=1000).needs.memory == packed - 1000 + source.nbytes
+        assert plan_validation(deep, [BehaviourCheck()], **given, loadable=False).needs.memory == compared
+        short = Context(memory=loaded - 1)
+        assert plan_validation(deep, [BehaviourCheck()], **given, context=short).needs.memory == compared
 
 
 def test_what_does_not_fit_is_refused_by_the_plan_of_every_job(model: Path, tmp_path: Path) -> None:

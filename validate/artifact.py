@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
 
 from llmconvert.context import Context
 from llmconvert.engine.discovery import discover
-from llmconvert.engine.memory import BASE_NBYTES, MemoryEstimate, activation_nbytes
+from llmconvert.engine.memory import BASE_NBYTES, MemoryEstimate, activation_nbytes, tokenizer_nbytes
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import STATES_IN_MEMORY_NBYTES
 from llmconvert.errors import CapacityError, LlmconvertError
@@ -26,8 +27,10 @@ from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.directory import is_weight_file
 from llmconvert.text.tokens import TokenWindows
-from llmconvert.validate.measurement import Measurement, Subject
+from llmconvert.validate.measurement import Measurement, Planned, Subject
+from llmconvert.validate.predictions.perplexity import COMPARING_NBYTES
 
 __all__ = ["ValidationPlan", "comparing_needs", "plan_validation", "validate_artifact"]
 
@@ -39,7 +42,7 @@ class ValidationPlan:
     Attributes:
         measurements: what to measure, in this order; each sees the checks of those before it.
         needs: what running it takes. Runtimes that load a model whole keep to the memory by themselves: one that does
-            not fit is not measured, and the check says so.
+            not fit is not measured, the check says so, and it counts for nothing here.
     """
 
     measurements: tuple[Measurement, ...]
@@ -95,6 +98,8 @@ def plan_validation(
     context: Context | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    loadable: bool | None = None,
+    stored: int | None = None,
 ) -> ValidationPlan:
     """Settle what is measured on an artifact, against the original where there is one; nothing but headers is read.
 
@@ -106,6 +111,8 @@ def plan_validation(
         context: device, memory and progress.
         dtype: what evaluation computes in; the checkpoints' own by default.
         seed: of the bootstrap, and of whatever else is drawn.
+        loadable: whether the artifact will be a directory that transformers reads, where it is still to be made.
+        stored: bytes of its weight files, likewise.
 
     Raises:
         UnsupportedError: a measurement can't be made in this environment.
@@ -117,11 +124,17 @@ def plan_validation(
     for measurement in measurements:
         measurement.require()
     needs = Needs(memory=BASE_NBYTES)
-    if windows is not None:
-        # Of an original the artifact needs no more; it may be still to be made.
-        with open_artifact(artifact) if reference is None else nullcontext(reference) as model:
-            dense = open_dense(model, weights_only=reference is not None)
+    if loadable is None:
+        loadable = (artifact / "config.json").exists()
+    # Of an original the artifact needs no more; it may be still to be made.
+    with open_artifact(artifact) if reference is None else nullcontext(reference) as model:
+        dense = open_dense(model, weights_only=reference is not None)
+        if windows is not None:
             needs = comparing_needs(dense, windows, int(reference is not None), context, dtype)
+        if stored is None:
+            stored = sum(file.stat().st_size for file in _weight_files(artifact)) or dense.nbytes
+        planned = Planned(dense, windows, reference is not None, loadable, stored, context)
+        needs = reduce(Needs.then, (one.needs(planned) for one in measurements), needs)
     needed = needs.memory if context.device.type == "cpu" else needs.device_memory
     if context.memory is not None and needed > context.memory:
         raise CapacityError(
@@ -129,6 +142,13 @@ def plan_validation(
             "much (memory), or use shorter windows (validate.perplexity.window)"
         )
     return ValidationPlan(tuple(measurements), needs, artifact, reference, windows, dtype, seed, context)
+
+
+def _weight_files(artifact: Path) -> list[Path]:
+    """Of an artifact on disk; none of one that is still to be made."""
+    if artifact.is_dir():
+        return [path for path in artifact.iterdir() if is_weight_file(path.name)]
+    return [artifact] if artifact.is_file() else []
 
 
 def comparing_needs(
@@ -152,15 +172,23 @@ def comparing_needs(
     lengths = [windows.length] * len(range(windows.drawn)[:: context.ranks.count])
     states = models * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
     kept = min(states, beside * STATES_IN_MEMORY_NBYTES)
+    # Of each model as it is read and as it is computed with; of more artifacts, blocks are there one after the other.
     blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
-    # The logits of a window, as computed and as the model may scale them.
-    logits = 2 * windows.length * skeleton.architecture.vocab_size * skeleton.dtype.itemsize
-    outer = skeleton.outer_nbytes(head=True)
-    each = outer + blocks + activation_nbytes(plans, skeleton, lengths, "replay") + logits
-    # Of more artifacts, blocks are there one after the other.
-    parts = {"base": BASE_NBYTES, "two blocks": blocks, "models": beside * each - blocks + (models - beside) * outer}
-    estimate = MemoryEstimate("replay", {**parts, "states": kept})
-    return estimate.needs(context.device, disk=states - kept)
+    inside = beside * blocks + activation_nbytes(plans, skeleton, lengths, "replay")
+    # When the last block is left, the original's logits of a window wait for each artifact's, which are then compared.
+    logits = windows.length * skeleton.architecture.vocab_size * skeleton.dtype.itemsize
+    behind = (beside - 1) * logits + max(plans[-1].behind_nbytes, logits + COMPARING_NBYTES)
+    parts = {
+        "base": BASE_NBYTES,
+        "tokenizer": tokenizer_nbytes(model),
+        # Where an artifact's embeddings and head are the original's, they are so once both have been read.
+        "embeddings and heads": models * skeleton.outer_nbytes(head=True),
+        "two blocks": beside * blocks,
+        "activations, or logits": max(inside, behind) - beside * blocks,
+        "states": kept,
+    }
+    estimate = MemoryEstimate("replay", parts)
+    return estimate.needs(context.device, disk=states - kept, passing=states - kept)
 
 
 def validate_artifact(

@@ -23,13 +23,15 @@ from llmconvert.engine.architecture.config import build_config, declares_tied_em
 from llmconvert.engine.architecture.expert_storage import Conversions
 from llmconvert.engine.architecture.loading.held import HeldTensors, made_tensors
 from llmconvert.engine.architecture.model import build_meta_model
+from llmconvert.engine.memory import BASE_NBYTES, tokenizer_nbytes
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.machine import of_machine
 from llmconvert.memory import row_slices
+from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import DTYPE_NAMES, Checkpoint
-from llmconvert.validate.measurement import Measurement, Subject
+from llmconvert.validate.measurement import Measurement, Planned, Subject
 
 __all__ = ["Inventory", "InventoryCheck", "Status", "TensorRecord", "take_inventory"]
 
@@ -82,6 +84,11 @@ class Inventory:
 @dataclass(frozen=True, slots=True)
 class InventoryCheck(Measurement):
     """The inventory as a measurement: how many tensors are missing, misshapen or not finite, against an original."""
+
+    def needs(self, planned: Planned) -> Needs:
+        """Pieces of a tensor in both, in float32, with their difference and what they are unpacked from."""
+        largest = max((math.prod(info.shape) for info in planned.dense.infos.values()), default=0)
+        return Needs(BASE_NBYTES + tokenizer_nbytes(planned.dense) + 16 * min(largest, _CHUNK_ELEMENTS))
 
     def measure(self, subject: Subject) -> list[Check]:
         """One check, with the record of every tensor; none without an original."""

@@ -16,6 +16,8 @@ from typing import ClassVar, Protocol
 import torch
 
 from llmconvert.compute.ranks.group import ALONE, Ranks
+from llmconvert.context import Context
+from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
@@ -68,6 +70,27 @@ class Subject:
         return next((check for check in self.checks if check.name == name), None)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What will be measured, as far as headers tell.
+
+    Attributes:
+        dense: the weights of the original, or of the artifact where there is none; the artifact is taken to be like it.
+        windows: evaluation text; None if the recipe names none.
+        compared: whether there is an original beside the artifact.
+        loadable: whether the artifact is a directory that transformers reads, and not a GGUF file.
+        stored: bytes of the artifact's weight files.
+        context: device and memory.
+    """
+
+    dense: Checkpoint
+    windows: TokenWindows | None
+    compared: bool
+    loadable: bool
+    stored: int
+    context: Context
+
+
 class Measurement(Protocol):
     """Something to measure on every artifact: a frozen dataclass of settings that derives from this."""
 
@@ -92,6 +115,13 @@ class Measurement(Protocol):
             LlmconvertError: with what the model lacks or what fails.
         """
         return
+
+    def needs(self, planned: Planned) -> Needs:
+        """What :meth:`measure` takes of this process beyond what comparing the two models takes; by default nothing.
+
+        What it does in a process of its own is not counted: that keeps to the memory that is left.
+        """
+        return Needs()
 
     def measure(self, subject: Subject) -> Sequence[Check]:
         """Its checks, in order. A number that could not be had is a check without a value, whose text says why.

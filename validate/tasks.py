@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.errors import UnsupportedError, UsageError
+from llmconvert.needs import Needs
 from llmconvert.report.report import Check
 from llmconvert.report.section import Cell, Column, Section
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
-from llmconvert.validate.measurement import Measurement, Subject
-from llmconvert.validate.runtimes.transformers import not_loaded, runtime
+from llmconvert.validate.measurement import Measurement, Planned, Subject
+from llmconvert.validate.runtimes.transformers import loading_needs, not_loaded, runtime
 
 __all__ = ["Tasks"]
 
@@ -64,6 +65,10 @@ class Tasks(Measurement):
         for name in self.names:
             if name not in known:
                 raise UsageError(f"validate.tasks: lm-eval has no task {name!r}; lm-eval ls tasks lists them")
+
+    def needs(self, planned: Planned) -> Needs:
+        """That of loading a model whole; of what lm-eval holds beside it nothing is known."""
+        return loading_needs(planned, original=planned.compared)
 
     def measure(self, subject: Subject) -> Sequence[Check]:
         """A check for each task, with its first metric; all metrics are in the section of the first check."""

@@ -20,7 +20,7 @@ from llmconvert.engine.architecture.families import EMBEDDINGS, HEADS
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, TensorInfo
 
-__all__ = ["AdapterView"]
+__all__ = ["AdapterView", "sorted_tensors"]
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
@@ -51,7 +51,7 @@ class AdapterView(CheckpointView):
         self._updates: dict[str, Update] = {}
         self._replaced: dict[str, str] = {}
         infos = dict(base.infos)
-        parts, whole = _sorted(adapter)
+        parts, whole = sorted_tensors(adapter)
         for module, found in parts.items():
             weight = _place(base, f"{module}.weight")
             if weight is None:
@@ -102,8 +102,13 @@ class AdapterView(CheckpointView):
         return self._last
 
 
-def _sorted(adapter: Adapter) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """The parts by module, and what was saved whole: its name in the file → the parameter's name."""
+def sorted_tensors(adapter: Adapter) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """The parts by module, and what was saved whole: its name in the file → the parameter's name.
+
+    Raises:
+        UnsupportedError: a tensor that no LoRA of linears and embeddings has.
+        CheckpointError: there is none.
+    """
     parts: dict[str, dict[str, str]] = defaultdict(dict)
     whole: dict[str, str] = {}
     for name in adapter.tensors:

@@ -141,7 +141,8 @@ def _describe(
 def _needs(model: StreamedModel, output: int, work: int) -> Needs:
     """The output and two source shards on disk, and the download of all."""
     sizes = sorted((file.size for file in model.remote.shards), reverse=True)
-    return Needs(memory=BASE_NBYTES + work, disk=output + sum(sizes[:2]), download=sum(sizes))
+    shards = sum(sizes[:2])
+    return Needs(memory=BASE_NBYTES + work, disk=output + shards, download=sum(sizes), passing=shards)
 
 
 def stream_convert(

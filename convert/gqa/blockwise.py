@@ -136,7 +136,7 @@ def refit_needs(view: MergedAttention, windows: Sequence[torch.Tensor], context:
         skeleton = Skeleton(checkpoint, context.device, _refit_dtype(context.device))
         memory = choose_mode(skeleton, discover(skeleton, max(lengths)), lengths, WORK_NBYTES, _share(context))
         states = 2 * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize if memory.mode == "replay" else 0
-        total += memory.needs(context.device, disk=states)
+        total += memory.needs(context.device, disk=states, passing=states)
     return total
 
 

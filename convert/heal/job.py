@@ -137,9 +137,11 @@ def plan_heal(
     layout = plan_layout((TensorSpec(i.name, i.dtype, i.shape) for i in merged.infos.values()), max_shard_bytes)
     trained = sum(info.nbytes // info.dtype.itemsize for info in (merged.infos[name] for name in names))
     # The trained weights, their running means and the best so far, in float32; twice while a state replaces the last.
-    disk = output_nbytes(layout, merged.config, merged.files) + 2 * 3 * 4 * trained
+    passing = 2 * 3 * 4 * trained
+    disk = output_nbytes(layout, merged.config, merged.files) + passing
     on_host = context.device.type == "cpu"
-    needs = Needs(memory if on_host else BASE_NBYTES + merged.nbytes, 0 if on_host else memory - BASE_NBYTES, disk)
+    host, held = (memory, 0) if on_host else (BASE_NBYTES + merged.nbytes, memory - BASE_NBYTES)
+    needs = Needs(host, held, disk, passing=passing)
     return HealPlan(options, layout, needs, original, merged, output, windows, state, context)
 
 

@@ -8,8 +8,10 @@ Errors of this package end the program with one message on standard error and th
 
 from __future__ import annotations
 
+import difflib
 import os
 import traceback
+from collections.abc import Sequence
 from typing import IO, Any
 
 import click
@@ -34,6 +36,26 @@ __all__ = ["main"]
 
 # What several processes do together.
 _TOGETHER = ("run", "quantize", "validate")
+# What people type who know other tools, and what it is called here.
+_CALLED = {
+    "help": "--help",
+    "version": "--version",
+    "info": "inspect",
+    "show": "inspect",
+    "check": "doctor",
+    "download": "convert",
+    "fetch": "convert",
+    "merge": "convert",
+    "export": "quantize",
+    "compress": "quantize",
+    "eval": "validate",
+    "evaluate": "validate",
+    "measure": "validate",
+    "test": "validate",
+    "compare": "report",
+    "publish": "push",
+    "upload": "push",
+}
 
 
 class _Failure(click.ClickException):
@@ -71,6 +93,8 @@ class _Main(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise click.UsageError(_no_command(args[0], list(self.commands)), ctx)
         name, command, rest = super().resolve_command(ctx, args)
         if ctx.obj is not None and name not in _TOGETHER:
             raise UsageError(
@@ -78,6 +102,14 @@ class _Main(click.Group):
                 f"{', '.join(_TOGETHER)}"
             )
         return name, command, rest
+
+
+def _no_command(name: str, commands: Sequence[str]) -> str:
+    """What to say of a command that is none: the nearest one, or all."""
+    near = difflib.get_close_matches(name.lower(), [*commands, *_CALLED], n=1)
+    if not near:
+        return f"No such command {name!r}; there are {', '.join(commands)}."
+    return f"No such command {name!r}. Did you mean 'llmconvert {_CALLED.get(near[0], near[0])}'?"
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -11,6 +11,7 @@ from llmconvert.cli.manners import Manners, manners
 from llmconvert.cli.say import beside
 
 if TYPE_CHECKING:
+    from llmconvert.convert.adapter.inspection import AdapterSummary
     from llmconvert.convert.inspection import ModelSummary, Stored
 
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @manners
 def inspect(model: str, manners: Manners) -> None:
-    """Show what MODEL is and what it needs, from its headers alone.
+    """Show what MODEL is and what it needs, from its headers alone; of a LoRA adapter what it changes.
 
     \b
     Example:
@@ -26,9 +27,23 @@ def inspect(model: str, manners: Manners) -> None:
     """
     from dataclasses import asdict
 
+    from llmconvert.convert.adapter.inspection import describe_adapter, find_adapter
     from llmconvert.convert.inspection import inspect_model
+    from llmconvert.errors import HubError
 
-    summary = inspect_model(model)
+    adapter = find_adapter(model)
+    try:
+        summary = inspect_model(model) if adapter is None else None
+    except HubError as error:
+        adapter = find_adapter(model, error)
+        if adapter is None:
+            raise
+        summary = None
+    if adapter is not None:
+        about = describe_adapter(adapter)
+        manners.result({"adapter": asdict(about)}, *beside(_adapter_rows(model, about)))
+        return
+    assert summary is not None
     said = {**asdict(summary), "bits_per_weight": summary.bits_per_weight}
     if (found := summary.quantizable) is not None:
         scheme = None if found.scheme is None else str(found.scheme)
@@ -60,13 +75,18 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
         routed = f", {summary.experts_per_token} for each token" if summary.experts_per_token else ""
         rows.append(("experts", f"{summary.experts} per layer{routed}"))
     cache = summary.kv_bytes_per_token
-    rows.append(("KV cache, 16 bits", f"{cache:,} bytes per token, {_size(cache * 4096)} at 4,096 tokens"))
+    told = f"{cache:,} bytes per token, {_size(cache * 4096)} at 4,096 tokens"
+    rows.append(("KV cache, 16 bits", told if cache else "none"))
     if summary.quantization:
         bits = f", {summary.bits_per_weight:.3f} bits per weight in all" if summary.bits_per_weight else ""
         rows.append(("quantized", f"{summary.quantization}, {_size(summary.stored_bytes)}{bits}"))
         for way, stored in summary.mixture.items():
             rows.append((f"  {way}", f"{stored.weights:,} weights in {stored.tensors} tensors{_words(way)}"))
             rows += [("", line) for line in _where(stored, summary)]
+    elif summary.mixture:
+        only = len(summary.mixture) == 1
+        ways = (way if only else f"{stored.weights:,} in {way}" for way, stored in summary.mixture.items())
+        rows.append(("stored", f"{', '.join(ways)}, {_size(summary.stored_bytes)}"))
     if summary.devices:
         rows.append(("can be split", summary.devices))
     if summary.chat_template is not None:
@@ -79,6 +99,27 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
         sizes = (f"{_size(size)} in {name}" for name, size in summary.weight_bytes.items())
         rows.append(("weights", ", ".join(sizes)))
     return rows + _verdict(summary)
+
+
+def _adapter_rows(name: str, summary: AdapterSummary) -> list[tuple[str, str]]:
+    """What an adapter is, and the command that merges it."""
+    scale = "" if summary.alpha is None else f", alpha {summary.alpha:g}{' (rslora)' if summary.rslora else ''}"
+    dtypes = ", ".join(f"{count:,} in {dtype}" for dtype, count in summary.dtypes.items())
+    rows = [
+        ("adapter", f"{summary.kind} of peft, for {summary.base or 'a model that it does not name'}"),
+        ("rank", f"{', '.join(map(str, summary.ranks)) or 'none'}{scale}"),
+        ("parameters", f"{dtypes}, {_size(summary.stored_bytes)}"),
+    ]
+    by_layers: dict[tuple[int, ...], list[str]] = {}
+    for module, layers in summary.modules.items():
+        by_layers.setdefault(layers, []).append(module)
+    for layers, modules in by_layers.items():
+        several = "s" if len(layers) > 1 else ""
+        rows.append(("changes", ", ".join(modules) + (f" in layer{several} {_ranges(layers)}" if layers else "")))
+    if summary.whole:
+        rows.append(("trained whole", ", ".join(summary.whole)))
+    merge = f"llmconvert convert {summary.base or 'MODEL'} OUTPUT --adapter {name}"
+    return [*rows, ("merge", f"{merge}; quantize takes --adapter too")]
 
 
 def _verdict(summary: ModelSummary) -> list[tuple[str, str]]:

@@ -24,6 +24,8 @@ __all__ = ["DEBUG", "DtypeName", "Known", "Manners", "calibration_option", "mann
 C = TypeVar("C", bound=Callable[..., Any])
 #: Under which key of click's context it says that errors show their traceback.
 DEBUG = "llmconvert.debug"
+# What is asked of a dtype and is a scheme's.
+_FEW_BITS = re.compile(r"(?i)^(u?int|fp|float|nf|e\dm\d|q|w)?[2-8](_|bit|a\d|$)|gptq|awq|gguf")
 _WITH_SHARE = re.compile(r"(?P<name>.+)=(?P<share>\d+(?:\.\d+)?%|[01]?\.\d+)")
 
 
@@ -111,7 +113,15 @@ class DtypeName(click.Choice[str]):
         super().__init__(NAMES)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(ALIASES.get(str(value).lower(), value), param, ctx)
+        wanted = ALIASES.get(str(value).lower(), value)
+        if isinstance(wanted, str) and wanted not in NAMES and _FEW_BITS.search(wanted):
+            self.fail(
+                f"{value!r} is nothing that weights are converted to: {', '.join(NAMES)} are. Fewer bits are what "
+                "quantize makes: llmconvert quantize MODEL OUTPUT --scheme w4a16-g128 (llmconvert schemes lists more)",
+                param,
+                ctx,
+            )
+        return super().convert(wanted, param, ctx)
 
 
 class Known(click.ParamType[str]):

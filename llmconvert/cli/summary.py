@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +23,8 @@ from llmconvert.validate.render.terminal import render_terminal
 
 __all__ = ["batch_values", "print_batch", "print_comparison", "print_report"]
 
-# Where no terminal says how wide it is: wide enough for every column, as a log should be.
-_WIDTH = 120
+# Where neither a terminal nor COLUMNS says how wide it is: what every line of text here fits.
+_WIDTH = 80
 # Runs whose whole tables are shown; of more, their reports have them.
 _WHOLE = 3
 
@@ -112,4 +113,4 @@ def _locations(result: RunResult) -> dict[str, str]:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _WIDTH)
+    return Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else _WIDTH)

@@ -12,7 +12,7 @@ import itertools
 import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -69,6 +69,7 @@ class BlockPlan:
         returned: values in the tuple ``(hidden, …)`` that the block returns; 0 if it returns the hidden state itself.
         peak_nbytes: most bytes one batch has alive anywhere inside the block.
         entering: numbers in the hidden state that enters it, of a batch of the length that was traced.
+        behind_nbytes: most bytes one batch has alive behind the last block: the logits, and what they are made from.
     """
 
     index: int
@@ -78,6 +79,7 @@ class BlockPlan:
     peak_nbytes: int
     repeated: tuple[str, ...] = ()
     entering: int = 0
+    behind_nbytes: int = 0
 
 
 def discover(skeleton: Skeleton, length: int = PROBE_LENGTH) -> tuple[BlockPlan, ...]:
@@ -161,7 +163,8 @@ def _trace(asked: _Question) -> tuple[BlockPlan, ...]:
             f"architecture {kind!r}: its forward passes the blocks in the order {order[:8]}…, expected each once, "
             f"in order, with the hidden state as first argument, to be run block by block; {WHOLE}"
         )
-    return tuple(recorder.plan() for recorder in recorders)
+    *before, last = (recorder.plan() for recorder in recorders)
+    return (*before, replace(last, behind_nbytes=tracker.peak))
 
 
 class _ExpertShapes(nn.Module):
@@ -306,7 +309,7 @@ class _BlockRecorder:
             self._returned = len(output) if isinstance(output, tuple) else 0
             self.handed = self._tracker.used
             self._tracker.hand(output[1:] if isinstance(output, tuple) else ())
-            self._peak = self._tracker.peak
+            self._peak, self._tracker.peak = self._tracker.peak, self._tracker.live
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
         block.register_forward_hook(leave)

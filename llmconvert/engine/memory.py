@@ -13,11 +13,15 @@ from llmconvert.engine.stream import Mode
 from llmconvert.errors import CapacityError
 from llmconvert.memory import available_nbytes
 from llmconvert.needs import Needs
+from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["BASE_NBYTES", "MemoryEstimate", "activation_nbytes", "choose_mode"]
+__all__ = ["BASE_NBYTES", "MemoryEstimate", "activation_nbytes", "choose_mode", "tokenizer_nbytes"]
 
 #: The interpreter with torch and transformers, thread stacks and the allocator's slack.
 BASE_NBYTES = 500_000_000
+# What a byte of tokenizer.json becomes when it is loaded: measured for vocabularies of 49,152 to 256,000 tokens, 8 to 9
+# of them, and 10 to 12 while it is read.
+_TOKENIZER_GROWTH = 10
 # Leave some of what is free to the page cache and to others.
 _USABLE = 0.8
 
@@ -33,19 +37,30 @@ class MemoryEstimate:
     def total(self) -> int:
         return sum(self.parts.values())
 
-    def needs(self, device: torch.device, *, disk: int) -> Needs:
+    def needs(self, device: torch.device, *, disk: int, passing: int = 0) -> Needs:
         """As what a job on ``device`` needs of the machine, with the bytes of disk that come to it.
+
+        ``passing`` of them are free again when it is done.
 
         Beside an accelerator, the process holds what it is itself and the weights that it reads.
         """
         if device.type == "cpu":
-            return Needs(memory=self.total, disk=disk)
-        host = self.parts["base"] + self.parts.get("two blocks", 0)
-        return Needs(memory=host, device_memory=self.total - self.parts["base"], disk=disk)
+            return Needs(memory=self.total, disk=disk, passing=passing)
+        own = self.parts["base"] + self.parts.get("tokenizer", 0)
+        host = own + self.parts.get("two blocks", 0)
+        return Needs(memory=host, device_memory=self.total - own, disk=disk, passing=passing)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in self.parts.items())
         return f"{self.total / 1e6:,.0f} MB ({self.mode}: {parts})"
+
+
+def tokenizer_nbytes(checkpoint: Checkpoint) -> int:
+    """Bytes of a checkpoint's tokenizer, loaded to draw text: pieces and merges as tables; freed, they stay a hole."""
+    file = checkpoint.files.get("tokenizer.json")
+    if file is None:
+        return 0
+    return _TOKENIZER_GROWTH * (len(file) if isinstance(file, bytes) else file.stat().st_size)
 
 
 def activation_nbytes(plans: Sequence[BlockPlan], skeleton: Skeleton, lengths: Sequence[int], mode: Mode) -> int:
@@ -99,6 +114,7 @@ def choose_mode(
     for candidate in candidates:
         parts = {"base": BASE_NBYTES, "one linear": work_nbytes}
         if lengths:
+            parts["tokenizer"] = tokenizer_nbytes(skeleton.checkpoint)
             blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
             blocks += skeleton.expert_nbytes()
             activations = activation_nbytes(plans, skeleton, lengths, candidate)

@@ -349,7 +349,8 @@ def _listing(
 def _choose(model_id: str, names: dict[str, int], directory: Path, allow_pickle: bool) -> tuple[list[str], list[str]]:
     """The files to fetch: what goes with the weights, and exactly one complete set of these."""
     if "config.json" not in names:
-        raise HubError(f"{model_id}: has no config.json, so it is no transformers model")
+        hint = "; download a .gguf file and name its path instead" if any(n.endswith(".gguf") for n in names) else ""
+        raise HubError(f"{model_id}: has no config.json, so it is no transformers model{hint}")
     chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in _NEEDED)]
     old_index, old_single = (next(iter(fnmatch.filter(names, old)), old) for old in (_OLD_INDEX, _OLD_SINGLE))
     for index, single in ((_INDEX, _SINGLE), (old_index, old_single), (_PICKLE_INDEX, _PICKLE_SINGLE)):

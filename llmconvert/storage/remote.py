@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import math
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
 
-from llmconvert.errors import CheckpointError
+from llmconvert.errors import CheckpointError, HubError
 from llmconvert.hub import RemoteFile, hub_errors, iterate_content, list_files
 from llmconvert.storage.checkpoint import DTYPES, Checkpoint, TensorInfo
 from llmconvert.storage.parsing import read_json
 
-__all__ = ["RemoteCheckpoint"]
+__all__ = ["RemoteCheckpoint", "describing_files"]
 
 # A few rows after the other are asked for often; one request brings at least this much of the tensor.
 _AHEAD_BYTES = 1 << 26
+# What a card, a template, and configs beside config.json are called.
+_DESCRIBING = (
+    *("README.md", "chat_template.jinja", "tokenizer_config.json"),
+    *("hf_quant_config.json", "quantize_config.json", "quant_config.json"),
+)
 
 
 class RemoteCheckpoint(Checkpoint):
@@ -43,7 +54,7 @@ class RemoteCheckpoint(Checkpoint):
         self._model_id = model_id
         try:
             with hub_errors(model_id, revision):
-                config = Path(huggingface_hub.hf_hub_download(model_id, "config.json", revision=revision))
+                config = _config_file(model_id, revision)
                 metadata = huggingface_hub.get_safetensors_metadata(model_id, revision=revision)
             # The cache files a download under the commit that the revision stood for.
             self.commit_hash = config.parent.name
@@ -100,3 +111,29 @@ class RemoteCheckpoint(Checkpoint):
         for piece in iterate_content(file, start=start, end=start + len(buffer)):
             buffer[position : position + len(piece)] = piece
             position += len(piece)
+
+
+def _config_file(model_id: str, revision: str | None) -> Path:
+    try:
+        return Path(huggingface_hub.hf_hub_download(model_id, "config.json", revision=revision))
+    except LocalEntryNotFoundError:  # the Hub can't be reached, which says nothing of the repository
+        raise
+    except EntryNotFoundError:
+        names = huggingface_hub.list_repo_files(model_id, revision=revision)
+        files = [name for name in names if name.endswith(".gguf")]
+        hint = f"; download one of its GGUF files ({', '.join(files[:3])}) and name its path" if files else ""
+        raise HubError(f"{model_id}: has no config.json, so it is no transformers model{hint}") from None
+
+
+def describing_files(model_id: str, revision: str | None = None) -> dict[str, Path]:
+    """The small files that say what neither weights nor config.json do: card, chat template, how it is quantized.
+
+    Raises:
+        HubError: the Hub refused or could not be reached.
+    """
+    found: dict[str, Path] = {}
+    with hub_errors(model_id, revision):
+        for name in _DESCRIBING:
+            with suppress(EntryNotFoundError):
+                found[name] = Path(huggingface_hub.hf_hub_download(model_id, name, revision=revision))
+    return found

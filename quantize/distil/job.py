@@ -247,9 +247,9 @@ def plan_distil(
     memory = distil_nbytes(view, weights, options, max(window.shape[1] for window in windows), context)
     layout = plan_layout((TensorSpec(i.name, i.dtype, i.shape) for i in artifact.infos.values()), max_shard_bytes)
     count = sum(rows * columns for rows, columns in (view.infos[name].shape for name in weights))
-    disk = output_nbytes(layout, artifact.config, artifact.files)
-    disk += state_nbytes(count, count_trained(view, weights, norms), options)
-    needs = needs_of(memory, original, disk, context)
+    made = output_nbytes(layout, artifact.config, artifact.files)
+    kept = state_nbytes(count, count_trained(view, weights, norms), options)
+    needs = needs_of(memory, original, made, kept, context)
     return DistilPlan(
         options,
         layout,

@@ -109,8 +109,8 @@ def foresee_distil(original: Checkpoint, options: DistilOptions, length: int, *,
     require_no_experts(skeleton)
     weights = [site.tensor for site in skeleton.sites.values()]
     memory = distil_nbytes(original, weights, options, length, context)
-    disk = original.nbytes + state_nbytes(sum(_numel(original, name) for name in weights), 0, options)
-    return needs_of(memory, original, disk, context)
+    state = state_nbytes(sum(_numel(original, name) for name in weights), 0, options)
+    return needs_of(memory, original, original.nbytes, state, context)
 
 
 def state_nbytes(codes: int, scales: int, options: DistilOptions) -> int:
@@ -118,10 +118,11 @@ def state_nbytes(codes: int, scales: int, options: DistilOptions) -> int:
     return 2 * ((1 + (_PLACE_NBYTES if options.code_rate else 0)) * codes + 16 * scales)
 
 
-def needs_of(memory: int, original: Checkpoint, disk: int, context: Context) -> Needs:
+def needs_of(memory: int, original: Checkpoint, output: int, state: int, context: Context) -> Needs:
+    """As what a job needs that leaves ``output`` bytes, and has ``state`` bytes beside them while it runs."""
     if context.device.type == "cpu":
-        return Needs(memory, disk=disk)
-    return Needs(BASE_NBYTES + original.nbytes, memory - BASE_NBYTES, disk)
+        return Needs(memory, disk=output + state, passing=state)
+    return Needs(BASE_NBYTES + original.nbytes, memory - BASE_NBYTES, output + state, passing=state)
 
 
 def require_no_experts(skeleton: Skeleton) -> None:

@@ -119,7 +119,8 @@ def sensitivity_needs(subject: Subject, memory_budget: int | None) -> Needs:
     skeleton = subject.skeleton
     memory = choose_mode(skeleton, subject.blocks, lengths, _work_nbytes(subject), memory_budget, "replay")
     states = sum(lengths) * hidden_size * dtype.itemsize
-    return memory.needs(skeleton.device, disk=(skeleton.block_count + 1 + 2) * states)
+    tape = (skeleton.block_count + 1 + 2) * states
+    return memory.needs(skeleton.device, disk=tape, passing=tape)
 
 
 def measure_sensitivity(

@@ -141,16 +141,16 @@ class RunPlan:
                 )
 
     def _disks(self) -> dict[Path, int]:
-        """Bytes that each disk has to take, by one of the directories on it."""
+        """Bytes that each disk has to take at the worst moment, by one of the directories on it."""
         named: dict[int, Path] = {}
-        total: dict[Path, int] = {}
+        total: dict[Path, Needs] = {}
         for step in self.steps:
             if step.reused or step.place is None or not step.needs.disk:
                 continue
             place = _existing(step.place)
             first = named.setdefault(place.stat().st_dev, place)
-            total[first] = total.get(first, 0) + step.needs.disk
-        return total
+            total[first] = total.get(first, Needs()).then(step.needs)
+        return {place: needs.disk for place, needs in total.items()}
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON values."""
@@ -189,6 +189,7 @@ def _needs(needs: Needs) -> dict[str, int]:
         "memory": needs.memory,
         "device_memory": needs.device_memory,
         "disk": needs.disk,
+        "disk_left": needs.left,
         "download": needs.download,
     }
 

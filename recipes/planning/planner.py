@@ -164,6 +164,8 @@ def foresee_steps(
             pending.discard(stage.name)  # drawn now, so its key is known
         if forecast.model is not None:
             work.foreseen[stage.name] = forecast.model
+        if forecast.files:
+            work.sizes[stage.name] = forecast.nbytes
         keys[stage.name] = _identity(stage, work, keys)
         yield replace(step_of(stage.name, forecast, output), key=keys[stage.name]), forecast
 

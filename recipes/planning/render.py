@@ -10,6 +10,8 @@ from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 __all__ = ["gigabytes", "makes", "plan_lines", "row"]
 
 _WIDTHS = (16, 9, 10, 16)
+# Share of the disk above which it is said that it will be free again.
+_NOTABLE = 0.05
 
 
 def plan_lines(plan: RunPlan, *, probe: bool = True) -> Iterator[str]:
@@ -38,6 +40,8 @@ def plan_lines(plan: RunPlan, *, probe: bool = True) -> Iterator[str]:
     if device is not None:
         free += f"; {gigabytes(needs.device_memory)} of {gigabytes(device)} on the device"
     yield f"{free}; {gigabytes(needs.download) if needs.download else 'nothing'} to download"
+    if needs.passing > _NOTABLE * needs.disk:
+        yield f"{gigabytes(needs.left)} of the disk stay taken; the rest is free again at the end"
     if plan.readers:
         yield plan.readers
     if any(step.seconds is None for step in todo):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -22,8 +23,20 @@ __all__ = [
     "ValidateSettings",
 ]
 
+_RUNTIMES = ("vllm", "llama.cpp", "mlx", "transformers")
+
+
+def _runtime(value: object) -> object:
+    name = value.partition("=")[0] if isinstance(value, str) else ""
+    if not isinstance(value, str) or name in _RUNTIMES:
+        return value
+    close = difflib.get_close_matches(name.lower(), _RUNTIMES, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ValueError(f"expected {', '.join(_RUNTIMES[:-1])} or {_RUNTIMES[-1]}{hint}")
+
+
 #: A runtime, and after ``=`` the Python that has it.
-RuntimeName = Annotated[str, Field(pattern=r"^(vllm|llama\.cpp|mlx|transformers)(=.+)?$")]
+RuntimeName = Annotated[str, BeforeValidator(_runtime), Field(pattern=r"^(vllm|llama\.cpp|mlx|transformers)(=.+)?$")]
 BackendName = Literal["eager", "math", "flash", "efficient", "cudnn", "sdpa", "flash_attention_2", "flash_attention_3"]
 
 

@@ -12,6 +12,7 @@ __all__ = ["Bytes", "LeastShare", "Memory", "Share", "parse_bytes", "parse_share
 _SIZE = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,18})?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
 _HUGE = 1 << 64
 # Fewer bytes of memory are a number that lacks its unit.
+_NO_SHARE = "expected a share such as 5% or 0.05"
 # Below this a number was meant in a larger unit.
 _WITHOUT_UNIT = 100_000
 _LEAST_MEMORY = 1 << 20
@@ -24,16 +25,17 @@ def parse_share(value: object) -> float:
     Raises:
         ValueError: neither form, negative, or a bare number above 1 (surely meant as a percentage).
     """
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _HUGE:
-        raise ValueError("expected a share such as 5% or 0.05")
-    if isinstance(value, str) and value.strip().endswith("%"):
-        share = float(value.strip()[:-1]) / 100
-    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        share = float(value)
-        if share > 1:
-            raise ValueError(f"found {value}, which would mean {100 * share:g}%; write {share:g}% or {share / 100:g}")
-    else:
-        raise ValueError("expected a share such as 5% or 0.05")
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(_NO_SHARE)
+    percent = isinstance(value, str) and value.strip().endswith("%")
+    try:
+        share = float(value.strip().removesuffix("%") if isinstance(value, str) else value)
+    except (ValueError, OverflowError):
+        raise ValueError(_NO_SHARE) from None
+    if percent:
+        share /= 100
+    elif share > 1:
+        raise ValueError(f"found {value}, which would mean {100 * share:g}%; write {share:g}% or {share / 100:g}")
     if not 0 <= share < float("inf"):
         raise ValueError("expected a share of 0% or more")
     return share

@@ -15,7 +15,7 @@ from typing import Any
 from llmconvert.context import Context
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.checkpoint import open_artifact
-from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.recipes.forecast import Forecast, parameters
 from llmconvert.recipes.schema.measuring import BackendSettings, PerplexitySettings, PositionSettings, ValidateSettings
 from llmconvert.recipes.schema.recipe import Recipe
@@ -101,7 +101,10 @@ def validate_stage(
 
     def forecast(work: Work, output: Path) -> Forecast:
         with work.original.open() as reference:
-            return foresee_measuring(settings, output, reference, work.texts.get(EVALUATION_TEXT), work.context)
+            text, made = work.texts.get(EVALUATION_TEXT), work.recipe.quantize
+            loadable = made is None or not isinstance(load_format(made.format), FileFormat)
+            stored = work.sizes.get(model)
+            return foresee_measuring(settings, output, reference, text, work.context, loadable=loadable, stored=stored)
 
     def inputs(work: Work) -> Mapping[str, Any]:
         own = {"between": [work.key(step) for step in between], "device": work.context.device.type}
@@ -117,9 +120,19 @@ def foresee_measuring(
     reference: Checkpoint | None,
     windows: TokenWindows | None,
     context: Context,
+    *,
+    loadable: bool | None = None,
+    stored: int | None = None,
 ) -> Forecast:
-    """What :func:`measure` would need, of an artifact that may be still to be made where there is a reference."""
-    plan = plan_validation(artifact, measurements(settings), reference=reference, windows=windows, context=context)
+    """What :func:`measure` would need, of an artifact that may be still to be made where there is a reference.
+
+    Args:
+        loadable: whether it will be a directory that transformers reads, where it is still to be made.
+        stored: bytes of its weight files, likewise.
+    """
+    wanted = measurements(settings)
+    known: dict[str, Any] = {"reference": reference, "windows": windows, "loadable": loadable, "stored": stored}
+    plan = plan_validation(artifact, wanted, **known, context=context)
     with nullcontext(reference) if reference is not None else open_artifact(artifact) as model:
         weights = parameters(model)
     tokens = windows.drawn * windows.length if windows is not None else 0

@@ -112,6 +112,7 @@ class Work:
         steps: what the report will say of the run so far.
         drawn: windows by what was asked for, of which text and tokenizer; shared by several that are planned together.
         foreseen: models that stages will make, by name, where a run is only planned.
+        sizes: bytes of their weight files, by name, likewise.
         ranks: the processes that take part in stages which are built together; others are built by the first.
         has_papers: whether what lies beside the weights is about what is made of them.
     """
@@ -127,6 +128,7 @@ class Work:
     steps: list[Step] = field(default_factory=list)
     drawn: dict[Hashable, TokenWindows] = field(default_factory=dict)
     foreseen: dict[str, Checkpoint] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     ranks: Ranks = ALONE
     has_papers: bool = False
 

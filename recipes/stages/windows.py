@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from llmconvert.engine.architecture.config import declared_number
-from llmconvert.engine.memory import BASE_NBYTES
+from llmconvert.engine.memory import BASE_NBYTES, tokenizer_nbytes
 from llmconvert.errors import UsageError
 from llmconvert.needs import Needs
 from llmconvert.recipes.forecast import Forecast
@@ -79,6 +79,15 @@ class WindowRequest:
     def names(self) -> tuple[str, ...]:
         """Of all datasets."""
         return (self.dataset,) if isinstance(self.dataset, str) else tuple(source.dataset for source in self.dataset)
+
+    def shortfall(self, windows: TokenWindows) -> str:
+        """What to say where a text gave fewer windows than this asks for; empty where it gave as many."""
+        if self.samples == _ALL or windows.drawn >= self.samples:
+            return ""
+        return (
+            f"{self.setting}: {windows.drawn:,} windows of {windows.length:,} tokens, and not the {self.samples:,} "
+            f"asked for; {' + '.join(self.names)} has no more"
+        )
 
     def corpus(self) -> Corpus | MixedCorpus:
         """The text, or the texts.
@@ -179,7 +188,8 @@ class _Text:
         named = " + ".join(request.names)
         if all(map(is_here, request.names)):
             draw_text(work, self._name, request)
-            notes: tuple[str, ...] = ()
+            short = request.shortfall(work.texts[self._name])
+            notes: tuple[str, ...] = (short,) if short else ()
         else:
             count = min(request.samples, _FORESEEN)
             blank = torch.zeros((1, request.length), dtype=torch.int64)
@@ -188,7 +198,9 @@ class _Text:
             notes = (f"{named} is still to be fetched, {count:,} windows of it are reckoned with",)
         windows = work.texts[self._name]
         disk = 8 * windows.drawn * windows.length
-        return Forecast(Needs(memory=BASE_NBYTES, disk=disk), kind=f"text {named}", work=1.0, notes=notes)
+        with work.original.open() as checkpoint:
+            memory = BASE_NBYTES + tokenizer_nbytes(checkpoint)
+        return Forecast(Needs(memory=memory, disk=disk), kind=f"text {named}", work=1.0, notes=notes)
 
     def build(self, work: Work, place: Place) -> DrawnText:
         assert self._corpus is not None and place.notes is not None
@@ -216,6 +228,7 @@ class _Text:
             tuple(WindowSource(**source.model_dump()) for source in about.sources),
         )
         work.texts[self._name] = windows
+        _tell(work, self._request.shortfall(windows))
         evaluation = work.texts.get(EVALUATION_TEXT)
         taught = [work.texts.get(CALIBRATION)] if self._name == EVALUATION_TEXT else [windows]
         for text in taught:
@@ -247,3 +260,9 @@ def draw_text(work: Work, name: str, request: WindowRequest) -> None:
         with work.original.open() as checkpoint:
             work.drawn[asked] = request.draw(checkpoint, corpus)
     work.texts[name] = work.drawn[asked]
+    _tell(work, request.shortfall(work.texts[name]))
+
+
+def _tell(work: Work, note: str) -> None:
+    if note:
+        work.context.progress.log(f"note: {note}")

@@ -64,6 +64,35 @@ def test_commands_speak_of_options_and_recipes_of_keys(tmp_path: Path) -> None:
     assert "validate --max-kl: is measured on text; name one, for example --text pydoc-topics:test\n" in message
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("hlep", "No such command 'hlep'. Did you mean 'llmconvert --help'?"),
+        ("Quantise", "No such command 'Quantise'. Did you mean 'llmconvert quantize'?"),
+        ("upload", "No such command 'upload'. Did you mean 'llmconvert push'?"),
+        ("xyzzy", "No such command 'xyzzy'; there are inspect, plan, run,"),
+    ],
+)
+def test_a_command_that_is_none_is_answered_with_the_one_that_was_meant(typed: str, expected: str) -> None:
+    result = call(typed, "m")
+    assert result.exit_code == 2 and expected in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("quantize m o --scheme w4a16g32", "did you mean w4a16-g32?"),
+        ("quantize m o --format ggfu", "format 'ggfu' is not known"),
+        ("convert m o --dtype int8", "Fewer bits are what quantize makes: llmconvert quantize MODEL OUTPUT --scheme"),
+        ("validate m --serve llamacpp", "expected vllm, llama.cpp, mlx or transformers; did you mean llama.cpp?"),
+        ("validate m --text t --reference m --max-increase five", "expected a share such as 5% or 0.05"),
+    ],
+)
+def test_a_value_that_is_wrong_is_answered_with_what_was_expected(line: str, expected: str) -> None:
+    result = call(*line.split())
+    assert result.exit_code == 2 and expected in " ".join(result.stderr.split())
+
+
 def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     assert "Traceback" not in call("run", tmp_path / "gone.yaml").stderr
     shown = call("run", tmp_path / "gone.yaml", "--debug")

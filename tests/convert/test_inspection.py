@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save
 from support.every_architecture import save_tiny
+from support.hub_client import Client
+from support.hub_server import HubServer
 from support.multimodal_families import save_family
 from support.tiny_checkpoints import save_tiny_checkpoint
 from support.tiny_models import tiny_llama, tiny_llama_dir
@@ -61,6 +64,25 @@ def test_a_directory(tiny_llama: Path) -> None:
     assert found.tied and found.quantization is None and found.experts == 0 and found.windows is None
     assert found.quantizable is not None and str(found.quantizable.scheme) == "w4a16-g64-sym"
     assert 0 < found.quantizable.weights < found.parameters
+
+
+@pytest.mark.slow
+def test_what_lies_on_the_hub_is_known_by_ranges_and_small_files(tiny_llama: Path, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_llama.iterdir() if path.is_file()}
+    card = b"---\nlicense: apache-2.0\n---\n# Tiny\n"
+    adapter = {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 64)}
+    with HubServer().running() as hub, Client(hub.url, tmp_path / "home") as terminal:
+        hub.add_repo("org/tiny", {**files, "README.md": card})
+        hub.add_repo("org/ggufs", {"a.gguf": b"GGUF", "README.md": card})
+        config = b'{"peft_type": "LORA", "r": 2, "base_model_name_or_path": "org/tiny"}'
+        hub.add_repo("org/lora", {"adapter_config.json": config, "adapter_model.safetensors": save(adapter)})
+        said = json.loads(terminal("cli", "inspect", "org/tiny", "--json")["out"])
+        assert (said["license"], said["chat_template"], said["quantizable"]["taken"]) == ("apache-2.0", True, True)
+        weights = [line for line in hub.log if line.startswith("GET") and ".safetensors" in line]
+        assert weights and all("bytes=" in line for line in weights)
+        assert "LoRA of peft, for org/tiny" in terminal("cli", "inspect", "org/lora")["out"]
+        refused = terminal("cli", "inspect", "org/ggufs")
+        assert refused["code"] == 4 and "download one of its GGUF files (a.gguf) and name its path" in refused["text"]
 
 
 def test_a_model_that_quantize_refuses_is_told_with_the_same_words(tmp_path: Path) -> None:

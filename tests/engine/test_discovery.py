@@ -112,6 +112,17 @@ def test_held_bytes_are_those_a_waiting_batch_really_holds(
     stream.close()
 
 
+@pytest.mark.parametrize(("kind", "count"), [("llama", 1), ("granite", 2)])
+def test_what_lies_behind_the_last_block_are_its_logits(tmp_path: Path, kind: str, count: int) -> None:
+    """One class scales them into a tensor of their own. Hidden states are a hundredth of them here."""
+    settings: dict[str, Any] = {"vocab_size": 20_000, "hidden_size": 16, "intermediate_size": 16}
+    settings |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(tmp_path)
+    first, last = discover(Skeleton(SafetensorsCheckpoint(tmp_path), torch.device("cpu")), 8)
+    logits = 8 * 20_000 * 4
+    assert first.behind_nbytes == 0 and count * logits <= last.behind_nbytes < 1.1 * count * logits
+
+
 def test_discovery_takes_no_memory_for_data(tiny: Tiny) -> None:
     """A million tokens: their attention scores alone would be terabytes."""
     plans = plans_of(tiny("llama"), 1_000_000)

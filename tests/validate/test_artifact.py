@@ -214,7 +214,7 @@ def test_models_too_large_for_the_memory_are_continued_and_judged_by_streaming(
 def test_an_original_that_is_too_large_reads_what_the_artifact_wrote(
     original: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([10**12, 1000])
+    answers = iter([10**12, 10**12, 1000])  # asked by the plan, for the artifact, and for the original
     monkeypatch.setattr("llmconvert.validate.runtimes.transformers.available_nbytes", lambda device: next(answers))
     found = measure(quantized, original, generation=GenerationOptions(max_new_tokens=4))
     assert "1,000 are free" in found["generation.agreement"].text

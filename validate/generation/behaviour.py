@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmconvert.errors import GateError, SourceError, UnsupportedError
+from llmconvert.needs import Needs
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 from llmconvert.text.tokenizer import has_tokenizer, load_tokenizer
 from llmconvert.validate.generation.greedy import PROMPTS, Continuation, Generations, compare, encode, generate
 from llmconvert.validate.generation.streamed import Scored, score_continuations, stream_continuations
-from llmconvert.validate.measurement import Measurement, Subject
-from llmconvert.validate.runtimes.fidelity import Fidelity, Probe, fidelity, take_probe
-from llmconvert.validate.runtimes.transformers import Runtime, not_loaded, runtime
+from llmconvert.validate.measurement import Measurement, Planned, Subject
+from llmconvert.validate.runtimes.fidelity import Fidelity, Probe, fidelity, probe_nbytes, take_probe
+from llmconvert.validate.runtimes.transformers import Runtime, loading_needs, not_loaded, runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,13 @@ class BehaviourCheck(Measurement):
         except SourceError as error:
             raise SourceError(f"{error}; without validate.generation it would not be needed") from error
 
+    def needs(self, planned: Planned) -> Needs:
+        """That of loading the artifact whole, and for continuations the original, where that is done."""
+        if not planned.loadable or (planned.windows is None and self.generation is None):
+            return Needs()
+        original = planned.compared and self.generation is not None
+        return loading_needs(planned, original=original, logits=probe_nbytes(planned) if planned.windows else 0)
+
     def measure(self, subject: Subject) -> list[Check]:
         """Load the artifact, then the original, by transformers, one at a time; nothing for GGUF, which it is not for.
 
@@ -68,7 +76,8 @@ class BehaviourCheck(Measurement):
         # The runtime computes in the probe's dtype, in that of the config without one.
         if subject.dtype is None and probe is not None:
             subject = replace(subject, dtype=probe.logits.dtype)
-        if oversized := not_loaded(subject.dense, subject.device, subject.memory):
+        held = 2 * probe.logits.nbytes if probe is not None else 0
+        if oversized := not_loaded(subject.dense, subject.device, subject.memory, beside=held):
             loading = Check.unmeasured("runtime", oversized, asked=False)
             return [loading] if options is None else [loading, *_streamed(subject, options)]
         try:

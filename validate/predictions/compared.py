@@ -18,6 +18,7 @@ from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.compute.saturation import Saturation
 from llmconvert.engine.divergence import BlockDivergence, Pair, SideBySide
 from llmconvert.errors import GateError, LlmconvertError
+from llmconvert.memory import release_freed_memory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.section import Value
 from llmconvert.storage.checkpoint import Checkpoint
@@ -115,4 +116,6 @@ def _add_next(pairs: Iterator[Pair], models: SideBySide, sums: Sequence[Comparin
         return False
     with models.alone(pair.artifact):
         sums[pair.artifact].add(pair.ours, pair.theirs)
+    # What is kept of a window would otherwise hold a piece of the heap that its logits went through: 4 MB for each.
+    release_freed_memory()
     return True

@@ -19,7 +19,16 @@ import torch
 from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.errors import CalibrationError, GateError, LlmconvertError, UsageError
 
-__all__ = ["Comparing", "Comparison", "PerplexityResult", "WorstToken", "compare_logits", "perplexity", "require_all"]
+__all__ = [
+    "COMPARING_NBYTES",
+    "Comparing",
+    "Comparison",
+    "PerplexityResult",
+    "WorstToken",
+    "compare_logits",
+    "perplexity",
+    "require_all",
+]
 
 T = TypeVar("T")
 
@@ -27,6 +36,8 @@ _RESAMPLES = 10_000
 _WORST = 10
 # Elements of a float32 working copy: 4 MB stays in the cache.
 _CHUNK_ELEMENTS = 1 << 20
+#: What comparing two models' logits takes beside them: pieces of both, their difference, and one as it is made.
+COMPARING_NBYTES = 5 * 4 * _CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True, slots=True)

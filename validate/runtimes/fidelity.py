@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from llmconvert.engine.architecture.config import declared_number
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import GateError
-from llmconvert.validate.measurement import Subject
+from llmconvert.validate.measurement import Planned, Subject
 from llmconvert.validate.runtimes.transformers import Runtime
 
-__all__ = ["Fidelity", "Probe", "fidelity", "take_probe"]
+__all__ = ["Fidelity", "Probe", "fidelity", "probe_nbytes", "take_probe"]
 
 # Tokens of the first window that a runtime's numbers are compared on.
 _TOKENS = 256
@@ -36,6 +37,13 @@ class Probe:
 
     window: torch.Tensor
     logits: torch.Tensor
+
+
+def probe_nbytes(planned: Planned) -> int:
+    """Bytes of the logits that a comparison holds: ours, and the runtime's."""
+    vocabulary = declared_number(planned.dense.config, "vocab_size") or 0
+    largest = max(planned.dense.infos.values(), key=lambda info: info.nbytes)
+    return 2 * _TOKENS * vocabulary * largest.dtype.itemsize
 
 
 def take_probe(subject: Subject) -> Probe | None:

@@ -16,19 +16,23 @@ from typing import Any, TypeVar
 import torch
 
 from llmconvert.engine.architecture.expert_names import first_elsewhere
+from llmconvert.engine.memory import BASE_NBYTES, tokenizer_nbytes
 from llmconvert.errors import MachineError, UnsupportedError, one_line
 from llmconvert.machine import of_machine
 from llmconvert.memory import available_nbytes, release_freed_memory
+from llmconvert.needs import Needs
 from llmconvert.quantize.formats.compressed.config import has_zero_points
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.directory import read_config
 from llmconvert.text.tokenizer import try_tokenizer
+from llmconvert.validate.measurement import Planned
 
-__all__ = ["Runtime", "end_tokens", "not_loaded", "runtime"]
+__all__ = ["Runtime", "end_tokens", "loading_needs", "not_loaded", "runtime"]
 
 T = TypeVar("T")
-# What transformers takes while loading, relative to the dense weights it ends up with.
-_LOADING_FACTOR = 1.5
+# What transformers takes while loading, relative to the dense weights it ends up with: these, and the file that they
+# are copied from, which is mapped and as large at most.
+_LOADING_FACTOR = 2
 
 
 @dataclass(frozen=True)
@@ -143,15 +147,41 @@ def _twice(load: Callable[[], T], directory: Path) -> T:
         last = True
 
 
-def not_loaded(dense: Checkpoint, device: torch.device, memory: int | None = None) -> str:
+def loading_needs(planned: Planned, *, original: bool, logits: int = 0) -> Needs:
+    """What :func:`runtime` takes for a model like that; nothing where it is too large to be tried.
+
+    A file is mapped while its weights are copied, or unpacked, into dense ones; both are resident then.
+
+    Args:
+        original: whether the original is loaded too, after the artifact.
+        logits: bytes of those that are held beside the model.
+    """
+    device, dense = planned.context.device, planned.dense
+    if not_loaded(dense, device, planned.context.memory, beside=logits):
+        return Needs()
+    loaded = dense.nbytes + (dense.nbytes if original else min(planned.stored, dense.nbytes))
+    held = dense.nbytes + logits if device.type != "cpu" else 0
+    return Needs(_own_nbytes(dense) + loaded + logits, held)
+
+
+def not_loaded(dense: Checkpoint, device: torch.device, memory: int | None = None, *, beside: int = 0) -> str:
     """Why transformers is not asked to load a checkpoint; empty if it is.
 
     It can't be loaded whole in ``memory`` bytes, or in what is free on ``device``; or its experts have names that
     transformers does not know, which would leave them random.
+
+    Args:
+        beside: bytes that are held beside it.
     """
     if expert := first_elsewhere(dense.config.get("model_type"), dense):
         return f"it was not loaded, since transformers has no names for single experts of its class ({expert}, …)"
-    free = available_nbytes(device) if memory is None else memory
-    needed = round(_LOADING_FACTOR * dense.nbytes)
+    # What may be used is said of the whole process; what is free, beside what that has by now.
+    free = available_nbytes(device) if memory is None else max(0, memory - _own_nbytes(dense))
+    needed = _LOADING_FACTOR * dense.nbytes + beside
     words = "are free" if memory is None else "may be used"
     return f"loading it whole takes about {needed:,} bytes, {free:,} {words}" if needed > free else ""
+
+
+def _own_nbytes(dense: Checkpoint) -> int:
+    """What the process takes without the model."""
+    return BASE_NBYTES + tokenizer_nbytes(dense)

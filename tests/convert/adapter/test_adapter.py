@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from llmconvert.api import convert_model, quantize_model
+from llmconvert.cli import main
 from llmconvert.convert.adapter.files import open_adapter
 from llmconvert.convert.adapter.view import AdapterView
 from llmconvert.errors import CheckpointError, LlmconvertError, RecipeError, SourceError, UnsupportedError
@@ -175,6 +177,25 @@ def test_what_cannot_be_merged_is_refused_by_name(
     adapter = write(tmp_path / "a", {**lora(Q, base[f"{Q}.weight"], 4), **more}, **config)
     with pytest.raises(error, match=re.escape(message)):
         view(tiny_llama, adapter)
+
+
+def test_an_adapter_is_inspected_as_one(tiny_llama: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_llama / "model.safetensors")
+    modules = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qv"]
+    tensors = {name: one for module in modules for name, one in lora(module, weights[f"{module}.weight"], 4).items()}
+    whole = "base_model.model.model.norm.weight"
+    written = write(tmp_path / "lora", {**tensors, whole: noise(64)}, base_model_name_or_path="org/name")
+    said = json.loads(CliRunner().invoke(main, ["inspect", str(written), "--json"]).output)["adapter"]
+    count = sum(one.numel() for one in tensors.values()) + 64
+    assert (said["kind"], said["base"], said["ranks"], said["alpha"]) == ("LoRA", "org/name", [4], 8)
+    assert said["modules"] == {"self_attn.q_proj": [0, 1], "self_attn.v_proj": [0, 1]}
+    assert said["whole"] == ["model.norm.weight"]
+    assert (said["parameters"], said["stored_bytes"], said["dtypes"]) == (count, 4 * count, {"float32": count})
+    text = CliRunner().invoke(main, ["inspect", str(written)]).output
+    assert "self_attn.q_proj, self_attn.v_proj in layers 0 to 1" in text
+    assert "llmconvert convert org/name OUTPUT --adapter" in text
+    with pytest.raises(SourceError, match=r"is an adapter and no model; name the model that it was trained on"):
+        convert_model(str(written), tmp_path / "out")
 
 
 def test_what_is_no_adapter_is_told(tmp_path: Path) -> None:
