@@ -26,6 +26,8 @@ __all__ = ["Source", "SourceKind", "open_source", "parse_hub_id", "source_finger
 
 SourceKind = Literal["hub", "directory", "gguf", "package"]
 
+# A page of the Hub, as it is copied from a browser.
+_LINK = re.compile(r"https?://[^/]+/(?P<repo>[\w.-]+/[\w.-]+)")
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 _PACKAGE = re.compile(r"package:(?P<package>[^/:]+)/(?P<file>.+)")
 _FORMS = (
@@ -80,6 +82,8 @@ def _open(text: str, allow_pickle: bool, progress: Progress) -> Source:
         return Source("package", text, None, path, _open_path(path, allow_pickle))
     if text.startswith("package:"):
         raise SourceError(f"{text!r}: no file named; expected package:PKG/FILE")
+    if not text.strip():
+        raise SourceError(f"no model is named; {_FORMS}")
     path = local_path(text)
     if path.is_dir():
         return Source("directory", text, None, path, _open_path(path, allow_pickle))
@@ -87,7 +91,9 @@ def _open(text: str, allow_pickle: bool, progress: Progress) -> Source:
         return Source("gguf", text, None, path, _open_path(path, allow_pickle))
     hub = parse_hub_id(text)
     if hub is None:
-        raise SourceError(f"{text!r}: no such directory, and no Hub id; {_FORMS}")
+        link = _LINK.match(text)
+        meant = f"; did you mean {link['repo']}?" if link is not None else ""
+        raise SourceError(f"{text!r}: no such directory, and no Hub id; {_FORMS}{meant}")
     fetched = fetch(*hub, allow_pickle=allow_pickle, progress=progress)
     checkpoint = _open_path(fetched.directory, allow_pickle)
     return Source("hub", fetched.repo_id, fetched.commit_hash, fetched.directory, checkpoint)
@@ -119,7 +125,8 @@ def _open_path(path: Path, allow_pickle: bool) -> Checkpoint:
     if not path.exists():
         raise SourceError(f"{path}: no such file")
     if path.suffix != ".gguf":
-        raise SourceError(f"{path}: is a file, and not a .gguf; of other models name the directory with config.json")
+        whole = path.parent if (path.parent / "config.json").is_file() else "the directory with config.json"
+        raise SourceError(f"{path}: is a file, and not a .gguf; of other models name the directory: {whole}")
     from llmconvert.gguf.checkpoint import open_gguf
 
     return open_gguf(path)

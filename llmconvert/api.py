@@ -373,11 +373,12 @@ def push_model(
     from llmconvert.recipes.papers.gate import require_publishable
     from llmconvert.recipes.publishing import card_there
 
-    if not force:
-        require_publishable(Path(directory), unmeasured=unmeasured)
     options = PushOptions(
         private, revision, folder, create_pr, tag, message, replace, verify_download, gated, collection
     )
+    options.check(repository)
+    if not force:
+        require_publishable(Path(directory), unmeasured=unmeasured)
     instead = card_there(Path(directory), repository, revision, folder)
     with interruptible("files already sent are not sent again; run the same command to continue"):
         return push_folder(Path(directory), repository, options, instead=instead, progress=progress)

@@ -195,6 +195,7 @@ def test_nothing_measured_is_not_passed(tiny_llama: Path, here: Path) -> None:
     assert "publish.unmeasured: true" in fails(2, "run", "bare.yaml", "--set", "publish.to=me/bare")
     assert "nothing in its llmconvert/report.json tells" in fails(2, "push", "out", "me/bare")
     assert "has no llmconvert/report.json" in fails(2, "push", tiny_llama, "me/bare")
+    assert "'bare': is no repository; expected user/name" in fails(4, "push", tiny_llama, "bare")
 
 
 def test_single_steps_end_like_runs(

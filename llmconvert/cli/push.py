@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,22 @@ if TYPE_CHECKING:
     from llmconvert.hub import PushPlan
 
 
+_LINK = re.compile(r"https?://[^/]+/([\w.-]+/[\w.-]+)")
+
+
+def _repository(context: click.Context, parameter: click.Parameter, text: str) -> str:
+    """A name on the Hub, and neither a directory nor a page; whether it is a valid one is told with other options."""
+    if text.startswith("file:"):
+        raise click.BadParameter(f"{text!r} is a directory; push goes to the Hub, and a recipe's publish.to to either")
+    link = _LINK.match(text)
+    if link is not None:
+        raise click.BadParameter(f"{text!r} is a page; did you mean {link[1]}?")
+    return text
+
+
 @click.command(short_help="Push an artifact to the Hub.")
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("repository", metavar="USER/NAME")
+@click.argument("repository", metavar="USER/NAME", callback=_repository)
 @click.option("--private/--public", default=None, help="What a new repository becomes; --private refuses a public one.")
 @click.option("--revision", help="Branch to push to, made if need be. [default: main]")
 @click.option("--folder", help="Folder of the repository to push to, for one of several variants.")

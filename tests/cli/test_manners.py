@@ -83,6 +83,8 @@ def test_a_command_that_is_none_is_answered_with_the_one_that_was_meant(typed: s
     [
         ("quantize m o --scheme w4a16g32", "did you mean w4a16-g32?"),
         ("quantize m o --format ggfu", "format 'ggfu' is not known"),
+        ("push . file:out", "push goes to the Hub, and a recipe's publish.to to either"),
+        ("push . https://huggingface.co/a/b", "did you mean a/b?"),
         ("convert m o --dtype int8", "Fewer bits are what quantize makes: llmconvert quantize MODEL OUTPUT --scheme"),
         ("validate m --serve llamacpp", "expected vllm, llama.cpp, mlx or transformers; did you mean llama.cpp?"),
         ("validate m --text t --reference m --max-increase five", "expected a share such as 5% or 0.05"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -66,6 +67,18 @@ def test_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, re
 def test_what_is_none_of_the_four_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match=r"expected a model directory|no config\.json"):
+        open_source(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://huggingface.co/org/name/tree/main", "did you mean org/name?"),
+        ("", "no model is named; expected a model directory"),
+    ],
+)
+def test_what_people_give_for_a_model_is_told_as_they_meant_it(text: str, expected: str) -> None:
+    with pytest.raises(SourceError, match=re.escape(expected)):
         open_source(text)
 
 
