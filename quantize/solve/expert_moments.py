@@ -23,7 +23,8 @@ from llmconvert.engine.stream import BlockRun
 __all__ = ["PRIOR", "ExpertMoments"]
 
 #: κ by the columns of the input. Seen on eight experts with 256 tokens each (``bench/moe.py``, over 1,022 predictions):
-#: KL 0.281 with 0, 0.271 with 0.01, 0.296 with 0.25.
+#: KL 0.281 with 0, 0.271 with 0.01, 0.296 with 0.25; on four other texts 0 and 0.01 gave the same within what another
+#: text changes (``bench/results/2026-11-30-mixtures-epyc.md``). What no token reached has nothing but its layer's.
 PRIOR = 0.01
 # Down projections of experts with more tokens than this by column are not shown the others' tokens, which costs all
 # tokens of the layer for every expert: from one token by column on, κ is a hundredth of what is there.
