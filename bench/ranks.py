@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from measured import markdown_table
+from options import parser_of
 
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.formats.dense_view import open_dense
@@ -49,18 +50,8 @@ with opened(Launch.of(os.environ)) as ranks:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--method", default="gptaq")
+    parser = parser_of(__doc__, samples=8, length=256, threads=1, method="gptaq", window=512)
     parser.add_argument("--scheme", default="w4a16-g64")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     for name in ("model", "calibration", "evaluation", "work"):

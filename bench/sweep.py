@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 from measured import Cost, markdown_table, megabytes, run_measured
+from options import parser_of
 
 SCHEMES = (
     "w4a16-g64",
@@ -38,19 +39,9 @@ SCHEMES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--window", type=int, default=1024)
+    parser = parser_of(__doc__, samples=32, length=512, threads=2, method="gptq", window=1024)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--apart", type=int, default=len(SCHEMES), help="schemes whose sequential quality is shown")
-    parser.add_argument("--method", default="gptq")
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     ones, eights = [], []
