@@ -1,6 +1,6 @@
 """What ``llmconvert plan`` says against what a run takes: memory, disk and time of ten recipes.
 
-    python bench/plan.py MODEL SCRATCH [--blocks 6] [--only NAME,NAME] [--again]
+    python bench/plan.py MODEL SCRATCH [--blocks 6] [--only NAME]... [--again]
 
 Each recipe is run once in a work directory of its own, so that this machine has timed it; planned; and run again in
 another directory by a process of its own. Held against the plan are that process's peak resident size (``wait4``), the
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--only", default="", help="of the recipes, those with these names")
+    parser.add_argument("--only", action="append", choices=list(RECIPES), help="of the recipes, those with these names")
     parser.add_argument("--again", action="store_true", help="forget what was done before")
     arguments = parser.parse_args()
     scratch: Path = arguments.scratch / f"{arguments.blocks}-blocks"
@@ -70,10 +70,7 @@ def main() -> None:
         subprocess.run(cut, check=True)
     done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     rows = {one["recipe"]: one for one in done}
-    chosen = [name for name in RECIPES if not arguments.only or name in arguments.only.split(",")]
-    unknown = set(filter(None, arguments.only.split(","))) - RECIPES.keys()
-    if unknown:
-        parser.error(f"--only: no recipe is called {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
+    chosen = [name for name in RECIPES if not arguments.only or name in arguments.only]
     print("| recipe | memory, said | taken | | disk, said | taken | | time, said | taken | | load |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name in chosen:
