@@ -41,7 +41,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and texts, and what one process makes of them."""
     made = tmp_path_factory.mktemp("ranks")
     tiny_llama_dir(made / "llama", num_hidden_layers=4, num_key_value_heads=4)
-    tiny_llama_dir(made / "wide", hidden_size=256, intermediate_size=256)
+    tiny_llama_dir(made / "small", num_hidden_layers=1, num_key_value_heads=4)
+    tiny_llama_dir(made / "block", num_hidden_layers=1, hidden_size=128, intermediate_size=128)
+    tiny_llama_dir(made / "wide", num_hidden_layers=1, hidden_size=256, intermediate_size=256)
     tiny_tokenizer(256).save_pretrained(tiny_mixture(made / "mixture", "mixtral", vocab_size=256))
     words = [f"word{number * number % 97}" for number in range(3000)]
     (made / "text.txt").write_text(" ".join(words))
@@ -58,17 +60,20 @@ def tensors(artifact: Path) -> dict[str, torch.Tensor]:
     return load_file(artifact / "model.safetensors")
 
 
-def changed(one: Path, other: Path) -> float:
+def changed(one: Path, other: Path, part: str = "layers.0.") -> float:
     """The share of numbers in the first block that differ, by more than last bits where they are floats.
 
     In models as small as these one code that falls the other way changes most of what comes behind it.
+
+    Args:
+        part: of the names that are looked at.
     """
     first, second = tensors(one), tensors(other)
     assert first.keys() == second.keys()
     differing = total = 0
     for name, tensor in first.items():
         assert (tensor.dtype, tensor.shape) == (second[name].dtype, second[name].shape)
-        if "layers.0." not in name:
+        if part not in name:
             continue
         ours, theirs = (each[name].contiguous().reshape(-1) for each in (first, second))
         if tensor.is_floating_point():
@@ -84,7 +89,11 @@ def test_several_processes_make_what_one_makes_but_for_a_few_codes(directory: Pa
     ended = run_ranks(3, tmp_path, partial(quantize_all, directory, "three"))
     assert ended.codes == (0, 0, 0), ended.errors
     for name in JOBS:
-        if not name.endswith(".gguf"):  # whose scales of super-blocks are integers that fall the other way as well
+        if JOBS[name][1]["method"] in ("rtn", "hqq"):
+            assert changed(directory / "single" / name, directory / "three" / name) == 0, name
+        elif name == "fp8":  # of so many codes some fall the other way at once; these linears are the first
+            assert changed(directory / "single" / name, directory / "three" / name, "layers.0.self_attn.v") < 0.005
+        elif not name.endswith(".gguf"):  # whose scales of super-blocks are integers that fall the other way as well
             assert changed(directory / "single" / name, directory / "three" / name) < 0.005, name
         ours, theirs = (json.loads((directory / where / f"{name}.json").read_text()) for where in ("single", "three"))
         assert ours.keys() == theirs.keys()

@@ -107,10 +107,14 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptaq": ("llama", {"method": "gptaq", "scheme": "w4a16-g32"}),
     "awq": ("llama", {"method": "awq", "scheme": "w4a16-g32-asym"}),
     "static": ("llama", {"method": "gptq", "scheme": "fp8-static", "kv_cache": "fp8"}),
-    "nvfp4": ("llama", {"method": "gptq", "scheme": "nvfp4a16"}),
     "rtn": ("llama", {"method": "rtn", "scheme": "w4a16-g32"}),
+    "hqq": ("small", {"method": "hqq", "scheme": "w4a16-g32-asym"}),
+    "smoothquant": ("small", {"method": "smoothquant", "scheme": "w8a8"}),
+    "fp8": ("block", {"method": "gptq", "scheme": "fp8-block"}),
+    "nvfp4": ("small", {"method": "gptq", "scheme": "nvfp4"}),
     "mixture": ("mixture", {"method": "gptaq", "scheme": "w4a16-g32"}),
     "q4_k.gguf": ("wide", {"method": "gptq", "scheme": "q4_k_m"}),
+    "imatrix.gguf": ("wide", {"method": "imatrix", "scheme": "q4_k_m"}),
 }
 _TEXT = {"samples": 5, "length": 48}
 
@@ -119,7 +123,7 @@ def quantize_all(directory: Path, where: str, ranks: Ranks | None) -> None:
     """Every job, and a measurement of one of the artifacts, in a folder of the directory."""
     text = directory / "text.txt"
     for name, (model, options) in JOBS.items():
-        given = options if options["method"] == "rtn" else {"calibration": text, **_TEXT, **options}
+        given = options if options["method"] in ("rtn", "hqq") else {"calibration": text, **_TEXT, **options}
         given = given if model == "mixture" else {"dtype": "float32", **given}
         made = llmconvert.quantize_model(directory / model, directory / where / name, ranks=ranks, **given)
         assert made.layers
