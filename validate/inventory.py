@@ -25,6 +25,8 @@ from llmconvert.engine.architecture.loading.held import HeldTensors, made_tensor
 from llmconvert.engine.architecture.model import build_meta_model
 from llmconvert.engine.memory import BASE_NBYTES, tokenizer_nbytes
 from llmconvert.errors import CheckpointError, UnsupportedError
+from llmconvert.gguf.architectures.decoder import DecoderView
+from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.machine import of_machine
 from llmconvert.memory import row_slices
 from llmconvert.needs import Needs
@@ -131,7 +133,10 @@ def take_inventory(
     Raises:
         CheckpointError: a tensor cannot be read.
     """
-    source = _as_the_artifact_has_it(source, dense)
+    if isinstance(stored, GgufCheckpoint):  # it holds a decoder, whatever that was a part of
+        source = DecoderView(source)
+        dense = _as_the_other_has_it(dense, source)
+    source = _as_the_other_has_it(source, dense)
     records: list[TensorRecord] = []
     problems: list[str] = []
     merged = _merged_shapes(source, dense)
@@ -150,16 +155,16 @@ def take_inventory(
     return Inventory(tuple(records), tuple(problems), moved)
 
 
-def _as_the_artifact_has_it(source: Checkpoint, dense: Checkpoint) -> Checkpoint:
-    """``source`` with what its class makes of its tensors as it loads, where the artifact has that in their place."""
-    if all(name in dense for name in source) or all(name in source for name in dense):
-        return source
+def _as_the_other_has_it(one: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """A checkpoint with what its class makes of its tensors as it loads, where the other has that in their place."""
+    if all(name in other for name in one) or all(name in one for name in other):
+        return one
     try:
-        model = build_meta_model(build_config(source.config), torch.float32, "sdpa")
+        model = build_meta_model(build_config(one.config), torch.float32, "sdpa")
     except (UnsupportedError, CheckpointError):
-        return source
-    made = made_tensors(Conversions(model), source, lambda target, conversion: target in dense and target not in source)
-    return HeldTensors(source, made) if made else source
+        return one
+    made = made_tensors(Conversions(model), one, lambda target, conversion: target in other and target not in one)
+    return HeldTensors(one, made) if made else one
 
 
 def _moves_others(record: TensorRecord) -> bool:

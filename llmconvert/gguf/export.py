@@ -15,13 +15,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import SchemeError, UnsupportedError
 from llmconvert.gguf.architectures.architecture import GgufArchitecture
+from llmconvert.gguf.architectures.decoder import EMBEDDING, HEAD, Decoder, find_decoder
 from llmconvert.gguf.architectures.placing import StoredTensor, plan_tensors
-from llmconvert.gguf.architectures.registry import architecture_of
-from llmconvert.gguf.architectures.writing import complete_values, window_notes, write_metadata
+from llmconvert.gguf.architectures.writing import window_notes, write_metadata
 from llmconvert.gguf.export_tokenizer import export_tokenizer
 from llmconvert.gguf.ggml.mix import GgmlMix, MixContext
 from llmconvert.gguf.ggml.overrides import Matrix, TypeOverride, override_types
@@ -32,8 +31,6 @@ from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["GgufExport", "TensorTypes", "check_exportable", "export_checkpoint", "tensor_types"]
 
-_OUTPUT, _EMBEDDING = "output.weight", "token_embd.weight"
-_HEAD = "lm_head.weight"
 _COMPARED_AT_ONCE = 1 << 24
 # Buffers that old checkpoints hold and every runtime computes for itself.
 _COMPUTED: Final = re.compile(r".*\.rotary_emb\.inv_freq|.*\.masked_bias")
@@ -85,10 +82,11 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         UnsupportedError: an architecture, setting, tensor or tokenizer that llama.cpp's class cannot express.
         CheckpointError: tensors are missing.
     """
-    arch, model, values = _architecture(source)
+    decoder = find_decoder(source)
+    arch, model, values = decoder.arch, decoder.model, decoder.values
     settings = write_metadata(values, model, arch)
-    tied = model.tied and not _has_own_head(source, arch)
-    tensors = _tensors(source, arch, values, tied=tied)
+    tied = decoder.declared_tied and not _has_own_head(source, decoder)
+    tensors = _tensors(source, decoder, tied=tied)
     tokenizer = export_tokenizer(source, values, name)
     general = {"general.architecture": arch.name, "general.type": "model", "general.name": tokenizer.name}
     if arch.base:
@@ -98,11 +96,11 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         config=values,
         metadata={**general, **_said_of(source, tensors), **settings, **tokenizer.metadata},
         tensors=tensors,
-        settings=export_rope_tensors(values),
+        settings={**export_rope_tensors(values), **arch.tensors(values)},
         layers=model.layers,
         tied=tied,
         queries_per_key=_queries_per_key(model),
-        notes=(*window_notes(model, arch), *_left_out(source, arch, values), *tokenizer.notes),
+        notes=(*window_notes(model, arch), *arch.notes(values), *decoder.left_out, *tokenizer.notes),
     )
 
 
@@ -120,9 +118,9 @@ def check_exportable(source: Checkpoint) -> None:
     Raises:
         UnsupportedError, CheckpointError: see there.
     """
-    arch, model, values = _architecture(source)
-    write_metadata(values, model, arch)
-    _tensors(source, arch, values, tied=model.tied)
+    decoder = find_decoder(source)
+    write_metadata(decoder.values, decoder.model, decoder.arch)
+    _tensors(source, decoder, tied=decoder.declared_tied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +146,10 @@ def tensor_types(
         UnsupportedError, CheckpointError: see :func:`export_checkpoint`.
         SchemeError: see :func:`~llmconvert.gguf.ggml.overrides.override_types`.
     """
-    arch, model, values = _architecture(source)
-    tied = model.tied and not _has_own_head(source, arch)
-    tensors = _tensors(source, arch, values, tied=tied)
+    decoder = find_decoder(source)
+    tied = decoder.declared_tied and not _has_own_head(source, decoder)
+    tensors = _tensors(source, decoder, tied=tied)
+    model = decoder.model
     types = _types(tensors, mix, MixContext(model.layers, tied, importance, _queries_per_key(model)))
     matrices = [_matrix(source, tensor) for tensor in tensors if not tensor.kept]
     types = override_types(types, matrices, overrides, tied=tied)
@@ -183,27 +182,12 @@ def _types(tensors: Iterable[StoredTensor], mix: GgmlMix, context: MixContext) -
     }
 
 
-def _architecture(source: Checkpoint) -> tuple[GgufArchitecture, Architecture, dict[str, Any]]:
-    """The file's architecture, and the config as transformers completes it: llama.cpp is told all of it."""
-    arch = architecture_of(source.config)
-    config = build_config(source.config)
-    return arch, Architecture.of(config), complete_values(config)
-
-
-def _outer_name(arch: GgufArchitecture, stored: str) -> str:
-    """What a checkpoint calls a tensor outside the layers; "" where there is none."""
-    return next((entry.name for name, entry, _ in arch.entries(0) if name == stored), "")
-
-
-def _has_own_head(source: Checkpoint, arch: GgufArchitecture) -> bool:
+def _has_own_head(source: Checkpoint, decoder: Decoder) -> bool:
     """Whether a head is stored that is not the embedding, though the config says that both are one.
 
     transformers then computes with the stored one. Equal rows are read to the end, others to the first that differs.
     """
-    names = _names(source, arch)
-    head, embedding = (
-        names.get(name, "") for name in (_outer_name(arch, _OUTPUT) or _HEAD, _outer_name(arch, _EMBEDDING))
-    )
+    head, embedding = (decoder.names.get(name, "") for name in (decoder.head, decoder.outer_name(EMBEDDING)))
     if head not in source.infos or embedding not in source.infos:
         return False
     shape = source.infos[head].shape
@@ -215,59 +199,24 @@ def _has_own_head(source: Checkpoint, arch: GgufArchitecture) -> bool:
     )
 
 
-def _tensors(
-    source: Checkpoint, arch: GgufArchitecture, values: Mapping[str, Any], *, tied: bool
-) -> tuple[StoredTensor, ...]:
-    names = _names(source, arch)
+def _tensors(source: Checkpoint, decoder: Decoder, *, tied: bool) -> tuple[StoredTensor, ...]:
+    names, arch = decoder.names, decoder.arch
     shapes = {name: source.infos[actual].shape for name, actual in names.items()}
     tensors = tuple(
-        replace(tensor, pieces=tuple(replace(piece, name=names[piece.name]) for piece in tensor.pieces))
-        for tensor in plan_tensors(shapes, arch, values, tied=tied)
+        replace(tensor, pieces=tuple(map(decoder.located, tensor.pieces)))
+        for tensor in plan_tensors(shapes, arch, decoder.values, tied=tied)
     )
-    used = {piece.name for tensor in tensors for piece in tensor.pieces}
-    used |= {_HEAD, _outer_name(arch, _OUTPUT)} if tied else set()
-    used |= set(_predicting(source, arch, values))
-    for name in source:
-        if name == _HEAD and name not in used:
+    used = {piece.name for tensor in tensors for piece in tensor.pieces} | set(decoder.ahead)
+    used |= {names.get(decoder.head, "")} if tied else set()
+    for name, actual in names.items():
+        if actual in used or _COMPUTED.fullmatch(actual):
+            continue
+        if name == HEAD:
             raise UnsupportedError(
-                f"tensor {name!r} is not the embedding; llama.cpp's {arch.name} has no head of its own and would differ"
+                f"tensor {actual!r} is not the embedding; llama.cpp's {arch.name} has no head of its own and would "
+                "differ"
             )
-        if name not in used and not _COMPUTED.fullmatch(name):
-            raise UnsupportedError(
-                f"tensor {name!r} has no place in a GGUF file of architecture {arch.name!r}, and cannot be left out"
-            )
+        raise UnsupportedError(
+            f"tensor {actual!r} has no place in a GGUF file of architecture {arch.name!r}, and cannot be left out"
+        )
     return tensors
-
-
-def _names(source: Checkpoint, arch: GgufArchitecture) -> Mapping[str, str]:
-    """The names that the architecture has for a checkpoint's tensors → those there, which may lack the first part.
-
-    GPT-2 and BLOOM were published without ``transformer.``, which transformers adds as it loads.
-    """
-    embedding = _outer_name(arch, _EMBEDDING)
-    prefix, _, short = embedding.partition(".")
-    if embedding in source.infos or short not in source.infos:
-        return {name: name for name in source.infos}
-    return {name if name == _HEAD else f"{prefix}.{name}": name for name in source.infos}
-
-
-def _predicting(source: Checkpoint, arch: GgufArchitecture, values: Mapping[str, Any]) -> list[str]:
-    """Tensors of layers behind the last one, which predict several tokens at once; transformers does not run them."""
-    prefix, layers = arch.layer[0].name.partition("*")[0], int(values["num_hidden_layers"])
-    found = []
-    for name in source:
-        number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
-        if name.startswith("mtp.") or (number.isdecimal() and int(number) >= layers):
-            found.append(name)
-    return found
-
-
-def _left_out(source: Checkpoint, arch: GgufArchitecture, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """A sentence on what of a checkpoint is not in its file."""
-    names = _predicting(source, arch, values)
-    if not names:
-        return ()
-    return (
-        f"{len(names)} tensors of layers that predict several tokens at once ({names[0]}, …) are left out; the model "
-        "computes the same without",
-    )

@@ -19,6 +19,7 @@ from llmconvert.gguf.header import Metadata, shown
 __all__ = [
     "export_rope_tensors",
     "head_dim_of",
+    "latent_rope_metadata",
     "llama3_divisors",
     "llama3_parameters",
     "rope_metadata",
@@ -32,6 +33,7 @@ _TOLERANCE = 1e-5
 # Meta's own values of Llama 3.1 to 3.3. Only the ratios of the three matter, so they also serve as the scale.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 # Of YaRN, in either's words, with the defaults of both.
+_LOG_MULTIPLIER = "yarn_log_multiplier"
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
@@ -40,8 +42,14 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def rope_parameters(metadata: Metadata, arch: str) -> dict[str, Any]:
+def rope_parameters(metadata: Metadata, arch: str, *, latent: bool = False) -> dict[str, Any]:
     """``rope_parameters`` as the metadata gives them: plain, linear or YaRN.
+
+    Args:
+        metadata: of the file.
+        arch: of it.
+        latent: whether it is of DeepSeek's attention, of which YaRN has a temperature of its own
+            (:func:`latent_rope_metadata`).
 
     Raises:
         UnsupportedError: another scaling type.
@@ -63,14 +71,22 @@ def rope_parameters(metadata: Metadata, arch: str) -> dict[str, Any]:
     if kind == "linear":
         return parameters | {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        return parameters | _yarn(metadata, f"{arch}.rope.scaling", factor)
+        temperature = _read_temperature(metadata, f"{arch}.rope.scaling.{_LOG_MULTIPLIER}") if latent else {}
+        return parameters | _yarn(metadata, f"{arch}.rope.scaling", factor, temperature)
     raise UnsupportedError(
         f"{metadata.path}: {arch}.rope.scaling.type is {shown(kind)}; supported are none, linear and yarn"
     )
 
 
-def _yarn(metadata: Metadata, prefix: str, factor: float) -> dict[str, Any]:
-    for key in ("yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"):
+def _read_temperature(metadata: Metadata, key: str) -> dict[str, float]:
+    scale = shortest(10 * metadata.number(key, 0.0))
+    if not scale:
+        raise UnsupportedError(f"{metadata.path}: {key} is not set; DeepSeek's YaRN without it is not supported")
+    return {"mscale": scale, "mscale_all_dim": scale}
+
+
+def _yarn(metadata: Metadata, prefix: str, factor: float, temperature: Mapping[str, float]) -> dict[str, Any]:
+    for key in ("yarn_ext_factor", "yarn_attn_factor", *(() if temperature else (_LOG_MULTIPLIER,))):
         if f"{prefix}.{key}" in metadata:
             raise UnsupportedError(f"{metadata.path}: {prefix}.{key} is set; YaRN is supported with its defaults only")
     original = metadata.integer(f"{prefix}.original_context_length")
@@ -80,6 +96,7 @@ def _yarn(metadata: Metadata, prefix: str, factor: float) -> dict[str, Any]:
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": original,
+        **temperature,
     }
     if (scale := shortest(metadata.number(f"{prefix}.attn_factor", 1.0))) != 1.0:
         # llama.cpp multiplies it with YaRN's own temperature, transformers takes it instead.
@@ -144,6 +161,28 @@ def rope_metadata(config: Mapping[str, Any], arch: str, scalings: Collection[str
             "rope.scaling.attn_factor": float(attention),
         }
     raise UnsupportedError(f"config.json: RoPE scaling {kind!r} cannot be written for GGUF architecture {arch!r}")
+
+
+def latent_rope_metadata(config: Mapping[str, Any], arch: str) -> dict[str, Any]:
+    """:func:`rope_metadata` of DeepSeek's attention, whose YaRN scales all of the logits by a temperature.
+
+    llama.cpp's file has a tenth of ``mscale_all_dim``, as its converter writes it, and takes ``mscale``, which turned
+    dimensions are scaled by over it, for the same.
+
+    Raises:
+        UnsupportedError: another kind of scaling, or a temperature that llama.cpp computes otherwise.
+    """
+    rope = dict(rope_settings(config))
+    if rope["rope_type"] != "yarn":
+        return rope_metadata(config, arch, ())
+    own, every = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
+    if not every or own != every or rope.get("attention_factor") is not None:
+        raise UnsupportedError(
+            f"config.json: YaRN's mscale is {own}, mscale_all_dim {every}, attention_factor "
+            f"{rope.get('attention_factor')}; llama.cpp's {arch} takes the first two for equal, and none of the third"
+        )
+    found = rope_metadata({**config, "rope_parameters": rope}, arch, ("yarn",))
+    return {**found, f"rope.scaling.{_LOG_MULTIPLIER}": 0.1 * float(every)}
 
 
 def _yarn_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,11 @@ _LATENT: Mapping[str, Any] = {
     "v_head_dim": 16,
     "head_dim": 8,
 }
+_LATENT_V3: Mapping[str, Any] = {**_LATENT, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
+_LATENT_YARN: Mapping[str, Any] = {
+    **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64},
+    **{"mscale": 0.707, "mscale_all_dim": 0.707},
+}
 _SCALES: Mapping[str, Any] = {
     "embedding_multiplier": 3.0,
     "logits_scaling": 2.0,
@@ -88,6 +93,7 @@ def _windows(layers: int, period: int) -> Mapping[str, Any]:
     return {"num_hidden_layers": layers, "sliding_window": _WINDOW, "layer_types": kinds}
 
 
+_GEMMA4: Mapping[str, Any] = {**_HEADS, **_windows(6, 3), "global_head_dim": 32}
 #: Name → model type and its config. Names with a dash are variants of one.
 GGUF_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("llama", _BASE),
@@ -100,6 +106,33 @@ GGUF_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma": ("gemma", _HEADS),
     "gemma2": ("gemma2", {**_HEADS, "query_pre_attn_scalar": 16, **_windows(2, 2)}),
     "gemma3_text": ("gemma3_text", {**_HEADS, "query_pre_attn_scalar": 16, **_windows(7, 6)}),
+    "gemma4_text": (
+        "gemma4_text",
+        {
+            **_GEMMA4,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma4_text-moe": (
+        "gemma4_text",
+        {
+            **_GEMMA4,
+            # What llama.cpp's GELU of 16 bits differs by is enough to turn a router's choice in deeper ones.
+            **_windows(3, 3),
+            "initializer_range": 0.05,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "phi": ("phi", _BASE),
     "phi3": ("phi3", {**_BASE, "num_key_value_heads": 4}),
     "granite": ("granite", {**_BASE, **_SCALES}),
@@ -127,7 +160,9 @@ GGUF_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     "deepseek_v2": ("deepseek_v2", _LATENT),
-    "deepseek_v3": ("deepseek_v3", {**_LATENT, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}),
+    "deepseek_v3": ("deepseek_v3", _LATENT_V3),
+    "deepseek_v2-yarn": ("deepseek_v2", {**_LATENT, "rope_parameters": _LATENT_YARN}),
+    "deepseek_v3-yarn": ("deepseek_v3", {**_LATENT_V3, "rope_parameters": _LATENT_YARN}),
     "glm": ("glm", _HEADS),
     "glm4": ("glm4", _HEADS),
     "glm4_moe": ("glm4_moe", {**_ROUTED, "num_key_value_heads": 2, "head_dim": 16}),
@@ -228,9 +263,38 @@ GGUF_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 #: Those that llama.cpp computes otherwise: model type, config, and what the refusal says.
 REFUSED_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "phimoe": ("phimoe", {**_BASE, **_LOCAL, "lm_head_bias": True, "attention_bias": True}, "routes by sparse mixing"),
+    "gemma3n_text": (
+        "gemma3n_text",
+        {
+            **_HEADS,
+            **_windows(4, 2),
+            "intermediate_size": [96] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 32,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 8,
+        },
+        "one tensor where checkpoints have a matrix for each stream",
+    ),
     "exaone4": ("exaone4", {**_HEADS, **_windows(4, 4)}, "has windows in models of 64 layers alone"),
     "olmoe": ("olmoe", {**_BASE, "num_experts": 4, "num_experts_per_tok": 2}, "as many keys as queries, 4"),
     "olmo3": ("olmo3", {**_BASE, **_windows(4, 2)}, "at equal distances, every 4"),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {**_LATENT_V3, "rope_parameters": {**_LATENT_YARN, "mscale": 1.0}},
+        "mscale is 1.0, mscale_all_dim 0.707, .* takes the first two for equal",
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**_LATENT, "rope_parameters": {**_LATENT_YARN, "mscale": None, "mscale_all_dim": None}},
+        "mscale is None, mscale_all_dim None",
+    ),
+    "gemma4_text": (
+        "gemma4_text",
+        {**_GEMMA4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0},
+        "num_kv_shared_layers is 2; llama.cpp's gemma4 shares the keys of the last two",
+    ),
     "qwen3_moe": ("qwen3_moe", {**_HEADS, **_EXPERTS, "norm_topk_prob": False}, "norm_topk_prob is False; .* True"),
 }
 

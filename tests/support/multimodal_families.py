@@ -58,7 +58,7 @@ _TOWER: Mapping[str, Any] = {
     "patch_size": 8,
     "initializer_range": 0.1,
 }
-_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}}
 _PIXELS = {"pixel_values": (1, 3, 32, 32)}
 # Qwen's patches: 4 × 4 of them, of 8 × 8 pixels at two times.
 _PATCHES = {"pixel_values": (16, 3 * 2 * 8 * 8)}
@@ -106,7 +106,7 @@ FAMILIES: Mapping[str, Family] = {
             shapes=_PATCHES,
             values=_GRID,
         ),
-        Family("gemma3", {"sliding_window": 8}, whole={"mm_tokens_per_image": 4}),
+        Family("gemma3", {"sliding_window": 8, "query_pre_attn_scalar": 16}, whole={"mm_tokens_per_image": 4}),
         Family(
             "gemma4",
             {

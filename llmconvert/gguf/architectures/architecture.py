@@ -91,6 +91,7 @@ class GgufArchitecture:
         always: settings that llama.cpp computes so whatever a file says; of a config a file has these.
         write: the metadata that is made of a config otherwise, without the architecture's name before its keys.
         read: what is read otherwise, for the config.
+        tensors: float32 tensors that llama.cpp keeps settings in, of a config, beside those of RoPE's scalings.
         inert: settings that change nothing in what is computed.
         scalings: kinds of scaled positions that llama.cpp's class knows.
         windows: see :data:`Windows`.
@@ -108,6 +109,9 @@ class GgufArchitecture:
             they must.
         known: keys of the metadata that are read by themselves, and would be refused of other classes.
         base: ``general.basename`` of files that are written.
+        read_type: the model type that a file is read as, where transformers has no class of a decoder alone; the same
+            by default.
+        notes: given the config, a sentence on each thing that llama.cpp computes a little otherwise.
         gap: what llama.cpp computes otherwise, so that no file is written; "" if nothing.
     """
 
@@ -120,6 +124,7 @@ class GgufArchitecture:
     always: Mapping[str, Any] = field(default_factory=dict)
     write: Callable[[Config], Mapping[str, Any]] = _nothing
     read: Callable[[Reading], Mapping[str, Any]] = _nothing
+    tensors: Callable[[Config], Mapping[str, Any]] = _nothing
     inert: frozenset[str] = frozenset()
     scalings: frozenset[str] = frozenset({"linear", "yarn"})
     windows: Windows = "none"
@@ -136,6 +141,8 @@ class GgufArchitecture:
     stated_heads: Literal["", "always", "other"] = "always"
     known: frozenset[str] = frozenset()
     base: str = ""
+    read_type: str = ""
+    notes: Callable[[Config], tuple[str, ...]] = lambda config: ()
     gap: str = ""
 
     def entries(self, layers: int) -> Iterator[tuple[str, Entry, int]]:

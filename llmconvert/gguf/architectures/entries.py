@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import torch
 
-__all__ = ["EXPERT", "LAYER", "Change", "Config", "Entry", "Form", "entries", "stored_name"]
+__all__ = ["EXPERT", "LAYER", "Change", "Config", "Entry", "Form", "entries", "stored_name", "transposable"]
 
 #: A parsed ``config.json``, completed by transformers' class, or one that was read from a file.
 Config = Mapping[str, Any]
@@ -55,6 +55,8 @@ class Form:
             outputs that the file's tensor has, in its order: all of them, or a part; None for all as they come.
         change: of the values.
         transposed: whether the checkpoint has inputs by outputs.
+        plain: given the config, the shape of a matrix as the checkpoint's class has it, where checkpoints of another
+            shape have it transposed; None where all have it the same.
         whole: whether the first dimension of the checkpoint's tensor goes through a layer's experts.
         heads: given the config, into how many matrices the outputs are cut, one behind the other in a tensor of three
             dimensions; None: they are not.
@@ -67,12 +69,19 @@ class Form:
     rows: Callable[[Config, int], np.ndarray] | None = None
     change: Change = Change.NONE
     transposed: bool = False
+    plain: Callable[[Config], tuple[int, int]] | None = None
     whole: bool = False
     heads: Callable[[Config], int] | None = None
     turned: bool = False
     factor: Callable[[Config, int], np.ndarray] | None = None
     squeezed: bool = False
     column: bool = False
+
+    def of_shape(self, shape: tuple[int, ...], config: Config) -> Form:
+        """The form of a matrix that a checkpoint has in a shape."""
+        if self.plain is None or shape == self.plain(config):
+            return self
+        return replace(self, transposed=True)
 
     @property
     def holds_codes(self) -> bool:
@@ -151,6 +160,28 @@ def without(found: Iterable[Entry], *names: str) -> tuple[Entry, ...]:
 def formed(found: Iterable[Entry], form: Form, *endings: str) -> tuple[Entry, ...]:
     """Entries, of which those whose names end with one of ``endings`` have another form."""
     return tuple(replace(entry, form=form) if entry.name.endswith(endings) else entry for entry in found)
+
+
+def transposable(found: Iterable[Entry], inner: str) -> tuple[Entry, ...]:
+    """Entries, of which the tensors with all experts of a layer may be transposed in checkpoints.
+
+    Args:
+        found: them all.
+        inner: the setting that counts an expert's neurons.
+    """
+
+    def up(config: Config) -> tuple[int, int]:
+        return 2 * config[inner], config["hidden_size"]
+
+    def down(config: Config) -> tuple[int, int]:
+        return config["hidden_size"], config[inner]
+
+    return tuple(
+        replace(entry, form=replace(entry.form, plain=down if entry.name.endswith("down_proj") else up))
+        if entry.form.whole
+        else entry
+        for entry in found
+    )
 
 
 @cache

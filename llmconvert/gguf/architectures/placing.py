@@ -143,7 +143,7 @@ def _written(
 def _piece(
     stored: str, place: int, name: str, shape: Shape, expert: int | None, entry: Entry, config: Config
 ) -> tuple[Piece, Shape]:
-    form = entry.form
+    form = entry.form.of_shape(shape, config)
     outputs = shape[-1] if form.transposed and len(shape) > 1 else (shape[0] if shape else 1)
     order = None if form.rows is None else form.rows(config, outputs)
     rows = outputs if order is None else len(order)

@@ -63,7 +63,7 @@ def read_config(header: GgufHeader, arch: GgufArchitecture, read_tensor: Callabl
     vocab = embedding.shape[0]
     config: dict[str, Any] = {
         "architectures": [arch.model_class],
-        "model_type": arch.model_type,
+        "model_type": arch.read_type or arch.model_type,
         arch.vocabulary: vocab,
     }
     for setting in arch.settings:

@@ -11,6 +11,7 @@ from llmconvert.gguf.architectures.families import (
     convolutions,
     decoders,
     gemma,
+    gemma4,
     granite,
     hybrids,
     llama,
@@ -29,6 +30,7 @@ ARCHITECTURES: Final[tuple[GgufArchitecture, ...]] = (
     *llama.ARCHITECTURES,
     *qwen.ARCHITECTURES,
     *gemma.ARCHITECTURES,
+    *gemma4.ARCHITECTURES,
     *phi.ARCHITECTURES,
     *decoders.ARCHITECTURES,
     *granite.ARCHITECTURES,
@@ -40,8 +42,12 @@ ARCHITECTURES: Final[tuple[GgufArchitecture, ...]] = (
 )
 
 
-def architecture_of(config: Config) -> GgufArchitecture:
+def architecture_of(config: Config, *, of: str = "") -> GgufArchitecture:
     """What a checkpoint with a ``config.json`` is written as.
+
+    Args:
+        config: of the decoder.
+        of: the model type that the decoder is part of, if it is.
 
     Raises:
         UnsupportedError: it cannot be.
@@ -50,7 +56,8 @@ def architecture_of(config: Config) -> GgufArchitecture:
     found = next((arch for arch in ARCHITECTURES if arch.model_type == model_type and arch.chosen(config)), None)
     if found is None:
         known = ", ".join(sorted(arch.model_type for arch in ARCHITECTURES if not arch.gap))
-        raise UnsupportedError(f"architecture {model_type!r} cannot be written as GGUF; supported are {known}")
+        part = f", of which {of!r} has its decoder," if of else ""
+        raise UnsupportedError(f"architecture {model_type!r}{part} cannot be written as GGUF; supported are {known}")
     return found
 
 

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from support.gguf_families import GGUF_FAMILIES, REFUSED_FAMILIES, save_family
 from support.gguf_models import IDS, next_token
 from support.llama_cpp import LlamaCpp
+from support.multimodal_families import FAMILIES, family_config
 from transformers import AutoModelForCausalLM
 
 from llmconvert.errors import LlmconvertError, UnsupportedError
+from llmconvert.gguf.architectures.decoder import WHOLES
 from llmconvert.gguf.architectures.registry import ARCHITECTURES
 from llmconvert.gguf.checkpoint import describe_model, open_gguf
 from llmconvert.gguf.export import export_checkpoint
@@ -126,5 +128,6 @@ def test_metadata_of_any_kind_is_read_or_refused(name: str, tmp_path: Path) -> N
 
 def test_every_architecture_is_tried() -> None:
     tried = {kind for kind, _ in GGUF_FAMILIES.values()}
+    tried |= {family_config(FAMILIES[name]).get_text_config().model_type for name in WHOLES & FAMILIES.keys()}
     assert tried == {arch.model_type for arch in ARCHITECTURES if not arch.gap}
     assert {arch.model_type for arch in ARCHITECTURES if arch.gap} <= {kind for kind, *_ in REFUSED_FAMILIES.values()}

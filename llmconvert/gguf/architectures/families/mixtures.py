@@ -12,7 +12,7 @@ from llmconvert.gguf.architectures.entries import Config, Form, entries
 from llmconvert.gguf.architectures.families.llama import ATTENTION, BIASES, NORMS, RMS, experts
 from llmconvert.gguf.architectures.orders import Order, every_other
 from llmconvert.gguf.architectures.windows import read_windows, write_windows
-from llmconvert.gguf.rope import rope_metadata, rope_parameters
+from llmconvert.gguf.rope import latent_rope_metadata, rope_parameters
 
 __all__ = ["ARCHITECTURES"]
 
@@ -90,7 +90,7 @@ def _write_latent(gate: int) -> Callable[[Config], Mapping[str, Any]]:
             **({"attention.q_lora_rank": config["q_lora_rank"]} if config.get("q_lora_rank") else {}),
             "rope.dimension_count": rope,
             "rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
-            **rope_metadata(config, "deepseek2", ()),
+            **latent_rope_metadata(config, "deepseek2"),
             "expert_gating_func": gate,
         }
 
@@ -106,7 +106,7 @@ def _read_latent(file: Reading) -> Mapping[str, Any]:
         "qk_rope_head_dim": rope,
         "qk_nope_head_dim": file.get("attention.key_length_mla") - rope,
         "v_head_dim": file.get("attention.value_length_mla"),
-        "rope_parameters": rope_parameters(file.header.metadata, file.arch),
+        "rope_parameters": rope_parameters(file.header.metadata, file.arch, latent=True),
     }
 
 

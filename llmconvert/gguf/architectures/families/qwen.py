@@ -1,11 +1,19 @@
-"""Qwen 2 and 3, and their mixtures of experts."""
+"""Qwen 2 and 3, their mixtures of experts, and the decoders of their models for images.
+
+Those turn heads by positions in time, height and width (M-RoPE), which of text are one and the same: read back, a file
+is a Qwen 2 or 3.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
+import numpy as np
+
+from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.architectures.architecture import GgufArchitecture, Setting, outer
-from llmconvert.gguf.architectures.entries import entries
+from llmconvert.gguf.architectures.entries import Config, entries, transposable
 from llmconvert.gguf.architectures.families.llama import ATTENTION, BIASES, MLP, NORMS, RMS, experts
 
 __all__ = ["ARCHITECTURES"]
@@ -18,6 +26,8 @@ _MIXTURE: Final = (
     Setting("expert_used_count", "num_experts_per_tok"),
     Setting("expert_feed_forward_length", "moe_intermediate_size"),
 )
+# What a part of a head may turn less in llama.cpp over the whole context, in radians.
+_ANGLE: Final = 0.25
 
 
 def _qwen2(name: str, model_type: str, model_class: str, **more: Any) -> GgufArchitecture:
@@ -71,4 +81,68 @@ QWEN3_MOE: Final = GgufArchitecture(
     (*RMS, *_MIXTURE),
     always={**_NO_WINDOW, **_EVERY_LAYER, "norm_topk_prob": True, "attention_bias": False},
 )
-ARCHITECTURES: Final = (QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE)
+
+
+def _sections(config: Config) -> dict[str, Any]:
+    """How many frequencies of a head turn with time, with height and with width; llama.cpp has room for a fourth."""
+    found = (config.get("rope_parameters") or {}).get("mrope_section")
+    if not found:
+        raise UnsupportedError("config.json: rope_parameters has no mrope_section; llama.cpp needs one of such models")
+    return {"rope.dimension_sections": np.array([*found, 0, 0][:4], np.int32)}
+
+
+def _for_images(arch: GgufArchitecture, name: str, model_type: str) -> GgufArchitecture:
+    """The decoder of a model for images that computes a text as an architecture does."""
+    return replace(arch, name=name, model_type=model_type, read_type=arch.model_type, write=_sections)
+
+
+def _unturned(config: Config) -> tuple[list[int], float]:
+    """The frequencies of a head that llama.cpp's interleaved M-RoPE gives to none of the three positions of a text, and
+    what the fastest of them turns by over the model's context, in radians.
+
+    Frequency ``i`` belongs to position ``i % 3`` as long as that has frequencies left (``ggml_mrope_cache_init``);
+    transformers turns the others with time.
+    """
+    found = config["rope_parameters"]["mrope_section"]
+    rest = [index for index in range(config["head_dim"] // 2) if index >= 3 * found[index % 3]]
+    if not rest:
+        return [], 0.0
+    slowness = config["rope_parameters"]["rope_theta"] ** (-2 * rest[0] / config["head_dim"])
+    return rest, float(config["max_position_embeddings"] * slowness)
+
+
+def _write_qwen3_vl(config: Config) -> dict[str, Any]:
+    found = _sections(config)
+    rest, angle = _unturned(config)
+    if angle > _ANGLE:
+        raise UnsupportedError(
+            f"config.json: mrope_section is {config['rope_parameters']['mrope_section']}; llama.cpp does not turn "
+            f"frequencies {', '.join(map(str, rest))} of a head then, by up to {angle:.2g} radians within the context"
+        )
+    # Its towers hand features of several of their layers to the first layers of the decoder.
+    deepstack = (config.get("vision_config") or {}).get("deepstack_visual_indexes")
+    return {**found, **({"n_deepstack_layers": len(deepstack)} if deepstack else {})}
+
+
+def _qwen3_vl_notes(config: Config) -> tuple[str, ...]:
+    rest, angle = _unturned(config)
+    if not rest:
+        return ()
+    return (
+        f"llama.cpp does not turn frequencies {', '.join(map(str, rest))} of a head, which the model turns by "
+        f"{angle:.2g} radians at most within its context",
+    )
+
+
+ARCHITECTURES: Final = (
+    *(QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE),
+    _for_images(QWEN2, "qwen2vl", "qwen2_vl_text"),
+    _for_images(QWEN2, "qwen2vl", "qwen2_5_vl_text"),
+    replace(_for_images(QWEN3, "qwen3vl", "qwen3_vl_text"), write=_write_qwen3_vl, notes=_qwen3_vl_notes),
+    replace(
+        _for_images(QWEN3_MOE, "qwen3vlmoe", "qwen3_vl_moe_text"),
+        layer=transposable(QWEN3_MOE.layer, "moe_intermediate_size"),
+        write=_write_qwen3_vl,
+        notes=_qwen3_vl_notes,
+    ),
+)
