@@ -44,23 +44,20 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from census_cases import CLASSES, METHODS, SCHEME, Case, Finding
+from census_page import markdown_page
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, logging
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support.tiny_checkpoints import FIRST_TEXT_TOKEN, VOCABULARY, save_tiny_checkpoint
@@ -75,12 +72,10 @@ from llmconvert.quantize.plan import Override, RuntimeName
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["CLASSES", "Case", "Finding", "examine", "examine_all", "markdown_page"]
+__all__ = ["examine", "examine_all"]
 
 SECONDS = 150
 MEMORY = 6 << 30
-SCHEME = "w4a16-g32"
-METHODS = ("rtn", "gptq")
 LENGTH = 24
 CPU = torch.device("cpu")
 # Logits of the artifact against its twin's, and streamed against resident ones: norm of the difference by the latter's.
@@ -88,54 +83,6 @@ TOLERANCE = 2e-4
 # What a refusal tells to leave dense, and for which runtime it would write all.
 _ADVISED = re.compile(r"\(match: '(?P<match>[^']+)', scheme: none\)")
 _ELSEWHERE = re.compile(r"\(runtime: (?P<runtime>vllm)\)")
-
-
-@dataclass(frozen=True, order=True)
-class Case:
-    """A class: under which model type, and in which mapping, transformers has it."""
-
-    kind: str
-    model_type: str
-    class_name: str
-
-    @property
-    def key(self) -> str:
-        """Of its result."""
-        return f"{self.kind}/{self.model_type}"
-
-
-def _cases(kind: str, mapping: Mapping[str, Any]) -> list[Case]:
-    found = []
-    for model_type, named in mapping.items():
-        found.append(Case(kind, model_type, named if isinstance(named, str) else named[0]))
-    return found
-
-
-CLASSES: Sequence[Case] = (
-    *_cases("causal", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    *_cases("image-text", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
-)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What came of a class.
-
-    Attributes:
-        verdict: see the module.
-        detail: of a refusal, its message; of an error, what was wrong.
-        method: that it came of; empty where both did the same.
-        weights: numbers in the checkpoint.
-        quantized: of these, those that were quantized.
-        trace: of a crash.
-    """
-
-    verdict: str
-    detail: str = ""
-    method: str = ""
-    weights: int = 0
-    quantized: int = 0
-    trace: str = ""
 
 
 class _WrongError(Exception):
@@ -391,104 +338,6 @@ def read_state(state: Path) -> dict[str, Finding]:
     if not state.exists():
         return {}
     return {key: Finding(**value) for key, value in json.loads(state.read_text()).items()}
-
-
-def markdown_page(findings: Mapping[str, Finding], today: str) -> str:
-    """The page of the documentation: counts, what works by name, and of the rest what is said.
-
-    Args:
-        findings: by key.
-        today: the date that they are of.
-    """
-    return _PAGE.format(
-        date=today,
-        transformers=version("transformers"),
-        compressed_tensors=version("compressed-tensors"),
-        torch=version("torch"),
-        beside="".join(f", {name} {found}" for name in _BESIDE if (found := _version(name))),
-        scheme=SCHEME,
-        counts=_counts(findings),
-        parts="\n\n".join(_part(kind, title, findings) for kind, title in _TITLES.items()),
-    )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-# What some classes need besides.
-_BESIDE = ("timm", "torchvision", "scipy")
-_TITLES = {"causal": "Causal language models", "image-text": "Image-text-to-text"}
-_VERDICTS = ("works", "not in transformers", "as advised", "refused", "wrong", "crash", "not built")
-_PAGE = """# Families of models
-
-Which of transformers' classes can be quantized, read back and trusted. Written by `bench/census.py` on {date}, with
-transformers {transformers}, compressed-tensors {compressed_tensors} and torch {torch}{beside}.
-
-Every class of transformers' automatic mappings gets a tiny random checkpoint with the structure of the real one: layers
-of every kind, experts, tied weights as the class has them by default. It is quantized to {scheme} by rtn and by gptq,
-and the artifact is read by the class that its config names. It **works** if by both methods no tensor is missing,
-unknown or other than it was, and logits are those of the artifact's own weights written out dense. **as advised**: that
-is refused, and the same holds with the override that the refusal names, which leaves the experts dense and quantizes
-the other linears. **not in transformers**: the same, and with `runtime: vllm`, which the refusal names as well, experts
-too are quantized, one by one, under names that vLLM and llm-compressor have for them and transformers has not. That is
-proven otherwise: compressed-tensors' own decompression gives each weight bit for bit as it is read here, and the engine
-computes from the artifact the logits that transformers computes from its weights written out dense. **refused** is said
-before any work, with the reason in the table. **not built**: transformers cannot build, save or run such a model on
-text alone with the settings that it has by default.
-
-Readings are kept, and what changes is read again: the table may be of several runs, and lacks what none has ended for.
-
-All of this is in float32, where nothing hides a difference. In bfloat16 transformers computes two things otherwise than
-a model's own forward. Experts go through a grouped product by default, which adds up in another order; with
-`experts_implementation="eager"` logits are the engine's to the bit (measured on MiMo-V2-Flash and Mixtral). And in a
-quantized Jamba or Falcon Mamba it adds a bias and takes it away again, each time rounded, to have the linear called
-(`dt_proj`): a quantized Jamba differs by that from the same weights written out dense, which give the engine's logits
-to the bit.
-
-`llmconvert inspect MODEL` says the same of any checkpoint, from its headers: whether `quantize` takes it, what stays
-dense, or why not and what to do instead.
-
-{counts}
-
-{parts}
-"""
-
-
-def _counts(findings: Mapping[str, Finding]) -> str:
-    shares = ("works, of those that transformers runs", "works, in transformers or elsewhere", "works or as advised")
-    rows = [["", *_VERDICTS, *shares]]
-    for kind, title in _TITLES.items():
-        found = Counter(finding.verdict for key, finding in findings.items() if key.startswith(f"{kind}/"))
-        ran = sum(found.values()) - found["not built"]
-        all_linears = found["works"] + found["not in transformers"]
-        counts = (found["works"], all_linears, all_linears + found["as advised"])
-        of_ran = (f"{number} of {ran}" for number in counts)
-        rows.append([title, *(str(found[verdict]) for verdict in _VERDICTS), *of_ran])
-    return markdown_table(rows)
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Of a header and rows of text, all columns to the left."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def _part(kind: str, title: str, findings: Mapping[str, Finding]) -> str:
-    cases = sorted(case for case in CLASSES if case.kind == kind and case.key in findings)
-    works = ", ".join(f"`{case.model_type}`" for case in cases if findings[case.key].verdict == "works")
-    rows = [["model type", "class", "verdict", "what is said"]]
-    for verdict in _VERDICTS[1:]:
-        for case in cases:
-            finding = findings[case.key]
-            if finding.verdict == verdict:
-                by = f" ({finding.method})" if finding.method and finding.method != METHODS[0] else ""
-                said = finding.detail.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-                rows.append([f"`{case.model_type}`", f"`{case.class_name}`", verdict + by, said])
-    return f"## {title}\n\nWork: {works or 'none'}.\n\n{markdown_table(rows)}"
 
 
 def main() -> None:

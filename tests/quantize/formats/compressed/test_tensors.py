@@ -219,7 +219,7 @@ def test_other_formats_are_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = changed(directory, lambda config: config.update(quant_method="hqq"))
     with pytest.raises(
         UnsupportedError,
-        match=r"quantized with 'hqq' .*; known are compressed-tensors, gptq.*, fp8, .* Take the unquantized model",
+        match=r"quantized with 'hqq' .*; known are compressed-tensors, gptq.*, fp8, .*; take the unquantized model",
     ):
         open_dense(checkpoint)
 
