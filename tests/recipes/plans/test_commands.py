@@ -122,7 +122,7 @@ def test_what_a_sweep_has_made_is_reused(write_recipe: Writer) -> None:
     assert call("run", path, "-q").exit_code == 0
     plan = planned("run", path)
     assert all(step["reused"] for one in plan["variants"].values() for step in one["steps"])
-    assert plan["needs"] == {"memory": 0, "device_memory": 0, "disk": 0, "download": 0}
+    assert plan["needs"] == {"memory": 0, "device_memory": 0, "disk": 0, "disk_left": 0, "download": 0}
 
 
 def test_several_recipes_are_planned_together(write_recipe: Writer, tmp_path: Path) -> None:
