@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = ["Phases"]
+__all__ = ["LOADING_KERNELS", "Phases"]
 
 T = TypeVar("T")
+
+#: The phase in which kernels are loaded, and compiled if they never were on this machine.
+LOADING_KERNELS = "loading kernels"
 
 
 class Phases:

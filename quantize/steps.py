@@ -27,7 +27,7 @@ from llmconvert.engine.states import DiskStates, PartOfStates, states_present
 from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Mode, Stream
 from llmconvert.memory import release_freed_memory
-from llmconvert.phases import Phases
+from llmconvert.phases import LOADING_KERNELS, Phases
 from llmconvert.quantize.methods.base import (
     BlockData,
     BlockQuantizer,
@@ -137,7 +137,7 @@ class CalibratedSteps:
         if done == self.skeleton.block_count:
             return
         if self.skeleton.device.type == "cpu":
-            with self.phases.measure("loading kernels"):
+            with self.phases.measure(LOADING_KERNELS):
                 load_kernels()
                 load_dot_products()
         with ExitStack() as stack:

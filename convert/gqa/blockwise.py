@@ -26,7 +26,7 @@ from llmconvert.convert.gqa.refit.solve import ridge
 from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.convert.gqa.weights import LayerWeights, layer_tensors, read_layer
 from llmconvert.engine.discovery import discover
-from llmconvert.engine.memory import choose_mode
+from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates
 from llmconvert.engine.statistics import accumulate_hessian
@@ -36,11 +36,13 @@ from llmconvert.needs import Needs
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.shared import share_tensors
 
-__all__ = ["WORK_NBYTES", "RefitLayer", "RefitOptions", "refit_needs", "stream_merge"]
+__all__ = ["RefitLayer", "RefitOptions", "merge_nbytes", "refit_needs", "stream_merge"]
 
-
-#: What solving a layer holds besides the models and their batches: samples, second moments, weights in float64.
-WORK_NBYTES = 600_000_000
+# Copies in float64 that merging and refitting a layer hold of its attention's weights, and of second moments of its
+# inputs: of layers of 576, 768 and 2,048 inputs, from what processes took at most.
+_WEIGHTS_HELD, _MOMENTS_HELD = 5, 4
+# What the two models have in common.
+_SHARED = ("base", "tokenizer", "embeddings", "one linear")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +118,23 @@ def stream_merge(
     apart = frozenset(name for name in source.infos if name.startswith(view.geometry.blocks))
     wide, narrow = share_tensors((source, view), apart, context.device, _refit_dtype(context.device))
     with (
-        _Side(wide, windows, context, work / "original", replayed=True) as original,
-        _Side(narrow, windows, context, work / "merged") as merged,
+        _Side(wide, windows, context, work / "original", _work_nbytes(view), replayed=True) as original,
+        _Side(narrow, windows, context, work / "merged", _work_nbytes(view)) as merged,
     ):
         for before, after in zip(original.stream.blocks(), merged.stream.blocks(), strict=True):
             block = _Block(view, original, merged, before, after, options)
             yield block.solve(method)
+
+
+def merge_nbytes(geometry: AttentionGeometry) -> int:
+    """Bytes that merging the heads of a layer takes: its attention's weights and second moments, in float64."""
+    hidden, heads = geometry.hidden_size, geometry.query_heads + geometry.kv_heads
+    return 8 * (_WEIGHTS_HELD * 2 * hidden * heads * geometry.head_dim + _MOMENTS_HELD * hidden**2)
+
+
+def _work_nbytes(view: MergedAttention) -> int:
+    """What solving a layer holds besides the models and their batches."""
+    return RefitOptions().sample_nbytes + merge_nbytes(view.geometry)
 
 
 def refit_needs(view: MergedAttention, windows: Sequence[torch.Tensor], context: Context) -> Needs:
@@ -131,13 +144,17 @@ def refit_needs(view: MergedAttention, windows: Sequence[torch.Tensor], context:
         CapacityError: the memory does not suffice, with what would fit.
     """
     lengths = [window.shape[1] for window in windows]
-    total = Needs()
+    total, sides = Needs(), []
     for checkpoint in (view.base, view):
         skeleton = Skeleton(checkpoint, context.device, _refit_dtype(context.device))
-        memory = choose_mode(skeleton, discover(skeleton, max(lengths)), lengths, WORK_NBYTES, _share(context))
+        plans = discover(skeleton, max(lengths))
+        memory = choose_mode(skeleton, plans, lengths, _work_nbytes(view), _share(context))
         states = 2 * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize if memory.mode == "replay" else 0
-        total += memory.needs(context.device, disk=states, passing=states)
-    return total
+        sides.append(memory)
+        total += Needs(disk=states, passing=states)
+    parts = {f"merged {name}": size for name, size in sides[1].parts.items() if name not in _SHARED}
+    both = MemoryEstimate(sides[1].mode, {**sides[0].parts, **parts})
+    return both.needs(context.device, disk=total.disk, passing=total.passing)
 
 
 def _share(context: Context) -> int:
@@ -163,19 +180,20 @@ class _Side:
         checkpoint: Checkpoint,
         windows: Sequence[torch.Tensor],
         context: Context,
-        work: Path,
+        place: Path,
+        work: int,
         *,
         replayed: bool = False,
     ) -> None:
-        work.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         self.skeleton = Skeleton(checkpoint, context.device, _refit_dtype(context.device))
         self.windows = windows
         self.modules = {stored: name for name, stored in self.skeleton.names.items()}
         lengths = [window.shape[1] for window in windows]
         plans = discover(self.skeleton, max(lengths))
-        mode = choose_mode(self.skeleton, plans, lengths, WORK_NBYTES, _share(context)).mode
+        mode = choose_mode(self.skeleton, plans, lengths, work, _share(context)).mode
         shape = lengths, self.skeleton.hidden_size, self.skeleton.dtype
-        self._states = DiskStates(work, *shape) if mode == "replay" else None
+        self._states = DiskStates(place, *shape) if mode == "replay" else None
         self.stream = Stream(self.skeleton, windows, plans, mode="replay" if replayed else mode, states=self._states)
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llmconvert.context import Context
-from llmconvert.convert.gqa.blockwise import WORK_NBYTES, RefitOptions, refit_needs, stream_merge
+from llmconvert.convert.gqa.blockwise import RefitOptions, merge_nbytes, refit_needs, stream_merge
 from llmconvert.convert.gqa.geometry import AttentionGeometry
 from llmconvert.convert.gqa.merging.layer import METHODS, MergedLayer, Method
 from llmconvert.convert.gqa.view import MergedAttention
@@ -156,7 +156,7 @@ def plan_attention(
         (TensorSpec(info.name, info.dtype, info.shape) for info in view.infos.values()), request.max_shard_bytes
     )
     disk = output_nbytes(layout, view.config, source.files)
-    needs = Needs(memory=BASE_NBYTES + WORK_NBYTES, disk=disk)
+    needs = Needs(memory=BASE_NBYTES + merge_nbytes(view.geometry), disk=disk)
     if calibrated:
         needs = refit_needs(view, windows, context) + Needs(disk=disk, seconds=None)
     taken = tuple(windows) if calibrated else ()

@@ -27,7 +27,7 @@ from llmconvert.engine.stream import BlockRun, Stream
 from llmconvert.errors import CalibrationError
 from llmconvert.memory import release_freed_memory
 
-__all__ = ["Passage", "sampled_gradient", "walk_back"]
+__all__ = ["Passage", "sampled_gradient", "sampled_nbytes", "walk_back"]
 
 # Positions whose probabilities are held in float32 at a time.
 _ROWS_AT_ONCE = 256
@@ -129,6 +129,11 @@ def sampled_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.
         noise.mul_(probabilities.sqrt())
         found[:, part] = noise.sub_(probabilities.mul_(noise.sum(-1, keepdim=True)))
     return found
+
+
+def sampled_nbytes(length: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Peak bytes of :func:`sampled_gradient` with its argument: both, and three pieces in float32."""
+    return vocabulary * (2 * length * dtype.itemsize + 3 * 4 * min(length, _ROWS_AT_ONCE))
 
 
 class _Leaves:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from llmconvert.engine.backward import Passage, walk_back
+from llmconvert.engine.backward import Passage, sampled_nbytes, walk_back
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.memory import choose_mode
 from llmconvert.engine.sites import head_tensor
@@ -310,7 +310,7 @@ def _work_nbytes(subject: Subject) -> int:
     longest = max(window.shape[1] for window in subject.windows)
     head = skeleton.outer_nbytes(head=True) - skeleton.outer_nbytes(head=False)
     graph = _GRAPH * max(plan.peak_nbytes for plan in subject.blocks)
-    logits = longest * skeleton.architecture.vocab_size * (2 * skeleton.dtype.itemsize + 4)
+    logits = sampled_nbytes(longest, skeleton.architecture.vocab_size, skeleton.dtype)
     return head + max(kept) + max(*solving, graph + logits + _outer_nbytes(subject))
 
 

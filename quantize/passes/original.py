@@ -25,7 +25,7 @@ from llmconvert.engine.states import DiskStates, states_present
 from llmconvert.engine.statistics import Hessian, accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Mode, Stream
 from llmconvert.memory import release_freed_memory
-from llmconvert.phases import Phases
+from llmconvert.phases import LOADING_KERNELS, Phases
 from llmconvert.quantize.execute import Sink
 from llmconvert.quantize.methods.base import InputSquares, Method, Quantizer, ScalingQuantizer, Solution, Target
 from llmconvert.quantize.methods.imatrix import mean_squares
@@ -126,7 +126,7 @@ class OriginalSteps:
         if done == self.skeleton.block_count:
             return
         if self.skeleton.device.type == "cpu":
-            with self.phases.measure("loading kernels"):
+            with self.phases.measure(LOADING_KERNELS):
                 load_kernels()
                 load_dot_products()
         with closing(DiskStates(work, *self._shape)) as states:

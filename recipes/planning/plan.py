@@ -11,8 +11,10 @@ from typing import Any
 
 from llmconvert.errors import CapacityError
 from llmconvert.needs import Needs
+from llmconvert.phases import LOADING_KERNELS
 from llmconvert.recipes.planning.history import Seconds, remember
 from llmconvert.report.report import Step
+from llmconvert.report.steps import QuantizeReport
 
 __all__ = ["RunPlan", "StepPlan"]
 
@@ -104,12 +106,17 @@ class RunPlan:
         return reduce(Seconds.__add__, (step.seconds for step in todo if step.seconds is not None))
 
     def remember(self, done: Iterable[Step]) -> None:
-        """Keep how long steps took that were done from beginning to end, for plans to come."""
+        """Keep how long steps took that were done from beginning to end, for plans to come.
+
+        Kernels are compiled when they are first loaded on a machine, which no later run does again: that time is left
+        out.
+        """
         timed = {step.name: step for step in self.steps if not step.reused}
         for one in done:
             step = timed.get(one.name)
             if step is not None and not one.reused and not one.resumed:
-                remember(step.kind, step.work, one.seconds)
+                once = one.details.phases.get(LOADING_KERNELS, 0.0) if isinstance(one.details, QuantizeReport) else 0.0
+                remember(step.kind, step.work, one.seconds - once)
 
     def require_room(self) -> None:
         """Refuse a run that can't fit this machine.

@@ -18,11 +18,14 @@ from support.tiny_models import tiny_tokenizer
 from llmconvert.cli import main
 from llmconvert.compute.ranks.group import Ranks
 from llmconvert.errors import CapacityError, LlmconvertError, UnsupportedError
+from llmconvert.phases import LOADING_KERNELS
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 from llmconvert.recipes.planning.planner import plan_recipe
 from llmconvert.recipes.planning.render import plan_lines
 from llmconvert.recipes.runner import run_recipe
+from llmconvert.report.report import Step
+from llmconvert.report.steps import QuantizeReport
 from llmconvert.storage.directory import is_weight_file
 
 Writer = Callable[..., Path]
@@ -204,3 +207,8 @@ def test_time_comes_from_earlier_runs(write_recipe: Writer, tmp_path: Path, monk
     assert kinds == ["convert", "quantize rtn cpu", "publish"]
     plan = plan_recipe(load_recipe(path, [f"work_dir={tmp_path / 'other'}"]))
     assert plan.seconds is not None and plan.seconds.least == plan.seconds.most > 0
+
+    # Kernels were compiled, which happens once on a machine.
+    report = QuantizeReport.model_construct(phases={LOADING_KERNELS: 10.0, "solving": 2.0})
+    plan.remember([Step.model_construct(name="quantize", seconds=12.5, reused=None, resumed=None, details=report)])
+    assert json.loads(history.read_text().splitlines()[-1])["seconds"] == 2.5
