@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import socket
 import statistics
@@ -42,10 +43,12 @@ def main() -> None:
     scripts, ray = Path(sys.executable).parent, [sys.executable, "-m", "ray.scripts.scripts"]
     head = ["start", "--head", "--port", _ADDRESS.partition(":")[2], "--node-ip-address", "127.0.0.1"]
     head += ["--num-cpus", str(options.threads), "--include-dashboard", "false", "--disable-usage-stats"]
+    # On the loopback interface; Ray sends no token to an address that is named, and asks for one where it has made any.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     costs: dict[str, list[Cost]] = {engine: [] for engine in ENGINES}
     beside: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     made: dict[str, set[str]] = {}
-    with (options.work / "ray.log").open("wb") as log:
+    with (options.work / "cluster.log").open("wb") as log:
         cluster = subprocess.Popen([*ray, *head, "--block"], stdout=log, stderr=log)
     try:
         wait_for_head(cluster)
@@ -84,7 +87,7 @@ def wait_for_head(cluster: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
             return
         time.sleep(0.5)
-    raise SystemExit("no cluster came up; see ray.log")
+    raise SystemExit("no cluster came up; see cluster.log")
 
 
 def run(options: argparse.Namespace, llmconvert: Path, engine: str) -> tuple[Cost, set[str]]:

@@ -76,7 +76,8 @@ def _connected(address: str | None) -> Iterator[Any]:
     except (ConnectionError, RuntimeError, OSError, ValueError) as error:
         raise MachineError(
             f"no Ray cluster answers at {address or 'this machine'}: {one_line(error)}; "
-            "start one (ray start --head), or name another (--address)"
+            "start one (ray start --head), or name another (--address). One that wants a token (it was started where "
+            "~/.ray/auth_token is) is told it with RAY_AUTH_MODE=token: Ray sends it to no address by itself"
         ) from error
     # Sent along instead of imported: what a node's working directory holds may be in the way of this package.
     for module in (ray_tasks, process):
