@@ -144,17 +144,16 @@ def refit_needs(view: MergedAttention, windows: Sequence[torch.Tensor], context:
         CapacityError: the memory does not suffice, with what would fit.
     """
     lengths = [window.shape[1] for window in windows]
-    total, sides = Needs(), []
+    states, sides = 0, []
     for checkpoint in (view.base, view):
         skeleton = Skeleton(checkpoint, context.device, _refit_dtype(context.device))
         plans = discover(skeleton, max(lengths))
-        memory = choose_mode(skeleton, plans, lengths, _work_nbytes(view), _share(context))
-        states = 2 * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize if memory.mode == "replay" else 0
-        sides.append(memory)
-        total += Needs(disk=states, passing=states)
-    parts = {f"merged {name}": size for name, size in sides[1].parts.items() if name not in _SHARED}
-    both = MemoryEstimate(sides[1].mode, {**sides[0].parts, **parts})
-    return both.needs(context.device, disk=total.disk, passing=total.passing)
+        side = choose_mode(skeleton, plans, lengths, _work_nbytes(view), _share(context))
+        sides.append(side)
+        states += 2 * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize if side.mode == "replay" else 0
+    original, merged = sides
+    parts = {name: size + (0 if name in _SHARED else merged.parts[name]) for name, size in original.parts.items()}
+    return MemoryEstimate(merged.mode, parts).needs(context.device, disk=states, passing=states)
 
 
 def _share(context: Context) -> int:

@@ -100,6 +100,8 @@ class LearnedWeight:
         self._codes = start.codes.view(self._shape)
         self._scale = start.scale.float().unsqueeze(-1)
         self._divisor = 1.0 if start.divisor is None else float(start.divisor)
+        # What one level is worth at the start.
+        self._unit = self._scale / self._divisor
         self._offset = None if start.offset is None else start.offset.float().unsqueeze(-1)
         self._zero = None if start.zero is None else start.zero.float().unsqueeze(-1)
 
@@ -115,7 +117,7 @@ class LearnedWeight:
                 exact = own[part].float()
                 if self._offset is not None:
                     exact = exact - self._offset[part]
-                exact = exact / (self._scale[part] / self._divisor)
+                exact = exact / self._unit[part]
                 if self._zero is not None:
                     exact += self._zero[part]
                 place[part] = exact.sub_(code).nan_to_num_(0.0).mul_(_LEAN).clamp_(-_LEAST, _LEAST).add_(code)
@@ -144,7 +146,7 @@ class LearnedWeight:
                 place.clamp_(least.sub_(_EDGE), most.add_(_EDGE))
         for name, slope in (("factor", by_factor), ("shift", by_shift)):
             if slope is not None:
-                slope *= self._scale.squeeze(-1) / self._divisor
+                slope *= self._unit.squeeze(-1)
                 change = adam_step(slope, state[f"{name}_mean"], state[f"{name}_square"], corrections)
                 state[name].sub_(change, alpha=rate)
 
@@ -192,7 +194,7 @@ class LearnedWeight:
     def _stored_offset(self, state: Mapping[str, torch.Tensor], part: slice) -> torch.Tensor:
         """What is added to values ``[rows, groups]``, as it will be stored; its shift is counted in scales."""
         assert self._offset is not None
-        offset = self._offset[part] + (self._scale[part] / self._divisor) * state["shift"][part].unsqueeze(-1)
+        offset = self._offset[part] + self._unit[part] * state["shift"][part].unsqueeze(-1)
         return offset.squeeze(-1).to(self._scale_dtype)
 
     def _current(self, state: Mapping[str, torch.Tensor], part: slice) -> torch.Tensor:
