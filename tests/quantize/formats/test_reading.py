@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
+from support.heard import Heard
 from support.quantized import random_tensor, write_quantized
 from transformers import AutoModelForCausalLM
 
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.progress import SILENT, Progress, Task
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import quantize_checkpoint
@@ -28,19 +27,6 @@ from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 Tiny = Callable[..., Path]
 ROWS, COLUMNS, SIZE = 48, 96, 32
-
-
-class Heard(Progress):
-    """What was logged."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def task(self, description: str, total: float) -> AbstractContextManager[Task]:
-        return SILENT.task(description, total)
-
-    def log(self, message: str) -> None:
-        self.lines.append(message)
 
 
 def declared(

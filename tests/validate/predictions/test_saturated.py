@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.heard import Heard
 from support.tiny_models import tiny_tokenizer
 
-from llmconvert.progress import SILENT, Progress, Task
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.fixed_scales import LargestInput, lone_peaks
@@ -23,24 +22,10 @@ from llmconvert.text.tokens import TokenWindows, draw_windows
 from llmconvert.validate.artifact import validate_artifact
 from llmconvert.validate.predictions.quality import QualityCheck
 
-
-class Lines(Progress):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        self.logged: list[str] = []
-
-    def task(self, description: str, total: float) -> AbstractContextManager[Task]:
-        return SILENT.task(description, total)
-
-    def log(self, message: str) -> None:
-        self.logged.append(message)
-
-
 PART = {"fp8-static": "input_scale", "nvfp4": "input_global_scale"}
 
 
-def measure(artifact: Path, original: Path | None, text: TokenWindows, lines: Lines, **limits: Any) -> dict[str, Check]:
+def measure(artifact: Path, original: Path | None, text: TokenWindows, lines: Heard, **limits: Any) -> dict[str, Check]:
     reference = None if original is None else SafetensorsCheckpoint(original)
     checks = validate_artifact(
         artifact,
@@ -57,14 +42,14 @@ def measure(artifact: Path, original: Path | None, text: TokenWindows, lines: Li
 def test_what_overflows_is_counted_by_linear_and_fails_its_gate(original: Path, tmp_path: Path, name: str) -> None:
     corpus = load_dataset_text("pydoc-topics:test")
     text = draw_windows(tiny_tokenizer(), corpus, samples=3, length=40, order="sequential")
-    made, lines = tmp_path / "made", Lines()
+    made, lines = tmp_path / "made", Heard()
     quantize_checkpoint(
         SafetensorsCheckpoint(original), made, method="rtn", scheme=Scheme.parse(name), windows=list(text.windows)
     )
     # Sums in another order move an input of 4 bits by a whole step.
     whole = measure(made, original, text, lines, max_saturated=1e-3)["saturated_inputs"]
     assert whole.ok and whole.value is not None and (whole.value == 0 or name == "nvfp4")
-    assert not [line for line in lines.logged if "overflow" in line]
+    assert not [line for line in lines.lines if "overflow" in line]
 
     narrow, linear = tmp_path / "narrow", "model.layers.1.mlp.down_proj"
     shutil.copytree(made, narrow)
@@ -80,7 +65,7 @@ def test_what_overflows_is_counted_by_linear_and_fails_its_gate(original: Path, 
     assert section.rows[0][0] == linear and "activations overflow static scales: " in compared.text
     assert compared.detail["linears"] == 14 and compared.detail["saturated"] >= 1
     assert any(
-        line.startswith("warning: activations overflow static scales") and linear in line for line in lines.logged
+        line.startswith("warning: activations overflow static scales") and linear in line for line in lines.lines
     )
 
 
