@@ -33,7 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.convert.gqa.weights import LayerWeights, layer_tensors, read_layer
-from llmconvert.convert.heal.job import HealOptions, heal_attention
+from llmconvert.convert.heal.job import heal_attention
+from llmconvert.convert.heal.options import HealOptions
 from llmconvert.engine.architecture.config import with_kv_heads
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME

@@ -91,6 +91,7 @@ def convert_model(
     gqa_method: Literal["svd", "mean", "first"] | None = None,
     refit: bool | None = None,
     heal_steps: int | None = None,
+    heal_train: Literal["attention", "all", "lora"] | None = None,
     calibration: Calibration | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -119,6 +120,8 @@ def convert_model(
         gqa_method: how heads of a group become one; ``svd`` by default.
         refit: adapt queries, keys and output projections to the original's attention, as is the default.
         heal_steps: steps of distillation from the original after the merge; none by default.
+        heal_train: what learns then: the weights of ``attention`` (the default), ``all``, or ``lora``, adapters of the
+            linears that are merged in the end.
         calibration: text for the merge, a file or a named dataset, or several with their shares; without it the weights
             alone decide.
         samples, length, order, seed: windows drawn from ``calibration`` (128), tokens per window (2,048), and which

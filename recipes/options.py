@@ -29,6 +29,7 @@ _CONVERT = {
     "refit": "attention.refit",
     "heal_steps": "attention.heal.steps",
     "heal_length": "attention.heal.length",
+    "heal_train": "attention.heal.train",
     **_CALIBRATE,
 }
 #: Options that a command takes one by one, and hands on together.

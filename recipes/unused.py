@@ -93,6 +93,11 @@ def _healing(recipe: Recipe) -> str:
     return "there are no steps of healing" if heal is not None and heal.steps == 0 else ""
 
 
+def _adapters(recipe: Recipe) -> str:
+    heal = recipe.attention.heal if recipe.attention is not None else None
+    return "is of adapters; set train to lora" if heal is not None and heal.train != "lora" else ""
+
+
 def _distillation(recipe: Recipe) -> str:
     distil = recipe.quantize.distil if recipe.quantize is not None else None
     return "there are no steps of distillation" if distil is not None and distil.steps == 0 else ""
@@ -144,6 +149,8 @@ _RULES = (
     _Rule(("calibrate",), _calibration),
     _Rule(("calibrate", "seed"), _order),
     _Rule(("attention", "heal"), _healing, but=("steps",)),
+    _Rule(("attention", "heal", "rank"), _adapters),
+    _Rule(("attention", "heal", "alpha"), _adapters),
     _Rule(("quantize", "distil"), _distillation, but=("steps",)),
     _Rule(("quantize", "options"), _options),
     _Rule(("quantize", "scheme"), _scheme),

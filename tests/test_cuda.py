@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from llmconvert.context import Context
 from llmconvert.convert.gqa.job import convert_attention
-from llmconvert.convert.heal.job import HealOptions, heal_attention
+from llmconvert.convert.heal.job import heal_attention
+from llmconvert.convert.heal.options import HealOptions
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.catalog.methods import METHODS, needs_calibration

@@ -13,7 +13,8 @@ from support.tiny_models import tiny_llama_dir
 from llmconvert.context import Context
 from llmconvert.convert.dtype import DtypeRequest, plan_dtype
 from llmconvert.convert.gqa.job import AttentionRequest, plan_attention
-from llmconvert.convert.heal.job import HealOptions, plan_heal
+from llmconvert.convert.heal.job import plan_heal
+from llmconvert.convert.heal.options import HealOptions, TrainedWeights
 from llmconvert.engine.memory import BASE_NBYTES, tokenizer_nbytes
 from llmconvert.errors import CapacityError
 from llmconvert.gguf.ggml.mix import GgmlMix
@@ -120,12 +121,16 @@ def test_a_rewrite_and_its_healing_take_the_disk_that_their_plans_state(model: P
         refitted = plan_attention(source, tmp_path / "refitted", AttentionRequest(2), windows=ids())
         assert refitted.needs.disk == plan.needs.disk and refitted.needs.memory > plan.needs.memory
         with SafetensorsCheckpoint(tmp_path / "merged") as merged:
-            options = HealOptions(steps=1, held_out=1)
-            heal = plan_heal(source, merged, tmp_path / "healed", options, windows=ids())
-            heal.run()
-            state = heal.needs.disk - files(tmp_path / "healed")
-            names = [name for name in merged if ".self_attn." in name]
-            assert state == heal.needs.passing == 2 * 3 * sum(merged[name].numel() * 4 for name in names)
+            heads = sum(merged[name].numel() for name in merged if ".self_attn." in name)
+            others = sum(merged[name].numel() for name in merged) - heads
+            counts: dict[TrainedWeights, int] = {"attention": 3 * heads, "all": 3 * heads + 4 * others}
+            for train, numbers in counts.items():
+                output, options = tmp_path / train, HealOptions(steps=1, held_out=1, train=train)
+                state = tmp_path / f"{train}.safetensors"
+                heal = plan_heal(source, merged, output, options, windows=ids(), state=state)
+                heal.run()
+                assert heal.needs.disk - files(output) == heal.needs.passing == 2 * 4 * numbers
+                assert 0 < state.stat().st_size - 4 * numbers < 20_000  # names, counts of steps, losses
 
 
 def test_a_gguf_file_is_as_large_as_its_plan_states(model: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from llmconvert.compute.precision import compute_dtype
 from llmconvert.context import Context
-from llmconvert.convert.gqa.geometry import read_geometry
-from llmconvert.convert.gqa.weights import attention_tensors
-from llmconvert.convert.heal.muon import Muon
+from llmconvert.convert.heal.learner import heal_learner, written_tensors
+from llmconvert.convert.heal.options import HealOptions
+from llmconvert.convert.heal.targets import Targets, attention_names, heal_nbytes, read_targets
 from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import DatasetError, UsageError
 from llmconvert.needs import Needs
@@ -23,18 +23,12 @@ from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.shared import share_tensors
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
-from llmconvert.training.loop import Learner, Training
+from llmconvert.training.loop import Training
 from llmconvert.training.model import ResidentModel
-from llmconvert.training.needs import backward_nbytes, require_memory
-from llmconvert.training.options import TrainingOptions
 from llmconvert.training.output import build_trained
 from llmconvert.training.state import TrainingState
 
-__all__ = ["HealOptions", "HealPlan", "heal_attention", "plan_heal"]
-
-
-class HealOptions(TrainingOptions):
-    """How a model is healed: what is trained are attention's weights."""
+__all__ = ["HealPlan", "heal_attention", "plan_heal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +44,7 @@ class HealPlan:
     options: HealOptions
     layout: Layout
     needs: Needs
+    _targets: Targets
     _original: Checkpoint
     _merged: Checkpoint
     _output: Path
@@ -66,31 +61,29 @@ class HealPlan:
             OutputError: the output is in use.
         """
         merged, original, context = self._merged, self._original, self._context
-        names = _attention_of(merged)
-        apart = frozenset((*names, *_attention_of(original)))
+        targets, options = self._targets, self.options
+        attention = (*targets.attention, *attention_names(original))
+        apart = frozenset((*attention, *targets.names) if options.train == "all" else attention)
         dtype = compute_dtype(context.device)
         identity = context.identity
         about = {
             "original": original.identity if not identity else "",
             "dtype": str(dtype),
-            "options": asdict(self.options),
+            "options": asdict(options),
         }
         job = job_key(merged, self.layout, about, identity=identity, windows=self._windows)
         with build_trained(self._output, self.layout, job, self._state, context.progress) as made:
             shared = share_tensors((original, merged), apart, context.device, dtype)
             teacher, student = (ResidentModel(view, context.device, dtype) for view in shared)
-            learner = _learner(student, names, self.options)
-            healing = Training(teacher, student, learner, self._windows, self.options)
-
-            with context.progress.task("Healing attention", self.options.steps) as task:
+            learner = heal_learner(student, targets, options)
+            healing = Training(teacher, student, learner, self._windows, options)
+            with context.progress.task("Healing", options.steps) as task:
                 final = healing.run(made.found, job, made.save, task)
             best = final.best or learner.keep()
-            tokens = sum(self._windows[0].shape[1] * self.options.batch for _ in final.history)
-            del healing, learner, teacher, student, shared
-            for name in names:  # one by one, so that both dtypes are never there together
-                best[name] = best[name].to(merged.infos[name].dtype)
-            made.write(best, merged)
-        return _report(final, self.options, tokens, made.start)
+            report = _report(final, options, targets, self._windows[0].shape[1], made.start)
+            del healing, learner, teacher, student, shared, final
+            made.write(written_tensors(best, targets, merged, options), merged)
+        return report
 
 
 def plan_heal(
@@ -104,9 +97,10 @@ def plan_heal(
     state: Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> HealPlan:
-    """Settle a healing: attention weights of ``merged`` that learn from ``original``; nothing but headers is read.
+    """Settle a healing: weights of ``merged`` that learn from ``original``; nothing but headers is read.
 
-    Both models will be in memory, everything but attention once. Nothing but attention changes.
+    Both models will be in memory, with what they share once: everything but attention, or nothing where all weights are
+    trained. What changes are attention's weights, those of all linears in the blocks, or all, as the options say.
 
     Args:
         original: dense weights, the teacher.
@@ -123,6 +117,7 @@ def plan_heal(
 
     Raises:
         UsageError: models that don't go together, or an output directory that is unusable.
+        UnsupportedError: an architecture whose weights can't all be trained.
         DatasetError: too few windows.
         CapacityError: memory does not suffice.
     """
@@ -130,19 +125,17 @@ def plan_heal(
     check_output_directory(output)
     require_dense(original, "the original")
     require_dense(merged, "the merged model")
-    names = _attention_of(merged)
-    _require_kin(original, merged, frozenset((*names, *_attention_of(original))))
+    targets = read_targets(merged, options, context.device)
+    _require_kin(original, merged, frozenset((*targets.attention, *attention_names(original))))
     _check_windows(windows, options)
-    memory = _require_memory(merged, names, max(window.shape[1] for window in windows), context)
+    memory = heal_nbytes(merged, targets, options, max(window.shape[1] for window in windows), context)
     layout = plan_layout((TensorSpec(i.name, i.dtype, i.shape) for i in merged.infos.values()), max_shard_bytes)
-    trained = sum(info.nbytes // info.dtype.itemsize for info in (merged.infos[name] for name in names))
-    # The trained weights, their running means and the best so far, in float32; twice while a state replaces the last.
-    passing = 2 * 3 * 4 * trained
+    passing = targets.state_nbytes
     disk = output_nbytes(layout, merged.config, merged.files) + passing
     on_host = context.device.type == "cpu"
     host, held = (memory, 0) if on_host else (BASE_NBYTES + merged.nbytes, memory - BASE_NBYTES)
     needs = Needs(host, held, disk, passing=passing)
-    return HealPlan(options, layout, needs, original, merged, output, windows, state, context)
+    return HealPlan(options, layout, needs, targets, original, merged, output, windows, state, context)
 
 
 def heal_attention(
@@ -180,15 +173,16 @@ def heal_attention(
     ).run()
 
 
-def _report(state: TrainingState, options: HealOptions, tokens: int, start: int) -> HealReport:
+def _report(state: TrainingState, options: HealOptions, targets: Targets, length: int, start: int) -> HealReport:
     looks = state.held_out
     best = min(looks, key=lambda entry: entry["kl"]) if looks else None
     return HealReport(
+        train=options.train,
         steps=state.step,
         asked=options.steps,
         best_step=int(best["step"]) if best is not None else state.step,
-        tokens=tokens,
-        trained=sum(tensor.numel() for tensor in (state.best or state.weights).values()),
+        tokens=length * options.batch * len(state.history),
+        trained=targets.heads + targets.others,
         before=looks[0]["kl"] if looks else None,
         after=best["kl"] if best is not None else None,
         history=tuple(state.history),
@@ -196,27 +190,6 @@ def _report(state: TrainingState, options: HealOptions, tokens: int, start: int)
         seconds=state.seconds,
         resumed_at=start,
     )
-
-
-def _learner(student: ResidentModel, names: Sequence[str], options: HealOptions) -> Learner:
-    """Attention's weights in float32, and Muon for heads, which learned more than AdamW from a given text."""
-    parameters = student.train(names)
-    geometry = read_geometry(student.skeleton.checkpoint)
-    outputs = {f"{projections.output}.weight" for projections in geometry.projections}
-    rows = [parameter for name, parameter in parameters.items() if name not in outputs]
-    columns = [parameter for name, parameter in parameters.items() if name in outputs]
-
-    def keep() -> dict[str, torch.Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-    optimizer = Muon(rows, columns, head_dim=geometry.head_dim, lr=options.learning_rate)
-    return Learner(parameters, optimizer, keep, "attention.heal.learning_rate")
-
-
-def _attention_of(checkpoint: Checkpoint) -> list[str]:
-    geometry = read_geometry(checkpoint)
-    names = [name for layer in range(geometry.layers) for name in attention_tensors(checkpoint, geometry, layer)]
-    return [name for name in names if name in checkpoint]
 
 
 def _require_kin(original: Checkpoint, merged: Checkpoint, apart: frozenset[str]) -> None:
@@ -240,22 +213,3 @@ def _check_windows(windows: Sequence[torch.Tensor], options: HealOptions) -> Non
             f"healing: {len(windows)} windows of text, of which {options.held_out} are held out, leave nothing to "
             "learn from; give more text, or shorter windows"
         )
-
-
-def _require_memory(merged: Checkpoint, names: Sequence[str], length: int, context: Context) -> int:
-    """Bytes that healing takes; refuses, before any work, what does not fit."""
-    dtype = compute_dtype(context.device)
-    numel = {name: info.nbytes // info.dtype.itemsize for name, info in merged.infos.items()}
-    trained = sum(numel[name] for name in names)
-    rest = sum(numel.values()) - trained
-    activations = backward_nbytes(merged, length, dtype)
-    # Teacher's attention; the student's with its gradient, its running mean, and the best so far.
-    needed = BASE_NBYTES + (rest + 2 * trained) * dtype.itemsize + 4 * 4 * trained + activations
-    require_memory(
-        needed,
-        "healing",
-        f"both models with what they share held once, the optimizer, {activations / 1e6:,.0f} MB of activations",
-        "use shorter windows or a machine with more memory, or leave out attention.heal",
-        context,
-    )
-    return needed

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--gqa-method", type=click.Choice(["svd", "mean", "first"]), help="[default: svd]")
 @click.option("--refit/--no-refit", default=None, help="Refit merged attention to the original's. [default: refit]")
 @click.option("--heal-steps", type=int, help="Steps of distillation after the merge. [default: 0]")
+@click.option("--heal-train", type=click.Choice(["attention", "all", "lora"]), help="What learns. [default: attention]")
 @calibration_option("Text for the merge, pydoc-topics:train for example")
 @click.option("--samples", type=int, help="Windows of calibration text. [default: 128]")
 @click.option("--length", type=int, help="Tokens per window. [default: 2048]")

@@ -131,6 +131,7 @@ class HealReport(StepDetails):
     """A distillation after an attention rewrite.
 
     Attributes:
+        train: which weights learned: ``attention``, ``all``, or ``lora`` (adapters, merged); None where it is not said.
         steps: taken, of those that were asked for.
         asked: steps asked for; fewer are taken when the held-out text stops getting better.
         best_step: whose weights were written.
@@ -143,6 +144,7 @@ class HealReport(StepDetails):
         resumed_at: the step that this call began with.
     """
 
+    train: str | None = Field(default=None, exclude_if=_is_none)
     steps: int
     asked: int
     best_step: int

@@ -36,6 +36,7 @@ __all__ = [
     "check_output_file",
     "json_bytes",
     "plan_layout",
+    "plan_shard",
     "publish_directory",
     "staging_directory",
     "write_file",
@@ -94,7 +95,7 @@ def plan_layout(specs: Iterable[TensorSpec], max_shard_bytes: int = DEFAULT_SHAR
         filled += spec.nbytes
     count = len(groups)
     names = [SINGLE_NAME] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    shards = tuple(_plan_shard(name, group) for name, group in zip(names, groups, strict=True))
+    shards = tuple(plan_shard(name, group) for name, group in zip(names, groups, strict=True))
     shard_of = {name: shard for shard in shards for name in shard.offsets}
     index = None
     if count > 1:
@@ -104,10 +105,11 @@ def plan_layout(specs: Iterable[TensorSpec], max_shard_bytes: int = DEFAULT_SHAR
     return Layout(shards, by_name, shard_of, index)
 
 
-def _plan_shard(name: str, specs: Sequence[TensorSpec]) -> Shard:
+def plan_shard(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> Shard:
+    """One file of tensors, with what its header says beside them: ``format: pt`` by default."""
     # Wide elements first, as the reference writer orders them, keeps every tensor aligned to its element size.
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
     position = 0
     begins: dict[str, int] = {}
     for spec in ordered:
@@ -245,19 +247,22 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(fd, data[done:], offset + done)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all, and on disk when this returns."""
+def write_file(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+    """Write a file, in pieces where it is large, so that it is there whole or not at all, on disk when this returns."""
     temporary = path.with_name(f".{path.name}.tmp")
+    pieces, written = [content] if isinstance(content, bytes) else content, 0
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            for piece in pieces:
+                written += len(piece)
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise disk_error(error, path, len(content)) from error
+        raise disk_error(error, path, written) from error
 
 
 def write_json(path: Path, value: object) -> None:

@@ -132,7 +132,7 @@ class Training:
                     part[:, step % options.stride :: options.stride] for part in (target_final, final)
                 )
                 divergence, slope = prediction_divergence(
-                    self._teacher, self._student, target_final, final, gradient=True
+                    self._teacher, self._student, target_final, final, gradient=True, share=1 / options.batch
                 )
                 apart = hidden_divergence(targets, states)
             assert slope is not None
@@ -197,7 +197,8 @@ class Training:
         for key, value in state.optimizer.items():
             name, _, leaf = key.rpartition("/")
             learner.optimizer.state[learner.parameters[name]][leaf] = value.to(self._device)
-        for name, weight in state.weights.items():
+        while state.weights:  # one by one: what was read goes as it is taken up
+            name, weight = state.weights.popitem()
             learner.parameters[name].data.copy_(weight)
         if learner.refresh is not None:
             learner.refresh()

@@ -42,12 +42,15 @@ def prediction_divergence(
     student_final: torch.Tensor,
     *,
     gradient: bool,
+    share: float = 1.0,
 ) -> tuple[float, torch.Tensor | None]:
     """KL(teacher ‖ student), mean over positions.
 
     Args:
         teacher_final, student_final: what goes into the output heads, ``[1, length, hidden]``.
-        gradient: whether to give its gradient with respect to ``student_final``.
+        gradient: whether to give its gradient with respect to ``student_final``; that of the student's own head is
+            added to its parameters where these are trained.
+        share: of the loss, what is added to the head's gradients.
 
     Returns:
         The divergence in nats, and the gradient (None unless asked for).
@@ -56,6 +59,7 @@ def prediction_divergence(
     vocabulary = student.skeleton.architecture.vocab_size
     total = 0.0
     gradients: list[torch.Tensor] = []
+    head = student.head_parameters if gradient else ()
     for part in row_slices((length, vocabulary), _CHUNK_ELEMENTS):
         piece = student_final[:, part].detach().requires_grad_(gradient)
         with torch.no_grad():
@@ -67,7 +71,13 @@ def prediction_divergence(
         total += float(expected.sub_(found).mul_(probabilities).sum(-1).sum(dtype=torch.float64))
         if gradient:
             slope = found.exp_().sub_(probabilities).div_(length)
-            gradients.append(torch.autograd.grad(logits, piece, slope.to(logits.dtype))[0])
+            first, *others = torch.autograd.grad(logits, (piece, *head), slope.to(logits.dtype))
+            gradients.append(first)
+            for parameter, other in zip(head, others, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = other.mul_(share)
+                else:
+                    parameter.grad.add_(other, alpha=share)
     return total / length, torch.cat(gradients, dim=1) if gradient else None
 
 

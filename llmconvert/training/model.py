@@ -63,15 +63,29 @@ class ResidentModel:
     def train(self, names: Sequence[str], dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
         """Make the tensors that the checkpoint calls ``names`` trainable, in ``dtype``; gives them by these names."""
         found: dict[str, nn.Parameter] = {}
-        wanted, base = set(names), f"{self._model.base_model_prefix}."
-        for module_name, stored in self.skeleton.names.items():
+        wanted, skeleton = set(names), self.skeleton
+        tied = {name: skeleton.names.get(source, "") for name, source in self._model.all_tied_weights_keys.items()}
+        for module_name, stored in {**tied, **skeleton.names}.items():
             if stored not in wanted:
                 continue
-            path, _, leaf = module_name.removeprefix(base).rpartition(".")
-            weight = self.skeleton.checkpoint[stored].to(self.skeleton.device, dtype)
-            found[stored] = nn.Parameter(weight)
-            setattr(self._decoder.get_submodule(path), leaf, found[stored])
+            if stored not in found:
+                found[stored] = nn.Parameter(skeleton.checkpoint[stored].to(skeleton.device, dtype, copy=True))
+            path, _, leaf = module_name.rpartition(".")
+            setattr(self.module(path), leaf, found[stored])
         return {name: found[name] for name in names}
+
+    def module(self, name: str) -> nn.Module:
+        """A module by its name in the model, decoder and head alike."""
+        base = self._model.base_model_prefix
+        if name == base or name.startswith(f"{base}."):
+            return self._decoder.get_submodule(name.removeprefix(base).removeprefix("."))
+        found: nn.Module = self._model.get_submodule(name)
+        return found
+
+    @property
+    def head_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters of the output head that are trained."""
+        return tuple(parameter for parameter in self._model.parameters() if parameter.requires_grad)
 
     def weights(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The values that the model has loaded of these tensors, by the names that the checkpoint has for them."""

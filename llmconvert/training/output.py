@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,13 +39,15 @@ class TrainedArtifact:
         save_state(self._kept, current)
         self._artifact.finish(f"step {current.step}")
 
-    def write(self, trained: Mapping[str, torch.Tensor], before: Checkpoint) -> None:
+    def write(self, trained: Iterable[tuple[str, torch.Tensor]], before: Checkpoint) -> None:
         """Write the ``trained`` tensors, all others and the files as they were ``before``, and let it appear."""
         self.found = None
         release_freed_memory()
-        for name, tensor in trained.items():
+        written = set()
+        for name, tensor in trained:
             self._artifact.writer.write(name, tensor)
-        self._artifact.copy(before, (name for name in before if name not in trained))
+            written.add(name)
+        self._artifact.copy(before, (name for name in before if name not in written))
         self._artifact.publish(before.config, before.files)
 
 

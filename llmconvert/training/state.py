@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from llmconvert.errors import MachineError, one_line
 from llmconvert.machine import of_machine
-from llmconvert.storage.writer import write_file
+from llmconvert.storage.checkpoint import TensorSpec
+from llmconvert.storage.writer import plan_shard, write_file
 
 __all__ = ["TrainingState", "load_state", "save_state"]
 
@@ -48,15 +48,13 @@ class TrainingState:
 
 
 def save_state(path: Path, state: TrainingState) -> None:
-    """Write ``state``; it is on disk when this returns.
+    """Write ``state``, tensor by tensor; it is on disk when this returns.
 
     Raises:
         CapacityError: the disk is full.
     """
     tensors = {
-        f"{group}/{name}": tensor.detach().cpu().contiguous()
-        for group in _GROUPS
-        for name, tensor in getattr(state, group).items()
+        f"{group}/{name}": tensor.detach() for group in _GROUPS for name, tensor in getattr(state, group).items()
     }
     about: dict[str, Any] = {
         "schema": _SCHEMA,
@@ -66,7 +64,15 @@ def save_state(path: Path, state: TrainingState) -> None:
         "held_out": state.held_out,
         "seconds": state.seconds,
     }
-    write_file(path, save(tensors, {"state": json.dumps(about)}))
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    file = plan_shard(path.name, specs, {"state": json.dumps(about)})
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield file.header
+        for name in file.offsets:
+            yield tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    write_file(path, pieces())
 
 
 def load_state(path: Path, identity: str) -> TrainingState | None:

@@ -84,7 +84,7 @@ class DistilPlan:
         job = job_key(artifact, self.layout, about, identity=context.identity, windows=self._windows)
         with build_trained(self._output, self.layout, job, self._state, context.progress) as made:
             final, stored, moved = self._train(made, job, dtype)
-            made.write(stored, artifact)
+            made.write(stored.items(), artifact)
         return self._report(final, moved, made.start)
 
     def _train(

@@ -17,38 +17,15 @@ from torch import nn
 
 from llmconvert.memory import row_slices
 from llmconvert.quantize.tensor import QuantizedTensor
+from llmconvert.training.adam import adam_step, corrections_of
 
-__all__ = ["LearnedValue", "LearnedWeight", "Trained", "adam_step"]
+__all__ = ["LearnedValue", "LearnedWeight", "Trained"]
 
 # A step takes slices of about this many weights, whose float32 copies stay in the cache.
 _WEIGHTS_AT_ONCE = 1 << 17
 # How far a code may move. Weights start in the middle of their code but for a share of the way to what they were
 # before: at the code's edge, where that is often, the first step moved so many that the model was lost.
 _REACH, _LEAN, _LEAST, _EDGE = 1, 0.5, 0.25, 0.49
-_MEAN, _SQUARE = 0.9, 0.95
-_TINY = 1e-12
-
-
-def adam_step(
-    gradient: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, corrections: tuple[float, float]
-) -> torch.Tensor:
-    """The direction of Adam (Kingma & Ba 2014, arXiv 1412.6980), about one in size.
-
-    Args:
-        gradient: float32.
-        mean, square: running means, in any floating dtype, brought up to date.
-        corrections: what these are divided by for having begun at zero.
-    """
-    first = torch.lerp(mean.float(), gradient, 1 - _MEAN)
-    second = (square.float() * _SQUARE).addcmul_(gradient, gradient, value=1 - _SQUARE)
-    mean.copy_(first)
-    square.copy_(second)
-    return first.div_(corrections[0]).div_(second.div_(corrections[1]).sqrt_().add_(_TINY))
-
-
-def corrections_of(step: int) -> tuple[float, float]:
-    """What running means are divided by at the ``step``-th step, the first being one."""
-    return 1 - _MEAN**step, 1 - _SQUARE**step
 
 
 class Trained(Protocol):

@@ -221,7 +221,7 @@ def _advice(step: str) -> str:
     if step.startswith("validate"):
         return "take shorter windows (validate.perplexity.window)"
     if step == "heal":
-        return "take shorter windows (attention.heal.length), or a smaller batch"
+        return "train attention alone (attention.heal.train), or take shorter windows (attention.heal.length)"
     if step == "distil":
         return (
             "take shorter windows (quantize.distil.length), or leave codes as they are (quantize.distil.code_rate: 0)"

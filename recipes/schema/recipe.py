@@ -59,7 +59,10 @@ class ConvertSettings(Section):
 
 
 class HealSettings(Section):
-    """Distillation from the original after the attention rewrite; attention weights alone are trained.
+    """Distillation from the original after the attention rewrite.
+
+    ``train`` says what learns: the weights of ``attention``, ``all`` weights, or ``lora``, adapters of all linears in
+    the blocks, of ``rank`` and multiplied by ``alpha`` over it, which are merged in the end.
 
     ``steps`` of ``batch`` windows of ``length`` tokens, drawn from ``dataset`` (that of ``calibrate`` by default).
     ``held_out`` more windows tell which step was best, and when to stop. ``hidden`` weighs the error of the hidden
@@ -75,6 +78,9 @@ class HealSettings(Section):
     hidden: Annotated[float, Field(ge=0)] = 0.5
     held_out: Annotated[int, Field(ge=0, le=1 << 20)] = 8
     seed: Seed = 1
+    train: Literal["attention", "all", "lora"] = "attention"
+    rank: Annotated[int, Field(ge=1, le=1 << 16)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
 
 
 class AttentionSettings(Section):

@@ -140,6 +140,7 @@ BUDGET = "model: a\ncalibrate: {dataset: d}\nquantize: {method: gptq, budget: {b
         (RTN + "publish: {to: 'file:x', tag: v1}", "publish.tag: is for the Hub"),
         (RTN + "publish: {to: 'file:x', unmeasured: true}", "publish.unmeasured: is for the Hub"),
         ("model: a\nattention: {kv_heads: 1, heal: {steps: 0, batch: 7}}", "heal.batch: there are no steps of healing"),
+        ("model: a\nattention: {kv_heads: 1, heal: {rank: 8}}", "heal.rank: is of adapters; set train to lora"),
         (BUDGET + ", scheme: w8a16-g32}", "quantize.scheme: a budget chooses bits and group sizes"),
         (BUDGET + ", scheme: w4a16-asym}", ""),
         (BUDGET + "}\nvalidate: {max_kl: 1, perplexity: {dataset: e}}", ""),

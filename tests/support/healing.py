@@ -8,7 +8,8 @@ from typing import Any
 from support.kills import die_when_replaced
 from support.tiny_architectures import ids
 
-from llmconvert.convert.heal.job import HealOptions, heal_attention
+from llmconvert.convert.heal.job import heal_attention
+from llmconvert.convert.heal.options import HealOptions
 from llmconvert.report.steps import HealReport
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 

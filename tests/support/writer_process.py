@@ -19,7 +19,8 @@ from support.tiny_models import tiny_tokenizer
 from llmconvert.context import Context
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.convert.gqa.job import convert_attention
-from llmconvert.convert.heal.job import HealOptions, heal_attention
+from llmconvert.convert.heal.job import heal_attention
+from llmconvert.convert.heal.options import HealOptions
 from llmconvert.errors import OutputError
 from llmconvert.gguf.ggml.mix import MIXES
 from llmconvert.progress import Progress

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmconvert.convert.heal.job import HealOptions, plan_heal
+from llmconvert.convert.heal.job import plan_heal
+from llmconvert.convert.heal.options import HealOptions
 from llmconvert.convert.heal.report import healing_sections
 from llmconvert.recipes.forecast import Forecast, files_of_layout, parameters
 from llmconvert.recipes.schema.recipe import HealSettings, Recipe
@@ -71,7 +72,7 @@ def heal_stage(settings: HealSettings, after: str) -> Stage[HealReport]:
                 files_of_layout(plan.layout),
                 tensors=len(plan.layout.specs),
                 model=student,
-                kind=f"heal {work.context.device.type}",
+                kind=f"heal {'' if settings.train == 'attention' else f'{settings.train} '}{work.context.device.type}",
                 work=float(parameters(student) * training_tokens(settings)),
             )
 
@@ -83,4 +84,5 @@ def heal_stage(settings: HealSettings, after: str) -> Stage[HealReport]:
 
 
 def _options(settings: HealSettings) -> HealOptions:
-    return HealOptions(**common_options(settings, _LOOKS))
+    common = common_options(settings, _LOOKS)
+    return HealOptions(**common, train=settings.train, rank=settings.rank, alpha=settings.alpha)

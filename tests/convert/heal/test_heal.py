@@ -20,14 +20,15 @@ from transformers import AutoModelForCausalLM
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.job import convert_attention
 from llmconvert.convert.gqa.weights import attention_tensors
-from llmconvert.convert.heal.job import HealOptions
-from llmconvert.errors import CapacityError, DatasetError, UsageError
+from llmconvert.convert.heal.lora import merge_adapter
+from llmconvert.convert.heal.options import HealOptions, TrainedWeights
+from llmconvert.errors import CapacityError, DatasetError, UnsupportedError, UsageError
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME
 from llmconvert.storage.shared import share_tensors
 from llmconvert.training.loss import hidden_divergence, prediction_divergence
 from llmconvert.training.model import ResidentModel
-from llmconvert.training.state import load_state
+from llmconvert.training.state import TrainingState, load_state, save_state
 
 
 def pair(directory: Path, kind: str = "llama", **config: Any) -> tuple[Path, Path]:
@@ -48,6 +49,8 @@ def trained(directory: Path) -> list[str]:
     ("kind", "config"),
     [
         ("llama", {"head_dim": 8}),
+        ("llama", {"head_dim": 8, "everything": True, "tie_word_embeddings": True}),
+        ("llama", {"head_dim": 8, "everything": True, "tie_word_embeddings": False}),
         ("cohere", {"logit_scale": 0.3}),
         ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0}),
         ("granite", {"head_dim": 8, "logits_scaling": 2.0}),
@@ -57,8 +60,9 @@ def trained(directory: Path) -> list[str]:
 )
 def test_gradients_are_those_of_the_plain_loss(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
     """The loss in pieces, with its known gradient, equals transformers' models, whole logits and autograd."""
+    everything = config.pop("everything", False)
     original, merged = pair(tmp_path, kind, **config)
-    names = trained(merged)
+    names = list(load_file(merged / SINGLE_NAME)) if everything else trained(merged)
     window = ids((24,), seed=8)[0]
     with SafetensorsCheckpoint(original) as first, SafetensorsCheckpoint(merged) as second:
         views = share_tensors((first, second), frozenset(names), torch.device("cpu"), torch.float32)
@@ -118,6 +122,57 @@ def test_healing_brings_the_model_closer_to_the_original(tmp_path: Path) -> None
     assert (tmp_path / "healed" / "config.json").read_bytes() == (merged / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_what_learns_is_written_and_nothing_else(tmp_path: Path, train: TrainedWeights) -> None:
+    """Also where the run is stopped between two states: the same bytes come of it."""
+    original, merged = pair(tmp_path, head_dim=8)
+    options = replace(QUICK, train=train, learning_rate=3e-2, rank=3, alpha=2.0)
+    state = tmp_path / "state.safetensors"
+    report = heal(original, merged, tmp_path / "healed", options=options, state=state)
+    assert report.before is not None and report.after is not None and report.after < report.before
+    before, after = load_file(merged / SINGLE_NAME), load_file(tmp_path / "healed" / SINGLE_NAME)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    linears = {name for name in before if name.endswith("_proj.weight")}
+    assert changed == (set(before) if train == "all" else linears)
+    assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in before.items()}
+    if train == "lora":
+        kept = {name.removeprefix("best/"): tensor for name, tensor in load_file(state).items()}
+        assert report.trained == sum(len(kept[f"{n}.lora_A"]) * sum(before[n].shape) for n in linears)
+        for name in linears:
+            a, b = kept[f"{name}.lora_A"], kept[f"{name}.lora_B"]
+            assert a.shape == (3, before[name].shape[1])
+            merge = before[name].double() + 2 / 3 * (b.double() @ a.double())
+            assert torch.equal(after[name], merge.to(before[name].dtype))
+
+    def stop_at_the_second(path: Path, current: TrainingState) -> None:
+        if current.step > QUICK.save_every:
+            raise KeyboardInterrupt
+        save_state(path, current)
+
+    stopped = {"options": options, "state": tmp_path / "stopped.safetensors"}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("llmconvert.training.output.save_state", stop_at_the_second)
+        heal(original, merged, tmp_path / "stopped", **stopped)
+    assert not (tmp_path / "stopped").exists()
+    assert heal(original, merged, tmp_path / "stopped", **stopped).resumed_at == QUICK.save_every
+    assert (tmp_path / "stopped" / SINGLE_NAME).read_bytes() == (tmp_path / "healed" / SINGLE_NAME).read_bytes()
+
+
+def test_adapters_are_merged_as_peft_merges_them(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    generator = torch.Generator().manual_seed(2)
+    base = torch.nn.Linear(24, 16, bias=False)
+    model = peft.get_peft_model(
+        torch.nn.Sequential(base), peft.LoraConfig(r=3, lora_alpha=2, target_modules=["0"], init_lora_weights=False)
+    )
+    layer = model.base_model.model[0]
+    a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+    inputs = torch.randn(5, 24, generator=generator)
+    merged = merge_adapter(base.weight.detach(), {"w.lora_A": a, "w.lora_B": b}, "w", 2 / 3)
+    torch.testing.assert_close(merged, model.merge_and_unload()[0].weight.detach())
+    torch.testing.assert_close(inputs @ merged.T, layer(inputs))
+
+
 def test_the_best_weights_are_written_and_steps_in_vain_are_not_taken(tmp_path: Path) -> None:
     original, merged = pair(tmp_path, head_dim=8)
     options = HealOptions(steps=40, learning_rate=10.0, held_out=4, evaluate_every=2, patience=3)
@@ -167,9 +222,14 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
     other = grouped_model(tmp_path / "other", "llama", kv_heads=4, head_dim=8, intermediate_size=96)
     with pytest.raises(UsageError, match=r"mlp.* is not the same"):
         heal(other, merged, tmp_path / "out")
+    mixture = grouped_model(tmp_path / "mixture", "mixtral", kv_heads=4, head_dim=8)
+    with pytest.raises(UnsupportedError, match=r"'mixtral' is a mixture of experts.*set attention\.heal\.train"):
+        heal(mixture, mixture, tmp_path / "out", options=replace(QUICK, train="all"))
     with pytest.raises(DatasetError, match="4 windows"):
         heal(original, merged, tmp_path / "out", windows=WINDOWS[:4])
     monkeypatch.setattr("llmconvert.training.needs.available_nbytes", lambda device: 1000)
     with pytest.raises(CapacityError, match="healing needs about"):
         heal(original, merged, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "original", "other"]
+    with pytest.raises(CapacityError, match=r"train attention alone \(attention\.heal\.train: attention\)"):
+        heal(original, merged, tmp_path / "out", options=replace(QUICK, train="all"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "mixture", "original", "other"]

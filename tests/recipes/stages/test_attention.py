@@ -133,7 +133,7 @@ def test_merging_from_the_command_line(tiny_llama: Path, texts: tuple[Path, Path
     assert "2 → 1 key-value heads, 256 → 128 cache bytes per token" in result.output.replace("\n", " ")
     assert json.loads((output / "config.json").read_text())["num_key_value_heads"] == 1
     healed = tmp_path / "healed"
-    lesson = [*command[:2], str(healed), *command[3:-1], "2", *text]
+    lesson = [*command[:2], str(healed), *command[3:-1], "2", "--heal-train", "lora", *text]
     result = CliRunner().invoke(main, lesson)
     assert result.exit_code == 0, result.output
     assert "healed in 2 steps" in result.output.replace("\n", " ")
