@@ -228,7 +228,7 @@ def perplexity(model: Path, options: argparse.Namespace) -> float:
 
 def print_table(rows: list[Row], samples: int) -> None:
     print(f"{samples} calibration windows of {LENGTH} tokens\n")
-    print("| what | perplexity | attention output lost | seconds | peak RSS |")
+    print("| what | perplexity | lost of what attention should add | seconds | peak RSS |")
     print("|---|---|---|---|---|")
     for row in rows:
         lost = f"{row.output_loss:.1%}" if row.output_loss is not None else ""

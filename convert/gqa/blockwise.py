@@ -2,14 +2,14 @@
 
 Two models run side by side, the original and the merged one, each in the memory of one block. In every block the
 merge is solved on the second moments of the merged model's own attention input; queries and keys are refitted to the
-original's attention; then the output projection is refitted by ridge regression to the original's attention output.
-So every layer makes up for part of what those before it lost.
+original's attention; then values and the output projection are refitted to what attention should add: the original's
+attention output, and what the hidden state that it is added to has lost in the layers before.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from llmconvert.convert.gqa.geometry import AttentionGeometry
 from llmconvert.convert.gqa.merging.layer import MergedLayer, Method, merge_layer
 from llmconvert.convert.gqa.refit.capture import PositionWeights, RotaryAngles, keep_inputs
 from llmconvert.convert.gqa.refit.logits import LogitFit, LogitSamples
-from llmconvert.convert.gqa.refit.solve import ridge
+from llmconvert.convert.gqa.refit.options import RefitOptions
+from llmconvert.convert.gqa.refit.outputs import OutputFit
+from llmconvert.convert.gqa.refit.values import ValueFit
 from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.convert.gqa.weights import LayerWeights, layer_tensors, read_layer
 from llmconvert.engine.discovery import discover
@@ -36,7 +38,7 @@ from llmconvert.needs import Needs
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.shared import share_tensors
 
-__all__ = ["RefitLayer", "RefitOptions", "merge_nbytes", "refit_needs", "stream_merge"]
+__all__ = ["RefitLayer", "merge_nbytes", "refit_needs", "stream_merge"]
 
 # Copies in float64 that merging and refitting a layer hold of its attention's weights, and of second moments of its
 # inputs: of layers of 576, 768 and 2,048 inputs, from what processes took at most.
@@ -46,36 +48,13 @@ _SHARED = ("base", "tokenizer", "embeddings", "one linear")
 
 
 @dataclass(frozen=True, slots=True)
-class RefitOptions:
-    """How much is refitted.
-
-    Attributes:
-        outputs: whether the output projections are.
-        logits: whether queries and keys are.
-        rounds: turns of queries and keys.
-        steps: of conjugate gradients per turn.
-        ridge: strength of the output refit, as a share of the mean second moment.
-        sample_nbytes: memory for attention weights and inputs of the logit refit.
-        windows: at most so many windows go into the logit refit.
-    """
-
-    outputs: bool = True
-    logits: bool = True
-    rounds: int = 1
-    steps: int = 6
-    ridge: float = 1e-3
-    sample_nbytes: int = 180_000_000
-    windows: int = 64
-
-
-@dataclass(frozen=True, slots=True)
 class RefitLayer:
     """One layer as it is written.
 
     Attributes:
         tensors: by checkpoint name, in the checkpoint's dtypes.
         merged: the closed form it started from.
-        output_loss: squared difference to the original's attention output over its square, on the calibration text,
+        output_loss: squared difference to what attention should add over its square, on the calibration text,
             before and after the output refit; positions count by one over the mean square of their hidden state.
         divergence: of the attention, in nats, before and after the logit refit; None without one.
     """
@@ -118,8 +97,8 @@ def stream_merge(
     apart = frozenset(name for name in source.infos if name.startswith(view.geometry.blocks))
     wide, narrow = share_tensors((source, view), apart, context.device, _refit_dtype(context.device))
     with (
-        _Side(wide, windows, context, work / "original", _work_nbytes(view), replayed=True) as original,
-        _Side(narrow, windows, context, work / "merged", _work_nbytes(view)) as merged,
+        _Side(wide, windows, context, work / "original", _work_nbytes(view, windows), replayed=True) as original,
+        _Side(narrow, windows, context, work / "merged", _work_nbytes(view, windows)) as merged,
     ):
         for before, after in zip(original.stream.blocks(), merged.stream.blocks(), strict=True):
             block = _Block(view, original, merged, before, after, options)
@@ -132,9 +111,10 @@ def merge_nbytes(geometry: AttentionGeometry) -> int:
     return 8 * (_WEIGHTS_HELD * 2 * hidden * heads * geometry.head_dim + _MOMENTS_HELD * hidden**2)
 
 
-def _work_nbytes(view: MergedAttention) -> int:
-    """What solving a layer holds besides the models and their batches."""
-    return RefitOptions().sample_nbytes + merge_nbytes(view.geometry)
+def _work_nbytes(view: MergedAttention, windows: Sequence[torch.Tensor]) -> int:
+    """What solving a layer holds besides the models and their batches: samples, what their heads attend to, weights."""
+    samples, mean = RefitOptions().sample_nbytes, 3 / 4 * max(window.shape[1] for window in windows)
+    return samples + int(samples / 4 * view.geometry.hidden_size / mean) + merge_nbytes(view.geometry)
 
 
 def refit_needs(view: MergedAttention, windows: Sequence[torch.Tensor], context: Context) -> Needs:
@@ -148,7 +128,7 @@ def refit_needs(view: MergedAttention, windows: Sequence[torch.Tensor], context:
     for checkpoint in (view.base, view):
         skeleton = Skeleton(checkpoint, context.device, _refit_dtype(context.device))
         plans = discover(skeleton, max(lengths))
-        side = choose_mode(skeleton, plans, lengths, _work_nbytes(view), _share(context))
+        side = choose_mode(skeleton, plans, lengths, _work_nbytes(view, windows), _share(context))
         sides.append(side)
         states += 2 * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize if side.mode == "replay" else 0
     original, merged = sides
@@ -200,6 +180,14 @@ class _Side:
         """Whether hidden states are in files, because memory does not hold them."""
         return self._states is not None
 
+    def entering(self, block: BlockRun) -> Callable[[int], torch.Tensor]:
+        """The hidden state of each window, ``[tokens, hidden]``, at the entry of a block that none has entered yet."""
+        index, stream = block.plan.index, self.stream
+        if self.filed:
+            return lambda window: stream.state(index, window).flatten(0, -2)
+        kept = [hidden.flatten(0, -2) for hidden, _ in block.entries(range(len(self.windows)))]
+        return lambda window: kept[window]
+
     def linear(self, stem: str) -> str:
         """Module name of the linear that the checkpoint calls ``stem``."""
         return self.modules[f"{stem}.weight"].removesuffix(".weight")
@@ -231,6 +219,7 @@ class _Block:
         self._before, self._after = before, after
         self._options = options
         self._outputs: list[torch.Tensor] = []
+        self._entering = [original.entering(before), merged.entering(after)]
         self._layer = after.plan.index
         self._names = self._geometry.projections[self._layer]
         self._device = merged.skeleton.device
@@ -263,10 +252,14 @@ class _Block:
             start = _to(merged.weights, self._device)
             result = fit.fit(start, self._options.rounds, self._options.steps)
             divergence = fit.divergence(start), fit.divergence(result)
+            if self._options.outputs:
+                result = self._fit_values(fit, result, picks, chosen)
             del fit
             kept.clear()
         tensors = self._install(result)
         tensors, loss = self._refit_output(tensors, importance)
+        self._outputs.clear()
+        self._entering.clear()
         return RefitLayer(tensors, merged, loss, divergence)
 
     def _logit_fit(
@@ -300,9 +293,30 @@ class _Block:
         ratio = weights.queries_per_kv
         heads = torch.tensor([head for group in merged.groups for head in group])
         order = (heads[:, None] * ratio + torch.arange(ratio)).flatten()
-        ordered = _to(replace(weights, query=weights.query[order]), self._device)
+        ordered = _to(replace(weights, query=weights.query[order], output=weights.output[order]), self._device)
         key_of = heads.repeat_interleave(ratio).to(self._device)
         return LogitFit(samples, ordered, key_of, moments, rotary)
+
+    def _fit_values(
+        self,
+        fit: LogitFit,
+        weights: LayerWeights,
+        picks: Mapping[int, torch.Tensor],
+        importance: Sequence[torch.Tensor],
+    ) -> LayerWeights:
+        """Values and output projection on the rows that queries and keys were fitted on, if these are enough."""
+        if not ValueFit.enough(weights, sum(map(len, picks.values()))):
+            return weights
+        wanted = fit.original_outputs()
+        targets = [
+            output + self._lost(window)[rows] for output, (window, rows) in zip(wanted, picks.items(), strict=True)
+        ]
+        return ValueFit(self._names.output, fit.attended(weights), targets, importance).fit(weights)
+
+    def _lost(self, window: int) -> torch.Tensor:
+        """What attention is to make up for of what the hidden state has lost, float32 ``[tokens, hidden]``."""
+        theirs, ours = (entering(window).to(self._device, torch.float32) for entering in self._entering)
+        return (theirs - ours) * self._options.residual
 
     def _picked_rows(self) -> dict[int, torch.Tensor]:
         """The windows that the logit refit sees, as many as fit its memory, and the positions of their queries.
@@ -364,32 +378,22 @@ class _Block:
     def _refit_output(
         self, tensors: dict[str, torch.Tensor], importance: Sequence[torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
-        """The output projection by ridge regression to the original's attention output, positions by importance."""
+        """The output projection by ridge regression to what attention should add, positions by importance."""
         name = f"{self._names.output}.weight"
         after = self._after.inputs(self._merged.linear(self._names.output))
         before = self._outputs or self._before.inputs(self._original.linear(self._names.output))
-        columns = self._geometry.query_heads * self._geometry.head_dim
-        pairs = (
-            torch.cat([ours, theirs], dim=1).float() * weights.sqrt()[:, None]
-            for ours, theirs, weights in zip(after, before, importance, strict=True)
-        )
-        gram = accumulate_hessian(self._names.output, pairs, 2 * columns, self._device).matrix
-        own, other = gram[:columns, :columns], gram[columns:, columns:]
         target = self._view.base[name].to(self._device, torch.float32)
-        cross = target @ gram[columns:, :columns]
-        total = float((target @ other * target).sum())
-
-        def loss(weight: torch.Tensor) -> float:
-            lost = (weight @ own * weight).sum() - 2 * (weight * cross).sum()
-            return max(0.0, (float(lost) + total) / total) if total else 0.0
-
+        rows = (
+            (ours, theirs.float() @ target.mT + self._lost(window), weights)
+            for window, (ours, theirs, weights) in enumerate(zip(after, before, importance, strict=True))
+        )
+        fit = OutputFit(self._names.output, rows, self._device)
         closed = tensors[name].to(self._device, torch.float32)
         if not self._options.outputs:
-            return tensors, (loss(closed), loss(closed))
-        fitted = ridge(name, own, cross, closed, self._options.ridge)
-        stored = fitted.to(tensors[name].dtype)
+            return tensors, (fit.loss(closed), fit.loss(closed))
+        stored = fit.fit(closed, self._options.ridge).to(tensors[name].dtype)
         self._after.install(self._merged.linear(self._names.output), stored)
-        return {**tensors, name: stored.cpu()}, (loss(closed), loss(stored.float()))
+        return {**tensors, name: stored.cpu()}, (fit.loss(closed), fit.loss(stored.float()))
 
 
 def _to(weights: LayerWeights, device: torch.device) -> LayerWeights:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from llmconvert.context import Context
-from llmconvert.convert.gqa.blockwise import RefitOptions, merge_nbytes, refit_needs, stream_merge
+from llmconvert.convert.gqa.blockwise import merge_nbytes, refit_needs, stream_merge
 from llmconvert.convert.gqa.geometry import AttentionGeometry
 from llmconvert.convert.gqa.merging.layer import METHODS, MergedLayer, Method
+from llmconvert.convert.gqa.refit.options import RefitOptions
 from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.convert.gqa.weights import attention_tensors
 from llmconvert.engine.memory import BASE_NBYTES
@@ -227,7 +228,7 @@ def _write_refitted(
                 symmetric=merged.symmetric,
             )
             artifact.finish(_piece(number), report.model_dump(mode="json"))
-            task.advance(1, f"{after:.1%} of the attention output lost")
+            task.advance(1, f"{after:.1%} of what attention should add lost")
 
 
 def _write_merged(artifact: Artifact, view: MergedAttention, task: Task) -> None:

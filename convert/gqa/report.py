@@ -28,9 +28,9 @@ def attention_sections(report: AttentionReport) -> list[Section]:
     ]
     text = (
         f"{before} key-value heads became {after} ({report.method}); heads joined by + became one. Shares lost are "
-        "squared errors: of logits and values by the merge in closed form, of the attention output before and after "
-        "the refit of the output projections. The divergence is that of where heads look, in nats, before and after "
-        "the refit of queries and keys."
+        "squared errors: of logits and values by the merge in closed form; before and after the refit of the output "
+        "projections, of what attention should add: the original's output, and what layers before have lost. The "
+        "divergence is that of where heads look, in nats, before and after the refit of queries and keys."
     )
     if report.left_out:
         text += " Left out: " + "; ".join(report.left_out) + "."
@@ -40,7 +40,7 @@ def attention_sections(report: AttentionReport) -> list[Section]:
         indices = tuple(float(index) for index in range(len(lost)))
         before_refit = tuple(layer.output_loss_before for layer in report.layers)
         plot = Plot(
-            caption="Share of the attention output lost in every layer, on the calibration text.",
+            caption="Share lost in every layer of what attention should add, on the calibration text.",
             x_label="layer",
             y_label="share of the output lost",
             series=(

@@ -81,7 +81,7 @@ def convert(model: str, output: Path, plan: bool, manners: Manners, **options: A
 def _merged(output: Path, report: AttentionReport, healed: HealReport | None) -> Iterator[str]:
     (before, after), (wide, narrow) = report.kv_heads, report.kv_bytes_per_token
     losses = [layer.output_loss for layer in report.layers if layer.output_loss is not None]
-    lost = f", {sum(losses) / len(losses):.1%} of the attention output lost on the average" if losses else ""
+    lost = f", {sum(losses) / len(losses):.1%} of what attention should add lost on the average" if losses else ""
     yield (
         f"{output}: {before} → {after} key-value heads, {wide:,} → {narrow:,} cache bytes per token, "
         f"{report.nbytes:,} bytes, {report.seconds:.1f} s{lost}"

@@ -85,7 +85,8 @@ class LayerReport(Value):
         groups: key-value heads that became one, by their old numbers.
         key_loss: share of the attention logits' energy lost by the merge; None where the method doesn't say.
         value_loss: likewise of the values.
-        output_loss: share of the attention output lost after the refit, on the calibration text; None without text.
+        output_loss: share lost after the refit of what attention should add: the original's output, and what layers
+            before have lost; on the calibration text, None without.
         output_loss_before: the same before the output refit.
         divergence: of the attention from the original's, in nats, after the logit refit; None without one.
         divergence_before: the same before it.

@@ -86,7 +86,7 @@ class HealSettings(Section):
 class AttentionSettings(Section):
     """Rewrite to ``kv_heads`` key-value heads: 1 is MQA, fewer than the query heads GQA.
 
-    ``refit`` adapts queries, keys and output projections to the original's attention on the calibration text.
+    ``refit`` adapts queries, keys, values and output projections to the original's attention on the calibration text.
     """
 
     kv_heads: Count

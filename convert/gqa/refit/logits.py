@@ -11,7 +11,7 @@ Nothing is differentiated, and no other layer is involved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,6 +83,7 @@ class LogitFit:
         identity = torch.eye(len(moments), device=moments.device)
         self._inverse: torch.Tensor = torch.linalg.inv(moments + _MOMENT_DAMPING * self._power * identity)
         query, key = original.query[:, self._order], original.key[:, self._order]
+        self._original, self._key_of = original, key_of
         self._targets: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
         spreads: list[torch.Tensor] = []
@@ -116,6 +117,22 @@ class LogitFit:
             total += float((difference * self._centred(batch, difference)).sum()) / 2
             count += len(rows) * len(query)
         return total / count
+
+    def attended(self, weights: LayerWeights) -> Iterator[torch.Tensor]:
+        """What the heads of ``weights`` attend to: means of the merged layer's inputs, ``[rows, heads, inputs]``."""
+        query, key = weights.query[:, self._order].float(), weights.key[:, self._order].float()
+        samples = self._samples
+        for batch, rows in enumerate(samples.rows):
+            yield (self._attend(self._logits(batch, query, key), rows) @ samples.merged[batch]).transpose(0, 1)
+
+    def original_outputs(self) -> list[torch.Tensor]:
+        """What the original layer's attention adds, ``[rows, hidden]`` per window."""
+        original = self._original
+        found = []
+        for attention, inputs in zip(self._weights, self._samples.original, strict=True):
+            heads = attention @ (inputs @ original.value.mT)[self._key_of]
+            found.append(torch.einsum("hnd,hod->no", heads, original.output))
+        return found
 
     def _fit_query(self, query: torch.Tensor, key: torch.Tensor, steps: int) -> torch.Tensor:
         keys = [self._per_query(self._turn(inputs @ key.mT, None), query) for inputs in self._samples.merged]

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from support.disguised_heads import disguise, grouped_model, logits
 from support.tiny_architectures import ids
 
-from llmconvert.convert.gqa.blockwise import RefitOptions
 from llmconvert.convert.gqa.job import convert_attention
+from llmconvert.convert.gqa.refit.options import RefitOptions
 from llmconvert.errors import CheckpointError, OutputError, UnsupportedError
 from llmconvert.report.steps import AttentionReport
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
