@@ -9,14 +9,13 @@ attention output, and what the hidden state that it is added to has lost in the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from llmconvert.compute.precision import compute_dtype
 from llmconvert.context import Context
 from llmconvert.convert.gqa.geometry import AttentionGeometry
 from llmconvert.convert.gqa.merging.layer import MergedLayer, Method, merge_layer
@@ -25,15 +24,14 @@ from llmconvert.convert.gqa.refit.logits import LogitFit, LogitSamples
 from llmconvert.convert.gqa.refit.options import RefitOptions
 from llmconvert.convert.gqa.refit.outputs import OutputFit
 from llmconvert.convert.gqa.refit.values import ValueFit
+from llmconvert.convert.gqa.side import Side, refit_dtype, share
 from llmconvert.convert.gqa.view import MergedAttention
 from llmconvert.convert.gqa.weights import LayerWeights, layer_tensors, read_layer
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.states import DiskStates
 from llmconvert.engine.statistics import accumulate_hessian
-from llmconvert.engine.stream import BlockRun, Stream
-from llmconvert.memory import available_nbytes
+from llmconvert.engine.stream import BlockRun
 from llmconvert.needs import Needs
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.shared import share_tensors
@@ -95,10 +93,10 @@ def stream_merge(
     """
     view = MergedAttention(source, kv_heads, "first")
     apart = frozenset(name for name in source.infos if name.startswith(view.geometry.blocks))
-    wide, narrow = share_tensors((source, view), apart, context.device, _refit_dtype(context.device))
+    wide, narrow = share_tensors((source, view), apart, context.device, refit_dtype(context.device))
     with (
-        _Side(wide, windows, context, work / "original", _work_nbytes(view, windows), replayed=True) as original,
-        _Side(narrow, windows, context, work / "merged", _work_nbytes(view, windows)) as merged,
+        Side(wide, windows, context, work / "original", _work_nbytes(view, windows), replayed=True) as original,
+        Side(narrow, windows, context, work / "merged", _work_nbytes(view, windows)) as merged,
     ):
         for before, after in zip(original.stream.blocks(), merged.stream.blocks(), strict=True):
             block = _Block(view, original, merged, before, after, options)
@@ -126,79 +124,14 @@ def refit_needs(view: MergedAttention, windows: Sequence[torch.Tensor], context:
     lengths = [window.shape[1] for window in windows]
     states, sides = 0, []
     for checkpoint in (view.base, view):
-        skeleton = Skeleton(checkpoint, context.device, _refit_dtype(context.device))
+        skeleton = Skeleton(checkpoint, context.device, refit_dtype(context.device))
         plans = discover(skeleton, max(lengths))
-        side = choose_mode(skeleton, plans, lengths, _work_nbytes(view, windows), _share(context))
+        side = choose_mode(skeleton, plans, lengths, _work_nbytes(view, windows), share(context))
         sides.append(side)
         states += 2 * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize if side.mode == "replay" else 0
     original, merged = sides
     parts = {name: size + (0 if name in _SHARED else merged.parts[name]) for name, size in original.parts.items()}
     return MemoryEstimate(merged.mode, parts).needs(context.device, disk=states, passing=states)
-
-
-def _share(context: Context) -> int:
-    """Memory for one of the two models; of what is free, a third is left alone."""
-    if context.memory is not None:
-        return context.memory // 2
-    return available_nbytes(context.device) // 3
-
-
-def _refit_dtype(device: torch.device) -> torch.dtype | None:
-    """float32 on processors that bfloat16 would slow down; what the checkpoint is stored in where nothing is gained."""
-    return torch.float32 if compute_dtype(device) == torch.float32 else None
-
-
-class _Side:
-    """One of the two models on its way through the windows.
-
-    With ``replayed``, a window is run anew whenever it is asked for, and holds nothing but its state in between.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        windows: Sequence[torch.Tensor],
-        context: Context,
-        place: Path,
-        work: int,
-        *,
-        replayed: bool = False,
-    ) -> None:
-        place.mkdir(parents=True, exist_ok=True)
-        self.skeleton = Skeleton(checkpoint, context.device, _refit_dtype(context.device))
-        self.windows = windows
-        self.modules = {stored: name for name, stored in self.skeleton.names.items()}
-        lengths = [window.shape[1] for window in windows]
-        plans = discover(self.skeleton, max(lengths))
-        mode = choose_mode(self.skeleton, plans, lengths, work, _share(context)).mode
-        shape = lengths, self.skeleton.hidden_size, self.skeleton.dtype
-        self._states = DiskStates(place, *shape) if mode == "replay" else None
-        self.stream = Stream(self.skeleton, windows, plans, mode="replay" if replayed else mode, states=self._states)
-
-    @property
-    def filed(self) -> bool:
-        """Whether hidden states are in files, because memory does not hold them."""
-        return self._states is not None
-
-    def entering(self, block: BlockRun) -> Callable[[int], torch.Tensor]:
-        """The hidden state of each window, ``[tokens, hidden]``, at the entry of a block that none has entered yet."""
-        index, stream = block.plan.index, self.stream
-        if self.filed:
-            return lambda window: stream.state(index, window).flatten(0, -2)
-        kept = [hidden.flatten(0, -2) for hidden, _ in block.entries(range(len(self.windows)))]
-        return lambda window: kept[window]
-
-    def linear(self, stem: str) -> str:
-        """Module name of the linear that the checkpoint calls ``stem``."""
-        return self.modules[f"{stem}.weight"].removesuffix(".weight")
-
-    def __enter__(self) -> _Side:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stream.close()
-        if self._states is not None:
-            self._states.close()
 
 
 class _Block:
@@ -207,8 +140,8 @@ class _Block:
     def __init__(
         self,
         view: MergedAttention,
-        original: _Side,
-        merged: _Side,
+        original: Side,
+        merged: Side,
         before: BlockRun,
         after: BlockRun,
         options: RefitOptions,
@@ -219,9 +152,12 @@ class _Block:
         self._before, self._after = before, after
         self._options = options
         self._outputs: list[torch.Tensor] = []
-        self._entering = [original.entering(before), merged.entering(after)]
         self._layer = after.plan.index
         self._names = self._geometry.projections[self._layer]
+        # Where attention is added as it is: not where a norm or a factor comes in between.
+        output = (merged.linear(self._names.output),)
+        added = any(stop.linears == output and stop.residual is not None for stop in after.plan.stops)
+        self._entering = [original.entering(before), merged.entering(after)] if added and options.residual else []
         self._device = merged.skeleton.device
 
     def solve(self, method: Method) -> RefitLayer:
@@ -307,16 +243,17 @@ class _Block:
         """Values and output projection on the rows that queries and keys were fitted on, if these are enough."""
         if not ValueFit.enough(weights, sum(map(len, picks.values()))):
             return weights
-        wanted = fit.original_outputs()
-        targets = [
-            output + self._lost(window)[rows] for output, (window, rows) in zip(wanted, picks.items(), strict=True)
-        ]
-        return ValueFit(self._names.output, fit.attended(weights), targets, importance).fit(weights)
+        outputs = zip(fit.original_outputs(), picks.items(), strict=True)
+        targets = [self._wanted(output, window, rows) for output, (window, rows) in outputs]
+        counted = [every[rows] for every, rows in zip(importance, picks.values(), strict=True)]
+        return ValueFit(self._names.output, fit.attended(weights), targets, counted).fit(weights)
 
-    def _lost(self, window: int) -> torch.Tensor:
-        """What attention is to make up for of what the hidden state has lost, float32 ``[tokens, hidden]``."""
-        theirs, ours = (entering(window).to(self._device, torch.float32) for entering in self._entering)
-        return (theirs - ours) * self._options.residual
+    def _wanted(self, output: torch.Tensor, window: int, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """What attention should add at some rows of a window: the original's output, and what was lost before."""
+        if not self._entering:
+            return output
+        theirs, ours = (entering(window)[rows].to(self._device, torch.float32) for entering in self._entering)
+        return output + (theirs - ours) * self._options.residual
 
     def _picked_rows(self) -> dict[int, torch.Tensor]:
         """The windows that the logit refit sees, as many as fit its memory, and the positions of their queries.
@@ -384,7 +321,7 @@ class _Block:
         before = self._outputs or self._before.inputs(self._original.linear(self._names.output))
         target = self._view.base[name].to(self._device, torch.float32)
         rows = (
-            (ours, theirs.float() @ target.mT + self._lost(window), weights)
+            (ours, self._wanted(theirs.float() @ target.mT, window), weights)
             for window, (ours, theirs, weights) in enumerate(zip(after, before, importance, strict=True))
         )
         fit = OutputFit(self._names.output, rows, self._device)

@@ -85,6 +85,20 @@ def test_refits_bring_attention_closer(tmp_path: Path) -> None:
     assert total["all"] < total["outputs"] < total["none"]
 
 
+@pytest.mark.parametrize(("kind", "added"), [("llama", True), ("gemma2", False)])
+def test_what_was_lost_before_is_made_up_for_where_attention_is_added_as_it_is(
+    kind: str, added: bool, tmp_path: Path
+) -> None:
+    """In Gemma 2 a norm comes in between."""
+    model = grouped_model(tmp_path / "model", kind, kv_heads=4, head_dim=8)
+    windows = ids((32,) * 8, seed=5)
+    for residual in (0.0, 1.0):
+        options = RefitOptions(residual=residual)
+        rewrite(model, tmp_path / str(residual), windows=windows, options=options)
+    first, second = ((tmp_path / str(residual) / SINGLE_NAME).read_bytes() for residual in (0.0, 1.0))
+    assert (first != second) == added
+
+
 def test_only_attention_changes(tmp_path: Path) -> None:
     model = grouped_model(tmp_path / "model", "llama", kv_heads=4, head_dim=8)
     (model / "tokenizer.json").write_text('{"version": "1.0"}')
