@@ -26,7 +26,7 @@ from llmconvert.gguf.split import join_headers, part_names
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import Layout, TensorWriter
 
-__all__ = ["Encode", "GgufFile", "PlannedTensor", "plan_file"]
+__all__ = ["Encode", "GgufFile", "PlannedTensor", "encode_rows", "plan_file"]
 
 #: Bytes, uint8 ``[rows, row bytes]``, of finite float32 ``[rows, columns]`` in a type.
 Encode = Callable[[Codec, torch.Tensor], torch.Tensor]
@@ -34,6 +34,8 @@ Encode = Callable[[Codec, torch.Tensor], torch.Tensor]
 # Weights encoded at a time.
 _WEIGHTS_AT_ONCE = 1 << 22
 _HALF_MAX = 65504.0
+# From here on bfloat16 rounds to infinity: half a step above its largest value.
+_BFLOAT16_END = (2.0 - 2.0**-8) * 2.0**127
 # Scales are float16, and a part of a block's largest weight, 4,096th at the smallest (Q6_K). Only blocks that stay
 # below this can lose theirs.
 _FADING = 2.0**-12
@@ -112,10 +114,26 @@ class GgufFile:
         for first, values in source_rows(piece, read, length, self.config, step):
             rows = values.reshape(-1, columns)
             start = first if piece.stored_rows > 1 else piece.first
-            _check_values(piece.name, rows, spec.qtype)
-            encoded = encode(codec, rows)
-            _check_faded(piece.name, codec, rows, encoded)
-            writer.write_rows(spec.name, start, encoded)
+            writer.write_rows(spec.name, start, encode_rows(piece.name, codec, rows, encode))
+
+
+def encode_rows(name: str, codec: Codec, values: torch.Tensor, encode: Encode) -> torch.Tensor:
+    """Bytes of a tensor's rows, held against its values.
+
+    Args:
+        name: in the checkpoint, for errors.
+        codec: of the type.
+        values: float32 ``[rows, columns]``.
+        encode: makes the bytes.
+
+    Raises:
+        CheckpointError: values that are not finite.
+        UnsupportedError: values beyond the type's range, or so small that it makes them zero.
+    """
+    _check_values(name, values, codec.name)
+    encoded = encode(codec, values)
+    _check_faded(name, codec, values, encoded)
+    return encoded
 
 
 def plan_file(
@@ -210,6 +228,8 @@ def _check_values(name: str, values: torch.Tensor, qtype: str) -> None:
     largest = values.abs().max().item() if values.numel() else 0.0
     if not largest < float("inf"):
         raise CheckpointError(f"tensor {name!r} holds NaN or infinity; it cannot be written as {qtype}")
+    if qtype != "F32" and largest >= _BFLOAT16_END:
+        raise UnsupportedError(f"tensor {name!r} holds {largest:g}, which {qtype} would make infinite; write f32")
     if largest > _HALF_MAX and qtype not in ("F32", "BF16"):
         raise UnsupportedError(
             f"tensor {name!r} holds {largest:g}, {qtype} reaches to {_HALF_MAX:g}; write bf16 or f32"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llmconvert.errors import CheckpointError
+from llmconvert.compute.narrowing import bounds
+from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.ggml.blocks import BlockCodec, Blocks, load_codec
 from llmconvert.quantize.narrow import check_held
 from llmconvert.quantize.scheme import Scheme
@@ -75,7 +76,15 @@ def block_scales(name: str, weight: torch.Tensor, importance: torch.Tensor, sche
     steps = (1 << (codec.bits - 1)) * (1 if codec.sub_range is None else codec.sub_range[1] + 1)
     check_held(name, largest / steps, torch.float16, lambda: blocks.double().square().sum(-1))
     values = np.ascontiguousarray(weight.float().cpu().numpy())
-    found = codec.fit(values, importance.float().cpu().numpy())
+    with np.errstate(over="ignore"):  # what is beyond float16 is refused below
+        found = codec.fit(values, importance.float().cpu().numpy())
+    for part, what in ((found.scale, "scales"), (found.minimum, "minima")):
+        if part is not None and not np.isfinite(part).all():
+            raise UnsupportedError(
+                f"{name}: one of its {what} in {codec.name} is beyond float16 (its weights reach "
+                f"{largest.max().item():g}); {bounds(torch.float16)}. Write bf16, or leave the layer dense with an "
+                "override (scheme: none)"
+            )
     steps_found = torch.from_numpy(found.steps).reshape(rows, -1)
     offsets = None if found.offsets is None else torch.from_numpy(found.offsets).reshape(rows, -1)
     if codec.sub_range is None:

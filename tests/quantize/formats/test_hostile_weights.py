@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from llmconvert.errors import CheckpointError, LlmconvertError, SchemeError, UnsupportedError
+from llmconvert.gguf.file import encode_rows
+from llmconvert.gguf.ggml.blocks import CODECS, Codec, load_codec
 from llmconvert.quantize.catalog.formats import FORMATS
 from llmconvert.quantize.catalog.schemes import USUAL
 from llmconvert.quantize.formats.base import FileFormat, Format, load_format
-from llmconvert.quantize.methods.base import Quantizer, Target, load_method
+from llmconvert.quantize.methods.base import GgmlQuantizer, Quantizer, Target, load_method
 from llmconvert.quantize.narrow import check_kept
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -70,13 +72,15 @@ def schemes_of(layout: Format) -> list[Scheme]:
     return found
 
 
-def through(layout: Format, scheme: Scheme, weight: torch.Tensor) -> tuple[QuantizedTensor, QuantizedTensor]:
+def through(
+    layout: Format, scheme: Scheme, weight: torch.Tensor, *, search: bool = False
+) -> tuple[QuantizedTensor, QuantizedTensor]:
     """What is chosen for a weight, and what is read of it."""
     rows, columns = weight.shape
     scheme.check_fits(NAME, columns)
     scale_dtype = layout.scale_dtype(scheme, weight.dtype)
     specs = layout.specs(NAME, (rows, columns), scheme, scale_dtype)
-    method = load_method("rtn", {})
+    method = load_method("rtn", {"search": search})
     assert isinstance(method, Quantizer)
     tensor = method.quantize([Target(NAME, weight, scheme)], None, scale_dtype)[NAME].tensor
     kind = scheme.input_kind
@@ -110,6 +114,42 @@ def test_weights_are_refused_by_name_or_stored_exactly(format: str) -> None:
                 if not torch.equal(values, expected):
                     wrong.append(f"{about}: reads back otherwise")
                 if not away <= NEAR.get(scheme.bits, 0.06):  # NaN is none
+                    wrong.append(f"{about}: away by {away:.3g}")
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def encoded(codec: Codec, weight: torch.Tensor, method: str) -> torch.Tensor:
+    """What a file holds of a weight that a method encodes by itself, read back."""
+    chosen, squares = load_method(method, {}), torch.ones(COLUMNS) if method == "imatrix" else None
+    assert isinstance(chosen, GgmlQuantizer)
+    raw = encode_rows(NAME, codec, weight.float(), lambda codec, rows: chosen.encode(codec, rows, squares))
+    return torch.from_numpy(codec.decode(raw.numpy()))
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_weights_are_refused_by_name_or_stored_in_gguf(kind: str) -> None:
+    """Encoded as by llama.cpp, by an importance matrix, and as solvers choose blocks: scales, and codes for them."""
+    codec, layout, wrong = load_codec(kind), load_format("gguf"), list[str]()
+    plain = kind in ("F32", "F16", "BF16")
+    for dtype in DTYPES:
+        for what, whole in hostile(dtype).items():
+            weight = whole[:8]
+            for way in ("rtn",) if plain else ("rtn", "imatrix", "solved"):
+                about = f"{way}, {dtype}, {what}"
+                try:
+                    if way == "solved":
+                        chosen, read = through(layout, Scheme.of_block(kind), weight, search=True)
+                        values = read.dequantize(torch.float32)
+                        if not torch.equal(values, chosen.dequantize(torch.float32)):
+                            wrong.append(f"{about}: reads back otherwise")
+                    else:
+                        values = encoded(codec, weight, way)
+                except LlmconvertError as error:
+                    if NAME not in str(error) or what in TAME:
+                        wrong.append(f"{about}: {error}")
+                    continue
+                away = float((values.double() - weight.double()).norm() / weight.double().norm().clamp(min=1e-300))
+                if not away <= NEAR.get(getattr(codec, "bits", 16), 0.06):  # NaN is none
                     wrong.append(f"{about}: away by {away:.3g}")
     assert not wrong, "\n".join(wrong[:20])
 
