@@ -35,7 +35,7 @@ __all__ = ["PROBE_LENGTH", "BlockPlan", "Stop", "discover"]
 #: Tokens that suffice where no batch will run: which linears share an input doesn't depend on the length.
 PROBE_LENGTH = 16
 # Traces that are kept for who asks the same again.
-_KEPT = 4
+_KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,24 +82,25 @@ def plan_layout(specs: Iterable[TensorSpec], max_shard_bytes: int = DEFAULT_SHAR
         ValueError: two specs share a name.
     """
     groups: list[list[TensorSpec]] = [[]]
-    filled = 0
+    filled = total = 0
     by_name: dict[str, TensorSpec] = {}
     for spec in specs:
         if spec.name in by_name:
             raise ValueError(f"tensor {spec.name!r} is laid out twice")
         by_name[spec.name] = spec
-        if groups[-1] and filled + spec.nbytes > max_shard_bytes:
+        nbytes = spec.nbytes
+        if groups[-1] and filled + nbytes > max_shard_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(spec)
-        filled += spec.nbytes
+        filled += nbytes
+        total += nbytes
     count = len(groups)
     names = [SINGLE_NAME] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     shards = tuple(plan_shard(name, group) for name, group in zip(names, groups, strict=True))
     shard_of = {name: shard for shard in shards for name in shard.offsets}
     index = None
     if count > 1:
-        total = sum(spec.nbytes for spec in by_name.values())
         weight_map = {name: shard_of[name].name for name in sorted(shard_of)}
         index = json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
     return Layout(shards, by_name, shard_of, index)
@@ -113,13 +114,13 @@ def plan_shard(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, st
     position = 0
     begins: dict[str, int] = {}
     for spec in ordered:
+        end = position + spec.nbytes
         entries[spec.name] = {
             "dtype": DTYPE_NAMES[spec.dtype],
             "shape": list(spec.shape),
-            "data_offsets": [position, position + spec.nbytes],
+            "data_offsets": [position, end],
         }
-        begins[spec.name] = position
-        position += spec.nbytes
+        begins[spec.name], position = position, end
     raw = json.dumps(entries, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % _HEADER_ALIGNMENT)
     header = struct.pack("<Q", len(raw)) + raw

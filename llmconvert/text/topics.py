@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from llmconvert.errors import DatasetError
 
@@ -23,6 +24,7 @@ _PARAGRAPH_CHARS = 60
 _COVERED = 0.9
 
 
+@lru_cache(maxsize=len(SPLITS))
 def topics_text(split: str) -> str:
     """The text of one split, topics in alphabetical order with an empty line between them.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 
+import torch
 from transformers.core_model_loading import MergeModulelist
 
 from llmconvert.engine.architecture.config import build_config
@@ -29,6 +32,9 @@ __all__ = [
     "written_as_held",
 ]
 
+# Models whose answer is kept for who asks the same again.
+_KEPT = 16
+
 
 def asked_for(skeleton: Skeleton, scheme: Scheme, layout: Format) -> frozenset[str]:
     """The linears that transformers cannot load packed; none where the format has their weights, or others read it."""
@@ -40,8 +46,13 @@ def asked_for(skeleton: Skeleton, scheme: Scheme, layout: Format) -> frozenset[s
     specs = layout.specs(name, (size, size), scheme, layout.scale_dtype(scheme, skeleton.dtype))
     if any(spec.name == f"{name}.weight" for spec in specs):
         return frozenset()
-    config = build_config(skeleton.checkpoint.config)
-    return weights_asked_for(build_meta_model(config, skeleton.dtype, skeleton.attention), linears)
+    return _asked_for(json.dumps(skeleton.checkpoint.config), skeleton.dtype, skeleton.attention, frozenset(linears))
+
+
+@lru_cache(maxsize=_KEPT)
+def _asked_for(config: str, dtype: torch.dtype, attention: str, linears: frozenset[str]) -> frozenset[str]:
+    """The same, of the class of a ``config.json``: all plans and variants of one model ask it."""
+    return weights_asked_for(build_meta_model(build_config(json.loads(config)), dtype, attention), linears)
 
 
 def as_loaded(skeleton: Skeleton, layout: Format, *, dense_experts: bool = False) -> Checkpoint:

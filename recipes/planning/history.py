@@ -69,7 +69,7 @@ def remember(kind: str, work: float, seconds: float) -> None:
 
 def expected_seconds(kind: str, work: float) -> Seconds | None:
     """How long so much work of a kind will take here; None where nothing of the kind was ever timed."""
-    known = [entry for entry in _entries() if entry["kind"] == kind and entry["machine"] == _machine()][-_RECENT:]
+    known = [entry for entry in _entries(kind) if entry["machine"] == _machine()][-_RECENT:]
     if not known or work <= 0:
         return None
     alike = [entry for entry in known if 1 / _ALIKE <= work / entry["work"] <= _ALIKE]
@@ -82,15 +82,18 @@ def expected_seconds(kind: str, work: float) -> Seconds | None:
     return Seconds(min(rates) * work / _SPREAD, max(rates) * work * _SPREAD)
 
 
-def _entries() -> list[dict[str, Any]]:
-    path = _path()
+def _entries(kind: str) -> list[dict[str, Any]]:
+    """Those of a kind, in order; lines of others are not parsed."""
+    path, word = _path(), json.dumps(kind)
     found: list[dict[str, Any]] = []
     with suppress(OSError, UnicodeDecodeError):
         for line in path.read_text(encoding="utf-8").splitlines() if path is not None else ():
+            if word not in line:
+                continue
             with suppress(ValueError, TypeError, KeyError):
                 entry = json.loads(line)
                 entry["work"], entry["seconds"] = float(entry["work"]), float(entry["seconds"])
-                if entry["work"] > 0 and {"kind", "machine"} <= entry.keys():
+                if entry["work"] > 0 and entry["kind"] == kind and "machine" in entry:
                     found.append(entry)
     return found
 

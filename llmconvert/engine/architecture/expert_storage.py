@@ -81,14 +81,15 @@ class Conversions:
 
     def target(self, name: str) -> tuple[str, Conversion | None]:
         """The parameter that a tensor is loaded into, and how, if not as it is."""
-        number = _NUMBER.search(name)
-        if number is not None and number[1] != "0":  # of a layer, whose experts go where its first one goes
-            first = self.target(f"{name[: number.start(1)]}0{name[number.end(1) :]}")
-            if first[1] is not None and MergeModulelist in first[1].kinds:
-                return first
-        if name not in self._targets:
-            self._targets[name] = self._target(name)
-        return self._targets[name]
+        found = self._targets.get(name)
+        if found is None:
+            number = _NUMBER.search(name)
+            if number is not None and number[1] != "0":  # of a layer, whose experts go where its first one goes
+                first = self.target(f"{name[: number.start(1)]}0{name[number.end(1) :]}")
+                if first[1] is not None and MergeModulelist in first[1].kinds:
+                    found = first
+            found = self._targets[name] = found or self._target(name)
+        return found
 
     def _target(self, name: str) -> tuple[str, Conversion | None]:
         converters = [*self.converters, *self.elsewhere]

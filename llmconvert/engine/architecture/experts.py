@@ -87,10 +87,12 @@ class ExpertsLayout:
             return cls._of_dbrx(module)
         said = (getattr(module, flag, None) for flag in _FLAGS)
         has_gate, has_bias, transposed, concatenated = _UNSAID.get(kind, said)
+        if None in (has_gate, has_bias, transposed, concatenated):
+            return None
         shapes = {leaf: tuple(value.shape) for leaf, value in module.named_parameters(recurse=False)}
         first = _FUSED if has_gate else _UP
         biases = {f"{leaf}_bias" for leaf in (first, _DOWN)} if has_bias else set()
-        if None in (has_gate, has_bias, transposed, concatenated) or set(shapes) != {first, _DOWN} | biases:
+        if set(shapes) != {first, _DOWN} | biases:
             return None
         if any(len(shapes[leaf]) != 3 for leaf in (first, _DOWN)):
             return None
