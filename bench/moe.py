@@ -2,7 +2,7 @@
 
     python bench/moe.py make DENSE OUTPUT --kind exact|routed [--experts N] [--noise 0.05] [--seed 0]
     python bench/moe.py measure MODEL --calibration FILE --evaluation FILE --work DIR [--samples 32] [--length 512]
-        [--scheme w4a16-g64] [--method gptq|gptq-cut] [--prior 0.01 --prior 0] [--windows 8] [--window 1024]
+        [--scheme w4a16-g64] [--method gptq|gptq-cut] [--prior 2 --prior 0] [--windows 8] [--window 1024]
         [--draws 1] [--dtype float32]
     python bench/moe.py cut MODEL OUTPUT --blocks N
 
@@ -13,10 +13,11 @@ a random router, two of them chosen: close to the dense model, and each expert s
 Llama checkpoint of one shard; OUTPUT has Mixtral's layout.
 
 ``measure`` quantizes and scores by perplexity and mean KL divergence from the unquantized mixture on text that the
-calibration never saw. ``--prior`` is how strongly experts' moments are drawn toward their layer's, by the columns of an
-input; 0 is without. ``gptq-cut`` is for the dense model beside the exact mixture: it solves a down projection under a
-Hessian of which four blocks on the diagonal are left, which is all that four experts can know of it. With ``--draws``
-that is done on so many pieces of the calibration text, one behind the other: whether a difference is one of the text.
+calibration never saw. ``--prior`` is how strongly experts' moments are shrunk toward their diagonal, by the columns
+of an input; 0 is without. ``gptq-cut`` is for the dense model beside the exact mixture: it solves a down projection
+under a Hessian of which four blocks on the diagonal are left, which is all that four experts can know of it. With
+``--draws`` that is done on so many pieces of the calibration text, one behind the other: whether a difference is one
+of the text.
 
 ``cut`` writes the first N blocks of a model, which are a model too, in less time.
 """

@@ -16,8 +16,8 @@ fsync included; for a peer loading the model, quantizing and saving, which it do
 none. Peak memory is the process's, as ``wait4`` reports it. Perplexity, and the divergence of the predictions from the
 unquantized model's, are those of the dequantized weights in bfloat16, by one evaluator for all; they are measured for
 every artifact whose weights differ from those of an earlier round. ``--our-method gptaq`` runs another method of ours
-beside gptq. Models may be mixtures of experts (``bench/moe.py``); ``--mixture`` has ours run without drawing experts'
-moments toward their layer's too, and llm-compressor with the tokens that routers send to each expert alone. What
+beside gptq. Models may be mixtures of experts (``bench/moe.py``); ``--mixture`` has ours run without shrinking experts'
+moments too, and llm-compressor with the tokens that routers send to each expert alone. What
 llm-compressor's model predicts in memory, before it is saved, is in its report (``--json``).
 
 ``--profile`` shows first where our time goes, by phase, and the floor of each phase on this machine.

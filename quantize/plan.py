@@ -70,7 +70,7 @@ class QuantizeRequest:
         max_shard_bytes: size at which a new shard is begun.
         experts: which tokens an expert is calibrated on: those that the router sends it, or all of the layer.
         min_tokens_per_expert: with fewer tokens for an expert, by the original's routers, nothing is begun.
-        expert_prior: how strongly experts' moments are drawn toward their layer's, in tokens by the columns of an
+        expert_prior: how strongly experts' moments are shrunk toward their diagonal, in tokens by the columns of an
             input (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
         text: what the calibration windows are of, for formats that store it.
         split_nbytes: of a file of a format that is one file (GGUF), above which another is begun; None for one.
@@ -316,7 +316,7 @@ def work_nbytes(
                 if isinstance(method, ScalingQuantizer):  # rescaled weights in float32, and one more as it is made
                     solution += 8 * sum(heights) * columns
                 statistics = hessian_nbytes(columns, dtype, original=method.original, drift=drift)
-                # What an expert's moments are drawn toward stands beside them.
+                # The layer's moments, for experts that no token reaches, stand beside their copy.
                 drawn = statistics if sites[stop.linears[0]].kind == "expert" else 0
                 needs.append(drawn + max(statistics, solution))
     return max(needs)

@@ -100,7 +100,7 @@ class CalibratedSteps:
         original: the weights that the second stream runs; those that are quantized, if None.
         edges: of each block, for methods that move scales along them.
         mixtures: of each block the norms before experts, for such methods.
-        prior: how strongly experts' moments are drawn toward their layer's
+        prior: how strongly experts' moments are shrunk toward their diagonal
             (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
         every: whether every expert is shown all tokens of the text.
         caches: what looks at keys and values, by what the checkpoint calls attention modules; of those wanted.

@@ -2,7 +2,7 @@
 
     python bench/peers/ours.py --model DIR --ids FILE.npy --output DIR --report FILE.json
         [--method gptq] [--scheme w4a16-g64] [--format compressed-tensors] [--options JSON]
-        [--bits-per-weight 4.25] [--override "*.down_proj=w4a16-g32-asym" …] [--prior 0.01]
+        [--bits-per-weight 4.25] [--override "*.down_proj=w4a16-g32-asym" …] [--prior 2]
 
 Among the options, ``rotate`` is whether rotations are folded into the weights first.
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="the method's own settings, as JSON")
     parser.add_argument("--bits-per-weight", type=float, help="a budget instead of a scheme")
     parser.add_argument("--override", action="append", default=[], metavar="PATTERN=SCHEME")
-    parser.add_argument("--prior", type=float, default=PRIOR, help="how strongly experts' moments are drawn")
+    parser.add_argument("--prior", type=float, default=PRIOR, help="how strongly experts' moments are shrunk")
     options = parser.parse_args()
     rotate = options.options.pop("rotate", False)
     torch.set_num_threads(options.threads)

@@ -1,11 +1,12 @@
-"""Second moments of the inputs of experts, which few tokens reach, drawn toward those of their layer.
+"""Second moments of the inputs of experts, which few tokens reach, drawn toward their own diagonal.
 
-An expert sees only the tokens that the router sends it, which for some experts are fewer than the inputs have columns:
-their Hessian says nothing of most directions, and a solver that believes it moves weights astray there. So it is drawn
-toward what the other tokens of the layer say (a linear shrinkage, Ledoit and Wolf 2004): ``H' = (n H + κ H̄)/(n + κ)``,
-with ``n`` tokens of the expert's own. For gate and up, whose inputs are those of the layer, ``H̄`` is of all its
-tokens. The inputs of down lie in a space of the expert's own; there ``H̄`` is of what all tokens of the layer would
-bring, if they were sent to this expert.
+An expert sees only the tokens that the router sends it, which for some experts are fewer than the inputs have columns.
+How columns vary together is then mostly chance, and a solver that believes it makes up for rounding errors on these
+tokens alone. Each column's own energy is known much better. So moments are shrunk toward it (as in Schäfer and
+Strimmer 2005): ``H' = (n H + κ D) / (n + κ)``, with ``n`` tokens and ``D`` the diagonal of ``H``, which stays as it is.
+Where the original model's inputs come too, the tokens that κ stands for are such as both models agree on. An expert
+that no token reaches gets the moments of all tokens of its layer; for down of what these would bring, if they were sent
+to this expert.
 """
 
 from __future__ import annotations
@@ -22,13 +23,11 @@ from llmconvert.engine.stream import BlockRun
 
 __all__ = ["PRIOR", "ExpertMoments"]
 
-#: κ by the columns of the input. Seen on eight experts with 256 tokens each (``bench/moe.py``, over 1,022 predictions):
-#: KL 0.281 with 0, 0.271 with 0.01, 0.296 with 0.25; on four other texts 0 and 0.01 gave the same within what another
-#: text changes (``bench/results/2026-11-30-mixtures-epyc.md``). What no token reached has nothing but its layer's.
-PRIOR = 0.01
-# Down projections of experts with more tokens than this by column are not shown the others' tokens, which costs all
-# tokens of the layer for every expert: from one token by column on, κ is a hundredth of what is there.
-_ENOUGH = 1
+#: κ by the columns of the input. With two tokens for every three columns or fewer the share of the diagonal is at
+#: :data:`_MOST`; with 30 for each column it is a sixteenth (``bench/results/2026-11-30-starved-experts-epyc.md``).
+PRIOR = 2.0
+# Of one token by ten columns and of one by column, held-out text wants about this much of the diagonal, and not more.
+_MOST = 0.6
 
 
 class ExpertMoments:
@@ -38,7 +37,8 @@ class ExpertMoments:
         run: the block.
         original: the same in the original model, for methods that aim at its outputs.
         device: where it is computed.
-        prior: κ by the columns of the input; 0 leaves moments as the expert's own tokens give them.
+        prior: κ by the columns of the input; 0 leaves moments as the expert's own tokens give them, and has an expert
+            without tokens refused.
         every: whether every expert is shown all tokens of the layer, wherever the router sends them.
         ranks: the processes, each of which has a part of the tokens.
     """
@@ -68,56 +68,47 @@ class ExpertMoments:
         return self._counts[site.layer][site.expert]
 
     def hessian(self, stop: Stop) -> Hessian:
-        """Of the inputs of a stop's matrices, drawn toward those of the layer.
+        """Of the inputs of a stop's matrices, shrunk toward its diagonal.
 
         Raises:
-            CalibrationError: an input is not finite; or no token reached the expert, and it is not to be drawn.
+            CalibrationError: an input is not finite; or no token reached the expert, and the layer's are not wanted.
         """
         name, columns = stop.linears[0], stop.columns
         self._run.experts(name).reach(self._run.site(name).expert)
-        share = self._share(stop)
-        if not share:
-            return self._sum(name, columns, self._arrivals(stop, routed=True)).hessian()
-        if share == 1:
-            drawn = self._of_layer(stop)
-            return Hessian(drawn.matrix.clone(), drawn.tokens, None if drawn.cross is None else drawn.cross.clone())
-        found = self._sum(name, columns, self._arrivals(stop, routed=True)).hessian()
-        drawn = self._of_layer(stop)
-        found.matrix.lerp_(drawn.matrix, share)
-        if found.cross is not None and drawn.cross is not None:
-            found.cross.lerp_(drawn.cross, share)
+        if self._by_layer(name):
+            layer = self._of_layer(stop)
+            cross = None if layer.cross is None else layer.cross.clone()
+            found = Hessian(layer.matrix.clone(), layer.tokens, cross)
+        else:
+            found = self._sum(name, columns, self._arrivals(stop, routed=True)).hessian()
+        prior = self._prior * columns
+        share = min(_MOST, prior / (found.tokens + prior)) if prior else 0.0
+        own = found.matrix.diagonal().clone()
+        for matrix in (found.matrix, found.cross):
+            if matrix is not None:
+                matrix.mul_(1 - share).diagonal().add_(own, alpha=share)
         return found
 
     def magnitudes(self, stop: Stop) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the inputs of a stop's matrices the mean magnitude of each column, drawn likewise, and the largest.
+        """Of the inputs of a stop's matrices the mean magnitude of each column, and the largest.
 
         Returns:
-            float32 ``[columns]`` each; what is drawn toward counts among the largest.
+            float32 ``[columns]`` each; of all tokens of the layer, where these stand for the expert's own.
         """
-        share = self._share(stop)
-        mean = torch.zeros(stop.columns, dtype=torch.float32, device=self._device)
-        largest = torch.zeros_like(mean)
-        for weight, routed in ((1 - share, True), (share, False)):
-            if weight:
-                total, tokens = torch.zeros_like(mean, dtype=torch.float64), 0
-                for here, _ in self._arrivals(stop, routed=routed):
-                    if len(here.inputs):
-                        sizes = here.inputs.abs()
-                        total += sizes.sum(0, dtype=torch.float32)
-                        largest = torch.maximum(largest, sizes.amax(0).float())
-                        tokens += len(sizes)
-                mean += weight * (total / max(1, tokens)).float()
-        return mean, largest
+        total = torch.zeros(stop.columns, dtype=torch.float64, device=self._device)
+        largest = torch.zeros(stop.columns, dtype=torch.float32, device=self._device)
+        tokens = 0
+        for here, _ in self._arrivals(stop, routed=not self._by_layer(stop.linears[0])):
+            if len(here.inputs):
+                sizes = here.inputs.abs()
+                total += sizes.sum(0, dtype=torch.float32)
+                largest = torch.maximum(largest, sizes.amax(0).float())
+                tokens += len(sizes)
+        return (total / max(1, tokens)).float(), largest
 
-    def _share(self, stop: Stop) -> float:
-        """How far the expert's own statistics are drawn: 0 not at all, 1 says that nothing is left of them."""
-        name, columns = stop.linears[0], stop.columns
-        tokens, weight = self.tokens(name), self._prior * columns
-        if self.every:
-            return 1.0
-        if not weight or (self._run.site(name).projection == "down_proj" and tokens > _ENOUGH * columns):
-            return 0.0
-        return weight / (tokens + weight)
+    def _by_layer(self, name: str) -> bool:
+        """Whether all tokens of the layer stand for those of the expert that a site belongs to."""
+        return self.every or (self._prior > 0 and not self.tokens(name))
 
     def _of_layer(self, stop: Stop) -> Hessian:
         """Of the inputs of all experts of a layer, which is kept, since each of them asks; of down of this one."""

@@ -11,13 +11,12 @@ import torch
 from support.quantize_process import start
 from support.tiny_architectures import ids
 from support.tiny_checkpoints import save_tiny_checkpoint
-from support.tiny_mixtures import WHOLE, fuse_experts, load_mixture, tiny_mixture
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from support.tiny_mixtures import WHOLE, fuse_experts, load_mixture, tiny_mixture, visits
+from transformers import AutoModelForCausalLM
 
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.stream import Stream
 from llmconvert.errors import CalibrationError, LlmconvertError, SchemeError, UnsupportedError
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import judge_model, quantize_checkpoint
@@ -27,7 +26,6 @@ from llmconvert.quantize.mixed_precision.units import fused_units
 from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.solve.expert_moments import ExpertMoments
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
@@ -39,53 +37,6 @@ def quantize(source: Path, output: Path, scheme: str = "w4a16-g16", **options: A
     options = {"method": "gptq", "windows": WINDOWS, **options}
     quantize_checkpoint(SafetensorsCheckpoint(source), output, scheme=Scheme.parse(scheme), **options)
     return SafetensorsCheckpoint(output)
-
-
-def visits(model: PreTrainedModel, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What reaches the experts of a layer in the resident model: hidden states, and where they go."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    experts = model.model.layers[layer].mlp.experts
-    handle = experts.register_forward_pre_hook(lambda module, args: seen.append((args[0].float(), args[1])))
-    with torch.no_grad():
-        for window in WINDOWS:
-            model(window)
-    handle.remove()
-    return seen
-
-
-@pytest.mark.parametrize(("prior", "whole"), [(0.0, False), (0.25, False), (0.25, True)])
-def test_moments_are_what_they_are_defined_as(mixture: Mixture, prior: float, whole: bool) -> None:
-    directory = mixture("mixtral")
-    skeleton = Skeleton(SafetensorsCheckpoint(directory), CPU)
-    stream = Stream(skeleton, WINDOWS, discover(skeleton, 56), mode="lockstep")
-    run = next(stream.blocks())
-    moments = ExpertMoments(run, None, CPU, prior, every=whole)
-    seen = visits(model := load_mixture(directory), 0)
-    experts = model.model.layers[0].mlp.experts
-    every = torch.cat([hidden for hidden, _ in seen])
-    layer = every.T @ every / len(every)
-    for stop in run.plan.stops:
-        site = run.site(stop.linears[0])
-        if site.kind != "expert":
-            continue
-        rows = torch.cat([hidden[(index == site.expert).any(1)] for hidden, index in seen])
-        assert 0 < len(rows) < len(every)
-        drawn_rows = every
-        if site.projection == "down_proj":
-            weight = experts.gate_up_proj[site.expert].detach()
-
-            def inner(values: torch.Tensor, weight: torch.Tensor = weight) -> torch.Tensor:
-                gate, up = (values.bfloat16() @ weight.T).chunk(2, dim=-1)
-                return (torch.nn.functional.silu(gate) * up).float()
-
-            rows, drawn_rows = inner(rows), inner(every)
-        drawn = layer if site.projection != "down_proj" else drawn_rows.T @ drawn_rows / len(drawn_rows)
-        kappa = prior * stop.columns
-        wanted = drawn if whole else (rows.T @ rows + kappa * drawn) / (len(rows) + kappa)
-        found = moments.hessian(stop)
-        assert found.tokens == len(every if whole else rows) and moments.tokens(stop.linears[0]) == len(rows)
-        torch.testing.assert_close(found.matrix, wanted, rtol=2e-2, atol=2e-2 * float(wanted.diagonal().mean()))
-    stream.close()
 
 
 def test_an_expert_without_tokens_gets_the_layers_moments(mixture: Mixture, tmp_path: Path) -> None:
@@ -104,7 +55,7 @@ def test_results_say_how_many_tokens_each_expert_got(mixture: Mixture, tmp_path:
     result = quantize_checkpoint(
         SafetensorsCheckpoint(mixture("mixtral")), tmp_path / "out", scheme=scheme, min_tokens_per_expert=1, **options
     )
-    seen = visits(load_mixture(mixture("mixtral")), 0)
+    seen = visits(load_mixture(mixture("mixtral")), 0, WINDOWS)
     for number in range(6):
         name = f"model.layers.0.mlp.experts.{number}"
         counts = {layer.tokens for layer in result.layers if layer.expert == name}
@@ -115,7 +66,7 @@ def test_results_say_how_many_tokens_each_expert_got(mixture: Mixture, tmp_path:
 
 
 def test_too_few_tokens_for_an_expert_are_told_before_anything_is_written(mixture: Mixture, tmp_path: Path) -> None:
-    seen = visits(load_mixture(mixture("mixtral")), 0)
+    seen = visits(load_mixture(mixture("mixtral")), 0, WINDOWS)
     counts = {number: sum(int((index == number).sum()) for _, index in seen) for number in range(6)}
     fewest = min(counts, key=lambda number: counts[number])
     with pytest.raises(

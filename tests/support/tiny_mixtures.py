@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from support.tiny_architectures import VOCABULARY
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-__all__ = ["MIXTURES", "WHOLE", "fuse_experts", "load_mixture", "tiny_mixture"]
+__all__ = ["MIXTURES", "WHOLE", "fuse_experts", "load_mixture", "tiny_mixture", "visits"]
 
 _BASE: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -240,3 +240,17 @@ def load_mixture(directory: Path, **options: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.bfloat16, experts_implementation="eager", **{"attn_implementation": "sdpa", **options}
     ).eval()
+
+
+def visits(
+    model: PreTrainedModel, layer: int, windows: Sequence[torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What reaches the experts of a layer in the resident model: hidden states, and where they go."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    experts = model.model.layers[layer].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda module, args: seen.append((args[0].float(), args[1])))
+    with torch.no_grad():
+        for window in windows:
+            model(window)
+    handle.remove()
+    return seen
