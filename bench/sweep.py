@@ -2,7 +2,7 @@
 
     python bench/sweep.py --model DIR --calibration FILE --evaluation FILE --work DIR [--samples 32] [--length 512]
         [--windows 8] [--window 1024] [--rounds 2] [--apart 8]
-        [--method gptq]
+        [--method gptq] [--format gguf --schemes q4_k_m q2_k …]
 
 Each phase is a whole process of ``llmconvert run`` in a work directory of its own: first the recipe without its
 validate section, then with it, which finds the quantized models there; and once more, which finds everything there and
@@ -18,6 +18,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,15 @@ def main() -> None:
     parser = parser_of(__doc__, samples=32, length=512, threads=2, method="gptq", window=1024)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--apart", type=int, default=len(SCHEMES), help="schemes whose sequential quality is shown")
+    parser.add_argument("--format", default="compressed-tensors")
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES, help="the first one is also made alone")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     ones, eights = [], []
     for _ in range(options.rounds):
-        ones.append(run(options, "one", SCHEMES[:1], "sequential"))
-        eights.append(run(options, "eight", SCHEMES, None))
-    apart = run(options, "apart", SCHEMES[: options.apart], "sequential")
+        ones.append(run(options, "one", options.schemes[:1], "sequential"))
+        eights.append(run(options, "eight", options.schemes, None))
+    apart = run(options, "apart", options.schemes[: options.apart], "sequential") if options.apart > 1 else ones[0]
     tokens = (
         f"{options.samples} × {options.length} tokens to calibrate, {options.windows} × {options.window} to measure"
     )
@@ -56,7 +59,7 @@ def main() -> None:
     rows = []
     for phase in ("quantizing", "measuring"):
         one, eight = (_median([getattr(made, phase) for made in several]) for several in (ones, eights))
-        for name, cost in (("one, sequential", one), (f"{len(SCHEMES)} in one pass", eight)):
+        for name, cost in (("one, sequential", one), (f"{len(options.schemes)} in one pass", eight)):
             times = (f"{cost.seconds:.1f} s", f"{cost.cpu:.1f} s", f"{cost.cpu / one.cpu:.2f}")
             rows.append([f"{phase}: {name}", *times, megabytes(cost.peak_rss)])
     print(markdown_table(["", "wall clock", "CPU", "ratio of CPU", "peak RSS of the process"], rows))
@@ -83,7 +86,7 @@ class Made:
     quality: dict[str, tuple[float, float]] = field(repr=False)
 
 
-def run(options: argparse.Namespace, name: str, schemes: tuple[str, ...], statistics_of: str | None) -> Made:
+def run(options: argparse.Namespace, name: str, schemes: Sequence[str], statistics_of: str | None) -> Made:
     """Run a recipe with these schemes."""
     work = options.work / name
     shutil.rmtree(work, ignore_errors=True)
@@ -97,7 +100,7 @@ def run(options: argparse.Namespace, name: str, schemes: tuple[str, ...], statis
         "name": name,
         "model": str(options.model),
         "calibrate": calibrate | ({"statistics": statistics_of} if statistics_of else {}),
-        "quantize": {"method": options.method, "scheme": schemes[0]},
+        "quantize": {"method": options.method, "format": options.format, "scheme": schemes[0]},
         "matrix": {"quantize.scheme": list(schemes)},
         "work_dir": str(work),
     }
