@@ -149,6 +149,11 @@ def require_kv_heads(geometry: AttentionGeometry, kv_heads: int) -> None:
     if kv_heads in possible:
         return
     ways = f"possible: {', '.join(map(str, possible))}" if possible else "it is multi-query attention already"
+    if kv_heads == now and possible:
+        raise UnsupportedError(
+            f"{geometry.model_type} has {now} key-value heads already, and merging leaves fewer; to keep them, ask for "
+            f"none (in a recipe's matrix, attention: [null, {{kv_heads: {possible[-1]}}}]); {ways}"
+        )
     raise UnsupportedError(
         f"{geometry.model_type} with {now} key-value heads cannot be merged to {kv_heads}: whole groups of equal size "
         f"become one; {ways}"

@@ -104,11 +104,13 @@ def test_norms_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
         read_geometry(SafetensorsCheckpoint(path))
 
 
-@pytest.mark.parametrize("count", [0, 3, 4, 8])
+@pytest.mark.parametrize("count", [0, 3, 8])
 def test_counts_that_do_not_divide_are_refused_with_those_that_do(count: int, tmp_path: Path) -> None:
     geometry = read_geometry(SafetensorsCheckpoint(grouped_model(tmp_path / "model", "llama", kv_heads=4, head_dim=8)))
     with pytest.raises(UnsupportedError, match=rf"cannot be merged to {count}: .*possible: 1, 2$"):
         require_kv_heads(geometry, count)
+    with pytest.raises(UnsupportedError, match=r"has 4 .* already.*\[null, \{kv_heads: 2\}\]\); possible: 1, 2$"):
+        require_kv_heads(geometry, 4)
     require_kv_heads(geometry, 2)
 
 
