@@ -104,7 +104,7 @@ _MODULES = {
     "run_sweep": "recipes.sweep.job",
     "make_sweep": "recipes.sweep.expand",
     "load_sweep": "recipes.sweep.expand",
-    "SweepResult": "recipes.sweep.job",
+    "SweepResult": "recipes.sweep.result",
     "Sweep": "recipes.sweep.expand",
     "SILENT": "progress",
     "AttentionReport": "report.steps",
@@ -217,7 +217,8 @@ if TYPE_CHECKING:
     from llmconvert.recipes.schema.recipe import Recipe
     from llmconvert.recipes.shipped import shipped_recipes
     from llmconvert.recipes.sweep.expand import Sweep, load_sweep, make_sweep
-    from llmconvert.recipes.sweep.job import SweepResult, run_sweep
+    from llmconvert.recipes.sweep.job import run_sweep
+    from llmconvert.recipes.sweep.result import SweepResult
     from llmconvert.report.report import Check, ModelInfo, Report, Step, require_passed
     from llmconvert.report.section import Column, Plot, Section, Series
     from llmconvert.report.steps import AttentionReport, DistilReport, DtypeReport, HealReport, QuantizeReport

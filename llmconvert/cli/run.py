@@ -120,7 +120,7 @@ def _run(manners: Manners, settings: dict[str, Any], *, engine: Any, memory: str
     outcomes = run_batch(
         recipes, overrides=overrides, publish=publish, engine=engine, memory=usable, progress=progress, **settings
     )
-    failed = [outcome for outcome in outcomes if outcome.failure is not None]
+    failed = [outcome for outcome in outcomes if outcome.exit_code]
     if manners.as_json:
         manners.result(batch_values(outcomes))
     if len(outcomes) == 1 and failed and isinstance(failed[0].failure, LlmconvertError):

@@ -14,7 +14,7 @@ from rich.text import Text
 from llmconvert.printable import printable
 from llmconvert.recipes.batch.outcome import Outcome
 from llmconvert.recipes.runner import RunResult
-from llmconvert.recipes.sweep.job import SweepResult
+from llmconvert.recipes.sweep.result import SweepResult
 from llmconvert.report.report import Report
 from llmconvert.validate.render.comparison import ReportComparison, render_comparison_table
 from llmconvert.validate.render.display import format_bytes, format_seconds
@@ -66,7 +66,7 @@ def print_batch(outcomes: Sequence[Outcome]) -> None:
     table = Table(title="Recipes", title_justify="left")
     for heading in ("recipe", "time", "result", "where"):
         table.add_column(heading, overflow="fold")
-    for outcome in outcomes:
+    for outcome in (one for one in outcomes if not one.left_out):
         verdict, where = Text(f"failed ({outcome.exit_code})", "red"), outcome.error
         if outcome.result is not None:
             told = outcome.result.report.outcome == "passed"
@@ -81,16 +81,19 @@ def _print_sweep(swept: SweepResult, console: Console) -> None:
     for heading in ("variant", "size", "bits", "perplexity", "KL", ""):
         table.add_column(heading, overflow="fold", justify="left" if heading in ("variant", "") else "right")
     bend = knee(points(swept.reports, "perplexity"))
+    left_out = {name for names in swept.left_out.values() for name in names}
     for variant in swept.sweep.variants:
         name, report = variant.name, swept.reports.get(variant.name)
         cells = {check.name: check for check in report.checks} if report is not None else {}
         notes = ["taken"] if name == swept.picked else []
         notes += ["knee"] if bend is not None and bend.name == name else []
-        notes += ["failed"] if name in swept.failures else []
+        notes += ["left out" if name in left_out else "failed"] if name in swept.failures else []
         shown = ((check, cells.get(check)) for check in ("size_bytes", "bits_per_weight", "perplexity", "kl_mean"))
         values = [_short(check, found.value) if found is not None else "" for check, found in shown]
         table.add_row(Text(printable(name)), *values, Text(", ".join(notes)))
     console.print(table)
+    for reason, names in swept.left_out.items():
+        console.print(Text(printable(f"left out: {', '.join(names)}: {reason}")))
     if swept.page is not None:
         console.print(Text(f"side by side: {swept.page}"), soft_wrap=True)
 

@@ -91,7 +91,7 @@ class Board:
 
     def end(self, number: int, outcomes: list[Outcome]) -> None:
         """A job has ended so."""
-        failed = [one for one in outcomes if one.failure is not None]
+        failed = [one for one in outcomes if one.exit_code]
         self.states[number].state = "failed" if failed else "done"
         self._took[number] = self.seconds(number)
         self._outcomes[number] = outcomes

@@ -12,7 +12,7 @@ from llmconvert.errors import LlmconvertError
 from llmconvert.recipes.runner import RunResult
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.sweep.expand import Sweep
-from llmconvert.recipes.sweep.job import SweepResult
+from llmconvert.recipes.sweep.result import SweepResult
 from llmconvert.report.report import Report
 
 __all__ = ["Outcome", "from_values", "outcomes_of_sweep", "to_values"]
@@ -29,6 +29,7 @@ class Outcome:
         seconds: wall-clock time.
         sweep: what the variants of one recipe made together; None of a recipe by itself.
         log: file that holds what it said; None where it was said here.
+        left_out: whether it is a variant that could not be, which is no failure of the others.
     """
 
     recipe: str
@@ -37,11 +38,12 @@ class Outcome:
     seconds: float
     sweep: SweepResult | None = None
     log: Path | None = None
+    left_out: bool = False
 
     @property
     def exit_code(self) -> int:
         """0, or what the failure ends a program with."""
-        return 0 if self.failure is None else getattr(self.failure, "exit_code", 1)
+        return 0 if self.failure is None or self.left_out else getattr(self.failure, "exit_code", 1)
 
     @property
     def error(self) -> str:
@@ -57,11 +59,12 @@ class _ForeignError(Exception):
 
 def outcomes_of_sweep(recipe: str, swept: SweepResult, log: Path | None = None) -> list[Outcome]:
     """How each variant of a sweep ended."""
-    names = [variant.name for variant in swept.sweep.variants]
-    return [
-        Outcome(f"{recipe}: {name}", swept.results.get(name), swept.failures.get(name), swept.seconds[name], swept, log)
-        for name in names
-    ]
+    left_out = {name for names in swept.left_out.values() for name in names}
+    outcomes = []
+    for name in (variant.name for variant in swept.sweep.variants):
+        result, failure, seconds = swept.results.get(name), swept.failures.get(name), swept.seconds[name]
+        outcomes.append(Outcome(f"{recipe}: {name}", result, failure, seconds, swept, log, name in left_out))
+    return outcomes
 
 
 def to_values(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -32,36 +32,14 @@ from llmconvert.recipes.sweep.bundle import MadeVariant, SetTargets, set_targets
 from llmconvert.recipes.sweep.comparing import compare_variants
 from llmconvert.recipes.sweep.expand import Sweep, require_places
 from llmconvert.recipes.sweep.page import write_page
+from llmconvert.recipes.sweep.result import SweepResult, is_refusal
 from llmconvert.recipes.sweep.together import quantize_variants
 from llmconvert.report.report import Report
 from llmconvert.storage.stages import StageStore
 
-__all__ = ["SweepResult", "run_sweep", "with_statistics"]
+__all__ = ["run_sweep", "with_statistics"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class SweepResult:
-    """What a sweep made.
-
-    Attributes:
-        sweep: its variants.
-        results: of those that were made and keep their limits, by name.
-        failures: why the others are not there, or are not good enough, by name.
-        reports: of all that were measured, by name.
-        seconds: wall-clock time that each variant took by itself; what they shared is in the first one's.
-        picked: the variant that the sweep's rule takes; None without a rule, or where none is good enough.
-        page: all reports side by side; None if nothing was measured.
-    """
-
-    sweep: Sweep
-    results: Mapping[str, RunResult]
-    failures: Mapping[str, Exception]
-    reports: Mapping[str, Report]
-    seconds: Mapping[str, float]
-    picked: str | None
-    page: Path | None
 
 
 def run_sweep(
@@ -156,12 +134,12 @@ class _Job:
                     self.results[name] = published
         if self.targets is not None and self.targets.together is not None and self.results:
             self._publish_set(self.targets.together)
-        page = None
+        made = SweepResult(self.sweep, self.results, self.failures, reports, self.seconds, picked, None)
         if len(reports) > 1:
             artifacts = {name: self.running[name].artifact or self.store.work_dir for name in reports}
-            page = write_page(self.sweep, self.store.work_dir, reports, artifacts, self.failures, picked)
-            self.progress.log(f"{self.sweep.name}: compared in {page}")
-        return SweepResult(self.sweep, self.results, self.failures, reports, self.seconds, picked, page)
+            made = replace(made, page=write_page(made, self.store.work_dir, artifacts))
+            self.progress.log(f"{self.sweep.name}: compared in {made.page}")
+        return made
 
     def _publish_set(self, target: PublishSettings) -> None:
         """Put all that was made into one repository."""
@@ -218,7 +196,7 @@ class _Job:
 
     def _fail(self, name: str, error: Exception) -> None:
         self.failures[name] = error
-        self.progress.log(f"{name}: left out: {error}")
+        self.progress.log(f"{name}: {'left out' if is_refusal(error) else 'failed'}: {error}")
 
 
 def _advance(running: Running) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from llmconvert.recipes.sweep.expand import Sweep
-from llmconvert.report.report import Report
+from llmconvert.recipes.sweep.result import SweepResult
 from llmconvert.storage.writer import write_file, write_json
 from llmconvert.validate.render.comparison import compare_reports, render_comparison
 from llmconvert.validate.render.pareto import knee, points
@@ -20,15 +19,9 @@ _FOLDER = "sweeps"
 _MEASURE = "perplexity"
 
 
-def write_page(
-    sweep: Sweep,
-    work_dir: Path,
-    reports: Mapping[str, Report],
-    artifacts: Mapping[str, Path],
-    failures: Mapping[str, Exception],
-    picked: str | None,
-) -> Path:
+def write_page(swept: SweepResult, work_dir: Path, artifacts: Mapping[str, Path]) -> Path:
     """Write ``sweeps/<name>/index.html`` and ``summary.json`` beside it; gives the page's path."""
+    sweep, reports, failures, picked = swept.sweep, swept.reports, swept.failures, swept.picked
     folder = work_dir / _FOLDER / sweep.name
     folder.mkdir(parents=True, exist_ok=True)
     bend = knee(points(reports, _MEASURE))
@@ -37,7 +30,10 @@ def write_page(
         remarks.append(f"The knee is {bend.name}: beyond it, more bytes gain little.")
     if sweep.pick is not None:
         remarks.append(f"{sweep.pick.text}: {picked or 'no variant'}.")
-    remarks += [f"{name} is left out: {error}" for name, error in failures.items() if name not in reports]
+    left_out = {name: reason for reason, names in swept.left_out.items() for name in names}
+    remarks += [f"Left out: {', '.join(names)}: {reason}" for reason, names in swept.left_out.items()]
+    lost = {name: error for name, error in failures.items() if name not in reports and name not in left_out}
+    remarks += [f"{name} failed: {error}" for name, error in lost.items()]
     links = {
         name: os.path.relpath(page, folder)
         for name, artifact in artifacts.items()
@@ -53,7 +49,9 @@ def write_page(
             checks = reports[variant.name].checks
             about["measured"] = {check.name: check.value for check in checks if check.value is not None}
             about["artifact"] = os.path.relpath(artifacts[variant.name], folder)
-        if variant.name in failures:
+        if variant.name in left_out:
+            about["left_out"] = left_out[variant.name]
+        elif variant.name in failures:
             about["failure"] = str(failures[variant.name])
         variants[variant.name] = about
     summary = {"sweep": sweep.name, "knee": bend.name if bend is not None else None, "picked": picked}

@@ -20,7 +20,8 @@ from llmconvert.recipes.batch.run import run_batch
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.runner import RunResult, run_recipe
 from llmconvert.recipes.sweep.expand import load_sweep
-from llmconvert.recipes.sweep.job import SweepResult, run_sweep, with_statistics
+from llmconvert.recipes.sweep.job import run_sweep, with_statistics
+from llmconvert.recipes.sweep.result import SweepResult
 from llmconvert.report.report import Check
 
 
@@ -106,7 +107,8 @@ def test_variants_share_a_pass_are_compared_and_one_is_published(
     assert weights(tmp_path / "best") == weights(result.results[result.picked].artifact)
     assert result.page is not None
     page, summary = result.page.read_text(), json.loads((result.page.parent / "summary.json").read_text())
-    assert "many-gptq-w4a16-g48 is left out" in page and result.picked in page
+    assert "Left out: many-gptq-w4a16-g48: scheme" in page and result.picked in page
+    assert "does not divide" in summary["variants"]["many-gptq-w4a16-g48"]["left_out"]
     assert summary["picked"] == result.picked and summary["variants"][result.picked]["measured"]["perplexity"] > 1
     links = [line.split('"')[1] for line in page.split("<a href=")[1:]]
     assert len(links) == len(result.reports) and all((result.page.parent / link).is_file() for link in links)
@@ -115,10 +117,11 @@ def test_variants_share_a_pass_are_compared_and_one_is_published(
     log = Log()
     outcomes = run_batch([str(path)], progress=log)
     assert not any("done in" in line for line in log.lines)
-    assert [outcome.exit_code for outcome in outcomes] == [0, 0, 2, 0, 0, 0]
+    assert [(outcome.exit_code, outcome.left_out) for outcome in outcomes] == [(0, number == 2) for number in range(6)]
     print_batch(outcomes)
     shown = capsys.readouterr().out
-    assert "taken" in shown and "side by side" in shown and "many-gptaq-w4a16-g32" in shown
+    assert "taken" in shown and "side by side" in shown and shown.count("left out: many-gptq-w4a16-g48: scheme") == 1
+    assert "failed" not in shown and "many-gptaq-w4a16-g32" in shown
 
 
 @pytest.mark.slow

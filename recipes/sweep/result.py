@@ -1,0 +1,51 @@
+"""What a sweep made, what could not be, and what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmconvert.errors import OutputError, UsageError
+from llmconvert.recipes.runner import RunResult
+from llmconvert.recipes.sweep.expand import Sweep
+from llmconvert.report.report import Report
+
+__all__ = ["SweepResult", "is_refusal"]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What a sweep made.
+
+    Attributes:
+        sweep: its variants.
+        results: of those that were made and keep their limits, by name.
+        failures: why the others are not there, or are not good enough, by name.
+        reports: of all that were measured, by name.
+        seconds: wall-clock time that each variant took by itself; what they shared is in the first one's.
+        picked: the variant that the sweep's rule takes; None without a rule, or where none is good enough.
+        page: all reports side by side; None if nothing was measured.
+    """
+
+    sweep: Sweep
+    results: Mapping[str, RunResult]
+    failures: Mapping[str, Exception]
+    reports: Mapping[str, Report]
+    seconds: Mapping[str, float]
+    picked: str | None
+    page: Path | None
+
+    @property
+    def left_out(self) -> Mapping[str, tuple[str, ...]]:
+        """Reasons why variants could not be, with the names of those; empty where nothing else was made either."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, error in self.failures.items() if self.results else ():
+            if name not in self.reports and is_refusal(error):
+                found[str(error)] = (*found.get(str(error), ()), name)
+        return found
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a variant's settings do not go with the model or with one another, which no second try changes."""
+    return isinstance(error, UsageError) and not isinstance(error, OutputError)
