@@ -81,7 +81,7 @@ def _print_sweep(swept: SweepResult, console: Console) -> None:
     for heading in ("variant", "size", "bits", "perplexity", "KL", ""):
         table.add_column(heading, overflow="fold", justify="left" if heading in ("variant", "") else "right")
     bend = knee(points(swept.reports, "perplexity"))
-    left_out = {name for names in swept.left_out.values() for name in names}
+    left_out = swept.left_out
     for variant in swept.sweep.variants:
         name, report = variant.name, swept.reports.get(variant.name)
         cells = {check.name: check for check in report.checks} if report is not None else {}
@@ -92,8 +92,8 @@ def _print_sweep(swept: SweepResult, console: Console) -> None:
         values = [_short(check, found.value) if found is not None else "" for check, found in shown]
         table.add_row(Text(printable(name)), *values, Text(", ".join(notes)))
     console.print(table)
-    for reason, names in swept.left_out.items():
-        console.print(Text(printable(f"left out: {', '.join(names)}: {reason}")))
+    for line in swept.left_out_lines:
+        console.print(Text(printable(f"left out: {line}")))
     if swept.page is not None:
         console.print(Text(f"side by side: {swept.page}"), soft_wrap=True)
 

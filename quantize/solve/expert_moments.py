@@ -76,9 +76,7 @@ class ExpertMoments:
         name, columns = stop.linears[0], stop.columns
         self._run.experts(name).reach(self._run.site(name).expert)
         if self._by_layer(name):
-            layer = self._of_layer(stop)
-            cross = None if layer.cross is None else layer.cross.clone()
-            found = Hessian(layer.matrix.clone(), layer.tokens, cross)
+            found = self._of_layer(stop)
         else:
             found = self._sum(name, columns, self._arrivals(stop, routed=True)).hessian()
         prior = self._prior * columns
@@ -111,14 +109,15 @@ class ExpertMoments:
         return self.every or (self._prior > 0 and not self.tokens(name))
 
     def _of_layer(self, stop: Stop) -> Hessian:
-        """Of the inputs of all experts of a layer, which is kept, since each of them asks; of down of this one."""
+        """Of the inputs of all experts of a layer, copied of what is kept, since each asks; of down of this one."""
         site = self._run.site(stop.linears[0])
         if site.projection == "down_proj":
             return self._sum(site.name, stop.columns, self._arrivals(stop, routed=False)).hessian()
         if self._layer is None or self._layer[0] != site.layer:
             total = self._sum(stop.linears[0], stop.columns, self._arrivals(stop, routed=False))
             self._layer = site.layer, total.hessian()
-        return self._layer[1]
+        kept = self._layer[1]
+        return Hessian(kept.matrix.clone(), kept.tokens, None if kept.cross is None else kept.cross.clone())
 
     def _arrivals(self, stop: Stop, *, routed: bool) -> Iterable[tuple[Arrival, Arrival | None]]:
         here = self._run.arrivals(stop, everywhere=not routed)

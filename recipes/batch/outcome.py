@@ -59,8 +59,7 @@ class _ForeignError(Exception):
 
 def outcomes_of_sweep(recipe: str, swept: SweepResult, log: Path | None = None) -> list[Outcome]:
     """How each variant of a sweep ended."""
-    left_out = {name for names in swept.left_out.values() for name in names}
-    outcomes = []
+    left_out, outcomes = swept.left_out, []
     for name in (variant.name for variant in swept.sweep.variants):
         result, failure, seconds = swept.results.get(name), swept.failures.get(name), swept.seconds[name]
         outcomes.append(Outcome(f"{recipe}: {name}", result, failure, seconds, swept, log, name in left_out))

@@ -30,8 +30,8 @@ def write_page(swept: SweepResult, work_dir: Path, artifacts: Mapping[str, Path]
         remarks.append(f"The knee is {bend.name}: beyond it, more bytes gain little.")
     if sweep.pick is not None:
         remarks.append(f"{sweep.pick.text}: {picked or 'no variant'}.")
-    left_out = {name: reason for reason, names in swept.left_out.items() for name in names}
-    remarks += [f"Left out: {', '.join(names)}: {reason}" for reason, names in swept.left_out.items()]
+    left_out = swept.left_out
+    remarks += [f"Left out: {line}" for line in swept.left_out_lines]
     lost = {name: error for name, error in failures.items() if name not in reports and name not in left_out}
     remarks += [f"{name} failed: {error}" for name, error in lost.items()]
     links = {

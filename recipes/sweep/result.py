@@ -37,13 +37,17 @@ class SweepResult:
     page: Path | None
 
     @property
-    def left_out(self) -> Mapping[str, tuple[str, ...]]:
-        """Reasons why variants could not be, with the names of those; empty where nothing else was made either."""
-        found: dict[str, tuple[str, ...]] = {}
-        for name, error in self.failures.items() if self.results else ():
-            if name not in self.reports and is_refusal(error):
-                found[str(error)] = (*found.get(str(error), ()), name)
-        return found
+    def left_out(self) -> Mapping[str, str]:
+        """Reasons why variants could not be, by name; empty where nothing else was made either."""
+        refused = {name: str(error) for name, error in self.failures.items() if is_refusal(error)}
+        return {name: reason for name, reason in refused.items() if self.results and name not in self.reports}
+
+    @property
+    def left_out_lines(self) -> list[str]:
+        """Every reason once, behind the names of the variants that it leaves out."""
+        reasons = self.left_out
+        alike = {why: [name for name, reason in reasons.items() if reason == why] for why in reasons.values()}
+        return [f"{', '.join(names)}: {why}" for why, names in alike.items()]
 
 
 def is_refusal(error: Exception) -> bool:
