@@ -12,6 +12,7 @@ import json
 import select
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 
 DEADLINE = 120.0
+# Characters of what an ended process said.
+_SHOWN = 4000
 
 
 class LlamaCpp:
@@ -54,29 +57,51 @@ class LlamaCpp:
         return tokens, torch.stack(steps)
 
 
+class _Worker:
+    """The process, and what it says beside its answers: of an ended one all that tells why."""
+
+    def __init__(self) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            bufsize=1,
+        )
+        atexit.register(self.process.kill)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+        except BrokenPipeError:
+            raise self._ended() from None
+        if not select.select([self.process.stdout], [], [], DEADLINE)[0]:
+            raise TimeoutError(f"llama.cpp gave no answer in {DEADLINE:.0f} s")
+        line = self.process.stdout.readline()
+        if not line:
+            raise self._ended()
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _ended(self) -> RuntimeError:
+        status = self.process.wait(DEADLINE)
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace")[-_SHOWN:]
+        return RuntimeError(f"llama.cpp's process ended with {status}; at the end it said:\n{said or 'nothing'}")
+
+
 @functools.cache
-def _worker() -> subprocess.Popen[str]:
-    worker = subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        bufsize=1,
-    )
-    atexit.register(worker.kill)
-    return worker
+def _worker() -> _Worker:
+    return _Worker()
 
 
 def _ask(request: dict[str, Any]) -> Any:
-    if _worker().poll() is not None:  # it has ended since: a new one
+    if _worker().process.poll() is not None:  # it has ended since, and that was said: a new one
         _worker.cache_clear()
-    worker = _worker()
-    assert worker.stdin is not None and worker.stdout is not None
-    worker.stdin.write(json.dumps(request) + "\n")
-    if not select.select([worker.stdout], [], [], DEADLINE)[0]:
-        raise TimeoutError(f"llama.cpp gave no answer in {DEADLINE:.0f} s")
-    reply = json.loads(worker.stdout.readline())
+    reply = _worker().ask(request)
     if "error" in reply:
         raise RuntimeError(f"llama.cpp: {reply['error']}")
     return reply["answer"]
