@@ -37,6 +37,7 @@ import multiprocessing
 import os
 import re
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -298,7 +299,7 @@ def _child(case: Case, result: Path) -> None:
 
 def examine_all(cases: Sequence[Case], state: Path, processes: int = 1) -> dict[str, Finding]:
     """Every case that ``state`` doesn't know yet, so many side by side; returns all that are known."""
-    known = read_state(state)
+    known, code = read_state(state), _code()
     waiting = [case for case in cases if case.key not in known]
     running: dict[Case, tuple[BaseProcess, Path, float]] = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -318,7 +319,7 @@ def examine_all(cases: Sequence[Case], state: Path, processes: int = 1) -> dict[
                     continue
                 process.join()
                 del running[case]
-                finding = _finding(process, result, late)
+                finding = replace(_finding(process, result, late), code=code)
                 known[case.key] = finding
                 with contextlib.suppress(FileNotFoundError):
                     result.unlink()
@@ -331,6 +332,13 @@ def _finding(process: BaseProcess, result: Path, late: bool) -> Finding:
     if result.exists() and (text := result.read_text()):
         return Finding(**json.loads(text))
     return Finding("crash", "out of time" if late else f"the process ended with {process.exitcode}")
+
+
+def _code() -> str:
+    """The commit of this checkout, with a plus behind it if files differ; empty if it is none."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
 def read_state(state: Path) -> dict[str, Finding]:

@@ -55,6 +55,7 @@ class Finding:
         weights: numbers in the checkpoint.
         quantized: of these, those that were quantized.
         trace: of a crash.
+        code: the commit of llmconvert that it came of; empty outside of a checkout.
     """
 
     verdict: str
@@ -63,3 +64,4 @@ class Finding:
     weights: int = 0
     quantized: int = 0
     trace: str = ""
+    code: str = ""

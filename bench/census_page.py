@@ -31,7 +31,7 @@ computes from the artifact the logits that transformers computes from its weight
 before any work, with the reason in the table. **not built**: transformers cannot build, save or run such a model on
 text alone with the settings that it has by default.
 
-Readings are kept, and what changes is read again: the table may be of several runs, and lacks what none has ended for.
+{codes}
 
 All of this is in float32, where nothing hides a difference. In bfloat16 transformers computes two things otherwise than
 a model's own forward. Experts go through a grouped product by default, which adds up in another order; with
@@ -63,9 +63,22 @@ def markdown_page(findings: Mapping[str, Finding], today: str) -> str:
         torch=version("torch"),
         beside="".join(f", {name} {found}" for name in _BESIDE if (found := _version(name))),
         scheme=SCHEME,
+        codes=_codes(findings),
         counts=_counts(findings),
         parts="\n\n".join(_part(kind, title, findings) for kind, title in _TITLES.items()),
     )
+
+
+def _codes(findings: Mapping[str, Finding]) -> str:
+    """Which code the readings are of, and what of them is missing."""
+    codes = Counter(finding.code or "an unknown one" for finding in findings.values())
+    if len(codes) == 1:
+        said = f"All {len(findings)} readings are of one code, {next(iter(codes))}."
+    else:
+        parts = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
+        said = f"The {len(findings)} readings are not of one code: {parts}."
+    missing = sum(case.key not in findings for case in CLASSES)
+    return f"{said} Not read: {missing} classes." if missing else said
 
 
 def _version(package: str) -> str:

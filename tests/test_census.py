@@ -113,3 +113,12 @@ def test_the_page_counts_and_says_why(census: ModuleType) -> None:
     assert "| Causal language models | 1 | 0 | 0 | 1 | 0 | 0 | 0 | 1 of 2 |" in page
     assert "| `xlm` | `XLMWithLMHeadModel` | refused (gptq) | it has \\| no \\*blocks\\* |" in page
     assert "Work: `llama`." in page
+
+
+def test_the_page_says_which_code_its_readings_are_of(census: ModuleType) -> None:
+    readings = {key: census.Finding("works", code="abc") for key in ("causal/llama", "causal/bart")}
+    page = census.markdown_page(readings, "2026-01-02")
+    assert "All 2 readings are of one code, abc." in page
+    assert f"Not read: {len(census.CLASSES) - 2} classes." in page
+    other = census.markdown_page({**readings, "causal/bart": census.Finding("works", code="def")}, "2026-01-02")
+    assert "not of one code: 1 of abc, 1 of def." in other
