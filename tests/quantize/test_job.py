@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_architectures import ARCHITECTURES, ids, tiny_model, unreached_model
+from support.quantize_jobs import WINDOWS, quantize, refused
+from support.tiny_architectures import ARCHITECTURES, ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmconvert.compute.attention import use_attention
@@ -21,29 +22,18 @@ from llmconvert.errors import (
     CalibrationError,
     CapacityError,
     CheckpointError,
-    LlmconvertError,
     OutputError,
     SchemeError,
     UnsupportedError,
 )
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
-from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.numbers import Int
-from llmconvert.quantize.passes.run import QuantizeResult
 from llmconvert.quantize.plan import Override
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 Tiny = Callable[..., Path]
-WINDOWS = ids((24, 16, 24))
-
-
-def quantize(source: Path, output: Path, name: str = "w4a16-g32", **options: Any) -> QuantizeResult:
-    settings: dict[str, Any] = {"method": "gptq", "windows": WINDOWS, **options}
-    if settings["method"] == "rtn":
-        settings["windows"] = ()
-    return quantize_checkpoint(SafetensorsCheckpoint(source), output, scheme=Scheme.parse(name), **settings)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -237,15 +227,6 @@ def test_linears_left_dense_keep_their_bytes(tiny: Tiny, tmp_path: Path, method:
     }
 
 
-def refused(tmp_path: Path, error: type[LlmconvertError], match: str, source: Path, **options: Any) -> None:
-    """The job is refused, and neither output nor work files are there afterwards."""
-    place = tmp_path / "place"
-    place.mkdir()
-    with pytest.raises(error, match=match):
-        quantize(source, place / "out", **options)
-    assert list(place.iterdir()) == []
-
-
 def test_a_group_size_that_does_not_divide_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     message = r"group size 64 does not divide the 96 columns of model\.layers\.0\.mlp\.down_proj; .*fit it: 16, 32"
     refused(tmp_path, SchemeError, message, tiny("llama"), name="w4a16-g64")
@@ -276,52 +257,6 @@ def test_a_quantized_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_calibrating_without_text_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     refused(tmp_path, CalibrationError, "'gptq' needs calibration text and was given none", tiny("llama"), windows=())
-
-
-def test_a_linear_that_is_never_called_is_rounded_and_said(tmp_path: Path) -> None:
-    source = unreached_model(tmp_path / "source")
-    result = quantize(source, tmp_path / "out")
-    (note,) = result.notes
-    assert "8 of 20 linears take no part when text alone passes the model" in note
-    quantize(source, tmp_path / "rtn", method="rtn")
-    made, rounded = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "rtn" / "model.safetensors")
-    unreached = {name for name in made if ".encoder_attn." in name}
-    assert {name for name in made if torch.equal(made[name], rounded[name]) and "packed" in name} == {
-        name for name in unreached if "packed" in name
-    }
-
-
-def test_a_linear_that_is_never_called_has_no_scale_of_its_inputs(tmp_path: Path) -> None:
-    source = unreached_model(tmp_path / "source")
-    refused(
-        tmp_path,
-        SchemeError,
-        r"text never passes .*encoder_attn.* give such linears fp8-dynamic",
-        source,
-        name="fp8-static",
-    )
-    aside = [Override("*.encoder_attn.*", Scheme.parse("w8a16-channel"))]
-    quantize(source, tmp_path / "out", "fp8-static", overrides=aside)
-    scheme = Scheme.parse("fp8-static")
-    quantize_checkpoint(
-        SafetensorsCheckpoint(source), tmp_path / "rtn", method="rtn", scheme=scheme, overrides=aside, windows=WINDOWS
-    )
-    made, rounded = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "rtn" / "model.safetensors")
-    packed = [name for name in made if ".encoder_attn." in name and name.endswith("weight_packed")]
-    assert len(packed) == 8 and all(rounded[name].any() and torch.equal(made[name], rounded[name]) for name in packed)
-
-
-def test_where_none_of_the_linears_is_called_none_can_be_calibrated(tmp_path: Path) -> None:
-    source = unreached_model(tmp_path / "source")
-    overrides = [Override("*.encoder_attn.*", Scheme(Int(4), 32)), Override("*", None)]
-    refused(tmp_path, CalibrationError, "never calls this linear, nor any other", source, overrides=overrides)
-
-
-def test_a_linear_that_is_never_called_can_be_left_out(tmp_path: Path) -> None:
-    source = unreached_model(tmp_path / "source")
-    result = quantize(source, tmp_path / "out", overrides=[Override("*.encoder_attn.*", None)])
-    assert len(result.layers) == 12
-    assert result.notes == ()
 
 
 def test_a_model_without_linears_is_refused_by_name(tmp_path: Path) -> None:
