@@ -7,12 +7,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from llmconvert.engine.architecture.expert_names import RUNTIME
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.errors import SchemeError, UnsupportedError
+from llmconvert.errors import CheckpointError, SchemeError, UnsupportedError
+from llmconvert.gguf.architectures.decoder import find_decoder
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.methods.base import Method
 from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
 
 __all__ = ["check_experts", "experts_in_one", "for_vllm_alone", "gates_of"]
+
+_IN_GGUF = "; or take one of llama.cpp's types, which hold all of them (scheme: q4_k_m)"
 
 
 def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], method: Method, layout: Format) -> None:
@@ -58,7 +61,7 @@ def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], met
         raise UnsupportedError(
             f"architecture {skeleton.architecture.model_type!r}: {unread}; leave them dense with an override "
             "(match: '*.experts.*', scheme: none), and the other linears are quantized"
-            f"{other if elsewhere else ''}"
+            f"{other if elsewhere else ''}{_IN_GGUF if _is_held_by_gguf(skeleton) else ''}"
         )
     kind = skeleton.architecture.model_type
     if method.original and any(slot.layout.stacked for slots in skeleton.experts for slot in slots.values()):
@@ -67,6 +70,14 @@ def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], met
             "what the original model has at the same tokens, and these experts get tokens only where the router sends "
             "them; use gptq, awq, hqq or rtn"
         )
+
+
+def _is_held_by_gguf(skeleton: Skeleton) -> bool:
+    """Whether llama.cpp runs the model, which has types for all experts of a layer in one tensor."""
+    try:
+        return not find_decoder(skeleton.checkpoint).arch.gap
+    except (UnsupportedError, CheckpointError):
+        return False
 
 
 def for_vllm_alone(quantized: Iterable[Site]) -> tuple[str, ...]:

@@ -175,7 +175,12 @@ def test_experts_that_no_reader_takes_one_by_one_are_refused_or_left_dense(
         ("llama4_text", {"scheme": "fp8", "method": "rtn"}, "quantizes what comes to them, which is not measured here"),
         ("llama4_text", {"method": "gptaq"}, "gptaq compares what comes to an expert .* use gptq, awq"),
         ("llama4_text", {"overrides": DENSE}, "finds no weights for dense ones; quantize the experts too"),
-        ("longcat_flash", {}, r"others without weights behind them; leave them dense .*match: '\*\.experts\."),
+        (
+            "longcat_flash",
+            {},
+            r"others without weights behind them; leave them dense .*match: '\*\.experts\..* are quantized$",
+        ),
+        ("gpt_oss", {}, r"leave them dense .* are quantized; or take one of llama\.cpp's types, .*scheme: q4_k_m"),
         (
             "mixtral",
             {"scheme": "nf4", "format": "bitsandbytes", "method": "rtn"},
