@@ -91,8 +91,8 @@ def walk_back(
                 for name, linear in skeleton.linears[index].items()
             ]
             outputs = _last_outputs(stream, seed) if index == last else _outputs(stream, index, gradients)
-            for batch, (output, gradient) in enumerate(outputs):
-                output.backward(gradient)
+            for batch in range(len(windows)):
+                _differentiate(outputs)
                 leaf = leaves.take()
                 assert leaf.grad is not None
                 if not all_finite(leaf.grad):
@@ -101,6 +101,8 @@ def walk_back(
                         "finite; a budget needs bfloat16 or float32"
                     )
                 gradients.put(index, batch, leaf.grad)
+                del leaf
+            assert next(outputs, None) is None
             for hook in hooks:
                 hook.remove()
             yield index, seen
@@ -156,18 +158,28 @@ class _Leaves:
         return leaf
 
 
+def _differentiate(outputs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Go back from the next window's output; nothing holds it or its gradient when the one after it is computed."""
+    output, gradient = next(outputs)
+    output.backward(gradient)
+
+
 def _last_outputs(stream: Stream, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The logits of every window, behind the last block, and what they are to be differentiated in the direction of."""
-    for batch, logits in enumerate(stream.logits()):
-        yield logits, sampled_gradient(logits, torch.Generator().manual_seed(seed + batch))
+    ends = stream.logits()
+    for batch in range(len(stream.windows)):
+        yield _sampled(next(ends), seed + batch)  # under no name, which would hold it beside the next window's
+
+
+def _sampled(logits: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return logits, sampled_gradient(logits, torch.Generator().manual_seed(seed))
 
 
 def _outputs(stream: Stream, index: int, gradients: States) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What block ``index`` gives for every window, and the gradient with respect to it."""
     run = BlockRun(stream, stream.plans[index])
     for batch, (hidden, call) in enumerate(run.entries(range(len(stream.windows)))):
-        output = call.output(hidden)
-        yield output, gradients.get(index + 1, batch).to(output.device)
+        yield call.output(hidden), gradients.get(index + 1, batch).to(hidden.device)
 
 
 def _watch(

@@ -138,7 +138,10 @@ def read_index(directory: Path, name: str = INDEX_NAME) -> dict[str, str] | None
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is not an index of weight files: {one_line(error)}") from error
+    first: dict[str, str] = {}
     for tensor, shard in weight_map.items():
+        first.setdefault(shard, tensor)
+    for shard, tensor in first.items():
         if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
             raise CheckpointError(f"{path}: tensor {tensor!r} is placed in {shard!r}, outside the model's directory")
         # Halves of surrogate pairs, which JSON can hold, count as well.

@@ -29,6 +29,8 @@ _USUAL = {
 }
 # What attention takes in is split by heads.
 _BY_HEADS = re.compile(r"(?:attn|attention)[\w.]*$")
+# Of a layer, or an expert.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -82,7 +84,11 @@ def _listed(sizes: Sequence[int], word: str) -> str:
 def tensor_parallel(architecture: Architecture, matrices: Iterable[Matrix]) -> TensorParallel:
     """Over which numbers of devices a model of these linears can be split."""
     plan = getattr(architecture.config, "base_model_tp_plan", None) or _USUAL
-    known = list(_planned(matrices, plan))
+    # One matrix of each kind, for those of tens of thousands of experts.
+    kinds: dict[tuple[object, ...], Matrix] = {}
+    for matrix in matrices:
+        kinds.setdefault((_NUMBER.sub("", matrix.name), matrix.rows, matrix.columns, matrix.scheme), matrix)
+    known = list(_planned(kinds.values(), plan))
     reasons, by_groups = {}, []
     for size in SIZES:
         reason = _heads(architecture, size) or _widths(known, size)

@@ -13,11 +13,13 @@ import torch
 from support.tiny_architectures import ARCHITECTURES, ids, tiny_model, unreached_model
 from support.tiny_checkpoints import save_tiny_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
-from llmconvert.engine.discovery import BlockPlan, discover
+from llmconvert.engine.discovery import BlockPlan, _trace, discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Arrival, Stream
+from llmconvert.engine.tracing.recorder import BlockRecorder
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
@@ -63,6 +65,39 @@ def test_a_model_is_traced_once_for_all_who_ask_the_same(tiny: Tiny, monkeypatch
     assert half[0].peak_nbytes < plans[0].peak_nbytes
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
     assert [name.rpartition(".")[2] for name in plans_of(tiny("llama"))[0].unreached] == ["gate_proj"]
+
+
+def test_what_the_first_block_of_a_kind_does_stands_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third layer of this one attends to all positions, the others to the last eight."""
+    settings: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 9}
+    settings |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 3
+    config = AutoConfig.for_model("gemma3_text", **settings, layer_types=kinds)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    run: list[int] = []
+    forward = Gemma3DecoderLayer.forward
+
+    def counted(self: Gemma3DecoderLayer, *args: Any, **kwargs: Any) -> Any:
+        run.append(self.layer_idx)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Gemma3DecoderLayer, "forward", counted)
+    short = plans_of(tmp_path, 32)
+    assert run == [0, 1, 2]
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockRecorder, "follows", lambda *_: False)
+        _trace.cache_clear()
+        assert plans_of(tmp_path, 32) == short and len(run) == 3 + 9
+
+    def unlike(self: Gemma3DecoderLayer, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.kept = forward(self, hidden, *args, **kwargs)  # and so the next block finds more alive
+        return self.kept + 1
+
+    monkeypatch.setattr(Gemma3DecoderLayer, "forward", unlike)
+    held = [plan.stops[0].held_nbytes for plan in plans_of(tmp_path, 32)]
+    assert len(set(held)) == 9, "none stands for another"
 
 
 def test_linears_that_are_never_called_are_told(tmp_path: Path) -> None:
