@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from support.tiny_architectures import ids
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from llmconvert.engine import backward
 from llmconvert.engine.backward import Passage, sampled_gradient, walk_back
 from llmconvert.engine.discovery import BlockPlan, discover
 from llmconvert.engine.skeleton import Skeleton
@@ -119,6 +121,23 @@ def test_gradients_that_are_not_finite_are_refused_with_their_block(tiny: Tiny, 
     gradients.put(last, 1, spoilt)
     with pytest.raises(CalibrationError, match=rf"block {last - 1} .*gradients of batch 1 are not finite"):
         next(walk)
+
+
+def test_logits_of_a_window_are_gone_when_those_of_the_next_come(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are what a budget takes most memory for."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def sampled(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        assert [one for one in seen if one() is not None] == []
+        gradient = sampled_gradient(logits, generator)
+        seen.extend(map(weakref.ref, (logits, gradient)))
+        return gradient
+
+    monkeypatch.setattr(backward, "sampled_gradient", sampled)
+    list(walk(tiny("llama-tied"), tmp_path))
+    assert len(seen) == 2 * len(WINDOWS)
 
 
 def test_samples_have_the_fisher_information_as_covariance() -> None:
