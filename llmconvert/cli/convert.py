@@ -49,7 +49,8 @@ def convert(model: str, output: Path, plan: bool, manners: Manners, **options: A
     Examples:
       llmconvert convert model.gguf out/model --dtype bfloat16
       llmconvert convert org/name out/model --stream
-      llmconvert convert org/name out/gqa --kv-heads 8 --calibration pydoc-topics:train --length 512
+      llmconvert convert org/name out/gqa --kv-heads 8 \\
+          --calibration pydoc-topics:train --length 512
     """
     if plan:
         from llmconvert.cli.plan import show_plan

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Show what a run will do and need.")
-@click.argument("recipe", metavar="RECIPE", type=Known("recipe"))
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=Known("recipe"))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting: quantize.scheme=w8a16.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Where finished stages are kept. [default: work]")
 @click.option("--fresh", is_flag=True, help="Reckon with no finished stage.")
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--probe", is_flag=True, help="Time the recipe on one block and on two of them first.")
 @manners
 def plan(
-    recipe: str,
+    recipes: tuple[str, ...],
     overrides: tuple[str, ...],
     work_dir: Path | None,
     fresh: bool,
@@ -33,28 +33,30 @@ def plan(
     probe: bool,
     manners: Manners,
 ) -> None:
-    """Show what running RECIPE will do, reuse, make and need: from headers alone, nothing is fetched or written.
+    """Show what running recipes will do, reuse, make and need: from headers alone, nothing is fetched or written.
 
     Sizes of files are exact, or bounds where a budget is still to choose. Times are those of earlier runs on this
     machine, scaled; a range where these were of another size. What can't fit ends with exit code 5, and the setting
-    that would make it fit. Of a sweep, what its variants share is counted once.
+    that would make it fit. What variants of a sweep share, or several recipes, is counted once.
 
     \b
     Examples:
       llmconvert plan recipes/demo.yaml
       llmconvert plan hub-w4 --set model=org/name --no-publish
     """
+    if probe and len(recipes) > 1:
+        raise click.UsageError("--probe times one recipe; name one")
     if probe:
         from llmconvert.recipes.loading import load_recipe
 
-        loaded = load_recipe(recipe, overrides)
+        loaded = load_recipe(recipes[0], overrides)
         from llmconvert.recipes.planning.planner import plan_recipe
         from llmconvert.recipes.probe import probe_recipe
 
         made = plan_recipe(loaded, work_dir=work_dir, publish=not no_publish, fresh=fresh)
         show_plan(probe_recipe(loaded, made, progress=manners.progress()), manners, probe=True)
         return
-    show_plans([recipe], overrides, work_dir, fresh=fresh, publish=not no_publish, manners=manners)
+    show_plans(recipes, overrides, work_dir, fresh=fresh, publish=not no_publish, manners=manners)
 
 
 def show_plan(plan: RunPlan, manners: Manners, *, probe: bool = False) -> None:

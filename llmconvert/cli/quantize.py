@@ -81,11 +81,12 @@ def quantize(model: str, output: Path | None, plan: bool, manners: Manners, **op
     With MODEL alone it becomes a 4-bit artifact by the preset balanced, in a directory beside you.
 
     \b
-    Example:
+    Examples:
       llmconvert quantize org/name
       llmconvert quantize org/name out/w4 --scheme w4a16-g128 \\
           --calibration pydoc-topics:train --samples 32 --length 512
-      llmconvert quantize org/name out/mixed --bits-per-weight 4.25 --calibration FILE
+      llmconvert quantize org/name out/mixed --bits-per-weight 4.25 \\
+          --calibration FILE
       llmconvert quantize org/name model-q4_k_m.gguf --scheme q4_k_m
     """
     output = output or Path(f"{Path(model.partition('@')[0]).name}-{options['scheme'] or options['preset'] or 'w4a16'}")

@@ -54,7 +54,8 @@ def run(manners: Manners, **settings: Any) -> None:
     \b
     Examples:
       llmconvert run recipes/demo.yaml
-      llmconvert run demo --set quantize.scheme=w3a16-g64 --set publish.to=file:out/w3
+      llmconvert run demo --set quantize.scheme=w3a16-g64 \\
+          --set publish.to=file:out/w3
       llmconvert run demo --set quantize.scheme=w4a16-g64,w3a16-g64 --no-publish
     """
     _run(manners, settings, engine="here" if len(settings["recipes"]) == 1 else "local")
@@ -81,7 +82,8 @@ def batch(manners: Manners, engine: str, memory: str | None, **settings: Any) ->
     Examples:
       llmconvert batch recipes/*.yaml
       llmconvert batch a.yaml b.yaml c.yaml --jobs 2 --memory 48GB
-      llmconvert batch recipes/*.yaml --engine ray --address ray-head:6379 --work-dir /shared/work
+      llmconvert batch recipes/*.yaml --engine ray --address ray-head:6379 \\
+          --work-dir /shared/work
     """
     _run(manners, settings, engine=engine, memory=memory)
 

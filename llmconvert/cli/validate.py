@@ -64,7 +64,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str | Non
     "--serve",
     metavar="NAMES",
     callback=_names,
-    help="Load time, memory and speed in runtimes: transformers,llama.cpp,vllm,mlx=/path/to/python.",
+    help="Load time, memory and speed in runtimes, by commas: transformers, llama.cpp, vllm, mlx=/path/to/python.",
 )
 @click.option("--card", is_flag=True, help="Write report, page and model card into MODEL, as a run does.")
 @click.option("--device", help="cpu, cuda, cuda:N or auto. [default: cpu]")
@@ -86,8 +86,10 @@ def validate(
 
     \b
     Examples:
-      llmconvert validate out/w4 --reference org/name --text pydoc-topics:test --window 512 --max-windows 16
-      llmconvert validate out/w4 --reference org/name --text pydoc-topics:test --card
+      llmconvert validate out/w4 --reference org/name \\
+          --text pydoc-topics:test --window 512 --max-windows 16
+      llmconvert validate out/w4 --reference org/name \\
+          --text pydoc-topics:test --card
     """
     from llmconvert.recipes.options import validate_recipe
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 
-__all__ = ["gigabytes", "makes", "plan_lines", "row"]
+__all__ = ["folded", "gigabytes", "makes", "plan_lines", "row"]
 
+_COLUMNS = 80
 _WIDTHS = (16, 9, 10, 16)
 # Share of the disk above which it is said that it will be free again.
 _NOTABLE = 0.05
@@ -43,7 +44,7 @@ def plan_lines(plan: RunPlan, *, probe: bool = True) -> Iterator[str]:
     if needs.passing > _NOTABLE * needs.disk:
         yield f"{gigabytes(needs.left)} of the disk stay taken; the rest is free again at the end"
     if plan.readers:
-        yield plan.readers
+        yield from folded(plan.readers)
     if any(step.seconds is None for step in todo):
         yield f"time: nothing like it was timed on this machine yet{'; --probe times two blocks' if probe else ''}"
 
@@ -56,18 +57,39 @@ def _step(step: StepPlan) -> Iterator[str]:
     memory = step.needs.memory or step.needs.device_memory
     disk = step.needs.disk
     cells = (gigabytes(memory) if memory else "", gigabytes(disk) if disk else "", time)
-    yield (row(step.name, *cells) + makes(step)).rstrip()
-    for note in step.notes:
-        yield from textwrap.wrap(note, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+    line, made = row(step.name, *cells), makes(step)
+    beside = len(line) + len(made) <= _COLUMNS
+    yield (line + made).rstrip() if beside else line.rstrip()
+    notes = list(step.notes)
+    if count := len(step.files or {}):
+        notes.insert(0, f"{step.tensors:,} tensors in {f'{count} files' if count > 1 else 'one file'}")
+    if not beside:
+        notes.insert(0, made)
+    for note in notes:
+        yield from folded(note, "  ")
+
+
+def folded(text: str, indent: str = "") -> list[str]:
+    """A sentence in lines of 80 columns; those behind the first are indented by two more."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        begins = f"{indent}  " if lines else indent
+        lines += textwrap.wrap(
+            line,
+            _COLUMNS,
+            initial_indent=begins,
+            subsequent_indent=f"{indent}  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
 
 
 def makes(step: StepPlan) -> str:
     """Bytes of the weight files that a step makes, in words; empty where it makes none."""
-    files = step.files or {}
-    if not files:
+    if not step.files:
         return ""
-    size = f"{step.nbytes:,} bytes" if step.least is None else f"{step.least:,} to {step.nbytes:,} bytes"
-    return f"{size} in {len(files)} files" if len(files) > 1 else size
+    return f"{step.nbytes:,} bytes" if step.least is None else f"{step.least:,} to {step.nbytes:,} bytes"
 
 
 def row(*cells: str) -> str:

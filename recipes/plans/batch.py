@@ -13,7 +13,7 @@ from llmconvert.recipes.batch.jobs import Job
 from llmconvert.recipes.planning.history import Seconds
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 from llmconvert.recipes.planning.planner import plan_run
-from llmconvert.recipes.planning.render import gigabytes, plan_lines, row
+from llmconvert.recipes.planning.render import folded, gigabytes, plan_lines, row
 from llmconvert.recipes.plans.sweep import SweepPlan, plan_sweep, sweep_lines
 from llmconvert.recipes.sweep.expand import Sweep
 from llmconvert.text.tokens import TokenWindows
@@ -136,7 +136,7 @@ def batch_lines(plan: BatchPlan) -> Iterator[str]:
         for name, job in jobs.items():
             yield _line(job) + name
     for name, problem in plan.problems.items():
-        yield f"left out: {name}: {problem}"
+        yield from folded(f"left out: {name}: {problem}")
     if not jobs:
         return
     whole = plan.whole

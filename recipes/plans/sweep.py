@@ -14,11 +14,12 @@ from llmconvert.needs import Needs
 from llmconvert.recipes.planning.history import Seconds
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 from llmconvert.recipes.planning.planner import plan_run
-from llmconvert.recipes.planning.render import gigabytes, makes, row
+from llmconvert.recipes.planning.render import folded, gigabytes, makes, row
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.quantization import QUANTIZE
 from llmconvert.recipes.sweep.expand import Sweep, require_places
 from llmconvert.recipes.sweep.job import with_statistics
+from llmconvert.recipes.sweep.result import by_reason
 from llmconvert.text.tokens import TokenWindows
 
 __all__ = ["SweepPlan", "plan_sweep", "sweep_lines"]
@@ -184,9 +185,10 @@ def sweep_lines(plan: SweepPlan) -> Iterator[str]:
         yield name
         yield _line("", own, made)
     for group in plan.together:
-        yield f"in one pass over the text, with {gigabytes(plan.joint_memory(group))} of memory: {', '.join(group)}"
-    for name, problem in plan.problems.items():
-        yield f"left out: {name}: {problem}"
+        memory = gigabytes(plan.joint_memory(group))
+        yield from folded(f"in one pass over the text, with {memory} of memory: {', '.join(group)}")
+    for line in by_reason(plan.problems):
+        yield from folded(f"left out: {line}")
     needs, seconds = whole.needs, whole.seconds
     time = str(seconds) if seconds is not None else "not known"
     yield row("in all", gigabytes(needs.memory), gigabytes(needs.disk), time).rstrip()
@@ -194,7 +196,7 @@ def sweep_lines(plan: SweepPlan) -> Iterator[str]:
     yield f"{gigabytes(whole.memory)} of memory may be used; {download} to download"
     for readers in dict.fromkeys(one.readers for one in plan.variants.values() if one.readers):
         named = [name for name, one in plan.variants.items() if one.readers == readers]
-        yield f"{', '.join(named)}: {readers}"
+        yield from folded(f"{', '.join(named)}: {readers}")
 
 
 def _line(name: str, steps: list[StepPlan], made: str) -> str:

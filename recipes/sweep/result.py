@@ -11,7 +11,7 @@ from llmconvert.recipes.runner import RunResult
 from llmconvert.recipes.sweep.expand import Sweep
 from llmconvert.report.report import Report
 
-__all__ = ["SweepResult", "is_refusal"]
+__all__ = ["SweepResult", "by_reason", "is_refusal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,13 @@ class SweepResult:
     @property
     def left_out_lines(self) -> list[str]:
         """Every reason once, behind the names of the variants that it leaves out."""
-        reasons = self.left_out
-        alike = {why: [name for name, reason in reasons.items() if reason == why] for why in reasons.values()}
-        return [f"{', '.join(names)}: {why}" for why, names in alike.items()]
+        return by_reason(self.left_out)
+
+
+def by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """Every reason once, behind the names of the variants that have it."""
+    alike = {why: [name for name, reason in reasons.items() if reason == why] for why in reasons.values()}
+    return [f"{', '.join(names)}: {why}" for why, names in alike.items()]
 
 
 def is_refusal(error: Exception) -> bool:
