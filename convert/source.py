@@ -92,7 +92,9 @@ def _open(text: str, allow_pickle: bool, progress: Progress) -> Source:
     hub = parse_hub_id(text)
     if hub is None:
         link = _LINK.match(text)
+        slashed = text.replace("\\", "/")
         meant = f"; did you mean {link['repo']}?" if link is not None else ""
+        meant = f"; folders are divided by slashes: did you mean {slashed}?" if slashed != text else meant
         raise SourceError(f"{text!r}: no such directory, and no Hub id; {_FORMS}{meant}")
     fetched = fetch(*hub, allow_pickle=allow_pickle, progress=progress)
     checkpoint = _open_path(fetched.directory, allow_pickle)

@@ -30,6 +30,8 @@ _IN_WORDS = (
     ("another document", "a second document begins (---); a recipe is one, and several files are a batch"),
     ("could not determine a constructor", "a tag (!…) names a type of its own; write the value itself"),
     ("escape", "a backslash in double quotes begins an escape; put a path in single quotes"),
+    ("for merging", "a merge key (<<) takes a section by its anchor, or several: <<: *name"),
+    ("undefined alias", "an alias (*name) stands for what an anchor (&name) before it marks, and there is none"),
 )
 # Bytes of a recipe, and keys that YAML's merging may add to one; those that people write are a hundredth of both.
 _LONGEST = 1 << 20
@@ -60,16 +62,30 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _find(source: str | Path) -> Path:
-    path = local_path(source)
+    path, name = local_path(source), str(source)
     if os.path.exists(path):  # of names that no file can have, false
+        if (path / "config.json").exists() or path.suffix == ".gguf":
+            raise RecipeError(
+                f"recipe {name}: is a model; a recipe names it (model: {name}), or a command of its own takes it, "
+                f"llmconvert quantize {name} --plan for one"
+            )
         return path
     shipped = shipped_recipes()
-    name = str(source)
     if name in shipped:
         return shipped[name]
-    close = difflib.get_close_matches(path.stem, shipped, n=1)
-    hint = f"; did you mean the shipped recipe {close[0]}?" if close else ""
+    close = [f"the shipped recipe {found}" for found in difflib.get_close_matches(path.stem, shipped, n=1)]
+    close += _beside(path)
+    hint = f"; did you mean {close[-1]}?" if close else ""
     raise RecipeError(f"recipe {name}: no such file, and no shipped recipe; shipped are {', '.join(shipped)}{hint}")
+
+
+def _beside(path: Path) -> list[str]:
+    """The recipe file in the same folder whose name comes nearest to that of one which isn't there."""
+    try:
+        names = [found.name for found in path.parent.iterdir() if found.suffix in (".yaml", ".yml")]
+    except (OSError, ValueError):
+        return []
+    return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names, n=1)]
 
 
 def parse_recipe(text: str, where: str, *, overrides: Sequence[str] = (), name: str = "recipe") -> Recipe:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmconvert.errors import UsageError
 from llmconvert.quantize.catalog.formats import require_format
-from llmconvert.quantize.catalog.methods import usual_method
+from llmconvert.quantize.catalog.methods import require_method, usual_method
 from llmconvert.recipes.consistency import KeyPath
 from llmconvert.recipes.loading import make_recipe
 from llmconvert.recipes.schema.recipe import Recipe
@@ -93,6 +93,8 @@ def quantize_recipe(options: Mapping[str, Any], output: Path) -> Recipe:
     imatrix = options["imatrix"]
     preset = options["preset"]
     if preset is None and scheme is None and options["bits_per_weight"] is None:
+        if options["method"] is not None:
+            require_method(options["method"])
         if format is not None:
             require_format(format)
         if options["method"] is not None or output.suffix == ".gguf" or format is not None:

@@ -22,7 +22,10 @@ _LINK = re.compile(r"https?://[^/]+/([\w.-]+/[\w.-]+)")
 def _repository(context: click.Context, parameter: click.Parameter, text: str) -> str:
     """A name on the Hub, and neither a directory nor a page; whether it is a valid one is told with other options."""
     if text.startswith("file:"):
-        raise click.BadParameter(f"{text!r} is a directory; push goes to the Hub, and a recipe's publish.to to either")
+        raise click.BadParameter(
+            f"{text!r} is a directory, and push goes to the Hub; copy the artifact there, or name it in a recipe "
+            "(publish.to)"
+        )
     link = _LINK.match(text)
     if link is not None:
         raise click.BadParameter(f"{text!r} is a page; did you mean {link[1]}?")

@@ -108,7 +108,9 @@ def reaches_hub() -> bool:
 
 def _require_token(repo_id: str) -> None:
     if huggingface_hub.get_token() is None:
-        raise HubError(f"{repo_id}: publishing needs a token; set HF_TOKEN to one with write permission")
+        raise HubError(
+            f"{repo_id}: publishing needs a token with write permission; log in (hf auth login), or set HF_TOKEN"
+        )
 
 
 class _Push:

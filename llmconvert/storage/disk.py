@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmconvert.errors import CapacityError, LlmconvertError, MachineError, OutputError
 
-__all__ = ["NOT_ALLOWED", "disk_error", "put_in_place", "sync_directory"]
+__all__ = ["NOT_ALLOWED", "disk_error", "put_in_place", "require_slashes", "sync_directory"]
 
 #: A write that nobody can do, however often it is tried.
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
@@ -27,6 +27,20 @@ def disk_error(error: OSError, path: Path, nbytes: int | None = None) -> Llmconv
         return OutputError(f"{path}: cannot be written: {error.strerror}")
     gone = "" if path.parent.is_dir() else f", {path.parent} is gone"
     return MachineError(f"{path}: cannot be written: {error.strerror}{gone}; run the same command to continue")
+
+
+def require_slashes(path: Path) -> None:
+    """Refuse a place to be made whose name has a backslash: nobody means one as a letter of a name, as it is here.
+
+    Raises:
+        OutputError: with the path that is meant. Folders that are there already may be called as they like.
+    """
+    made = path
+    while not os.path.lexists(made) and made != made.parent:
+        if "\\" in made.name:
+            meant = str(path).replace("\\", "/")
+            raise OutputError(f"{path}: has a backslash; folders are divided by slashes here: {meant}")
+        made = made.parent
 
 
 def put_in_place(staging: Path, path: Path) -> None:

@@ -49,7 +49,7 @@ def locked(path: Path, *, wait: Callable[[str], None] | None = None) -> Iterator
         if not _try(lock):
             reason = f"{path}: another run (process {_holder(file)}) is using it"
             if wait is None:
-                raise OutputError(f"{reason}; wait for it, or give this one another directory")
+                raise OutputError(f"{reason}; wait for it, or name another place for this one")
             wait(f"{reason}; waiting")
             while not _try(lock):
                 time.sleep(_POLL_SECONDS)

@@ -23,6 +23,7 @@ from llmconvert.machine import of_machine
 from llmconvert.memory import PeakMemory
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.contents import Hashes
+from llmconvert.storage.disk import require_slashes
 from llmconvert.storage.lock import Readers, clear_locks, lock_path, locked, unread
 from llmconvert.storage.stage_record import (
     STAGE_FILE,
@@ -53,6 +54,7 @@ class StageStore:
     """
 
     def __init__(self, work_dir: Path, *, progress: Progress = SILENT) -> None:
+        require_slashes(work_dir)
         self.work_dir = work_dir.absolute()
         self.progress = progress
         # Stages built since the store was opened: a batch's --fresh must not undo what its earlier recipes built.

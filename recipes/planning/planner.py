@@ -34,6 +34,7 @@ from llmconvert.recipes.stages.opening import work_on
 from llmconvert.recipes.stages.run import require_texts, stages_of
 from llmconvert.recipes.stages.stage import ORIGINAL, Finished, Stage, Work
 from llmconvert.storage.contents import Hashes
+from llmconvert.storage.disk import require_slashes
 from llmconvert.storage.stage_record import read_stage, stage_key
 from llmconvert.text.files import local_path
 from llmconvert.text.tokens import TokenWindows
@@ -88,6 +89,7 @@ def plan_run(
     Raises:
         LlmconvertError: see :func:`plan_recipe`.
     """
+    require_slashes(work_dir)
     filled = fill_target(recipe)
     target = filled.publish if publish else None
     require_measurable(filled.measured)

@@ -282,7 +282,8 @@ _PLACE = re.compile(r"file:.+|[\w.{}-]+/[\w.{}-]+")
 
 def _check_place(target: str) -> str:
     if _PLACE.fullmatch(target) is None:
-        raise ValueError(f"expected a Hub repository, user/name, or a directory, file:DIR; did you mean file:{target}?")
+        meant = target.replace("\\", "/")
+        raise ValueError(f"expected a Hub repository, user/name, or a directory, file:DIR; did you mean file:{meant}?")
     return target
 
 

@@ -83,7 +83,9 @@ def test_a_command_that_is_none_is_answered_with_the_one_that_was_meant(typed: s
     [
         ("quantize m o --scheme w4a16g32", "did you mean w4a16-g32?"),
         ("quantize m o --format ggfu", "format 'ggfu' is not known"),
-        ("push . file:out", "push goes to the Hub, and a recipe's publish.to to either"),
+        ("quantize m o --method gtpq", "did you mean gptq?"),
+        ("plan a.yaml b.yaml --probe", "--probe times one recipe"),
+        ("push . file:out", "push goes to the Hub; copy the artifact there"),
         ("push . https://huggingface.co/a/b", "did you mean a/b?"),
         ("convert m o --dtype int8", "Fewer bits are what quantize makes: llmconvert quantize MODEL OUTPUT --scheme"),
         ("validate m --serve llamacpp", "expected vllm, llama.cpp, mlx or transformers; did you mean llama.cpp?"),
@@ -138,6 +140,13 @@ def test_progress_keeps_bar_count_and_time_on_80_columns(total: int) -> None:
     last = lines[-1]
     assert ("6.8/13.5 GB" if isinstance(total, Bytes) else "15/30") in last and "0:00:0" in last and "━" in last
     assert "…" in last, "what is long is cut, not the rest"
+
+
+def test_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in ((), *((name,) for name in main.commands)):
+        lines = call(*arguments, "--help").output.splitlines()
+        assert max(map(len, lines)) <= 80, [line for line in lines if len(line) > 80]
 
 
 def test_the_closing_table_fits_80_columns() -> None:

@@ -74,6 +74,7 @@ def test_what_is_none_of_the_four_forms(tmp_path: Path, monkeypatch: pytest.Monk
     ("text", "expected"),
     [
         ("https://huggingface.co/org/name/tree/main", "did you mean org/name?"),
+        (r".\models\tiny", "did you mean ./models/tiny?"),
         ("", "no model is named; expected a model directory"),
     ],
 )

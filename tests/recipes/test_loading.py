@@ -84,6 +84,31 @@ def test_unknown_keys_are_named_with_line_and_nearest_key() -> None:
     assert "quantize.overrides.0.mach; did you mean quantize.overrides.0.match?" in refusal(nested)
 
 
+def test_anchors_and_merge_keys_are_understood_and_their_lines_known() -> None:
+    text = """
+model: org/name
+calibrate: &text {dataset: "pydoc-topics:train", samples: 8, length: 64}
+quantize:
+  method: gptq
+  scheme: &usual w4a16-g64
+  overrides:
+    - &down {match: "*.down_proj", scheme: w8a16-g64}
+    - {<<: *down, match: "*.up_proj"}
+    - {match: "*.o_proj", scheme: *usual}
+validate: {perplexity: {<<: {window: 64, max_windows: 2}, dataset: "pydoc-topics:test", window: 32}}
+"""
+    recipe = parse_recipe(text, "a.yaml")
+    assert recipe.quantize is not None and recipe.validation is not None and recipe.validation.perplexity is not None
+    found = [(one.match, str(one.scheme)) for one in recipe.quantize.overrides]
+    assert found == [("*.down_proj", "w8a16-g64-sym"), ("*.up_proj", "w8a16-g64-sym"), ("*.o_proj", "w4a16-g64-sym")]
+    assert (recipe.validation.perplexity.window, recipe.validation.perplexity.max_windows) == (32, 2)
+    with pytest.raises(RecipeError, match=r"a\.yaml, line 2: unknown key x-shared"):
+        parse_recipe("model: org/name\nx-shared: &a {samples: 8}\ncalibrate: {<<: *a}\n", "a.yaml")
+    for text, expected in (("{<<: rtn}", r"a merge key \(<<\) takes a section"), ("*usual", "there is none")):
+        with pytest.raises(RecipeError, match=rf"a\.yaml, line 2: not YAML: .*{expected}"):
+            parse_recipe(f"model: org/name\nquantize: {text}\n", "a.yaml")
+
+
 def test_every_problem_is_reported_at_once() -> None:
     text = refusal("quantise: {}\ncalibrate: {samples: 0}\nconvert: {dtype: int3}")
     assert "x.yaml: model is missing" in text
@@ -248,6 +273,12 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean the shipped recipe demo"):
         load_recipe("dmo")
     with pytest.raises(RecipeError, match="is a directory"):
+        load_recipe(tmp_path)
+    (tmp_path / "one.yaml").write_text("model: org/name\n")
+    with pytest.raises(RecipeError, match=r"did you mean .*/one\.yaml\?"):
+        load_recipe(tmp_path / "one.yml")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"is a model; .* llmconvert quantize .* --plan"):
         load_recipe(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="is not UTF-8"):

@@ -39,7 +39,7 @@ def test_a_held_lock_is_refused_with_its_holder_and_what_to_do(tmp_path: Path) -
             pass
         assert str(refused.value) == (
             f"{tmp_path / 'out'}: another run (process {process.pid}) is using it; "
-            "wait for it, or give this one another directory"
+            "wait for it, or name another place for this one"
         )
         process.communicate("go\n")
     with locked(tmp_path / "out"):

@@ -22,6 +22,7 @@ from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME
 from llmconvert.storage.writer import (
     TensorWriter,
     check_output_directory,
+    json_bytes,
     plan_layout,
     publish_directory,
     staging_directory,
@@ -77,6 +78,7 @@ def test_the_reference_library_reads_what_is_written(
         index = json.loads((directory / INDEX_NAME).read_text())
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
         assert set(index["weight_map"]) == set(tensors)
+        assert (directory / INDEX_NAME).read_bytes() == json_bytes(index)
 
 
 def test_transformers_reads_shards_and_index(tmp_path: Path) -> None:
@@ -236,6 +238,14 @@ def test_an_output_directory_must_be_new_or_empty(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OutputError, match="is no directory"):
         check_output_directory(tmp_path / "dangling")
+
+
+def test_an_output_with_backslashes_is_answered_with_the_path_that_is_meant(tmp_path: Path) -> None:
+    for output in (tmp_path / r"out\w4", tmp_path / r"out\w4" / "deep"):
+        with pytest.raises(OutputError, match=r"has a backslash; folders are divided by slashes here: .*/out/w4"):
+            check_output_directory(output)
+    (tmp_path / r"so\called").mkdir()
+    check_output_directory(tmp_path / r"so\called" / "new")
 
 
 def test_an_output_directory_appears_whole(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_second_one_is_refused_and_disturbs_nothing(
         reason = lines(place)[-1]
         there = late and reason.endswith("out: exists and is not empty; name another output or remove it first")
         assert there or reason.endswith(
-            f"out: another run (process {first.pid}) is using it; wait for it, or give this one another directory"
+            f"out: another run (process {first.pid}) is using it; wait for it, or name another place for this one"
         )
         (place / "held" / "go").touch()
         first.join()
