@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def plan_quantize(
     context: Context | None = None,
     original: Checkpoint | None = None,
     record: Path | None = None,
+    build: Callable[..., Skeleton] = Skeleton,
 ) -> QuantizePlan:
     """Settle the quantization of the linears of every decoder block; nothing but headers is read, nothing written.
 
@@ -83,6 +84,7 @@ def plan_quantize(
             already; the source by default.
         record: file for :attr:`QuantizeResult.layers`, written before the artifact appears, so that who finds the one
             can read the other (:func:`read_layers`).
+        build: builds the model on shapes; may give one that is kept for other plans, where this one is not run.
 
     Raises:
         UsageError: something in the request cannot be done; see its subclasses.
@@ -116,7 +118,9 @@ def plan_quantize(
         what = f"method {request.method!r}" if chosen.calibration != "none" else what
         raise CalibrationError(f"{what} needs calibration text and was given none")
     _require_shareable(request, chosen, len(windows) if calibrated else None, context)
-    skeleton = _skeleton(source, context.device, layout_format, request)
+    if request.kv_cache is not None:  # whose watchers are put into the model
+        build = Skeleton
+    skeleton = _skeleton(source, context.device, layout_format, request, build)
     source = skeleton.checkpoint
     if (request.experts == "all" or request.min_tokens_per_expert) and not any(skeleton.experts):
         key = "experts: all" if request.experts == "all" else "min_tokens_per_expert"
@@ -206,13 +210,17 @@ def _require_shareable(request: QuantizeRequest, chosen: Method, windows: int | 
 
 
 def _skeleton(
-    source: Checkpoint, device: torch.device, layout: Format, request: QuantizeRequest | None = None
+    source: Checkpoint,
+    device: torch.device,
+    layout: Format,
+    request: QuantizeRequest | None = None,
+    build: Callable[..., Skeleton] = Skeleton,
 ) -> Skeleton:
     """The model of a checkpoint as an artifact in that format has its tensors."""
-    skeleton = Skeleton(source, device, fast_products=True)
+    skeleton = build(source, device, fast_products=True)
     dense = request is not None and experts_in_one(skeleton, request.scheme, request.overrides, layout)
     written = as_loaded(skeleton, layout, dense_experts=dense)
-    return skeleton if written is skeleton.checkpoint else Skeleton(written, device, fast_products=True)
+    return skeleton if written is skeleton.checkpoint else build(written, device, fast_products=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch
 
 from llmconvert.context import Context
 from llmconvert.engine.sites import Site
+from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import SchemeError, UnsupportedError
 from llmconvert.needs import Needs
 from llmconvert.quantize.formats.base import FileFormat, load_format
@@ -116,8 +117,13 @@ def foresee_quantization(
     context: Context,
     statistics: Statistics = "sequential",
     repaired: bool = False,
+    build: Callable[..., Skeleton] = Skeleton,
 ) -> Forecast:
-    """What :func:`llmconvert.recipes.stages.quantization.quantize` would need and make; ``repaired``: if need be.
+    """What :func:`llmconvert.recipes.stages.quantization.quantize` would need and make.
+
+    Args:
+        repaired: whether it is repaired if need be.
+        build: builds the model on shapes.
 
     Raises:
         LlmconvertError: whatever it would refuse before its work.
@@ -132,7 +138,7 @@ def foresee_quantization(
         request = replace(request, min_tokens_per_expert=settings.min_tokens_per_expert or 0)
         request = replace(request, kv_cache=settings.kv_cache, runtime=settings.runtime)
         request = replace(request, split_nbytes=settings.split_max_size)
-        plan = plan_quantize(source, output, request, windows=windows, context=context)
+        plan = plan_quantize(source, output, request, windows=windows, context=context, build=build)
         if repaired:
             require_repairable(plan.decisions.sites.values())
         return plan

@@ -6,7 +6,7 @@ are evaluated by the streaming engine side by side, block by block; the runtime 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -100,6 +100,7 @@ def plan_validation(
     seed: int = 0,
     loadable: bool | None = None,
     stored: int | None = None,
+    build: Callable[..., Skeleton] = Skeleton,
 ) -> ValidationPlan:
     """Settle what is measured on an artifact, against the original where there is one; nothing but headers is read.
 
@@ -113,6 +114,7 @@ def plan_validation(
         seed: of the bootstrap, and of whatever else is drawn.
         loadable: whether the artifact will be a directory that transformers reads, where it is still to be made.
         stored: bytes of its weight files, likewise.
+        build: builds a model on shapes; may give one that is kept for other plans.
 
     Raises:
         UnsupportedError: a measurement can't be made in this environment.
@@ -130,7 +132,7 @@ def plan_validation(
     with open_artifact(artifact) if reference is None else nullcontext(reference) as model:
         dense = open_dense(model, weights_only=reference is not None)
         if windows is not None:
-            needs = comparing_needs(dense, windows, int(reference is not None), context, dtype)
+            needs = comparing_needs(dense, windows, int(reference is not None), context, dtype, build)
         if stored is None:
             stored = sum(file.stat().st_size for file in _weight_files(artifact)) or dense.nbytes
         planned = Planned(dense, windows, reference is not None, loadable, stored, context)
@@ -152,7 +154,12 @@ def _weight_files(artifact: Path) -> list[Path]:
 
 
 def comparing_needs(
-    model: Checkpoint, windows: TokenWindows, artifacts: int, context: Context, dtype: torch.dtype | None = None
+    model: Checkpoint,
+    windows: TokenWindows,
+    artifacts: int,
+    context: Context,
+    dtype: torch.dtype | None = None,
+    build: Callable[..., Skeleton] = Skeleton,
 ) -> Needs:
     """What :func:`~llmconvert.validate.predictions.compared.compare_models` takes for an original and artifacts of it.
 
@@ -162,9 +169,10 @@ def comparing_needs(
         artifacts: how many are compared in one pass; with none, the model is scored alone.
         context: device.
         dtype: what evaluation computes in.
+        build: builds the model on shapes.
     """
     try:
-        skeleton = Skeleton(model, context.device, dtype)
+        skeleton = build(model, context.device, dtype)
         plans = discover(skeleton, windows.length)
     except LlmconvertError:  # a broken artifact is for the measurements to tell
         return Needs(memory=BASE_NBYTES)

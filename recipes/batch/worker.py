@@ -24,7 +24,8 @@ from llmconvert.recipes.batch.jobs import Job, Settings, load_job
 from llmconvert.recipes.batch.messages import Sender
 from llmconvert.recipes.batch.outcome import to_values
 from llmconvert.recipes.planning.headers import UnknownWeightsError
-from llmconvert.recipes.planning.planner import plan_recipe
+from llmconvert.recipes.planning.planner import plan_run
+from llmconvert.recipes.planning.shared import SharedWork
 from llmconvert.storage.stages import StageStore
 
 __all__ = ["main", "needs_of"]
@@ -36,15 +37,20 @@ def main() -> int:
     """Run the job that the standard input describes; gives the exit status."""
     sender = Sender(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)
+    first = sys.stdin.readline()
+    if not first:
+        return RunInterruptedError.exit_code
+    told: dict[str, Any] = json.loads(first)
     threading.Thread(target=_beat, args=(sender,), daemon=True).start()
-    told: dict[str, Any] = json.loads(sys.stdin.readline())
-    while "recipe" in told:
-        job = _job(told)
-        sender.send(planned=needs_of(job) if told.get("needs") is None else told["needs"])
-        line = sys.stdin.readline()
-        if not line:
-            return RunInterruptedError.exit_code
-        told = json.loads(line)
+    with SharedWork() as shared:
+        while "recipe" in told:
+            job = _job(told)
+            sender.send(planned=needs_of(job, shared) if told.get("needs") is None else told["needs"])
+            line = sys.stdin.readline()
+            if not line:
+                return RunInterruptedError.exit_code
+            told = json.loads(line)
+    del shared  # and with it the models that plans were made on
     threading.Thread(target=_watch, args=(sys.stdin,), daemon=True).start()
     try:
         ended, built = _run(job, sender, set(told["built"]))
@@ -71,17 +77,20 @@ def _run(job: Job, sender: Sender, built: set[str]) -> tuple[dict[str, Any], lis
         return to_values(run_job(job, store, sender)), sorted(store.built)
 
 
-def needs_of(job: Job) -> dict[str, int] | None:
+def needs_of(job: Job, shared: SharedWork) -> dict[str, int] | None:
     """What a job needs by its plan, bytes by kind; None where that isn't known before it runs.
 
     A job that will be refused needs nothing: it says so when it runs.
+
+    Args:
+        shared: what its plans have in common with others.
     """
     if isinstance(job.loaded, LlmconvertError):
         return {}
     found: dict[str, int] = {}
     for recipe in job.recipes:
         try:
-            plan = plan_recipe(recipe, work_dir=job.work_dir, publish=False, fresh=job.settings.fresh)
+            plan = plan_run(recipe, job.work_dir, publish=False, fresh=job.settings.fresh, shared=shared)
         except UnknownWeightsError:
             return None
         except LlmconvertError:

@@ -6,7 +6,7 @@ on models that are still to be made where they come from stages before it. What 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,10 @@ from llmconvert.engine.architecture.config import declared_number
 from llmconvert.memory import available_nbytes
 from llmconvert.needs import Needs
 from llmconvert.recipes.forecast import Forecast, parameters
-from llmconvert.recipes.planning.headers import Headers, open_headers
+from llmconvert.recipes.planning.headers import Headers
 from llmconvert.recipes.planning.history import expected_seconds
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
+from llmconvert.recipes.planning.shared import SharedWork, sharing
 from llmconvert.recipes.publishing import check_metadata, check_target, fill_target
 from llmconvert.recipes.ranks import require_shareable
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
@@ -37,7 +38,6 @@ from llmconvert.storage.contents import Hashes
 from llmconvert.storage.disk import require_slashes
 from llmconvert.storage.stage_record import read_stage, stage_key
 from llmconvert.text.files import local_path
-from llmconvert.text.tokens import TokenWindows
 
 __all__ = ["assemble_plan", "fetching", "foresee", "foresee_steps", "plan_recipe", "plan_run", "step_of", "work_of"]
 
@@ -78,13 +78,13 @@ def plan_run(
     fresh: bool = False,
     publisher: str | None = None,
     ranks: Ranks = ALONE,
-    drawn: dict[Hashable, TokenWindows] | None = None,
+    shared: SharedWork | None = None,
 ) -> RunPlan:
     """The plan of a recipe.
 
     Args:
         publisher: who may replace what is published there, if it isn't the recipe.
-        drawn: windows that were drawn for other plans; those of this one are added.
+        shared: what it has in common with other plans that are made beside it.
 
     Raises:
         LlmconvertError: see :func:`plan_recipe`.
@@ -97,7 +97,7 @@ def plan_run(
     require_texts(filled)
     if target is not None:
         check_target(target, publisher or filled.name, Hashes())
-    return foresee(filled, target, work_dir, fresh=fresh, ranks=ranks, drawn=drawn)
+    return foresee(filled, target, work_dir, fresh=fresh, ranks=ranks, shared=shared)
 
 
 def foresee(
@@ -107,13 +107,13 @@ def foresee(
     *,
     fresh: bool = False,
     ranks: Ranks = ALONE,
-    drawn: dict[Hashable, TokenWindows] | None = None,
+    shared: SharedWork | None = None,
 ) -> RunPlan:
     """The plan of a recipe whose environment, texts and target were checked, and whose target is filled in."""
-    headers = open_headers(recipe)
-    with headers.source.checkpoint:
+    with sharing(shared) as common:
+        headers = common.headers(recipe)
         work = work_of(recipe, headers, ranks)
-        work.drawn = drawn if drawn is not None else work.drawn
+        common.join(work)
         return _foresee(work, headers, target, work_dir, fresh=fresh)
 
 
@@ -164,11 +164,11 @@ def foresee_steps(
         forecast = stage.forecast(work, output / f"{stage.name}-planned" / "model")
         if stage.name in work.texts:
             pending.discard(stage.name)  # drawn now, so its key is known
+        keys[stage.name] = _identity(stage, work, keys)
         if forecast.model is not None:
-            work.foreseen[stage.name] = forecast.model
+            work.foreseen[stage.name] = work.views.setdefault(keys[stage.name], forecast.model)
         if forecast.files:
             work.sizes[stage.name] = forecast.nbytes
-        keys[stage.name] = _identity(stage, work, keys)
         yield replace(step_of(stage.name, forecast, output), key=keys[stage.name]), forecast
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from llmconvert.recipes.planning.history import Seconds
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 from llmconvert.recipes.planning.planner import plan_run
 from llmconvert.recipes.planning.render import folded, gigabytes, plan_lines, row
+from llmconvert.recipes.planning.shared import SharedWork
 from llmconvert.recipes.plans.sweep import SweepPlan, plan_sweep, sweep_lines
 from llmconvert.recipes.sweep.expand import Sweep
-from llmconvert.text.tokens import TokenWindows
+from llmconvert.recipes.sweep.result import by_reason
 
 __all__ = ["BatchPlan", "batch_lines", "plan_jobs"]
 
@@ -106,20 +107,20 @@ def plan_jobs(jobs: Sequence[Job]) -> BatchPlan:
     plans: dict[str, RunPlan | SweepPlan] = {}
     problems: dict[str, LlmconvertError] = {}
     work_dirs: dict[str, Path] = {}
-    drawn: dict[Hashable, TokenWindows] = {}
-    for job in jobs:
-        settings = job.settings
-        try:
-            if isinstance(job.loaded, LlmconvertError):
-                raise job.loaded
-            options: dict[str, Any] = {"publish": settings.publish, "fresh": settings.fresh, "drawn": drawn}
-            if isinstance(job.loaded, Sweep):
-                plans[job.recipe] = plan_sweep(job.loaded, work_dir=job.work_dir, **options)
-            else:
-                plans[job.recipe] = plan_run(job.loaded, job.work_dir, **options)
-            work_dirs[job.recipe] = job.work_dir
-        except LlmconvertError as error:
-            problems[job.recipe] = error.with_traceback(None)  # whose frames hold the model
+    with SharedWork() as shared:
+        for job in jobs:
+            settings = job.settings
+            try:
+                if isinstance(job.loaded, LlmconvertError):
+                    raise job.loaded
+                options: dict[str, Any] = {"publish": settings.publish, "fresh": settings.fresh, "shared": shared}
+                if isinstance(job.loaded, Sweep):
+                    plans[job.recipe] = plan_sweep(job.loaded, work_dir=job.work_dir, **options)
+                else:
+                    plans[job.recipe] = plan_run(job.loaded, job.work_dir, **options)
+                work_dirs[job.recipe] = job.work_dir
+            except LlmconvertError as error:
+                problems[job.recipe] = error.with_traceback(None)  # whose frames hold the model
     return BatchPlan(plans, problems, work_dirs)
 
 
@@ -135,8 +136,8 @@ def batch_lines(plan: BatchPlan) -> Iterator[str]:
         yield row("", "memory", "disk", "time") + "recipe"
         for name, job in jobs.items():
             yield _line(job) + name
-    for name, problem in plan.problems.items():
-        yield from folded(f"left out: {name}: {problem}")
+    for line in by_reason({name: str(problem) for name, problem in plan.problems.items()}):
+        yield from folded(f"left out: {line}")
     if not jobs:
         return
     whole = plan.whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -15,12 +15,12 @@ from llmconvert.recipes.planning.history import Seconds
 from llmconvert.recipes.planning.plan import RunPlan, StepPlan
 from llmconvert.recipes.planning.planner import plan_run
 from llmconvert.recipes.planning.render import folded, gigabytes, makes, row
+from llmconvert.recipes.planning.shared import SharedWork, sharing
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.quantization import QUANTIZE
 from llmconvert.recipes.sweep.expand import Sweep, require_places
 from llmconvert.recipes.sweep.job import with_statistics
 from llmconvert.recipes.sweep.result import by_reason
-from llmconvert.text.tokens import TokenWindows
 
 __all__ = ["SweepPlan", "plan_sweep", "sweep_lines"]
 
@@ -106,14 +106,14 @@ def plan_sweep(
     work_dir: Path | str | None = None,
     publish: bool = True,
     fresh: bool = False,
-    drawn: dict[Hashable, TokenWindows] | None = None,
+    shared: SharedWork | None = None,
 ) -> SweepPlan:
     """What :func:`llmconvert.run_sweep` would do; see :func:`llmconvert.plan_recipe`.
 
     A variant that can't be made is left out with its reason, as it would be when run.
 
     Args:
-        drawn: windows that were drawn for other plans; those of this one are added.
+        shared: what it has in common with other plans that are made beside it.
 
     Raises:
         LlmconvertError: no variant can be made, and this is what is wrong with the first one; or two would be published
@@ -122,27 +122,26 @@ def plan_sweep(
     sweep.require_measured()
     if publish:
         require_places(sweep)
-    drawn = {} if drawn is None else drawn
     plans: dict[str, RunPlan] = {}
     recipes: dict[str, Recipe] = {}
     problems: dict[str, LlmconvertError] = {}
     publisher = sweep.name if sweep.pick is not None else None
     directory = Path(work_dir or sweep.work_dir)
-    for variant in sweep.variants:
-        if variant.recipe is None:
-            problems[variant.name] = variant.problem or LlmconvertError("no recipe")
-            continue
-        recipes[variant.name] = with_statistics(variant.recipe)
-        try:
-            plan = plan_run(
-                recipes[variant.name], directory, publish=publish, fresh=fresh, publisher=publisher, drawn=drawn
-            )
-        except LlmconvertError as error:
-            problems[variant.name] = error.with_traceback(None)  # whose frames hold the model
-            continue
-        if publisher is not None:  # one of them is published
-            plan = replace(plan, steps=tuple(_published_once(step) for step in plan.steps))
-        plans[variant.name] = plan
+    with sharing(shared) as common:
+        options: dict[str, Any] = {"publish": publish, "fresh": fresh, "publisher": publisher, "shared": common}
+        for variant in sweep.variants:
+            if variant.recipe is None:
+                problems[variant.name] = variant.problem or LlmconvertError("no recipe")
+                continue
+            recipe = recipes[variant.name] = with_statistics(variant.recipe)
+            try:
+                plan = plan_run(recipe, directory, **options)
+            except LlmconvertError as error:
+                problems[variant.name] = error.with_traceback(None)  # whose frames hold the model
+                continue
+            if publisher is not None:  # one of them is published
+                plan = replace(plan, steps=tuple(_published_once(step) for step in plan.steps))
+            plans[variant.name] = plan
     if not plans:
         raise next(iter(problems.values()))
     told = {name: str(error) for name, error in problems.items()}

@@ -6,13 +6,14 @@ A measurement of its own is a file under ``validate/`` and a line in :func:`meas
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmconvert.context import Context
+from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.checkpoint import open_artifact
 from llmconvert.quantize.formats.base import FileFormat, load_format
@@ -104,7 +105,8 @@ def validate_stage(
             text, made = work.texts.get(EVALUATION_TEXT), work.recipe.quantize
             loadable = made is None or not isinstance(load_format(made.format), FileFormat)
             stored = work.sizes.get(model)
-            return foresee_measuring(settings, output, reference, text, work.context, loadable=loadable, stored=stored)
+            known: dict[str, Any] = {"loadable": loadable, "stored": stored, "build": work.skeletons}
+            return foresee_measuring(settings, output, reference, text, work.context, **known)
 
     def inputs(work: Work) -> Mapping[str, Any]:
         own = {"between": [work.key(step) for step in between], "device": work.context.device.type}
@@ -123,16 +125,18 @@ def foresee_measuring(
     *,
     loadable: bool | None = None,
     stored: int | None = None,
+    build: Callable[..., Skeleton] = Skeleton,
 ) -> Forecast:
     """What :func:`measure` would need, of an artifact that may be still to be made where there is a reference.
 
     Args:
         loadable: whether it will be a directory that transformers reads, where it is still to be made.
         stored: bytes of its weight files, likewise.
+        build: builds a model on shapes.
     """
     wanted = measurements(settings)
     known: dict[str, Any] = {"reference": reference, "windows": windows, "loadable": loadable, "stored": stored}
-    plan = plan_validation(artifact, wanted, **known, context=context)
+    plan = plan_validation(artifact, wanted, **known, context=context, build=build)
     with nullcontext(reference) if reference is not None else open_artifact(artifact) as model:
         weights = parameters(model)
     tokens = windows.drawn * windows.length if windows is not None else 0

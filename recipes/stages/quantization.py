@@ -110,6 +110,7 @@ def quantize_stage(
                 context=work.context_of(after),
                 statistics=statistics,
                 repaired=work.recipe.validation is not None and work.recipe.validation.repair is not None,
+                build=work.skeletons,
             )
 
     def inputs(work: Work) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from llmconvert.context import Context
 from llmconvert.convert.adapter.files import Adapter
 from llmconvert.convert.quantized import StoredAs
 from llmconvert.convert.source import Source
+from llmconvert.engine.skeleton import Skeleton
 from llmconvert.recipes.forecast import Forecast
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.report.report import Step
@@ -111,6 +112,8 @@ class Work:
         finished: stages, by name.
         steps: what the report will say of the run so far.
         drawn: windows by what was asked for, of which text and tokenizer; shared by several that are planned together.
+        views: models that stages will make, by what tells them from others; shared likewise.
+        skeletons: builds models on shapes, where a run is only planned; may give one that other plans have built.
         foreseen: models that stages will make, by name, where a run is only planned.
         sizes: bytes of their weight files, by name, likewise.
         ranks: the processes that take part in stages which are built together; others are built by the first.
@@ -127,6 +130,8 @@ class Work:
     finished: dict[str, Finished[Any]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     drawn: dict[Hashable, TokenWindows] = field(default_factory=dict)
+    views: dict[str, Checkpoint] = field(default_factory=dict)
+    skeletons: Callable[..., Skeleton] = Skeleton
     foreseen: dict[str, Checkpoint] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     ranks: Ranks = ALONE
