@@ -29,6 +29,8 @@ __all__ = ["RayEngine"]
 _TICK = 0.25
 # Seconds in which a cluster has to take up a connection.
 _ANSWER = 10.0
+# Seconds in which a worker becomes idle that has waited for a job to be planned.
+_IDLE = 2.0
 # Stands where a task's job does, for the one that plans.
 _PLANNING = -1
 # How often a job is run again whose node or process dies.
@@ -114,11 +116,23 @@ class _Driver:
         self._ray, self._jobs, self._board = ray, jobs, board
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
-        self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        self._nodes = list(alive.values())
         cores = [int(node["CPU"]) for node in self._nodes if node.get("CPU")]
         self._cores = max(1, min(cores, default=1) // at_once)
         self._tasks: dict[Any, int] = {}
         self._unplanned: list[int] = []
+        # One function for all jobs: its workers keep what it leaves for the next one.
+        self._job = ray.remote(run_task)
+        computing = [name for name, node in alive.items() if node.get("CPU")]
+        places = [NodeAffinitySchedulingStrategy(name, soft=True) for name in computing[: len(jobs)]]
+        self._ready = [self._start(None, len(jobs), num_cpus=0, scheduling_strategy=place) for place in places]
+
+    def _start(self, values: dict[str, Any] | None, number: int, **asked: Any) -> Any:
+        """A task for a job, or one that only has a process ready for it while jobs are planned."""
+        task = self._job.options(max_retries=_RETRIES, **asked)
+        ahead = number + 1 < len(self._jobs)
+        return task.remote(values, str(Path.cwd()), self._cores, number, self._mailbox, ahead)
 
     def run(self) -> None:
         for number, job in enumerate(self._jobs):
@@ -201,9 +215,11 @@ class _Driver:
                 ),
             )
             return
-        run = self._ray.remote(max_retries=_RETRIES, **asked)(run_task)
-        values, directory = self._jobs[number].to_values(needs=needs), str(Path.cwd())
-        self._tasks[run.remote(values, directory, self._cores, number, self._mailbox)] = number
+        # The first job is for a worker that has become idle now, and not for another one that Ray starts meanwhile.
+        if self._ready:
+            self._ray.wait(self._ready, num_returns=len(self._ready), timeout=_IDLE)
+            self._ready = []
+        self._tasks[self._start(self._jobs[number].to_values(needs=needs), number, **asked)] = number
 
     def _fail(self, number: int, failure: Exception) -> None:
         if number in self._unplanned:

@@ -17,11 +17,14 @@ from typing import IO, Any
 
 from llmconvert.recipes.batch.process import worker_command
 
-__all__ = ["Mailbox", "converse", "plan_task", "run_task"]
+__all__ = ["Mailbox", "converse", "plan_task", "run_task", "start_process"]
 
 _SEND_EVERY = 0.5
+_LOOK_EVERY = 0.1
 # Seconds that a job's process has to stop.
 _GRACE = 60.0
+# Processes of this worker of Ray's that have loaded what jobs need, and wait for one; they end when it does.
+_WAITING: list[subprocess.Popen[str]] = []
 
 
 @dataclass(slots=True)
@@ -30,12 +33,14 @@ class Mailbox:
 
     messages: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
+    planned: bool = False
 
     def tell(self, number: int, messages: Sequence[dict[str, Any]]) -> None:
         """Messages of a job, in order."""
         self.messages += [(number, message) for message in messages]
         for message in messages:
             self.keys |= set(message.get("built", ()))
+            self.planned |= "planned" in message
 
     def take(self) -> list[tuple[int, dict[str, Any]]]:
         """All that came since the last time."""
@@ -45,6 +50,10 @@ class Mailbox:
     def built(self) -> list[str]:
         """Keys of the stages that jobs of this batch have built."""
         return sorted(self.keys)
+
+    def begins(self) -> bool:
+        """Whether a job has been planned, and so runs next."""
+        return self.planned
 
 
 def plan_task(jobs: Mapping[int, dict[str, Any]], directory: str, mailbox: Any) -> dict[str, Any]:
@@ -63,14 +72,31 @@ def plan_task(jobs: Mapping[int, dict[str, Any]], directory: str, mailbox: Any) 
             told.append(mailbox.tell.remote(left.pop(0) if "planned" in message else left[0], [message]))
         return bool(left)
 
-    status = converse(jobs[left[0]], directory, 1, hear, go=lambda: jobs[left[0]])
+    status = converse(start_process(directory, 1), jobs[left[0]], hear, go=lambda: jobs[left[0]])
     ray.get(told)  # what was told is there before the result is
     return {"status": status, "at": left[0] if left else None}
 
 
-def run_task(values: dict[str, Any], directory: str, cores: int, number: int, mailbox: Any) -> dict[str, Any]:
-    """On a node: run a job. Gives its last message, or the status that its process ended with."""
+def run_task(
+    values: dict[str, Any] | None, directory: str, cores: int, number: int, mailbox: Any, ahead: bool
+) -> dict[str, Any]:
+    """On a node: run a job. Gives its last message, or the status that its process ended with.
+
+    Args:
+        values: the job; None to have no more than a process ready when the first one has been planned.
+        ahead: start the process of the next job while this one runs, so that it has loaded what it needs by then. It is
+            there for a job that Ray gives to the same worker next, as Ray does unless that was idle for a second.
+    """
     import ray
+
+    process = _WAITING.pop() if _WAITING else start_process(directory, cores)
+    if values is None:
+        _WAITING.append(process)
+        while not ray.get(mailbox.begins.remote()):
+            time.sleep(_LOOK_EVERY)
+        return {}
+    if process.poll() is not None:  # by whatever killed it
+        process = start_process(directory, cores)
 
     outbox: list[dict[str, Any]] = [{"begun": True}]
     sent = 0.0
@@ -87,42 +113,53 @@ def run_task(values: dict[str, Any], directory: str, cores: int, number: int, ma
             outbox, sent = [], time.monotonic()
         return True
 
-    status = converse(values, directory, cores, hear, go=lambda: {"built": ray.get(mailbox.built.remote())})
+    def go() -> dict[str, Any]:
+        if ahead and not _WAITING:
+            _WAITING.append(start_process(directory, cores))
+        return {"built": ray.get(mailbox.built.remote())}
+
+    status = converse(process, values, hear, go=go)
     # What was told is there before the result is.
     ray.get(mailbox.tell.remote(number, outbox))
     return last or {"status": status}
 
 
-def converse(
-    values: Mapping[str, Any],
-    directory: str,
-    cores: int,
-    hear: Callable[[dict[str, Any]], bool],
-    *,
-    go: Callable[[], dict[str, Any]],
-) -> int:
-    """Run a job's process and pass on what it tells, and what it writes to its standard error as log lines.
+def start_process(directory: str, cores: int) -> subprocess.Popen[str]:
+    """A process that waits for a job; it ends when its standard input does.
 
     Args:
-        values: the job.
         directory: to run in; local paths of recipes are relative to it.
         cores: threads to compute with.
-        hear: takes each message; the process is stopped when it gives False.
-        go: what to let the job in with, or another job to plan, asked for when it has planned.
-
-    Returns:
-        the process's exit status.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "GOMP_SPINCOUNT": "10000"}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         worker_command(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=directory,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": str(cores), "GOMP_SPINCOUNT": "10000"},
     )
+
+
+def converse(
+    process: subprocess.Popen[str],
+    values: Mapping[str, Any],
+    hear: Callable[[dict[str, Any]], bool],
+    *,
+    go: Callable[[], dict[str, Any]],
+) -> int:
+    """Give a process its job and pass on what it tells, and what it writes to its standard error as log lines.
+
+    Args:
+        process: see :func:`start_process`.
+        values: the job.
+        hear: takes each message; the process is stopped when it gives False.
+        go: what to let the job in with, or another job to plan, asked for when it has planned.
+
+    Returns:
+        the process's exit status.
+    """
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     try:
         lock = threading.Lock()
