@@ -2,13 +2,14 @@
 
     python bench/sweep.py --model DIR --calibration FILE --evaluation FILE --work DIR [--samples 32] [--length 512]
         [--windows 8] [--window 1024] [--rounds 2] [--apart 8]
-        [--method gptq] [--format gguf --schemes q4_k_m q2_k …]
+        [--method gptq] [--format gguf --schemes q4_k_m q2_k …] [--most 1]
 
 Each phase is a whole process of ``llmconvert run`` in a work directory of its own: first the recipe without its
 validate section, then with it, which finds the quantized models there; and once more, which finds everything there and
 tells what starting costs, which is taken off. One alone is sequential, as a recipe by itself is. Beside wall-clock time
 stands CPU time, which other work on the machine changes less. Quality is measured both ways, on text that calibration
-never saw.
+never saw. What a process cost is kept in the scratch directory, so that the same command goes on where it was stopped,
+or where ``--most`` processes have run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,17 @@ def main() -> None:
     parser.add_argument("--apart", type=int, default=len(SCHEMES), help="schemes whose sequential quality is shown")
     parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, help="the first one is also made alone")
+    parser.add_argument("--most", type=int, help="processes that this call runs")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    kept = Kept(options.work / "costs.json", options.most)
     ones, eights = [], []
-    for _ in range(options.rounds):
-        ones.append(run(options, "one", options.schemes[:1], "sequential"))
-        eights.append(run(options, "eight", options.schemes, None))
-    apart = run(options, "apart", options.schemes[: options.apart], "sequential") if options.apart > 1 else ones[0]
+    for number in range(1, options.rounds + 1):
+        ones.append(run(options, kept, f"one-{number}", options.schemes[:1], "sequential"))
+        eights.append(run(options, kept, f"eight-{number}", options.schemes, None))
+    apart = ones[0]
+    if options.apart > 1:
+        apart = run(options, kept, "apart", options.schemes[: options.apart], "sequential")
     tokens = (
         f"{options.samples} × {options.length} tokens to calibrate, {options.windows} × {options.window} to measure"
     )
@@ -86,10 +91,35 @@ class Made:
     quality: dict[str, tuple[float, float]] = field(repr=False)
 
 
-def run(options: argparse.Namespace, name: str, schemes: Sequence[str], statistics_of: str | None) -> Made:
+class Kept:
+    """What processes cost, in a file; ends the program where as many have run as may in one call."""
+
+    def __init__(self, path: Path, most: int | None) -> None:
+        self._path, self._left = path, most
+        self._costs: dict[str, Cost] = {}
+        if path.exists():
+            self._costs = {name: Cost(**cost) for name, cost in json.loads(path.read_text()).items()}
+
+    def cost(self, name: str, command: Sequence[str | Path], options: argparse.Namespace) -> Cost:
+        """Of a process that has run, or runs now."""
+        if name not in self._costs:
+            if self._left == 0:
+                raise SystemExit(f"{name} is next; the same command goes on")
+            self._left = None if self._left is None else self._left - 1
+            self._costs[name] = run_measured(command, threads=options.threads, log=options.work / f"{name}.log")
+            self._path.write_text(json.dumps({name: asdict(cost) for name, cost in self._costs.items()}, indent=1))
+            print(f"{name}: {self._costs[name]}", file=sys.stderr, flush=True)
+        return self._costs[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._costs
+
+
+def run(options: argparse.Namespace, kept: Kept, name: str, schemes: Sequence[str], statistics_of: str | None) -> Made:
     """Run a recipe with these schemes."""
     work = options.work / name
-    shutil.rmtree(work, ignore_errors=True)
+    if f"{name}-0" not in kept:
+        shutil.rmtree(work, ignore_errors=True)
     calibrate: dict[str, Any] = {
         "dataset": str(options.calibration),
         "samples": options.samples,
@@ -110,9 +140,7 @@ def run(options: argparse.Namespace, name: str, schemes: Sequence[str], statisti
     costs: list[Cost] = []
     for validate in ({}, {"validate": {"perplexity": text}}, {"validate": {"perplexity": text}}):
         path.write_text(yaml.safe_dump({**recipe, **validate}))
-        log = options.work / f"{name}-{len(costs)}.log"
-        costs.append(run_measured(command, threads=options.threads, log=log))
-        print(f"{name}: {costs[-1]}", file=sys.stderr, flush=True)
+        costs.append(kept.cost(f"{name}-{len(costs)}", command, options))
     *phases, again = costs
     quality = {}
     for stage in sorted(work.glob("artifact-*")):
