@@ -55,7 +55,8 @@ def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], met
         return
     layout.check_experts(scheme, apart=apart)
     elsewhere = all(site.experts is not None and site.experts.elsewhere for site in experts)
-    unread = next((site.unread for site in experts if site.unread), "")
+    layers = {id(site.experts): site.experts for site in experts if site.experts is not None}
+    unread = next((layer.unread for layer in layers.values() if layer.unread), "")
     if unread and not layout.stacks_experts and not (elsewhere and layout.library == RUNTIME):
         other = f"; or have them one by one, for vLLM alone, which has such names (runtime: {RUNTIME})"
         raise UnsupportedError(

@@ -146,11 +146,15 @@ def batch_lines(plan: BatchPlan) -> Iterator[str]:
     download = gigabytes(needs.download) if needs.download else "nothing"
     yield f"{gigabytes(whole.memory)} of memory may be used; {download} to download"
     if plan.untimed:
-        yield f"time: not known of {plan.untimed:,} recipes; nothing like them was timed on this machine yet"
+        several = plan.untimed > 1
+        yield from folded(
+            f"time: not known of {plan.untimed:,} recipe{'s' if several else ''}; "
+            f"nothing like {'them' if several else 'it'} was timed on this machine yet"
+        )
         return
     times = {count: plan.seconds(count) for count in _MACHINES}
     said = ", ".join(f"{time} on {count}" for count, time in times.items() if time is not None)
-    yield f"time on machines like this one: {said}"
+    yield from folded(f"time on machines like this one: {said}")
 
 
 def _line(job: RunPlan) -> str:

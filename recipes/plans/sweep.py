@@ -182,7 +182,7 @@ def sweep_lines(plan: SweepPlan) -> Iterator[str]:
         own = [step for step in one.steps if step.key not in shared]
         made = next((makes(step) for step in reversed(one.steps) if step.files), "")
         yield name
-        yield _line("", own, made)
+        yield _line("", own, made) or f"{row('')}there already, and published again"
     for group in plan.together:
         memory = gigabytes(plan.joint_memory(group))
         yield from folded(f"in one pass over the text, with {memory} of memory: {', '.join(group)}")

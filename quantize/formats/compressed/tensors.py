@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +57,7 @@ _ZEROS = "weight_zero_point"
 # Written by some producers beside the parts that a scheme needs. Inputs are quantized with scales of their own here,
 # which no file has; zero points and orders say nothing new, or else they contradict the config.
 _SURPLUS = (_ZEROS, _ORDER, "input_scale", "input_zero_point")
+_Tensor = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -148,23 +150,8 @@ class CompressedTensors(Format):
     def specs(self, linear: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> list[TensorSpec]:
         if linear == self.model.embedding:
             return plain_specs(self.model, shape, scheme, scale_dtype)
-        if holds_floats(scheme):
-            return float_specs(linear, shape, scheme, scale_dtype)
-        rows, columns = shape
-        groups = scheme.groups(columns)
-        scale = TensorSpec(f"{linear}.weight_scale", scale_dtype, (rows, groups))
-        if stored_layout(scheme) != "pack-quantized":
-            return [TensorSpec(f"{linear}.weight", scheme.number.code_dtype, shape), scale]
-        packed = (rows, packed_length(columns, scheme.bits))
-        specs = [
-            TensorSpec(f"{linear}.weight_packed", torch.int32, packed),
-            scale,
-            TensorSpec(f"{linear}.weight_shape", torch.int64, (2,)),
-        ]
-        if not scheme.symmetric:
-            zeros = (packed_length(rows, scheme.bits), groups)
-            specs.append(TensorSpec(f"{linear}.weight_zero_point", torch.int32, zeros))
-        return specs
+        stored = _stored_tensors(shape, scheme, scale_dtype)
+        return [TensorSpec(linear + leaf, dtype, size) for leaf, dtype, size in stored]
 
     def pack(self, linear: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         scheme = tensor.scheme
@@ -394,3 +381,20 @@ def _order(checkpoint: Checkpoint, linear: str, columns: int, scheme: Scheme, *,
     if int(group.min()) < 0 or not torch.equal(torch.bincount(group), torch.full((count,), size)):
         raise CheckpointError(f"tensor {name!r} does not put {size} columns into each of {count} groups")
     return name
+
+
+@lru_cache
+def _stored_tensors(shape: tuple[int, int], scheme: Scheme, scale_dtype: torch.dtype) -> tuple[_Tensor, ...]:
+    """What the name of each tensor of a linear ends in, its dtype and shape; thousands of experts have the same."""
+    if holds_floats(scheme):
+        return tuple((spec.name, spec.dtype, spec.shape) for spec in float_specs("", shape, scheme, scale_dtype))
+    rows, columns = shape
+    groups = scheme.groups(columns)
+    scale = (".weight_scale", scale_dtype, (rows, groups))
+    if stored_layout(scheme) != "pack-quantized":
+        return (".weight", scheme.number.code_dtype, shape), scale
+    packed = (_PACKED, torch.int32, (rows, packed_length(columns, scheme.bits)))
+    stored = (packed, scale, (".weight_shape", torch.int64, (2,)))
+    if scheme.symmetric:
+        return stored
+    return *stored, (".weight_zero_point", torch.int32, (packed_length(rows, scheme.bits), groups))
