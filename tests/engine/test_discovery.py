@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from llmconvert.engine.discovery import BlockPlan, _trace, discover
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Arrival, Stream
+from llmconvert.engine.tracing.alike import kinds_of
 from llmconvert.engine.tracing.recorder import BlockRecorder
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
@@ -98,6 +99,20 @@ def test_what_the_first_block_of_a_kind_does_stands_for_the_others(
     monkeypatch.setattr(Gemma3DecoderLayer, "forward", unlike)
     held = [plan.stops[0].held_nbytes for plan in plans_of(tmp_path, 32)]
     assert len(set(held)) == 9, "none stands for another"
+
+
+def test_blocks_that_share_a_module_or_differ_in_a_setting_are_of_kinds_of_their_own(tiny: Tiny) -> None:
+    config = AutoConfig.from_pretrained(tiny("llama"))
+    with torch.device("meta"):
+        layers = LlamaModel(config).layers
+    first, second, third = kinds_of(list(layers), [config])
+    assert first == second == third
+    cast(LlamaDecoderLayer, layers[0]).self_attn.scaling *= 2
+    cast(LlamaDecoderLayer, layers[2]).mlp = cast(LlamaDecoderLayer, layers[1]).mlp
+    assert len(set(kinds_of(list(layers), [config]))) == 3
+    assert len({*kinds_of(list(LlamaModel(config).layers), [config]), first}) == 1
+    config.layer_kinds = ["a", "b", "a"]
+    assert len(set(kinds_of(list(LlamaModel(config).layers), [config]))) == 2
 
 
 def test_linears_that_are_never_called_are_told(tmp_path: Path) -> None:

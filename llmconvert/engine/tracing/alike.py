@@ -7,6 +7,7 @@ depends on what it is called with alone. Their numbers (``layer_idx``) choose a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -33,9 +34,18 @@ def kinds_of(blocks: Sequence[nn.Module], configs: Sequence[PretrainedConfig]) -
     """
     lists = [value for config in configs for value in vars(config).values() if isinstance(value, list | tuple)]
     said = [value for value in lists if len(value) == len(blocks)]
-    return [
-        (tuple(_parts(block)), tuple(repr(value[position]) for value in said)) for position, block in enumerate(blocks)
-    ]
+    holders = Counter(id(module) for block in blocks for module in _with_weights(block))
+    kinds: list[Hashable] = []
+    for position, block in enumerate(blocks):
+        # One that shares modules with another is called with it, and has to be seen as often as it is.
+        alone = all(holders[id(module)] == 1 for module in _with_weights(block))
+        settings = tuple(repr(value[position]) for value in said)
+        kinds.append((tuple(_parts(block)), settings, None if alone else position))
+    return kinds
+
+
+def _with_weights(block: nn.Module) -> list[nn.Module]:
+    return [module for module in block.modules() if module._parameters]
 
 
 def _parts(block: nn.Module) -> Iterator[Hashable]:

@@ -54,15 +54,11 @@ class BlockPlan:
         """The same of a block that does the same, the names of whose modules begin with ``after``."""
 
         def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(after + name.removeprefix(before) for name in names)
+            return tuple(after + name[len(before) :] for name in names)
 
-        stops = tuple(
-            replace(
-                stop,
-                linears=renamed(stop.linears),
-                residual=None if stop.residual is None else after + stop.residual.removeprefix(before),
-            )
-            for stop in self.stops
-        )
+        stops = []
+        for stop in self.stops:
+            residual = None if stop.residual is None else after + stop.residual[len(before) :]
+            stops.append(Stop(renamed(stop.linears), stop.columns, stop.held_nbytes, residual))
         unreached, repeated = renamed(self.unreached), renamed(self.repeated)
-        return replace(self, index=index, stops=stops, unreached=unreached, repeated=repeated)
+        return replace(self, index=index, stops=tuple(stops), unreached=unreached, repeated=repeated)
