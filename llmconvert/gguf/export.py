@@ -50,6 +50,7 @@ class GgufExport:
         tied: the embedding is the output matrix too.
         queries_per_key: query heads that share a key-value head.
         notes: what llama.cpp does otherwise although the model can be used, a sentence each.
+        beside: the checkpoint's tensors of parts for images or sound, which the file has no place for.
     """
 
     arch: GgufArchitecture
@@ -61,6 +62,7 @@ class GgufExport:
     tied: bool
     queries_per_key: int
     notes: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
     def types(self, mix: GgmlMix, *, importance: bool) -> dict[str, str]:
         """Name of each tensor in the file → the type that a mix gives it."""
@@ -101,6 +103,7 @@ def export_checkpoint(source: Checkpoint, name: str) -> GgufExport:
         tied=tied,
         queries_per_key=_queries_per_key(model),
         notes=(*window_notes(model, arch), *arch.notes(values), *decoder.left_out, *tokenizer.notes),
+        beside=decoder.beside,
     )
 
 

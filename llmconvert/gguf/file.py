@@ -65,6 +65,7 @@ class GgufFile:
         parts: what each tensor of the checkpoint becomes: tensors and pieces of them.
         settings: float32 tensors that hold settings, by the name in the file.
         notes: what is otherwise than asked for, or in llama.cpp than in transformers, a sentence each.
+        beside: the checkpoint's tensors of parts for images or sound, which are not in it.
     """
 
     layout: Layout
@@ -73,6 +74,7 @@ class GgufFile:
     parts: Mapping[str, Sequence[tuple[PlannedTensor, Piece]]]
     settings: Mapping[str, np.ndarray]
     notes: tuple[str, ...]
+    beside: tuple[str, ...]
 
     def write_settings(self, writer: TensorWriter) -> None:
         """Write the tensors that come from the config."""
@@ -189,6 +191,7 @@ def plan_file(
         parts,
         export.settings,
         (*_fallbacks(mixed, mix, context), *export.notes),
+        export.beside,
     )
 
 

@@ -27,7 +27,12 @@ __all__ = ["GgufSpec", "plan_gguf", "plan_parts"]
 _ALIGNMENT: Final = 32
 _VERSION: Final = 3
 _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
-_ARRAY_TYPES: Final = {np.dtype(np.int32): 5, np.dtype(np.float32): _FLOAT32}
+_ARRAY_TYPES: Final = {
+    np.dtype(np.uint8): 0,
+    np.dtype(np.int32): 5,
+    np.dtype(np.float32): _FLOAT32,
+    np.dtype(np.bool_): _BOOL,
+}
 # Where llama.cpp wants another kind of integer than uint32.
 _SIZED: Final = {np.uint16: 2, np.int32: 5}
 
@@ -62,7 +67,8 @@ def plan_gguf(file_name: str, metadata: Mapping[str, Any], specs: Sequence[GgufS
 
     Args:
         file_name: of the file in the writer's directory.
-        metadata: str, bool, int, float, numpy's uint16 and int32, list of str, or int32 and float32 arrays, by key.
+        metadata: str, bool, int, float, numpy's uint16 and int32, list of str, or arrays of int32, float32, uint8 and
+            bool, by key.
         specs: tensors in the order they get in the file.
 
     Raises:

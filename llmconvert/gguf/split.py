@@ -17,6 +17,7 @@ from llmconvert.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 
 __all__ = [
     "gguf_models",
+    "is_projector",
     "join_headers",
     "model_files",
     "part_names",
@@ -78,9 +79,14 @@ def without_part(name: str) -> str:
     return match["stem"] if match is not None else name.removesuffix(".gguf")
 
 
+def is_projector(name: str) -> bool:
+    """Whether a file is not a model but its part for images or sound, by its name, as llama.cpp tells them apart."""
+    return "mmproj" in name.lower() and name.endswith(".gguf")
+
+
 def gguf_models(directory: Path) -> Sequence[Path]:
     """The GGUF models in a directory, a split one as its first part."""
-    return sorted({part_paths(path)[0] for path in directory.glob("*.gguf")})
+    return sorted({part_paths(path)[0] for path in directory.glob("*.gguf") if not is_projector(path.name)})
 
 
 def _count(header: GgufHeader) -> int:

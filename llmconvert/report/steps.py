@@ -261,6 +261,7 @@ class QuantizeReport(StepDetails):
         budget: what a budget chose; None without one.
         experts: of a mixture, how many tokens each expert was calibrated on; empty without text.
         file: of GGUF, the file's name.
+        projector: of GGUF, the name of the file beside it that has the model's part for images.
         types: of GGUF, how many tensors have each type.
         notes: what is otherwise than asked for, or otherwise in the runtime than in transformers, a sentence each.
         streamed: whether the source was quantized while it downloaded.
@@ -269,6 +270,7 @@ class QuantizeReport(StepDetails):
 
     budget: BudgetReport | None = Field(default=None, exclude_if=_is_none)
     file: str | None = Field(default=None, exclude_if=_is_none)
+    projector: str | None = Field(default=None, exclude_if=_is_none)
     experts: tuple[ExpertsReport, ...] = Field(default=(), exclude_if=_is_empty)
     layers: int
     linears: tuple[LinearReport, ...] = Field(default=(), exclude_if=_is_empty)

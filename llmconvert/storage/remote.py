@@ -120,7 +120,7 @@ def _config_file(model_id: str, revision: str | None) -> Path:
         raise
     except EntryNotFoundError:
         names = huggingface_hub.list_repo_files(model_id, revision=revision)
-        files = [name for name in names if name.endswith(".gguf")]
+        files = [name for name in names if name.endswith(".gguf") and "mmproj" not in name.lower()]
         hint = f"; download one of its GGUF files ({', '.join(files[:3])}) and name its path" if files else ""
         raise HubError(f"{model_id}: has no config.json, so it is no transformers model{hint}") from None
 

@@ -25,6 +25,7 @@ from llmconvert.gguf.file import Encode, GgufFile, PlannedTensor, plan_file
 from llmconvert.gguf.ggml.blocks import BlockCodec, Blocks, load_codec
 from llmconvert.gguf.ggml.mix import FLOATS, MIXES, GgmlMix
 from llmconvert.gguf.ggml.overrides import TypeOverride
+from llmconvert.gguf.mmproj.beside import plan_beside, with_images
 from llmconvert.gguf.records.importance import ImportanceMatrix
 from llmconvert.quantize.formats.base import Feature, FileFormat, StoredLinear
 from llmconvert.quantize.formats.container import Container, ContainerRequest, Packed
@@ -148,7 +149,8 @@ class GgufContainer:
     Args:
         source: dense weights; of a :class:`~llmconvert.quantize.formats.dense_view.QuantizedView` the codes are taken
             over where the mix gives a tensor the type that holds them.
-        output: a ``.gguf`` file, or a directory to become one with ``NAME-MIX.gguf`` in it.
+        output: a ``.gguf`` file, or a directory to become one with ``NAME-MIX.gguf`` in it, and beside it
+            ``mmproj-NAME-f16.gguf`` of a model with a part for images.
         request: what was decided.
         mix: the tensors' types.
     """
@@ -178,16 +180,19 @@ class GgufContainer:
         self._method = request.method if isinstance(request.method, GgmlQuantizer) else Imatrix()
         if self._read is not None and isinstance(request.method, Imatrix):
             _check_importance(request.method.file, self._read, self._file)
-        self.layout = self._file.layout
-        if self.single and len(self.layout.shards) > 1:
+        parts = len(self._file.layout.shards)
+        if self.single and parts > 1:
             raise OutputError(
-                f"{output}: the model is split into {len(self.layout.shards)} files of {request.split_nbytes:,} bytes; "
-                "name a directory for them"
+                f"{output}: the model is split into {parts} files of {request.split_nbytes:,} bytes; name a directory "
+                "for them"
             )
-        self.notes = self._file.notes
+        kind = mix.name.upper() if mix.name.upper() in ("F32", "BF16") else "F16"
+        self._images, said = plan_beside(source, self._file.beside, name, kind, single=self.single)
+        self.layout = with_images(self._file.layout, self._images)
+        self.notes = (*self._file.notes, *said)
         self._linears: dict[str, list[tuple[PlannedTensor, Piece]]] = {}
-        for parts in self._file.parts.values():
-            for planned, piece in parts:
+        for pieces in self._file.parts.values():
+            for planned, piece in pieces:
                 self._linears.setdefault(piece.linear, []).append((planned, piece))
         self.types: Mapping[str, int] = Counter(
             ["F32"] * len(self._file.settings) + [planned.spec.qtype for planned in self._file.tensors.values()]
@@ -195,6 +200,8 @@ class GgufContainer:
 
     def begin(self, writer: TensorWriter) -> None:
         self._file.write_settings(writer)
+        if self._images is not None:
+            self._images.write(writer)
 
     def pack(self, linear: str, tensor: QuantizedTensor) -> Iterable[Packed]:
         blocks: torch.Tensor | None = None

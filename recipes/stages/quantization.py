@@ -15,7 +15,7 @@ import torch
 from llmconvert.context import Context
 from llmconvert.gguf.checkpoint import GgufCheckpoint, open_artifact
 from llmconvert.gguf.ggml.mix import FLOATS
-from llmconvert.gguf.split import read_model_header
+from llmconvert.gguf.split import is_projector, read_model_header
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import plan_quantize
 from llmconvert.quantize.methods.base import load_method
@@ -152,6 +152,7 @@ class Planned:
                 *_serving_section(served_by(self.plan)),
             ),
             file=result.files[0] if result.types else None,
+            projector=next(filter(is_projector, result.files), None),
             layers=result.quantized,
             linears=_linears(result.layers),
             types=result.types,

@@ -4,6 +4,7 @@
 
     README.md                                  the table, which one to take, sizes against quality
     NAME-Q4_K_M.gguf, NAME-Q6_K.gguf           of variants that are GGUF files
+    mmproj-NAME-f16.gguf                       of models with a part for images, one for all of these
     VARIANT/                                   of others, as they are alone
     llmconvert/VARIANT/report.json, …          what was measured on each file
 
@@ -25,7 +26,7 @@ from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import LlmconvertError, RecipeError
 from llmconvert.gguf.checkpoint import open_artifact
-from llmconvert.gguf.split import gguf_models
+from llmconvert.gguf.split import gguf_models, is_projector
 from llmconvert.hub.card import CARD, front_matter
 from llmconvert.recipes.publishing import fill_target
 from llmconvert.recipes.schema.recipe import PublishSettings
@@ -173,6 +174,8 @@ def write_set(sweep: Sweep, folder: Path, variants: Mapping[str, MadeVariant], h
             if inside == CARD and files:
                 continue
             place = _place(inside, short, gguf=bool(files))
+            if is_projector(place) and place in placed and _same(variants[placed[place]], made, inside):
+                continue  # the part for images of all is one
             if place in placed:
                 raise RecipeError(f"{sweep.name}: publish.set: {placed[place]} and {name} both have a file {place}")
             placed[place] = name
@@ -186,6 +189,10 @@ def write_set(sweep: Sweep, folder: Path, variants: Mapping[str, MadeVariant], h
     card = render_set_card(_front_matter(variants), Path(source).name, members, _PLOT if picture else None)
     write_file(folder / CARD, card.encode())
     return hashes.read(folder)
+
+
+def _same(first: MadeVariant, second: MadeVariant, inside: str) -> bool:
+    return first.contents.files[inside] == second.contents.files[inside]
 
 
 def _place(inside: str, variant: str, *, gguf: bool) -> str:

@@ -7,6 +7,7 @@ serves the whole test run; it is started on first use. Run as a script, this fil
 from __future__ import annotations
 
 import atexit
+import base64
 import functools
 import json
 import select
@@ -26,10 +27,16 @@ _SHOWN = 4000
 
 
 class LlamaCpp:
-    """A model loaded by llama.cpp."""
+    """A model loaded by llama.cpp.
 
-    def __init__(self, path: Path, context: int = 256) -> None:
-        self._number = _ask({"load": str(path), "context": context})
+    Args:
+        path: of its file.
+        context: tokens that it has room for.
+        projector: its ``mmproj`` file, of one that looks at images.
+    """
+
+    def __init__(self, path: Path, context: int = 256, projector: Path | None = None) -> None:
+        self._number = _ask({"load": str(path), "context": context, "projector": str(projector or "")})
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of ``text``; ``special`` adds what the model wants at its ends."""
@@ -39,10 +46,13 @@ class LlamaCpp:
     def log_probabilities(self, ids: Sequence[int], vocabulary: int) -> torch.Tensor:
         """``[vocabulary]``: log probabilities of the token after ``ids``."""
         entries = _ask({"ids": list(ids), "vocabulary": vocabulary, "server": self._number})
-        out = torch.full((vocabulary,), -torch.inf)
-        for index, value in entries:
-            out[index] = value
-        return out
+        return _spread(entries, vocabulary)
+
+    def after_image(self, png: bytes, text: str, vocabulary: int) -> tuple[torch.Tensor, int]:
+        """``[vocabulary]``: log probabilities of the token after an image and a text, and how many tokens both are."""
+        image = base64.b64encode(png).decode()
+        answer = _ask({"image": image, "text": text, "vocabulary": vocabulary, "server": self._number})
+        return _spread(answer["entries"], vocabulary), answer["tokens"]
 
     def continuation(self, ids: Sequence[int], count: int, vocabulary: int) -> tuple[list[int], torch.Tensor]:
         """The greedy continuation of ``ids``: ``count`` tokens and, before each, log probabilities.
@@ -55,6 +65,13 @@ class LlamaCpp:
             steps.append(self.log_probabilities([*ids, *tokens], vocabulary))
             tokens.append(int(steps[-1].argmax()))
         return tokens, torch.stack(steps)
+
+
+def _spread(entries: Sequence[tuple[int, float]], vocabulary: int) -> torch.Tensor:
+    out = torch.full((vocabulary,), -torch.inf)
+    for index, value in entries:
+        out[index] = value
+    return out
 
 
 class _Worker:
@@ -107,12 +124,15 @@ def _ask(request: dict[str, Any]) -> Any:
     return reply["answer"]
 
 
-def _load(path: str, context: int) -> Any:
+def _load(path: str, context: int, projector: str) -> Any:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx = context
+    if projector:
+        params.mmproj.path = projector
+        params.mmproj_use_gpu = False
     params.n_parallel = 1
     params.warmup = False
     params.verbosity = -1
@@ -122,16 +142,31 @@ def _load(path: str, context: int) -> Any:
     return xllamacpp.Server(params)
 
 
-def _tokenize(server: Any, text: str, special: bool) -> list[int]:
-    request = urllib.request.Request(
-        f"{server.listening_address}/tokenize",
-        data=json.dumps({"content": text, "add_special": special, "parse_special": True}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    # Straight to the loopback address, whatever proxy the environment names.
+def _post(server: Any, place: str, values: dict[str, Any] | None = None) -> Any:
+    """What the server answers; straight to the loopback address, whatever proxy the environment names."""
+    data = None if values is None else json.dumps(values).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.listening_address}/{place}", data=data, headers=headers)
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=DEADLINE) as reply:
-        tokens: list[int] = json.load(reply)["tokens"]
+        return json.load(reply)
+
+
+def _tokenize(server: Any, text: str, special: bool) -> list[int]:
+    asked = {"content": text, "add_special": special, "parse_special": True}
+    tokens: list[int] = _post(server, "tokenize", asked)["tokens"]
     return tokens
+
+
+def _after_image(server: Any, image: str, text: str, vocabulary: int) -> dict[str, Any]:
+    prompt = {"prompt_string": _post(server, "props")["media_marker"] + text, "multimodal_data": [image]}
+    asked = {"prompt": prompt, "n_predict": 1, "n_probs": vocabulary, "cache_prompt": False}
+    # Half a character would be held back, as below.
+    reply = _post(server, "completion", {**asked, "logit_bias": [["a", 100.0]]})
+    entries = reply["completion_probabilities"][0]["top_logprobs"]
+    return {
+        "entries": [(entry["id"], entry["logprob"]) for entry in entries],
+        "tokens": reply["tokens_evaluated"],
+    }
 
 
 def _log_probabilities(server: Any, ids: list[int], vocabulary: int) -> list[tuple[int, float]]:
@@ -154,8 +189,11 @@ def _serve() -> None:
         answer: Any
         try:
             if "load" in request:
-                servers.append(_load(request["load"], request["context"]))
+                servers.append(_load(request["load"], request["context"], request["projector"]))
                 answer = len(servers) - 1
+            elif "image" in request:
+                server = servers[request["server"]]
+                answer = _after_image(server, request["image"], request["text"], request["vocabulary"])
             elif "tokenize" in request:
                 answer = _tokenize(servers[request["server"]], request["tokenize"], request["special"])
             else:

@@ -7,14 +7,14 @@ is said family by family. All parameters are random, so that a tensor that went 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from support.tiny_models import tiny_tokenizer
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = ["FAMILIES", "Family", "family_config", "image_features", "save_family"]
 
@@ -196,17 +196,32 @@ def family_config(family: Family) -> PretrainedConfig:
     return kind(**{**whole, **family.whole, **parts})
 
 
-def save_family(directory: Path, name: str) -> Path:
-    """Save a random model of a family in float32 with a tokenizer; returns ``directory``."""
+def save_family(
+    directory: Path,
+    name: str,
+    *,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
+    """Save a random model of a family in float32 with a tokenizer; returns ``directory``.
+
+    Args:
+        changes: of its settings: ``text``, ``tower`` and ``whole``.
+        tokenizer: another than :func:`tiny_tokenizer`.
+    """
     torch.manual_seed(0)
-    config = family_config(FAMILIES[name])
+    family = FAMILIES[name]
+    more = changes or {}
+    text, tower, whole = ({**getattr(family, part), **more.get(part, {})} for part in ("text", "tower", "whole"))
+    family = replace(family, text=text, tower=tower, whole=whole)
+    config = family_config(family)
     model = transformers.AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if not bool(parameter.any()) or bool((parameter == 1).all()):
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     model.save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
+    (tokenizer or tiny_tokenizer()).save_pretrained(directory)
     return directory
 
 

@@ -121,6 +121,7 @@ def render_card(
         chat=chat,
         library=_library(model.format, runtime_of(report)),
         gguf=_file(report),
+        projector=_projector(report),
         readers=_readers(report, schemes),
         schemes=len(schemes),
         # Zero points are packed, which transformers' kernel path refuses to read.
@@ -213,6 +214,12 @@ def _outer(report: Report) -> set[str]:
 def _file(report: Report) -> str:
     """The artifact's only weight file, where its format has one and a step says its name; empty otherwise."""
     files = (step.details.file for step in report.steps if isinstance(step.details, QuantizeReport))
+    return next((file for file in files if file is not None), "")
+
+
+def _projector(report: Report) -> str:
+    """The file with the model's part for images, where there is one; empty otherwise."""
+    files = (step.details.projector for step in report.steps if isinstance(step.details, QuantizeReport))
     return next((file for file in files if file is not None), "")
 
 

@@ -97,19 +97,20 @@ class Decoder:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """A sentence on each kind of tensors that is not in a file."""
-        sentences = []
-        if ahead := self.ahead:
-            sentences.append(
-                f"{len(ahead)} tensors of layers that predict several tokens at once ({ahead[0]}, …) are left out; the "
-                "model computes the same without"
-            )
-        if others := [name for name in self.others if name not in ahead]:
-            sentences.append(
-                f"{len(others)} tensors of parts for images or sound ({others[0]}, …) are left out: the file is of "
-                "the text part"
-            )
-        return tuple(sentences)
+        """A sentence on the tensors of layers behind the last one, which are not in a file."""
+        ahead = self.ahead
+        if not ahead:
+            return ()
+        return (
+            f"{len(ahead)} tensors of layers that predict several tokens at once ({ahead[0]}, …) are left out; the "
+            "model computes the same without",
+        )
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The checkpoint's tensors of parts for images or sound."""
+        ahead = set(self.ahead)
+        return tuple(name for name in self.others if name not in ahead)
 
     def located(self, piece: Piece) -> Piece:
         """A piece of a tensor that the architecture names, by the checkpoint's name."""

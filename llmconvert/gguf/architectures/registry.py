@@ -26,6 +26,9 @@ from llmconvert.gguf.header import GgufHeader, shown
 
 __all__ = ["ARCHITECTURES", "architecture_of", "described_by"]
 
+# What llama.cpp calls files of vision towers and projectors.
+_BESIDE: Final = "clip"
+
 ARCHITECTURES: Final[tuple[GgufArchitecture, ...]] = (
     *llama.ARCHITECTURES,
     *qwen.ARCHITECTURES,
@@ -68,6 +71,10 @@ def described_by(header: GgufHeader) -> GgufArchitecture:
         UnsupportedError: an architecture, or a kind of it, that is not known.
     """
     name = header.metadata.text("general.architecture")
+    if name == _BESIDE:
+        raise UnsupportedError(
+            f"{header.path}: is a model's part for images or sound (mmproj), not the model; name the file beside it"
+        )
     named = [arch for arch in ARCHITECTURES if arch.name == name]
     found = next((arch for arch in named if len(named) == 1 or _describes(arch, header)), None)
     if found is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.image_families import save_images_family
 
 from llmconvert.errors import RecipeError
 from llmconvert.gguf.checkpoint import open_gguf
@@ -16,6 +17,7 @@ from llmconvert.recipes.runner import run_recipe
 from llmconvert.recipes.sweep.expand import load_sweep
 from llmconvert.recipes.sweep.job import run_sweep
 from llmconvert.report.report import Report
+from llmconvert.report.steps import QuantizeReport
 from llmconvert.validate.render.set_card import SetMember, render_set_card
 
 SCHEMES = ["q4_0", "q5_0", "q8_0"]
@@ -50,6 +52,24 @@ def test_a_set_of_gguf_files_is_published_with_one_card(write_recipe: Any, tiny_
     assert listed["recipe"] == "many" and "README.md" in listed["files"]
     run_sweep(sweep)  # again: everything is there, and the same directory takes it
     assert (directory / "README.md").read_text() == card
+
+
+@pytest.mark.slow
+def test_a_set_of_a_model_for_images_has_one_projector(write_recipe: Any, tmp_path: Path) -> None:
+    model = save_images_family(tmp_path / "Looking-1M", "smolvlm")
+    target = {"to": f"file:{tmp_path / 'set'}", "set": True}
+    quantize = {"method": "rtn", "format": "gguf", "schemes": ["q4_0", "q8_0"]}
+    sweep = load_sweep(write_recipe("many", model=str(model), quantize=quantize, publish=target))
+    assert sweep is not None
+    result = run_sweep(sweep)
+    assert not result.failures
+    names = sorted(path.name for path in (tmp_path / "set").glob("*.gguf"))
+    assert names == ["Looking-1M-Q4_0.gguf", "Looking-1M-Q8_0.gguf", "mmproj-Looking-1M-f16.gguf"]
+    made = next(iter(result.results.values()))
+    (details,) = (step.details for step in made.report.steps if isinstance(step.details, QuantizeReport))
+    assert details.projector == names[-1]
+    card = (made.artifact / "README.md").read_text()
+    assert f"llama-mtmd-cli -m {names[0]} --mmproj {names[-1]} --image photo.jpg" in card
 
 
 def test_variants_apart_have_cards_that_compare_all(write_recipe: Any, tmp_path: Path) -> None:
