@@ -27,6 +27,7 @@ from llmconvert.quantize.methods.outer import outer_nbytes
 from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
 from llmconvert.quantize.solve.expert_moments import PRIOR
 from llmconvert.quantize.solve.group_scales import block_scales_nbytes
+from llmconvert.quantize.solve.shared_scales import shares_divisor
 from llmconvert.storage.checkpoint import TensorSpec
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES
 
@@ -123,6 +124,7 @@ class QuantizationPlan:
         cache_by_head: whether there is a scale for each head.
         layout: the format as it stores this model; None where it encodes every tensor by itself.
         head: the tensor of the output head, where it is encoded by what comes to the head on calibration text.
+        sharing: linears that runtimes fuse and whose tensors have a float32 scale in common → all that have it.
     """
 
     schemes: Mapping[str, Scheme]
@@ -136,6 +138,7 @@ class QuantizationPlan:
     cache_by_head: bool = False
     head: str | None = None
     layout: Format | None = None
+    sharing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def outer(self) -> tuple[Site, ...]:
@@ -247,7 +250,8 @@ def plan_quantization(
     config = {**layout.quantization_config(declared, kept), **said}
     left = what_is_left(sites, schemes, asked, repeated, narrow, dense=bool(said))
     unmet = unreached if calibrated else ()
-    return QuantizationPlan(schemes, sites, kept, tuple(specs), config, unmet, left, layout=layout)
+    sharing = _sharing(blocks, schemes)
+    return QuantizationPlan(schemes, sites, kept, tuple(specs), config, unmet, left, layout=layout, sharing=sharing)
 
 
 def with_cache(plan: QuantizationPlan, skeleton: Skeleton, layout: Format, kind: CacheKind) -> QuantizationPlan:
@@ -349,6 +353,22 @@ def _check_overrides(overrides: Sequence[Override], linears: Iterable[str]) -> N
         if not any(fnmatchcase(name, override.match) for name in linears):
             example = next(iter(linears), "none")
             raise SchemeError(f"override {override.match!r} matches no linear of this model; they look like {example}")
+
+
+def _sharing(blocks: Sequence[BlockPlan], schemes: Mapping[str, Scheme]) -> dict[str, tuple[str, ...]]:
+    """Linears of one module with one input, where their schemes have a float32 scale for what is fused.
+
+    Of those that the forward never calls nothing says what they share; all of a module have it in common then.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for block in blocks:
+        for linears in (*(stop.linears for stop in block.stops), block.unreached, block.repeated):
+            groups: dict[tuple[str, Scheme], list[str]] = {}
+            for name in linears:
+                if (scheme := schemes.get(name)) is not None and shares_divisor(scheme):
+                    groups.setdefault((name.rpartition(".")[0], scheme), []).append(name)
+            found |= {name: tuple(names) for names in groups.values() if len(names) > 1 for name in names}
+    return found
 
 
 def _check_fused(blocks: Sequence[BlockPlan], assigned: Mapping[str, Scheme | None]) -> None:

@@ -49,6 +49,7 @@ from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
 from llmconvert.quantize.solve.fixed_scales import LargestInput, cache_scales, largest_inputs
 from llmconvert.quantize.solve.kernels import load_kernels
+from llmconvert.quantize.solve.shared_scales import largest_magnitude
 from llmconvert.storage.checkpoint import Checkpoint
 
 __all__ = ["CalibratedSteps", "Outcome", "Step", "Steps", "round_unreached"]
@@ -295,7 +296,7 @@ class CalibratedSteps:
 
     def _with_inputs(self, name: str, solution: Solution, seen: LargestInput) -> Solution:
         """With what is fixed for the linear's inputs, which batches meet from here on."""
-        scale = seen.scale(self.plan.schemes[name], self.skeleton.dtype)
+        scale = seen.scale(name, self.plan.schemes[name], self.skeleton.dtype)
         if scale is None:
             return solution
         self.skeleton.input_quantizers[name].fix(scale)
@@ -375,8 +376,10 @@ def round_unreached(run: BlockRun, plan: QuantizationPlan, scale_dtype: torch.dt
     for name in (*run.plan.unreached, *run.plan.repeated):
         if name in plan.schemes:
             scheme = plan.schemes[name]
-            found = Rtn().quantize([Target(name, run.weight(name), scheme)], None, scale_dtype)[name]
-            inputs = LargestInput([scheme]).scale(scheme, scale_dtype)
+            shared = plan.sharing.get(name, ())
+            reach = largest_magnitude((other, run.weight(other)) for other in shared) if shared else 0.0
+            found = Rtn().quantize([Target(name, run.weight(name), scheme, reach)], None, scale_dtype)[name]
+            inputs = LargestInput([scheme]).scale(name, scheme, scale_dtype)
             yield name, replace(found, tensor=replace(found.tensor, input_scale=inputs))
 
 

@@ -36,9 +36,10 @@ from llmconvert.quantize.matrix import Readership, readership
 from llmconvert.quantize.methods.base import Quantizer, Target, load_quantizer
 from llmconvert.quantize.plan import Override, QuantizationPlan, QuantizeRequest, plan_quantization, work_nbytes
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.solve.shared_scales import largest_magnitude
 from llmconvert.report.steps import DtypeReport, LinearReport, QuantizeReport
 from llmconvert.storage.artifact import copy_tensor, job_key, output_nbytes
-from llmconvert.storage.checkpoint import SafetensorsCheckpoint, TensorSpec
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorSpec
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, TensorWriter, check_output_directory, plan_layout
 
@@ -338,6 +339,7 @@ class _QuantizeJob:
         if not isinstance(request.scheme, Scheme):
             raise UsageError(f"scheme {request.scheme}: a GGUF file is not streamed; leave out --stream")
         self.plan = plan_quantization(skeleton, blocks, request.scheme, request.overrides, quantizer, layout_format)
+        _require_together(self.plan, model.checkpoint)
         work = work_nbytes(skeleton, blocks, self.plan, quantizer, skeleton.dtype)
         #: What it is expected to need.
         self.memory = choose_mode(skeleton, blocks, [], work, context.memory)
@@ -365,18 +367,31 @@ class _QuantizeJob:
         cast = CastView(shard, self._dtype, self._overflow)
         for name in shard:
             if name in self._linears:
-                self._round(name, cast[name], writer)
+                self._round(name, cast, writer)
             else:
                 copy_tensor(writer, cast, name)
         return {}
 
-    def _round(self, name: str, weight: torch.Tensor, writer: TensorWriter) -> None:
+    def _round(self, name: str, shard: Checkpoint, writer: TensorWriter) -> None:
         linear = self._linears[name]
-        target = Target(linear, weight.to(self._device), self.plan.schemes[linear])
+        shared = self.plan.sharing.get(linear, ())
+        read = ((other, shard[self.plan.sites[other].tensor].to(self._device)) for other in shared)
+        reach = largest_magnitude(read) if shared else 0.0
+        target = Target(linear, shard[name].to(self._device), self.plan.schemes[linear], reach)
         scale_dtype = self._format.scale_dtype(target.scheme, self._model_dtype)
         solution = self._quantizer.quantize([target], None, scale_dtype)[linear]
         for stored, tensor in self._format.pack(self.plan.sites[linear].stored, solution.tensor).items():
             writer.write(stored, tensor)
+
+
+def _require_together(plan: QuantizationPlan, checkpoint: Checkpoint) -> None:
+    """Refuse linears with a float32 scale in common that do not come in one shard."""
+    for names in set(plan.sharing.values()):
+        if len({checkpoint.infos[plan.sites[name].tensor].shard for name in names}) > 1:
+            raise UsageError(
+                f"scheme {plan.schemes[names[0]]}: {', '.join(names)} have a float32 scale in common, and lie in "
+                "different shards, so they can't be streamed; leave out --stream"
+            )
 
 
 def _key(model: StreamedModel, layout: Layout, settings: Mapping[str, str]) -> str:

@@ -47,11 +47,20 @@ Numbers = Literal["any", "even", "scaled", "solved", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A weight to quantize: its linear's name, values ``[rows, columns]`` in any floating dtype, and its scheme."""
+    """A weight to quantize.
+
+    Attributes:
+        name: its linear's.
+        weight: values ``[rows, columns]`` in any floating dtype.
+        scheme: its own.
+        reach: the largest magnitude of all weights that have a float32 scale in common with it, where the scheme's
+            scales are below one (NVFP4); 0 where these are told together, or there are no others.
+    """
 
     name: str
     weight: torch.Tensor
     scheme: Scheme
+    reach: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

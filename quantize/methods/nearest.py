@@ -15,7 +15,7 @@ from llmconvert.engine.statistics import Hessian
 from llmconvert.memory import row_slices, rows_at_once
 from llmconvert.quantize.methods.base import Solution, Target
 from llmconvert.quantize.methods.gptq import Gptq
-from llmconvert.quantize.methods.rtn import round_to_codes
+from llmconvert.quantize.methods.rtn import round_to_codes, with_reach
 from llmconvert.quantize.solve.hessian import quadratic_form
 from llmconvert.quantize.solve.scales import search_scales
 from llmconvert.quantize.solve.shared_scales import share_scales
@@ -38,7 +38,7 @@ class NearestCodes:
     ) -> dict[str, Solution]:
         """As :meth:`llmconvert.quantize.methods.base.Quantizer.quantize`; the Hessian is not changed."""
         assert hessian is not None
-        return {target.name: _round(target, hessian.matrix, scale_dtype) for target in targets}
+        return {target.name: _round(target, hessian.matrix, scale_dtype) for target in with_reach(targets)}
 
     def nbytes(self, rows: int, columns: int) -> int:
         """A slice of rows in float32: weights, scale candidates, quotients and errors; all codes twice."""
@@ -69,7 +69,7 @@ class Finishing:
 def _round(target: Target, hessian: torch.Tensor, scale_dtype: torch.dtype) -> Solution:
     parts: list[QuantizedTensor] = []
     lost = energy = 0.0
-    shared = share_scales({target.name: target.weight}, target.scheme, scale_dtype)
+    shared = share_scales({target.name: target.weight}, target.scheme, scale_dtype, reach=target.reach)
     for rows in row_slices(target.weight.shape, _WEIGHTS_AT_ONCE):
         work = target.weight[rows].float()
         scales = shared.fixed(rows) or search_scales(

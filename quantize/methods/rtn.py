@@ -5,8 +5,8 @@ Scales cover each group's full range, or minimize its squared error when ``searc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -22,10 +22,10 @@ from llmconvert.quantize.numbers import LEAST_MAGNITUDE, dtype_named
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.group_scales import GroupScales, divisors
 from llmconvert.quantize.solve.scales import full_range_scales, search_scales
-from llmconvert.quantize.solve.shared_scales import SharedScales, share_scales
+from llmconvert.quantize.solve.shared_scales import SharedScales, largest_magnitude, share_scales, shares_divisor
 from llmconvert.quantize.tensor import NestedScales, QuantizedTensor
 
-__all__ = ["Rtn", "round_full_range", "round_rows", "round_to_codes"]
+__all__ = ["Rtn", "round_full_range", "round_rows", "round_to_codes", "with_reach"]
 
 # Rows are rounded in slices of about this many weights, for the sake of the float32 copies.
 _WEIGHTS_AT_ONCE = 1 << 23
@@ -48,7 +48,7 @@ class Rtn:
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
     ) -> dict[str, Solution]:
-        return {target.name: Solution(self._round(target, scale_dtype)) for target in targets}
+        return {target.name: Solution(self._round(target, scale_dtype)) for target in with_reach(targets)}
 
     def nbytes(self, rows: int, columns: int) -> int:
         """A slice of rows in float32: its weights, their groups' candidates or quotients, and codes; all codes."""
@@ -69,8 +69,22 @@ class Rtn:
             importance = torch.ones(weight.shape[1], device=weight.device)
             return search_scales(target.name, weight, importance, target.scheme, scale_dtype, divisor=divisor)
 
-        shared = share_scales({target.name: target.weight}, target.scheme, scale_dtype, widest=self.search)
+        alone = {target.name: target.weight}
+        shared = share_scales(alone, target.scheme, scale_dtype, widest=self.search, reach=target.reach)
         return round_rows(target, choose, _WEIGHTS_AT_ONCE, shared)
+
+
+def with_reach(targets: Sequence[Target]) -> Iterator[Target]:
+    """Linears with one input, each told how far those reach whose float32 scale it shares: runtimes fuse them."""
+    groups: dict[Scheme, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.scheme, []).append(target)
+    for scheme, group in groups.items():
+        if not shares_divisor(scheme):
+            yield from group
+            continue
+        reach = largest_magnitude(((one.name, one.weight) for one in group), max(one.reach for one in group))
+        yield from (replace(target, reach=reach) for target in group)
 
 
 def _round_by_absmax(target: Target) -> QuantizedTensor:

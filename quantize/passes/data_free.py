@@ -16,6 +16,7 @@ from llmconvert.phases import Phases
 from llmconvert.quantize.methods.base import Method, Quantizer, Solution, Target
 from llmconvert.quantize.methods.ranks.together import exchange_solutions
 from llmconvert.quantize.plan import QuantizationPlan
+from llmconvert.quantize.solve.shared_scales import largest_magnitude
 from llmconvert.quantize.steps import Outcome, Step
 
 __all__ = ["DataFreeSteps"]
@@ -43,9 +44,12 @@ class DataFreeSteps:
         if not self.plan.schemes:
             return
         own = [site for site in self.plan.sites.values() if site.block == index and site.name in self.plan.schemes]
+        reaches: dict[tuple[str, ...], float] = {}
         for start in range(0, len(own), self.ranks.count):
             sites = own[start : start + self.ranks.count]
-            solved = [(rank, self._solution(site)) for rank, site in enumerate(sites) if rank == self.ranks.rank]
+            solved = [
+                (rank, self._solution(site, reaches)) for rank, site in enumerate(sites) if rank == self.ranks.rank
+            ]
             if not self.ranks.alone:
                 schemes = [self.plan.schemes[site.name] for site in sites]
                 with self.phases.measure("exchanging"):
@@ -55,13 +59,22 @@ class DataFreeSteps:
                 yield sites[number].name, solution
             del solved, solution
 
-    def _solution(self, site: Site) -> Solution:
+    def _solution(self, site: Site, reaches: dict[tuple[str, ...], float]) -> Solution:
         assert isinstance(self.method, Quantizer)
         with self.phases.measure("reading"):
+            reach = self._reach(self.plan.sharing.get(site.name, ()), reaches)
             weight = site.read(self.skeleton.checkpoint)
-        targets = [Target(site.name, weight.to(self.skeleton.device), self.plan.schemes[site.name])]
+        targets = [Target(site.name, weight.to(self.skeleton.device), self.plan.schemes[site.name], reach)]
         with self.phases.measure("solving"):
             return self.method.quantize(targets, None, self.scale_dtype)[site.name]
+
+    def _reach(self, names: tuple[str, ...], known: dict[tuple[str, ...], float]) -> float:
+        """Of linears with a float32 scale in common, which are read once more for it, one by one."""
+        if names and names not in known:
+            sites = self.plan.sites
+            read = ((name, sites[name].read(self.skeleton.checkpoint).to(self.skeleton.device)) for name in names)
+            known[names] = largest_magnitude(read)
+        return known.get(names, 0.0)
 
 
 def _nothing() -> None:

@@ -188,7 +188,7 @@ class OriginalSteps:
                 for (name, scheme), found in solutions.items():
                     counted = run.site(name).kind == "expert"
                     solution = replace(found, tokens=experts.tokens(name)) if counted else found
-                    fixed = seen.scale(scheme, self.skeleton.dtype)
+                    fixed = seen.scale(name, scheme, self.skeleton.dtype)
                     solution = replace(solution, tensor=replace(solution.tensor, input_scale=fixed))
                     for variant in self._of(way):
                         if self.variants[variant].plan.schemes.get(name) == scheme:

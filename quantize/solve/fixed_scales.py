@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from llmconvert.compute.kv_cache import CacheQuantizer, CacheScales
+from llmconvert.compute.narrowing import bounds
 from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.engine.coroutine import record_inputs
 from llmconvert.engine.skeleton import BlockCall, Skeleton
 from llmconvert.engine.stream import BlockRun
-from llmconvert.errors import CalibrationError
+from llmconvert.errors import CalibrationError, UnsupportedError
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
@@ -66,12 +67,16 @@ class LargestInput:
         first, second = self._peaks
         self._peaks = max(first, peak), max(second, min(first, peak))
 
-    def scale(self, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor | None:
+    def scale(self, name: str, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor | None:
         """What is fixed for the inputs of a linear in this scheme, as it is stored; None where nothing is.
 
         Args:
+            name: of the linear, for errors.
             scheme: of the linear.
             dtype: of the model.
+
+        Raises:
+            UnsupportedError: the inputs are so small, or so large, that no such scale can be stored.
         """
         kind = scheme.input_kind
         if kind is None or not kind.calibrated:
@@ -82,7 +87,18 @@ class LargestInput:
             for first, second, _ in said:
                 self._take(first)
                 self._take(second)
-        return kind.scale_for(self.value, dtype)
+        found = kind.scale_for(self.value, dtype)
+        _require_held(name, "inputs", self.value, found, "leave the linear dense with an override (scheme: none)")
+        return found
+
+
+def _require_held(name: str, what: str, largest: float, scale: torch.Tensor, instead: str) -> None:
+    """Refuse a scale that came out as zero or infinite: what is divided by it would be no number."""
+    if not bool((scale > 0).all() and torch.isfinite(scale).all()):
+        raise UnsupportedError(
+            f"{name}: its {what} reach {largest:g} on calibration text, and {bounds(scale.dtype)}, so that it has no "
+            f"scale for them; take the model in bfloat16 or float32, or {instead}"
+        )
 
 
 def lone_peaks(leads: Mapping[str, float]) -> str:
@@ -152,6 +168,7 @@ def cache_scales(
 
     Raises:
         CalibrationError: nothing came to a cache, or not as many heads as the config says.
+        UnsupportedError: keys or values are so small that the model's dtype holds no scales for them.
     """
     tensors = [tensor for name, tensor in skeleton.names.items() if name.startswith(skeleton.prefix(run.plan.index))]
     own = {name: cache for name, cache in caches.items() if any(part.startswith(f"{name}.") for part in tensors)}
@@ -173,4 +190,7 @@ def cache_scales(
                 f"{name}: has {len(scales.key)} key-value heads, and the config says {skeleton.architecture.kv_heads}; "
                 "runtimes expect as many scales as that; take kv_cache: fp8"
             )
+        assert cache.largest is not None
+        for what, largest, scale in zip(("keys", "values"), cache.largest, (scales.key, scales.value), strict=True):
+            _require_held(name, what, float(largest.max()), scale, "leave out kv_cache")
         yield name, scales

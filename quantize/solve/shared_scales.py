@@ -8,7 +8,7 @@ of a tensor (NVFP4) is one for all linears that share an input, since runtimes f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.group_scales import GroupScales
 from llmconvert.quantize.tensor import QuantizedTensor
 
-__all__ = ["SharedScales", "divisor_for", "share_scales"]
+__all__ = ["SharedScales", "divisor_for", "largest_magnitude", "share_scales", "shares_divisor"]
 
 # Rows are looked at in slices of about this many weights, for the sake of the float32 copies.
 _WEIGHTS_AT_ONCE = 1 << 22
@@ -55,7 +55,12 @@ class SharedScales:
 
 
 def share_scales(
-    weights: Mapping[str, torch.Tensor], scheme: Scheme, scale_dtype: torch.dtype, *, widest: bool = True
+    weights: Mapping[str, torch.Tensor],
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    *,
+    widest: bool = True,
+    reach: float = 0.0,
 ) -> SharedScales:
     """What is to be known of linears with one input and one scheme before any of their rows is solved.
 
@@ -65,15 +70,15 @@ def share_scales(
         scale_dtype: what scales are stored as.
         widest: whether groups may get scales beyond their full range
             (:attr:`~llmconvert.quantize.numbers.Number.widest`), for which a divisor leaves room.
+        reach: the largest magnitude of other weights that have a divisor in common with them; 0 if there are none.
 
     Raises:
         CheckpointError: a weight is not finite.
         UnsupportedError: the weights of a linear are so small that ``scale_dtype`` holds no scales for them.
     """
-    scales = scheme.number.scales
     if scheme.rows == 1 or scheme.block is not None:
-        shared = scales is not None and scales.shared
-        largest = max(_largest(name, weight) for name, weight in weights.items()) if shared else 0.0
+        shared = shares_divisor(scheme)
+        largest = largest_magnitude(weights.items(), reach) if shared else 0.0
         device = next(iter(weights.values())).device
         return SharedScales(scheme, scheme, divisor_for(largest, scheme, device, widest=widest) if shared else None)
     grids = tuple(_grid(name, weight, scheme, scale_dtype) for name, weight in weights.items())
@@ -86,6 +91,20 @@ def share_scales(
         wide = grid.repeat_interleave(scheme.columns_per_group(columns) // size, 1)[:, : columns // size]
         by_row.append(wide.repeat_interleave(scheme.rows or rows, 0)[:rows])
     return SharedScales(scheme, replace(scheme, rows=1, group_size=size), None, grids, torch.cat(by_row))
+
+
+def shares_divisor(scheme: Scheme) -> bool:
+    """Whether scales lie below a float32 number of the tensor, of which linears that runtimes fuse have one."""
+    return scheme.number.scales is not None and scheme.number.scales.shared
+
+
+def largest_magnitude(weights: Iterable[tuple[str, torch.Tensor]], reach: float = 0.0) -> float:
+    """Of weights by name, read one after the other; at least ``reach``.
+
+    Raises:
+        CheckpointError: one is not finite.
+    """
+    return max(reach, *(_largest(name, weight) for name, weight in weights))
 
 
 def divisor_for(largest: float, scheme: Scheme, device: torch.device, *, widest: bool = True) -> torch.Tensor:

@@ -171,6 +171,7 @@ def test_conversion_gives_the_same_bytes_as_fetching_first(
         ("w4a16-g32", "compressed-tensors"),
         ("w8a8", "compressed-tensors"),
         ("fp8", "compressed-tensors"),
+        ("nvfp4a16", "compressed-tensors"),
         ("w4a16-g32", "gptq"),
         ("w4a16-g32-asym", "awq"),
     ],
@@ -190,6 +191,16 @@ def test_rounding_gives_the_same_bytes_as_fetching_first(
     answer = streamer("quantize", tmp_path / "out", scheme=scheme, **settings)
     assert content(tmp_path / "out") == content(tmp_path / "expected")
     assert (answer["layers"], answer["bytes"]) == (len(result.layers), result.nbytes)
+
+
+def test_a_scale_in_common_wants_its_linears_in_one_shard(hub: HubServer, streamer: Streamer, tmp_path: Path) -> None:
+    """NVFP4's float32 scale is one for linears that runtimes fuse: all of them have to be there when one is rounded."""
+    apart = tiny_llama_dir(tmp_path / "apart", hidden_size=128, intermediate_size=512, max_shard_size="300KB")
+    hub.reset()
+    hub.add_repo("org/model", {path.name: path.read_bytes() for path in apart.iterdir()})
+    answer = streamer("quantize", tmp_path / "out", method="rtn", scheme="nvfp4a16")
+    assert answer["error"] == "UsageError"
+    assert "gate_proj, model.layers.0.mlp.up_proj have a float32 scale in common" in answer["text"]
 
 
 @pytest.mark.parametrize("ahead", [1, 20_000, 1 << 26])

@@ -22,7 +22,7 @@ from llmconvert.errors import CalibrationError, CheckpointError, SchemeError, Un
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import quantize_checkpoint
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Override, Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
@@ -138,14 +138,48 @@ def test_what_is_fixed_for_inputs_is_their_largest_magnitude(
     assert not torch.equal(tensors[f"{LAYER}.mlp.down_proj.{part}"], expected)
 
 
-def test_fused_linears_share_the_scale_of_their_tensors(source: Path, tmp_path: Path) -> None:
-    output, scheme = tmp_path / "out", Scheme.parse("nvfp4a16")
-    quantize_checkpoint(SafetensorsCheckpoint(source), output, method="gptq", scheme=scheme, windows=WINDOWS)
+@pytest.mark.parametrize("method", ["gptq", "rtn", "awq", "signround"])
+def test_fused_linears_share_the_scales_of_their_tensors_and_inputs(source: Path, tmp_path: Path, method: str) -> None:
+    """vLLM takes the largest of those that it joins for all of them, and says no more than a warning."""
+    output, scheme, options = tmp_path / "out", Scheme.parse("nvfp4"), OPTIONS.get(method)
+    checkpoint = SafetensorsCheckpoint(source)
+    quantize_checkpoint(checkpoint, output, method=method, scheme=scheme, windows=WINDOWS, options=options)
     tensors = load_file(output / "model.safetensors")
-    divisors = {key: value for key, value in tensors.items() if key.endswith("weight_global_scale")}
-    of = {key.split(".")[-2]: float(value) for key, value in divisors.items()}
-    assert of["q_proj"] == of["k_proj"] == of["v_proj"] and of["gate_proj"] == of["up_proj"]
-    assert len({*of.values()}) == 4
+    for part in ("weight_global_scale", "input_global_scale"):
+        divisors = {key: value for key, value in tensors.items() if key.endswith(part)}
+        of = {key.split(".")[-2]: float(value) for key, value in divisors.items()}
+        assert of["q_proj"] == of["k_proj"] == of["v_proj"] and of["gate_proj"] == of["up_proj"]
+        assert all(torch.isfinite(value).all() for value in divisors.values())
+        assert part == "input_global_scale" or len({*of.values()}) == 4
+
+
+def test_fused_linears_share_the_scale_of_their_tensors_without_text(source: Path, tmp_path: Path) -> None:
+    """Linears are read one by one then, and a divisor that leaves room for all of them is no less exact for any."""
+    output, scheme = tmp_path / "out", Scheme.parse("nvfp4a16")
+    quantize_checkpoint(SafetensorsCheckpoint(source), output, method="rtn", scheme=scheme)
+    tensors, weights = load_file(output / "model.safetensors"), load_file(source / "model.safetensors")
+    for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        largest = max(float(weights[f"{LAYER}.{name}.weight"].abs().max()) for name in names)
+        found = {float(tensors[f"{LAYER}.{name}.weight_global_scale"]) for name in names}
+        assert len(found) == 1 and found.pop() == pytest.approx(448 * 6 / largest)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "factor"), [("nvfp4", torch.bfloat16, 1e-37), ("fp8-static", torch.float16, 1e-6)]
+)
+def test_inputs_next_to_nothing_have_no_fixed_scale(
+    source: Path, tmp_path: Path, name: str, dtype: torch.dtype, factor: float
+) -> None:
+    """Its inverse, or what is divided by it, would be infinite: in vLLM every token that meets it comes out as NaN."""
+    model = LlamaForCausalLM.from_pretrained(source).to(dtype)
+    with torch.no_grad():
+        model.model.layers[0].post_attention_layernorm.weight.mul_(factor)
+    model.save_pretrained(tmp_path / "faint")
+    with pytest.raises(UnsupportedError, match=r"gate_proj: its inputs reach .* so that it has no scale for them"):
+        quantize_checkpoint(
+            SafetensorsCheckpoint(tmp_path / "faint"), tmp_path / "out", method="rtn", scheme=Scheme.parse(name),
+            windows=WINDOWS, overrides=[Override("*.down_proj", None)],
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
