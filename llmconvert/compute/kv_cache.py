@@ -2,8 +2,14 @@
 or one for each of its heads.
 
 An attention module hands keys, after their rotation, and values to a cache, and goes on with what that gives back. What
-it is handed here stands between: it looks at what comes, or rounds it as the caches of vLLM and compressed-tensors do,
+it is handed here stands between: it looks at what comes, or rounds it as the caches of compressed-tensors or vLLM do,
 and passes it on to the model's own cache, if there is one.
+
+compressed-tensors divides by the scale in the dtype of keys and values. vLLM's CUDA and Triton kernels
+(``scaled_convert`` of its ``quant_utils.cuh``, ``triton_reshape_and_cache_flash.py``) divide in float32, cut off at the
+largest E4M3 number and round to nearest; what a code stands for is rounded once, to the dtype that attention computes
+in. (Its CPU kernel, ``cpu_attn_fp8.hpp``, drops the bits that E4M3 lacks instead, toward zero; that is not computed
+here.)
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmconvert.compute.activations import round_by
+from llmconvert.compute.activations import ActivationRuntime, round_by
 from llmconvert.compute.small_floats import E4M3_PARTS
 
 __all__ = ["CacheQuantizer", "CacheScales", "cache_quantizers"]
@@ -29,11 +35,30 @@ _CACHES = ("past_key_values", "past_key_value")
 
 @dataclass(frozen=True, slots=True)
 class CacheScales:
-    """What a layer's keys and values are divided by before they are rounded, in the model's dtype: ``[1]`` each, or
-    ``[heads, 1, 1]``."""
+    """What a layer's keys and values are divided by before they are rounded.
+
+    Attributes:
+        key: in the model's dtype, ``[1]`` or ``[heads, 1, 1]``.
+        value: the same of the values.
+        runtime: whose formula they are rounded by.
+    """
 
     key: torch.Tensor
     value: torch.Tensor
+    runtime: ActivationRuntime = "transformers"
+
+    def round(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What comes back from the cache, in the dtype of what goes in, ``[batch, heads, length, head size]`` each."""
+        by = _round_in_float32 if self.runtime == "vllm" else _round_in_its_dtype
+        return by(key, self.key), by(value, self.value)
+
+
+def _round_in_its_dtype(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return round_by(values, scale.to(values), "fp8")
+
+
+def _round_in_float32(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return round_by(values.float(), scale.to(values.device, torch.float32), "fp8").to(values.dtype)
 
 
 class CacheQuantizer:
@@ -75,7 +100,7 @@ class CacheQuantizer:
     def pass_on(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What becomes of keys and values, ``[batch, heads, length, head size]``, in a cache."""
         if self._scales is not None:
-            return round_by(key, self._scales.key.to(key), "fp8"), round_by(value, self._scales.value.to(value), "fp8")
+            return self._scales.round(key, value)
         if not key.is_meta and key.numel():
             keys, values = (part.detach().abs().amax((0, 2, 3)).float().cpu() for part in (key, value))
             before = self.largest or (keys, values)

@@ -11,7 +11,7 @@ import torch
 
 from llmconvert.compute.activations import ActivationRuntime, InputKind
 from llmconvert.compute.kv_cache import CacheScales
-from llmconvert.errors import advising
+from llmconvert.errors import CheckpointError, advising
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import StoredLinear, read_quantized
 from llmconvert.quantize.formats.reading import declared_quantization, without_quantization
@@ -19,7 +19,7 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView, TensorInfo
 
-__all__ = ["QuantizedView", "open_dense", "served_by"]
+__all__ = ["QuantizedView", "cached_by", "open_dense", "served_by"]
 
 # What readers of GPTQ, AWQ and ModelOpt want beside config.json; of a dense model it would be a lie.
 _QUANTIZER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -63,16 +63,23 @@ def open_dense(
 
 
 def served_by(dense: Checkpoint, runtime: ActivationRuntime) -> Checkpoint:
-    """The same weights, their linears' inputs quantized by a runtime's formulas; itself where there are none.
+    """The same weights, their linears' inputs and its cache quantized by a runtime's formulas; itself where neither is.
 
     Args:
         dense: what :func:`open_dense` gives, which quantizes them as transformers does.
         runtime: whose.
     """
-    if runtime == "transformers" or not dense.quantized_inputs:
+    if runtime == "transformers" or not (dense.quantized_inputs or dense.quantized_cache):
         return dense
-    served = copy.copy(dense)
+    served = cached_by(dense, runtime)
     served.quantized_inputs = _ByRuntime(dense.quantized_inputs, runtime)
+    return served
+
+
+def cached_by(dense: Checkpoint, runtime: ActivationRuntime) -> Checkpoint:
+    """The same, its cache alone quantized by a runtime's formula."""
+    served = copy.copy(dense)
+    served.quantized_cache = {name: replace(scales, runtime=runtime) for name, scales in dense.quantized_cache.items()}
     return served
 
 
@@ -106,16 +113,29 @@ def _is_static_fp8(scheme: object) -> bool:
 
 
 def _cache_scales(base: Checkpoint, names: Collection[str]) -> dict[str, CacheScales]:
-    """Attention modules whose keys and values both have one scale, or one for each head."""
+    """Attention modules whose keys and values both have one scale, or one for each head.
+
+    Raises:
+        CheckpointError: one is no positive number: all that is divided by it would be none either.
+    """
     found: dict[str, CacheScales] = {}
     for name in names:
         module = name.removesuffix(".k_scale")
         pair = name, f"{module}.v_scale"
         if module != name and pair[1] in names:
             key, value = (base[part].flatten() for part in pair)
+            for part, scale in zip(pair, (key, value), strict=True):
+                if not bool((scale > 0).all() and torch.isfinite(scale).all()):
+                    raise CheckpointError(f"tensor {part!r} is no scale ({_shown(scale)}); the checkpoint is damaged")
             shape = (1,) if len(key) == 1 else (-1, 1, 1)
             found[module] = CacheScales(key.reshape(shape), value.reshape(shape))
     return found
+
+
+def _shown(scale: torch.Tensor) -> str:
+    """The first that is none."""
+    wrong = ~((scale > 0) & torch.isfinite(scale))
+    return f"{scale[wrong][0].item():g}"
 
 
 class _Inputs(Mapping[str, InputKind]):

@@ -1,7 +1,8 @@
 """What a quantized key-value cache costs, by position, and the memory that it gains.
 
 The artifact is run twice over the same long windows, with its cache in 16 bits and with the cache rounded by its own
-scales as runtimes do it; the weights are the same, so what differs is the cache's.
+scales as vLLM does it, which keeps it so (transformers has the values alone, and divides in the model's dtype); the
+weights are the same, so what differs is the cache's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import DatasetError
 from llmconvert.machine import of_machine
 from llmconvert.memory import available_nbytes
+from llmconvert.quantize.formats.dense_view import cached_by
 from llmconvert.report.report import Check
 from llmconvert.report.section import Cell, Column, Plot, Section, Series
 from llmconvert.text.tokens import TokenWindows
@@ -62,9 +64,10 @@ class CacheCostCheck(Measurement):
             return [Check.unmeasured(_NAME, str(error), asked=False, label=_LABEL, unit="nats", quiet=True)]
         plain = copy.copy(subject.dense)
         plain.quantized_cache = {}
+        served = cached_by(subject.dense, "vllm")
         both = (
             stream_logits(view, windows.windows, device=subject.device, dtype=subject.dtype, progress=subject.progress)
-            for view in (plain, subject.dense)
+            for view in (plain, served)
         )
         totals = torch.zeros((3, windows.length - 1), dtype=torch.float64)
         for window, before, after in zip(windows.windows, *both, strict=True):
@@ -120,7 +123,8 @@ def _report(
     section = Section(
         name="cache-cost",
         title="Cost of the quantized cache",
-        text=f"The artifact with its cache in 16 bits and by its own scales in E4M3, {len(windows.windows)} windows of "
+        text="The artifact with its cache in 16 bits and by its own scales in E4M3, as vLLM rounds it on GPUs, "
+        f"{len(windows.windows)} windows of "
         f"{windows.length:,} tokens; {text}.",
         columns=(
             Column(heading="predictions"),
