@@ -17,6 +17,7 @@ from llmconvert.errors import HubError
 from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.hub.card import CARD, front_matter
 from llmconvert.quantize.formats.dense_view import QuantizedView
+from llmconvert.quantize.serving.fused_blocks import cut_at_seams
 from llmconvert.quantize.serving.tensor_parallel import Matrix, tensor_parallel
 from llmconvert.storage.checkpoint import Checkpoint
 
@@ -87,10 +88,12 @@ def licence(checkpoint: Checkpoint) -> str | None:
 
 
 def devices(architecture: Architecture, dense: Checkpoint) -> str:
-    """Over how many devices it can be split where it is served; empty of files that are split in other ways."""
+    """Over how many devices it can be split where it is served, or why it can't be served at all; empty of files that
+    are split in other ways."""
     if isinstance(dense, GgufCheckpoint):
         return ""
-    return str(tensor_parallel(architecture, _matrices(dense)))
+    matrices = tuple(_matrices(dense))
+    return cut_at_seams(matrices) or str(tensor_parallel(architecture, matrices))
 
 
 def _matrices(dense: Checkpoint) -> Iterator[Matrix]:

@@ -23,6 +23,7 @@ from llmconvert.quantize.passes.run import QuantizePlan
 from llmconvert.quantize.plan import Override, QuantizeRequest, Statistics
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
+from llmconvert.quantize.serving.fused_blocks import cut_at_seams
 from llmconvert.quantize.serving.tensor_parallel import Matrix, tensor_parallel
 from llmconvert.recipes.schema.recipe import BudgetSettings, QuantizeSettings
 from llmconvert.storage.checkpoint import Checkpoint
@@ -37,6 +38,11 @@ __all__ = [
     "require_repairable",
     "served_by",
 ]
+
+_NO_HEAD = (
+    "of SGLang it is reported that it takes a quantized head of compressed-tensors for a dense one, without a word, "
+    "and computes noise (sgl-project/sglang, issue 35358)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +228,8 @@ def _width(option: int | Scheme) -> int:
 
 
 def served_by(plan: QuantizePlan) -> tuple[str, ...]:
-    """Over how many devices the artifact can be split where it is served, and which groups would do better; nothing of
-    formats that runtimes split in other ways."""
+    """Which runtimes are known not to load the artifact, or to load it wrongly, over how many devices it can be split,
+    and which groups would do better; nothing of formats that runtimes split in other ways."""
     if isinstance(load_format(plan.request.format), FileFormat):
         return ()
     schemes = plan.decisions.schemes
@@ -231,7 +237,10 @@ def served_by(plan: QuantizePlan) -> tuple[str, ...]:
     matrices = [Matrix(name, site.rows, site.columns, schemes.get(name)) for name, site in sites]
     found = tensor_parallel(plan.inputs.skeleton.architecture, matrices)
     alone = for_vllm_alone(plan.decisions.sites[name] for name in schemes)
-    return (*alone, f"can be split {found}", *((found.warning,) if found.warning else ()))
+    seams = cut_at_seams(matrices)
+    split = seams or f"can be split {found}"
+    outer = (_NO_HEAD,) if plan.decisions.outer and plan.request.format == "compressed-tensors" else ()
+    return (*alone, *outer, split, *((found.warning,) if found.warning and not seams else ()))
 
 
 def _first(schemes: Sequence[str], plan_with: Callable[[SchemeOrMix], QuantizePlan]) -> QuantizePlan:

@@ -31,6 +31,7 @@ _USUAL = {
 _BY_HEADS = re.compile(r"(?:attn|attention)[\w.]*$")
 # Of a layer, or an expert.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_SHARED_HEADS = re.compile(r"\.[kv]_proj$")
 _OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -94,6 +95,7 @@ def tensor_parallel(architecture: Architecture, matrices: Iterable[Matrix]) -> T
         reason = _heads(architecture, size) or _widths(known, size)
         if not reason and (reason := _groups(known, size)):
             by_groups.append(size)
+        reason = reason or _blocks(architecture, known, size)
         if reason:
             reasons[size] = reason
     sizes = tuple(size for size in SIZES if size not in reasons)
@@ -142,8 +144,24 @@ def _groups(known: Sequence[tuple[Matrix, bool]], size: int) -> str:
     return ""
 
 
+def _blocks(architecture: Architecture, known: Sequence[tuple[Matrix, bool]], size: int) -> str:
+    """Outputs of which a device would get no whole number of blocks (``validate_fp8_block_shape`` of vLLM)."""
+    for matrix, by_inputs in known:
+        block = matrix.scheme.rows if matrix.scheme is not None else None
+        if by_inputs or block is None or block == 1:
+            continue
+        # Fewer key-value heads than devices are given to several of them.
+        shared = bool(_SHARED_HEADS.search(matrix.name.removesuffix(".weight"))) and architecture.has_attention
+        share = matrix.rows // (min(size, architecture.kv_heads) if shared else size)
+        if share % block:
+            return f"a share of {share:,} rows of {_short(matrix)} is no whole number of blocks of {block}"
+    return ""
+
+
 def _better(known: Sequence[tuple[Matrix, bool]], sizes: Sequence[int]) -> int | None:
-    """The largest group size with which groups are in the way of none of these sizes."""
+    """The largest group size with which groups are in the way of none of these sizes; kernels take no other blocks."""
+    if any(matrix.scheme is not None and matrix.scheme.rows != 1 for matrix, _ in known):
+        return None
     shares = [
         matrix.columns // size
         for matrix, by_inputs in known

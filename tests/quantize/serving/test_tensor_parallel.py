@@ -50,3 +50,20 @@ def test_heads_and_widths_must_come_out_whole() -> None:
 
 def test_no_group_size_is_named_that_would_not_help() -> None:
     assert split("w4a16-g64", inner=8 * 1000).group is None  # 1,000 columns on each of 8 devices
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "inner", "sizes", "reason"),
+    [
+        (32, 8, 8192, (2, 4), "a share of 64 rows of k_proj is no whole number of blocks of 128"),
+        (32, 16, 8192, (2, 4, 8), ""),
+        (32, 2, 8192, (), "a share of 64 rows of k_proj"),
+        (32, 16, 8960, (2,), "a share of 2,240 columns of down_proj is no whole number of groups of 128"),
+    ],
+)
+def test_blocks_that_rows_share_must_come_out_whole(
+    heads: int, shared: int, inner: int, sizes: tuple[int, ...], reason: str
+) -> None:
+    found = split("fp8-block", heads=heads, shared=shared, inner=inner)
+    assert found.sizes == sizes and reason in str(found)
+    assert found.group is None

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 from support.header_only import make_header_only, qwen3_moe
+from support.tiny_models import tiny_llama_dir
 
 from llmconvert.cli import main
 from llmconvert.errors import CapacityError
@@ -177,6 +179,22 @@ def test_a_batch_of_a_thousand_is_a_queue_on_several_machines() -> None:
     assert max(map(len, lines)) <= 80
     untimed = replace(plans["3.yaml"], steps=(StepPlan("quantize"),))
     assert BatchPlan({**plans, "3.yaml": untimed}, {}, batch.work_dirs).seconds(4) is None
+
+
+def test_what_runtimes_are_known_to_load_wrongly_or_not_at_all_is_said(here: Path) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    }
+    model = tiny_llama_dir(here / "model", dtype=torch.bfloat16, tie_word_embeddings=False, **sizes)
+    rtn = ("--method", "rtn", "--plan", "--scheme")
+    head = call("quantize", model, "head", *rtn, "w4a16-g32", "--override", "head=w8a16-g32")
+    assert head.exit_code == 0 and "SGLang" in head.output and "issue 35358" in head.output
+    blocks = call("quantize", model, "blocks", *rtn, "fp8-block")
+    assert blocks.exit_code == 0 and "vLLM can't load it, on one device neither: it joins k_proj" in blocks.output
+    assert "SGLang" not in blocks.output and "issue 35358" not in blocks.output
 
 
 @pytest.mark.slow
