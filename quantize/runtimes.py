@@ -116,8 +116,9 @@ RUNTIMES: Sequence[Runtime] = (
         "vllm",
         _VLLM,
         "compressed-tensors",
-        ("w4a16-g64", "w4a16-g64-asym", "w8a8"),
-        "`VLLM_CPU_INT4_W4A8=0` for 16-bit activations",
+        ("w4a16-g64", "w4a16-g64-asym", "w8a8", "fp8-dynamic"),
+        "`VLLM_CPU_INT4_W4A8=0` for 16-bit activations; CPUs have no kernels for 8 bits without quantized inputs and "
+        "for other floats, `fp8-block` wants AMX",
         outer=("head",),
     ),
     Runtime(

@@ -1,6 +1,8 @@
-"""vLLM on CPU."""
+"""vLLM on CPU. Where it can't load a model, what it says is written in the place of the report, as ``refused``."""
 
 import functools
+import json
+from pathlib import Path
 
 import vllm
 from job import opened, read_job, write_report
@@ -14,7 +16,11 @@ def main():
     options = {"temperature": 0, "max_tokens": job["new"], "ignore_eos": True, "prompt_logprobs": -1}
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     for asked in job["models"].values():
-        llm = opened(asked["code"], "llm")
+        try:
+            llm = opened(asked["code"], "llm")
+        except Exception as error:
+            Path(asked["report"]).write_text(json.dumps({"refused": f"{type(error).__name__}: {error}"}))
+            continue
         results = llm.generate(prompts, vllm.SamplingParams(**options))
         # One mapping token → log-probability for each place but the first, which nothing predicts.
         logprobs = [
