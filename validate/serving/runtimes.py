@@ -32,6 +32,8 @@ NAMES = tuple(_KNOWN)
 _TIMEOUT = 3600.0
 _ASKING_TIMEOUT = 120.0
 _TAIL = 300
+# Lines of an error's message: vLLM says on lines of their own which kernels there are, and why none of them will do.
+_CONTINUED = 4
 # vLLM on a CPU: GiB of its cache, 4-bit kernels that leave activations at 16 bits, and all of it in one process.
 _SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -172,6 +174,9 @@ def run_turn(
 
 
 def _reason(log: str) -> str:
-    """The last line of a log that names an error, without what was printed before it."""
-    lines = [line.strip() for line in log.splitlines() if "Error" in line]
-    return (lines[-1] if lines else log.strip() or "it ended without a word")[-_TAIL:]
+    """The last line of a log that names an error, with those that continue it; without what was printed before."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    last = next((index for index in reversed(range(len(lines))) if "Error" in lines[index]), None)
+    if last is None:
+        return " ".join(lines)[-_TAIL:] or "it ended without a word"
+    return " ".join(lines[last : last + _CONTINUED])[:_TAIL]

@@ -22,8 +22,9 @@ from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.validate.measurement import Subject
 from llmconvert.validate.runtimes.isolated import UnmeasuredError
 from llmconvert.validate.serving import check as serving
+from llmconvert.validate.serving import runtimes as serving_runtimes
 from llmconvert.validate.serving.check import ServingCheck
-from llmconvert.validate.serving.runtimes import ServedBy, Turn
+from llmconvert.validate.serving.runtimes import ServedBy, Turn, run_turn
 
 TRANSFORMERS, LLAMA_CPP = ServedBy("transformers"), ServedBy("llama.cpp")
 
@@ -115,3 +116,15 @@ def test_a_real_turn_in_transformers_and_llama_cpp(artifacts: dict[str, Path], o
         if served == LLAMA_CPP:  # without torch it is smaller than this process, whose peak a child may inherit
             here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             assert all(isinstance(row[3], float) and row[3] < 0.8 * here for row in section.rows)
+
+
+def test_an_error_s_message_is_told_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM: one line says that there is no kernel, and the next ones why."""
+    script = tmp_path / "worker.py"
+    message = "Failed to find a kernel. Reasons: \n KernelA requires AMX.\n KernelB requires CUDA."
+    script.write_text(f"print('loading'); raise ValueError({message!r})")
+    monkeypatch.setattr(serving_runtimes.worker, "__file__", str(script))
+    with pytest.raises(UnmeasuredError) as raised:
+        run_turn(ServedBy("vllm"), tmp_path, (16,), 4, vocabulary=96, seed=0)
+    told = "ValueError: Failed to find a kernel. Reasons: KernelA requires AMX. KernelB requires CUDA."
+    assert str(raised.value).endswith(told)
