@@ -55,7 +55,7 @@ def locked(path: Path, *, wait: Callable[[str], None] | None = None) -> Iterator
                 time.sleep(_POLL_SECONDS)
     except OSError as error:
         text = f"{path}: cannot be used: its lock {file.name} cannot be taken: {error.strerror or error}"
-        if error.errno in (*NOT_ALLOWED, errno.EEXIST):
+        if error.errno in (*NOT_ALLOWED, errno.EEXIST, errno.ENOENT):
             raise OutputError(text) from error
         raise MachineError(f"{text}; run the same command again") from error
     try:
@@ -135,10 +135,22 @@ def _try(lock: FileLock) -> bool:
             Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
         except Timeout:
-            return False
+            if os.path.lexists(lock.lock_file):
+                return False
+            _require_file(Path(lock.lock_file))
         except FileNotFoundError:
             continue
-        return True
+        else:
+            return True
+
+
+def _require_file(file: Path) -> None:
+    """Make the file of a lock that was let go just now; where none can be made, which looks the same, this fails."""
+    try:
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC))
+    except FileNotFoundError:
+        if file.parent.is_dir():
+            raise
 
 
 def _sign(fd: int) -> None:

@@ -47,6 +47,15 @@ def test_a_held_lock_is_refused_with_its_holder_and_what_to_do(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == [], "nothing of a lock stays"
 
 
+def test_a_place_that_takes_no_lock_is_not_called_in_use() -> None:
+    """Nobody can make a file in /proc, whatever its permissions say."""
+    if not Path("/proc").is_dir():
+        pytest.skip("no /proc here")
+    expected = r"/proc/out: cannot be used: its lock \.out\.lock cannot be taken"
+    with pytest.raises(OutputError, match=expected), locked(Path("/proc/out")):
+        pass
+
+
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     with hold(tmp_path / "out") as process:
         process.kill()

@@ -91,7 +91,10 @@ def read_reports(places: Iterable[str]) -> dict[str, Report]:
             candidates = [path / "llmconvert" / "report.json", path / "report.json"]
             path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
             if not path.is_file():
-                raise SourceError(f"{place}: has no llmconvert/report.json; measure it with llmconvert validate --json")
+                raise SourceError(
+                    f"{place}: has no llmconvert/report.json; measure it (llmconvert validate {place} --reference "
+                    "MODEL --text FILE --card)"
+                )
         report = Report.read(path)
         found.append((report.model.name, _artifact_of(path), report))
     named: dict[str, Report] = {}
