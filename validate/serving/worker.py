@@ -109,15 +109,20 @@ def _vllm(request: dict[str, Any]) -> Turn:
         seed=0,
     )
 
-    def seconds(ids: list[int], count: int) -> float:
-        sampling = vllm.SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, detokenize=False)
-        begin = time.perf_counter()
-        llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
-        return time.perf_counter() - begin
+    engine = llm.llm_engine
 
     def turn(ids: list[int], count: int) -> tuple[float, float]:
-        read = seconds(ids, 1)
-        return read, seconds(ids, 1 + count) - read
+        # The first token comes with the prompt. Steps that read a part of the prompt give none.
+        sampling = vllm.SamplingParams(max_tokens=1 + count, temperature=0, ignore_eos=True, detokenize=False)
+        read = None
+        begin = time.perf_counter()
+        engine.add_request(f"{begin}", {"prompt_token_ids": ids}, sampling)
+        while engine.has_unfinished_requests():
+            wrote = any(answer.outputs and answer.outputs[0].token_ids for answer in engine.step())
+            read = time.perf_counter() if read is None and wrote else read
+        if read is None:
+            raise RuntimeError("the request ended without a token")
+        return read - begin, time.perf_counter() - read
 
     return turn
 
@@ -135,7 +140,9 @@ def _turns(request: dict[str, Any], turn: Turn) -> Iterator[dict[str, float]]:
     for context in request["contexts"]:
         ids = [draw.randrange(request["vocabulary"]) for _ in range(context)]
         read, written = turn(ids, request["tokens"])
-        yield {"context": context, "reading": context / read, "writing": request["tokens"] / max(written, 1e-9)}
+        if read <= 0 or written <= 0:
+            raise RuntimeError(f"{context} tokens were read in {read} s and {request['tokens']} written in {written} s")
+        yield {"context": context, "reading": context / read, "writing": request["tokens"] / written}
 
 
 def _peak() -> int:

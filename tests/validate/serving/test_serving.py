@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,3 +129,28 @@ def test_an_error_s_message_is_told_to_its_end(tmp_path: Path, monkeypatch: pyte
         run_turn(ServedBy("vllm"), tmp_path, (16,), 4, vocabulary=96, seed=0)
     told = "ValueError: Failed to find a kernel. Reasons: KernelA requires AMX. KernelB requires CUDA."
     assert str(raised.value).endswith(told)
+
+
+def test_vllm_s_prompt_is_told_from_what_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By when the first token comes, in one request: two requests' times may differ by more than writing takes."""
+    clock, left = [0.0], ["prompt", "prompt", "token", "token", "token"]
+
+    class Engine:
+        def add_request(self, request_id: str, prompt: dict[str, list[int]], sampling: int) -> None:
+            assert prompt == {"prompt_token_ids": [3, 1, 4]} and sampling == 3
+
+        def has_unfinished_requests(self) -> bool:
+            return bool(left)
+
+        def step(self) -> list[SimpleNamespace]:
+            kind = left.pop(0)
+            clock[0] += 5.0 if kind == "prompt" else 0.25
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7])])] if kind == "token" else []
+
+    fake = SimpleNamespace(
+        LLM=lambda **_: SimpleNamespace(llm_engine=Engine()), SamplingParams=lambda max_tokens, **_: max_tokens
+    )
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setattr(serving_runtimes.worker.time, "perf_counter", lambda: clock[0])
+    turn = serving_runtimes.worker._vllm({"model": "m", "contexts": [3], "tokens": 2})
+    assert turn([3, 1, 4], 2) == (10.25, 0.5)
