@@ -10,10 +10,11 @@ from torch import nn
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.storage.checkpoint import TensorInfo
 
 __all__ = ["DeclaredNames"]
 
-_WEIGHT = ".weight"
+_WEIGHT, _EXPERTS = ".weight", ".experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,9 @@ class DeclaredNames:
 
     transformers looks for its own modules' names, vLLM and this package for those that the checkpoint has; where they
     differ, both are declared. A model may hold more than the decoder that is quantized, a vision tower for one; and a
-    checkpoint may hold more than its class, layers that predict several tokens for one, which other runtimes load. A
-    config that says all linears are quantized has to name every one that is not.
+    checkpoint may hold more than its class, layers that predict several tokens for one, which other runtimes load,
+    with experts of their own in one tensor. A config that says all linears are quantized has to name every one that
+    is not.
 
     Attributes:
         skeleton: the model, and its checkpoint.
@@ -64,10 +66,22 @@ class DeclaredNames:
                 embeddings.add(name)
             elif isinstance(module, nn.Linear) and name not in quantized and not self.skeleton.holds(name):
                 names |= dict.fromkeys((name, stored.get(name, name)))
+        known = {*self.modules, *(site.tensor for site in self.skeleton.sites.values())}
         for tensor, info in self.skeleton.checkpoint.infos.items():
+            if tensor not in known and (layer := _layer_of_experts(info)):
+                names[layer] = None
             found = tensor.removesuffix(_WEIGHT)
             name = self.modules.get(tensor, found)
             matrix = tensor.endswith(_WEIGHT) and len(info.shape) == 2 and info.dtype.is_floating_point
             if matrix and not {name, found} & quantized.keys() and name not in embeddings and tensor not in experts:
                 names |= dict.fromkeys((name, found))
         return tuple(names)
+
+
+def _layer_of_experts(info: TensorInfo) -> str:
+    """The module of a layer's experts that a tensor holds a part of all of; "" where it holds something else.
+
+    Runtimes ask for each of these experts by a name of its own, ``mtp.layers.0.mlp.experts.0.up_proj`` for one.
+    """
+    module, _, _ = info.name.removesuffix(_WEIGHT).rpartition(".")
+    return module if len(info.shape) == 3 and info.dtype.is_floating_point and module.endswith(_EXPERTS) else ""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.multimodal import AHEAD, tiny_qwen35_dir
 from support.tiny_architectures import ids
+from support.tiny_mixtures import load_mixture, tiny_mixture
 from transformers import Qwen3_5ForConditionalGeneration
 
 from llmconvert.engine.evaluation import stream_logits
@@ -85,6 +89,39 @@ def test_a_vision_tower_and_layers_that_predict_ahead_are_declared_dense(multimo
     tower = {f"model.visual.{name}": value for name, value in model.model.visual.state_dict().items()}
     assert tower and all(torch.equal(value, source[name]) for name, value in tower.items())
     assert all(torch.equal(view[name], source[name]) for name in AHEAD)
+
+
+def test_experts_that_predict_ahead_are_declared_dense_and_no_others(tmp_path: Path) -> None:
+    """One tensor for all of a layer, as Qwen3.5's are published; runtimes ask for each of them by name."""
+    source, output, ahead = tiny_mixture(tmp_path / "in", "qwen3_5_moe_text"), tmp_path / "out", "mtp.layers.0.mlp"
+    tensors = load_file(source / "model.safetensors")
+    more = {f"{ahead}.experts.gate_up_proj": torch.ones(4, 64, 64), f"{ahead}.experts.down_proj": torch.ones(4, 64, 32)}
+    save_file(tensors | more, source / "model.safetensors", {"format": "pt"})
+    for overrides, dense in (((), False), ([Override("*.experts.*", None)], True)):
+        ignored = quantized(source, output, "w4a16-g32", overrides=overrides)["ignore"]
+        shutil.rmtree(output)
+        patterns = [re.compile(name.removeprefix("re:")) for name in ignored if name.startswith("re:")]
+        for name in (f"{ahead}.experts.0.gate_proj", f"{ahead}.experts.3.down_proj"):
+            assert any(pattern.match(name) for pattern in patterns)
+        assert any(pattern.match("model.layers.0.mlp.experts.0.gate_proj") for pattern in patterns) == dense
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_a_layer_behind_the_last_is_carried_with_its_experts(tmp_path: Path, kind: str) -> None:
+    """As DeepSeek V3 and GLM 4.5 are published: it predicts ahead, with experts a tensor each, and no class has it."""
+    source, output = tiny_mixture(tmp_path / "in", kind), tmp_path / "out"
+    tensors = load_file(source / "model.safetensors")
+    more = {name.replace("layers.1.", "layers.2."): tensors[name].clone() for name in tensors if "layers.1." in name}
+    more["model.layers.2.eh_proj.weight"] = torch.ones(64, 128).bfloat16()
+    save_file(tensors | more, source / "model.safetensors", {"format": "pt"})
+    ignored = quantized(source, output, "w4a16-g16")["ignore"]
+    stored = load_file(output / "model.safetensors")
+    assert all(torch.equal(stored[name], more[name]) for name in more)
+    assert {name.removesuffix(".weight") for name in more if more[name].dim() == 2} <= set(ignored)
+    view = open_dense(SafetensorsCheckpoint(output))
+    with torch.no_grad():
+        theirs = load_mixture(output)(WINDOWS[0]).logits
+    assert torch.equal(theirs, next(iter(stream_logits(view, WINDOWS, device=CPU))))
 
 
 def problems_of(directory: Path) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def map_names(
     mapping: dict[str, str] = {}
     for name, target, conversion in loaded:
         if conversion is not None and target not in whole:
-            if not needed(target):
+            if target not in conversions.shapes or not needed(target):  # of a layer that the class does not have
                 continue
             if is_joined(model, target, conversion):
                 continue

@@ -258,10 +258,17 @@ def written_config(
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(dict.fromkeys(_EXPERTS if name.endswith(_LAYER_OF_EXPERTS) else name for name in kept)),
+        "ignore": list(dict.fromkeys(_ignored(name, alone=any(map(_EXPERT.search, schemes))) for name in kept)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _ignored(name: str, *, alone: bool) -> str:
+    """What says that a linear is dense, or the experts of a layer: those of all, or of this one ``alone``."""
+    if not name.endswith(_LAYER_OF_EXPERTS):
+        return name
+    return rf"{_PATTERN}.*{re.escape(name)}\.\d+\." if alone else _EXPERTS
 
 
 def _targets(linears: Sequence[str], outer: Collection[str], *, rest: bool, alone: bool) -> list[str]:
