@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,18 @@ from llmconvert.storage.checkpoint import Checkpoint, read_header
 from llmconvert.storage.parsing import read_json
 from llmconvert.text.files import local_path
 
-__all__ = ["CONFIG", "Adapter", "open_adapter"]
+__all__ = ["CHAT_TEMPLATE", "CONFIG", "TOKENIZER", "Adapter", "open_adapter"]
 
 #: What an adapter's config is called.
 CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+#: What trainers put beside an adapter: the tokenizer that they made tokens by, and its chat template.
+TOKENIZER, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
 # Keys of its config that a merge follows.
 _READ: Final = frozenset(
     (
         *("peft_type", "r", "lora_alpha", "fan_in_fan_out", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-        "init_lora_weights",
+        *("init_lora_weights", "ensure_weight_tying"),
     )
 )
 # Keys that say nothing of what the weights come to: which modules were trained the file itself tells, and how.
@@ -46,6 +49,9 @@ _SILENT: Final = frozenset(
 )
 # Beginnings that leave the base's weights as they are. Others (pissa, olora, corda, loftq, lora_ga) subtract from them.
 _PLAIN_BEGINNINGS: Final = (True, False, None, "gaussian", "eva", "orthogonal")
+_EXPECTED: Final = {"r": "a whole number above 0", "lora_alpha": "a number"}
+# Read at a time to look at.
+_READ_NBYTES = 1 << 24
 _UNSET: Final[tuple[Any, ...]] = (None, False, "", [], {})
 
 
@@ -59,6 +65,7 @@ class Adapter:
         config: its ``adapter_config.json``.
         tensors: its weights.
         fingerprint: changes when it does.
+        files: :data:`TOKENIZER` and :data:`CHAT_TEMPLATE`, if they lie beside it.
     """
 
     origin: str
@@ -66,6 +73,7 @@ class Adapter:
     config: Mapping[str, Any]
     tensors: Checkpoint
     fingerprint: str
+    files: Mapping[str, Path]
 
 
 def open_adapter(text: str, *, progress: Progress = SILENT) -> Adapter:
@@ -84,6 +92,11 @@ def open_adapter(text: str, *, progress: Progress = SILENT) -> Adapter:
             raise SourceError(f"adapter {text!r}: no such directory, and no Hub id org/name[@revision]")
         fetched = fetch_adapter(*hub, progress=progress)
         directory, origin, revision = fetched.directory, fetched.repo_id, fetched.commit_hash
+    if (directory / _PICKLE).is_file() and not (directory / _WEIGHTS).is_file():
+        raise SourceError(
+            f"adapter {text}: has its weights as pickle ({_PICKLE}), which can run code when loaded; open it with "
+            f"peft, and save it anew (save_pretrained), which writes {_WEIGHTS}"
+        )
     for name in (CONFIG, _WEIGHTS):
         if not (directory / name).is_file():
             raise SourceError(f"adapter {text}: has no {name}; expected a directory that peft wrote (save_pretrained)")
@@ -94,11 +107,15 @@ def open_adapter(text: str, *, progress: Progress = SILENT) -> Adapter:
     if not isinstance(config, dict):
         raise CheckpointError(f"{directory / CONFIG}: holds a JSON {type(config).__name__}, expected an object")
     _check(config, text)
+    _check_values(config, text)
+    tensors = _AdapterTensors(directory / _WEIGHTS)
+    _check_numbers(tensors, text)
     digest = hashlib.sha256((directory / CONFIG).read_bytes())
     with (directory / _WEIGHTS).open("rb") as file:
         for chunk in iter(lambda: file.read(1 << 24), b""):
             digest.update(chunk)
-    return Adapter(origin, revision, config, _AdapterTensors(directory / _WEIGHTS), digest.hexdigest())
+    files = {name: directory / name for name in (TOKENIZER, CHAT_TEMPLATE) if (directory / name).is_file()}
+    return Adapter(origin, revision, config, tensors, digest.hexdigest(), files)
 
 
 class _AdapterTensors(Checkpoint):
@@ -139,3 +156,59 @@ def _check(config: Mapping[str, Any], text: str) -> None:
             f"adapter {text}: init_lora_weights is {beginning!r}, which changed the base's weights too; have peft "
             "convert it to a plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
+
+
+def _check_values(config: Mapping[str, Any], text: str) -> None:
+    """Refuse values of the wrong kind under the keys that a merge follows.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+
+    def require(key: str, value: Any, understood: bool, expected: str) -> None:
+        if not understood:
+            raise CheckpointError(f"adapter {text}: {CONFIG}: {key} is {value!r:.80}, expected {expected}")
+
+    for key in ("fan_in_fan_out", "use_rslora", "use_dora", "ensure_weight_tying"):
+        require(key, config.get(key), config.get(key) in (None, True, False), "true or false")
+    numbers = {"r": _is_rank, "lora_alpha": _is_scale}
+    for key, is_number in numbers.items():
+        require(key, config.get(key), key not in config or is_number(config[key]), _EXPECTED[key])
+    for key, one in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        patterns = config.get(key) or {}
+        require(key, patterns, isinstance(patterns, dict), "names of modules with numbers")
+        for pattern, value in patterns.items():
+            require(f"{key}.{pattern}", value, numbers[one](value), _EXPECTED[one])
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CheckpointError(f"adapter {text}: {CONFIG}: {key}: {pattern!r} is no pattern: {error}") from error
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_numbers(tensors: Checkpoint, text: str) -> None:
+    """Refuse weights that are no numbers to add.
+
+    Raises:
+        UnsupportedError: of another kind.
+        CheckpointError: some of them are infinite, or none.
+    """
+    for name, info in tensors.infos.items():
+        if not info.dtype.is_floating_point:
+            kind = str(info.dtype).removeprefix("torch.")
+            raise UnsupportedError(f"adapter {text}: tensor {name!r} is {kind}; expected floating-point numbers")
+        rows = info.shape[0] if info.shape else 1
+        step = max(1, _READ_NBYTES * rows // max(1, info.nbytes))
+        for start in range(0, rows, step):
+            if not tensors.read_rows(name, start, min(start + step, rows)).float().isfinite().all():
+                raise CheckpointError(
+                    f"adapter {text}: tensor {name!r} holds values that are infinite or no number, which its training "
+                    "came to; take an earlier checkpoint of it"
+                )

@@ -72,7 +72,7 @@ _NEEDED = (
 
 # What an adapter of peft consists of, with what tells of its licence.
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_WITH_ADAPTERS = (_ADAPTER_CONFIG, "LICENSE*", "LICENCE*", "NOTICE*", "README.md")
+_WITH_ADAPTERS = (_ADAPTER_CONFIG, "tokenizer.json", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "README.md")
 
 #: The files to fetch of those a repository has (sizes by name) and the directory they come to: others, and weights.
 _Choice = Callable[[dict[str, int], Path], tuple[list[str], list[str]]]

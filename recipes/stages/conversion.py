@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llmconvert.convert.adapter.files import Adapter, open_adapter
+from llmconvert.convert.adapter.tokenizer import other_tokenizer
 from llmconvert.convert.adapter.view import AdapterView
 from llmconvert.convert.cast import CastView
 from llmconvert.convert.download.jobs import (
@@ -47,6 +48,7 @@ __all__ = [
     "convert_stage",
     "converted_view",
     "hub_model",
+    "merge_notes",
     "open_remote",
     "recipe_adapter",
     "require_source",
@@ -111,6 +113,14 @@ def recipe_adapter(recipe: Recipe, progress: Progress) -> Adapter | None:
         LlmconvertError: see :func:`llmconvert.convert.adapter.files.open_adapter`.
     """
     return open_adapter(recipe.adapter, progress=progress) if recipe.adapter is not None else None
+
+
+def merge_notes(source: Source, adapter: Adapter | None) -> tuple[str, ...]:
+    """What is to be said of an adapter that is merged into a model, beside that it is, a sentence each."""
+    if adapter is None:
+        return ()
+    dense = dense_source(source.checkpoint, torch.float32)
+    return (*AdapterView(dense, adapter).notes, *other_tokenizer(source.checkpoint, adapter))
 
 
 def converted_view(

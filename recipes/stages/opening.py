@@ -15,7 +15,13 @@ from llmconvert.progress import Progress
 from llmconvert.recipes.schema.presets import preset_words
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.artifact import with_papers
-from llmconvert.recipes.stages.conversion import converted_view, open_remote, recipe_adapter, require_source
+from llmconvert.recipes.stages.conversion import (
+    converted_view,
+    merge_notes,
+    open_remote,
+    recipe_adapter,
+    require_source,
+)
 from llmconvert.recipes.stages.provenance import unread_card
 from llmconvert.recipes.stages.run import require_texts
 from llmconvert.recipes.stages.stage import Work
@@ -60,6 +66,8 @@ def work_on(recipe: Recipe, source: Source, context: Context, ranks: Ranks = ALO
         LlmconvertError: the model is not one that the recipe can begin with, or its adapter does not fit.
     """
     stored, adapter = require_source(recipe, source), recipe_adapter(recipe, context.progress)
+    for note in merge_notes(source, adapter):
+        context.progress.log(f"note: {note}")
     return Work(recipe, context, source, converted_view(recipe, source, stored, adapter), stored, adapter, ranks=ranks)
 
 

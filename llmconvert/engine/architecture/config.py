@@ -54,6 +54,11 @@ def read_config(config: Mapping[str, Any]) -> PretrainedConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
+    if model_type is None:
+        raise UnsupportedError(
+            "config.json says no model_type, which every model of transformers has; is it that of another library's, "
+            "or of a part of one?"
+        )
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         remote = "; it needs code from its repository, which is never run" if "auto_map" in config else ""
         remote += "; a newer transformers may know it (pip install -U transformers)"
@@ -123,7 +128,9 @@ def declares_tied_embeddings(config: Mapping[str, Any]) -> bool | None:
 
 def with_split_embeddings(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` of the same model with an output embedding of its own."""
-    return {**config, _TIED: False}
+    text = language_model(config)
+    parts = {key: {**part, _TIED: False} for key, part in config.items() if part is text and _TIED in text}
+    return {**config, **parts, _TIED: False}
 
 
 def with_kv_heads(config: Mapping[str, Any], kv_heads: int) -> dict[str, Any]:

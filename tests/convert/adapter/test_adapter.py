@@ -13,11 +13,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from support.multimodal_families import save_family
+from support.tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from llmconvert.api import convert_model, quantize_model
 from llmconvert.cli import main
 from llmconvert.convert.adapter.files import open_adapter
+from llmconvert.convert.adapter.tokenizer import other_tokenizer
 from llmconvert.convert.adapter.view import AdapterView
 from llmconvert.errors import CheckpointError, LlmconvertError, RecipeError, SourceError, UnsupportedError
 from llmconvert.report.report import Report
@@ -134,6 +137,67 @@ def test_embeddings_and_what_was_saved_whole(tiny_llama: Path, tmp_path: Path) -
     assert merged.config["tie_word_embeddings"] is False and set(merged) == {*base, "lm_head.weight"}
 
 
+def test_embedding_and_head_that_were_one_and_are_trained_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    """peft trains each as if there were two, and so the merged model has two; what was not trained keeps its values."""
+    base = load_file(tiny_llama / "model.safetensors")["model.embed_tokens.weight"]
+    name, head = "base_model.model.model.embed_tokens", lora("lm_head", base, 4)
+    inside = {f"{name}.lora_embedding_A": noise(4, len(base)), f"{name}.lora_embedding_B": noise(base.shape[1], 4)}
+    moved = (
+        base.double()
+        + 2.0 * (inside[f"{name}.lora_embedding_B"].double() @ inside[f"{name}.lora_embedding_A"].double()).T
+    ).float()
+    whole, other = noise(*base.shape), summed(base, head, "lm_head", 2.0).float()
+    cases: list[tuple[Tensors, torch.Tensor, torch.Tensor]] = [
+        (inside, moved, base),
+        (head, base, other),
+        ({**inside, **head}, moved, other),
+        ({f"{name}.weight": whole}, whole, base),
+    ]
+    for index, (tensors, embedding, own) in enumerate(cases):
+        merged = view(tiny_llama, write(tmp_path / str(index), tensors))
+        assert torch.equal(merged["model.embed_tokens.weight"], embedding)
+        assert torch.equal(merged["lm_head.weight"], own) and torch.equal(
+            merged.read_rows("lm_head.weight", 3, 9), own[3:9]
+        )
+        assert merged.config["tie_word_embeddings"] is False and "lm_head.weight of its own" in merged.notes[0]
+    plain = view(tiny_llama, write(tmp_path / "plain", lora(Q, noise(64, 64), 4)))
+    assert (
+        "lm_head.weight" not in plain and not plain.notes and plain.config == SafetensorsCheckpoint(tiny_llama).config
+    )
+
+
+def test_embedding_and_head_that_are_trained_together_stay_one(tiny_llama: Path, tmp_path: Path) -> None:
+    base = load_file(tiny_llama / "model.safetensors")["model.embed_tokens.weight"]
+    name, whole = "base_model.model.model.embed_tokens", noise(*base.shape)
+    a, b = noise(4, len(base)), noise(base.shape[1], 4)
+    head = {
+        "base_model.model.lm_head.lora_A.weight": b.T.contiguous(),
+        "base_model.model.lm_head.lora_B.weight": a.T.contiguous(),
+    }
+    saved = {f"{name}.weight": whole, "base_model.model.lm_head.weight": whole.clone()}
+    for index, tensors in enumerate((saved, {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b, **head})):
+        merged = view(tiny_llama, write(tmp_path / str(index), tensors, ensure_weight_tying=True, target_modules=[]))
+        assert "lm_head.weight" not in merged and merged.config["tie_word_embeddings"] and not merged.notes
+        assert not torch.equal(merged["model.embed_tokens.weight"], base)
+    saved["base_model.model.lm_head.weight"] = base
+    with pytest.raises(CheckpointError, match=r"has ensure_weight_tying, and .*lm_head.* is not what its embedding is"):
+        view(tiny_llama, write(tmp_path / "apart", saved, ensure_weight_tying=True))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_a_decoder_is_found_by_each_of_its_names(tmp_path: Path, family: str) -> None:
+    """That of the checkpoint, that of the class, and that which it has alone, in a class for text."""
+    model = save_family(tmp_path / "model", family)
+    stored = SafetensorsCheckpoint(model)
+    (weight,) = (name for name in stored if name.endswith("layers.0.self_attn.q_proj.weight") and "vis" not in name)
+    inner = "layers.0.self_attn.q_proj"
+    for index, name in enumerate((weight.removesuffix(".weight"), f"model.language_model.{inner}", f"model.{inner}")):
+        tensors = lora(name, stored[weight], 4)
+        merged = view(model, write(tmp_path / str(index), tensors))
+        expected = summed(stored[weight], tensors, name, 2.0).to(stored[weight].dtype)
+        assert torch.equal(merged[weight], expected) and merged.merged == 1 and set(merged) == set(stored)
+
+
 def test_commands_merge(tiny_llama: Path, tmp_path: Path) -> None:
     """Converted, and quantized from that or in one go: the same; the recipe, the report and the card name it."""
     base = load_file(tiny_llama / "model.safetensors")
@@ -152,6 +216,29 @@ def test_commands_merge(tiny_llama: Path, tmp_path: Path) -> None:
         convert_model("org/name", tmp_path / "no", adapter=adapter, stream=True)
 
 
+def test_what_a_config_names_and_its_file_lacks_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    named = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+    adapter = write(tmp_path / "lora", lora(Q, noise(64, 64), 4), **named)
+    first, second = view(tiny_llama, adapter).notes
+    assert "names v_proj in target_modules, and its file has nothing of it" in first and "lm_head" in second
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(SourceError, match=r"weights as pickle \(adapter_model\.bin\), which can run code"):
+        open_adapter(str(adapter))
+
+
+def test_a_tokenizer_of_its_own_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    """Trainers put the tokenizer beside an adapter, mostly the model's own."""
+    adapter, model = write(tmp_path / "lora", lora(Q, noise(64, 64), 4)), SafetensorsCheckpoint(tiny_llama)
+    tiny_tokenizer().save_pretrained(adapter)
+    assert not other_tokenizer(model, open_adapter(str(adapter)))
+    tiny_tokenizer(340).save_pretrained(adapter)
+    (adapter / "chat_template.jinja").write_text("another")
+    (said,) = other_tokenizer(model, open_adapter(str(adapter)))
+    assert "comes with other tokens (tokenizer.json) and another chat template (chat_template.jinja) than" in said
+    log = CliRunner().invoke(main, ["convert", str(tiny_llama), str(tmp_path / "out"), "--adapter", str(adapter)])
+    assert said in " ".join(log.output.split())
+
+
 FAULTS: list[tuple[dict[str, Any], Tensors, type[LlmconvertError], str]] = [
     ({"peft_type": "IA3"}, {}, UnsupportedError, "peft_type is 'IA3'"),
     ({"use_qalora": True}, {}, UnsupportedError, "adapter_config.json has use_qalora: True"),
@@ -162,9 +249,17 @@ FAULTS: list[tuple[dict[str, Any], Tensors, type[LlmconvertError], str]] = [
     ({}, {f"base_model.model.{Q}.lora_B.bias": noise(4)}, UnsupportedError, "is a bias of LoRA's own"),
     ({}, {f"base_model.model.{BLOCK}.mlp.up_proj.lora_A.weight": noise(4, 64)}, CheckpointError, "one of its two"),
     ({}, lora("model.layers.9.mlp.up_proj", noise(8, 8), 4), UnsupportedError, "the model has no model.layers.9"),
-    ({}, lora("lm_head", noise(128, 64), 4), UnsupportedError, "its head is its embedding"),
+    ({}, lora("lm_head", noise(128, 32), 4), CheckpointError, "the adapter is of another model"),
     ({}, lora(f"{BLOCK}.mlp.up_proj", noise(8, 8), 4), CheckpointError, "the adapter is of another model"),
     ({}, {"base_model.model.model.norm.weight": noise(3)}, UnsupportedError, "has shape [3], the model's [64]"),
+    ({"lora_alpha": "many"}, {}, CheckpointError, "adapter_config.json: lora_alpha is 'many', expected a number"),
+    ({"lora_alpha": math.nan}, {}, CheckpointError, "lora_alpha is nan, expected a number"),
+    ({"r": 0}, {}, CheckpointError, "r is 0, expected a whole number above 0"),
+    ({"use_rslora": "yes"}, {}, CheckpointError, "use_rslora is 'yes', expected true or false"),
+    ({"alpha_pattern": [1]}, {}, CheckpointError, "alpha_pattern is [1], expected names of modules with numbers"),
+    ({"alpha_pattern": {"q_proj[": 3}}, {}, CheckpointError, "alpha_pattern: 'q_proj[' is no pattern"),
+    ({}, {"base_model.model.model.norm.weight": torch.full((64,), math.inf)}, CheckpointError, "are infinite or no"),
+    ({}, {"base_model.model.model.norm.weight": torch.ones(64).int()}, UnsupportedError, "is int32; expected floating"),
     ({}, {"base_model.model.a.token_adapter.trainable_tokens_delta": noise(3)}, UnsupportedError, "is not known here"),
 ]
 
@@ -203,6 +298,21 @@ def test_what_is_no_adapter_is_told(tmp_path: Path) -> None:
         open_adapter("./nowhere")
     with pytest.raises(SourceError, match=r"has no adapter_config\.json; expected a directory that peft wrote"):
         open_adapter(str(tmp_path))
+
+
+def test_a_merge_computes_what_the_adapter_did(tiny_llama: Path, tmp_path: Path) -> None:
+    """Before peft merges it: that adds what the embedding learned to the head as well, which is the same tensor."""
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    torch.manual_seed(0)
+    settings = {"target_modules": ["embed_tokens", "q_proj"], "r": 4, "init_lora_weights": False}
+    model = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    convert_model(tiny_llama, tmp_path / "merged", adapter=tmp_path / "lora", dtype="float32")
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        theirs, ours = (one(ids).logits for one in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "merged")))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 KINDS: dict[str, dict[str, Any]] = {
