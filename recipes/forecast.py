@@ -91,18 +91,26 @@ def parameters(checkpoint: Checkpoint) -> int:
     return sum(info.nbytes // info.dtype.itemsize for info in checkpoint.infos.values())
 
 
-def require_repairable(sites: Iterable[Site]) -> None:
+def require_repairable(sites: Iterable[Site], runtime: str | None) -> None:
     """Refuse repair of a model by what can be quantized in it.
 
+    Args:
+        sites: what can be.
+        runtime: the only one that will load the artifact, if it is made so.
+
     Raises:
-        UnsupportedError: it is a mixture of experts.
+        UnsupportedError: other linears than experts can't be quantized anew beside its experts.
     """
-    expert = next((site.name for site in sites if site.kind == "expert"), None)
-    if expert is not None:
+    experts = (site for site in sites if site.experts is not None)
+    found = next((site for site in experts if runtime is not None or (site.experts and site.experts.apart)), None)
+    if found is not None:
+        why = (
+            "are no linears where transformers loads dense ones" if runtime is None else f"are read by {runtime} alone"
+        )
         raise UnsupportedError(
-            f"validate.repair: the model is a mixture of experts ({expert}, for one), whose linears can't be quantized "
-            "anew one by one in a finished artifact; leave repair out, and give more bits with quantize.overrides or a "
-            "quantize.budget"
+            f"validate.repair: the model is a mixture whose experts ({found.name}, for one) {why}, so nothing can be "
+            "quantized anew beside them in a finished artifact; leave repair out, and give more bits with "
+            "quantize.overrides or a quantize.budget"
         )
 
 
@@ -146,7 +154,7 @@ def foresee_quantization(
         request = replace(request, split_nbytes=settings.split_max_size)
         plan = plan_quantize(source, output, request, windows=windows, context=context, build=build)
         if repaired:
-            require_repairable(plan.decisions.sites.values())
+            require_repairable(plan.decisions.sites.values(), settings.runtime)
         return plan
 
     kind = " ".join(

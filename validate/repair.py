@@ -41,12 +41,14 @@ class Unit:
         shapes: ``(rows, columns)`` of each.
         scheme: what they are stored in; None for dense ones.
         divergence: estimated share in the squared drift of the model.
+        fixed: whether they keep their scheme: experts, which all have one.
     """
 
     linears: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     scheme: Scheme | None
     divergence: float
+    fixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ def choose_upgrades(
 def _steps(unit: Unit, accepts: Callable[[Scheme, tuple[int, int]], bool]) -> list[tuple[Scheme | None, float]]:
     """Better schemes one step away, and the share of the squared error that each leaves."""
     scheme = unit.scheme
-    if scheme is None:
+    if scheme is None or unit.fixed:
         return []
     found: list[tuple[Scheme | None, float]] = [(None, 0.0)]
     columns = unit.shapes[0][1]

@@ -169,7 +169,7 @@ class _State:
         cls, source: Checkpoint, settings: QuantizeSettings, made: QuantizeReport, device: torch.device
     ) -> _State:
         skeleton, blocks = trace(source, device)
-        require_repairable(skeleton.sites.values())
+        require_repairable(skeleton.sites.values(), settings.runtime)
         layout = load_format(settings.format)
         assert isinstance(settings.scheme, Scheme)  # recipes with another kind are refused
         quantizer, overrides = load_quantizer(settings.method, settings.options), layer_overrides(settings)
@@ -204,6 +204,7 @@ class _State:
                 tuple(self.sites[name].shape for name in unit),
                 self.assignment[unit[0]],
                 cost * unit_error(unit, errors),
+                fixed=self.sites[unit[0]].kind == "expert",
             )
             for unit, cost in zip(self.fused, self.costs, strict=True)
         ]
