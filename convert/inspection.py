@@ -10,6 +10,7 @@ import torch
 
 from llmconvert.convert.facts import chat_template, devices, licence, parameters_by_kind, parts_beside
 from llmconvert.convert.kv_cache import cache_layout
+from llmconvert.convert.pickle import PickleCheckpoint
 from llmconvert.convert.quantized import stored_as
 from llmconvert.convert.source import open_source, parse_hub_id
 from llmconvert.engine.architecture.auto import auto_class, has_parts
@@ -27,6 +28,7 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 from llmconvert.storage.remote import RemoteCheckpoint, describing_files
 from llmconvert.text.files import local_path
+from llmconvert.text.tokenizer import has_tokenizer
 
 __all__ = ["ModelSummary", "Stored", "describe_model", "inspect_model"]
 
@@ -154,7 +156,21 @@ def _judged(checkpoint: Checkpoint) -> ModelSummary:
     summary = describe_model(checkpoint)
     if summary.unread is not None:
         return summary
-    return replace(summary, quantizable=judge_model(open_dense(checkpoint, weights_only=True)))
+    verdict = judge_model(open_dense(checkpoint, weights_only=True))
+    notes = (*verdict.notes, *_without_text(checkpoint, verdict))
+    if isinstance(checkpoint, PickleCheckpoint):
+        notes += ("its weights are pickle, which is read with --allow-pickle (allow_pickle: true) alone",)
+    return replace(summary, quantizable=replace(verdict, notes=notes))
+
+
+def _without_text(checkpoint: Checkpoint, verdict: Verdict) -> tuple[str, ...]:
+    """What is said of a model that ``quantize`` takes, and whose text it can't make tokens of; else nothing."""
+    if verdict.scheme is None or isinstance(checkpoint, RemoteCheckpoint):  # of a Hub's files few are looked at
+        return ()
+    if checkpoint.without_tokenizer or not has_tokenizer(checkpoint):
+        why = checkpoint.without_tokenizer or "it has no tokenizer beside its weights (tokenizer.json, for example)"
+        return (f"{why}: of the methods rtn and hqq alone take it so, which need no text",)
+    return ()
 
 
 def describe_model(checkpoint: Checkpoint) -> ModelSummary:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llmconvert.context import Context
-from llmconvert.engine.discovery import PROBE_LENGTH, discover
+from llmconvert.engine.discovery import PROBE_LENGTH, BlockPlan, discover
 from llmconvert.engine.memory import choose_mode
 from llmconvert.engine.sites import head_tensor
 from llmconvert.engine.skeleton import Skeleton
@@ -122,11 +122,12 @@ def plan_quantize(
         build = Skeleton
     skeleton = _skeleton(source, context.device, layout_format, request, build)
     source = skeleton.checkpoint
-    if (request.experts == "all" or request.min_tokens_per_expert) and not any(skeleton.experts):
-        key = "experts: all" if request.experts == "all" else "min_tokens_per_expert"
+    calibrated_experts = "experts: all" if request.experts == "all" else ""
+    calibrated_experts = calibrated_experts or ("min_tokens_per_expert" if request.min_tokens_per_expert else "")
+    if calibrated_experts and not any(skeleton.experts):
         raise UnsupportedError(
-            f"{key}: architecture {skeleton.architecture.model_type!r} has no experts that are quantized one by one; "
-            "leave it out"
+            f"{calibrated_experts}: architecture {skeleton.architecture.model_type!r} has no experts that are "
+            "quantized one by one; leave it out"
         )
     if not context.ranks.alone and isinstance(chosen, ScalingQuantizer) and any(skeleton.experts):
         raise UnsupportedError(
@@ -135,11 +136,8 @@ def plan_quantize(
         )
     lengths = [window.shape[1] for window in windows] if calibrated else []
     blocks = discover(skeleton, max(lengths) if lengths else PROBE_LENGTH)
-    if lengths and any(block.entering != max(lengths) * skeleton.hidden_size for block in blocks):
-        raise UnsupportedError(
-            f"architecture {skeleton.architecture.model_type!r}: its blocks get more or fewer hidden states than the "
-            "text has tokens, and calibration keeps one for each; use method: rtn or hqq, which need no text"
-        )
+    if lengths:
+        _require_a_state_for_each(skeleton, blocks, max(lengths))
     decisions, work, scale_dtype = plan_encoding(skeleton), 0, skeleton.dtype
     types: TensorTypes | None = None
     schemes: SchemeOrMix | Mapping[str, Scheme] = request.scheme
@@ -153,6 +151,8 @@ def plan_quantize(
         assert isinstance(chosen, Quantizer)  # it chooses codes of schemes
         assert not isinstance(schemes, GgmlMix)  # formats without types of tensors have no mixes
         decisions = plan_quantization(skeleton, blocks, schemes, overrides, chosen, layout_format)
+        if calibrated_experts and not any(decisions.sites[name].kind == "expert" for name in decisions.schemes):
+            raise UnsupportedError(f"{calibrated_experts}: the overrides leave every expert dense; leave it out")
         if request.kv_cache is not None:
             decisions = with_cache(decisions, skeleton, layout_format, request.kv_cache)
         work = work_nbytes(skeleton, blocks, decisions, chosen, skeleton.dtype)
@@ -186,6 +186,15 @@ def plan_quantize(
         source, output, tuple(windows), context, original, record, skeleton, blocks, chosen, scale_dtype, work
     )
     return QuantizePlan(request, decisions, memory, container, needs, inputs)
+
+
+def _require_a_state_for_each(skeleton: Skeleton, blocks: Sequence[BlockPlan], length: int) -> None:
+    """Refuse to calibrate a model with more or fewer hidden states than the ``length`` tokens it was traced with."""
+    if any(block.entering != length * skeleton.hidden_size for block in blocks):
+        raise UnsupportedError(
+            f"architecture {skeleton.architecture.model_type!r}: its blocks get more or fewer hidden states than the "
+            "text has tokens, and calibration keeps one for each; use method: rtn or hqq, which need no text"
+        )
 
 
 def _require_shareable(request: QuantizeRequest, chosen: Method, windows: int | None, context: Context) -> None:
@@ -254,6 +263,8 @@ def judge_model(source: Checkpoint, *, method: str = "gptq", format: str = "comp
         layout.check_source(source)
         skeleton = _skeleton(source, torch.device("cpu"), layout)
         blocks = discover(skeleton)
+        if chosen.calibration != "none":
+            _require_a_state_for_each(skeleton, blocks, PROBE_LENGTH)
     except MachineError:
         raise
     except LlmconvertError as error:

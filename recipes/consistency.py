@@ -28,6 +28,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _same_text(recipe)
     yield from _same_lessons(recipe)
     yield from _shares(recipe)
+    yield from _too_few_tokens(recipe)
     yield from _gaps(recipe)
     yield from _limits_without_text(recipe)
     yield from _repair_of_nothing(recipe)
@@ -151,6 +152,20 @@ def _same_lessons(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             ("quantize", "distil", "dataset"),
             f"quantize.distil.dataset: found {distil.dataset!r}, which validate.perplexity.dataset uses as well; a "
             "score on the text that was learned from flatters the result; name another split or another dataset",
+        )
+
+
+def _too_few_tokens(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """More tokens for each expert than the text can have, of which its router sends it a part."""
+    wanted = recipe.quantize.min_tokens_per_expert if recipe.quantize is not None else None
+    if wanted is None or recipe.calibrate is None:
+        return
+    samples, length = recipe.calibrate.samples, recipe.calibrate.length
+    if wanted > samples * length:
+        yield (
+            ("quantize", "min_tokens_per_expert"),
+            f"quantize.min_tokens_per_expert: found {wanted:,}, and the calibration text has {samples:,} × {length:,} "
+            f"= {samples * length:,} tokens in all; draw more (calibrate.samples, calibrate.length), or ask for fewer",
         )
 
 

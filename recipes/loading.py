@@ -44,6 +44,8 @@ _FORMS: Mapping[str | int, str] = {
 }
 # Characters of a value that an error shows.
 _LONGEST_VALUE = 100
+# What pydantic puts into paths where a value may be of several kinds.
+_BRANCH = re.compile(r"(function-|constrained-|tuple\[)")
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -282,7 +284,7 @@ def _keys(node: Any, lines: dict[KeyPath, int], seen: set[int], path: KeyPath = 
 
 
 def _problems(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
-    errors = error.errors(include_url=False)
+    errors = list(_of_one_branch(error.errors(include_url=False)))
     suggested: set[KeyPath] = set()
     for item in errors:
         if item["type"] == "extra_forbidden":
@@ -306,6 +308,22 @@ def _problems(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
             yield path, f"{_dotted(path)}: {found}{reason}"
 
 
+def _of_one_branch(errors: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Errors of what may be a name or a list: those of the one that was given, without its branch in their paths."""
+    for item in errors:
+        path = tuple(part for part in item["loc"] if not _BRANCH.match(str(part)))
+        if len(path) < len(item["loc"]):
+            if item["type"] == "tuple_type" or (item["type"] == "string_type" and _is_list(item["input"])):
+                continue
+            if item["type"] == "string_type" and len(path) + 1 == len(item["loc"]):
+                item = {**item, "msg": "expected a name, or a list of sections: [{name: …, share: 60%}, …]"}
+        yield {**item, "loc": path}
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
+
+
 def _example(path: KeyPath, value: Any) -> str:
     """A value where a section should be, said as the section: ``, for example quantize: {method: rtn, …}``."""
     model: type[BaseModel] | None = Recipe
@@ -317,7 +335,7 @@ def _example(path: KeyPath, value: Any) -> str:
         keys = _valid_keys(path)
         return f", with keys of its own{': ' if keys else ''}{', '.join(keys)}"
     said = ", ".join(f"{key}: {_short(meant)}" for key, meant in model.meant_by(value).items())
-    return f", for example {path[-1]}: {{{said}}}"
+    return f", for example {path[-1]}: {{{said}}}" if isinstance(path[-1], str) else f", for example {{{said}}}"
 
 
 def _short(value: Any) -> str:

@@ -112,7 +112,8 @@ def _trace(asked: _Question) -> tuple[BlockPlan, ...]:
             if like is not recorder:
                 listed[position] = StandIn(listed[position], recorder, like)
         ids = torch.zeros((1, asked.length), dtype=torch.long, device=asked.device)
-        with foreign_settings(f"architecture {kind!r} cannot be traced on shapes alone", WHOLE), tracker:
+        untold = f"architecture {kind!r} cannot be traced on shapes alone; its forward may take sizes from values"
+        with foreign_settings(untold, WHOLE), tracker:
             model(input_ids=ids, use_cache=False)
     handed = next((recorder.handed for recorder in recorders if recorder.handed), "")
     if handed:

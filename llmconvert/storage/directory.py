@@ -161,7 +161,7 @@ def shard_names(directory: Path) -> list[str]:
     """The safetensors files that hold a model directory's weights.
 
     Raises:
-        CheckpointError: some are missing, or there are none.
+        CheckpointError: some are missing, there are none, or there are two sets of them.
     """
     index = index_name(directory)
     weight_map = read_index(directory, index)
@@ -172,6 +172,11 @@ def shard_names(directory: Path) -> list[str]:
             raise CheckpointError(
                 f"{directory / index}: names {len(missing)} missing shard(s), first {missing[0]}; "
                 "the download is incomplete, fetch it again"
+            )
+        if index == INDEX_NAME and SINGLE_NAME not in shards and (directory / SINGLE_NAME).is_file():
+            raise CheckpointError(
+                f"{directory}: holds weights twice, in {SINGLE_NAME}, which transformers reads, and in those that "
+                f"{INDEX_NAME} names ({shards[0]}, …), which vLLM reads; move away which of them is not the model"
             )
         return shards
     if (directory / SINGLE_NAME).is_file():
@@ -187,7 +192,11 @@ def shard_names(directory: Path) -> list[str]:
             f"{directory}: only pickle weights ({pickles[0]}); they can run code when loaded. "
             "Use a repository with safetensors, or --allow-pickle (loads with weights_only=True)"
         )
-    raise CheckpointError(f"{directory}: neither {SINGLE_NAME} nor {INDEX_NAME}")
+    others = sorted(path.name for path in directory.iterdir() if path.name.endswith(_WEIGHT_SUFFIXES))
+    found = f"; it has {others[0]}{', …' if len(others) > 1 else ''}" if others else ""
+    if others and all(name.endswith(".safetensors") for name in others):
+        found += f", and a model of several files needs {INDEX_NAME}, which says what lies where: fetch it too"
+    raise CheckpointError(f"{directory}: has neither {SINGLE_NAME} nor {INDEX_NAME}{found}")
 
 
 def identity_of(files: Iterable[Path]) -> str:

@@ -56,10 +56,18 @@ def draw_mixture(
     With ``sequential`` order they are the first of each, one source after the other.
 
     Raises:
-        DatasetError: shares don't add up, a source has too little text for its share, or see
+        DatasetError: shares don't add up, a source has too little text for its share, two are the same text, or see
             :func:`~llmconvert.text.tokens.draw_windows`.
     """
     counts = windows_by_share([source for source, _ in corpus.parts], samples)
+    seen: dict[str, str] = {}
+    for source, text in corpus.parts:
+        if text.digest in seen:
+            raise DatasetError(
+                f"calibration mix: {seen[text.digest]} and {source.dataset} are the same text, of which the same "
+                "windows would be drawn; give it one share"
+            )
+        seen[text.digest] = source.dataset
     drawn: list[TokenWindows] = []
     for (source, text), count in zip(corpus.parts, counts, strict=True):
         found = draw_windows(

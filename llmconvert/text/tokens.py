@@ -230,6 +230,11 @@ def _texts(
         renderer: ChatRenderer | None = None
         for document in documents:
             if isinstance(document, str):
+                if template not in (DEFAULT_TEMPLATE, _AS_TEXT):
+                    raise DatasetError(
+                        f"dataset {dataset}: holds text and no conversations, which template {template!r} could "
+                        "render; leave template out"
+                    )
                 yield document
                 continue
             if template == _AS_TEXT:

@@ -106,6 +106,10 @@ class MixSettings(Section):
     share: Annotated[Share, Field(gt=0, le=1)]
     template: Annotated[str, Field(min_length=1)] = "default"
 
+    @classmethod
+    def meant_by(cls, value: object) -> Mapping[str, object]:
+        return {"name": value, "share": "60%"}
+
 
 class CalibrateSettings(Section):
     """Text whose activations a method measures: ``samples`` windows of ``length`` tokens.

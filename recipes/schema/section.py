@@ -39,15 +39,22 @@ def _device(name: object) -> object:
     return found
 
 
+def _number(value: object) -> object:
+    """No switch: ``true`` would count as 1."""
+    if isinstance(value, bool):
+        raise ValueError("expected a whole number")
+    return value
+
+
 #: Where to compute.
 Device = Annotated[str, BeforeValidator(_device)]
 
 #: A model, a dataset, a directory: on this machine or elsewhere.
 Name = Annotated[str, Field(min_length=1), AfterValidator(possible)]
 # Nothing is counted further: what is absurd is told before the work.
-Count = Annotated[int, Field(ge=1, le=1 << 31)]
-Length = Annotated[int, Field(ge=2, le=1 << 24)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, le=1 << 31), BeforeValidator(_number)]
+Length = Annotated[int, Field(ge=2, le=1 << 24), BeforeValidator(_number)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_number)]
 
 
 class Section(BaseModel):

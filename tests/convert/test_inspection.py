@@ -97,6 +97,15 @@ def test_a_model_that_quantize_refuses_is_told_with_the_same_words(tmp_path: Pat
     assert said["reason"] == str(refused.value) and "match: '*.experts.*'" in said["reason"]
 
 
+def test_what_text_does_not_go_through_is_told(tmp_path: Path) -> None:
+    """Without a tokenizer, and where blocks get more hidden states than the text has tokens."""
+    found = inspect_model(str(tiny_llama_dir(tmp_path / "bare", tokenizer=False))).quantizable
+    assert found is not None and "no tokenizer" in found.notes[0] and "rtn and hqq alone" in found.notes[0]
+    save_tiny_checkpoint(tmp_path / "model", "cpmant", "CpmAntForCausalLM")
+    found = inspect_model(str(tmp_path / "model")).quantizable
+    assert found is not None and found.scheme is None and "use method: rtn or hqq" in found.reason
+
+
 def test_the_size_in_a_scheme_counts_codes_scales_and_the_rest() -> None:
     found = summary("llama", **SMALL, intermediate_size=128, num_key_value_heads=8, tie_word_embeddings=False)
     linear = 4 * (4 * 64 * 64 + 3 * 64 * 128)

@@ -195,7 +195,7 @@ def save_config(directory: Path, **config: Any) -> SafetensorsCheckpoint:
             r"'nonesuch' is not known to the installed transformers; a newer ",
         ),
         ({"model_type": "nonesuch", "auto_map": {"AutoModel": "m.M"}}, "'nonesuch' .* code from its repository, which"),
-        ({"architectures": ["LlamaForCausalLM"], "model_type": None}, "architecture None is not known"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": None}, "config.json says no model_type"),
         ({"model_type": "vit"}, "architecture 'vit' has no causal language model"),
         ({"model_type": "t5"}, "architecture 't5' has no causal language model"),
     ],
@@ -299,7 +299,7 @@ def test_shapes_that_contradict_the_config_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "class_name", "what"),
     [
-        ("zaya", "ZayaForCausalLM", "argument 2"),  # the routers' states
+        ("zaya", "ZayaForCausalLM", "prev_router_hidden_states"),
         ("hy_v4", "HYV4ForCausalLM", "prev_topk_indices"),  # tokens that the layer before has chosen
         ("glm_moe_dsa", "GlmMoeDsaForCausalLM", ""),  # hands them on, and uses its own
     ],

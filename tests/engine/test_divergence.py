@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_architectures import ids
+from support.tiny_mixtures import tiny_mixture
 from support.tiny_models import tiny_llama_dir
 from transformers import AutoModelForCausalLM
 
@@ -53,7 +54,7 @@ def compare(first: Path, second: Path) -> tuple[list[tuple[torch.Tensor, torch.T
 
 def hidden_states(directory: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Of the resident model: after each block ``[tokens, hidden]`` over all windows, and the logits per window."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", experts_implementation="eager").eval()
     after: list[list[torch.Tensor]] = [[] for _ in range(LAYERS)]
     for index, block in enumerate(model.model.layers):
         block.register_forward_hook(
@@ -102,6 +103,18 @@ def test_a_blocks_own_error_is_what_it_does_to_the_originals_state(original: Pat
         assert block.own == pytest.approx(math.sqrt(square), rel=1e-5, abs=1e-9)
     # Block 2 passes on what it was given, and has no part in it.
     assert found[2].error > 0 and found[2].own == 0 and found[1].own > 0 and found[LAYERS - 1].own > 0
+
+
+def test_a_changed_expert_drifts_as_in_the_resident_models(tmp_path: Path) -> None:
+    """Its block alone has a part in it: the experts of both models are read one at a time, side by side."""
+    source = tiny_mixture(tmp_path / "original", "mixtral", num_hidden_layers=LAYERS)
+    other = changed(source, tmp_path / "other", "model.layers.1.block_sparse_moe.experts.2.w2.weight", 2.0)
+    _, found = compare(source, other)
+    for block, h, g in zip(found, hidden_states(source)[0], hidden_states(other)[0], strict=True):
+        square = ((g - h).square().sum(-1) / h.square().sum(-1)).mean().item()
+        assert block.error == pytest.approx(math.sqrt(square), rel=1e-4, abs=1e-9)
+    assert found[1].own == pytest.approx(found[1].error, rel=1e-6) and found[1].own > 0.01
+    assert [block.own for block in found] == [0, found[1].own, 0, 0]
 
 
 def test_blocks_are_run_alone_on_the_first_windows(original: Path, tmp_path: Path, monkeypatch: Any) -> None:

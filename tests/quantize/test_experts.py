@@ -81,7 +81,11 @@ def test_too_few_tokens_for_an_expert_are_told_before_anything_is_written(mixtur
         quantize(mixture("mixtral"), tmp_path / "more", min_tokens_per_expert=145, experts="all")
 
 
-def test_what_is_asked_of_experts_is_refused_where_there_are_none(tiny: Mixture, tmp_path: Path) -> None:
+def test_what_is_asked_of_experts_is_refused_where_there_are_none(
+    tiny: Mixture, mixture: Mixture, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match="experts: all: the overrides leave every expert dense"):
+        quantize(mixture("mixtral"), tmp_path / "out", experts="all", overrides=[Override("*.experts.*", None)])
     for asked, words in (({"experts": "all"}, "experts: all"), ({"min_tokens_per_expert": 1}, "min_tokens_per_expert")):
         with pytest.raises(UnsupportedError, match=f"{words}: architecture 'llama' has no experts"):
             quantize(tiny("llama"), tmp_path / "out", **asked)

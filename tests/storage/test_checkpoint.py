@@ -159,6 +159,17 @@ def test_a_repeated_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         SafetensorsCheckpoint(tmp_path)
 
 
+def test_weights_that_are_there_twice_are_refused(tmp_path: Path) -> None:
+    """transformers would read the one, vLLM the other; an index may name the one itself."""
+    make_sharded(tmp_path, {SINGLE_NAME: {"w": torch.ones(1)}, "a.safetensors": {"w": torch.zeros(1)}})
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"weights twice, in model\.safetensors, .* names \(a\.safetensors, …\)"):
+        SafetensorsCheckpoint(tmp_path)
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"w": SINGLE_NAME}}))
+    with SafetensorsCheckpoint(tmp_path) as checkpoint:
+        assert torch.equal(checkpoint["w"], torch.ones(1))
+
+
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b", "a\0b"])
 def test_an_index_that_leaves_the_directory_is_refused(tmp_path: Path, shard: str) -> None:
     make_sharded(tmp_path / "model", {"a.safetensors": {"w": torch.ones(1)}})
@@ -297,7 +308,7 @@ def no_weights(directory: Path) -> None:
         (break_config, "cannot be read"),
         (list_config, "expected an object"),
         (only_pickle, "--allow-pickle"),
-        (no_weights, "neither model.safetensors nor"),
+        (no_weights, "has neither model.safetensors nor"),
     ],
 )
 def test_a_directory_that_is_no_model_is_refused(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -93,6 +92,10 @@ def test_what_does_not_come_out_is_named() -> None:
         drawn(mix((PROSE, 0.6, "default"), (CHATS, 0.3, "default")))
     with pytest.raises(DatasetError, match=r"1 % of 20 windows is none of chats:train; draw more windows"):
         drawn(mix((PROSE, 0.99, "default"), (CHATS, 0.01, "default")))
+    with pytest.raises(DatasetError, match="prose:train and prose:train are the same text"):
+        drawn(mix((PROSE, 0.5, "default"), (PROSE, 0.5, "default")))
+    with pytest.raises(DatasetError, match="holds text and no conversations, which template 'tools' could render"):
+        drawn(mix((PROSE, 1, "tools")))
     with pytest.raises(DatasetError, match=r"prose:train fills 3 windows of 512 tokens, and its 80 % are 4"):
         drawn(mix((PROSE, 0.8, "default"), (CHATS, 0.2, "default")), samples=5, length=512)
     calibration, evaluation = (
@@ -106,7 +109,7 @@ def test_what_does_not_come_out_is_named() -> None:
     assert evaluation.texts == (("chats:train", "chats"),)
 
 
-def recipe(mixture: Sequence[Mapping[str, object]], **more: object) -> Recipe:
+def recipe(mixture: object, **more: object) -> Recipe:
     quantize = {"method": "gptq", "scheme": "w4a16-g32"}
     return make_recipe({"model": "m", "quantize": quantize, "calibrate": {"dataset": mixture, "samples": 10}, **more})
 
@@ -121,11 +124,18 @@ def test_recipes_name_what_is_wrong() -> None:
     for wrong, message in (
         ([{"name": "a.txt", "share": "50%"}], "add up to 50 %"),
         ([*halves[:1], *halves[:1]], "a.txt is there twice"),
-        ([{"name": "a.txt", "share": 0}, {"name": "b.txt", "share": 1}], "share"),
-        ([], "dataset"),
+        ([{"name": "a.txt", "share": 0}, {"name": "b.txt", "share": 1}], r"calibrate\.dataset\.0\.share: found 0: "),
+        ([], r"calibrate\.dataset: found a list"),
+        ({"a.txt": 0.5, "b.txt": 0.5}, r"calibrate\.dataset: found a section: expected a name, or a list of sections"),
+        (["a.txt"], r"calibrate\.dataset\.0: found 'a.txt': should be .* for example \{name: a\.txt, share: 60%\}"),
+        (
+            [{"name": "a.txt", "weight": 1}],
+            r"unknown key calibrate\.dataset\.0\.weight; .*\n.*dataset\.0\.share is missing",
+        ),
     ):
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(RecipeError, match=message) as told:
             recipe(wrong)
+        assert "function-" not in str(told.value)
     with pytest.raises(RecipeError, match="a score on the calibration text flatters"):
         recipe(halves, validate={"perplexity": {"dataset": "b.txt"}})
 

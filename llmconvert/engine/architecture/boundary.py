@@ -12,8 +12,8 @@ __all__ = ["WHOLE", "foreign_settings"]
 
 #: What to do with a model that cannot be run block by block.
 WHOLE = (
-    "convert casts it to another dtype all the same; quantizing it takes a tool that holds the whole model, "
-    "llama.cpp's convert_hf_to_gguf.py and llama-quantize for example"
+    "convert casts it to another dtype all the same; quantizing its linears takes a tool that holds the whole model, "
+    "transformers with bitsandbytes for example, while it loads (BitsAndBytesConfig(load_in_4bit=True))"
 )
 
 

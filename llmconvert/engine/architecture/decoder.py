@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmconvert.engine.architecture.boundary import WHOLE
 from llmconvert.engine.architecture.config import read_config
 from llmconvert.engine.architecture.families import CONTEXT, EXPERTS, IMAGE_LAYERS, INNER_SIZES, QUIRKS, Quirks
-from llmconvert.errors import CheckpointError
+from llmconvert.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -283,6 +283,12 @@ class Architecture:
 
     def _number(self, name: str) -> int:
         value = self._get(name)
+        parts = [key for key, part in vars(self.config).items() if hasattr(part, name)]
+        if parts and not hasattr(self.config, name):
+            raise UnsupportedError(
+                f"architecture {self.model_type!r} is several models in one, each with a {name} of its own "
+                f"({', '.join(parts)}), and only one list of decoder blocks can be run block by block; {WHOLE}"
+            )
         if not isinstance(value, int):
             found = "missing" if value is None else f"{value!r:.40}"
             raise CheckpointError(

@@ -73,7 +73,10 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: st
     kind = config.model_type
     found = loaded_class({"model_type": kind, "architectures": config.architectures})
     if found is None:
-        raise UnsupportedError(f"architecture {kind!r} has no language model in transformers; {WHOLE}")
+        raise UnsupportedError(
+            f"architecture {kind!r}: no class that transformers has for it writes one token after the other "
+            f"(GenerationMixin), and only such models are run here; {WHOLE}"
+        )
     config.use_cache = False
     chosen = {"attn_implementation": attention} if attention == "eager" else {}
     with foreign_settings(f"architecture {kind!r} cannot be built", _SETTINGS), torch.device("meta"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
@@ -156,12 +157,15 @@ class BlockRecorder:
 
     def attach(self, block: nn.Module, prefix: str, linears: tuple[str, ...], order: list[int]) -> None:
         self._linears, self._prefix, self._order = linears, prefix, order
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        called = [one.name for one in inspect.signature(block.forward).parameters.values() if one.kind in positional]
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if args and isinstance(args[0], torch.Tensor):
                 order.append(self.index)
                 self._entering = args[0].numel()
-            given = {**{f"argument {place}": value for place, value in enumerate(args[1:], 2)}, **kwargs}
+            names = [*called, *(f"argument {place}" for place in range(len(called) + 1, len(args) + 1))]
+            given = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
             self._tracker.watch(given)
             self._tracker.peak = self._live = self._tracker.live
             self._call = _call_of(args, kwargs)

@@ -253,12 +253,13 @@ def written_config(
         for index, kind in enumerate((*ordered[1:], ordered[0]))
     }
     layouts = {layout for _, layout in ordered}
+    some = any(map(_EXPERT.search, schemes))
     return {
         "quant_method": "compressed-tensors",
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(dict.fromkeys(_ignored(name, alone=any(map(_EXPERT.search, schemes))) for name in kept)),
+        "ignore": list(dict.fromkeys(_ignored(name, alone=some) for name in kept)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

@@ -151,10 +151,15 @@ def test_what_a_config_lacks_is_missed_when_it_is_asked_for() -> None:
         _ = mamba.kv_heads
 
 
+def test_several_models_in_one_are_told() -> None:
+    with pytest.raises(UnsupportedError, match=r"'blt' is several models in one.*num_hidden_layers.*encoder_config"):
+        _ = Architecture.of({"model_type": "blt"}).layers
+
+
 def test_settings_that_the_class_refuses_are_an_error_by_name() -> None:
     with pytest.raises(UnsupportedError, match=r"model type 'llama': .*not a multiple"):
         Architecture.of({**SMALL, "model_type": "llama", "hidden_size": 65})
     with pytest.raises(UnsupportedError, match=r"'new_model' is not known .*never run"):
         Architecture.of({"model_type": "new_model", "auto_map": {}})
-    with pytest.raises(UnsupportedError, match="None is not known"):
+    with pytest.raises(UnsupportedError, match="says no model_type"):
         Architecture.of({})
