@@ -6,7 +6,7 @@ on models that are still to be made where they come from stages before it. What 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -161,12 +161,18 @@ def foresee_steps(
             yield StepPlan(stage.name, reused=True, key=keys[stage.name]), None
             continue
         pending.add(stage.name)
-        forecast = stage.forecast(work, output / f"{stage.name}-planned" / "model")
+        asked: Hashable = None
+        if "model" in stage.after:  # what rewrites one is foreseen once, and later stages of all plans see one model
+            asked = (_identity(stage, work, keys), work.context.device, work.context.memory)
+        forecast = work.forecasts.get(asked) if asked is not None else None
+        forecast = forecast or stage.forecast(work, output / f"{stage.name}-planned" / "model")
         if stage.name in work.texts:
             pending.discard(stage.name)  # drawn now, so its key is known
         keys[stage.name] = _identity(stage, work, keys)
         if forecast.model is not None:
-            work.foreseen[stage.name] = work.views.setdefault(keys[stage.name], forecast.model)
+            work.foreseen[stage.name] = forecast.model
+            if asked is not None:
+                work.forecasts[asked] = forecast
         if forecast.files:
             work.sizes[stage.name] = forecast.nbytes
         yield replace(step_of(stage.name, forecast, output), key=keys[stage.name]), forecast

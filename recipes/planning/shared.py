@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llmconvert.engine.skeleton import Skeleton
+from llmconvert.recipes.forecast import Forecast
 from llmconvert.recipes.planning.headers import Headers, open_headers
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.stage import Original, Work
@@ -56,7 +57,7 @@ class SharedWork:
         self._headers: dict[Hashable, Headers] = {}
         self._originals: dict[str, Original] = {}
         self._drawn: dict[Hashable, TokenWindows] = {}
-        self._views: dict[str, Checkpoint] = {}
+        self._forecasts: dict[Hashable, Forecast] = {}
         self._skeletons = KeptSkeletons()
 
     def __enter__(self) -> SharedWork:
@@ -85,7 +86,7 @@ class SharedWork:
         """
         work.drawn, work.skeletons = self._drawn, self._skeletons
         if work.stored is None:
-            work.views = self._views
+            work.forecasts = self._forecasts
             work.view = self._originals.setdefault(work.view.key, work.view)
 
 

@@ -112,7 +112,7 @@ class Work:
         finished: stages, by name.
         steps: what the report will say of the run so far.
         drawn: windows by what was asked for, of which text and tokenizer; shared by several that are planned together.
-        views: models that stages will make, by what tells them from others; shared likewise.
+        forecasts: of stages that rewrite the model, by what tells them from others; shared likewise.
         skeletons: builds models on shapes, where a run is only planned; may give one that other plans have built.
         foreseen: models that stages will make, by name, where a run is only planned.
         sizes: bytes of their weight files, by name, likewise.
@@ -130,7 +130,7 @@ class Work:
     finished: dict[str, Finished[Any]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     drawn: dict[Hashable, TokenWindows] = field(default_factory=dict)
-    views: dict[str, Checkpoint] = field(default_factory=dict)
+    forecasts: dict[Hashable, Forecast] = field(default_factory=dict)
     skeletons: Callable[..., Skeleton] = Skeleton
     foreseen: dict[str, Checkpoint] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
