@@ -77,6 +77,8 @@ def test_commands_parse(block: Block, tmp_path: Path, monkeypatch: pytest.Monkey
                     assert set(extra.split(",")) <= set(extras)
             case ["uv", "tool", "install", "."]:
                 assert (ROOT / "pyproject.toml").is_file()
+            case ["llama-mtmd-cli", "-m", model, "--mmproj", projector, *_]:  # llama.cpp's own
+                assert model.endswith(".gguf") and Path(projector).name.startswith("mmproj-")
             case ["python", script, *rest]:
                 source = (ROOT / script).read_text()
                 assert all(f'"{word}"' in source for word in rest if word.startswith("--"))
