@@ -21,6 +21,7 @@ from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.pretokenizers import PRE_TOKENIZERS
 from llmconvert.gguf.proof import PROBES, prove_tokenizer
 from llmconvert.gguf.tokenizer import PHI3_KEEPING_SPACE, PHI3_TOKENS, TokenType, is_phi3
+from llmconvert.gguf.unigram import unigram_metadata
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.text.files import universal_newlines
 from llmconvert.text.tokenizer import load_tokenizer, tokenizer_errors
@@ -66,22 +67,28 @@ def export_tokenizer(source: Checkpoint, config: Mapping[str, Any], name: str) -
     if not isinstance(tokenizer, Tokenizer):
         raise UnsupportedError(
             f"the model's tokenizer is a {type(loaded).__name__}, which runs in Python alone; "
-            "llama.cpp is told BPE that the tokenizers library runs"
+            "llama.cpp is told BPE and Unigram that the tokenizers library runs"
         )
     parts: dict[str, Any] = json.loads(tokenizer.to_str())
-    if parts["model"]["type"] != "BPE":
+    kind = parts["model"]["type"]
+    if kind not in ("BPE", "Unigram"):
         raise UnsupportedError(
-            f"the tokenizer's model is {parts['model']['type']!r}; llama.cpp is told BPE, byte-level or SentencePiece"
+            f"the tokenizer's model is {kind!r}; llama.cpp is told BPE, byte-level or SentencePiece, and Unigram"
         )
     rows = config["vocab_size"]
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if max(vocabulary.values(), default=-1) >= rows:
         raise CheckpointError(f"the tokenizer has the id {max(vocabulary.values()):,}, the embedding {rows:,} rows")
     tokens = _tokens(tokenizer, vocabulary, rows)
-    byte_level = "ByteLevel" in json.dumps(parts.get("pre_tokenizer"))
     label = _name(name, parts, vocabulary)
+    if kind == "Unigram":
+        model = unigram_metadata(tokenizer, parts, tokens)
+    elif "ByteLevel" in json.dumps(parts.get("pre_tokenizer")):
+        model = _byte_level(tokenizer, parts)
+    else:
+        model = _sentencepiece(tokenizer, parts, tokens)
     metadata = {
-        **(_byte_level(tokenizer, parts) if byte_level else _sentencepiece(tokenizer, parts, tokens)),
+        **model,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": _types(parts, vocabulary, rows),
         **_special_ids(source, loaded, config, vocabulary),
@@ -168,8 +175,9 @@ def _types(parts: Mapping[str, Any], vocabulary: Mapping[str, int], rows: int) -
     for token in parts.get("added_tokens", ()):
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     unknown = parts["model"].get("unk_token")
-    if unknown in vocabulary:
-        types[vocabulary[unknown]] = TokenType.UNKNOWN
+    index = vocabulary.get(unknown) if unknown is not None else parts["model"].get("unk_id")
+    if index is not None:
+        types[index] = TokenType.UNKNOWN
     return types
 
 

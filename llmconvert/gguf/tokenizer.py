@@ -1,8 +1,9 @@
 """From GGUF metadata to ``tokenizer.json``, ``tokenizer_config.json`` and the chat template.
 
-Two kinds of tokenizer are rebuilt, with llama.cpp (``llama-vocab.cpp``) as the reference for what tokens come out:
-``gpt2``, byte-level BPE with a pre-tokenizer named by the file, and ``llama``, SentencePiece BPE, where a token's score
-says how early it is merged, spaces are U+2581, and what is no token falls back to bytes.
+Three kinds of tokenizer are rebuilt, with llama.cpp (``llama-vocab.cpp``) as the reference for what tokens come out:
+``gpt2``, byte-level BPE with a pre-tokenizer named by the file; ``llama``, SentencePiece BPE, where a token's score
+says how early it is merged, spaces are U+2581, and what is no token falls back to bytes; and ``t5``, SentencePiece's
+Unigram (:mod:`~llmconvert.gguf.unigram`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
@@ -22,6 +23,7 @@ from tokenizers.models import BPE
 from llmconvert.errors import CheckpointError
 from llmconvert.gguf.header import Metadata, shown
 from llmconvert.gguf.pretokenizers import UnknownTokenizerError, find_pre_tokenizer
+from llmconvert.gguf.unigram import build_unigram
 
 __all__ = [
     "PHI3_KEEPING_SPACE",
@@ -101,13 +103,13 @@ def tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
 def build_tokenizer(metadata: Metadata, vocab_size: int) -> Tokenizer:
     """The tokenizer that ``metadata`` describes; arguments and errors as of :func:`tokenizer_files`."""
     kind = metadata.text("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
+    if kind not in _BUILT:
         raise UnknownTokenizerError(
-            f"{metadata.path}: tokenizer.ggml.model is {shown(kind)}; supported are gpt2 (byte-level BPE) and llama "
-            "(SentencePiece BPE)"
+            f"{metadata.path}: tokenizer.ggml.model is {shown(kind)}; supported are gpt2 (byte-level BPE), llama "
+            "(SentencePiece BPE) and t5 (Unigram)"
         )
     vocabulary = _read_vocabulary(metadata, vocab_size)
-    tokenizer = _byte_level(metadata, vocabulary) if kind == "gpt2" else _sentencepiece(metadata, vocabulary)
+    tokenizer = _BUILT[kind](metadata, vocabulary)
     _add_special_tokens(tokenizer, metadata, vocabulary)
     _add_ends(tokenizer, metadata, vocabulary)
     return tokenizer
@@ -183,6 +185,17 @@ def _sentencepiece(metadata: Metadata, vocabulary: _Vocabulary) -> Tokenizer:
     return tokenizer
 
 
+def _unigram(metadata: Metadata, vocabulary: _Vocabulary) -> Tokenizer:
+    return build_unigram(metadata, vocabulary.tokens, [kind == TokenType.UNUSED for kind in vocabulary.types])
+
+
+_BUILT: Final[Mapping[str, Callable[[Metadata, _Vocabulary], Tokenizer]]] = {
+    "gpt2": _byte_level,
+    "llama": _sentencepiece,
+    "t5": _unigram,
+}
+
+
 def _merges_by_score(ids: Mapping[str, int], scores: np.ndarray) -> list[tuple[str, str]]:
     """The merges that a SentencePiece BPE vocabulary implies: every pair of tokens that makes a third, best first."""
     merges: list[tuple[float, int, int, str, str]] = []
@@ -228,13 +241,11 @@ def _add_ends(tokenizer: Tokenizer, metadata: Metadata, vocabulary: _Vocabulary)
 
 def _ends(metadata: Metadata) -> dict[str, bool]:
     """Whether the beginning and the end of a sequence are marked."""
-    if metadata.text("tokenizer.ggml.model") == "llama":
-        default = True
-    else:
-        default = find_pre_tokenizer(_pre(metadata), str(metadata.path)).add_bos
+    kind = metadata.text("tokenizer.ggml.model")
+    default = find_pre_tokenizer(_pre(metadata), str(metadata.path)).add_bos if kind == "gpt2" else kind == "llama"
     return {
         "bos": metadata.flag("tokenizer.ggml.add_bos_token", default),
-        "eos": metadata.flag("tokenizer.ggml.add_eos_token", False),
+        "eos": metadata.flag("tokenizer.ggml.add_eos_token", kind == "t5"),
     }
 
 
