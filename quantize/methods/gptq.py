@@ -109,7 +109,7 @@ class Gptq:
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
     ) -> dict[str, Solution]:
         assert hessian is not None
-        energies = {target.name: quadratic_form(target.weight, hessian.matrix) for target in targets}
+        energies = _energies(targets, hessian.matrix)
         prepared = self.prepare(targets[0].name, hessian)
         schemes = dict.fromkeys(target.scheme for target in targets)
         stacks = {scheme: [target for target in targets if target.scheme == scheme] for scheme in schemes}
@@ -247,6 +247,15 @@ class Gptq:
         slices = row_slices(weight.shape, _WEIGHTS_AT_ONCE)
         parts = [solve(weight[part].to(self.dtype), part) for part in slices]
         return QuantizedTensor.concatenate([part for part, _ in parts]), torch.cat([loss for _, loss in parts])
+
+
+def _energies(targets: Sequence[Target], hessian: torch.Tensor) -> dict[str, float]:
+    """``tr(W H Wᵀ)`` by target; of a weight that is solved in several schemes once."""
+    found: dict[int, float] = {}
+    for target in targets:
+        if id(target.weight) not in found:
+            found[id(target.weight)] = quadratic_form(target.weight, hessian)
+    return {target.name: found[id(target.weight)] for target in targets}
 
 
 def _rows_of(targets: Sequence[Target]) -> list[slice]:

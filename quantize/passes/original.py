@@ -247,8 +247,9 @@ class OriginalSteps:
         # A method tells its targets apart by name, and a linear is one in each scheme.
         targets = {f"{name} in {scheme}": (name, scheme) for scheme, names in schemes.items() for name in names}
         with self.phases.measure("solving"):
+            weights = {name: run.weight(name) for name, _ in targets.values()}
             found = method.quantize(
-                [Target(label, run.weight(name), scheme) for label, (name, scheme) in targets.items()],
+                [Target(label, weights[name], scheme) for label, (name, scheme) in targets.items()],
                 hessian,
                 scale_dtype,
             )

@@ -12,14 +12,16 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["CANDIDATES", "FAST", "best_affine", "best_step"]
+__all__ = ["CANDIDATES", "FAST", "ROUNDS", "TINY", "best_affine", "best_step"]
 
 # Reordering sums lets the compiler vectorize them; NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "nsz"}
 #: Steps tried where the choice matters most, below 6 bits.
 CANDIDATES = 20
-_ROUNDS = 3
-_TINY = np.float32(1e-30)
+#: How often codes and steps are then fitted to each other.
+ROUNDS = 3
+#: Below that a block is zero.
+TINY = np.float32(1e-30)
 
 Vector = np.ndarray[Any, Any]
 # float32 throughout: one float64 among them would halve the vector units.
@@ -53,7 +55,7 @@ def best_step(x: Vector, w: Vector, low: Float, high: Float, candidates: int) ->
     for i in range(x.size):
         if abs(x[i]) > abs(extreme):
             extreme = x[i]
-    if abs(extreme) < _TINY:
+    if abs(extreme) < TINY:
         return np.float32(0)
     best, least = np.float32(0), np.float32(np.inf)
     for end in (low, high):
@@ -63,7 +65,7 @@ def best_step(x: Vector, w: Vector, low: Float, high: Float, candidates: int) ->
             step, loss = _refit_step(x, w, extreme / np.float32(reach if end > 0 else -reach), low, high)
             if loss < least:
                 best, least = step, loss
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         step, loss = _refit_step(x, w, best, low, high)
         if loss >= least:
             break
@@ -119,7 +121,7 @@ def best_affine(x: Vector, w: Vector, high: Float, ceiling: Float) -> tuple[Floa
         lowest = min(lowest, x[i])
         highest = max(highest, x[i])
     lowest = min(lowest, ceiling)
-    if highest - lowest < _TINY:
+    if highest - lowest < TINY:
         return np.float32(0), lowest
     best, bottom, least = np.float32(0), lowest, np.float32(np.inf)
     for candidate in range(CANDIDATES):
@@ -127,7 +129,7 @@ def best_affine(x: Vector, w: Vector, high: Float, ceiling: Float) -> tuple[Floa
         step, minimum, loss = _refit_affine(x, w, (highest - lowest) / np.float32(reach), lowest, high, ceiling)
         if loss < least and step > 0:
             best, bottom, least = step, minimum, loss
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         step, minimum, loss = _refit_affine(x, w, best, bottom, high, ceiling)
         if loss >= least or step <= 0:
             break

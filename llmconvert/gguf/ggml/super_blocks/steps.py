@@ -13,7 +13,7 @@ import numpy as np
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.gguf.ggml.blocks import Array, Blocks, block_importance
-from llmconvert.gguf.ggml.fit import FAST, best_step
+from llmconvert.gguf.ggml.fit import FAST, ROUNDS, TINY
 from llmconvert.gguf.ggml.super_blocks.minima import SUPER_BLOCK
 
 __all__ = ["SUB_BLOCK", "fit_step_super_blocks"]
@@ -59,6 +59,48 @@ def fit_step_super_blocks(
     return Blocks(codes, best, sub_scales=best_subs)
 
 
+@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _sum_up(
+    weighed: np.ndarray[Any, Any], tried: np.ndarray[Any, Any], low: float, high: float, sums: np.ndarray[Any, Any]
+) -> None:
+    """For codes of a step of each sub-block: the sums that the step which suits them, and its loss, follow from.
+
+    Sub-blocks lie side by side and fill the vector units, so that no sum goes across. Three arrays in all: of more, the
+    compiler would have to see at run time whether they overlap, and does without vectors.
+
+    Args:
+        weighed: ``[weight, 2, sub-block]``: values and what their errors weigh.
+        tried: ``[2, sub-block]``: steps, and one over them.
+        low, high: of codes.
+        sums: ``[3, sub-block]``: of weighed errors times codes, squared codes, and squared errors.
+    """
+    sums[:] = 0
+    for i in range(SUB_BLOCK):
+        for sub in range(_SUBS):
+            value, weight = weighed[i, 0, sub], weighed[i, 1, sub]
+            code = min(max(np.rint(value * tried[1, sub]), low), high)
+            error = value - code * tried[0, sub]
+            product = weight * code
+            sums[0, sub] += product * error
+            sums[1, sub] += product * code
+            sums[2, sub] += weight * error * error
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _take_better(tried: np.ndarray[Any, Any], sums: np.ndarray[Any, Any], best: np.ndarray[Any, Any]) -> int:
+    """Keep the step that suits the codes where it has less loss; in how many sub-blocks. ``best``: steps and losses."""
+    count = 0
+    for sub in range(_SUBS):
+        squares = sums[1, sub]
+        change = sums[0, sub] / squares if squares > 0 else np.float32(0)
+        step, loss = tried[0, sub] + change, sums[2, sub] - change * sums[0, sub]
+        better = loss < best[1, sub]
+        best[0, sub] = step if better else best[0, sub]
+        best[1, sub] = loss if better else best[1, sub]
+        count += better
+    return count
+
+
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _fit_sub_blocks(
     begin: int,
@@ -70,17 +112,43 @@ def _fit_sub_blocks(
     high: float,
     candidates: int,
 ) -> None:
-    """The best step of every sub-block by itself."""
-    x = np.empty(SUB_BLOCK, np.float32)
-    w = np.empty(SUB_BLOCK, np.float32)
-    subs = values.shape[1] // SUB_BLOCK
+    """The best step of every sub-block by itself, as :func:`~llmconvert.gguf.ggml.fit.best_step` has it."""
+    weighed = np.empty((SUB_BLOCK, 2, _SUBS), np.float32)
+    tried, best = np.empty((2, _SUBS), np.float32), np.empty((2, _SUBS), np.float32)
+    sums = np.empty((3, _SUBS), np.float32)
+    extreme = np.empty(_SUBS, np.float32)
     per_row = values.shape[1] // SUPER_BLOCK
     for row in range(begin, end):
-        for sub in range(subs):
-            for i in range(SUB_BLOCK):
-                x[i] = values[row, sub * SUB_BLOCK + i]
-                w[i] = importance[sub * SUB_BLOCK + i]
-            steps[row * per_row + sub // _SUBS, sub % _SUBS] = best_step(x, w, low, high, candidates)
+        for block in range(per_row):
+            for sub in range(_SUBS):
+                extreme[sub] = 0
+                for i in range(SUB_BLOCK):
+                    column = block * SUPER_BLOCK + sub * SUB_BLOCK + i
+                    value = values[row, column]
+                    weighed[i, 0, sub], weighed[i, 1, sub] = value, importance[column]
+                    if abs(value) > abs(extreme[sub]):
+                        extreme[sub] = value
+                if abs(extreme[sub]) < TINY:
+                    extreme[sub] = 0
+                best[0, sub], best[1, sub] = 1, np.inf
+            for limit in (low, high):
+                for candidate in range(candidates):
+                    # From one level short of the range's end to a quarter beyond it, where the extreme is clipped.
+                    reach = abs(limit) - 1 + candidate * (abs(limit) / 4 + 1) / (candidates - 1)
+                    divisor = np.float32(reach if limit > 0 else -reach)
+                    for sub in range(_SUBS):
+                        tried[0, sub] = extreme[sub] / divisor if extreme[sub] != 0 else np.float32(1)
+                        tried[1, sub] = np.float32(1) / tried[0, sub]
+                    _sum_up(weighed, tried, low, high, sums)
+                    _take_better(tried, sums, best)
+            for _ in range(ROUNDS):
+                for sub in range(_SUBS):
+                    tried[0, sub], tried[1, sub] = best[0, sub], np.float32(1) / best[0, sub]
+                _sum_up(weighed, tried, low, high, sums)
+                if _take_better(tried, sums, best) == 0:
+                    break
+            for sub in range(_SUBS):
+                steps[row * per_row + block, sub] = best[0, sub] if extreme[sub] != 0 else np.float32(0)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
