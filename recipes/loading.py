@@ -315,7 +315,7 @@ def _of_one_branch(errors: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, An
         if len(path) < len(item["loc"]):
             if item["type"] == "tuple_type" or (item["type"] == "string_type" and _is_list(item["input"])):
                 continue
-            if item["type"] == "string_type" and len(path) + 1 == len(item["loc"]):
+            if item["type"] == "string_type" and _BRANCH.match(str(item["loc"][-1])):
                 item = {**item, "msg": "expected a name, or a list of sections: [{name: …, share: 60%}, …]"}
         yield {**item, "loc": path}
 

@@ -127,6 +127,7 @@ def test_recipes_name_what_is_wrong() -> None:
         ([{"name": "a.txt", "share": 0}, {"name": "b.txt", "share": 1}], r"calibrate\.dataset\.0\.share: found 0: "),
         ([], r"calibrate\.dataset: found a list"),
         ({"a.txt": 0.5, "b.txt": 0.5}, r"calibrate\.dataset: found a section: expected a name, or a list of sections"),
+        ([{"name": "a.txt", "share": 1, "template": None}], r"0\.template: found nothing: should be a valid string"),
         (["a.txt"], r"calibrate\.dataset\.0: found 'a.txt': should be .* for example \{name: a\.txt, share: 60%\}"),
         (
             [{"name": "a.txt", "weight": 1}],
