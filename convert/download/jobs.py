@@ -386,7 +386,7 @@ class _QuantizeJob:
 
 def _require_together(plan: QuantizationPlan, checkpoint: Checkpoint) -> None:
     """Refuse linears with a float32 scale in common that do not come in one shard."""
-    for names in set(plan.sharing.values()):
+    for names in dict.fromkeys(plan.sharing.values()):
         if len({checkpoint.infos[plan.sites[name].tensor].shard for name in names}) > 1:
             raise UsageError(
                 f"scheme {plan.schemes[names[0]]}: {', '.join(names)} have a float32 scale in common, and lie in "
