@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from llmconvert.quantize.passes.run import QuantizeResult
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 TOLERANCE = 0.01
+PAGE = Path(__file__).parents[3] / "docs" / "gguf.md"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -92,3 +94,10 @@ def test_a_projector_is_no_model(tmp_path: Path) -> None:
     result = written(save_images_family(tmp_path / "model", "smolvlm"), tmp_path / "out", "q8_0")
     with pytest.raises(UnsupportedError, match=r"mmproj-tiny-f16.gguf: is a model's part for images .* name the file"):
         open_gguf(result.output / result.files[1])
+
+
+def test_the_page_has_every_model_type_and_nothing_beyond_the_tolerance() -> None:
+    _, _, text = PAGE.read_text().partition("\n## Vision towers")
+    rows = re.findall(r"^\| (`.+) \| `[\w.]+` \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert {kind for kinds, _ in rows for kind in re.findall(r"`(\w+)`", kinds)} == set(MODEL_TYPES)
+    assert all(float(found) < TOLERANCE for _, found in rows)
