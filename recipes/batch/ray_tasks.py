@@ -12,12 +12,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from llmconvert.recipes.batch.process import worker_command
 
-__all__ = ["Mailbox", "converse", "plan_task", "run_task", "start_process"]
+__all__ = ["Mailbox", "converse", "get_aside", "plan_task", "run_task", "start_process"]
 
 _SEND_EVERY = 0.5
 _LOOK_EVERY = 0.1
@@ -116,12 +117,23 @@ def run_task(
     def go() -> dict[str, Any]:
         if ahead and not _WAITING:
             _WAITING.append(start_process(directory, cores))
-        return {"built": ray.get(mailbox.built.remote())}
+        return {"built": get_aside(mailbox.built.remote())}
 
     status = converse(process, values, hear, go=go)
     # What was told is there before the result is.
     ray.get(mailbox.tell.remote(number, outbox))
     return last or {"status": status}
+
+
+def get_aside(reference: Any) -> Any:
+    """What a reference of Ray's stands for, without giving up the cores of the task that asks.
+
+    Ray lends those to the next task while one waits in its main thread, and lets both go on together afterwards.
+    """
+    import ray
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ray.get, reference).result()
 
 
 def start_process(directory: str, cores: int) -> subprocess.Popen[str]:

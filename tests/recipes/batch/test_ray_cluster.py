@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from llmconvert.errors import MachineError, UsageError
+from llmconvert.recipes.batch import ray_tasks
 from llmconvert.recipes.batch.run import run_batch
 
 
@@ -62,6 +63,32 @@ def jobs_in(directory: Path) -> list[int]:
             if process.name.isdecimal() and (process / "cwd").readlink() == directory:
                 found += [int(process.name)] * (b"batch.worker" in (process / "cmdline").read_bytes())
     return found
+
+
+@pytest.mark.slow
+def test_a_task_that_waits_for_an_answer_keeps_its_cores(cluster: Any) -> None:
+    """Ray lends those of a task whose main thread waits to the next one, and two jobs ran beside each other on them."""
+    ray = pytest.importorskip("ray")
+    get_aside = ray_tasks.get_aside
+
+    def wait(answer: Any) -> tuple[float, float]:
+        begin = time.monotonic()
+        get_aside(answer)
+        time.sleep(0.5)
+        return begin, time.monotonic()
+
+    def answer() -> None:
+        time.sleep(3)
+
+    ray.init(address=cluster.address, log_to_driver=False)
+    ray.cloudpickle.register_pickle_by_value(ray_tasks)
+    try:
+        asked = ray.remote(num_cpus=0)(answer)
+        waiting = ray.remote(num_cpus=1)(lambda: wait(asked.remote()))
+        first, second = sorted(ray.get([waiting.remote(), waiting.remote()]))
+    finally:
+        ray.shutdown()
+    assert first[1] <= second[0]
 
 
 @pytest.mark.slow
