@@ -14,10 +14,10 @@ from typing import Final
 
 from llmconvert.errors import CheckpointError
 from llmconvert.gguf.header import GgufHeader, GgufTensor, read_gguf_header
+from llmconvert.storage.directory import is_projector
 
 __all__ = [
     "gguf_models",
-    "is_projector",
     "join_headers",
     "model_files",
     "part_names",
@@ -77,11 +77,6 @@ def without_part(name: str) -> str:
     """A file's name without ``.gguf`` and without the number of a part."""
     match = _PART.fullmatch(name)
     return match["stem"] if match is not None else name.removesuffix(".gguf")
-
-
-def is_projector(name: str) -> bool:
-    """Whether a file is not a model but its part for images or sound, by its name, as llama.cpp tells them apart."""
-    return "mmproj" in name.lower() and name.endswith(".gguf")
 
 
 def gguf_models(directory: Path) -> Sequence[Path]:

@@ -19,6 +19,7 @@ __all__ = [
     "files_of",
     "identity_of",
     "index_name",
+    "is_projector",
     "is_weight_file",
     "other_files",
     "read_config",
@@ -47,6 +48,11 @@ _MAPPING = (
 _CACHE_FOLDER = re.compile(r"(models|datasets|spaces)--")
 # What file systems take, in bytes.
 _LONGEST_NAME = 255
+
+
+def is_projector(name: str) -> bool:
+    """Whether a file is not a model but its part for images or sound, by its name, as llama.cpp tells them apart."""
+    return "mmproj" in name.lower() and name.endswith(".gguf")
 
 
 def is_weight_file(name: str) -> bool:

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from llmconvert.errors import CheckpointError, HubError
 from llmconvert.hub import RemoteFile, hub_errors, iterate_content, list_files
 from llmconvert.storage.checkpoint import DTYPES, Checkpoint, TensorInfo
+from llmconvert.storage.directory import is_projector
 from llmconvert.storage.parsing import read_json
 
 __all__ = ["RemoteCheckpoint", "describing_files"]
@@ -120,7 +121,7 @@ def _config_file(model_id: str, revision: str | None) -> Path:
         raise
     except EntryNotFoundError:
         names = huggingface_hub.list_repo_files(model_id, revision=revision)
-        files = [name for name in names if name.endswith(".gguf") and "mmproj" not in name.lower()]
+        files = [name for name in names if name.endswith(".gguf") and not is_projector(name)]
         hint = f"; download one of its GGUF files ({', '.join(files[:3])}) and name its path" if files else ""
         raise HubError(f"{model_id}: has no config.json, so it is no transformers model{hint}") from None
 

@@ -15,7 +15,7 @@ import torch
 from llmconvert.context import Context
 from llmconvert.gguf.checkpoint import GgufCheckpoint, open_artifact
 from llmconvert.gguf.ggml.mix import FLOATS
-from llmconvert.gguf.split import is_projector, read_model_header
+from llmconvert.gguf.split import read_model_header
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import plan_quantize
 from llmconvert.quantize.methods.base import load_method
@@ -39,6 +39,7 @@ from llmconvert.recipes.stages.windows import CALIBRATION
 from llmconvert.report.section import Column, Section
 from llmconvert.report.steps import LinearReport, QuantizeReport
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.directory import is_projector
 from llmconvert.storage.writer import write_file, write_json
 from llmconvert.validate.size import measure_sizes
 

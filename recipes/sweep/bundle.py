@@ -26,13 +26,14 @@ from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import LlmconvertError, RecipeError
 from llmconvert.gguf.checkpoint import open_artifact
-from llmconvert.gguf.split import gguf_models, is_projector
+from llmconvert.gguf.split import gguf_models
 from llmconvert.hub.card import CARD, front_matter
 from llmconvert.recipes.publishing import fill_target
 from llmconvert.recipes.schema.recipe import PublishSettings
 from llmconvert.recipes.sweep.expand import Sweep
 from llmconvert.report.report import Report
 from llmconvert.storage.contents import Contents, Hashes
+from llmconvert.storage.directory import is_projector
 from llmconvert.storage.writer import write_file
 from llmconvert.validate.render.card import card_metadata, runtime_of
 from llmconvert.validate.render.plots import comparison_plot

@@ -10,31 +10,15 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from support.recipe_texts import FULL, refusal
 
 from llmconvert.errors import RecipeError
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.recipes.loading import load_recipe, make_recipe, parse_recipe, read_override
+from llmconvert.recipes.loading import load_recipe, make_recipe, parse_recipe
 from llmconvert.recipes.schema.quantities import parse_bytes, parse_share
 from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
 from llmconvert.recipes.shipped import shipped_recipes
-
-FULL = """\
-model: meta-llama/Llama-2-7b-hf
-convert:   {dtype: bfloat16}
-attention: {kv_heads: 8, method: svd, heal: {steps: 200}}
-calibrate: {dataset: HuggingFaceH4/ultrachat_200k, samples: 128, length: 2048, seed: 0}
-quantize:  {method: gptq, scheme: w4a16-g128, format: compressed-tensors,
-            overrides: [{match: "*.down_proj", scheme: w8a16-g128}]}
-validate:  {perplexity: {dataset: wikitext-2, max_increase: 5%}, generation: true, attention: [eager, flash]}
-publish:   {to: user/Llama-2-7b-GQA8-W4A16, private: true}
-"""
-
-
-def refusal(text: str, *overrides: str) -> str:
-    with pytest.raises(RecipeError) as caught:
-        parse_recipe(text, "x.yaml", overrides=overrides)
-    return str(caught.value)
 
 
 def test_the_documented_recipe_is_understood() -> None:
@@ -241,34 +225,6 @@ def test_calibrating_and_scoring_on_the_same_text_is_refused() -> None:
     assert "line 3: validate.perplexity.dataset: found 'd:x', which calibrate.dataset uses as well" in refusal(text)
 
 
-def test_overrides_change_sections_lists_and_switches() -> None:
-    recipe = parse_recipe(
-        FULL,
-        "x.yaml",
-        overrides=[
-            "quantize.scheme=w3a16-g64",
-            "quantize.overrides.0.scheme=w4a16-g64",
-            "validate.generation.max_new_tokens=8",
-            "publish=null",
-            "memory=4GB",
-        ],
-    )
-    assert recipe.quantize is not None and recipe.quantize.scheme == Scheme(Int(3), 64)
-    assert recipe.quantize.overrides[0].scheme == Scheme(Int(4), 64)
-    assert recipe.validation is not None and recipe.validation.generation is not None
-    assert recipe.validation.generation.max_new_tokens == 8
-    assert recipe.publish is None and recipe.memory == 4_000_000_000
-
-
-def test_mistakes_in_overrides_are_blamed_on_them() -> None:
-    assert "x.yaml, --set quantize.metod=a: unknown key quantize.metod" in refusal(FULL, "quantize.metod=a")
-    assert "--set calibrate.samples=none: calibrate.samples: found 'none'" in refusal(FULL, "calibrate.samples=none")
-    assert "model is a value, not a section" in refusal(FULL, "model.x=1")
-    assert "quantize.overrides is a list of 1, found 7" in refusal(FULL, "quantize.overrides.7.scheme=w8a16")
-    for bad in ("quantize", "=1", "a..b=1", "a=["):
-        assert f"--set {bad}" in refusal(FULL, bad)
-
-
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean the shipped recipe demo"):
         load_recipe("dmo")
@@ -305,11 +261,6 @@ def test_any_yaml_value_is_a_recipe_or_a_recipe_error(value: object) -> None:
         parse_recipe(text, "x.yaml")
     except RecipeError as error:
         assert "x.yaml" in str(error)
-
-
-def test_override_values_are_yaml() -> None:
-    assert read_override("a.b=[1, x]") == (("a", "b"), [1, "x"])
-    assert read_override("a.0.b=1=2") == (("a", 0, "b"), "1=2")
 
 
 @pytest.mark.parametrize(
