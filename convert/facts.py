@@ -18,6 +18,7 @@ from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.hub.card import CARD, front_matter
 from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.serving.fused_blocks import cut_at_seams
+from llmconvert.quantize.serving.kernel_groups import unusual_groups
 from llmconvert.quantize.serving.tensor_parallel import Matrix, tensor_parallel
 from llmconvert.storage.checkpoint import Checkpoint
 
@@ -93,7 +94,9 @@ def devices(architecture: Architecture, dense: Checkpoint) -> str:
     if isinstance(dense, GgufCheckpoint):
         return ""
     matrices = tuple(_matrices(dense))
-    return cut_at_seams(matrices) or str(tensor_parallel(architecture, matrices))
+    split = cut_at_seams(matrices) or str(tensor_parallel(architecture, matrices))
+    groups = unusual_groups(matrix.scheme for matrix in matrices if matrix.scheme is not None)
+    return "; ".join(filter(None, (split, groups)))
 
 
 def _matrices(dense: Checkpoint) -> Iterator[Matrix]:

@@ -31,6 +31,7 @@ __all__ = [
     "methods_for",
     "readers_of",
     "readership",
+    "refused_by",
 ]
 
 
@@ -80,6 +81,16 @@ def readers_of(format: str, scheme: SchemeOrMix) -> tuple[Runtime, ...]:
         for runtime in runtimes_of(format)
         if any(_alike(parse_scheme(tested), stored) for tested in runtime.schemes)
     )
+
+
+def refused_by(script: str, format: str, schemes: Iterable[SchemeOrMix]) -> tuple[str, ...]:
+    """Those schemes that a runtime was shown in a format and does not load, groups of any size being alike.
+
+    Args:
+        script: the runtime, as :attr:`~llmconvert.quantize.runtimes.Runtime.script` has it.
+    """
+    shown = [parse_scheme(text) for one in runtimes_of(format) if one.script == script for text in one.refused]
+    return tuple(sorted({str(scheme) for scheme in schemes if any(_alike(tested, scheme) for tested in shown)}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class Runtime:
             both (tied).
         note: what else to know.
         experts: whether it was run with quantized experts of a mixture.
+        refused: schemes that it was shown and does not load, by its own words.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Runtime:
     note: str = ""
     outer: tuple[str, ...] = ()
     experts: bool = False
+    refused: tuple[str, ...] = ()
 
     def outer_read(self, kinds: Iterable[str]) -> bool:
         """Whether it was run with all of what lies outside the blocks and is quantized."""
@@ -120,6 +122,10 @@ RUNTIMES: Sequence[Runtime] = (
         "`VLLM_CPU_INT4_W4A8=0` for 16-bit activations; CPUs have no kernels for 8 bits without quantized inputs and "
         "for other floats, `fp8-block` wants AMX",
         outer=("head",),
+        refused=(
+            *("w2a16-g64", "w3a16-g64", "w8a16-g128", "w8a16-channel"),
+            *("fp8-static", "mxfp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "w4afp8"),
+        ),
     ),
     Runtime(
         "vLLM on CPU",
@@ -130,6 +136,7 @@ RUNTIMES: Sequence[Runtime] = (
         ("w4a16-g128",),
         "refuses 8 bits on CPU, and other widths and asymmetric weights everywhere",
         outer=("head",),
+        refused=("w2a16-g64", "w3a16-g64", "w4a16-g64-asym", "w8a16-g128"),
     ),
     Runtime("vLLM on CPU", "vllm", "vllm", _VLLM, "awq", ("w4a16-g64-asym",)),
     Runtime(

@@ -24,6 +24,7 @@ from llmconvert.quantize.plan import Override, QuantizeRequest, Statistics
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.serving.fused_blocks import cut_at_seams
+from llmconvert.quantize.serving.kernel_groups import unusual_groups
 from llmconvert.quantize.serving.tensor_parallel import Matrix, tensor_parallel
 from llmconvert.recipes.schema.recipe import BudgetSettings, QuantizeSettings
 from llmconvert.storage.checkpoint import Checkpoint
@@ -248,7 +249,9 @@ def served_by(plan: QuantizePlan) -> tuple[str, ...]:
     seams = cut_at_seams(matrices)
     split = seams or f"can be split {found}"
     outer = (_NO_HEAD,) if plan.decisions.outer and plan.request.format == "compressed-tensors" else ()
-    return (*alone, *outer, split, *((found.warning,) if found.warning and not seams else ()))
+    groups = unusual_groups(schemes.values())
+    better = found.warning if not seams else ""
+    return (*alone, *outer, split, *(note for note in (better, groups) if note))
 
 
 def _first(schemes: Sequence[str], plan_with: Callable[[SchemeOrMix], QuantizePlan]) -> QuantizePlan:

@@ -31,7 +31,13 @@ from llmconvert.recipes.ranks import agree, follow
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import REPORT_FILE, artifact_stage, front_matter_of
 from llmconvert.recipes.stages.attention import require_mergeable
-from llmconvert.recipes.stages.measurements import Measured, require_accepted, require_loader, require_measurable
+from llmconvert.recipes.stages.measurements import (
+    Measured,
+    require_accepted,
+    require_loader,
+    require_measurable,
+    require_served,
+)
 from llmconvert.recipes.stages.opening import fetch_model, tell_of, work_on
 from llmconvert.recipes.stages.repair import repair
 from llmconvert.recipes.stages.run import RunStages, require_texts, stages_of
@@ -163,11 +169,14 @@ class Running:
         context = Context(device, recipe.memory, progress=progress)
         require_measurable(recipe.measured)
         require_loader(recipe)
+        left_out = require_served(recipe)
         require_texts(recipe)
         if target is not None:
             check_target(target, publisher or recipe.name, stages.store.hashes)
         todo = stages_of(recipe)
         plan = _foresee(recipe, target, stages, progress, ranks) if planned else None
+        for note in left_out if plan is None else ():  # a plan has said it
+            progress.log(note)
         source, fetched = fetch_model(recipe, progress)
         work = work_on(recipe, source, context, ranks)
         work.steps.append(fetched)

@@ -34,7 +34,13 @@ from llmconvert.recipes.stages.conversion import (
     convert_stage,
     stream_stage,
 )
-from llmconvert.recipes.stages.measurements import measure, measurements, require_accepted, require_measurable
+from llmconvert.recipes.stages.measurements import (
+    measure,
+    measurements,
+    require_accepted,
+    require_measurable,
+    require_served_as,
+)
 from llmconvert.recipes.stages.opening import opened_work, put_papers
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.run import require_texts
@@ -270,6 +276,8 @@ def validate_model(
             if not source.path.is_dir() and settings.generation is not None:
                 raise UsageError(f"{recipe.model}: transformers generates from directories only; leave out generation")
             summary = describe_model(checkpoint)
+            for note in require_served_as(settings, checkpoint):
+                progress.log(note)
             require_accepted(settings, checkpoint)
             windows = None
             if settings.perplexity is not None:

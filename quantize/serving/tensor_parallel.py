@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.serving.kernel_groups import KERNEL_GROUPS
 
 __all__ = ["Matrix", "TensorParallel", "tensor_parallel"]
 
 #: Numbers of devices that are asked about.
 SIZES = (2, 4, 8)
-_GROUPS = (256, 128, 64, 32, 16)
 # Of families that transformers has no plan for: names that most of them have.
 _USUAL = {
     "layers.*.self_attn.o_proj": "rowwise",
@@ -159,8 +159,11 @@ def _blocks(architecture: Architecture, known: Sequence[tuple[Matrix, bool]], si
 
 
 def _better(known: Sequence[tuple[Matrix, bool]], sizes: Sequence[int]) -> int | None:
-    """The largest group size with which groups are in the way of none of these sizes; kernels take no other blocks."""
-    if any(matrix.scheme is not None and matrix.scheme.rows != 1 for matrix, _ in known):
+    """The largest group size with which groups are in the way of none of these sizes, of those that kernels take.
+
+    Blocks, and numbers whose groups are their own (NVFP4, MX), have no other.
+    """
+    if any(matrix.scheme is not None and matrix.scheme.number.name != "int" for matrix, _ in known):
         return None
     shares = [
         matrix.columns // size
@@ -168,7 +171,7 @@ def _better(known: Sequence[tuple[Matrix, bool]], sizes: Sequence[int]) -> int |
         for size in sizes
         if by_inputs and matrix.scheme is not None and matrix.scheme.group_size is not None
     ]
-    return next((group for group in _GROUPS if shares and not any(share % group for share in shares)), None)
+    return next((group for group in KERNEL_GROUPS if shares and not any(share % group for share in shares)), None)
 
 
 def _short(matrix: Matrix) -> str:

@@ -30,7 +30,12 @@ from llmconvert.recipes.ranks import require_shareable
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import artifact_name, front_matter_of
 from llmconvert.recipes.stages.attention import require_mergeable
-from llmconvert.recipes.stages.measurements import require_accepted, require_loader, require_measurable
+from llmconvert.recipes.stages.measurements import (
+    require_accepted,
+    require_loader,
+    require_measurable,
+    require_served,
+)
 from llmconvert.recipes.stages.opening import work_on
 from llmconvert.recipes.stages.run import require_texts, stages_of
 from llmconvert.recipes.stages.stage import ORIGINAL, Finished, Stage, Work
@@ -94,6 +99,7 @@ def plan_run(
     target = filled.publish if publish else None
     require_measurable(filled.measured)
     require_loader(filled)
+    require_served(filled)
     require_texts(filled)
     if target is not None:
         check_target(target, publisher or filled.name, Hashes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.single import require_comparable, require_output
 from llmconvert.recipes.stages.attention import attention_stage, require_mergeable
 from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
-from llmconvert.recipes.stages.measurements import foresee_measuring, require_accepted, require_measurable
+from llmconvert.recipes.stages.measurements import (
+    foresee_measuring,
+    require_accepted,
+    require_measurable,
+    require_served_as,
+)
 from llmconvert.recipes.stages.opening import put_papers
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.run import require_texts
@@ -111,6 +117,7 @@ def plan_measuring(recipe: Recipe, reference: str | None = None, ranks: Ranks | 
     headers = open_headers(recipe)
     original = _original(recipe, reference)
     work = work_of(recipe, headers, ranks or ALONE)
+    left_out = require_served_as(settings, headers.source.checkpoint)
     require_accepted(settings, headers.source.checkpoint)
     if settings.perplexity is not None:
         draw_text(work, EVALUATION_TEXT, WindowRequest.evaluation(settings.perplexity))
@@ -119,6 +126,7 @@ def plan_measuring(recipe: Recipe, reference: str | None = None, ranks: Ranks | 
     checkpoint = against.source.checkpoint if against is not None else None
     windows = work.texts.get(EVALUATION_TEXT)
     forecast = foresee_measuring(settings, headers.source.path, checkpoint, windows, work.context)
+    forecast = replace(forecast, notes=(*forecast.notes, *left_out))
     steps: list[StepPlan] = [*fetching(headers), *(fetching(original, "fetch original") if original else ())]
     return assemble_plan(recipe, work, [*steps, step_of("validate", forecast, Path())], "", "")
 

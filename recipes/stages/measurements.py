@@ -6,19 +6,24 @@ A measurement of its own is a file under ``validate/`` and a line in :func:`meas
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llmconvert.context import Context
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.checkpoint import open_artifact
 from llmconvert.quantize.formats.base import FileFormat, load_format
+from llmconvert.quantize.formats.dense_view import open_dense
+from llmconvert.quantize.scheme import SchemeOrMix
 from llmconvert.recipes.forecast import Forecast, parameters
 from llmconvert.recipes.schema.measuring import BackendSettings, PerplexitySettings, PositionSettings, ValidateSettings
+from llmconvert.recipes.schema.named import engine_scheme
 from llmconvert.recipes.schema.recipe import Recipe
 from llmconvert.recipes.stages.artifact import public_name
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
@@ -44,8 +49,8 @@ from llmconvert.validate.predictions.compared import Compared
 from llmconvert.validate.predictions.quality import QualityCheck
 from llmconvert.validate.predictions.step_losses import StepLossesCheck
 from llmconvert.validate.runtimes.vllm import VllmCheck
-from llmconvert.validate.serving.check import ServingCheck
-from llmconvert.validate.serving.runtimes import ServedBy
+from llmconvert.validate.serving.check import ServingCheck, stored_as
+from llmconvert.validate.serving.runtimes import ServedBy, require_readers
 from llmconvert.validate.size import SizeCheck
 from llmconvert.validate.tasks import Tasks
 from llmconvert.validate.vocabulary import VocabularyCheck
@@ -59,6 +64,8 @@ __all__ = [
     "require_accepted",
     "require_loader",
     "require_measurable",
+    "require_served",
+    "require_served_as",
     "validate_stage",
 ]
 
@@ -106,7 +113,8 @@ def validate_stage(
             loadable = made is None or not isinstance(load_format(made.format), FileFormat)
             stored = work.sizes.get(model)
             known: dict[str, Any] = {"loadable": loadable, "stored": stored, "build": work.skeletons}
-            return foresee_measuring(settings, output, reference, text, work.context, **known)
+            foreseen = foresee_measuring(settings, output, reference, text, work.context, **known)
+            return replace(foreseen, notes=(*foreseen.notes, *require_served(work.recipe)))
 
     def inputs(work: Work) -> Mapping[str, Any]:
         own = {"between": [work.key(step) for step in between], "device": work.context.device.type}
@@ -253,6 +261,40 @@ def require_loader(recipe: Recipe) -> None:
             f"validate.generation: transformers loads format {recipe.quantize.format} with {' and '.join(missing)}, "
             f"not installed here; pip install {' '.join(missing)}, or leave the key out"
         )
+
+
+def require_served(recipe: Recipe) -> tuple[str, ...]:
+    """Refuse, before any work, an artifact that none of the runtimes can run which it is to be served by.
+
+    Returns:
+        What is left out of them, since others can, and why.
+
+    Raises:
+        UnsupportedError: with the runtimes that can.
+    """
+    settings, made = recipe.measured, recipe.quantize
+    if settings is None:
+        return ()
+    if made is None:
+        return _served(settings, None, ())
+    wanted = [made.head, made.embedding, *(override.scheme for override in made.overrides)]
+    schemes: set[SchemeOrMix] = {scheme for one in wanted if (scheme := engine_scheme(one)) is not None}
+    if made.budget is None:
+        schemes.add(made.scheme)
+    return _served(settings, made.format, schemes)
+
+
+def require_served_as(settings: ValidateSettings, stored: Checkpoint) -> tuple[str, ...]:
+    """The same of an artifact that is there."""
+    return _served(settings, *stored_as(stored, open_dense(stored))) if settings.serve is not None else ()
+
+
+def _served(settings: ValidateSettings, format: str | None, schemes: Collection[SchemeOrMix]) -> tuple[str, ...]:
+    if settings.serve is None:
+        return ()
+    asked = [ServedBy.parse(name) for name in settings.serve.runtimes]
+    lacking = require_readers(asked, format, schemes, accelerated=torch.cuda.is_available())
+    return tuple(f"validate.serve: {name} is left out; it {lack}" for name, lack in lacking.items())
 
 
 def require_accepted(settings: ValidateSettings | None, original: Checkpoint) -> None:

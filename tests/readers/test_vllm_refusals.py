@@ -11,12 +11,15 @@ from environments import interpreter, run_script
 from samples import PROMPTS, VOCABULARY, artifact, sample_model
 
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.runtimes import runtimes_of
 from llmconvert.quantize.scheme import Override, Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 _KERNEL = "Failed to find a kernel that can implement the {} linear layer"
 #: Scheme → what vLLM says, once it has read config and shapes.
 SAID = {
+    "w2a16-g64": "Quant type (uint2b2) not supported by CPUWNA16",
+    "w3a16-g64": "Quant type (uint3b4) not supported by CPUWNA16",
     "w8a16-channel": "Quant type (uint8b128) not supported by CPUWNA16",
     "w8a16-g128": "Quant type (uint8b128) not supported by CPUWNA16",
     "fp8-static": "static_scaled_fp8_quant",
@@ -29,6 +32,20 @@ SAID = {
 }
 if not torch.cpu._is_amx_tile_supported():
     SAID["fp8-block"] = "requires AMX tile support"
+#: The same in GPTQ's format.
+SAID_OF_GPTQ = {
+    "w2a16-g64": "Unsupported quantization config: bits=2, sym=True",
+    "w3a16-g64": "Unsupported quantization config: bits=3, sym=True",
+    "w4a16-g64-asym": "Unsupported quantization config: bits=4, sym=False",
+    "w8a16-g128": "Marlin does not support weight_bits = uint8b128",
+}
+
+
+@pytest.mark.parametrize(("format", "said"), [("compressed-tensors", SAID), ("gptq", SAID_OF_GPTQ)])
+def test_what_is_known_to_be_refused_was_run(format: str, said: dict[str, str]) -> None:
+    """``fp8-block`` is refused by some processors alone."""
+    (runtime,) = [one for one in runtimes_of(format) if one.script == "vllm"]
+    assert set(runtime.refused) == said.keys() - {"fp8-block"}
 
 
 @pytest.mark.slow
@@ -37,11 +54,16 @@ def test_what_the_cpu_lacks_is_said_by_vllm(tmp_path: Path) -> None:
     interpreter("vllm")
     source = sample_model(tmp_path / "model", torch.bfloat16)
     made = {scheme: artifact(source, tmp_path / scheme, "compressed-tensors", scheme) for scheme in SAID}
+    made |= {f"gptq-{scheme}": artifact(source, tmp_path / f"gptq-{scheme}", "gptq", scheme) for scheme in SAID_OF_GPTQ}
     head = tmp_path / "head"
     with SafetensorsCheckpoint(source) as checkpoint:
         overrides = [Override("head", Scheme.parse("w8a16-channel"))]
         quantize_checkpoint(checkpoint, head, method="rtn", scheme=Scheme.parse("w4a16-g64"), overrides=overrides)
-    said = {**SAID, "head": SAID["w8a16-channel"]}
+    said = {
+        **SAID,
+        **{f"gptq-{scheme}": words for scheme, words in SAID_OF_GPTQ.items()},
+        "head": SAID["w8a16-channel"],
+    }
     models = {
         str(path): {
             "report": str(tmp_path / f"{name}.json"),

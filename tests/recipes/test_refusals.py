@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmconvert import load_recipe, make_recipe, run_recipe
+from llmconvert import load_recipe, make_recipe, plan_recipe, quantize_model, run_recipe, validate_model
 from llmconvert.errors import SourceError, UnsupportedError
 from llmconvert.quantize.catalog.formats import FORMATS
 from llmconvert.quantize.formats.base import load_format
@@ -52,6 +52,30 @@ def test_what_loads_a_format_is_known_before_the_work(
     with pytest.raises(UnsupportedError, match=rf"validate\.generation: .*{name} with {' and '.join(loaders)}"):
         require_loader(recipe)
     require_loader(recipe.model_copy(update={"validation": None}))
+
+
+def test_a_runtime_that_cannot_read_the_artifact_is_told_by_the_plan_and_before_the_work(
+    write_recipe: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    def recipe(*runtimes: str) -> Any:
+        own = {"model": str(tiny_llama), "calibrate": None, "quantize": QUANTIZE, "publish": None}
+        return load_recipe(write_recipe(**own, validate={"serve": {"runtimes": list(runtimes), "contexts": [16]}}))
+
+    for refused in (plan_recipe, run_recipe):
+        with pytest.raises(
+            UnsupportedError, match=r"validate\.serve: llama\.cpp does not read compressed-tensors; transformers can"
+        ):
+            refused(recipe("llama.cpp"))
+    assert not list((tmp_path / "work").glob("quantize-*"))
+    (last,) = [step for step in plan_recipe(recipe("llama.cpp", "transformers")).steps if step.name == "validate"]
+    assert "validate.serve: llama.cpp is left out; it does not read compressed-tensors" in last.notes
+
+
+def test_an_artifact_that_is_there_is_told_apart_from_what_a_runtime_reads(tiny_llama: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    quantize_model(tiny_llama, artifact, method="rtn", scheme="w8a16-g32")
+    with pytest.raises(UnsupportedError, match=r"validate\.serve: llama\.cpp does not read compressed-tensors"):
+        validate_model(artifact, serve=["llama.cpp"])
 
 
 def test_a_template_that_nobody_renders_is_carried_along(write_recipe: Any, tiny_llama: Path, tmp_path: Path) -> None:

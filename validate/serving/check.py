@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmconvert.convert.inspection import describe_model
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import LlmconvertError
 from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.machine import of_machine
 from llmconvert.quantize.formats.compressed.config import has_zero_points
+from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.formats.reading import declared_quantization
 from llmconvert.quantize.job import quantize_checkpoint
-from llmconvert.quantize.scheme import parse_scheme
+from llmconvert.quantize.scheme import Scheme, parse_scheme
 from llmconvert.report.report import Check
 from llmconvert.report.section import Cell, Column, Section
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
@@ -31,7 +34,7 @@ from llmconvert.validate.runtimes.isolated import UnmeasuredError
 from llmconvert.validate.runtimes.transformers import not_loaded
 from llmconvert.validate.serving.runtimes import ServedBy, Turn, run_turn
 
-__all__ = ["ServingCheck"]
+__all__ = ["ServingCheck", "stored_as"]
 
 _ARTIFACT, _ORIGINAL = "artifact", "original"
 # In which llama.cpp gets an original that is no GGUF file.
@@ -60,11 +63,22 @@ class ServingCheck(Measurement):
             served.require()
 
     def measure(self, subject: Subject) -> list[Check]:
-        """One check for each runtime: the artifact's speed of writing at the longest context, with all else beside."""
-        return [self._check(served, subject) for served in self.runtimes]
+        """One check for each runtime: the artifact's speed of writing at the longest context, with all else beside.
 
-    def _check(self, served: ServedBy, subject: Subject) -> Check:
+        A runtime that cannot run the artifact fails it only where none of the others can.
+        """
+        format, schemes = stored_as(subject.stored, subject.dense)
+        accelerated = torch.cuda.is_available()
+        lacking = [served.lacks(format, schemes, accelerated=accelerated) for served in self.runtimes]
+        return [
+            self._check(served, subject, lack, asked=all(lacking))
+            for served, lack in zip(self.runtimes, lacking, strict=True)
+        ]
+
+    def _check(self, served: ServedBy, subject: Subject, lack: str, *, asked: bool) -> Check:
         name, label = f"serve.{served.key}.tokens_per_second", f"Speed of writing in {served.name}"
+        if lack:
+            return Check.unmeasured(name, f"{served.name} {lack}", asked=asked, label=label, quiet=True)
         try:
             contexts = self._contexts(subject)
             found, notes = self._turns(served, subject, contexts)
@@ -99,9 +113,6 @@ class ServingCheck(Measurement):
         self, served: ServedBy, subject: Subject, contexts: Sequence[int]
     ) -> tuple[dict[str, list[Turn]], list[str]]:
         """Every turn by model, and what is to be said of it."""
-        format = "gguf" if isinstance(subject.stored, GgufCheckpoint) else _format(subject.stored)
-        if not served.reads(format):
-            raise UnmeasuredError(f"{served.name} does not read {format or 'dense weights in safetensors'}")
         notes: list[str] = []
         vocabulary = Architecture.of(subject.dense.config).vocab_size
         with _original(served, subject, notes) as original:
@@ -188,6 +199,19 @@ def _gains(artifact: Turn, original: Turn, contexts: Sequence[int]) -> str:
     ]
     rest = f"takes {artifact.memory / original.memory:.2f} × its memory, {artifact.load / original.load:.2f} × to load"
     return ", ".join([*speeds, rest])
+
+
+def stored_as(stored: Checkpoint, dense: Checkpoint) -> tuple[str | None, frozenset[Scheme]]:
+    """The format of a checkpoint, None of dense weights in safetensors, and the schemes that are in it.
+
+    Args:
+        stored: the checkpoint as it is on disk.
+        dense: what :func:`~llmconvert.quantize.formats.dense_view.open_dense` makes of it.
+    """
+    if isinstance(stored, GgufCheckpoint):
+        return "gguf", frozenset()
+    quantized = dense.quantized if isinstance(dense, QuantizedView) else {}
+    return _format(stored), frozenset(found.scheme for found in quantized.values())
 
 
 def _format(stored: Checkpoint) -> str | None:

@@ -8,17 +8,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmconvert.errors import UnsupportedError
+from llmconvert.quantize.matrix import refused_by
 from llmconvert.quantize.runtimes import runtimes_of
+from llmconvert.quantize.scheme import SchemeOrMix
 from llmconvert.validate.runtimes.isolated import UnmeasuredError, require_not_killed
 from llmconvert.validate.serving import worker
 
-__all__ = ["NAMES", "ServedBy", "Turn", "run_turn"]
+__all__ = ["NAMES", "ServedBy", "Turn", "require_readers", "run_turn"]
 
 # By what a recipe calls it: the module that is imported, the package that has it, and its name among readers.
 _KNOWN: Mapping[str, tuple[str, str, str]] = {
@@ -99,6 +101,44 @@ class ServedBy:
         if format is None:
             return self.name != "llama.cpp"
         return any(runtime.script == self.key for runtime in runtimes_of(format))
+
+    def lacks(self, format: str | None, schemes: Collection[SchemeOrMix] = (), *, accelerated: bool) -> str:
+        """Why it cannot run an artifact, as far as the record of runs goes; empty where nothing speaks against it.
+
+        Args:
+            format: of the artifact, None for dense weights in safetensors.
+            schemes: that are in it, as far as they are known.
+            accelerated: whether there is a GPU: what a runtime refuses was seen on CPUs.
+        """
+        if not self.reads(format):
+            return f"does not read {format or 'dense weights in safetensors'}"
+        refused = () if format is None or accelerated else refused_by(self.key, format, schemes)
+        return f"does not load {', '.join(refused)} in {format} on a CPU" if refused else ""
+
+
+def require_readers(
+    runtimes: Sequence[ServedBy], format: str | None, schemes: Collection[SchemeOrMix] = (), *, accelerated: bool
+) -> dict[str, str]:
+    """Refuse, before any work, an artifact that none of the runtimes can run.
+
+    Args:
+        runtimes: those asked for.
+        format, schemes, accelerated: see :meth:`ServedBy.lacks`.
+
+    Returns:
+        Names of runtimes that are left out, since others can, and what each lacks.
+
+    Raises:
+        UnsupportedError: with the runtimes that can.
+    """
+    lacks = {name: ServedBy(name).lacks(format, schemes, accelerated=accelerated) for name in NAMES}
+    lacking = {served.name: lacks[served.name] for served in runtimes if lacks[served.name]}
+    if len(lacking) == len({served.name for served in runtimes}):
+        able = [name for name in NAMES if not lacks[name]]
+        instead = f"{' and '.join(able)} can: name one of them, or leave it out" if able else "leave it out"
+        told = "; ".join(f"{name} {lack}" for name, lack in lacking.items())
+        raise UnsupportedError(f"validate.serve: {told}; {instead}")
+    return lacking
 
 
 @dataclass(frozen=True, slots=True)

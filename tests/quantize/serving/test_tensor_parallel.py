@@ -8,6 +8,7 @@ import pytest
 
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.serving.kernel_groups import unusual_groups
 from llmconvert.quantize.serving.tensor_parallel import Matrix, TensorParallel, tensor_parallel
 
 
@@ -50,6 +51,14 @@ def test_heads_and_widths_must_come_out_whole() -> None:
 
 def test_no_group_size_is_named_that_would_not_help() -> None:
     assert split("w4a16-g64", inner=8 * 1000).group is None  # 1,000 columns on each of 8 devices
+    assert split("w4a16-g64", inner=8 * 16 * 63).group is None  # groups of 16 would, and no usual kernel takes them
+    assert split("mxfp4", inner=8 * 16 * 63).group is None  # nor have MX's groups another size
+
+
+def test_groups_that_few_kernels_take_are_told() -> None:
+    schemes = [Scheme.parse(name) for name in ("w4a16-g16", "w8a16-g256", "w4a16-g64", "nvfp4", "w4a16-channel")]
+    assert unusual_groups(schemes).startswith("groups of 16 and 256: vLLM's usual kernels")
+    assert not unusual_groups(schemes[2:])
 
 
 @pytest.mark.parametrize(

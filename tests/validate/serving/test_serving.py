@@ -25,7 +25,7 @@ from llmconvert.validate.runtimes.isolated import UnmeasuredError
 from llmconvert.validate.serving import check as serving
 from llmconvert.validate.serving import runtimes as serving_runtimes
 from llmconvert.validate.serving.check import ServingCheck
-from llmconvert.validate.serving.runtimes import ServedBy, Turn, run_turn
+from llmconvert.validate.serving.runtimes import ServedBy, Turn, require_readers, run_turn
 
 TRANSFORMERS, LLAMA_CPP = ServedBy("transformers"), ServedBy("llama.cpp")
 
@@ -46,11 +46,15 @@ def artifacts(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return made
 
 
-def measure(artifact: Path, original: Path, check: ServingCheck) -> Check:
+def measure_all(artifact: Path, original: Path, check: ServingCheck) -> list[Check]:
     with open_artifact(artifact) as stored, SafetensorsCheckpoint(original) as reference:
         subject = Subject(artifact, stored, open_dense(stored), reference, reference, None, torch.device("cpu"))
-        (found,) = check.measure(subject)
-        return found
+        return check.measure(subject)
+
+
+def measure(artifact: Path, original: Path, check: ServingCheck) -> Check:
+    (found,) = measure_all(artifact, original, check)
+    return found
 
 
 def test_original_and_artifact_take_turns(
@@ -89,6 +93,8 @@ def test_what_was_asked_for_and_not_measured_fails(
     assert not failed.ok and failed.value is None and "it cannot run packed" in failed.text
     other = measure(packed, original, ServingCheck((LLAMA_CPP,), (16,), tokens=4))
     assert not other.ok and "llama.cpp does not read compressed-tensors" in other.text
+    beside = measure_all(packed, original, ServingCheck((LLAMA_CPP, TRANSFORMERS), (16,), tokens=4))
+    assert [check.ok for check in beside] == [True, False] and not beside[0].measured
     long = measure(packed, original, ServingCheck((TRANSFORMERS,), (1 << 20,), tokens=4))
     assert not long.ok and "fewer than any context asked for" in long.text
 
@@ -103,6 +109,28 @@ def test_a_runtime_that_is_missing_is_told_before_the_work(tmp_path: Path) -> No
     ServedBy.parse(f"transformers={sys.executable}").require()
     with pytest.raises(RecipeError, match="serve"):
         make_recipe({"model": "m", "validate": {"serve": ["sglang"]}}, "validate")
+
+
+@pytest.mark.parametrize(
+    ("asked", "format", "scheme", "told"),
+    [
+        ("llama.cpp", "compressed-tensors", "w4a16-g64", "llama.cpp does not read .*vllm and transformers can: name"),
+        ("mlx", "gguf", "q4_0", "mlx does not read gguf; llama.cpp can"),
+        ("vllm", "compressed-tensors", "nvfp4", "vllm does not load .*nvfp4 .* on a CPU; transformers can"),
+        ("vllm", "compressed-tensors", "w8a16-g32", "vllm does not load w8a16-g32-sym .* on a CPU"),
+        ("llama.cpp", None, None, "llama.cpp does not read dense weights in safetensors; vllm and mlx and"),
+    ],
+)
+def test_what_no_runtime_asked_for_can_run_is_refused(
+    asked: str, format: str | None, scheme: str | None, told: str
+) -> None:
+    schemes = [parse_scheme(scheme)] if scheme is not None else []
+    with pytest.raises(UnsupportedError, match=rf"validate\.serve: {told}"):
+        require_readers([ServedBy(asked)], format, schemes, accelerated=False)
+    if asked == "vllm":
+        assert not require_readers([ServedBy(asked)], format, schemes, accelerated=True)
+    beside = [ServedBy(asked), ServedBy("llama.cpp" if format == "gguf" else "transformers")]
+    assert list(require_readers(beside, format, schemes, accelerated=False)) == [asked]
 
 
 @pytest.mark.slow
