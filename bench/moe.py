@@ -2,7 +2,7 @@
 
     python bench/moe.py make DENSE OUTPUT --kind exact|routed [--experts N] [--noise 0.05] [--seed 0]
     python bench/moe.py measure MODEL --calibration FILE --evaluation FILE --work DIR [--samples 32] [--length 512]
-        [--scheme w4a16-g64] [--method gptq|gptq-cut] [--prior 2 --prior 0] [--windows 8] [--window 1024]
+        [--scheme w4a16-g64] [--method gptq|gptq-cut] [--shrinkage 2 --shrinkage 0] [--windows 8] [--window 1024]
         [--draws 1] [--dtype float32]
     python bench/moe.py cut MODEL OUTPUT --blocks N
 
@@ -13,7 +13,7 @@ a random router, two of them chosen: close to the dense model, and each expert s
 Llama checkpoint of one shard; OUTPUT has Mixtral's layout.
 
 ``measure`` quantizes and scores by perplexity and mean KL divergence from the unquantized mixture on text that the
-calibration never saw. ``--prior`` is how strongly experts' moments are shrunk toward their diagonal, by the columns
+calibration never saw. ``--shrinkage`` is how strongly moments are drawn toward their diagonal, in tokens by the columns
 of an input; 0 is without. ``gptq-cut`` is for the dense model beside the exact mixture: it solves a down projection
 under a Hessian of which four blocks on the diagonal are left, which is all that four experts can know of it. With
 ``--draws`` that is done on so many pieces of the calibration text, one behind the other: whether a difference is one
@@ -49,7 +49,6 @@ from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import Solution, Target
 from llmconvert.quantize.methods.gptq import Gptq
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.solve.expert_moments import PRIOR
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 
 CPU = torch.device("cpu")
@@ -93,7 +92,7 @@ def main() -> None:
     measuring.add_argument("--window", type=int, default=1024)
     measuring.add_argument("--scheme", default="w4a16-g64")
     measuring.add_argument("--method", action="append")
-    measuring.add_argument("--prior", type=float, action="append")
+    measuring.add_argument("--shrinkage", type=float, action="append")
     measuring.add_argument("--draws", type=int, default=1)
     measuring.add_argument("--dtype", choices=["float32"], help="what weights are cast to first")
     cutting = commands.add_parser("cut")
@@ -176,10 +175,12 @@ def measure(options: argparse.Namespace) -> None:
         source = CastView(stored, torch.float32) if options.dtype else stored
         original = [logits.float().log_softmax(-1).half() for logits in stream_logits(source, evaluation, device=CPU)]
         rows.append(["unquantized", "", "", *scored(source, evaluation, original)])
-        ways = itertools.product(options.method or ["gptq"], options.prior or [PRIOR], range(options.draws))
-        for method, prior, draw in ways:
+        ways = itertools.product(
+            options.method or ["gptq"], options.shrinkage or [Gptq().shrinkage], range(options.draws)
+        )
+        for method, shrinkage, draw in ways:
             calibration = drawn[draw * options.samples : (draw + 1) * options.samples]
-            output = options.work / f"{method}-{options.scheme}-{prior}-{options.samples}x{options.length}"
+            output = options.work / f"{method}-{options.scheme}-{shrinkage}-{options.samples}x{options.length}"
             shutil.rmtree(output, ignore_errors=True)
             begin = time.perf_counter()
             quantize_checkpoint(
@@ -188,13 +189,13 @@ def measure(options: argparse.Namespace) -> None:
                 method=method,
                 scheme=Scheme.parse(options.scheme),
                 windows=calibration,
-                expert_prior=prior,
+                options={"shrinkage": shrinkage},
             )
             seconds = f"{time.perf_counter() - begin:.0f}"
             with SafetensorsCheckpoint(output) as artifact:
                 figures = scored(open_dense(artifact), evaluation, original)
             name = f"{method} {options.scheme}" + (f", draw {draw + 1}" if options.draws > 1 else "")
-            rows.append([name, f"{prior:g}", seconds, *figures])
+            rows.append([name, f"{shrinkage:g}", seconds, *figures])
             print(*rows[-1], flush=True)
     print(f"{options.model.name}, {options.samples} × {options.length} tokens")
     print(markdown_table(["", "κ / columns", "seconds", "perplexity", "KL"], rows))

@@ -16,7 +16,7 @@ fsync included; for a peer loading the model, quantizing and saving, which it do
 none. Peak memory is the process's, as ``wait4`` reports it. Perplexity, and the divergence of the predictions from the
 unquantized model's, are those of the dequantized weights in bfloat16, by one evaluator for all; they are measured for
 every artifact whose weights differ from those of an earlier round. ``--our-method gptaq`` runs another method of ours
-beside gptq. Models may be mixtures of experts (``bench/moe.py``); ``--mixture`` has ours run without shrinking experts'
+beside gptq. Models may be mixtures of experts (``bench/moe.py``); ``--mixture`` has ours run without shrinking
 moments too, and llm-compressor with the tokens that routers send to each expert alone. What
 llm-compressor's model predicts in memory, before it is saved, is in its report (``--json``).
 
@@ -89,7 +89,7 @@ def main() -> None:
     if options.llm_compressor_python:
         tools.append(Tool("llm-compressor, `mse` observer", options.llm_compressor_python, "llm_compressor.py"))
     if options.mixture:
-        tools.append(Tool("llmconvert, κ = 0", sys.executable, "ours.py", ("--prior", "0")))
+        tools.append(Tool("llmconvert, κ = 0", sys.executable, "ours.py", ("--options", '{"shrinkage": 0}')))
     if options.mixture and options.llm_compressor_python:
         tools.append(
             Tool("llm-compressor, tokens as routed", options.llm_compressor_python, "llm_compressor.py", ("--routed",))

@@ -48,7 +48,6 @@ from llmconvert.quantize.plan import (
     work_nbytes,
 )
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
-from llmconvert.quantize.solve.expert_moments import PRIOR
 from llmconvert.storage.artifact import output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
@@ -300,7 +299,6 @@ def quantize_checkpoint(
     record: Path | None = None,
     name: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    expert_prior: float = PRIOR,
     statistics: Statistics = "sequential",
     experts: ShownTokens = "routed",
     min_tokens_per_expert: int = 0,
@@ -312,7 +310,7 @@ def quantize_checkpoint(
 
     Args:
         source, output, windows, original, record: see :func:`plan_quantize`.
-        method, scheme, format, overrides, options, mode, name, max_shard_bytes, expert_prior, statistics, experts,
+        method, scheme, format, overrides, options, mode, name, max_shard_bytes, statistics, experts,
             min_tokens_per_expert, kv_cache, runtime: see :class:`~llmconvert.quantize.plan.QuantizeRequest`.
         device, memory_budget, identity, progress: see :class:`~llmconvert.context.Context`.
 
@@ -328,7 +326,6 @@ def quantize_checkpoint(
         mode,
         name,
         max_shard_bytes,
-        expert_prior,
         statistics,
         experts,
         min_tokens_per_expert,

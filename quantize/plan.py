@@ -25,7 +25,6 @@ from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import BlockQuantizer, Quantizer, ScalingQuantizer
 from llmconvert.quantize.methods.outer import outer_nbytes
 from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
-from llmconvert.quantize.solve.expert_moments import PRIOR
 from llmconvert.quantize.solve.group_scales import block_scales_nbytes
 from llmconvert.quantize.solve.shared_scales import shares_divisor
 from llmconvert.storage.checkpoint import TensorSpec
@@ -71,8 +70,6 @@ class QuantizeRequest:
         max_shard_bytes: size at which a new shard is begun.
         experts: which tokens an expert is calibrated on: those that the router sends it, or all of the layer.
         min_tokens_per_expert: with fewer tokens for an expert, by the original's routers, nothing is begun.
-        expert_prior: how strongly experts' moments are shrunk toward their diagonal, in tokens by the columns of an
-            input (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
         text: what the calibration windows are of, for formats that store it.
         split_nbytes: of a file of a format that is one file (GGUF), above which another is begun; None for one.
         statistics: of what model the moments are: ``sequential`` of one whose linears before are quantized already,
@@ -89,7 +86,6 @@ class QuantizeRequest:
     mode: Mode | None = None
     name: str | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    expert_prior: float = PRIOR
     statistics: Statistics = "sequential"
     experts: ShownTokens = "routed"
     min_tokens_per_expert: int = 0

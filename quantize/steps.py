@@ -46,7 +46,7 @@ from llmconvert.quantize.methods.rescale import Rescaling, rescale_block
 from llmconvert.quantize.methods.rescale_experts import down_scale
 from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.plan import QuantizationPlan
-from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
+from llmconvert.quantize.solve.expert_moments import ExpertMoments
 from llmconvert.quantize.solve.fixed_scales import LargestInput, cache_scales, largest_inputs
 from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.quantize.solve.shared_scales import largest_magnitude
@@ -101,8 +101,6 @@ class CalibratedSteps:
         original: the weights that the second stream runs; those that are quantized, if None.
         edges: of each block, for methods that move scales along them.
         mixtures: of each block the norms before experts, for such methods.
-        prior: how strongly experts' moments are shrunk toward their diagonal
-            (:class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`).
         every: whether every expert is shown all tokens of the text.
         caches: what looks at keys and values, by what the checkpoint calls attention modules; of those wanted.
         ranks: the processes, each of which has a part of the batches.
@@ -121,7 +119,6 @@ class CalibratedSteps:
     original: Checkpoint | None = None
     edges: Sequence[Sequence[Edge]] = ()
     mixtures: Sequence[Sequence[MixtureEdge]] = ()
-    prior: float = PRIOR
     every: bool = False
     caches: Mapping[str, CacheQuantizer] = field(default_factory=dict)
     ranks: Ranks = ALONE
@@ -255,7 +252,7 @@ class CalibratedSteps:
         """Quantize the linears of a block in the order the batches reach them, each on what the ones before give."""
         assert isinstance(self.method, Quantizer)
         dtype = self.skeleton.dtype
-        experts = ExpertMoments(run, original, self.skeleton.device, self.prior, every=self.every, ranks=self.ranks)
+        experts = ExpertMoments(run, original, self.skeleton.device, every=self.every, ranks=self.ranks)
         for stop, following in zip_longest(run.plan.stops, run.plan.stops[1:]):
             for name in stop.linears:
                 if name in scaling and name not in self.plan.schemes:
@@ -362,7 +359,7 @@ class CalibratedSteps:
             yield name, self._with_inputs(name, solution, seen[name]) if name in seen else solution
             run.install(name, solution.tensor.dequantize(self.skeleton.dtype))
         if run.slots:
-            moments = ExpertMoments(run, other, self.skeleton.device, self.prior, every=self.every)
+            moments = ExpertMoments(run, other, self.skeleton.device, every=self.every)
             learned = learn_experts(run, other, moments, method, self.plan.schemes, self.scale_dtype)
             yield from self.phases.pull("solving", learned)
 

@@ -42,7 +42,12 @@ def test_its_experts_have_the_codes_of_a_dense_solve_that_knows_as_little(
         with SafetensorsCheckpoint(tmp_path / name) as source:
             scheme = Scheme.parse("w4a16-g32")
             quantize_checkpoint(
-                source, tmp_path / f"{name}-4", method=method, scheme=scheme, windows=WINDOWS, expert_prior=0.0
+                source,
+                tmp_path / f"{name}-4",
+                method=method,
+                scheme=scheme,
+                windows=WINDOWS,
+                options={"shrinkage": 0.0},
             )
     with SafetensorsCheckpoint(tmp_path / "dense-4") as first, SafetensorsCheckpoint(tmp_path / "mixture-4") as second:
         one, other = open_dense(first), open_dense(second)

@@ -2,7 +2,7 @@
 
     python bench/peers/ours.py --model DIR --ids FILE.npy --output DIR --report FILE.json
         [--method gptq] [--scheme w4a16-g64] [--format compressed-tensors] [--options JSON]
-        [--bits-per-weight 4.25] [--override "*.down_proj=w4a16-g32-asym" …] [--prior 2]
+        [--bits-per-weight 4.25] [--override "*.down_proj=w4a16-g32-asym" …]
 
 Among the options, ``rotate`` is whether rotations are folded into the weights first.
 
@@ -28,7 +28,6 @@ from llmconvert.quantize.mixed_precision.job import plan_choice
 from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.rotate import rotate_checkpoint
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.solve.expert_moments import PRIOR
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 
@@ -40,7 +39,6 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="the method's own settings, as JSON")
     parser.add_argument("--bits-per-weight", type=float, help="a budget instead of a scheme")
     parser.add_argument("--override", action="append", default=[], metavar="PATTERN=SCHEME")
-    parser.add_argument("--prior", type=float, default=PRIOR, help="how strongly experts' moments are shrunk")
     options = parser.parse_args()
     rotate = options.options.pop("rotate", False)
     torch.set_num_threads(options.threads)
@@ -49,7 +47,6 @@ def main() -> None:
     pairs = [text.rpartition("=") for text in options.override]
     overrides = tuple(Override(pattern, Scheme.parse(text)) for pattern, _, text in pairs)
     request = QuantizeRequest(options.method, scheme, options.format, overrides, options.options)
-    request = replace(request, expert_prior=options.prior)
     begin = time.perf_counter()
     with SafetensorsCheckpoint(options.model) as original:
         source = rotate_checkpoint(original) if rotate else original

@@ -21,7 +21,7 @@ import torch
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
 from llmconvert.quantize.methods.gptq import Gptq
-from llmconvert.quantize.solve.hessian import with_damping
+from llmconvert.quantize.solve.hessian import own_ridge, with_damping
 
 __all__ = ["Gptaq"]
 
@@ -47,6 +47,7 @@ class Gptaq:
     scale_steps: int = 26
     narrowest: float = 0.5
     sweeps: int = 2
+    shrinkage: float = 2.0
 
     calibration: ClassVar[Calibration] = "inputs"
     original: ClassVar[bool] = True
@@ -81,10 +82,11 @@ class Gptaq:
         if hessian.drift is not None:
             moved.add_(hessian.drift, alpha=self.residual)
         diagonal = hessian.matrix.diagonal()
+        ridge = own_ridge(hessian, self.shrinkage)
 
         def solve(damping: float) -> torch.Tensor | None:
             damped = hessian.matrix.clone()
-            damped.diagonal().add_(damping * diagonal.mean() + (diagonal == 0))
+            damped.diagonal().add_(ridge * diagonal + damping * (1 + ridge) * diagonal.mean() + (diagonal == 0))
             factor, info = torch.linalg.cholesky_ex(damped)
             return torch.cholesky_solve(moved.T, factor).T if int(info) == 0 else None
 
@@ -92,4 +94,6 @@ class Gptaq:
 
     @property
     def _gptq(self) -> Gptq:
-        return Gptq(self.damping, self.block, self.scale_steps, self.narrowest, sweeps=self.sweeps)
+        return Gptq(
+            self.damping, self.block, self.scale_steps, self.narrowest, sweeps=self.sweeps, shrinkage=self.shrinkage
+        )

@@ -7,6 +7,9 @@ the factor of ``H⁻¹``, and moves the columns to come after each one; without 
 arXiv 2307.13304) there is much less to prepare. Columns go in order of falling diagonal (act-order); scales are chosen
 before, on the columns in their own order (static groups), so the result needs no column index and every kernel can read
 it.
+
+Like Hessians of every method here, ``H`` is shrunk toward its diagonal first, since its tokens are few: held-out text
+loses less by far at 3 bits, and text of another kind than the calibration's most of all.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from llmconvert.quantize.solve.hessian import (
     lower_factor_,
     lower_factor_nbytes,
     mirror_upper_,
+    own_ridge,
     permute_,
     quadratic_form,
     quadratic_nbytes,
@@ -55,8 +59,8 @@ class Prepared:
         order: int64 ``[columns]``, columns by rising diagonal: the last is solved first.
         factor: ``[columns, columns]``, lower triangular ``L`` of the damped Hessian in that order; above its diagonal
             lies what the Hessian has there.
-        diagonal: of the Hessian without damping, in the columns' own order.
-        added: to this diagonal before it was factorized.
+        diagonal: of the Hessian as it was summed, in the columns' own order.
+        added: to this diagonal before it was factorized, to shrink the moments and to damp them.
         damping: share of the mean diagonal it took.
     """
 
@@ -85,6 +89,8 @@ class Gptq:
 
     Attributes:
         damping: share of the mean diagonal that is added to the diagonal; grows tenfold until ``H`` factorizes.
+        shrinkage: how strongly ``H`` is drawn toward its diagonal, in tokens by its columns
+            (:func:`~llmconvert.quantize.solve.hessian.own_ridge`); 0 for the paper's.
         block: columns solved before their errors are carried to the rest in one product.
         scale_steps: fractions of a group's range that are tried as its scale.
         narrowest: the smallest of these fractions.
@@ -99,6 +105,7 @@ class Gptq:
     narrowest: float = 0.5
     scale_stride: int = 2
     sweeps: int = 0
+    shrinkage: float = 2.0
     dtype: torch.dtype = torch.float32
 
     calibration: ClassVar[Calibration] = "inputs"
@@ -168,11 +175,14 @@ class Gptq:
         permute_(matrix, order)
         diagonal = original[order]
         diagonal[diagonal == 0] = 1
+        ridge = own_ridge(hessian, self.shrinkage)
+        shrunk = ridge * original
 
         def factorize(damping: float) -> Prepared | None:
-            matrix.diagonal().copy_(diagonal + damping * diagonal.mean())
+            even = damping * (1 + ridge) * diagonal.mean()
+            matrix.diagonal().copy_(diagonal + shrunk[order] + even)
             if lower_factor_(matrix):
-                added = damping * diagonal.mean() + (original == 0)
+                added = shrunk + even + (original == 0)
                 return Prepared(order, matrix, original, added, damping)
             # Factorizing changed only the lower triangle; the upper one still holds the matrix.
             mirror_upper_(matrix)

@@ -32,7 +32,7 @@ from llmconvert.quantize.methods.imatrix import mean_squares
 from llmconvert.quantize.methods.outer import head_hessian, head_squares, solve_outer
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.quantize.solve.expert_moments import PRIOR, ExpertMoments
+from llmconvert.quantize.solve.expert_moments import ExpertMoments
 from llmconvert.quantize.solve.fixed_scales import LargestInput
 from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.quantize.steps import Outcome, Step, round_unreached
@@ -104,7 +104,7 @@ class OriginalSteps:
         blocks: what a forward pass does.
         windows: calibration batches.
         mode: lockstep or replay.
-        prior, every: see :class:`~llmconvert.quantize.solve.expert_moments.ExpertMoments`.
+        every: whether every expert is shown all tokens of the text.
     """
 
     skeleton: Skeleton
@@ -113,7 +113,6 @@ class OriginalSteps:
     blocks: Sequence[BlockPlan]
     windows: tuple[torch.Tensor, ...]
     mode: Mode
-    prior: float = PRIOR
     every: bool = False
 
     def lost(self, work: Path, done: int) -> bool:
@@ -170,7 +169,7 @@ class OriginalSteps:
                 yield site.name, ForVariant(number, solution)
 
     def _solve(self, run: BlockRun) -> Iterator[tuple[str, ForVariant]]:
-        experts = ExpertMoments(run, None, self.skeleton.device, self.prior, every=self.every)
+        experts = ExpertMoments(run, None, self.skeleton.device, every=self.every)
         for stop in run.plan.stops:
             yield from self._squares(run, stop)
             wanted = self._wanted(stop)

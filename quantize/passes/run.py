@@ -141,7 +141,6 @@ class QuantizePlan:
                 "format": request.format,
                 "device": inputs.skeleton.device.type,
                 "statistics": "original" if request.statistics == "original" else None,
-                "expert prior": request.expert_prior if any(inputs.skeleton.experts) else None,
                 "experts": request.experts if any(inputs.skeleton.experts) else None,
                 "cache": request.kv_cache,
                 "schemes": {linear: str(planned) for linear, planned in self.decisions.schemes.items()},
@@ -323,7 +322,6 @@ def _original_steps(plans: Sequence[QuantizePlan], mode: Mode, phases: Phases) -
         inputs.blocks,
         inputs.windows,
         mode,
-        request.expert_prior,
         request.experts == "all",
     )
 
@@ -357,7 +355,6 @@ def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
         inputs.original,
         edges,
         mixtures,
-        plan.request.expert_prior,
         plan.request.experts == "all",
         skeleton.watch_caches() if decisions.caches else {},
         inputs.context.ranks,

@@ -1,12 +1,9 @@
-"""Second moments of the inputs of experts, which few tokens reach, drawn toward their own diagonal.
+"""Second moments of the inputs of experts, which few tokens reach.
 
-An expert sees only the tokens that the router sends it, which for some experts are fewer than the inputs have columns.
-How columns vary together is then mostly chance, and a solver that believes it makes up for rounding errors on these
-tokens alone. Each column's own energy is known much better. So moments are shrunk toward it (as in Schäfer and
-Strimmer 2005): ``H' = (n H + κ D) / (n + κ)``, with ``n`` tokens and ``D`` the diagonal of ``H``, which stays as it is.
-Where the original model's inputs come too, the tokens that κ stands for are such as both models agree on. An expert
-that no token reaches gets the moments of all tokens of its layer; for down of what these would bring, if they were sent
-to this expert.
+An expert sees only the tokens that the router sends it, which for some experts are fewer than the inputs have columns;
+solvers draw such moments toward their diagonal (:func:`~llmconvert.quantize.solve.hessian.own_ridge`). An expert that
+no token reaches gets the moments of all tokens of its layer; for down of what these would bring, if they were sent to
+this expert.
 """
 
 from __future__ import annotations
@@ -21,13 +18,7 @@ from llmconvert.engine.discovery import Stop
 from llmconvert.engine.statistics import Arrival, Hessian, HessianSum
 from llmconvert.engine.stream import BlockRun
 
-__all__ = ["PRIOR", "ExpertMoments"]
-
-#: κ by the columns of the input. With two tokens for every three columns or fewer the share of the diagonal is at
-#: :data:`_MOST`; with 30 for each column it is a sixteenth (``bench/results/2026-11-30-starved-experts-epyc.md``).
-PRIOR = 2.0
-# Of one token by ten columns and of one by column, held-out text wants about this much of the diagonal, and not more.
-_MOST = 0.6
+__all__ = ["ExpertMoments"]
 
 
 class ExpertMoments:
@@ -37,8 +28,6 @@ class ExpertMoments:
         run: the block.
         original: the same in the original model, for methods that aim at its outputs.
         device: where it is computed.
-        prior: κ by the columns of the input; 0 leaves moments as the expert's own tokens give them, and has an expert
-            without tokens refused.
         every: whether every expert is shown all tokens of the layer, wherever the router sends them.
         ranks: the processes, each of which has a part of the tokens.
     """
@@ -48,13 +37,11 @@ class ExpertMoments:
         run: BlockRun,
         original: BlockRun | None,
         device: torch.device,
-        prior: float = PRIOR,
         *,
         every: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         self._run, self._original, self._device, self._ranks = run, original, device, ranks
-        self._prior = prior
         self.every = every
         self._layer: tuple[str, Hessian] | None = None
         self._counts: dict[str, Sequence[int]] = {}
@@ -68,24 +55,16 @@ class ExpertMoments:
         return self._counts[site.layer][site.expert]
 
     def hessian(self, stop: Stop) -> Hessian:
-        """Of the inputs of a stop's matrices, shrunk toward its diagonal.
+        """Of the inputs of a stop's matrices.
 
         Raises:
-            CalibrationError: an input is not finite; or no token reached the expert, and the layer's are not wanted.
+            CalibrationError: an input is not finite.
         """
         name, columns = stop.linears[0], stop.columns
         self._run.experts(name).reach(self._run.site(name).expert)
         if self._by_layer(name):
-            found = self._of_layer(stop)
-        else:
-            found = self._sum(name, columns, self._arrivals(stop, routed=True)).hessian()
-        prior = self._prior * columns
-        share = min(_MOST, prior / (found.tokens + prior)) if prior else 0.0
-        own = found.matrix.diagonal().clone()
-        for matrix in (found.matrix, found.cross):
-            if matrix is not None:
-                matrix.mul_(1 - share).diagonal().add_(own, alpha=share)
-        return found
+            return self._of_layer(stop)
+        return self._sum(name, columns, self._arrivals(stop, routed=True)).hessian()
 
     def magnitudes(self, stop: Stop) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the inputs of a stop's matrices the mean magnitude of each column, and the largest.
@@ -106,7 +85,7 @@ class ExpertMoments:
 
     def _by_layer(self, name: str) -> bool:
         """Whether all tokens of the layer stand for those of the expert that a site belongs to."""
-        return self.every or (self._prior > 0 and not self.tokens(name))
+        return self.every or not self.tokens(name)
 
     def _of_layer(self, stop: Stop) -> Hessian:
         """Of the inputs of all experts of a layer, copied of what is kept, since each asks; of down of this one."""

@@ -1,4 +1,4 @@
-"""Hessians in solvers: damping, Cholesky factor in place, quadratic form of an error.
+"""Hessians in solvers: shrinkage, damping, Cholesky factor in place, quadratic form of an error.
 
 ``H = L Lᵀ`` with ``L`` lower triangular: for wide layers these matrices are the largest thing in memory, so everything
 happens in the memory of ``H``, whose upper triangle stays as it is: panel by panel, with LAPACK on the diagonal and
@@ -21,6 +21,7 @@ __all__ = [
     "lower_factor_",
     "lower_factor_nbytes",
     "mirror_upper_",
+    "own_ridge",
     "permute_",
     "quadratic_form",
     "quadratic_nbytes",
@@ -38,6 +39,26 @@ _WEIGHTS_AT_ONCE = 1 << 23
 # Columns of the Hessian multiplied at a time.
 _PANEL_COLUMNS = 256
 _MAX_DAMPING = 1.0
+
+# Of one token by ten columns and of one by column, held-out text wants about this much of the diagonal, and not more
+# (bench/results/2026-11-30-starved-experts-epyc.md).
+_MOST_SHRUNK = 0.6
+
+
+def own_ridge(hessian: Hessian, shrinkage: float) -> float:
+    """By what share of itself the diagonal grows, so that moments of few tokens are drawn toward it.
+
+    How columns vary together is partly chance, and a solver that believes it makes up for rounding errors on these
+    tokens alone; each column's own energy is known much better. So ``H' = (n H + κ D) / (n + κ)`` with ``n`` tokens and
+    the diagonal ``D`` (Schäfer and Strimmer 2005), which is ``H + (κ / n) D`` but for a factor that no solver minds.
+    Moments with another model's inputs stay as they are: on the tokens that κ stands for both models agree.
+
+    Args:
+        hessian: of as many tokens as have been summed.
+        shrinkage: κ by the columns; 0 for moments as they are. The share of ``D`` in ``H'`` is 0.6 at most.
+    """
+    most = _MOST_SHRUNK / (1 - _MOST_SHRUNK)
+    return min(most, shrinkage * len(hessian.matrix) / max(1, hessian.tokens))
 
 
 def lower_factor_(matrix: torch.Tensor) -> bool:

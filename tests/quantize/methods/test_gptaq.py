@@ -28,22 +28,25 @@ def statistics(inputs: torch.Tensor, original: torch.Tensor) -> Hessian:
     return Hessian(inputs.T @ inputs / len(inputs), len(inputs), original.T @ inputs / len(inputs))
 
 
-def test_weights_move_to_the_least_squares_answer() -> None:
-    inputs, original = streams()
-    weight = random_weight(24, COLUMNS).double()
-    moved = weight + Gptaq(shift_damping=1e-12).shift("layer", weight, statistics(inputs, original))
-    expected = torch.linalg.lstsq(inputs, original @ weight.T).solution.T
-    torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-9)
+def least_squares(inputs: torch.Tensor, outputs: torch.Tensor, weight: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """The weight with these outputs on the inputs, and with its own on tokens of one column each, which stand for κ."""
+    share = min(1.5, shrinkage * COLUMNS / len(inputs))
+    agreed = (share * inputs.square().sum(0)).sqrt().diag()
+    rows, wanted = torch.cat([inputs, agreed]), torch.cat([outputs, agreed @ weight.T])
+    return torch.linalg.lstsq(rows, wanted).solution.T
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 2.0])
 @pytest.mark.parametrize("residual", [0.0, 0.5, 1.0])
-def test_they_also_aim_at_what_the_residual_stream_has_lost(residual: float) -> None:
+def test_weights_move_to_the_least_squares_answer(residual: float, shrinkage: float) -> None:
+    """Aimed at what the residual stream has lost, too."""
     inputs, original = streams()
     weight = random_weight(24, COLUMNS).double()
     lost = 0.1 * inputs @ random_weight(24, COLUMNS, seed=3).double().T + random_inputs(512, 24, seed=2)
     moments = replace(statistics(inputs, original), drift=lost.T @ inputs / len(inputs))
-    moved = weight + Gptaq(shift_damping=1e-12, residual=residual).shift("layer", weight, moments)
-    expected = torch.linalg.lstsq(inputs, original @ weight.T + residual * lost).solution.T
+    method = Gptaq(shift_damping=1e-12, residual=residual, shrinkage=shrinkage)
+    moved = weight + method.shift("layer", weight, moments)
+    expected = least_squares(inputs, original @ weight.T + residual * lost, weight, shrinkage)
     torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-9)
 
 

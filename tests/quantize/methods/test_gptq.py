@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,21 @@ COLUMNS = 320  # more than a block of the solver and more than a panel of the fa
 FLOATS = ["nvfp4a16", "mxfp4a16", "mxfp8a16", "w8a16-fp8", "w8a16-g128x128-fp8", "w8a16-tensor-fp8"]
 
 
-def textbook(weight: np.ndarray, hessian: np.ndarray, tensor: QuantizedTensor, damping: float = 0.01) -> np.ndarray:
+def shrunk(matrix: np.ndarray, tokens: int, strength: float) -> np.ndarray:
+    """``(n H + κ D) / (n + κ)`` with κ by the columns, and at most 0.6 of the diagonal."""
+    share = min(0.6, strength * len(matrix) / (tokens + strength * len(matrix)))
+    mixed: np.ndarray = (1 - share) * matrix + share * np.diag(np.diag(matrix))
+    return mixed
+
+
+def textbook(
+    weight: np.ndarray, moments: Hessian, tensor: QuantizedTensor, damping: float = 0.01, strength: float = 2.0
+) -> np.ndarray:
     """Codes by Frantar et al., algorithm 1 with blocks of one column, in order of falling diagonal.
 
     Scale and zero point of every group are taken from ``tensor`` (static groups). Of floats the values, not codes.
     """
+    hessian = shrunk(moments.matrix.double().numpy(), moments.tokens, strength)
     scheme, (rows, columns) = tensor.scheme, weight.shape
     size = scheme.columns_per_group(columns)
     divisor = 1.0 if tensor.divisor is None else float(tensor.divisor)
@@ -89,8 +100,21 @@ def test_codes_are_those_of_the_textbook(name: str) -> None:
     weight = random_weight(96, COLUMNS).double()
     hessian = hessian_of(random_inputs(800, COLUMNS), torch.float64)
     exact = quantized(EXACT, weight, hessian, name).tensor
-    expected = textbook(weight.numpy(), hessian.matrix.numpy(), exact)
+    expected = textbook(weight.numpy(), hessian, exact)
     assert agreement(exact, expected) == 1.0
+
+
+@pytest.mark.parametrize(("tokens", "strength"), [(800, 0.0), (9600, 2.0), (800, 0.5), (100, 2.0)])
+def test_moments_of_few_tokens_are_shrunk_toward_their_diagonal(tokens: int, strength: float) -> None:
+    weight = random_weight(96, COLUMNS).double()
+    hessian = hessian_of(random_inputs(tokens, COLUMNS), torch.float64)
+    ours = quantized(replace(EXACT, shrinkage=strength), weight, hessian, "w3a16-g32")
+    assert agreement(ours.tensor, textbook(weight.numpy(), hessian, ours.tensor, strength=strength)) == 1.0
+    plain = quantized(replace(EXACT, shrinkage=0.1), weight, hessian, "w3a16-g32")
+    assert not torch.equal(ours.tensor.codes, plain.tensor.codes)
+    error = ours.tensor.dequantize(torch.float64) - weight
+    lost, energy = (float(((part @ hessian.matrix) * part).sum()) for part in (error, weight))
+    assert ours.error == pytest.approx(lost / energy, rel=1e-6), "errors are of the inputs that came"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -99,7 +123,7 @@ def test_float32_gives_nearly_the_same_codes(name: str, seed: int) -> None:
     weight = random_weight(96, COLUMNS, seed)
     hessian = hessian_of(random_inputs(800, COLUMNS, seed))
     ours = quantized(Gptq(sweeps=0), weight, hessian, name).tensor
-    expected = textbook(weight.double().numpy(), hessian.matrix.double().numpy(), ours)
+    expected = textbook(weight.double().numpy(), hessian, ours)
     assert agreement(ours, expected) >= 0.999
 
 
@@ -109,7 +133,7 @@ def test_the_size_of_blocks_and_the_number_of_rows_change_nothing(block: int, ro
     weight = random_weight(rows, 130).double()
     hessian = hessian_of(random_inputs(300, 130), torch.float64)
     ours = quantized(Gptq(dtype=torch.float64, block=block, sweeps=0), weight, hessian, "w3a16-channel-asym").tensor
-    assert agreement(ours, textbook(weight.numpy(), hessian.matrix.numpy(), ours)) == 1.0
+    assert agreement(ours, textbook(weight.numpy(), hessian, ours)) == 1.0
 
 
 def test_columns_without_input_are_rounded_and_spread_nothing() -> None:
@@ -119,7 +143,7 @@ def test_columns_without_input_are_rounded_and_spread_nothing() -> None:
     weight = random_weight(40, 128).double()
     hessian = hessian_of(inputs, torch.float64)
     ours = quantized(EXACT, weight, hessian, "w4a16-g32").tensor
-    assert agreement(ours, textbook(weight.numpy(), hessian.matrix.numpy(), ours)) == 1.0
+    assert agreement(ours, textbook(weight.numpy(), hessian, ours)) == 1.0
     nearest = torch.round(weight / ours.scale.double().repeat_interleave(32, 1)).clamp(-8, 7)
     assert torch.equal(ours.codes[:, dead].double(), nearest[:, dead])
 
@@ -149,7 +173,7 @@ def test_damping_grows_until_the_hessian_factorizes(columns: int, smallest: floa
     weight = random_weight(24, columns).double()
     solution = quantized(EXACT, weight, hessian, "w4a16-g32")
     assert solution.damping == pytest.approx(damping)
-    expected = textbook(weight.numpy(), hessian.matrix.numpy(), solution.tensor, damping)
+    expected = textbook(weight.numpy(), hessian, solution.tensor, damping)
     assert agreement(solution.tensor, expected) == 1.0
 
 
