@@ -88,9 +88,14 @@ def check_kept(name: str, tensor: QuantizedTensor, dtype: torch.dtype, weight: C
                 "(scheme: none)"
             )
     if not largest and bool(weight().any()):
+        # Numbers of 8 bits are what they are in every format; powers of two reach down to 2⁻¹²⁷.
+        own = tensor.scheme.number.scales is not None
+        other = (
+            "a scheme whose scales are powers of two (mxfp4)" if own else "compressed-tensors with scales in float32"
+        )
         raise UnsupportedError(
             f"{name}: its weights are so small that {tensor.scheme} makes all of them zero; leave it dense with an "
-            "override (scheme: none), or take compressed-tensors with scales in float32"
+            f"override (scheme: none), or take {other}"
         )
 
 

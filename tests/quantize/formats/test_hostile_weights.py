@@ -181,3 +181,17 @@ def test_shapes_fit_or_are_refused_by_name(format: str) -> None:
             values = read.dequantize(torch.float32)
             assert values.shape == (rows, columns) and torch.equal(values, chosen.dequantize(torch.float32))
             assert float((values - weight.float()).norm() / weight.float().norm()) <= NEAR.get(scheme.bits, 0.06)
+
+
+def test_weights_too_small_beside_others_under_one_divisor_are_advised_to_what_holds_them() -> None:
+    plain, small = (hostile(torch.bfloat16)[what] for what in ("plain", "small"))
+    scheme = Scheme.parse("nvfp4a16")
+    method = load_method("rtn", {})
+    assert isinstance(method, Quantizer)
+    targets = [Target("gate", plain, scheme), Target(NAME, small, scheme)]
+    tensor = method.quantize(targets, None, torch.bfloat16)[NAME].tensor
+    with pytest.raises(UnsupportedError, match=r"makes all of them zero; .* scales are powers of two \(mxfp4\)"):
+        check_kept(NAME, tensor, small.dtype, lambda: small)
+    chosen, _ = through(LAYOUTS["compressed-tensors"], Scheme.parse("mxfp4a16"), small)
+    away = chosen.dequantize(torch.float64) - small.double()
+    assert float(away.norm() / small.double().norm()) < NEAR[4]
