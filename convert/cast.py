@@ -224,7 +224,8 @@ class CastView(CheckpointView):
         self.overflow = overflow
         self.config = with_dtype(base.config, dtype)
         self.infos = {
-            name: replace(info, dtype=dtype) if info.dtype in CASTABLE else info for name, info in base.infos.items()
+            name: replace(info, dtype=dtype) if info.dtype != dtype and info.dtype in CASTABLE else info
+            for name, info in base.infos.items()
         }
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,6 @@ from llmconvert.engine.sites import head_tensor
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.stream import Mode
 from llmconvert.errors import CalibrationError, LlmconvertError, MachineError, UnsupportedError
-from llmconvert.gguf.export import TensorTypes
 from llmconvert.gguf.ggml.mix import FLOATS, GgmlMix
 from llmconvert.progress import SILENT, Progress
 from llmconvert.quantize.formats.base import FileFormat, Format, load_format
@@ -52,6 +51,9 @@ from llmconvert.storage.artifact import output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
 from llmconvert.storage.writer import DEFAULT_SHARD_BYTES
+
+if TYPE_CHECKING:
+    from llmconvert.gguf.export import TensorTypes
 
 __all__ = ["Verdict", "judge_model", "plan_quantize", "quantize_checkpoint"]
 

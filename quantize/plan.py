@@ -292,6 +292,7 @@ def work_nbytes(
     """
     sites = skeleton.sites
     needs = [0, *(outer_nbytes(site, method, dtype) for site in plan.outer)]
+    alone: set[tuple[int, int]] = set()
     for block in blocks:
         if isinstance(method, BlockQuantizer):
             # Experts are blocks of their own, one at a time.
@@ -307,7 +308,7 @@ def work_nbytes(
             heights = [sites[name].rows for name in stop.linears if name in plan.schemes]
             columns = stop.columns
             if method.calibration == "none":
-                needs += [rows * columns * dtype.itemsize + method.nbytes(rows, columns) for rows in heights]
+                alone |= {(rows, columns) for rows in heights}
             elif heights:
                 drift = sum(heights) if method.original and stop.residual is not None else 0
                 matrices = 4 * columns * (columns * (2 if method.original else 1) + drift)
@@ -319,6 +320,7 @@ def work_nbytes(
                 # The layer's moments, for experts that no token reaches, stand beside their copy.
                 drawn = statistics if sites[stop.linears[0]].kind == "expert" else 0
                 needs.append(drawn + max(statistics, solution))
+    needs += [rows * columns * dtype.itemsize + method.nbytes(rows, columns) for rows, columns in alone]
     return max(needs)
 
 

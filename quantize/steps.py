@@ -48,7 +48,6 @@ from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.solve.expert_moments import ExpertMoments
 from llmconvert.quantize.solve.fixed_scales import LargestInput, cache_scales, largest_inputs
-from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.quantize.solve.shared_scales import largest_magnitude
 from llmconvert.storage.checkpoint import Checkpoint
 
@@ -136,6 +135,8 @@ class CalibratedSteps:
             return
         if self.skeleton.device.type == "cpu":
             with self.phases.measure(LOADING_KERNELS):
+                from llmconvert.quantize.solve.kernels import load_kernels
+
                 load_kernels()
                 load_dot_products()
         with ExitStack() as stack:

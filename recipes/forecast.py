@@ -18,7 +18,6 @@ from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.quantize.formats.experts import for_vllm_alone
 from llmconvert.quantize.job import plan_quantize
 from llmconvert.quantize.mixed_precision.budget import Budget
-from llmconvert.quantize.mixed_precision.job import plan_choice
 from llmconvert.quantize.passes.run import QuantizePlan
 from llmconvert.quantize.plan import Override, QuantizeRequest, Statistics
 from llmconvert.quantize.rotate import rotate_checkpoint
@@ -176,6 +175,8 @@ def foresee_quantization(
             readers=str(plan.readers),
             notes=(*plan.container.notes, *served_by(plan)),
         )
+    from llmconvert.quantize.mixed_precision.job import plan_choice  # plans without a budget don't wait for it
+
     scheme, budget = settings.scheme, settings.budget
     choice = plan_choice(
         source,

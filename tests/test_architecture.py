@@ -91,3 +91,32 @@ def test_folders_stay_small() -> None:
 def test_files_stay_readable(path: Path) -> None:
     assert path.stem != "utils"
     assert len(path.read_text().splitlines()) <= 400
+
+
+def test_a_plan_loads_nothing_that_only_runs() -> None:
+    """Importing takes more than half of a large plan; what only runs is imported where it is called."""
+    files = {module_of(path): path for path in SOURCES}
+    found: set[tuple[str, ...]] = set()
+    libraries: set[str] = set()
+    pending = [("recipes", "planning", "planner"), ("recipes", "compatibility"), ("quantize", "methods", "gptq")]
+    while pending:
+        module = pending.pop()
+        if module in found or module not in files:
+            continue
+        found.add(module)
+        for node in ast.parse(files[module].read_text()).body:  # what functions import is theirs
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for name in names:
+                package, *parts = name.split(".")
+                libraries.add(package)
+                if package == "llmconvert":
+                    pending.append(tuple(parts))
+    assert "torch" in libraries and not libraries & {"numba", "llvmlite", "matplotlib"}
+    rooms = {module[:2] for module in found}
+    assert ("recipes", "stages") in rooms and not rooms & {
+        ("convert", "gqa"),
+        ("convert", "heal"),
+        ("validate", "runtimes"),
+    }

@@ -109,10 +109,11 @@ def show_plans(
         (loaded,) = (load_sweep(name, overrides) or load_recipe(name, overrides) for name in recipes)
         from llmconvert.compute.ranks.group import ALONE
         from llmconvert.recipes.planning.planner import plan_recipe
-        from llmconvert.recipes.plans.sweep import plan_sweep, sweep_lines
         from llmconvert.recipes.sweep.expand import Sweep
 
     if isinstance(loaded, Sweep):
+        from llmconvert.recipes.plans.sweep import plan_sweep, sweep_lines
+
         swept = plan_sweep(loaded, work_dir=work_dir, publish=publish, fresh=fresh)
         manners.result(swept.to_mapping(), *sweep_lines(swept))
         swept.require_room()

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["Scratch", "WideLinear", "all_finite", "bfloat16_products", "compute_dtype", "cpu_has"]
+__all__ = ["LANES", "Scratch", "WideLinear", "all_finite", "bfloat16_products", "compute_dtype", "cpu_has"]
 
+#: Float32 numbers that a register of AVX-512 holds.
+LANES = 16
 #: Measured on two cores: 2.5 to 2.7 times as fast as :class:`WideLinear` with AVX-512 BF16 alone (EPYC).
 _BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 

@@ -93,24 +93,27 @@ def _trace(asked: _Question) -> tuple[BlockPlan, ...]:
     taken = set(asked.experts)
     for name, _, layout in [found for found in find_experts(model) if found[0] in taken]:
         model.set_submodule(name, ExpertShapes(layout))
+    listed: Any = model.get_submodule(asked.reach.blocks)
+    blocks = [listed[position] for position in asked.reach.positions]
+    # What the first of a kind does stands for the others. Before the first block there is no residual stream yet.
+    kinds = kinds_of(list(listed), [config, config.get_text_config()])
+    first: dict[Hashable, int] = {}
+    standing: list[tuple[StandIn, int, int]] = []
+    for index, position in enumerate(asked.reach.positions[1:], 1):
+        linears = tuple(name.removeprefix(asked.reach.prefix(index)) for name in asked.linears[index])
+        like = first.setdefault((kinds[position], linears), index)
+        if like != index:
+            listed[position] = StandIn(blocks[index], blocks[like])
+            standing.append((listed[position], index, like))
     # Fake, but on the real device, whose attention kernels decide what is alive.
     with on_shapes(model, asked.device):
-        listed: Any = model.get_submodule(asked.reach.blocks)
-        blocks = [listed[position] for position in asked.reach.positions]
         tracker = Tracker(model)
         recorders = [BlockRecorder(index, tracker) for index in range(len(blocks))]
         order: list[int] = []
         for recorder, block, linears in zip(recorders, blocks, asked.linears, strict=True):
             recorder.attach(block, asked.reach.prefix(recorder.index), linears, order)
-        # What the first of a kind did stands for the others. Before the first block there is no residual stream yet.
-        kinds = kinds_of(list(listed), [config, config.get_text_config()])
-        first: dict[Hashable, BlockRecorder] = {}
-        for recorder, position in zip(recorders[1:], asked.reach.positions[1:], strict=True):
-            prefix = asked.reach.prefix(recorder.index)
-            linears = tuple(name.removeprefix(prefix) for name in asked.linears[recorder.index])
-            like = first.setdefault((kinds[position], linears), recorder)
-            if like is not recorder:
-                listed[position] = StandIn(listed[position], recorder, like)
+        for stand_in, index, like in standing:
+            stand_in.follow(recorders[index], recorders[like])
         ids = torch.zeros((1, asked.length), dtype=torch.long, device=asked.device)
         untold = f"architecture {kind!r} cannot be traced on shapes alone; its forward may take sizes from values"
         with foreign_settings(untold, WHOLE), tracker:

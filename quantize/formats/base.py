@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -15,7 +15,6 @@ from llmconvert.compute.activations import InputKind
 from llmconvert.engine.architecture.config import declared_dtype
 from llmconvert.engine.sites import Site
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.gguf.export import TensorTypes
 from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.quantize.catalog.formats import FOR_RUNTIMES, FORMATS, READERS, require_format
 from llmconvert.quantize.formats.container import CheckpointContainer, Container, ContainerRequest
@@ -24,6 +23,9 @@ from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
 from llmconvert.storage.writer import check_output_directory
+
+if TYPE_CHECKING:
+    from llmconvert.gguf.export import TensorTypes
 
 __all__ = [
     "FLOATS",

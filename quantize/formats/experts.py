@@ -8,7 +8,6 @@ from llmconvert.engine.architecture.expert_names import RUNTIME
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CheckpointError, SchemeError, UnsupportedError
-from llmconvert.gguf.architectures.decoder import find_decoder
 from llmconvert.quantize.formats.base import Format
 from llmconvert.quantize.methods.base import Method
 from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
@@ -75,6 +74,8 @@ def check_experts(skeleton: Skeleton, assigned: Mapping[str, Scheme | None], met
 
 def _is_held_by_gguf(skeleton: Skeleton) -> bool:
     """Whether llama.cpp runs the model, which has types for all experts of a layer in one tensor."""
+    from llmconvert.gguf.architectures.decoder import find_decoder
+
     try:
         return not find_decoder(skeleton.checkpoint).arch.gap
     except (UnsupportedError, CheckpointError):

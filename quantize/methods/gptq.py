@@ -38,10 +38,9 @@ from llmconvert.quantize.solve.hessian import (
     quadratic_nbytes,
     with_damping,
 )
-from llmconvert.quantize.solve.kernels import gpu_kernels, levels_of, solve_columns, transpose_in_order
+from llmconvert.quantize.solve.loops import gpu_kernels, levels_of
 from llmconvert.quantize.solve.refine import Scales, refine, refine_nbytes
 from llmconvert.quantize.solve.scales import search_scales
-from llmconvert.quantize.solve.search_kernels import weighted_squares
 from llmconvert.quantize.solve.shared_scales import SharedScales, share_scales
 from llmconvert.quantize.tensor import QuantizedTensor
 
@@ -278,6 +277,8 @@ def _transpose_in_order(weight: torch.Tensor, order: torch.Tensor) -> torch.Tens
     """The columns of a weight as rows, in the given order."""
     if weight.device.type != "cpu":
         return weight.T.index_select(0, order).contiguous()
+    from llmconvert.quantize.solve.kernels import transpose_in_order
+
     transposed = weight.new_empty(weight.shape[::-1])
     over_rows(transpose_in_order, len(weight), weight, order, transposed)
     return transposed
@@ -289,6 +290,8 @@ def _weighted_squares(weight: torch.Tensor, tensor: QuantizedTensor, importance:
         return (tensor.dequantize(weight.dtype) - weight).square() @ importance
     if tensor.offset is not None or not tensor.scheme.number.even:
         return (tensor.dequantize(weight.dtype) - weight).square_() @ importance.to(weight.dtype)
+    from llmconvert.quantize.solve.search_kernels import weighted_squares
+
     scale = tensor.scale.to(weight.dtype)
     zero = torch.zeros_like(scale) if tensor.zero is None else tensor.zero.to(weight.dtype)
     sums = weight.new_empty(len(weight))
@@ -312,6 +315,8 @@ def _solve_block(
     """One block of columns; see :func:`~llmconvert.quantize.solve.kernels.solve_columns`."""
     number = scheme.number
     if errors.device.type == "cpu":
+        from llmconvert.quantize.solve.kernels import solve_columns
+
         held = errors, carried, scale, zero, codes.view(torch.int8), loss, order, added, factor, start
         over_rows(solve_columns, errors.shape[1], *held, *number.limits, *levels_of(number, errors))
         return

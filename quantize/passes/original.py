@@ -34,7 +34,6 @@ from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.expert_moments import ExpertMoments
 from llmconvert.quantize.solve.fixed_scales import LargestInput
-from llmconvert.quantize.solve.kernels import load_kernels
 from llmconvert.quantize.steps import Outcome, Step, round_unreached
 
 __all__ = ["ForVariant", "OriginalSteps", "Variant", "VariantSink", "can_share"]
@@ -126,6 +125,8 @@ class OriginalSteps:
             return
         if self.skeleton.device.type == "cpu":
             with self.phases.measure(LOADING_KERNELS):
+                from llmconvert.quantize.solve.kernels import load_kernels
+
                 load_kernels()
                 load_dot_products()
         with closing(DiskStates(work, *self._shape)) as states:

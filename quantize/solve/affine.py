@@ -19,7 +19,6 @@ from llmconvert.quantize.narrow import check_held
 from llmconvert.quantize.numbers import AFFINE
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.group_scales import GroupScales
-from llmconvert.quantize.solve.search_kernels import affine_sums
 
 __all__ = ["affine_range", "affine_scales", "fit_affine", "is_affine"]
 
@@ -48,6 +47,8 @@ class _Groups:
         ``q²`` and ``q w``."""
         if self.weight.device.type != "cpu":
             return self._sums_plain(scale, bias)
+        from llmconvert.quantize.solve.search_kernels import affine_sums
+
         found = torch.empty((*scale.shape, 4), dtype=self.weight.dtype)
         over_rows(affine_sums, len(scale), self.weight, scale, bias, self.importance, found, self.largest)
         return found

@@ -2,27 +2,23 @@
 
 Rows are independent, so results do not depend on how many threads share them. Every function has a plain torch
 counterpart in the module that calls it, used on other devices and as an oracle in the tests; for GPUs, the loops over
-columns are in Triton too (:func:`gpu_kernels`).
+columns are in Triton too (:func:`~llmconvert.quantize.solve.loops.gpu_kernels`).
+
+Compiled loops are imported where they are called: numba takes a sixth of a second to load, and plans call none.
 """
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 
-from llmconvert.quantize.numbers import Number
 from llmconvert.quantize.solve.float_kernels import best_float_candidates, nearest_floats
 from llmconvert.quantize.solve.search_kernels import affine_sums, best_candidates, weighted_squares
 
 __all__ = [
     "descend_columns",
-    "gpu_kernels",
-    "levels_of",
     "load_kernels",
     "solve_columns",
     "transpose_in_order",
@@ -279,31 +275,6 @@ def descend_columns(
             line, target = tile[column], gradient[column, top:bottom]
             for row in range(height):
                 target[row] = line[row]
-
-
-def levels_of(number: Number, like: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
-    """What codes of a number stand for, as the kernels take it, in the dtype of what they work on: their last four
-    arguments."""
-    if number.parts is not None:
-        parts = number.parts
-        codes = torch.arange(1 << parts.bits, dtype=torch.int32)
-        return parts.values(codes).to(like), parts.bits, parts.mantissa, parts.least
-    table = number.table
-    return like.new_empty(0) if table is None else table.to(like), 0, 0, 0
-
-
-def gpu_kernels(values: torch.Tensor) -> ModuleType | None:
-    """:mod:`~llmconvert.quantize.solve.triton_kernels`, if ``values`` are float32 on a GPU and Triton is installed."""
-    return _triton_kernels() if values.is_cuda and values.dtype == torch.float32 else None
-
-
-@functools.cache
-def _triton_kernels() -> ModuleType | None:
-    try:
-        from llmconvert.quantize.solve import triton_kernels
-    except ImportError:  # torch brings Triton along where there are GPUs for it
-        return None
-    return triton_kernels
 
 
 def load_kernels() -> None:

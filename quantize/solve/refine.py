@@ -19,7 +19,7 @@ from llmconvert.compute.rows import over_rows
 from llmconvert.quantize.numbers import Number
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.group_scales import divisors
-from llmconvert.quantize.solve.kernels import descend_columns, gpu_kernels, levels_of
+from llmconvert.quantize.solve.loops import gpu_kernels, levels_of
 from llmconvert.quantize.tensor import QuantizedTensor, SuperBlockScales
 
 __all__ = ["Scales", "refine", "refine_nbytes"]
@@ -120,6 +120,8 @@ def _descend_group(
         within = hessian[part, part].contiguous()
         arguments = gradient[part], within, codes[part], scale, moved[part]
         if gradient.device.type == "cpu":
+            from llmconvert.quantize.solve.kernels import descend_columns
+
             arguments = gradient[part], within, codes[part].view(torch.int8), scale, moved[part]
             over_rows(descend_columns, codes.shape[1], *arguments, *number.limits, *levels_of(number, gradient))
         elif number.even and codes.dtype == torch.int8 and (kernels := gpu_kernels(gradient)):

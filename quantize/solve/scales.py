@@ -15,9 +15,7 @@ from llmconvert.errors import CheckpointError
 from llmconvert.quantize.narrow import check_held
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.solve.affine import affine_range, affine_scales, is_affine
-from llmconvert.quantize.solve.float_kernels import best_float_candidates
 from llmconvert.quantize.solve.group_scales import GroupScales, block_scales
-from llmconvert.quantize.solve.search_kernels import best_candidates
 
 __all__ = ["full_range_scales", "search_scales"]
 
@@ -176,6 +174,8 @@ def _best(
 ) -> torch.Tensor:
     """Index of the best candidate of each group, int64 ``[rows, groups]``."""
     if weight.device.type == "cpu" and scheme.number.even:
+        from llmconvert.quantize.solve.search_kernels import best_candidates
+
         rows, groups, _ = weight.shape
         best = torch.zeros((rows, groups), dtype=torch.int64)
         limits = scheme.number.limits
@@ -183,6 +183,8 @@ def _best(
         return best
     parts = scheme.number.parts
     if weight.device.type == "cpu" and parts is not None:
+        from llmconvert.quantize.solve.float_kernels import best_float_candidates
+
         rows, groups, _ = weight.shape
         best = torch.zeros((rows, groups), dtype=torch.int64)
         shape = parts.mantissa, parts.least, parts.largest

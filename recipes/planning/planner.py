@@ -29,13 +29,6 @@ from llmconvert.recipes.publishing import check_metadata, check_target, fill_tar
 from llmconvert.recipes.ranks import require_shareable
 from llmconvert.recipes.schema.recipe import PublishSettings, Recipe
 from llmconvert.recipes.stages.artifact import artifact_name, front_matter_of
-from llmconvert.recipes.stages.attention import require_mergeable
-from llmconvert.recipes.stages.measurements import (
-    require_accepted,
-    require_loader,
-    require_measurable,
-    require_served,
-)
 from llmconvert.recipes.stages.opening import work_on
 from llmconvert.recipes.stages.run import require_texts, stages_of
 from llmconvert.recipes.stages.stage import ORIGINAL, Finished, Stage, Work
@@ -97,9 +90,12 @@ def plan_run(
     require_slashes(work_dir)
     filled = fill_target(recipe)
     target = filled.publish if publish else None
-    require_measurable(filled.measured)
-    require_loader(filled)
-    require_served(filled)
+    if filled.measured is not None:
+        from llmconvert.recipes.stages.measurements import require_loader, require_measurable, require_served
+
+        require_measurable(filled.measured)
+        require_loader(filled)
+        require_served(filled)
     require_texts(filled)
     if target is not None:
         check_target(target, publisher or filled.name, Hashes())
@@ -128,8 +124,13 @@ def _foresee(work: Work, headers: Headers, target: PublishSettings | None, work_
     todo = stages_of(recipe)
     with work.view.open() as dense:
         if recipe.attention is not None:
+            from llmconvert.recipes.stages.attention import require_mergeable
+
             require_mergeable(dense, recipe.attention)
-        require_accepted(recipe.measured, dense)
+        if recipe.measured is not None:
+            from llmconvert.recipes.stages.measurements import require_accepted
+
+            require_accepted(recipe.measured, dense)
     if target is not None:
         with work.original.open() as original:
             check_metadata(target, front_matter_of(recipe, source, original))

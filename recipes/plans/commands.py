@@ -26,8 +26,14 @@ from llmconvert.recipes.stages.opening import put_papers
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.run import require_texts
 from llmconvert.recipes.stages.stage import ORIGINAL, Stage
-from llmconvert.recipes.stages.training.distillation import distil_request, distil_settings, distil_stage
-from llmconvert.recipes.stages.training.healing import heal_request, heal_settings, heal_stage
+from llmconvert.recipes.stages.training.distillation import distil_stage
+from llmconvert.recipes.stages.training.healing import heal_stage
+from llmconvert.recipes.stages.training.settings import (
+    distil_request,
+    distil_settings,
+    heal_request,
+    heal_settings,
+)
 from llmconvert.recipes.stages.windows import (
     CALIBRATION,
     DISTIL_TEXT,

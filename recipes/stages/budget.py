@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmconvert.context import Context
 from llmconvert.quantize.mixed_precision.budget import Choice
-from llmconvert.quantize.mixed_precision.job import Allocation, plan_choice
 from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.recipes.forecast import engine_budget
@@ -20,6 +20,9 @@ from llmconvert.report.section import Column, Section
 from llmconvert.report.steps import BudgetReport, StepDetails, UniformReport, UnitReport
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.validate.render.display import format_runs
+
+if TYPE_CHECKING:
+    from llmconvert.quantize.mixed_precision.job import Allocation
 
 __all__ = ["ChosenReport", "choose_within", "chosen_report", "forget_sensitivity", "layer_overrides"]
 
@@ -53,6 +56,8 @@ def choose_within(
     Raises:
         LlmconvertError: see :func:`llmconvert.quantize.mixed_precision.job.plan_choice`.
     """
+    from llmconvert.quantize.mixed_precision.job import plan_choice
+
     overrides = tuple(layer_overrides(settings))
     allocation = plan_choice(
         source,

@@ -1,19 +1,24 @@
-"""Which stages a recipe's run has, in order. Repair adds its own where the gate fails."""
+"""Which stages a recipe's run has, in order. Repair adds its own where the gate fails.
+
+A stage is loaded where a recipe has it, with all that it is built by: a plan of the others does not wait for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmconvert.recipes.schema.recipe import Recipe
-from llmconvert.recipes.stages.attention import attention_stage
 from llmconvert.recipes.stages.conversion import convert_stage, stream_stage
-from llmconvert.recipes.stages.measurements import Measured, validate_stage
 from llmconvert.recipes.stages.quantization import quantize_stage, statistics_of
 from llmconvert.recipes.stages.stage import ORIGINAL, Stage
-from llmconvert.recipes.stages.training.distillation import distil_request, distil_settings, distil_stage
-from llmconvert.recipes.stages.training.healing import heal_request, heal_settings, heal_stage
+from llmconvert.recipes.stages.training.settings import (
+    distil_request,
+    distil_settings,
+    heal_request,
+    heal_settings,
+)
 from llmconvert.recipes.stages.windows import (
     CALIBRATION,
     DISTIL_TEXT,
@@ -23,6 +28,9 @@ from llmconvert.recipes.stages.windows import (
     text_stage,
 )
 from llmconvert.text.datasets import require_dataset
+
+if TYPE_CHECKING:
+    from llmconvert.recipes.stages.measurements import Measured
 
 __all__ = ["RunStages", "require_texts", "stages_of"]
 
@@ -48,8 +56,12 @@ class RunStages:
     def measuring(self, model: str, name: str = "validate") -> Stage[Measured] | None:
         """The stage that measures the model of a stage; None if the recipe measures nothing."""
         settings = self.recipe.measured
+        if settings is None:
+            return None
+        from llmconvert.recipes.stages.measurements import validate_stage
+
         between = tuple(step for step in self.between if step != model)
-        return validate_stage(settings, model, between, name) if settings is not None else None
+        return validate_stage(settings, model, between, name)
 
 
 def require_texts(recipe: Recipe) -> None:
@@ -82,11 +94,15 @@ def stages_of(recipe: Recipe) -> RunStages:
     model, between = making[0].name, []
     dense = ORIGINAL
     if recipe.attention is not None:
+        from llmconvert.recipes.stages.attention import attention_stage
+
         making.append(attention_stage(recipe.attention))
         between.append(making[-1].name)
         dense = model = making[-1].name
         healing = heal_settings(recipe)
         if healing is not None:
+            from llmconvert.recipes.stages.training.healing import heal_stage
+
             making.append(heal_stage(healing, after=model))
             between.append(making[-1].name)
             dense = model = making[-1].name
@@ -95,6 +111,8 @@ def stages_of(recipe: Recipe) -> RunStages:
         model = making[-1].name
         distilling = distil_settings(recipe)
         if distilling is not None:
+            from llmconvert.recipes.stages.training.distillation import distil_stage
+
             making.append(distil_stage(distilling, after=model))
             model = making[-1].name
     return RunStages(tuple(making), model, dense, tuple(between), recipe)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmconvert.compute import dot_products
+from llmconvert.compute import dot_kernels, dot_products
 from llmconvert.compute.dot_products import LANES, add_products, pack_pairs
 from llmconvert.engine import statistics
 from llmconvert.engine.statistics import Arrival, HessianSum
@@ -96,7 +96,7 @@ def test_loaded_kernels_are_those_that_a_hessian_calls(monkeypatch: pytest.Monke
     for module in (dot_products, statistics):
         monkeypatch.setattr(module, "use_dot_products", lambda: True)
     dot_products.load_dot_products()
-    kernels = (dot_products._multiply, dot_products._pack, dot_products._tiles_left)
+    kernels = (dot_kernels.multiply, dot_kernels.pack, dot_kernels.tiles_left)
     loaded = [len(kernel.signatures) for kernel in kernels]
     for original in (False, True):
         total, x = HessianSum("layer", 96, CPU, original=original), values(64, 96, 0)

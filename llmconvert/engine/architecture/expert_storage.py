@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,16 @@ from llmconvert.engine.architecture.experts import ExpertsLayout, expert_paramet
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint, TensorInfo
 
-__all__ = ["Conversion", "Conversions", "StoredExperts", "WholeTensor", "expert_matrix", "is_joined", "is_whole"]
+__all__ = [
+    "Conversion",
+    "Conversions",
+    "StoredExperts",
+    "WholeTensor",
+    "expert_number",
+    "expert_projection",
+    "is_joined",
+    "is_whole",
+]
 
 _NUMBER = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 _EACH = ".*."
@@ -44,15 +53,15 @@ class Conversion:
     Attributes:
         converter: of its table.
         pattern: the one of the converter's source patterns that the tensor has.
+        kinds: of the operations that it takes.
     """
 
     converter: WeightConverter
     pattern: str
+    kinds: frozenset[type] = field(init=False)
 
-    @property
-    def kinds(self) -> set[type]:
-        """Of the operations that it takes."""
-        return {type(operation) for operation in self.converter.operations}
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kinds", frozenset(map(type, self.converter.operations)))
 
 
 class Conversions:
@@ -162,11 +171,16 @@ def is_joined(model: PreTrainedModel, parameter: str, conversion: Conversion) ->
     return leaf in dict(module.named_parameters(recurse=False)) and not isinstance(module, nn.Embedding)
 
 
-def expert_matrix(
+def expert_number(name: str) -> int | None:
+    """Which of a layer's experts a tensor belongs to, by its name; None where that does not say it."""
+    number = _NUMBER.search(name)
+    return int(number[1]) if number is not None else None
+
+
+def expert_projection(
     model: PreTrainedModel, name: str, parameter: str, experts: str, layout: ExpertsLayout, conversion: Conversion
 ) -> str:
-    """The matrix of an expert that a tensor is, under the name of
-    :func:`~llmconvert.engine.architecture.experts.expert_parameter`.
+    """Which matrix of an expert a tensor is; the same for all experts of a layer.
 
     Args:
         model: for errors.
@@ -180,18 +194,18 @@ def expert_matrix(
         UnsupportedError: in a way that is not known here.
     """
     leaf = parameter.removeprefix(f"{experts}.")
-    number, sources = _NUMBER.search(name), list(conversion.converter.source_patterns)
+    sources = list(conversion.converter.source_patterns)
     projections = [projection for projection, matrix in layout.matrices.items() if matrix.leaf == leaf]
     known = conversion.kinds <= {MergeModulelist, Concatenate} and not any(
         layout.matrices[projection].transposed for projection in projections
     )
-    if number is None or len(sources) != len(projections) or not known:
+    if expert_number(name) is None or len(sources) != len(projections) or not known:
         raise UnsupportedError(
             f"{type(model).__name__}: transformers merges tensor {name!r} into {parameter!r} in a way that is not "
             "known here; save it anew in what the class holds (from_pretrained, then save_pretrained with "
             "save_original_format=False), or with a matrix for each expert"
         )
-    return expert_parameter(experts, int(number[1]), projections[sources.index(conversion.pattern)])
+    return projections[sources.index(conversion.pattern)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from llmconvert.engine.architecture.expert_storage import (
     Conversions,
     StoredExperts,
     WholeTensor,
-    expert_matrix,
+    expert_number,
+    expert_projection,
     is_joined,
     is_whole,
 )
@@ -53,6 +54,7 @@ def map_names(
     whole = {target for _, target, conversion in loaded if target in held and is_whole(conversion)}
     wanted = _one_by_one(conversions.shapes, layouts, held, whole)
     mapping: dict[str, str] = {}
+    projections: dict[tuple[str, str], str] = {}
     for name, target, conversion in loaded:
         if conversion is not None and target not in whole:
             if target not in conversions.shapes or not needed(target):  # of a layer that the class does not have
@@ -65,7 +67,11 @@ def map_names(
                     "way that is not known here; save it anew as the class holds it (from_pretrained, then "
                     "save_pretrained with save_original_format=False)"
                 )
-            target = expert_matrix(model, name, target, held[target], layouts[held[target]], conversion)
+            experts, number, kind = held[target], expert_number(name), (target, conversion.pattern)
+            if number is None or kind not in projections:
+                layout = layouts[experts]
+                projections[kind] = expert_projection(model, name, target, experts, layout, conversion)
+            target = expert_parameter(experts, number or 0, projections[kind])
         if target not in wanted:
             continue
         if target in mapping:

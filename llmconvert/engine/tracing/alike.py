@@ -72,27 +72,45 @@ def _setting(value: Any) -> Hashable:
 class StandIn(nn.Module):
     """Stands in a model's list of blocks for one that is of the kind of an earlier one, which was traced.
 
+    The block is no part of the model meanwhile, and its weights may be of another device than the model's. Where it is
+    called with something else it has to run, and does on those of the earlier one.
+
     Args:
-        block: that it stands for; runs where it is called with something else.
-        recorder: of this block.
-        like: of the earlier one.
+        block: that it stands for.
+        earlier: the other.
     """
 
-    def __init__(self, block: nn.Module, recorder: BlockRecorder, like: BlockRecorder) -> None:
+    def __init__(self, block: nn.Module, earlier: nn.Module) -> None:
         super().__init__()
-        self.block = block
-        self._recorder, self._like = recorder, like
+        self._pair = block, earlier  # in a tuple, so that neither is registered
+        self._recorders: tuple[BlockRecorder, BlockRecorder] | None = None
+
+    def follow(self, recorder: BlockRecorder, like: BlockRecorder) -> None:
+        """Write down what happens with the recorder of this block, by what that of the earlier one has seen."""
+        self._recorders = recorder, like
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._recorder.follows(self._like, args, kwargs):
-            return self.block(*args, **kwargs)
+        assert self._recorders is not None
+        recorder, like = self._recorders
+        if not recorder.follows(like, args, kwargs):
+            return self._filled()(*args, **kwargs)
         output = torch.empty_like(args[0])
-        self._recorder.pass_by(self._like, output)
+        recorder.pass_by(like, output)
         return output
+
+    def _filled(self) -> nn.Module:
+        """The block, with weights and buffers of the earlier one, whose shapes and dtypes are the same."""
+        block, earlier = self._pair
+        for own, other in zip(block.modules(), earlier.modules(), strict=True):
+            own._parameters.update(other._parameters)
+            own._buffers.update(other._buffers)
+        return block
 
     def __getattr__(self, name: str) -> Any:
         # Some models read attributes of their blocks in the loop over them (attention type, layer index).
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("block"), name)
+            block, _ = self._pair
+            found = getattr(block, name)
+            return getattr(self._filled(), name) if isinstance(found, nn.Module | torch.Tensor) else found

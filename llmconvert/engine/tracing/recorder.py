@@ -152,6 +152,7 @@ class BlockRecorder:
         # Whether it gives a new hidden state like the one that came in, and leaves nothing else behind.
         self._plain = False
         self._like: BlockRecorder | None = None
+        self._planned: BlockPlan | None = None
         #: The argument by which the block uses more of the one before it than its hidden state; empty without.
         self.handed = ""
 
@@ -241,6 +242,11 @@ class BlockRecorder:
         return record
 
     def plan(self) -> BlockPlan:
+        if self._planned is None:  # many others may ask the first of a kind
+            self._planned = self._plan()
+        return self._planned
+
+    def _plan(self) -> BlockPlan:
         if self._like is not None:
             return self._like.plan().moved(self.index, self._like._prefix, self._prefix)
         residuals = self._tracker.sums.residuals

@@ -11,34 +11,19 @@ from llmconvert.quantize.distil.options import DistilOptions
 from llmconvert.quantize.distil.report import distillation_sections
 from llmconvert.quantize.distil.requirements import foresee_distil
 from llmconvert.recipes.forecast import Forecast, parameters
-from llmconvert.recipes.schema.recipe import DistilSettings, Recipe
+from llmconvert.recipes.schema.recipe import DistilSettings
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
-from llmconvert.recipes.stages.training.settings import common_options, trained_once, training_request, training_tokens
-from llmconvert.recipes.stages.windows import DISTIL_TEXT, WindowRequest
+from llmconvert.recipes.stages.training.settings import common_options, trained_once, training_tokens
+from llmconvert.recipes.stages.windows import DISTIL_TEXT
 from llmconvert.report.steps import DistilReport
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
-__all__ = ["DISTIL", "distil_request", "distil_settings", "distil_stage"]
+__all__ = ["DISTIL", "distil_stage"]
 
 #: The name of the stage.
 DISTIL = "distil"
 # Looks at the held-out text in a whole distillation; each costs as much as a few steps.
 _LOOKS = 6
-
-
-def distil_settings(recipe: Recipe) -> DistilSettings | None:
-    """The section, if it asks for any step."""
-    settings = recipe.quantize.distil if recipe.quantize is not None else None
-    return settings if settings is not None and settings.steps > 0 else None
-
-
-def distil_request(recipe: Recipe) -> WindowRequest | None:
-    """The windows to learn from and to hold out; None if the recipe does not distil.
-
-    Raises:
-        RecipeError: it names no text.
-    """
-    return training_request(recipe, "quantize.distil", distil_settings(recipe))
 
 
 def distil_stage(settings: DistilSettings, after: str) -> Stage[DistilReport]:

@@ -10,31 +10,16 @@ from llmconvert.convert.heal.job import plan_heal
 from llmconvert.convert.heal.options import HealOptions
 from llmconvert.convert.heal.report import healing_sections
 from llmconvert.recipes.forecast import Forecast, files_of_layout, parameters
-from llmconvert.recipes.schema.recipe import HealSettings, Recipe
+from llmconvert.recipes.schema.recipe import HealSettings
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
-from llmconvert.recipes.stages.training.settings import common_options, trained_once, training_request, training_tokens
-from llmconvert.recipes.stages.windows import HEALING_TEXT, WindowRequest
+from llmconvert.recipes.stages.training.settings import common_options, trained_once, training_tokens
+from llmconvert.recipes.stages.windows import HEALING_TEXT
 from llmconvert.report.steps import HealReport
 
-__all__ = ["heal_request", "heal_settings", "heal_stage"]
+__all__ = ["heal_stage"]
 
 # Looks at the held-out text in a whole healing; each costs as much as a few steps.
 _LOOKS = 8
-
-
-def heal_settings(recipe: Recipe) -> HealSettings | None:
-    """The section, if it asks for any step."""
-    settings = recipe.attention.heal if recipe.attention is not None else None
-    return settings if settings is not None and settings.steps > 0 else None
-
-
-def heal_request(recipe: Recipe) -> WindowRequest | None:
-    """The windows to learn from and to hold out; None if the recipe does not heal.
-
-    Raises:
-        RecipeError: it names no text.
-    """
-    return training_request(recipe, "attention.heal", heal_settings(recipe))
 
 
 def heal_stage(settings: HealSettings, after: str) -> Stage[HealReport]:

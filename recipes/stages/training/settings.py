@@ -14,12 +14,20 @@ from llmconvert.recipes.stages.windows import WindowRequest, mixed
 from llmconvert.report.steps import DistilReport, HealReport
 from llmconvert.storage.writer import write_file
 
-__all__ = ["common_options", "trained_once", "training_request", "training_tokens"]
+__all__ = [
+    "common_options",
+    "distil_request",
+    "distil_settings",
+    "heal_request",
+    "heal_settings",
+    "trained_once",
+    "training_tokens",
+]
 
 R = TypeVar("R", HealReport, DistilReport)
 
 
-def training_request(recipe: Recipe, key: str, settings: HealSettings | DistilSettings | None) -> WindowRequest | None:
+def _training_request(recipe: Recipe, key: str, settings: HealSettings | DistilSettings | None) -> WindowRequest | None:
     """The windows to learn from and to hold out; None if the recipe does not train.
 
     Args:
@@ -36,6 +44,36 @@ def training_request(recipe: Recipe, key: str, settings: HealSettings | DistilSe
         raise RecipeError(f"{key}: learns from text, and the recipe names none; add {key}.dataset or calibrate")
     samples = settings.steps * settings.batch + settings.held_out
     return WindowRequest(key, dataset, samples, settings.length, "shuffled", settings.seed)
+
+
+def heal_settings(recipe: Recipe) -> HealSettings | None:
+    """The section, if it asks for any step."""
+    settings = recipe.attention.heal if recipe.attention is not None else None
+    return settings if settings is not None and settings.steps > 0 else None
+
+
+def heal_request(recipe: Recipe) -> WindowRequest | None:
+    """The windows to learn from and to hold out; None if the recipe does not heal.
+
+    Raises:
+        RecipeError: it names no text.
+    """
+    return _training_request(recipe, "attention.heal", heal_settings(recipe))
+
+
+def distil_settings(recipe: Recipe) -> DistilSettings | None:
+    """The section, if it asks for any step."""
+    settings = recipe.quantize.distil if recipe.quantize is not None else None
+    return settings if settings is not None and settings.steps > 0 else None
+
+
+def distil_request(recipe: Recipe) -> WindowRequest | None:
+    """The windows to learn from and to hold out; None if the recipe does not distil.
+
+    Raises:
+        RecipeError: it names no text.
+    """
+    return _training_request(recipe, "quantize.distil", distil_settings(recipe))
 
 
 def training_tokens(settings: HealSettings | DistilSettings) -> int:

@@ -28,6 +28,9 @@ def weights_asked_for(model: PreTrainedModel, linears: Collection[str]) -> froze
     """
     packed: dict[nn.Module, str] = {}
     asked: list[nn.Module] = []
+    # Where none of them is inside, none can be asked for.
+    holders = {name[:end] for name in linears for end, letter in enumerate(name) if letter == "."} | {"", *linears}
+    around = {model.get_submodule(name) for name in holders}
     for name in linears:
         module = model.get_submodule(name)
         packed[module] = name
@@ -36,7 +39,7 @@ def weights_asked_for(model: PreTrainedModel, linears: Collection[str]) -> froze
     found: set[str] = set()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for owner, module in _owners(model):
-            while True:
+            while module in around:
                 asked.clear()
                 try:
                     owner._init_weights(module)
