@@ -2,14 +2,15 @@
 
     python bench/sweep.py --model DIR --calibration FILE --evaluation FILE --work DIR [--samples 32] [--length 512]
         [--windows 8] [--window 1024] [--rounds 2] [--apart 8]
-        [--method gptq] [--format gguf --schemes q4_k_m q2_k …] [--most 1]
+        [--method gptq] [--format gguf --schemes q4_k_m q2_k …] [--most 1] [--quantizing]
 
 Each phase is a whole process of ``llmconvert run`` in a work directory of its own: first the recipe without its
 validate section, then with it, which finds the quantized models there; and once more, which finds everything there and
 tells what starting costs, which is taken off. One alone is sequential, as a recipe by itself is. Beside wall-clock time
 stands CPU time, which other work on the machine changes less. Quality is measured both ways, on text that calibration
 never saw. What a process cost is kept in the scratch directory, so that the same command goes on where it was stopped,
-or where ``--most`` processes have run.
+or where ``--most`` processes have run. With ``--quantizing`` whole processes without a validate section are compared,
+and nothing else.
 """
 
 from __future__ import annotations
@@ -47,9 +48,13 @@ def main() -> None:
     parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, help="the first one is also made alone")
     parser.add_argument("--most", type=int, help="processes that this call runs")
+    parser.add_argument("--quantizing", action="store_true", help="leave measuring out")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     kept = Kept(options.work / "costs.json", options.most)
+    if options.quantizing:
+        compare_quantizing(options, kept)
+        return
     ones, eights = [], []
     for number in range(1, options.rounds + 1):
         ones.append(run(options, kept, f"one-{number}", options.schemes[:1], "sequential"))
@@ -75,6 +80,28 @@ def main() -> None:
         quality.append([scheme, *(f"{value:.2f}" for value in pairs[0]), *(f"{value:.4f}" for value in pairs[1])])
     heading = ["", "perplexity, original's statistics", "sequential", "KL, original's statistics", "sequential"]
     print("\n" + markdown_table(heading, quality))
+
+
+def compare_quantizing(options: argparse.Namespace, kept: Kept) -> None:
+    """Whole processes that quantize and measure nothing, in turns: their medians."""
+    costs: dict[str, list[Cost]] = {"one, sequential": [], f"{len(options.schemes)} in one pass": []}
+    for number in range(1, options.rounds + 1):
+        for (name, several), schemes in zip(costs.items(), (options.schemes[:1], options.schemes), strict=True):
+            key = f"{name.partition(' ')[0].rstrip(',')}-{number}"
+            recipe = recipe_of(options, key, schemes, "sequential" if len(schemes) == 1 else None)
+            path = options.work / f"{key}.yaml"
+            path.write_text(yaml.safe_dump(recipe))
+            if f"{key}-0" not in kept:
+                shutil.rmtree(options.work / key, ignore_errors=True)
+            several.append(kept.cost(f"{key}-0", [Path(sys.executable).parent / "llmconvert", "run", path], options))
+    one, *_ = (_median(several) for several in costs.values())
+    rows = []
+    for name, several in costs.items():
+        cost = _median(several)
+        ratios = f"{cost.seconds / one.seconds:.2f}", f"{cost.cpu / one.cpu:.2f}"
+        rows.append([name, f"{cost.seconds:.1f} s", f"{cost.cpu:.1f} s", *ratios, megabytes(cost.peak_rss)])
+    header = ["", "wall clock", "CPU", "ratio", "ratio of CPU", "peak RSS of the process"]
+    print(markdown_table(header, rows))
 
 
 def _median(costs: list[Cost]) -> Cost:
@@ -115,25 +142,32 @@ class Kept:
         return name in self._costs
 
 
-def run(options: argparse.Namespace, kept: Kept, name: str, schemes: Sequence[str], statistics_of: str | None) -> Made:
-    """Run a recipe with these schemes."""
-    work = options.work / name
-    if f"{name}-0" not in kept:
-        shutil.rmtree(work, ignore_errors=True)
+def recipe_of(
+    options: argparse.Namespace, name: str, schemes: Sequence[str], statistics_of: str | None
+) -> dict[str, Any]:
+    """One that quantizes into these schemes and measures nothing."""
     calibrate: dict[str, Any] = {
         "dataset": str(options.calibration),
         "samples": options.samples,
         "length": options.length,
         "order": "sequential",
     }
-    recipe: dict[str, Any] = {
+    return {
         "name": name,
         "model": str(options.model),
         "calibrate": calibrate | ({"statistics": statistics_of} if statistics_of else {}),
         "quantize": {"method": options.method, "format": options.format, "scheme": schemes[0]},
         "matrix": {"quantize.scheme": list(schemes)},
-        "work_dir": str(work),
+        "work_dir": str(options.work / name),
     }
+
+
+def run(options: argparse.Namespace, kept: Kept, name: str, schemes: Sequence[str], statistics_of: str | None) -> Made:
+    """Run a recipe with these schemes."""
+    work = options.work / name
+    if f"{name}-0" not in kept:
+        shutil.rmtree(work, ignore_errors=True)
+    recipe = recipe_of(options, name, schemes, statistics_of)
     text = {"dataset": str(options.evaluation), "window": options.window, "max_windows": options.windows}
     path = options.work / f"{name}.yaml"
     command = [Path(sys.executable).parent / "llmconvert", "run", path]

@@ -11,6 +11,7 @@ from llmconvert.compute.kv_cache import CacheScales
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.phases import Phases
 from llmconvert.quantize.formats.container import Container
+from llmconvert.quantize.formats.encoded import Encoded
 from llmconvert.quantize.methods.base import InputSquares
 from llmconvert.quantize.narrow import check_kept
 from llmconvert.quantize.plan import QuantizationPlan
@@ -34,6 +35,7 @@ class ArtifactSink:
         container: what the tensors go into; the artifact has its layout.
         plan: which linears are quantized into what; they must be those of the pass.
         phases: where time is counted.
+        encoded: what is encoded for all artifacts of the pass.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class ArtifactSink:
         container: Container,
         plan: QuantizationPlan,
         phases: Phases,
+        encoded: Encoded | None = None,
     ) -> None:
         self._artifact = artifact
         self._skeleton = skeleton
         self._container = container
         self._plan = plan
         self._phases = phases
+        self._encoded = encoded
         self._changed: set[str] = set()
         self._squares: dict[str, dict[str, torch.Tensor]] = {}
         self.blocks = finished_blocks(artifact)
@@ -61,7 +65,7 @@ class ArtifactSink:
             container.begin(artifact.writer)
             for name in self._outer_names():
                 if name not in artifact.done and name != plan.head:
-                    container.copy(artifact.writer, name)
+                    container.copy(artifact.writer, name, None, encoded)
                     artifact.finish(name, batched=True)
             artifact.sync()
 
@@ -98,7 +102,7 @@ class ArtifactSink:
             last = [name for name in (self._plan.head,) if name is not None and name in self._squares]
             for name in (*self._inner_names(index), *last):
                 if name not in self._changed:
-                    self._container.copy(self._artifact.writer, name, self._squares.get(name))
+                    self._container.copy(self._artifact.writer, name, self._squares.get(name), self._encoded)
         self._changed.clear()
         self._squares.clear()
 

@@ -132,9 +132,12 @@ def encode_rows(name: str, codec: Codec, values: torch.Tensor, encode: Encode) -
         CheckpointError: values that are not finite.
         UnsupportedError: values beyond the type's range, or so small that it makes them zero.
     """
-    _check_values(name, values, codec.name)
+    from llmconvert.compute.peaks import block_peaks  # compiled loops, which a plan has no use for
+
+    peaks = block_peaks(values, codec.size).reshape(-1)
+    _check_values(name, peaks, codec.name)
     encoded = encode(codec, values)
-    _check_faded(name, codec, values, encoded)
+    _check_faded(name, codec, values, peaks, encoded)
     return encoded
 
 
@@ -227,8 +230,8 @@ def _fallbacks(tensors: Iterable[PlannedTensor], mix: GgmlMix, context: MixConte
         )
 
 
-def _check_values(name: str, values: torch.Tensor, qtype: str) -> None:
-    largest = values.abs().max().item() if values.numel() else 0.0
+def _check_values(name: str, peaks: torch.Tensor, qtype: str) -> None:
+    largest = peaks.max().item() if peaks.numel() else 0.0
     if not largest < float("inf"):
         raise CheckpointError(f"tensor {name!r} holds NaN or infinity; it cannot be written as {qtype}")
     if qtype != "F32" and largest >= _BFLOAT16_END:
@@ -239,13 +242,13 @@ def _check_values(name: str, values: torch.Tensor, qtype: str) -> None:
         )
 
 
-def _check_faded(name: str, codec: Codec, values: torch.Tensor, encoded: torch.Tensor) -> None:
+def _check_faded(name: str, codec: Codec, values: torch.Tensor, peaks: torch.Tensor, encoded: torch.Tensor) -> None:
     """Refuse encoded values ``[rows, columns]`` whose scales are below float16's range.
 
     A block that loses more than half of itself is gone; a hundredth of the values' norm may be.
     """
     blocks = values.reshape(-1, codec.size)
-    small = (blocks.abs().amax(-1) < _FADING).nonzero().squeeze(-1)
+    small = (peaks < _FADING).nonzero().squeeze(-1)
     if not len(small):
         return
     before = blocks[small]

@@ -209,6 +209,21 @@ class TensorWriter:
         except OSError as error:
             raise disk_error(error, self.directory / shard.name, len(data)) from error
 
+    def read_bytes(self, name: str, offset: int, nbytes: int) -> bytes:
+        """Raw bytes of a tensor that were written before, from byte ``offset`` on.
+
+        Raises:
+            MachineError: the disk fails.
+        """
+        shard = self.layout.shard_of[name]
+        try:
+            found = os.pread(self._fds[shard.name], nbytes, shard.offsets[name] + offset)
+        except OSError as error:
+            raise disk_error(error, self.directory / shard.name, nbytes) from error
+        if len(found) != nbytes:
+            raise ValueError(f"bytes {offset:,}–{offset + nbytes:,} of tensor {name!r} are not all there")
+        return found
+
     def drop_cache(self, name: str, offset: int, nbytes: int) -> None:
         """Start writing these bytes to disk; pages that are there already leave the page cache."""
         shard = self.layout.shard_of[name]

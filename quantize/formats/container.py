@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from llmconvert.quantize.formats.encoded import Encoded
 from llmconvert.quantize.methods.base import Method
 from llmconvert.quantize.scheme import SchemeOrMix
 from llmconvert.quantize.tensor import QuantizedTensor
@@ -80,12 +81,19 @@ class Container(Protocol):
     def write_values(self, writer: TensorWriter, name: str, values: torch.Tensor) -> None:
         """Store new values for a tensor that is not quantized."""
 
-    def copy(self, writer: TensorWriter, name: str, squares: Mapping[str, torch.Tensor] | None = None) -> None:
+    def copy(
+        self,
+        writer: TensorWriter,
+        name: str,
+        squares: Mapping[str, torch.Tensor] | None = None,
+        encoded: Encoded | None = None,
+    ) -> None:
         """Store a tensor of the source that nothing was said of.
 
         Args:
             squares: float32 ``[columns]``, the mean squares of the inputs of the matrices in it where they were
                 measured, by what artifacts call these, for containers that encode it.
+            encoded: what was encoded for other artifacts of the same pass, for containers that encode it.
         """
 
 
@@ -131,5 +139,11 @@ class CheckpointContainer:
     def write_values(self, writer: TensorWriter, name: str, values: torch.Tensor) -> None:
         writer.write(name, values.to(self._source.infos[name].dtype))
 
-    def copy(self, writer: TensorWriter, name: str, squares: Mapping[str, torch.Tensor] | None = None) -> None:
+    def copy(
+        self,
+        writer: TensorWriter,
+        name: str,
+        squares: Mapping[str, torch.Tensor] | None = None,
+        encoded: Encoded | None = None,
+    ) -> None:
         copy_tensor(writer, self._source, name)

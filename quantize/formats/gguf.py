@@ -8,6 +8,7 @@ blocks itself (:class:`~llmconvert.quantize.methods.base.GgmlQuantizer`), are en
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from llmconvert.gguf.records.importance import ImportanceMatrix
 from llmconvert.quantize.formats.base import Feature, FileFormat, StoredLinear
 from llmconvert.quantize.formats.container import Container, ContainerRequest, Packed
 from llmconvert.quantize.formats.dense_view import QuantizedView
+from llmconvert.quantize.formats.encoded import Encoded
 from llmconvert.quantize.methods.base import GgmlQuantizer
 from llmconvert.quantize.methods.imatrix import Imatrix
 from llmconvert.quantize.narrow import half_scale_dtype
@@ -178,6 +180,7 @@ class GgufContainer:
         )
         # What a method leaves that chooses codes of schemes alone, embedding and head, is rounded with importance.
         self._method = request.method if isinstance(request.method, GgmlQuantizer) else Imatrix()
+        self._rounding = repr(self._method)
         if self._read is not None and isinstance(request.method, Imatrix):
             _check_importance(request.method.file, self._read, self._file)
         parts = len(self._file.layout.shards)
@@ -219,7 +222,13 @@ class GgufContainer:
             writer, name, info.shape, lambda start, stop: rounded[start:stop], lambda piece: self._encode(None)
         )
 
-    def copy(self, writer: TensorWriter, name: str, squares: Mapping[str, torch.Tensor] | None = None) -> None:
+    def copy(
+        self,
+        writer: TensorWriter,
+        name: str,
+        squares: Mapping[str, torch.Tensor] | None = None,
+        encoded: Encoded | None = None,
+    ) -> None:
         """Encode a tensor; those that the file does without (a tied head, computed buffers) are passed over."""
         parts = self._file.parts.get(name, ())
         if not parts:
@@ -229,14 +238,32 @@ class GgufContainer:
             for packed in self.pack(name.removesuffix(".weight"), codes):
                 writer.write_rows(packed.name, packed.start, packed.rows)
         else:
-            measured = squares or {}
+            measured, had = squares or {}, encoded or Encoded()
+            weighed = {
+                (piece.stored, piece.first): self._importance(piece, measured.get(piece.linear)) for _, piece in parts
+            }
+
+            def key(piece: Piece) -> tuple[str, ...]:
+                given = weighed[piece.stored, piece.first]
+                digest = "" if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()
+                kind = self._file.tensors[piece.stored].spec.qtype
+                return piece.stored, str(piece.first), kind, digest, self._rounding
+
+            def copied(piece: Piece) -> bool:
+                spec = self._file.tensors[piece.stored].spec
+                start, nbytes = piece.first * spec.row_nbytes, piece.stored_rows * spec.row_nbytes
+                return spec.qtype not in FLOATS and had.copy(key(piece), writer, piece.stored, start, nbytes)
+
             self._file.write_rows(
                 writer,
                 name,
                 self._source.infos[name].shape,
                 partial(self._source.read_rows, name),
-                lambda piece: self._encode(self._importance(piece, measured.get(piece.linear))),
+                lambda piece: self._encode(weighed[piece.stored, piece.first]),
+                lambda piece: not copied(piece),
             )
+            for _, piece in parts:
+                had.keep(key(piece), writer)
 
     def _importance(self, piece: Piece, squares: torch.Tensor | None) -> torch.Tensor | None:
         """What weighs the columns of a piece: what was measured, or read; of the embedding, for example, all alike."""

@@ -23,6 +23,7 @@ from llmconvert.needs import Needs
 from llmconvert.phases import Phases
 from llmconvert.quantize.execute import quantize_blocks, resumed_blocks
 from llmconvert.quantize.formats.container import Container
+from llmconvert.quantize.formats.encoded import Encoded
 from llmconvert.quantize.formats.loading import written_as_held
 from llmconvert.quantize.matrix import Readership, readership
 from llmconvert.quantize.methods.base import Method, ScalingQuantizer
@@ -246,8 +247,9 @@ def _opened(
                 inputs.output, plan.container.layout, plan.key, lost=gone, progress=inputs.context.progress
             )
             artifacts.append(stack.enter_context(built))
+        encoded = Encoded()
         sinks = [
-            ArtifactSink(artifact, plan.inputs.skeleton, plan.container, plan.decisions, phases)
+            ArtifactSink(artifact, plan.inputs.skeleton, plan.container, plan.decisions, phases, encoded)
             for plan, artifact in zip(plans, artifacts, strict=True)
         ]
         work, done = artifacts[0].work.absolute(), resumed_blocks(sinks)

@@ -66,10 +66,12 @@ def block_scales(name: str, weight: torch.Tensor, importance: torch.Tensor, sche
         CheckpointError: the weight has values that are not finite.
         UnsupportedError: they are so small, or so large, that float16 holds no scales for them.
     """
+    from llmconvert.compute.peaks import block_peaks  # compiled loops, which a plan has no use for
+
     codec = _codec(scheme)
     rows = len(weight)
     blocks = weight.reshape(rows, -1, codec.size)
-    largest = blocks.abs().amax(-1)
+    largest = block_peaks(weight, codec.size)
     if not bool(torch.isfinite(largest).all()):
         raise CheckpointError(f"tensor {name!r} has values that are not finite; the checkpoint is damaged")
     # A part of the largest weight that the smallest scale of a type is (a 4,096th in Q6_K) is no scale of others.

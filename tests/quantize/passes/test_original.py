@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,13 @@ from transformers import AutoModelForCausalLM
 from llmconvert.context import Context
 from llmconvert.engine.statistics import accumulate_hessian
 from llmconvert.errors import RunInterruptedError, UnsupportedError
+from llmconvert.gguf.ggml.blocks import Codec
 from llmconvert.progress import SILENT
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import plan_quantize, quantize_checkpoint
 from llmconvert.quantize.methods.base import Target
 from llmconvert.quantize.methods.gptq import Gptq
+from llmconvert.quantize.methods.imatrix import Imatrix
 from llmconvert.quantize.passes.run import QuantizePlan, quantize_together
 from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.scheme import Scheme, parse_scheme
@@ -72,6 +76,36 @@ def test_each_artifact_is_what_it_is_alone(source: Path, alone: Mapping[str, byt
     assert content(tmp_path) == alone
     assert [len(result.layers) > 0 for result in results] == [name != "gguf" for name in REQUESTS]
     assert len({alone[f"{name}/model.safetensors"] for name in REQUESTS if name != "gguf"}) == len(REQUESTS) - 1
+
+
+def test_what_files_have_in_common_is_encoded_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set by importance: only what an override changes is encoded for the second file."""
+    eights = (Override("*.down_proj", Scheme.of_block("Q8_0")),)
+    requests = {"four": REQUESTS["gguf"], "mixed": replace(REQUESTS["gguf"], overrides=eights)}
+    encoded: list[int] = []
+
+    def counted(self: Imatrix, codec: Codec, rows: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+        if codec.size > 1:
+            encoded.append(rows.numel())
+        return torch.from_numpy(codec.encode(rows.numpy(), None if squares is None else squares.numpy()))
+
+    monkeypatch.setattr(Imatrix, "encode", counted)
+    (tmp_path / "alone").mkdir()
+    with SafetensorsCheckpoint(source) as checkpoint:
+
+        def planned_in(place: str, name: str) -> QuantizePlan:
+            return plan_quantize(checkpoint, tmp_path / place / f"{name}.gguf", requests[name], windows=WINDOWS)
+
+        planned_in("alone", "four").run()
+        four = sum(encoded)
+        planned_in("alone", "mixed").run()
+        assert sum(encoded) == 2 * four
+        quantize_together([planned_in("together", name) for name in requests])
+        down = math.prod(checkpoint.infos["model.layers.0.mlp.down_proj.weight"].shape)
+    assert content(tmp_path / "together") == content(tmp_path / "alone")
+    assert sum(encoded) == 2 * four + four + 3 * down
 
 
 class _StoppedError(RunInterruptedError):

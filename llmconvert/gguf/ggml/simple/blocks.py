@@ -13,7 +13,7 @@ import numpy as np
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.gguf.ggml.blocks import Array, Blocks, block_importance
-from llmconvert.gguf.ggml.fit import CANDIDATES, best_affine, best_step
+from llmconvert.gguf.ggml.fit import CANDIDATES, fit_affine, fit_steps
 
 __all__ = [
     "BLOCK",
@@ -35,17 +35,10 @@ def fit_scale_blocks(values: Array, importance: Array | None, bits: int) -> Bloc
         steps, codes = _empty(values)
         over_rows(_take_extreme, len(values), values, steps, codes, np.float32(zero))
         return Blocks(codes, half(steps))
-    steps = np.empty(values.size // BLOCK, np.float32)
-    over_rows(
-        _fit_steps,
-        len(values),
-        values,
-        block_importance(importance, values.shape[1]),
-        steps,
-        np.float32(-zero),
-        np.float32(zero - 1),
-    )
-    scale = half(steps)
+    steps = np.empty((len(values), values.shape[1] // BLOCK), np.float32)
+    weights, limits = block_importance(importance, values.shape[1]), (np.float32(-zero), np.float32(zero - 1))
+    over_rows(fit_steps, len(values), values, weights, steps, *limits, CANDIDATES)
+    scale = half(steps.reshape(-1))
     return Blocks(nearest_codes(values, scale, None, zero, 2 * zero - 1), scale)
 
 
@@ -57,19 +50,10 @@ def fit_minimum_blocks(values: Array, importance: Array | None, bits: int) -> Bl
         minima = np.empty_like(steps)
         over_rows(_take_range, len(values), values, steps, minima, codes, np.float32(top))
         return Blocks(codes, half(steps), half(minima))
-    steps = np.empty(values.size // BLOCK, np.float32)
-    minima = np.empty_like(steps)
-    over_rows(
-        _fit_affine,
-        len(values),
-        values,
-        block_importance(importance, values.shape[1]),
-        steps,
-        minima,
-        np.float32(top),
-        np.float32(np.inf),
-    )
-    scale, minimum = half(steps), half(minima)
+    steps = np.empty((len(values), values.shape[1] // BLOCK), np.float32)
+    minima, weights = np.empty_like(steps), block_importance(importance, values.shape[1])
+    over_rows(fit_affine, len(values), values, weights, steps, minima, np.float32(top), np.float32(np.inf))
+    scale, minimum = half(steps.reshape(-1)), half(minima.reshape(-1))
     return Blocks(nearest_codes(values, scale, minimum, 0, top), scale, minimum)
 
 
@@ -160,46 +144,3 @@ def _take_range(
             steps[n], minima[n] = step, lowest
             for i in range(BLOCK):
                 codes[n, i] = np.uint8(min((values[row, start + i] - lowest) * inverse + np.float32(0.5), top))
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _fit_steps(
-    begin: int,
-    end: int,
-    values: np.ndarray[Any, Any],
-    importance: np.ndarray[Any, Any],
-    steps: np.ndarray[Any, Any],
-    low: float,
-    high: float,
-) -> None:
-    x = np.empty(BLOCK, np.float32)
-    w = np.empty(BLOCK, np.float32)
-    blocks = values.shape[1] // BLOCK
-    for row in range(begin, end):
-        for block in range(blocks):
-            for i in range(BLOCK):
-                x[i] = values[row, block * BLOCK + i]
-                w[i] = importance[block * BLOCK + i]
-            steps[row * blocks + block] = best_step(x, w, low, high, CANDIDATES)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _fit_affine(
-    begin: int,
-    end: int,
-    values: np.ndarray[Any, Any],
-    importance: np.ndarray[Any, Any],
-    steps: np.ndarray[Any, Any],
-    minima: np.ndarray[Any, Any],
-    high: float,
-    ceiling: float,
-) -> None:
-    x = np.empty(BLOCK, np.float32)
-    w = np.empty(BLOCK, np.float32)
-    blocks = values.shape[1] // BLOCK
-    for row in range(begin, end):
-        for block in range(blocks):
-            for i in range(BLOCK):
-                x[i] = values[row, block * BLOCK + i]
-                w[i] = importance[block * BLOCK + i]
-            steps[row * blocks + block], minima[row * blocks + block] = best_affine(x, w, high, ceiling)

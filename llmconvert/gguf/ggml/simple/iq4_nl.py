@@ -9,7 +9,7 @@ import numpy as np
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.gguf.ggml.blocks import Array, BlockCodec, Blocks, block_importance
-from llmconvert.gguf.ggml.levels import LEVELS, best_level_step, nearest_level
+from llmconvert.gguf.ggml.levels import LEVELS, fit_level_steps, nearest_level
 from llmconvert.gguf.ggml.simple.blocks import BLOCK, half, join_nibbles, split_nibbles
 
 __all__ = ["CODEC", "IQ4_NL"]
@@ -22,11 +22,11 @@ class IQ4_NL(BlockCodec):
     levels = LEVELS
 
     def fit(self, values: Array, importance: Array | None = None) -> Blocks:
-        count, rows = values.size // BLOCK, len(values)
-        steps = np.empty(count, np.float32)
-        over_rows(_fit_steps, rows, values, block_importance(importance, values.shape[1]), steps)
-        scale = half(steps)
-        codes = np.empty((count, BLOCK), np.uint8)
+        rows, columns = values.shape
+        steps = np.empty((rows, columns // BLOCK), np.float32)
+        over_rows(fit_level_steps, rows, values, block_importance(importance, columns), steps)
+        scale = half(steps.reshape(-1))
+        codes = np.empty((len(scale), BLOCK), np.uint8)
         over_rows(_take_codes, rows, values, scale.astype(np.float32), codes)
         return Blocks(codes, scale)
 
@@ -35,25 +35,6 @@ class IQ4_NL(BlockCodec):
 
     def unpack(self, raw: Array) -> Blocks:
         return Blocks(split_nibbles(raw[:, 2:]), raw[:, :2].copy().view(np.float16)[:, 0])
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _fit_steps(
-    begin: int,
-    end: int,
-    values: np.ndarray[Any, Any],
-    importance: np.ndarray[Any, Any],
-    steps: np.ndarray[Any, Any],
-) -> None:
-    x = np.empty(BLOCK, np.float32)
-    w = np.empty(BLOCK, np.float32)
-    blocks = values.shape[1] // BLOCK
-    for row in range(begin, end):
-        for block in range(blocks):
-            for i in range(BLOCK):
-                x[i] = values[row, block * BLOCK + i]
-                w[i] = importance[block * BLOCK + i]
-            steps[row * blocks + block] = best_level_step(x, w)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

@@ -12,8 +12,8 @@ import numpy as np
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.gguf.ggml.blocks import Array, BlockCodec, Blocks, block_importance
-from llmconvert.gguf.ggml.fit import FAST
-from llmconvert.gguf.ggml.levels import LEVELS, best_level_step, nearest_level
+from llmconvert.gguf.ggml.fit import LANES, take_lanes
+from llmconvert.gguf.ggml.levels import LEVELS, fit_level_steps, nearest_level, sum_levels
 from llmconvert.gguf.ggml.super_blocks.minima import SUPER_BLOCK
 
 __all__ = ["CODEC", "IQ4_XS"]
@@ -22,7 +22,6 @@ _SUB = 32
 _SUBS = SUPER_BLOCK // _SUB
 _ROUNDS = 3
 _S_LOW, _S_HIGH = -32, 31
-_VALUES = np.array(LEVELS, np.float32)
 
 
 class IQ4_XS(BlockCodec):
@@ -34,9 +33,10 @@ class IQ4_XS(BlockCodec):
     def fit(self, values: Array, importance: Array | None = None) -> Blocks:
         count, rows = values.size // SUPER_BLOCK, len(values)
         weights = block_importance(importance, values.shape[1])
-        steps = np.empty((count, _SUBS), np.float32)
-        over_rows(_fit_sub_blocks, rows, values, weights, steps)
-        largest = np.take_along_axis(steps, np.abs(steps).argmax(axis=1, keepdims=True), axis=1)[:, 0]
+        steps = np.empty((rows, values.shape[1] // _SUB), np.float32)
+        over_rows(fit_level_steps, rows, values, weights, steps)
+        own = steps.reshape(count, _SUBS)
+        largest = np.take_along_axis(own, np.abs(own).argmax(axis=1, keepdims=True), axis=1)[:, 0]
         scale = (largest / np.float32(_S_LOW)).astype(np.float16)
         best, least = scale, np.full(count, np.inf, np.float32)
         subs = np.empty((count, _SUBS), np.int8)
@@ -75,27 +75,6 @@ class IQ4_XS(BlockCodec):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _fit_sub_blocks(
-    begin: int,
-    end: int,
-    values: np.ndarray[Any, Any],
-    importance: np.ndarray[Any, Any],
-    steps: np.ndarray[Any, Any],
-) -> None:
-    """The best step of every sub-block by itself."""
-    x = np.empty(_SUB, np.float32)
-    w = np.empty(_SUB, np.float32)
-    subs = values.shape[1] // _SUB
-    per_row = values.shape[1] // SUPER_BLOCK
-    for row in range(begin, end):
-        for sub in range(subs):
-            for i in range(_SUB):
-                x[i] = values[row, sub * _SUB + i]
-                w[i] = importance[sub * _SUB + i]
-            steps[row * per_row + sub // _SUBS, sub % _SUBS] = best_level_step(x, w)
-
-
-@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _choose_sub_scales(
     begin: int,
     end: int,
@@ -110,39 +89,52 @@ def _choose_sub_scales(
 
     ``refit`` gets the scale that suits the choice, and its loss.
     """
-    zero, one = np.float32(0), np.float32(1)
     per_row = values.shape[1] // SUPER_BLOCK
-    for row in range(begin, end):
+    zero = np.float32(0)
+    x, tried = np.zeros((_SUB, LANES), np.float32), np.zeros((2, LANES), np.float32)
+    sums, form = np.zeros((4, LANES), np.float32), np.zeros((3, LANES), np.float32)
+    scale, near = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    # Integers, losses, and the sums of squared levels and of levels times values.
+    best = np.zeros((4, LANES), np.float32)
+    for first in range(begin, end, LANES):
+        height = min(LANES, end - first)
         for block in range(per_row):
-            n = row * per_row + block
-            scale = wide[n]
-            aa = ax = total = zero
+            for lane in range(height):
+                scale[lane] = wide[(first + lane) * per_row + block]
+            form[:] = 0
             for sub in range(_SUBS):
-                x = values[row, block * SUPER_BLOCK + sub * _SUB : block * SUPER_BLOCK + (sub + 1) * _SUB]
-                w = importance[block * SUPER_BLOCK + sub * _SUB : block * SUPER_BLOCK + (sub + 1) * _SUB]
-                near = np.rint(steps[n, sub] / scale) if scale != 0 else zero
-                best, least = zero, np.float32(np.inf)
+                start, group = block * SUPER_BLOCK + sub * _SUB, block * _SUBS + sub
+                take_lanes(values, first, height, start, x)
+                w = importance[start : start + _SUB]
+                for lane in range(height):
+                    near[lane] = np.rint(steps[first + lane, group] / scale[lane]) if scale[lane] != 0 else zero
+                best[0], best[1] = zero, np.float32(np.inf)
                 for ds in range(-1, 2):
-                    s = min(max(near + np.float32(ds), np.float32(_S_LOW)), np.float32(_S_HIGH))
-                    step = scale * s
-                    inverse = one / step if step != 0 else zero
-                    loss = zero
-                    for i in range(_SUB):
-                        error = x[i] - _VALUES[nearest_level(x[i] * inverse)] * step
-                        loss += w[i] * error * error
-                    if loss < least:
-                        best, least = s, loss
-                subs[n, sub] = np.int8(best)
-                total += least
-                step = scale * best
-                inverse = one / step if step != 0 else zero
-                for i in range(_SUB):
-                    a = best * _VALUES[nearest_level(x[i] * inverse)]
-                    aa += w[i] * a * a
-                    ax += w[i] * a * x[i]
-            refit[n, 0], refit[n, 1] = scale, total
-            if aa > 0:
-                refit[n, 0] = ax / aa
+                    for lane in range(LANES):
+                        step = scale[lane] * _bounded(near[lane] + np.float32(ds))
+                        tried[0, lane], tried[1, lane] = step, np.float32(1) / step if step != 0 else zero
+                    sum_levels(x, w, tried, sums)
+                    for lane in range(LANES):
+                        better = sums[2, lane] < best[1, lane]
+                        best[0, lane] = _bounded(near[lane] + np.float32(ds)) if better else best[0, lane]
+                        best[1, lane] = sums[2, lane] if better else best[1, lane]
+                        best[2, lane] = sums[1, lane] if better else best[2, lane]
+                        best[3, lane] = sums[3, lane] if better else best[3, lane]
+                for lane in range(LANES):
+                    form[0, lane] += best[0, lane] * best[0, lane] * best[2, lane]
+                    form[1, lane] += best[0, lane] * best[3, lane]
+                    form[2, lane] += best[1, lane]
+                for lane in range(height):
+                    subs[(first + lane) * per_row + block, sub] = np.int8(best[0, lane])
+            for lane in range(height):
+                n = (first + lane) * per_row + block
+                refit[n, 0] = form[1, lane] / form[0, lane] if form[0, lane] > 0 else scale[lane]
+                refit[n, 1] = form[2, lane]
+
+
+@numba.njit(nogil=True, cache=True, inline="always")  # type: ignore[untyped-decorator]
+def _bounded(s: Any) -> Any:
+    return min(max(s, np.float32(_S_LOW)), np.float32(_S_HIGH))
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

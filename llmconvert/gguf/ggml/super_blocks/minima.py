@@ -1,7 +1,7 @@
 """K-quants with minima (Q2_K, Q4_K, Q5_K): super-blocks of 256 weights, and the search for their parameters.
 
 A weight is ``scale · s · code - minimum · m``, ``s`` and ``m`` of 4 or 6 bits per sub-block, the others float16. Each
-sub-block's own best step and minimum come first (:func:`~llmconvert.gguf.ggml.fit.best_affine`). Rounding these to
+sub-block's own best step and minimum come first (:func:`~llmconvert.gguf.ggml.fit.fit_affine`). Rounding these to
 integers and float16 costs something, so ``s`` and ``m`` are then chosen by the error they cause, the two float16
 numbers fitted to that choice in closed form, and so on in turn; the best round counts.
 """
@@ -15,7 +15,8 @@ import numpy as np
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.gguf.ggml.blocks import Array, Blocks, block_importance
-from llmconvert.gguf.ggml.fit import FAST, best_affine
+from llmconvert.gguf.ggml.fit import FAST, LANES, fit_affine, take_lanes
+from llmconvert.gguf.ggml.super_blocks.choice import sum_codes, sum_losses
 
 __all__ = [
     "SUPER_BLOCK",
@@ -47,11 +48,11 @@ def fit_minimum_super_blocks(
     count, rows = values.size // SUPER_BLOCK, len(values)
     weights = block_importance(importance, values.shape[1])
     high, most = np.float32((1 << bits) - 1), np.float32(top)
-    steps = np.empty((count, sub_blocks), np.float32)
-    depths = np.empty((count, sub_blocks), np.float32)
-    over_rows(_fit_sub_blocks, rows, values, weights, steps, depths, high)
-    scale = (steps.max(axis=1) / most).astype(np.float16)
-    minimum = (depths.max(axis=1) / most).astype(np.float16)
+    steps = np.empty((rows, values.shape[1] // SUPER_BLOCK * sub_blocks), np.float32)
+    minima = np.empty_like(steps)
+    over_rows(fit_affine, rows, values, weights, steps, minima, high, np.float32(0))
+    scale = (steps.reshape(count, -1).max(axis=1) / most).astype(np.float16)
+    minimum = (-minima.reshape(count, -1).min(axis=1) / most).astype(np.float16)
     best_scale, best_minimum = scale, minimum
     least = np.full(count, np.inf, np.float32)
     subs = np.empty((2, count, sub_blocks), np.uint8)
@@ -60,7 +61,7 @@ def fit_minimum_super_blocks(
     for _ in range(_ROUNDS):
         refit = np.empty((count, 3), np.float32)
         wide = np.stack([scale, minimum], axis=1).astype(np.float32)
-        over_rows(_choose_sub_scales, rows, values, weights, steps, depths, wide, subs[0], subs[1], refit, high, most)
+        over_rows(_choose_sub_scales, rows, values, weights, steps, minima, wide, subs[0], subs[1], refit, high, most)
         better = refit[:, 2] < least
         least = np.where(better, refit[:, 2], least)
         best_scale, best_minimum = np.where(better, scale, best_scale), np.where(better, minimum, best_minimum)
@@ -118,44 +119,16 @@ def split_quarters(raw: Array) -> Array:
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _fit_sub_blocks(
-    begin: int,
-    end: int,
-    values: np.ndarray[Any, Any],
-    importance: np.ndarray[Any, Any],
-    steps: np.ndarray[Any, Any],
-    depths: np.ndarray[Any, Any],
-    high: float,
-) -> None:
-    """The best step and (negated) minimum of every sub-block by itself."""
-    sub_blocks = steps.shape[1]
-    size = SUPER_BLOCK // sub_blocks
-    x = np.empty(size, np.float32)
-    w = np.empty(size, np.float32)
-    per_row = values.shape[1] // SUPER_BLOCK
-    for row in range(begin, end):
-        for block in range(per_row):
-            for sub in range(sub_blocks):
-                start = block * SUPER_BLOCK + sub * size
-                for i in range(size):
-                    x[i] = values[row, start + i]
-                    w[i] = importance[start + i]
-                step, minimum = best_affine(x, w, high, np.float32(0))
-                steps[row * per_row + block, sub] = step
-                depths[row * per_row + block, sub] = -minimum
-
-
-@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _choose_sub_scales(
     begin: int,
     end: int,
     values: np.ndarray[Any, Any],
     importance: np.ndarray[Any, Any],
     steps: np.ndarray[Any, Any],
-    depths: np.ndarray[Any, Any],
-    wide: np.ndarray[Any, Any],
-    scales: np.ndarray[Any, Any],
     minima: np.ndarray[Any, Any],
+    wide: np.ndarray[Any, Any],
+    scale_subs: np.ndarray[Any, Any],
+    minimum_subs: np.ndarray[Any, Any],
     refit: np.ndarray[Any, Any],
     high: float,
     top: float,
@@ -164,65 +137,108 @@ def _choose_sub_scales(
 
     ``refit`` gets the scale and the minimum that suit the choice, and its loss.
     """
-    sub_blocks = steps.shape[1]
+    sub_blocks = scale_subs.shape[1]
     size = SUPER_BLOCK // sub_blocks
-    x = np.empty(size, np.float32)
-    w = np.empty(size, np.float32)
-    zero, one = np.float32(0), np.float32(1)
     per_row = values.shape[1] // SUPER_BLOCK
-    for row in range(begin, end):
+    zero = np.float32(0)
+    x = np.zeros((size, LANES), np.float32)
+    tried, sums, losses = (
+        np.zeros((3, LANES), np.float32),
+        np.zeros((4, LANES), np.float32),
+        np.zeros(LANES, np.float32),
+    )
+    outer, near, best = (
+        np.zeros((2, LANES), np.float32),
+        np.zeros((2, LANES), np.float32),
+        np.zeros((3, LANES), np.float32),
+    )
+    form = np.zeros((6, LANES), np.float32)
+    for first in range(begin, end, LANES):
+        height = min(LANES, end - first)
         for block in range(per_row):
-            n = row * per_row + block
-            scale, minimum = wide[n, 0], wide[n, 1]
-            aa = ab = bb = ax = bx = total = zero
+            for lane in range(height):
+                n = (first + lane) * per_row + block
+                outer[0, lane], outer[1, lane] = wide[n, 0], wide[n, 1]
+            form[:] = 0
             for sub in range(sub_blocks):
-                start = block * SUPER_BLOCK + sub * size
-                for i in range(size):
-                    x[i] = values[row, start + i]
-                    w[i] = importance[start + i]
-                near_s = np.rint(steps[n, sub] / scale) if scale > 0 else zero
-                near_m = np.rint(depths[n, sub] / minimum) if minimum > 0 else zero
-                best_s, best_m, least = zero, zero, np.float32(np.inf)
+                start, group = block * SUPER_BLOCK + sub * size, block * sub_blocks + sub
+                take_lanes(values, first, height, start, x)
+                w = importance[start : start + size]
+                weight = w.sum()
+                for lane in range(height):
+                    scale, minimum = outer[0, lane], outer[1, lane]
+                    near[0, lane] = np.rint(steps[first + lane, group] / scale) if scale > 0 else zero
+                    near[1, lane] = np.rint(-minima[first + lane, group] / minimum) if minimum > 0 else zero
+                best[0], best[1], best[2] = zero, zero, np.float32(np.inf)
                 for ds in range(-1, 2):
-                    s = near_s + np.float32(ds)
-                    if s < 0 or s > top:
-                        continue
-                    step = scale * s
-                    inverse = one / step if step > 0 else zero
+                    for lane in range(LANES):
+                        step = outer[0, lane] * (near[0, lane] + np.float32(ds))
+                        tried[0, lane], tried[1, lane] = step, np.float32(1) / step if step > 0 else zero
                     for dm in range(-1, 2):
-                        m = near_m + np.float32(dm)
-                        if m < 0 or m > top:
-                            continue
-                        depth = minimum * m
-                        loss = zero
-                        for i in range(size):
-                            above = x[i] + depth
-                            error = above - min(max(np.rint(above * inverse), zero), high) * step
-                            loss += w[i] * error * error
-                        if loss < least:
-                            best_s, best_m, least = s, m, loss
-                scales[n, sub], minima[n, sub] = np.uint8(best_s), np.uint8(best_m)
-                total += least
-                step, depth = scale * best_s, minimum * best_m
-                inverse = one / step if step > 0 else zero
-                for i in range(size):
-                    a = best_s * min(max(np.rint((x[i] + depth) * inverse), zero), high)
-                    weighted = w[i] * a
-                    aa += weighted * a
-                    ab += weighted * best_m
-                    bb += w[i] * best_m * best_m
-                    ax += weighted * x[i]
-                    bx += w[i] * best_m * x[i]
-            # Least squares of x ≈ scale · a - minimum · b.
-            determinant = aa * bb - ab * ab
-            refit[n, 0], refit[n, 1], refit[n, 2] = scale, minimum, total
-            if determinant > np.float32(1e-6) * aa * bb:
-                fitted = (ax * bb - bx * ab) / determinant
-                depth = (ax * ab - bx * aa) / determinant
-                if fitted > 0 and depth >= 0:
-                    refit[n, 0], refit[n, 1] = fitted, depth
-            elif aa > 0 and bb == 0:
-                refit[n, 0] = ax / aa
+                        for lane in range(LANES):
+                            tried[2, lane] = outer[1, lane] * (near[1, lane] + np.float32(dm))
+                        sum_losses(x, w, tried, losses, zero, high)
+                        _take_pair(near, ds, dm, losses, best, top)
+                for lane in range(LANES):
+                    step = outer[0, lane] * best[0, lane]
+                    tried[0, lane], tried[1, lane] = step, np.float32(1) / step if step > 0 else zero
+                    tried[2, lane] = outer[1, lane] * best[1, lane]
+                sum_codes(x, w, tried, sums, zero, high)
+                _add_up(sums, best, weight, form)
+                for lane in range(height):
+                    n = (first + lane) * per_row + block
+                    scale_subs[n, sub], minimum_subs[n, sub] = np.uint8(best[0, lane]), np.uint8(best[1, lane])
+            for lane in range(height):
+                _refit(form[:, lane], outer[:, lane], refit[(first + lane) * per_row + block])
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _take_pair(
+    near: np.ndarray[Any, Any],
+    ds: int,
+    dm: int,
+    losses: np.ndarray[Any, Any],
+    best: np.ndarray[Any, Any],
+    top: float,
+) -> None:
+    """Keep ``near + (ds, dm)`` where it is within bounds and loses less; ``best``: both integers, and losses."""
+    for lane in range(LANES):
+        s, m = near[0, lane] + np.float32(ds), near[1, lane] + np.float32(dm)
+        better = (s >= 0) & (s <= top) & (m >= 0) & (m <= top) & (losses[lane] < best[2, lane])
+        best[0, lane] = s if better else best[0, lane]
+        best[1, lane] = m if better else best[1, lane]
+        best[2, lane] = losses[lane] if better else best[2, lane]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _add_up(sums: np.ndarray[Any, Any], best: np.ndarray[Any, Any], weight: float, form: np.ndarray[Any, Any]) -> None:
+    """Add a sub-block to the sums that scale and minimum of its super-block follow from.
+
+    With ``a = s · code`` and ``b = m`` they are of ``a²``, ``a b``, ``b²``, ``a x``, ``b x``, and the losses.
+    """
+    for lane in range(LANES):
+        s, m = best[0, lane], best[1, lane]
+        form[0, lane] += s * s * sums[1, lane]
+        form[1, lane] += s * m * sums[0, lane]
+        form[2, lane] += m * m * weight
+        form[3, lane] += s * sums[2, lane]
+        form[4, lane] += m * sums[3, lane]
+        form[5, lane] += best[2, lane]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _refit(form: np.ndarray[Any, Any], outer: np.ndarray[Any, Any], refit: np.ndarray[Any, Any]) -> None:
+    """Least squares of ``x ≈ scale · a - minimum · b``."""
+    aa, ab, bb, ax, bx = form[0], form[1], form[2], form[3], form[4]
+    determinant = aa * bb - ab * ab
+    refit[0], refit[1], refit[2] = outer[0], outer[1], form[5]
+    if determinant > np.float32(1e-6) * aa * bb:
+        fitted = (ax * bb - bx * ab) / determinant
+        depth = (ax * ab - bx * aa) / determinant
+        if fitted > 0 and depth >= 0:
+            refit[0], refit[1] = fitted, depth
+    elif aa > 0 and bb == 0:
+        refit[0] = ax / aa
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

@@ -13,7 +13,8 @@ import numpy as np
 
 from llmconvert.compute.rows import over_rows
 from llmconvert.gguf.ggml.blocks import Array, Blocks, block_importance
-from llmconvert.gguf.ggml.fit import FAST, ROUNDS, TINY
+from llmconvert.gguf.ggml.fit import LANES, fit_steps, take_lanes
+from llmconvert.gguf.ggml.super_blocks.choice import sum_codes, sum_losses
 from llmconvert.gguf.ggml.super_blocks.minima import SUPER_BLOCK
 
 __all__ = ["SUB_BLOCK", "fit_step_super_blocks"]
@@ -39,9 +40,10 @@ def fit_step_super_blocks(
     weights = block_importance(importance, values.shape[1])
     limits = np.float32(-(1 << (bits - 1))), np.float32((1 << (bits - 1)) - 1)
     bounds = np.float32(sub_range[0]), np.float32(sub_range[1])
-    steps = np.empty((count, _SUBS), np.float32)
-    over_rows(_fit_sub_blocks, rows, values, weights, steps, *limits, candidates)
-    largest = np.take_along_axis(steps, np.abs(steps).argmax(axis=1, keepdims=True), axis=1)[:, 0]
+    steps = np.empty((rows, values.shape[1] // SUB_BLOCK), np.float32)
+    over_rows(fit_steps, rows, values, weights, steps, *limits, candidates)
+    own = steps.reshape(count, _SUBS)
+    largest = np.take_along_axis(own, np.abs(own).argmax(axis=1, keepdims=True), axis=1)[:, 0]
     scale = (largest / bounds[0]).astype(np.float16)
     best, least = scale, np.full(count, np.inf, np.float32)
     subs = np.empty((count, _SUBS), np.int8)
@@ -59,99 +61,7 @@ def fit_step_super_blocks(
     return Blocks(codes, best, sub_scales=best_subs)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def _sum_up(
-    weighed: np.ndarray[Any, Any], tried: np.ndarray[Any, Any], low: float, high: float, sums: np.ndarray[Any, Any]
-) -> None:
-    """For codes of a step of each sub-block: the sums that the step which suits them, and its loss, follow from.
-
-    Sub-blocks lie side by side and fill the vector units, so that no sum goes across. Three arrays in all: of more, the
-    compiler would have to see at run time whether they overlap, and does without vectors.
-
-    Args:
-        weighed: ``[weight, 2, sub-block]``: values and what their errors weigh.
-        tried: ``[2, sub-block]``: steps, and one over them.
-        low, high: of codes.
-        sums: ``[3, sub-block]``: of weighed errors times codes, squared codes, and squared errors.
-    """
-    sums[:] = 0
-    for i in range(SUB_BLOCK):
-        for sub in range(_SUBS):
-            value, weight = weighed[i, 0, sub], weighed[i, 1, sub]
-            code = min(max(np.rint(value * tried[1, sub]), low), high)
-            error = value - code * tried[0, sub]
-            product = weight * code
-            sums[0, sub] += product * error
-            sums[1, sub] += product * code
-            sums[2, sub] += weight * error * error
-
-
-@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def _take_better(tried: np.ndarray[Any, Any], sums: np.ndarray[Any, Any], best: np.ndarray[Any, Any]) -> int:
-    """Keep the step that suits the codes where it has less loss; in how many sub-blocks. ``best``: steps and losses."""
-    count = 0
-    for sub in range(_SUBS):
-        squares = sums[1, sub]
-        change = sums[0, sub] / squares if squares > 0 else np.float32(0)
-        step, loss = tried[0, sub] + change, sums[2, sub] - change * sums[0, sub]
-        better = loss < best[1, sub]
-        best[0, sub] = step if better else best[0, sub]
-        best[1, sub] = loss if better else best[1, sub]
-        count += better
-    return count
-
-
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _fit_sub_blocks(
-    begin: int,
-    end: int,
-    values: np.ndarray[Any, Any],
-    importance: np.ndarray[Any, Any],
-    steps: np.ndarray[Any, Any],
-    low: float,
-    high: float,
-    candidates: int,
-) -> None:
-    """The best step of every sub-block by itself, as :func:`~llmconvert.gguf.ggml.fit.best_step` has it."""
-    weighed = np.empty((SUB_BLOCK, 2, _SUBS), np.float32)
-    tried, best = np.empty((2, _SUBS), np.float32), np.empty((2, _SUBS), np.float32)
-    sums = np.empty((3, _SUBS), np.float32)
-    extreme = np.empty(_SUBS, np.float32)
-    per_row = values.shape[1] // SUPER_BLOCK
-    for row in range(begin, end):
-        for block in range(per_row):
-            for sub in range(_SUBS):
-                extreme[sub] = 0
-                for i in range(SUB_BLOCK):
-                    column = block * SUPER_BLOCK + sub * SUB_BLOCK + i
-                    value = values[row, column]
-                    weighed[i, 0, sub], weighed[i, 1, sub] = value, importance[column]
-                    if abs(value) > abs(extreme[sub]):
-                        extreme[sub] = value
-                if abs(extreme[sub]) < TINY:
-                    extreme[sub] = 0
-                best[0, sub], best[1, sub] = 1, np.inf
-            for limit in (low, high):
-                for candidate in range(candidates):
-                    # From one level short of the range's end to a quarter beyond it, where the extreme is clipped.
-                    reach = abs(limit) - 1 + candidate * (abs(limit) / 4 + 1) / (candidates - 1)
-                    divisor = np.float32(reach if limit > 0 else -reach)
-                    for sub in range(_SUBS):
-                        tried[0, sub] = extreme[sub] / divisor if extreme[sub] != 0 else np.float32(1)
-                        tried[1, sub] = np.float32(1) / tried[0, sub]
-                    _sum_up(weighed, tried, low, high, sums)
-                    _take_better(tried, sums, best)
-            for _ in range(ROUNDS):
-                for sub in range(_SUBS):
-                    tried[0, sub], tried[1, sub] = best[0, sub], np.float32(1) / best[0, sub]
-                _sum_up(weighed, tried, low, high, sums)
-                if _take_better(tried, sums, best) == 0:
-                    break
-            for sub in range(_SUBS):
-                steps[row * per_row + block, sub] = best[0, sub] if extreme[sub] != 0 else np.float32(0)
-
-
-@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _choose_sub_scales(
     begin: int,
     end: int,
@@ -163,50 +73,71 @@ def _choose_sub_scales(
     refit: np.ndarray[Any, Any],
     low: float,
     high: float,
-    least_sub: Any,
-    most_sub: Any,
+    least_sub: float,
+    most_sub: float,
 ) -> None:
     """For given scales ``wide``: each sub-block's integer among the nearest three, by error.
 
     ``refit`` gets the scale that suits the choice, and its loss.
     """
-    x = np.empty(SUB_BLOCK, np.float32)
-    w = np.empty(SUB_BLOCK, np.float32)
-    zero, one = np.float32(0), np.float32(1)
     per_row = values.shape[1] // SUPER_BLOCK
-    for row in range(begin, end):
+    zero = np.float32(0)
+    x = np.zeros((SUB_BLOCK, LANES), np.float32)
+    tried, sums, losses = (
+        np.zeros((3, LANES), np.float32),
+        np.zeros((4, LANES), np.float32),
+        np.zeros(LANES, np.float32),
+    )
+    scale, near = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    best, form = np.zeros((2, LANES), np.float32), np.zeros((3, LANES), np.float32)
+    for first in range(begin, end, LANES):
+        height = min(LANES, end - first)
         for block in range(per_row):
-            n = row * per_row + block
-            scale = wide[n]
-            aa = ax = total = zero
+            for lane in range(height):
+                scale[lane] = wide[(first + lane) * per_row + block]
+            form[:] = 0
             for sub in range(_SUBS):
-                start = block * SUPER_BLOCK + sub * SUB_BLOCK
-                for i in range(SUB_BLOCK):
-                    x[i] = values[row, start + i]
-                    w[i] = importance[start + i]
-                near = np.rint(steps[n, sub] / scale) if scale != 0 else zero
-                best, least = zero, np.float32(np.inf)
+                start, group = block * SUPER_BLOCK + sub * SUB_BLOCK, block * _SUBS + sub
+                take_lanes(values, first, height, start, x)
+                w = importance[start : start + SUB_BLOCK]
+                for lane in range(height):
+                    near[lane] = np.rint(steps[first + lane, group] / scale[lane]) if scale[lane] != 0 else zero
+                best[0], best[1] = zero, np.float32(np.inf)
                 for ds in range(-1, 2):
-                    s = min(max(near + np.float32(ds), least_sub), most_sub)
-                    step = scale * s
-                    inverse = one / step if step != 0 else zero
-                    loss = zero
-                    for i in range(SUB_BLOCK):
-                        error = x[i] - min(max(np.rint(x[i] * inverse), low), high) * step
-                        loss += w[i] * error * error
-                    if loss < least:
-                        best, least = s, loss
-                subs[n, sub] = np.int8(best)
-                total += least
-                step = scale * best
-                inverse = one / step if step != 0 else zero
-                for i in range(SUB_BLOCK):
-                    a = best * min(max(np.rint(x[i] * inverse), low), high)
-                    aa += w[i] * a * a
-                    ax += w[i] * a * x[i]
-            refit[n, 0], refit[n, 1] = scale, total
-            if aa > 0:
-                refit[n, 0] = ax / aa
+                    _try_subs(near, ds, scale, tried, least_sub, most_sub)
+                    sum_losses(x, w, tried, losses, low, high)
+                    for lane in range(LANES):
+                        s = min(max(near[lane] + np.float32(ds), least_sub), most_sub)
+                        better = losses[lane] < best[1, lane]
+                        best[0, lane] = s if better else best[0, lane]
+                        best[1, lane] = losses[lane] if better else best[1, lane]
+                _try_subs(best[0], 0, scale, tried, least_sub, most_sub)
+                sum_codes(x, w, tried, sums, low, high)
+                for lane in range(LANES):
+                    form[0, lane] += best[0, lane] * best[0, lane] * sums[1, lane]
+                    form[1, lane] += best[0, lane] * sums[2, lane]
+                    form[2, lane] += best[1, lane]
+                for lane in range(height):
+                    subs[(first + lane) * per_row + block, sub] = np.int8(best[0, lane])
+            for lane in range(height):
+                n = (first + lane) * per_row + block
+                refit[n, 0] = form[1, lane] / form[0, lane] if form[0, lane] > 0 else scale[lane]
+                refit[n, 1] = form[2, lane]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _try_subs(
+    near: np.ndarray[Any, Any],
+    ds: int,
+    scale: np.ndarray[Any, Any],
+    tried: np.ndarray[Any, Any],
+    least: float,
+    most: float,
+) -> None:
+    """Steps of sub-blocks whose integers are ``near + ds``, within bounds."""
+    for lane in range(LANES):
+        step = scale[lane] * min(max(near[lane] + np.float32(ds), least), most)
+        tried[0, lane], tried[1, lane] = step, np.float32(1) / step if step != 0 else np.float32(0)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
