@@ -6,6 +6,7 @@ from release to release. Both are brought to those of the decoder alone, so that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -101,6 +102,13 @@ class Decoder:
         ahead = self.ahead
         if not ahead:
             return ()
+        ordinary = {re.sub(r"\d+", "*", actual) for actual in set(self.names.values()) - set(ahead)}
+        if all(re.sub(r"\d+", "*", name) in ordinary for name in ahead):  # nothing of another kind is in them
+            return (
+                f"config.json counts {self.values['num_hidden_layers']} layers; {len(ahead)} tensors of layers behind "
+                f"them ({ahead[0]}, …) are left out, as transformers leaves them out. If the model has more layers, "
+                "num_hidden_layers is wrong",
+            )
         return (
             f"{len(ahead)} tensors of layers that predict several tokens at once ({ahead[0]}, …) are left out; the "
             "model computes the same without",

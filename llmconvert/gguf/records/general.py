@@ -37,8 +37,7 @@ def general_metadata(source: Checkpoint, shapes: Iterable[int], experts: tuple[i
     for key, name in (("license", "license"), ("license_name", "license.name"), ("license_link", "license.link")):
         if isinstance(card.get(key), str):
             found[f"general.{name}"] = card[key]
-    for key, name in (("tags", "tags"), ("language", "languages")):
-        listed = _texts(card.get(key))
+    for name, listed in (("tags", _texts(card.get("tags"))), ("languages", _languages(card.get("language")))):
         if listed:
             found[f"general.{name}"] = listed
     return {
@@ -60,6 +59,12 @@ def _card(source: Checkpoint) -> Mapping[str, Any]:
 def _texts(value: object) -> list[str]:
     values = value if isinstance(value, list) else [value]
     return [text for text in values if isinstance(text, str) and text]
+
+
+def _languages(value: object) -> list[str]:
+    """Codes of languages; YAML reads Norwegian's, unless it is quoted, as a boolean."""
+    values = value if isinstance(value, list) else [value]
+    return _texts(["no" if one is False else one for one in values])
 
 
 def _origins(kind: str, ids: list[str]) -> dict[str, Any]:

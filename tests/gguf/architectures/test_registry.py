@@ -99,6 +99,15 @@ def test_layers_that_predict_several_tokens_are_left_out_and_that_is_said(tmp_pa
     assert written(directory).read_bytes() == expected
 
 
+def test_layers_that_the_config_does_not_count_are_not_told_as_such_that_predict_ahead(tmp_path: Path) -> None:
+    directory = save_family(tmp_path / "model", *GGUF_FAMILIES["llama"])
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
+    with SafetensorsCheckpoint(directory) as source:
+        note = export_checkpoint(source, "tiny").notes[0]
+    assert note.startswith("config.json counts 1 layers; 9 tensors of layers behind them (model.layers.1.")
+
+
 def test_the_page_has_every_architecture_and_nothing_beyond_the_tolerance() -> None:
     text, _, _ = PAGE.read_text().partition("\n## Vision towers")
     rows = re.findall(r"^\| `(\w+)` \| `([\w.-]+)` \| ([\d.]+|refused: .+) \|$", text, re.MULTILINE)

@@ -31,7 +31,7 @@ WINDOWS = [torch.randint(3, 320, (1, 48), generator=torch.Generator().manual_see
 CARD = """---
 license: other
 license_name: tiny
-language: [en, de]
+language: [en, de, no]
 tags: [small]
 base_model: org/Tiny-Base
 datasets: [org/words]
@@ -90,7 +90,7 @@ def test_files_say_what_the_models_card_says(model: Path, tmp_path: Path) -> Non
         "general.license": "other",
         "general.license.name": "tiny",
         "general.tags": ["small"],
-        "general.languages": ["en", "de"],
+        "general.languages": ["en", "de", "no"],
         "general.base_model.count": 1,
         "general.base_model.0.name": "Tiny Base",
         "general.base_model.0.organization": "org",
