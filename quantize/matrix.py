@@ -7,7 +7,7 @@ runtimes' record (:mod:`llmconvert.quantize.runtimes`) what has been seen to rea
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.ggml.mix import FLOATS, GgmlMix
@@ -100,14 +100,17 @@ class Readership:
     Attributes:
         read: their names.
         unseen: names of those that read the format, and the schemes, or what else, that they were never run with.
+        refused: names of those that read the format, and the schemes that they were shown and do not load.
     """
 
     read: tuple[str, ...]
     unseen: Mapping[str, tuple[str, ...]]
+    refused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         read = ", ".join(self.read) or "no runtime but ours"
-        left = [f"{name} was never run with {', '.join(schemes)}" for name, schemes in self.unseen.items()]
+        left = [f"{name} does not load {', '.join(schemes)}" for name, schemes in self.refused.items()]
+        left += [f"{name} was never run with {', '.join(schemes)}" for name, schemes in self.unseen.items()]
         return "; ".join([f"schemes read by {read}", *left])
 
 
@@ -130,17 +133,22 @@ def readership(
     """
     used = sorted(set(schemes), key=str)
     runtimes = [one for one in runtimes_of(format) if runtime in (None, one.script)]
-    readers = {scheme: {runtime.key for runtime in readers_of(format, scheme)} for scheme in used}
+    keys = {str(scheme): {runtime.key for runtime in readers_of(format, scheme)} for scheme in used}
+    refusals = {reader.name: refused_by(reader.script, format, used) for reader in runtimes}
     unseen = {
         reader.name: (
-            *(str(scheme) for scheme in used if reader.key not in readers[scheme]),
+            *(text for text in map(str, used) if reader.key not in keys[text] and text not in refusals[reader.name]),
             *(_OUTER[kind] for kind in sorted(outer) if kind not in reader.outer),
             *(("quantized experts",) if experts and not reader.experts else ()),
         )
         for reader in runtimes
     }
-    read = tuple(name for name, schemes_left in unseen.items() if not schemes_left)
-    return Readership(read, {name: left for name, left in unseen.items() if left})
+    read = tuple(name for name, schemes_left in unseen.items() if not schemes_left and not refusals[name])
+    return Readership(
+        read,
+        {name: left for name, left in unseen.items() if left},
+        {name: schemes for name, schemes in refusals.items() if schemes},
+    )
 
 
 def combinations(schemes: Sequence[str] = USUAL) -> Iterator[Combination]:

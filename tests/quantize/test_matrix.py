@@ -102,12 +102,13 @@ def test_who_reads_an_artifact_is_who_reads_all_its_schemes() -> None:
     alone, both = readership("compressed-tensors", [four]), readership("compressed-tensors", [four, eight, four])
     assert alone.read == ("transformers", "vLLM on CPU") and not alone.unseen
     assert str(alone) == "schemes read by transformers, vLLM on CPU"
-    assert both.read == ("transformers",) and both.unseen == {"vLLM on CPU": ("w8a16-g64-sym",)}
-    assert str(both) == "schemes read by transformers; vLLM on CPU was never run with w8a16-g64-sym"
+    assert both.read == ("transformers",) and both.refused == {"vLLM on CPU": ("w8a16-g64-sym",)} and not both.unseen
+    assert str(both) == "schemes read by transformers; vLLM on CPU does not load w8a16-g64-sym"
     assert str(readership("gptq", [Scheme.parse("w3a16-g64")])).startswith("schemes read by GPTQModel, transformers")
     assert readership("gguf", [parse_scheme("q4_k_m")]).read == ("llama.cpp",)
     nobody = readership("compressed-tensors", [Scheme.parse("w3a16-g64")])
-    assert not nobody.read and str(nobody).startswith("schemes read by no runtime but ours; transformers was never run")
+    assert not nobody.read and str(nobody).startswith("schemes read by no runtime but ours; vLLM on CPU does not load")
+    assert "transformers was never run with w3a16-g64-sym" in str(nobody)
 
 
 def test_who_reads_a_mix_reads_the_codes_of_its_types() -> None:
