@@ -17,7 +17,7 @@ from llmconvert.convert.pipeline import buffer_nbytes, stream_tensors
 from llmconvert.convert.quantized import dense_source
 from llmconvert.convert.rope_factor import RopeScaling
 from llmconvert.convert.rope_scaling import scale_positions
-from llmconvert.engine.memory import BASE_NBYTES
+from llmconvert.engine.memory import LOADED_NBYTES
 from llmconvert.errors import UnsupportedError
 from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Bytes, Progress
@@ -116,7 +116,7 @@ def plan_dtype(source: Checkpoint, output: Path, request: DtypeRequest, *, conte
         config = scale_positions(config, request.rope_scaling)
     specs = [TensorSpec(i.name, dtype if i.dtype in CASTABLE else i.dtype, i.shape) for i in source.infos.values()]
     layout = plan_layout(specs, request.max_shard_bytes)
-    needs = Needs(memory=BASE_NBYTES + buffer_nbytes(source, specs), disk=output_nbytes(layout, config, source.files))
+    needs = Needs(memory=LOADED_NBYTES + buffer_nbytes(source, specs), disk=output_nbytes(layout, config, source.files))
     return DtypePlan(request, layout, config, needs, source, output, context)
 
 

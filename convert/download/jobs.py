@@ -26,7 +26,7 @@ from llmconvert.convert.download.shards import StreamedModel, describe_remote, s
 from llmconvert.convert.dtype import DtypeRequest
 from llmconvert.convert.pipeline import BUFFER_NBYTES, stream_tensors
 from llmconvert.engine.discovery import discover
-from llmconvert.engine.memory import BASE_NBYTES, choose_mode
+from llmconvert.engine.memory import LOADED_NBYTES, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UsageError
 from llmconvert.needs import Needs
@@ -143,7 +143,7 @@ def _needs(model: StreamedModel, output: int, work: int) -> Needs:
     """The output and two source shards on disk, and the download of all."""
     sizes = sorted((file.size for file in model.remote.shards), reverse=True)
     shards = sum(sizes[:2])
-    return Needs(memory=BASE_NBYTES + work, disk=output + shards, download=sum(sizes), passing=shards)
+    return Needs(memory=LOADED_NBYTES + work, disk=output + shards, download=sum(sizes), passing=shards)
 
 
 def stream_convert(
@@ -288,7 +288,7 @@ def plan_stream_quantize(
         )
     model = _describe(model_id, output, revision, files)
     job = _QuantizeJob(model, rest, request, quantizer, layout_format, context)
-    needs = _needs(model, output_nbytes(job.layout, job.config, job.files), job.memory.total - BASE_NBYTES)
+    needs = _needs(model, output_nbytes(job.layout, job.config, job.files), job.memory.total - LOADED_NBYTES)
     return StreamedQuantizePlan(request, needs, model, output, job, context)
 
 

@@ -34,6 +34,8 @@ from llmconvert.version import __version__
 
 __all__ = ["main"]
 
+# What every command has, and people give before it.
+_OF_COMMANDS = ("-q", "--quiet", "-v", "--verbose", "--json", "--debug", "--plan", "--set", "--work-dir")
 # What several processes do together.
 _TOGETHER = ("run", "quantize", "validate")
 # What people type who know other tools, and what it is called here.
@@ -71,6 +73,15 @@ class _Failure(click.ClickException):
 
 
 class _Main(click.Group):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            option = error.option_name
+            if option not in _OF_COMMANDS:
+                raise
+            raise click.UsageError(f"{option} goes behind the command: llmconvert COMMAND … {option}", ctx) from error
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             launch = Launch.of(os.environ)

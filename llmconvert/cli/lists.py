@@ -52,41 +52,53 @@ def _options(rows: Mapping[str, str]) -> Iterator[str]:
         yield from textwrap.wrap(about, 76, initial_indent="    ", subsequent_indent="    ")
 
 
-@click.command(short_help="List schemes: bits, groups and activations.")
+@click.command(short_help="List schemes (bits, groups, activations), or say what one is.")
+@click.argument("name", metavar="[SCHEME]", required=False, type=Known("scheme"))
 @manners
-def schemes(manners: Manners) -> None:
-    """List the schemes that are usual, and the types of GGUF files; others follow the same grammar.
+def schemes(name: str | None, manners: Manners) -> None:
+    """List the schemes that are usual, and the types of GGUF files; others follow the same grammar. Of one, say what it
+    is.
 
     w<bits>a<16|8>[-g<size>|-channel][-sym|-asym], for example w4a16-g128.
 
     \b
-    Example:
+    Examples:
       llmconvert schemes
+      llmconvert schemes w3a16-g48
     """
-    from llmconvert.quantize.catalog.schemes import usual_schemes
+    from llmconvert.quantize.catalog.schemes import about_scheme, usual_schemes
+    from llmconvert.quantize.scheme import parse_scheme
 
-    listed = usual_schemes()
+    if name is None:
+        listed = usual_schemes()
+    else:
+        scheme = parse_scheme(name)
+        listed = {str(scheme): about_scheme(scheme)}
     manners.result(listed, *beside(listed.items()))
 
 
-@click.command(short_help="List formats on disk.")
+@click.command(short_help="List formats on disk, or one of them.")
+@click.argument("name", metavar="[FORMAT]", required=False, type=Known("format"))
 @manners
-def formats(manners: Manners) -> None:
-    """List formats on disk, and what reads each of them in which schemes.
+def formats(name: str | None, manners: Manners) -> None:
+    """List formats on disk, or one of them, and what reads each in which schemes.
 
     \b
-    Example:
+    Examples:
       llmconvert formats
+      llmconvert formats gguf
     """
-    from llmconvert.quantize.catalog.formats import FORMATS, about_format
+    from llmconvert.quantize.catalog.formats import FORMATS, about_format, require_format
     from llmconvert.quantize.runtimes import runtimes_of
 
-    listed = {name: about_format(name) for name in FORMATS}
-    read = {name: {one.name: list(one.schemes) for one in runtimes_of(name)} for name in FORMATS}
+    if name is not None:
+        require_format(name)
+    listed = {one: about_format(one) for one in (FORMATS if name is None else [name])}
+    read = {one: {runtime.name: list(runtime.schemes) for runtime in runtimes_of(one)} for one in listed}
     rows: list[tuple[str, str]] = []
-    for name, runtimes in read.items():
-        rows += [(name, listed[name]), *(("", f"{runtime}: {', '.join(found)}") for runtime, found in runtimes.items())]
-    manners.result({name: {"about": listed[name], "read by": read[name]} for name in FORMATS}, *beside(rows))
+    for one, runtimes in read.items():
+        rows += [(one, listed[one]), *(("", f"{runtime}: {', '.join(found)}") for runtime, found in runtimes.items())]
+    manners.result({one: {"about": listed[one], "read by": read[one]} for one in listed}, *beside(rows))
 
 
 @click.command(short_help="List shipped recipes, or print one.")

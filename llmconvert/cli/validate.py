@@ -23,7 +23,17 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str | Non
         raise click.BadParameter(f"{text!r} is not numbers of tokens with commas between") from None
 
 
-@click.command(short_help="Measure MODEL against its original.")
+class _OfOneModel(click.Command):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            if not error.message.startswith("Got unexpected extra argument"):
+                raise
+            raise click.UsageError(f"{error.message}; the original is named by --reference", ctx) from error
+
+
+@click.command(cls=_OfOneModel, short_help="Measure MODEL against its original.")
 @click.argument("model")
 @click.option("--reference", metavar="MODEL", help="The original, to compare with.")
 @click.option("--text", metavar="FILE|NAME", help="Text to measure perplexity on, pydoc-topics:test for example.")

@@ -15,9 +15,11 @@ from llmconvert.memory import available_nbytes
 from llmconvert.needs import Needs
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["BASE_NBYTES", "MemoryEstimate", "activation_nbytes", "choose_mode", "tokenizer_nbytes"]
+__all__ = ["BASE_NBYTES", "LOADED_NBYTES", "MemoryEstimate", "activation_nbytes", "choose_mode", "tokenizer_nbytes"]
 
-#: The interpreter with torch and transformers, thread stacks and the allocator's slack.
+#: The interpreter with torch and transformers, and a plan made with them.
+LOADED_NBYTES = 440_000_000
+#: With compiled kernels, thread stacks and the allocator's slack as well, where a model's forward runs.
 BASE_NBYTES = 500_000_000
 # What a byte of tokenizer.json becomes when it is loaded: measured for vocabularies of 49,152 to 256,000 tokens, 8 to 9
 # of them, and 10 to 12 while it is read.
@@ -112,7 +114,7 @@ def choose_mode(
     limit //= processes
     candidates: tuple[Mode, ...] = (mode,) if mode else ("lockstep", "replay")
     for candidate in candidates:
-        parts = {"base": BASE_NBYTES, "one linear": work_nbytes}
+        parts = {"base": BASE_NBYTES if lengths else LOADED_NBYTES, "one linear": work_nbytes}
         if lengths:
             parts["tokenizer"] = tokenizer_nbytes(skeleton.checkpoint)
             blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))

@@ -36,6 +36,8 @@ _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
 _SIGNED = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+")
 # What the client logs of its own inner steps; a push without changes is ours to tell.
 _NOISE = ("No files have been modified", "No files matched")
+# Behind what failed, before the client says that it tries again; what fails in the end is an error of ours.
+_FAILED = " thrown while requesting "
 # Of the models that a search finds, how many are looked at, and how many are shown.
 _LOOKED_AT, _SHOWN = 100, 3
 
@@ -194,7 +196,7 @@ def _quiet() -> Iterator[None]:
 def _clean(record: logging.LogRecord) -> bool:
     """What the client logs, without tokens and links that grant access."""
     text = record.getMessage()
-    if text.startswith(_NOISE):
+    if text.startswith(_NOISE) or _FAILED in text:
         return False
     record.msg, record.args = without_secrets(text), ()
     return True

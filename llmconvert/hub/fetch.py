@@ -359,7 +359,7 @@ def _choose(model_id: str, names: dict[str, int], directory: Path, allow_pickle:
         if single == _PICKLE_SINGLE and not allow_pickle:
             raise HubError(
                 f"{model_id}: only pickle weights ({_PICKLE_SINGLE}); they can run code when loaded. "
-                "Use a repository with safetensors, or --allow-pickle (loads with weights_only=True)"
+                "Use a repository with safetensors, or --allow-pickle (allow_pickle: true), which reads tensors alone"
             )
         weights = [index, *_shards(model_id, directory / index)] if index in names else [single]
         missing = [name for name in weights if name not in names]

@@ -196,7 +196,7 @@ def shard_names(directory: Path) -> list[str]:
     if pickles:
         raise CheckpointError(
             f"{directory}: only pickle weights ({pickles[0]}); they can run code when loaded. "
-            "Use a repository with safetensors, or --allow-pickle (loads with weights_only=True)"
+            "Use a repository with safetensors, or --allow-pickle (allow_pickle: true), which reads tensors alone"
         )
     others = sorted(path.name for path in directory.iterdir() if path.name.endswith(_WEIGHT_SUFFIXES))
     found = f"; it has {others[0]}{', …' if len(others) > 1 else ''}" if others else ""

@@ -48,6 +48,11 @@ def test_a_method_is_shown_with_its_options() -> None:
     assert wrong.exit_code == 2 and "did you mean gptq?" in wrong.stderr
 
 
+def test_one_scheme_and_one_format_are_told() -> None:
+    assert "3-bit integers, one scale per 48 columns" in call("schemes", "w3a16-g48").output
+    assert list(json.loads(call("formats", "gguf", "--json").output)) == ["gguf"]
+
+
 def test_a_shipped_recipe_can_be_printed_and_read_again() -> None:
     text = call("recipes", "hub-w4").output
     assert parse_recipe(text, "printed").quantize is not None

@@ -19,7 +19,7 @@ from support.bare_models import RowsOnly, make_model
 from llmconvert.convert.cast import CastView, cast_into, with_dtype
 from llmconvert.convert.dtype import DtypeRequest, convert_dtype, plan_dtype
 from llmconvert.convert.pipeline import BUFFER_NBYTES
-from llmconvert.engine.memory import BASE_NBYTES
+from llmconvert.engine.memory import LOADED_NBYTES
 from llmconvert.errors import CheckpointError, OutputError, UnsupportedError
 from llmconvert.report.steps import DtypeReport
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorInfo
@@ -109,9 +109,9 @@ def test_the_memory_that_is_stated_is_that_of_the_dtypes(tmp_path: Path) -> None
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         source = make_model(tmp_path / str(dtype), {"a.weight": torch.ones(4, 4, dtype=dtype)})
         plan = plan_dtype(SafetensorsCheckpoint(source), tmp_path / "out", DtypeRequest(torch.float32))
-        stated[dtype] = plan.needs.memory - BASE_NBYTES
+        stated[dtype] = plan.needs.memory - LOADED_NBYTES
         rows = plan_dtype(RowsOnly(SafetensorsCheckpoint(source)), tmp_path / "out", DtypeRequest(torch.float32))
-        assert rows.needs.memory - BASE_NBYTES == BUFFER_NBYTES
+        assert rows.needs.memory - LOADED_NBYTES == BUFFER_NBYTES
     # Two bytes in and four out; four that stay; eight in and four out.
     assert stated[torch.bfloat16] * 4 == stated[torch.float32] * 6 and stated[torch.float64] <= BUFFER_NBYTES
     assert stated[torch.float32] < stated[torch.bfloat16] < stated[torch.float64]
