@@ -19,7 +19,6 @@ from llmconvert.convert.gqa.weights import LayerWeights
 __all__ = ["ValueFit"]
 
 _TURNS = 2
-_RIDGE = 1e-3
 # Damping of the preconditioner, as shares of mean diagonals.
 _DAMPING = 1e-2
 # Fewer equations than so many times what each row of a weight multiplies would be fitted by heart.
@@ -34,6 +33,7 @@ class ValueFit:
         attended: what each query head attends to, means of inputs: ``[rows, heads, inputs]``, one tensor per window.
         targets: what attention should add, ``[rows, hidden]`` per window.
         importance: how much each row counts, ``[rows]`` per window.
+        ridge: how strongly both weights are drawn to what they were, as a share of mean second moments.
         steps: of conjugate gradients.
     """
 
@@ -44,9 +44,10 @@ class ValueFit:
         targets: Sequence[torch.Tensor],
         importance: Sequence[torch.Tensor],
         *,
+        ridge: float,
         steps: int = 6,
     ) -> None:
-        self._name, self._steps = name, steps
+        self._name, self._ridge, self._steps = name, ridge, steps
         roots = torch.cat(list(importance)).float().sqrt()
         self._targets = torch.cat(list(targets)).float().mul_(roots[:, None])
         parts, done = iter(attended), 0
@@ -97,7 +98,7 @@ class ValueFit:
     def _fit_output(self, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         inner = self._heads(value, len(output)).flatten(1)
         prior = output.transpose(0, 1).flatten(1)
-        fitted = ridge(self._name, inner.mT @ inner, self._targets.mT @ inner, prior, _RIDGE)
+        fitted = ridge(self._name, inner.mT @ inner, self._targets.mT @ inner, prior, self._ridge)
         by_head: torch.Tensor = fitted.unflatten(1, (len(output), -1))
         return by_head.transpose(0, 1).contiguous()
 
@@ -105,7 +106,7 @@ class ValueFit:
         shared = (len(value), -1)
         metric = (output.mT @ output).unflatten(0, shared).sum(1)
         back = _damped_inverse(metric)
-        damping = _RIDGE * metric.diagonal(dim1=1, dim2=2).mean() * self._power / len(output)
+        damping = self._ridge * metric.diagonal(dim1=1, dim2=2).mean() * self._power / len(output)
 
         def adjoint(error: torch.Tensor) -> torch.Tensor:
             by_head = torch.einsum("nhd,nhi->hdi", torch.einsum("no,hod->nhd", error, output), self._attended)

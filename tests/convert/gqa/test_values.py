@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ def fitted(rows: int, steps: int) -> tuple[ValueFit, LayerWeights, torch.Tensor,
     targets = torch.randn(rows, HIDDEN, generator=generator)
     importance = torch.rand(rows, generator=generator) + 0.5
     parts = [part.split(7) for part in (attended, targets, importance)]
-    fit = ValueFit("o", iter(parts[0]), parts[1], parts[2], steps=steps)
+    fit = ValueFit("o", iter(parts[0]), parts[1], parts[2], ridge=1e-3, steps=steps)
     return fit, layer(generator), attended, targets, importance
 
 
@@ -55,8 +57,19 @@ def test_both_in_turns_come_lower_than_either() -> None:
     )
 
 
+def test_the_stronger_the_ridge_the_less_moves() -> None:
+    moved = []
+    for ridge in (1e-3, 0.1, 1e6):
+        _, start, attended, targets, importance = fitted(60, steps=30)
+        found = ValueFit("o", [attended], [targets], [importance], ridge=ridge, steps=30).fit(start)
+        moved.append([float((found.value - start.value).norm()), float((found.output - start.output).norm())])
+    for weaker, stronger in itertools.pairwise(moved):
+        assert stronger[0] < weaker[0] and stronger[1] < weaker[1]
+    assert max(moved[-1]) < 1e-3
+
+
 def test_what_nothing_comes_into_stays() -> None:
     start = layer(torch.Generator().manual_seed(0))
     rows = torch.zeros(60, HEADS, INPUTS)
-    found = ValueFit("o", [rows], [torch.zeros(60, HIDDEN)], [torch.ones(60)]).fit(start)
+    found = ValueFit("o", [rows], [torch.zeros(60, HIDDEN)], [torch.ones(60)], ridge=0.1).fit(start)
     assert torch.equal(found.value, start.value) and torch.equal(found.output, start.output)
