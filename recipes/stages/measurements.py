@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from llmconvert.context import Context
+from llmconvert.engine.memory import BASE_NBYTES, LOADED_NBYTES
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.checkpoint import open_artifact
@@ -113,6 +114,7 @@ def validate_stage(
             loadable = made is None or not isinstance(load_format(made.format), FileFormat)
             stored = work.sizes.get(model)
             known: dict[str, Any] = {"loadable": loadable, "stored": stored, "build": work.skeletons}
+            known["compiled"] = not loadable or work.recipe.calibrate is not None or work.recipe.attention is not None
             foreseen = foresee_measuring(settings, output, reference, text, work.context, **known)
             return replace(foreseen, notes=(*foreseen.notes, *require_served(work.recipe)))
 
@@ -134,6 +136,7 @@ def foresee_measuring(
     loadable: bool | None = None,
     stored: int | None = None,
     build: Callable[..., Skeleton] = Skeleton,
+    compiled: bool = False,
 ) -> Forecast:
     """What :func:`measure` would need, of an artifact that may be still to be made where there is a reference.
 
@@ -141,6 +144,7 @@ def foresee_measuring(
         loadable: whether it will be a directory that transformers reads, where it is still to be made.
         stored: bytes of its weight files, likewise.
         build: builds a model on shapes.
+        compiled: whether an earlier step of the process has kernels compiled, which stay.
     """
     wanted = measurements(settings)
     known: dict[str, Any] = {"reference": reference, "windows": windows, "loadable": loadable, "stored": stored}
@@ -151,8 +155,9 @@ def foresee_measuring(
     asked = [name for name in type(settings).model_fields if getattr(settings, name) is not None]
     written = settings.generation.max_new_tokens if settings.generation is not None else 0
     shared = "" if context.ranks.alone else f" by {context.ranks.count}"
+    less = 0 if compiled else BASE_NBYTES - LOADED_NBYTES
     return Forecast(
-        plan.needs,
+        replace(plan.needs, memory=plan.needs.memory - less),
         kind=f"validate {' '.join(asked)} {context.device.type}{shared}",
         work=float(weights * (tokens + 64 * written + 1)),
     )

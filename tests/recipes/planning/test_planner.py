@@ -17,6 +17,7 @@ from support.tiny_models import tiny_tokenizer
 
 from llmconvert.cli import main
 from llmconvert.compute.ranks.group import Ranks
+from llmconvert.engine.memory import BASE_NBYTES, LOADED_NBYTES
 from llmconvert.errors import CapacityError, LlmconvertError, UnsupportedError
 from llmconvert.phases import LOADING_KERNELS
 from llmconvert.recipes.loading import load_recipe
@@ -121,6 +122,14 @@ def test_what_can_not_fit_is_refused_before_anything_is_read(
     with pytest.raises(CapacityError, match=r"needs .* of disk in .*, 0 MB are free; .*work_dir, --work-dir"):
         run_recipe(recipe)
     assert not (tmp_path / "work").exists()
+
+
+def test_measuring_behind_steps_that_compile_nothing_states_less(write_recipe: Writer) -> None:
+    taken = []
+    for method in ("rtn", "gptq"):
+        quantize = {"method": method, "scheme": "w4a16-g32"}
+        taken.append(plan_recipe(load_recipe(write_recipe(method, quantize=quantize))).steps[-1].needs.memory)
+    assert taken[1] - taken[0] == BASE_NBYTES - LOADED_NBYTES
 
 
 def test_a_step_that_needs_too_much_names_the_setting(write_recipe: Writer) -> None:
