@@ -1,7 +1,7 @@
 """Presets: method, scheme, samples and distillation for who doesn't want to choose, as the sections they stand for.
 
 Each is the front of what was measured on SmolLM2-135M (``bench/results``, 4 bits in groups of 64): gptq takes less time
-than gptaq, which leaves two thirds of its divergence, with zero points half; in a sketch, distilled scales and norms
+than gptaq, which leaves seven tenths of its divergence, with zero points six; in a sketch, distilled scales and norms
 took a tenth of what is left. Text is what every Python has, so that no account and no download is needed.
 """
 
