@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 
 from llmconvert.errors import CapacityError
+from llmconvert.quantize.mixed_precision import job as choice
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.runner import run_recipe
-from llmconvert.recipes.stages import attention, budget, conversion, measurements, quantization
+from llmconvert.recipes.stages import attention, conversion, measurements, quantization
 from llmconvert.recipes.stages.training import healing
 
 PLANNERS: tuple[tuple[ModuleType, str], ...] = (
     (conversion, "plan_dtype"),
     (attention, "plan_attention"),
     (healing, "plan_heal"),
-    (budget, "plan_choice"),
+    (choice, "plan_choice"),
     (quantization, "plan_quantize"),
     (measurements, "plan_validation"),
 )

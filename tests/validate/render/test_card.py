@@ -186,7 +186,9 @@ def test_the_card_says_which_runtimes_read_the_schemes_that_were_chosen(report: 
     assert seen.format("transformers, vLLM on CPU") in card and "never seen" not in card
     card = render_card(with_schemes(report, "w4a16-g64-sym", "w8a16-g64-sym"), address=address, recipe=RECIPE)
     assert seen.format("transformers") in card
-    assert "**vLLM on CPU** was never seen to run `w8a16-g64-sym`, which this model has layers in." in card
+    assert "**vLLM on CPU** does not load `w8a16-g64-sym`, which this model has layers in." in card
+    card = render_card(with_schemes(report, "w4a16-g64-sym", "w5a16-g64-sym"), address=address, recipe=RECIPE)
+    assert "**vLLM on CPU** was never seen to run `w5a16-g64-sym`, which this model has layers in." in card
 
 
 def test_the_snippet_of_an_asymmetric_artifact_loads_it(report: Report) -> None:
