@@ -246,9 +246,8 @@ class _Block:
         outputs = zip(fit.original_outputs(), picks.items(), strict=True)
         targets = [self._wanted(output, window, rows) for output, (window, rows) in outputs]
         counted = [every[rows] for every, rows in zip(importance, picks.values(), strict=True)]
-        return ValueFit(self._names.output, fit.attended(weights), targets, counted, ridge=self._options.ridge).fit(
-            weights
-        )
+        values = ValueFit(self._names.output, fit.attended(weights), targets, counted, ridge=self._options.ridge)
+        return values.fit(weights)
 
     def _wanted(self, output: torch.Tensor, window: int, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """What attention should add at some rows of a window: the original's output, and what was lost before."""

@@ -8,8 +8,8 @@ arXiv 2307.13304) there is much less to prepare. Columns go in order of falling 
 before, on the columns in their own order (static groups), so the result needs no column index and every kernel can read
 it.
 
-Like Hessians of every method here, ``H`` is shrunk toward its diagonal first, since its tokens are few: held-out text
-loses less by far at 3 bits, and text of another kind than the calibration's most of all.
+``H`` is shrunk toward its diagonal first, since its tokens are few: held-out text loses less by far at 3 bits, and
+text of another kind than the calibration's most of all.
 """
 
 from __future__ import annotations
