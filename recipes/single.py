@@ -226,7 +226,7 @@ def _quantize(
         stage = quantize_stage(settings, after=ORIGINAL, statistics=statistics_of(recipe))
         if distilling is None or lessons is None:
             return _built(stage, work, output), None
-        distillation = distil_stage(distilling, after=stage.name)
+        distillation = distil_stage(distilling, stage.name, settings.scheme)
         distillation.forecast(work, output)  # refuses what does not fit before anything is quantized
         with StageStore(output.with_name(f".{output.name}.distilling"), progress=progress) as store:
             stages = store.begin("quantize")

@@ -26,6 +26,7 @@ from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_
 from llmconvert.training.loop import Training
 from llmconvert.training.model import ResidentModel
 from llmconvert.training.output import build_trained
+from llmconvert.training.pair import ResidentPair
 from llmconvert.training.state import TrainingState
 
 __all__ = ["HealPlan", "heal_attention", "plan_heal"]
@@ -76,7 +77,7 @@ class HealPlan:
             shared = share_tensors((original, merged), apart, context.device, dtype)
             teacher, student = (ResidentModel(view, context.device, dtype) for view in shared)
             learner = heal_learner(student, targets, options)
-            healing = Training(teacher, student, learner, self._windows, options)
+            healing = Training(ResidentPair(teacher, student, self._windows), learner, options)
             with context.progress.task("Healing", options.steps) as task:
                 final = healing.run(made.found, job, made.save, task)
             best = final.best or learner.keep()

@@ -1,23 +1,25 @@
-"""Backward pass of a streamed model, block by block: the Fisher information of the output of every linear.
+"""Backward pass of a streamed model, block by block, and the Fisher information of the output of every linear.
+
+Only one block is in memory, as on the way forward: its inputs come from a tape, it is run again with gradients, and
+what reaches its input is what the block before it receives.
 
 A small error ``e`` of the logits moves the distribution over the next token by ``KL ≈ ½ eᵀ F e``, where
 ``F = diag(p) − p pᵀ`` is the Fisher information of its probabilities ``p``. ``v = √p ∘ ε − p (√p · ε)`` with normal
 ``ε`` has the covariance ``F``. So with ``g_t``, the gradient of ``v`` · logits, summed over a window, by a linear's
 output at token ``t``, errors ``d_t`` of this output come to ``½ E[(Σ_t g_t · d_t)²]`` in all, whatever later tokens
 make of them.
-
-Only one block is in memory, as on the way forward: its inputs come from a tape, it is run again with gradients, and
-what reaches its input is what the block before it receives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from llmconvert.compute.precision import all_finite
 from llmconvert.engine.discovery import BlockPlan
@@ -27,7 +29,7 @@ from llmconvert.engine.stream import BlockRun, Stream
 from llmconvert.errors import CalibrationError
 from llmconvert.memory import release_freed_memory
 
-__all__ = ["Passage", "sampled_gradient", "sampled_nbytes", "walk_back"]
+__all__ = ["Passage", "differentiate_back", "sampled_gradient", "sampled_nbytes", "walk_back"]
 
 # Positions whose probabilities are held in float32 at a time.
 _ROWS_AT_ONCE = 256
@@ -79,18 +81,58 @@ def walk_back(
     Raises:
         CalibrationError: gradients are not finite.
     """
+    seen: dict[str, Passage] = {}
+    hooks: list[RemovableHandle] = []
+
+    def watch(index: int) -> None:
+        for name, linear in skeleton.linears[index].items():
+            hooks.append(linear.register_forward_hook(partial(_watch, seen, name, pick)))
+
+    def sampled(batch: int, logits: torch.Tensor) -> torch.Tensor:
+        return sampled_gradient(logits, torch.Generator().manual_seed(seed + batch))
+
+    walk = differentiate_back(skeleton, windows, plans, tape, gradients, end=sampled, enter=watch, begin=begin)
+    with closing(walk):
+        for index in walk:
+            while hooks:
+                hooks.pop().remove()
+            yield index, seen
+            seen.clear()
+
+
+def differentiate_back(
+    skeleton: Skeleton,
+    windows: Sequence[torch.Tensor],
+    plans: Sequence[BlockPlan],
+    tape: States,
+    gradients: States,
+    *,
+    end: Callable[[int, torch.Tensor], torch.Tensor],
+    enter: Callable[[int], None],
+    begin: int | None = None,
+) -> Generator[int, None, None]:
+    """Walk from the last block to the first with gradients, all windows through one block before the next.
+
+    Args:
+        skeleton, windows, plans, tape, gradients, begin: as for :func:`walk_back`.
+        end: of a window's number and its logits ``[1, length, vocabulary]``, what these are to be differentiated in
+            the direction of, of the same shape.
+        enter: called with the index of a block once it is loaded, before the first window comes to it.
+
+    Yields:
+        the index of a block that all windows have come back through, which is loaded until the next one is asked for.
+
+    Raises:
+        CalibrationError: gradients are not finite.
+    """
     last = skeleton.block_count - 1
     leaves = _Leaves(tape)
     stream = Stream(skeleton, windows, plans, mode="replay", states=leaves, start=last, head=True, answers=False)
     try:
         for index in range(last if begin is None else begin, -1, -1):
             skeleton.load_block(index)
-            seen: dict[str, Passage] = {}
-            hooks = [
-                linear.register_forward_hook(partial(_watch, seen, name, pick))
-                for name, linear in skeleton.linears[index].items()
-            ]
-            outputs = _last_outputs(stream, seed) if index == last else _outputs(stream, index, gradients)
+            enter(index)
+            outputs = _last_outputs(stream, end) if index == last else _outputs(stream, index, gradients)
             for batch in range(len(windows)):
                 _differentiate(outputs)
                 leaf = leaves.take()
@@ -98,15 +140,12 @@ def walk_back(
                 if not all_finite(leaf.grad):
                     raise CalibrationError(
                         f"block {index} ({skeleton.prefix(index).rstrip('.')}): the gradients of batch {batch} are not "
-                        "finite; a budget needs bfloat16 or float32"
+                        "finite; going back through the model needs bfloat16 or float32"
                     )
                 gradients.put(index, batch, leaf.grad)
                 del leaf
             assert next(outputs, None) is None
-            for hook in hooks:
-                hook.remove()
-            yield index, seen
-            seen.clear()
+            yield index
             skeleton.drop_block(index)
             release_freed_memory()
     finally:
@@ -164,15 +203,17 @@ def _differentiate(outputs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None
     output.backward(gradient)
 
 
-def _last_outputs(stream: Stream, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _last_outputs(
+    stream: Stream, end: Callable[[int, torch.Tensor], torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The logits of every window, behind the last block, and what they are to be differentiated in the direction of."""
     ends = stream.logits()
     for batch in range(len(stream.windows)):
-        yield _sampled(next(ends), seed + batch)  # under no name, which would hold it beside the next window's
+        yield _directed(next(ends), partial(end, batch))  # under no name, which would hold it beside the next window's
 
 
-def _sampled(logits: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return logits, sampled_gradient(logits, torch.Generator().manual_seed(seed))
+def _directed(logits: torch.Tensor, end: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return logits, end(logits)
 
 
 def _outputs(stream: Stream, index: int, gradients: States) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -166,11 +166,13 @@ class DistilReport(HealReport):
         codes: of all weights that were trained.
         moved: those that moved to the next one.
         norms: tensors of norms that were trained; where there are any, the artifact's are not the original's.
+        streamed: whether one block was in memory at a time.
     """
 
     codes: int
     moved: int
     norms: int
+    streamed: bool = False
 
 
 class LinearReport(Value):

@@ -1,4 +1,4 @@
-"""The one training loop: a student with all its weights in memory, distilled from the model that it was made from.
+"""The one training loop: a student is distilled from the model that it was made from.
 
 Healing of merged attention and distillation of quantized weights are this loop with other parameters and another
 optimizer. It is short because its parts are libraries': clipping and autocast are torch's, the schedule is
@@ -10,8 +10,7 @@ positions at a time, are outside what it drives.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +18,9 @@ from torch import nn
 
 from llmconvert.errors import CalibrationError
 from llmconvert.progress import Task
-from llmconvert.training.loss import Losses, hidden_divergence, prediction_divergence
-from llmconvert.training.model import ResidentModel
+from llmconvert.training.loss import Losses
 from llmconvert.training.options import TrainingOptions
+from llmconvert.training.pair import Pair
 from llmconvert.training.state import TrainingState
 
 __all__ = ["Learner", "Training"]
@@ -51,27 +50,15 @@ class Training:
     """A student on its way to its teacher.
 
     Args:
-        teacher: the original.
-        student: what is trained.
-        learner: its parameters and their optimizer.
-        windows: token ids, each ``[1, length]``; the last ``options.held_out`` of them are not learned from.
+        pair: both, and the text; the last ``options.held_out`` of its windows are not learned from.
+        learner: the student's parameters and their optimizer.
         options: how.
     """
 
-    def __init__(
-        self,
-        teacher: ResidentModel,
-        student: ResidentModel,
-        learner: Learner,
-        windows: Sequence[torch.Tensor],
-        options: TrainingOptions,
-    ) -> None:
-        self._teacher, self._student, self._learner = teacher, student, learner
-        self._options = options
-        split = len(windows) - options.held_out
-        self._windows, self._held_out = tuple(windows[:split]), tuple(windows[split:])
-        self._expected: list[torch.Tensor] = []
-        self._device = student.skeleton.device
+    def __init__(self, pair: Pair, learner: Learner, options: TrainingOptions) -> None:
+        self._pair, self._learner, self._options = pair, learner, options
+        self._learned = len(pair.windows) - options.held_out
+        self._held_out = range(self._learned, len(pair.windows))
 
     def run(
         self, state: TrainingState | None, identity: str, save: Callable[[TrainingState], None], task: Task
@@ -122,26 +109,8 @@ class Training:
     def _step(self, step: int) -> Losses:
         """Gradients of one step, in the parameters' ``grad``."""
         options = self._options
-        kl = hidden = 0.0
-        for window in self._batch(step):
-            with torch.no_grad(), self._autocast():
-                target_final, targets = self._teacher.decode(window)
-            with self._autocast():
-                final, states = self._student.decode(window)
-                target_final, final = (
-                    part[:, step % options.stride :: options.stride] for part in (target_final, final)
-                )
-                divergence, slope = prediction_divergence(
-                    self._teacher, self._student, target_final, final, gradient=True, share=1 / options.batch
-                )
-                apart = hidden_divergence(targets, states)
-            assert slope is not None
-            del targets, states
-            torch.autograd.backward(
-                [final, apart], [slope / options.batch, apart.new_tensor(options.hidden / options.batch)]
-            )
-            kl, hidden = kl + divergence / options.batch, hidden + float(apart.detach()) / options.batch
-        losses = Losses(kl, hidden)
+        positions = slice(step % options.stride, None, options.stride)
+        losses = self._pair.differentiate(self._batch(step), positions=positions, hidden=options.hidden)
         if not torch.isfinite(torch.tensor(losses.total(options.hidden))):
             raise CalibrationError(
                 f"the loss of step {step + 1} is not finite; use a smaller learning rate "
@@ -149,27 +118,18 @@ class Training:
             )
         return losses
 
-    def _batch(self, step: int) -> list[torch.Tensor]:
-        """The windows of a step: epoch after epoch, each in an order of its own that the seed determines."""
+    def _batch(self, step: int) -> list[int]:
+        """The windows of a step, by number: epoch after epoch, each in an order of its own that the seed determines."""
         chosen = []
-        count = len(self._windows)
         for position in range(step * self._options.batch, (step + 1) * self._options.batch):
-            epoch, index = divmod(position, count)
+            epoch, index = divmod(position, self._learned)
             generator = torch.Generator().manual_seed(self._options.seed + epoch)
-            chosen.append(self._windows[int(torch.randperm(count, generator=generator)[index])])
+            chosen.append(int(torch.randperm(self._learned, generator=generator)[index]))
         return chosen
 
-    @torch.no_grad()
     def _evaluate(self, state: TrainingState) -> None:
         """Look at the held-out text, and keep the weights if they are the best so far."""
-        kl = 0.0
-        with self._autocast():
-            if not self._expected:
-                self._expected = [self._teacher.decode(window)[0] for window in self._held_out]
-            for window, target in zip(self._held_out, self._expected, strict=True):
-                final, _ = self._student.decode(window)
-                kl += prediction_divergence(self._teacher, self._student, target, final, gradient=False)[0]
-        state.held_out.append({"step": state.step, "kl": kl / len(self._held_out)})
+        state.held_out.append({"step": state.step, "kl": self._pair.divergence(self._held_out)})
         if state.held_out[-1]["kl"] <= min(entry["kl"] for entry in state.held_out):
             state.best = self._learner.keep()
 
@@ -177,10 +137,6 @@ class Training:
         """Whether the held-out text has been getting no better."""
         scores = [entry["kl"] for entry in state.held_out]
         return len(scores) > self._options.patience and min(scores[-self._options.patience :]) > min(scores)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = self._student.skeleton.dtype
-        return nullcontext() if dtype == torch.float32 else torch.autocast(self._device.type, dtype)
 
     def _collect(self, state: TrainingState) -> None:
         learner = self._learner
@@ -196,7 +152,7 @@ class Training:
         learner = self._learner
         for key, value in state.optimizer.items():
             name, _, leaf = key.rpartition("/")
-            learner.optimizer.state[learner.parameters[name]][leaf] = value.to(self._device)
+            learner.optimizer.state[learner.parameters[name]][leaf] = value.to(self._pair.device)
         while state.weights:  # one by one: what was read goes as it is taken up
             name, weight = state.weights.popitem()
             learner.parameters[name].data.copy_(weight)

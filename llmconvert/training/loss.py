@@ -16,7 +16,7 @@ import torch
 from llmconvert.memory import row_slices
 from llmconvert.training.model import ResidentModel
 
-__all__ = ["Losses", "hidden_divergence", "prediction_divergence"]
+__all__ = ["Losses", "divergence_nbytes", "hidden_divergence", "logit_divergence", "prediction_divergence"]
 
 # Logits of one piece, in elements: large enough for the head's matrix product; in float32 just below the 32 MiB up to
 # which the C library gives the same memory again, where larger pieces would have it cleared anew every time.
@@ -63,15 +63,13 @@ def prediction_divergence(
     for part in row_slices((length, vocabulary), _CHUNK_ELEMENTS):
         piece = student_final[:, part].detach().requires_grad_(gradient)
         with torch.no_grad():
-            expected = teacher.logits(teacher_final[:, part]).float().log_softmax(-1)
+            expected = teacher.logits(teacher_final[:, part])
         with torch.set_grad_enabled(gradient):
             logits = student.logits(piece)
-        found = logits.detach().float().log_softmax(-1)
-        probabilities = expected.exp()
-        total += float(expected.sub_(found).mul_(probabilities).sum(-1).sum(dtype=torch.float64))
-        if gradient:
-            slope = found.exp_().sub_(probabilities).div_(length)
-            first, *others = torch.autograd.grad(logits, (piece, *head), slope.to(logits.dtype))
+        summed, slope = _summed(expected, logits.detach(), gradient=gradient)
+        total += summed
+        if slope is not None:
+            first, *others = torch.autograd.grad(logits, (piece, *head), slope.div_(length).to(logits.dtype))
             gradients.append(first)
             for parameter, other in zip(head, others, strict=True):
                 if parameter.grad is None:
@@ -79,6 +77,44 @@ def prediction_divergence(
                 else:
                     parameter.grad.add_(other, alpha=share)
     return total / length, torch.cat(gradients, dim=1) if gradient else None
+
+
+def logit_divergence(
+    expected: torch.Tensor, found: torch.Tensor, positions: slice, *, gradient: bool
+) -> tuple[float, torch.Tensor | None]:
+    """KL(teacher ‖ student), mean over ``positions`` of a window whose logits are there, ``[1, length, vocabulary]``.
+
+    Args:
+        expected: the teacher's logits.
+        found: the student's.
+        positions: that count.
+        gradient: whether to give its gradient with respect to ``found``, of the same shape and dtype.
+
+    Returns:
+        The divergence in nats, and the gradient (None unless asked for).
+    """
+    whole = torch.zeros_like(found, requires_grad=False) if gradient else None
+    compared, wanted = found.detach()[:, positions], expected[:, positions]
+    length, total = compared.shape[1], 0.0
+    for part in row_slices((length, compared.shape[-1]), _CHUNK_ELEMENTS):
+        summed, slope = _summed(wanted[:, part], compared[:, part], gradient=gradient)
+        total += summed
+        if whole is not None and slope is not None:
+            whole[:, positions][:, part] = slope.div_(length)
+    return total / length, whole
+
+
+def divergence_nbytes(length: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Peak bytes of :func:`logit_divergence` with its arguments: these and the gradient, four pieces in float32."""
+    return vocabulary * 3 * length * dtype.itemsize + 4 * 4 * min(length * vocabulary, _CHUNK_ELEMENTS)
+
+
+def _summed(expected: torch.Tensor, found: torch.Tensor, *, gradient: bool) -> tuple[float, torch.Tensor | None]:
+    """The divergence summed over positions, and its gradient by the second logits, in float32."""
+    teacher, student = expected.float().log_softmax(-1), found.float().log_softmax(-1)
+    probabilities = teacher.exp()
+    total = float(teacher.sub_(student).mul_(probabilities).sum(-1).sum(dtype=torch.float64))
+    return total, student.exp_().sub_(probabilities) if gradient else None
 
 
 def hidden_divergence(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -18,7 +18,7 @@ __all__ = ["ResidentModel"]
 class _Decoded(nn.Module):
     """Stands in for a model's decoder once that has run: gives back what it is given."""
 
-    def forward(self, *, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 

@@ -10,7 +10,7 @@ from llmconvert.errors import CapacityError
 from llmconvert.memory import available_nbytes
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["backward_nbytes", "require_memory"]
+__all__ = ["backward_nbytes", "fits", "require_memory"]
 
 # What one token leaves for the backward pass, in copies of the block's widths.
 _HIDDEN_COPIES, _INNER_COPIES = 12, 4
@@ -22,6 +22,12 @@ def backward_nbytes(checkpoint: Checkpoint, length: int, dtype: torch.dtype) -> 
     model = Architecture.of(checkpoint.config)
     widths = _HIDDEN_COPIES * model.hidden_size + _INNER_COPIES * model.inner_size
     return length * model.layers * widths * dtype.itemsize
+
+
+def fits(needed: int, context: Context) -> bool:
+    """Whether the context allows so many bytes, or else nine tenths of what is free."""
+    free = context.memory if context.memory is not None else _USABLE * available_nbytes(context.device)
+    return needed <= free
 
 
 def require_memory(needed: int, who: str, parts: str, advice: str, context: Context) -> None:
@@ -38,7 +44,7 @@ def require_memory(needed: int, who: str, parts: str, advice: str, context: Cont
     """
     free = context.memory if context.memory is not None else available_nbytes(context.device)
     words = "may be used" if context.memory is not None else "are free"
-    if needed > (free if context.memory is not None else _USABLE * free):
+    if not fits(needed, context):
         raise CapacityError(
             f"{who} needs about {needed / 1e6:,.0f} MB ({parts}), {free / 1e6:,.0f} MB {words}; {advice}"
         )

@@ -34,6 +34,11 @@ class TrainedArtifact:
         self.found = load_state(self._kept, job)
         self.start = self.found.step if self.found is not None else 0
 
+    @property
+    def work(self) -> Path:
+        """A directory for what a training leaves on its way; it goes with the training."""
+        return self._artifact.work
+
     def save(self, current: TrainingState) -> None:
         """Keep a state to continue from."""
         save_state(self._kept, current)

@@ -22,6 +22,7 @@ class StoredAdam(torch.optim.Optimizer):
 
     def __init__(self, trained: Mapping[str, Trained], *, lr: float, code_rate: float) -> None:
         self._trained = {one.value: one for one in trained.values()}
+        self._names = dict(trained)
         super().__init__(list(self._trained), {"lr": lr})
         self._share = code_rate / lr
         for parameter, one in self._trained.items():
@@ -47,3 +48,9 @@ class StoredAdam(torch.optim.Optimizer):
     def stored(self, one: Trained) -> dict[str, torch.Tensor]:
         """What would be stored of it now, in memory of its own."""
         return {name: value.clone() for name, value in one.stored(self.state[one.value]).items()}
+
+    def keep(self) -> dict[str, torch.Tensor]:
+        """What would be stored of everything now, by ``NAME/PART``."""
+        return {
+            f"{name}/{part}": value for name, one in self._names.items() for part, value in self.stored(one).items()
+        }

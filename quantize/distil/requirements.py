@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from llmconvert.compute.precision import compute_dtype
 from llmconvert.context import Context
-from llmconvert.engine.memory import BASE_NBYTES
+from llmconvert.engine.coroutine import check_start
+from llmconvert.engine.discovery import discover
+from llmconvert.engine.memory import BASE_NBYTES, tokenizer_nbytes
 from llmconvert.engine.skeleton import Skeleton
+from llmconvert.engine.states import STATES_IN_MEMORY_NBYTES
 from llmconvert.errors import UnsupportedError
 from llmconvert.needs import Needs
 from llmconvert.quantize.distil.options import DistilOptions
 from llmconvert.quantize.formats.dense_view import QuantizedView
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.storage.checkpoint import Checkpoint
-from llmconvert.training.needs import backward_nbytes, require_memory
+from llmconvert.training.loss import divergence_nbytes
+from llmconvert.training.needs import backward_nbytes, fits, require_memory
 
 __all__ = [
+    "DistilMemory",
     "count_trained",
     "differing",
-    "distil_nbytes",
+    "distil_memory",
     "foresee_distil",
     "needs_of",
     "norm_names",
@@ -33,6 +39,28 @@ __all__ = [
 # Bytes per weight beside the student's and the teacher's values: the gradient, codes as they were and the best ones;
 # and where codes move, their place in float32 and its means in bfloat16.
 _CODE_NBYTES, _PLACE_NBYTES = 2, 8
+# Block by block: bytes per scale (its factor, Adam's two means, the best so far, the gradient and a sum of it, all in
+# float32) and, of the linear at hand, per weight (packed and unpacked codes, values, a copy).
+_SCALE_NBYTES, _LINEAR_NBYTES = 24, 8
+# What a forward pass with gradients keeps, as a multiple of what one without has alive at most.
+_GRAPH = 3
+# Weights that share a scale, where the scheme is not known yet.
+_LIKELY_GROUP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DistilMemory:
+    """What a distillation takes.
+
+    Attributes:
+        nbytes: at the worst moment, on the device where it runs.
+        tape: bytes of hidden states on disk, block by block.
+        streamed: whether one block is in memory at a time.
+    """
+
+    nbytes: int
+    tape: int = 0
+    streamed: bool = False
 
 
 def require_learnable(name: str, scheme: Scheme, *, moving: bool) -> None:
@@ -68,11 +96,10 @@ def norm_names(skeleton: Skeleton) -> tuple[str, ...]:
     return tuple(found)
 
 
-def differing(original: Checkpoint, view: Checkpoint) -> list[str]:
-    """Tensors that are there in both and are not the same: of a rotated model, for example."""
-    common = [
-        name for name, info in view.infos.items() if name in original and name not in getattr(view, "quantized", ())
-    ]
+def differing(original: Checkpoint, view: Checkpoint, names: Iterable[str] | None = None) -> list[str]:
+    """Tensors, of ``names`` or of all, that are in both and not the same: of a rotated model, for example."""
+    quantized = getattr(view, "quantized", ())
+    common = [name for name in (view if names is None else names) if name in original and name not in quantized]
     return [
         name
         for name in common
@@ -96,8 +123,10 @@ def count_trained(view: QuantizedView, weights: Sequence[str], norms: Sequence[s
     return total
 
 
-def foresee_distil(original: Checkpoint, options: DistilOptions, length: int, *, context: Context) -> Needs:
-    """What distilling a quantized form of ``original`` takes, all linears of its blocks being quantized.
+def foresee_distil(
+    original: Checkpoint, options: DistilOptions, length: int, *, context: Context, scheme: SchemeOrMix | None = None
+) -> Needs:
+    """What distilling a quantized form of ``original`` takes, all linears of its blocks being quantized in ``scheme``.
 
     Disk is that of the state, and of an output that is no larger than the original.
 
@@ -108,8 +137,10 @@ def foresee_distil(original: Checkpoint, options: DistilOptions, length: int, *,
     skeleton = Skeleton(original, context.device)
     require_no_experts(skeleton)
     weights = [site.tensor for site in skeleton.sites.values()]
-    memory = distil_nbytes(original, weights, options, length, context)
-    state = state_nbytes(sum(_numel(original, name) for name in weights), 0, options)
+    windows = options.steps * options.batch + options.held_out
+    memory = distil_memory(original, weights, options, [length] * windows, context, scheme)
+    count = 0 if memory.streamed else sum(_numel(original, name) for name in weights)
+    state = state_nbytes(count, _scales(original, weights, scheme) if memory.streamed else 0, options)
     return needs_of(memory, original, original.nbytes, state, context)
 
 
@@ -118,11 +149,13 @@ def state_nbytes(codes: int, scales: int, options: DistilOptions) -> int:
     return 2 * ((1 + (_PLACE_NBYTES if options.code_rate else 0)) * codes + 16 * scales)
 
 
-def needs_of(memory: int, original: Checkpoint, output: int, state: int, context: Context) -> Needs:
+def needs_of(memory: DistilMemory, original: Checkpoint, output: int, state: int, context: Context) -> Needs:
     """As what a job needs that leaves ``output`` bytes, and has ``state`` bytes beside them while it runs."""
+    passing = state + memory.tape
     if context.device.type == "cpu":
-        return Needs(memory, disk=output + state, passing=state)
-    return Needs(BASE_NBYTES + original.nbytes, memory - BASE_NBYTES, output + state, passing=state)
+        return Needs(memory.nbytes, disk=output + passing, passing=passing)
+    host = BASE_NBYTES + (memory.nbytes - BASE_NBYTES if memory.streamed else original.nbytes)
+    return Needs(host, memory.nbytes - BASE_NBYTES, output + passing, passing=passing)
 
 
 def require_no_experts(skeleton: Skeleton) -> None:
@@ -133,23 +166,96 @@ def require_no_experts(skeleton: Skeleton) -> None:
         )
 
 
-def distil_nbytes(
+def distil_memory(
+    view: Checkpoint,
+    weights: Sequence[str],
+    options: DistilOptions,
+    lengths: Sequence[int],
+    context: Context,
+    scheme: SchemeOrMix | None = None,
+) -> DistilMemory:
+    """What distillation takes: both models in memory, or, where these do not fit, one block of them at a time.
+
+    Args:
+        view: the artifact as dense weights, or the original before it is quantized.
+        weights: whose scales are trained.
+        options: how.
+        lengths: tokens of every window.
+        context: device and memory.
+        scheme: that weights will be quantized in, of an original.
+
+    Raises:
+        CapacityError: neither fits, or both models do not and the options ask for them.
+        UnsupportedError: the model's last blocks need more of earlier ones than hidden states.
+    """
+    resident = _resident_nbytes(view, weights, options, max(lengths), context)
+    activations = backward_nbytes(view, max(lengths), compute_dtype(context.device))
+    parts = f"both models with what they share held once, the optimizer, {activations / 1e6:,.0f} MB of activations"
+    advice = (
+        "use shorter windows (quantize.distil.length), take a machine with more memory, or leave out quantize.distil"
+    )
+    whole = [
+        f"{key} (quantize.distil.{key}: 0)"
+        for key, value in (("code_rate", options.code_rate), ("hidden", options.hidden))
+        if value
+    ]
+    if whole:
+        advice = f"without {' and '.join(whole)} one block at a time is enough; or {advice}"
+    if whole or fits(resident, context):
+        require_memory(resident, "distillation", parts, advice, context)
+        return DistilMemory(resident)
+    streamed, tape = _streamed_nbytes(view, weights, options, lengths, context, scheme)
+    require_memory(streamed, "distillation", "a block of each model, their heads, what is learned", advice, context)
+    return DistilMemory(streamed, tape, streamed=True)
+
+
+def _resident_nbytes(
     view: Checkpoint, weights: Sequence[str], options: DistilOptions, length: int, context: Context
 ) -> int:
-    """Bytes that distillation takes; refuses, before any work, what does not fit."""
     dtype = compute_dtype(context.device)
     numel = {name: _numel(view, name) for name in view.infos}
     trained = sum(numel[name] for name in weights)
     rest = sum(numel.values()) - trained
-    activations = backward_nbytes(view, length, dtype)
     per_weight = 3 * dtype.itemsize + _CODE_NBYTES + (1 + _PLACE_NBYTES if options.code_rate else 0)
-    needed = BASE_NBYTES + rest * dtype.itemsize + trained * per_weight + activations
-    require_memory(
-        needed,
-        "distillation",
-        f"both models with what they share held once, the optimizer, {activations / 1e6:,.0f} MB of activations",
-        "use shorter windows (quantize.distil.length), leave codes as they are (quantize.distil.code_rate: 0), take a "
-        "machine with more memory, or leave out quantize.distil",
-        context,
-    )
-    return needed
+    return BASE_NBYTES + rest * dtype.itemsize + trained * per_weight + backward_nbytes(view, length, dtype)
+
+
+def _streamed_nbytes(
+    view: Checkpoint,
+    weights: Sequence[str],
+    options: DistilOptions,
+    lengths: Sequence[int],
+    context: Context,
+    scheme: SchemeOrMix | None,
+) -> tuple[int, int]:
+    """Peak bytes with one block in memory, and those of the tape on disk.
+
+    Embeddings and head are counted twice, for the artifact's may not be the original's. A block has its weights, those
+    that are read for the next one, their gradients and the codes of one linear; a window its graph, or the logits of
+    both models.
+    """
+    dtype, length = compute_dtype(context.device), max(lengths)
+    skeleton = Skeleton(view, context.device, dtype)
+    check_start(skeleton, 1)
+    plans = discover(skeleton, length)
+    block = max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
+    largest = max(_numel(view, name) for name in weights)
+    logits = divergence_nbytes(length, skeleton.architecture.vocab_size, dtype)
+    row = skeleton.hidden_size * dtype.itemsize
+    tape = (skeleton.block_count + 2) * options.batch * length * row
+    needed = BASE_NBYTES + tokenizer_nbytes(view) + 2 * skeleton.outer_nbytes(head=True) + 3 * block
+    needed += largest * _LINEAR_NBYTES + _SCALE_NBYTES * _scales(view, weights, scheme)
+    needed += _GRAPH * max(plan.peak_nbytes for plan in plans) + logits
+    return needed + min(sum(lengths) * row, STATES_IN_MEMORY_NBYTES), tape
+
+
+def _scales(view: Checkpoint, weights: Sequence[str], scheme: SchemeOrMix | None) -> int:
+    """How many scales there are; of a model that is not quantized yet, how many there will be."""
+    if isinstance(view, QuantizedView):
+        return count_trained(view, weights, ())
+    if isinstance(scheme, Scheme):
+        learned = 2 if scheme.number.minima else 1
+        return sum(
+            learned * rows * scheme.groups(columns) for rows, columns in (view.infos[name].shape for name in weights)
+        )
+    return sum(_numel(view, name) for name in weights) // _LIKELY_GROUP

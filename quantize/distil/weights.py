@@ -8,7 +8,7 @@ code times the scale in the number that it is stored in. Gradients pass all roun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from llmconvert.memory import row_slices
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.training.adam import adam_step, corrections_of
 
-__all__ = ["LearnedValue", "LearnedWeight", "Trained"]
+__all__ = ["LearnedValue", "LearnedWeight", "Trained", "begin_steps", "step_by"]
 
 # A step takes slices of about this many weights, whose float32 copies stay in the cache.
 _WEIGHTS_AT_ONCE = 1 << 17
@@ -81,11 +81,11 @@ class LearnedWeight:
         self._unit = self._scale / self._divisor
         self._offset = None if start.offset is None else start.offset.float().unsqueeze(-1)
         self._zero = None if start.zero is None else start.zero.float().unsqueeze(-1)
+        self._learned = ("factor",) if self._offset is None else ("factor", "shift")
 
     def begin(self) -> dict[str, torch.Tensor]:
         scale = self._scale.squeeze(-1)
-        learned = ("factor",) if self._offset is None else ("factor", "shift")
-        state = {f"{name}{kind}": torch.zeros_like(scale) for name in learned for kind in ("", "_mean", "_square")}
+        state = begin_steps(self._learned, scale.shape, scale.device)
         if self._own is not None:
             place = torch.empty(self._shape, device=scale.device)
             own = self._own.view(self._shape)
@@ -104,28 +104,42 @@ class LearnedWeight:
         return state
 
     def move(self, state: Mapping[str, torch.Tensor], rate: float, code_rate: float, step: int) -> None:
-        assert self.value.grad is not None
-        gradient = self.value.grad.view(self._shape)
+        slopes = self._move_places(state, code_rate, step) if "place" in state else self.slopes(state)
+        step_by(slopes, state, rate, step)
+
+    def slopes(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The gradients of what is learned of the scales, ``[rows, groups]``, by that of :attr:`value`."""
+        return self._slopes(state, lambda part, towards: None)
+
+    def _move_places(self, state: Mapping[str, torch.Tensor], rate: float, step: int) -> dict[str, torch.Tensor]:
+        """One step of the codes' places; gives the slopes as they were before it."""
         corrections = corrections_of(step)
         low, high = self.start.scheme.number.limits
-        by_factor = torch.empty_like(state["factor"])
-        by_shift = None if self._offset is None else torch.empty_like(by_factor)
+
+        def move(part: slice, towards: torch.Tensor) -> None:
+            code = self._codes[part].float()
+            towards *= self._current(state, part)
+            change = adam_step(towards, state["mean"][part], state["square"][part], corrections)
+            place = state["place"][part].sub_(change, alpha=rate)
+            least, most = code.sub(_REACH).clamp_(min=low), code.add_(_REACH).clamp_(max=high)
+            place.clamp_(least.sub_(_EDGE), most.add_(_EDGE))
+
+        return self._slopes(state, move)
+
+    def _slopes(
+        self, state: Mapping[str, torch.Tensor], then: Callable[[slice, torch.Tensor], None]
+    ) -> dict[str, torch.Tensor]:
+        """See :meth:`slopes`; ``then`` gets every slice and its gradient in float32, to do with as it likes."""
+        assert self.value.grad is not None
+        gradient = self.value.grad.view(self._shape)
+        found = {name: torch.empty_like(state["factor"]) for name in self._learned}
         for part in self._slices():
-            towards, scale = gradient[part].float(), self._current(state, part)
-            by_factor[part] = towards.mul(self._levels(state, part)).sum(-1)
-            if by_shift is not None:
-                by_shift[part] = towards.sum(-1)
-            if "place" in state:
-                code = self._codes[part].float()
-                change = adam_step(towards.mul_(scale), state["mean"][part], state["square"][part], corrections)
-                place = state["place"][part].sub_(change, alpha=code_rate)
-                least, most = code.sub(_REACH).clamp_(min=low), code.add_(_REACH).clamp_(max=high)
-                place.clamp_(least.sub_(_EDGE), most.add_(_EDGE))
-        for name, slope in (("factor", by_factor), ("shift", by_shift)):
-            if slope is not None:
-                slope *= self._unit.squeeze(-1)
-                change = adam_step(slope, state[f"{name}_mean"], state[f"{name}_square"], corrections)
-                state[name].sub_(change, alpha=rate)
+            towards = gradient[part].float()
+            found["factor"][part] = towards.mul(self._levels(state, part)).sum(-1)
+            if "shift" in found:
+                found["shift"][part] = towards.sum(-1)
+            then(part, towards)
+        return {name: slope.mul_(self._unit.squeeze(-1)) for name, slope in found.items()}
 
     def write(self, state: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
@@ -178,6 +192,18 @@ class LearnedWeight:
         return self._stored_scale(state, part).float().unsqueeze(-1) / self._divisor
 
 
+def begin_steps(learned: Iterable[str], shape: torch.Size, device: torch.device) -> dict[str, torch.Tensor]:
+    """What Adam remembers of shares that are learned, and these themselves, by name, at the start."""
+    return {f"{name}{kind}": torch.zeros(shape, device=device) for name in learned for kind in ("", "_mean", "_square")}
+
+
+def step_by(slopes: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], rate: float, step: int) -> None:
+    """One step of what is learned, by its gradients."""
+    corrections = corrections_of(step)
+    for name, slope in slopes.items():
+        state[name].sub_(adam_step(slope, state[f"{name}_mean"], state[f"{name}_square"], corrections), alpha=rate)
+
+
 class LearnedValue:
     """A tensor of floats: the weight of a norm.
 
@@ -193,13 +219,11 @@ class LearnedValue:
         self._size = size.clamp_min(0.1 * float(size.mean()) or 1.0)
 
     def begin(self) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros_like(self._size) for name in ("factor", "factor_mean", "factor_square")}
+        return begin_steps(("factor",), self._size.shape, self._size.device)
 
     def move(self, state: Mapping[str, torch.Tensor], rate: float, code_rate: float, step: int) -> None:
         assert self.value.grad is not None
-        gradient = self.value.grad.float() * self._size
-        change = adam_step(gradient, state["factor_mean"], state["factor_square"], corrections_of(step))
-        state["factor"].sub_(change, alpha=rate)
+        step_by({"factor": self.value.grad.float() * self._size}, state, rate, step)
 
     def write(self, state: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():

@@ -96,7 +96,7 @@ def _stages(recipe: Recipe) -> Iterator[Stage[Any]]:
             yield text_stage(DISTIL_TEXT, text)
         yield quantization
         if distilling is not None:
-            yield distil_stage(distilling, after=quantization.name)
+            yield distil_stage(distilling, quantization.name, settings.scheme)
     elif recipe.attention is None:
         yield convert_stage(recipe)
     else:

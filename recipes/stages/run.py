@@ -113,7 +113,7 @@ def stages_of(recipe: Recipe) -> RunStages:
         if distilling is not None:
             from llmconvert.recipes.stages.training.distillation import distil_stage
 
-            making.append(distil_stage(distilling, after=model))
+            making.append(distil_stage(distilling, model, recipe.quantize.scheme))
             model = making[-1].name
     return RunStages(tuple(making), model, dense, tuple(between), recipe)
 

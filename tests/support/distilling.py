@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from support.kills import die_when_replaced
@@ -11,12 +12,13 @@ from support.tiny_architectures import ids
 from llmconvert.context import Context
 from llmconvert.quantize.distil.job import plan_distil
 from llmconvert.quantize.distil.options import DistilOptions
+from llmconvert.quantize.distil.student import Subject
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.report.steps import DistilReport
-from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 
-__all__ = ["QUICK", "WINDOWS", "distil", "distil_until_killed", "quantized"]
+__all__ = ["QUICK", "WINDOWS", "distil", "distil_until_killed", "quantized", "subject_of"]
 
 WINDOWS = ids((32,) * 36, seed=3)
 QUICK = DistilOptions(steps=8, learning_rate=2e-2, code_rate=0.15, held_out=4, evaluate_every=4, save_every=2)
@@ -27,6 +29,12 @@ def quantized(original: Path, output: Path, scheme: str = "w3a16-g32", format: s
     with SafetensorsCheckpoint(original) as source:
         quantize_checkpoint(source, output, method="rtn", scheme=Scheme.parse(scheme), format=format)
     return output
+
+
+def subject_of(original: Checkpoint, artifact: Checkpoint, options: DistilOptions) -> Subject:
+    """What a plan of both would distil."""
+    with TemporaryDirectory() as scratch:
+        return plan_distil(original, artifact, Path(scratch) / "out", options, windows=WINDOWS)._subject
 
 
 def distil(original: Path, artifact: Path, output: Path, options: DistilOptions = QUICK, **more: Any) -> DistilReport:

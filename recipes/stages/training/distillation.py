@@ -10,6 +10,7 @@ from llmconvert.quantize.distil.job import plan_distil
 from llmconvert.quantize.distil.options import DistilOptions
 from llmconvert.quantize.distil.report import distillation_sections
 from llmconvert.quantize.distil.requirements import foresee_distil
+from llmconvert.quantize.scheme import SchemeOrMix
 from llmconvert.recipes.forecast import Forecast, parameters
 from llmconvert.recipes.schema.recipe import DistilSettings
 from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
@@ -26,9 +27,15 @@ DISTIL = "distil"
 _LOOKS = 6
 
 
-def distil_stage(settings: DistilSettings, after: str) -> Stage[DistilReport]:
+def distil_stage(settings: DistilSettings, after: str, scheme: SchemeOrMix | None) -> Stage[DistilReport]:
     """Train what the artifact of the stage ``after`` stores, against the original's predictions; see
-    :func:`llmconvert.quantize.distil.job.plan_distil`. What was trained survives a kill at any point."""
+    :func:`llmconvert.quantize.distil.job.plan_distil`. What was trained survives a kill at any point.
+
+    Args:
+        settings: how.
+        after: the stage whose artifact is trained.
+        scheme: that it is stored in, if the recipe says so.
+    """
 
     def build(work: Work, place: Place) -> DistilReport:
         def train(state: Path) -> DistilReport:
@@ -48,7 +55,8 @@ def distil_stage(settings: DistilSettings, after: str) -> Stage[DistilReport]:
 
     def forecast(work: Work, output: Path) -> Forecast:
         with work.original.open() as teacher:
-            needs = foresee_distil(teacher, _options(settings), settings.length, context=work.context_of(after))
+            context = work.context_of(after)
+            needs = foresee_distil(teacher, _options(settings), settings.length, context=context, scheme=scheme)
             kind = f"distil {'codes ' if settings.code_rate else ''}{work.context.device.type}"
             return Forecast(needs, kind=kind, work=float(parameters(teacher) * training_tokens(settings)))
 
