@@ -1,9 +1,9 @@
 """The picture beside "which one" of docs/methods.md: size against divergence, from a page of measurements.
 
-    python bench/choice_plot.py bench/results/2026-11-27-quality.md docs/which-method.png
+    python bench/choice_plot.py bench/results/2026-11-30-quality-epyc.md docs/which-method.png
 
-Points are the rows of the page's last table that are this package's own; each says its seconds. A page that is taken
-anew is drawn by the same command.
+Points are the rows of the page's table that are this package's own. A page that is taken anew is drawn by the same
+command.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmconvert.validate.render.drawing import COLOURS, INK, render, style
 __all__ = ["Row", "draw_choice", "own_rows"]
 
 _ROW = re.compile(
-    r"^\| *([\w.-]+)((?:\([^)]*\))?):([^|]+?) *\| *([\d.]+) MB \|[^|]*\|[^|]*\| *([\d.]+) \|[^|]*\| *([\d,]+) \|$",
+    r"^\| *([\w.-]+)((?:\([^)]*\))?):([^|]+?) *\| *([\d.]+) MB \|[^|]*\|[^|]*\| *\**([\d.]+)\** *\|[^|]*\|$",
     re.MULTILINE,
 )
 #: Which colour a method has; what is not among them is another tool's.
@@ -31,29 +31,27 @@ _CLOSE = 0.12
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A measured artifact: method, its options and scheme, size in MB, mean KL divergence in nats, seconds."""
+    """A measured artifact: method, its options and scheme, size in MB, mean KL divergence in nats."""
 
     method: str
     label: str
     megabytes: float
     divergence: float
-    seconds: int
 
 
 def own_rows(page: str) -> list[Row]:
-    """The last table's rows of methods that the package has.
+    """The rows of methods that the package has.
 
     Raises:
         ValueError: there are none.
     """
-    last = page[page.rindex("\n## ") :]
     found = [
-        Row(method, f"{method}{options} {scheme}", float(size), float(divergence), int(seconds.replace(",", "")))
-        for method, options, scheme, size, divergence, seconds in _ROW.findall(last)
+        Row(method, f"{method}{options} {scheme}", float(size), float(divergence))
+        for method, options, scheme, size, divergence in _ROW.findall(page)
         if method in _METHODS
     ]
     if not found:
-        raise ValueError("the page's last table has no row of this package's methods")
+        raise ValueError("the page has no row of this package's methods")
     return found
 
 
@@ -84,7 +82,7 @@ def _draw(figure: Any, rows: Sequence[Row]) -> None:
             height *= 1.02
         heights += [] if on_the_left else [height]
         axes.annotate(
-            f"{row.label}, {row.seconds} s",
+            row.label,
             (row.megabytes, row.divergence),
             xytext=(row.megabytes + (-0.02 if on_the_left else 0.02) * width, height),
             ha="right" if on_the_left else "left",
