@@ -19,7 +19,7 @@ from llmconvert.gguf.split import gguf_models, model_files
 from llmconvert.hub import fetch
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
-from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME, files_of
+from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME, files_of, is_projector
 from llmconvert.text.files import local_path
 
 __all__ = ["Source", "SourceKind", "open_source", "parse_hub_id", "source_fingerprint"]
@@ -72,7 +72,20 @@ def open_source(text: str, *, allow_pickle: bool = False, progress: Progress = S
     source = _open(text, allow_pickle, progress)
     if source.checkpoint.without_tokenizer:
         progress.log(f"note: {source.checkpoint.without_tokenizer}. The weights are read without it")
+    if beside := _projector_beside(source.path):
+        progress.log(
+            f"note: {beside} has the model's part for images or sound, which is not read back: what is read is the "
+            "decoder alone. For the whole take the model that both files were made from, in safetensors"
+        )
     return source
+
+
+def _projector_beside(path: Path) -> str:
+    """The file beside a GGUF model that has its part for images or sound; empty where there is none."""
+    directory = path if path.is_dir() else path.parent
+    if (path.is_dir() and (path / "config.json").exists()) or (path.is_file() and path.suffix != ".gguf"):
+        return ""
+    return next((name for name in sorted(found.name for found in directory.glob("*.gguf")) if is_projector(name)), "")
 
 
 def _open(text: str, allow_pickle: bool, progress: Progress) -> Source:

@@ -31,7 +31,7 @@ from llmconvert.quantize.methods.base import (
     ScalingQuantizer,
     load_method,
 )
-from llmconvert.quantize.methods.imatrix import Imatrix
+from llmconvert.quantize.methods.imatrix import weighs
 from llmconvert.quantize.passes.original import can_share
 from llmconvert.quantize.passes.run import Inputs, QuantizePlan, QuantizeResult
 from llmconvert.quantize.plan import (
@@ -144,8 +144,7 @@ def plan_quantize(
     schemes: SchemeOrMix | Mapping[str, Scheme] = request.scheme
     overrides = request.overrides
     if isinstance(layout_format, FileFormat):
-        weighed = calibrated or (isinstance(chosen, Imatrix) and chosen.read is not None)
-        types = layout_format.types(source, request.scheme, overrides, importance=weighed)
+        types = layout_format.types(source, request.scheme, overrides, importance=weighs(chosen))
         if overrides or not isinstance(request.scheme, Scheme):
             schemes, overrides = layout_format.schemes(types, request.scheme), ()
     if not isinstance(chosen, GgmlQuantizer) or isinstance(request.scheme, Scheme):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.distil.requirements import require_learnable
-from llmconvert.quantize.formats.base import Feature, Format, load_format
+from llmconvert.quantize.formats.base import Feature, FileFormat, Format, load_format
 from llmconvert.quantize.matrix import check_format, check_method
 from llmconvert.quantize.methods.base import ScalingQuantizer, load_method
 from llmconvert.quantize.passes.original import can_share
@@ -50,7 +50,8 @@ def incompatibilities(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
                 require_learnable("its weight", scheme, moving=settings.distil.code_rate > 0)
         except UnsupportedError as error:
             yield path, f"{'.'.join(map(str, path))}: {error}"
-    if isinstance(method, ScalingQuantizer) and recipe.validation is not None and recipe.validation.repair is not None:
+    repaired = recipe.validation is not None and recipe.validation.repair is not None
+    if repaired and isinstance(method, ScalingQuantizer) and not isinstance(layout, FileFormat):
         yield ("validate", "repair"), repair_refusal(settings.method)
     calibrate = recipe.calibrate
     if calibrate is not None and calibrate.statistics == "original" and not can_share(method):

@@ -153,7 +153,7 @@ def foresee_quantization(
         request = replace(request, kv_cache=settings.kv_cache, runtime=settings.runtime)
         request = replace(request, split_nbytes=settings.split_max_size)
         plan = plan_quantize(source, output, request, windows=windows, context=context, build=build)
-        if repaired:
+        if repaired and not isinstance(load_format(settings.format), FileFormat):  # a file is quantized as a whole
             require_repairable(plan.decisions.sites.values(), settings.runtime)
         return plan
 

@@ -39,7 +39,7 @@ from llmconvert.recipes.stages.measurements import (
     require_served,
 )
 from llmconvert.recipes.stages.opening import fetch_model, tell_of, work_on
-from llmconvert.recipes.stages.repair import repair
+from llmconvert.recipes.stages.repairing.rounds import repair
 from llmconvert.recipes.stages.run import RunStages, require_texts, stages_of
 from llmconvert.recipes.stages.stage import MODEL, Finished, Place, Stage, Work
 from llmconvert.report.report import Check, Report, Step, require_passed

@@ -5,9 +5,9 @@ measured before anything was repaired: the error of its block when it is entered
 what it inherits, in squares, shared among the block's units by their squared errors (of the output on the calibration
 text where the method knows it, of the weights otherwise). Later a unit's share goes with its own error alone, for the
 drift around it changes with every other unit. What an upgrade would leave of it follows from the step of the rounding:
-a bit halves it, and so quarters the squared error. Upgrades are taken greedily by divergence removed per byte, until
-what is left should pass or the size limit is reached. It is an estimate: the artifact is measured again afterwards, and
-that decides.
+a bit halves it, and so quarters the squared error; of GGML's types, which have no such rule, from what they leave of
+normally distributed weights. Upgrades are taken greedily by divergence removed per byte, until what is left should pass
+or the size limit is reached. It is an estimate: the artifact is measured again afterwards, and that decides.
 """
 
 from __future__ import annotations
@@ -17,11 +17,23 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
+from llmconvert.gguf.ggml.blocks import load_codec
+from llmconvert.quantize.mixed_precision.budget import usual_types
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.report.report import Check, Report
 
-__all__ = ["REPAIRABLE", "Unit", "Upgrade", "choose_upgrades", "needed_share", "sensitivities", "unit_error"]
+__all__ = [
+    "REPAIRABLE",
+    "TYPE_ERRORS",
+    "Unit",
+    "Upgrade",
+    "choose_upgrades",
+    "needed_share",
+    "sensitivities",
+    "unit_error",
+]
 
 #: Checks that more bits can make pass.
 REPAIRABLE = ("perplexity", "kl_mean", "top1_agreement", "generation.agreement")
@@ -30,6 +42,21 @@ _SMALLEST_GROUP = 32
 _FIRST_GROUP = 128
 # Left of the predicted divergence, because predictions flatter.
 _MARGIN = 0.8
+#: GGML type → relative squared error of normally distributed weights in it, encoded here with an importance of one.
+TYPE_ERRORS: Final[Mapping[str, float]] = {
+    "Q2_K": 0.0690,
+    "Q3_K": 0.0207,
+    "Q4_0": 0.00659,
+    "IQ4_XS": 0.00550,
+    "IQ4_NL": 0.00541,
+    "Q4_K": 0.00492,
+    "Q4_1": 0.00487,
+    "Q5_0": 0.00161,
+    "Q5_K": 0.00120,
+    "Q5_1": 0.00115,
+    "Q6_K": 0.000303,
+    "Q8_0": 0.0000288,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +208,21 @@ def _steps(unit: Unit, accepts: Callable[[Scheme, tuple[int, int]], bool]) -> li
         if smaller >= _SMALLEST_GROUP:
             # The largest of n normal values grows as the root of 2 ln n, and the rounding step with it.
             found.append((replace(scheme, group_size=smaller), math.log(smaller) / math.log(size)))
+    if scheme.block is not None:
+        found += _next_type(scheme.block, columns, lambda kind: all(accepts(kind, shape) for shape in unit.shapes))
     return [
         (after, factor)
         for after, factor in found
         if after is None or all(accepts(after, shape) for shape in unit.shapes)
     ]
+
+
+def _next_type(block: str, columns: int, accepts: Callable[[Scheme], bool]) -> list[tuple[Scheme, float]]:
+    """The next of GGML's types by bytes that leaves less than this one, and the share that it leaves."""
+    taken = load_codec(block)
+    for name in usual_types(columns):
+        codec = load_codec(name)
+        share = TYPE_ERRORS[name] / TYPE_ERRORS[block]
+        if codec.nbytes * taken.size > taken.nbytes * codec.size and share < 1 and accepts(Scheme.of_block(name)):
+            return [(Scheme.of_block(name), share)]
+    return []

@@ -202,9 +202,12 @@ class Report(Value):
 
     @property
     def sections(self) -> tuple[Section, ...]:
-        """The sections of all steps, then those of all checks."""
-        owners: tuple[Step | Check, ...] = (*self.steps, *self.checks)
-        return tuple(section for owner in owners for section in owner.sections)
+        """The sections of all steps, then those of all checks.
+
+        What a repair quantized anew says the last word on a subject.
+        """
+        by_step = {section.name: section for step in self.steps for section in step.sections}
+        return *by_step.values(), *(section for check in self.checks for section in check.sections)
 
     def check(self, name: str) -> Check | None:
         """The check of that name, or None."""

@@ -33,7 +33,7 @@ from llmconvert.quantize.formats.container import Container, ContainerRequest, P
 from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.formats.encoded import Encoded
 from llmconvert.quantize.methods.base import GgmlQuantizer
-from llmconvert.quantize.methods.imatrix import Imatrix
+from llmconvert.quantize.methods.imatrix import Imatrix, weighs
 from llmconvert.quantize.narrow import half_scale_dtype
 from llmconvert.quantize.scheme import Override, Scheme, SchemeOrMix
 from llmconvert.quantize.solve.group_scales import nested_scales
@@ -57,7 +57,6 @@ class Gguf(FileFormat):
     transposes: ClassVar[bool] = True
     stacks_experts: ClassVar[bool] = True
     lacks: ClassVar[Mapping[Feature, str]] = {
-        "repair": "a GGUF file is not mended tensor by tensor; give it more bits by a budget or overrides",
         "rotations": "llama.cpp was never seen to run a rotated model",
         "streaming": "a GGUF file is written from the whole model",
         "distillation": "the scales of GGUF's types are not trained here",
@@ -165,7 +164,7 @@ class GgufContainer:
         name = request.name.removesuffix(_SUFFIX)
         file_name = output.name if self.single else f"{name}-{mix.name.upper()}{_SUFFIX}"
         self._read = request.method.read if isinstance(request.method, Imatrix) else None
-        self._weighed = request.method.calibration != "none" or self._read is not None
+        self._weighed = weighs(request.method)
         weighed = isinstance(request.scheme, GgmlMix) and self._weighed
         self._source = source
         self._file = plan_file(

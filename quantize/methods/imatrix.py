@@ -20,9 +20,9 @@ from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.errors import CalibrationError, SourceError
 from llmconvert.gguf.ggml.blocks import Codec
 from llmconvert.gguf.records.importance import ImportanceMatrix, read_importance
-from llmconvert.quantize.methods.base import Calibration, Numbers
+from llmconvert.quantize.methods.base import Calibration, Method, Numbers
 
-__all__ = ["Imatrix", "mean_squares"]
+__all__ = ["Imatrix", "mean_squares", "weighs"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,6 +73,11 @@ class Imatrix:
             return Path(self.file).read_bytes()
         except OSError as error:
             raise SourceError(f"{self.file}: the importance matrix cannot be read: {error.strerror}") from error
+
+
+def weighs(method: Method) -> bool:
+    """Whether a method knows which columns matter, from calibration text or from a file."""
+    return method.calibration != "none" or (isinstance(method, Imatrix) and method.read is not None)
 
 
 def mean_squares(name: str, inputs: Iterable[torch.Tensor], columns: int, ranks: Ranks = ALONE) -> torch.Tensor:

@@ -18,7 +18,7 @@ from llmconvert.gguf.ggml.mix import GgmlMix
 from llmconvert.quantize.mixed_precision.units import FusedUnit, Storage
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 
-__all__ = ["Budget", "Choice", "Options", "allocate", "candidates", "convex_hull"]
+__all__ = ["Budget", "Choice", "Options", "allocate", "candidates", "convex_hull", "usual_types"]
 
 
 # What GGML has to offer: of the types with super-blocks and of others, none that is worse at the same bytes.
@@ -81,8 +81,7 @@ def candidates(unit: FusedUnit, scheme: SchemeOrMix, budget: Budget, storage: St
         SchemeError: there are none.
     """
     if isinstance(scheme, GgmlMix):
-        usual = _SUPER_TYPES if unit.columns % 256 == 0 else _SIMPLE_TYPES
-        every = [Scheme.of_block(name) for name in budget.types or usual]
+        every = [Scheme.of_block(name) for name in budget.types or usual_types(unit.columns)]
     else:
         widths = [bits for bits in budget.bits if isinstance(bits, int)]
         every = [replace(scheme.with_bits(bits), group_size=size) for bits in widths for size in budget.group_sizes]
@@ -94,6 +93,11 @@ def candidates(unit: FusedUnit, scheme: SchemeOrMix, budget: Budget, storage: St
             f"{unit.linears[0]} with {unit.columns} columns can have none of the schemes to choose from ({tried})"
         )
     return found
+
+
+def usual_types(columns: int) -> tuple[str, ...]:
+    """GGML's types for rows of so many weights, by growing bytes."""
+    return _SUPER_TYPES if columns % 256 == 0 else _SIMPLE_TYPES
 
 
 def allocate(

@@ -29,7 +29,7 @@ from llmconvert.quantize.mixed_precision.sensitivity import (
     measure_sensitivity,
     sensitivity_needs,
 )
-from llmconvert.quantize.mixed_precision.units import FusedUnit, Storage, fused_units, outer_units, single_units
+from llmconvert.quantize.mixed_precision.units import FusedUnit, Storage, units_of
 from llmconvert.quantize.plan import Override, QuantizeRequest
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.storage.checkpoint import Checkpoint
@@ -181,10 +181,7 @@ def plan_choice(
     skeleton = Skeleton(source, context.device, fast_products=True)
     blocks = discover(skeleton, max(window.shape[1] for window in windows))
     storage = Storage(quantizer, layout, skeleton.dtype)
-    units = fused_units(skeleton, blocks)
-    if mixed:
-        units = (*single_units(units), *outer_units(skeleton))
-    units, given = _split(units, overrides)
+    units, given = _split(units_of(skeleton, blocks, layout), overrides)
     if any(unit.experts for unit in units):
         raise SchemeError(
             f"architecture {skeleton.architecture.model_type!r}: runtimes read one scheme for all experts, so "

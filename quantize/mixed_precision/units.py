@@ -12,13 +12,13 @@ from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.sites import head_tensor
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UsageError
-from llmconvert.quantize.formats.base import Format
+from llmconvert.quantize.formats.base import FileFormat, Format
 from llmconvert.quantize.formats.experts import gates_of
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import Method
 from llmconvert.quantize.scheme import Scheme
 
-__all__ = ["FusedUnit", "Storage", "embedding_tensor", "fused_units", "outer_units", "single_units"]
+__all__ = ["FusedUnit", "Storage", "embedding_tensor", "fused_units", "outer_tensors", "outer_units", "units_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +75,18 @@ def fused_units(skeleton: Skeleton, blocks: Sequence[BlockPlan]) -> tuple[FusedU
     return tuple(found)
 
 
-def single_units(units: Sequence[FusedUnit]) -> tuple[FusedUnit, ...]:
-    """A unit for each linear, for formats whose runtimes fuse none."""
-    return tuple(
+def units_of(skeleton: Skeleton, blocks: Sequence[BlockPlan], layout: Format) -> tuple[FusedUnit, ...]:
+    """What can have a scheme of its own in a format: fused linears as one, or in files that say the type of every
+    tensor each linear by itself, and embedding and head."""
+    units = fused_units(skeleton, blocks)
+    if not isinstance(layout, FileFormat):
+        return units
+    single = (
         replace(unit, linears=(name,), shapes=(shape,))
         for unit in units
         for name, shape in zip(unit.linears, unit.shapes, strict=True)
     )
+    return (*single, *outer_units(skeleton))
 
 
 def embedding_tensor(skeleton: Skeleton) -> str | None:
@@ -89,21 +94,21 @@ def embedding_tensor(skeleton: Skeleton) -> str | None:
     return next((site.tensor for site in skeleton.outer.values() if site.kind in ("embedding", "tied")), None)
 
 
+def outer_tensors(skeleton: Skeleton) -> dict[Literal["embedding", "head"], str]:
+    """Embedding and head by these words → the checkpoint's tensors; one that is both is an embedding."""
+    embedding, head = embedding_tensor(skeleton), head_tensor(skeleton.outer)
+    found: dict[Literal["embedding", "head"], str] = {} if embedding is None else {"embedding": embedding}
+    return found if head in (None, embedding) else {**found, "head": head or ""}
+
+
 def outer_units(skeleton: Skeleton) -> tuple[FusedUnit, ...]:
-    """Embedding and head by these words; one that is both is an embedding."""
-    infos = skeleton.checkpoint.infos
-    tensors = {
-        "embedding": (embedding_tensor(skeleton), -1),
-        "head": (head_tensor(skeleton.outer), skeleton.block_count),
-    }
-    found: dict[str, FusedUnit] = {}
-    for word in ("embedding", "head"):
-        name, block = tensors[word]
-        if name is not None and name not in found:
-            rows, columns = infos[name].shape
-            outer: Literal["head", "embedding"] = "head" if word == "head" else "embedding"
-            found[name] = FusedUnit((word,), ((rows, columns),), block, outer=outer)
-    return tuple(found.values())
+    """Embedding and head, those of them that there are."""
+    blocks = {"embedding": -1, "head": skeleton.block_count}
+    found: list[FusedUnit] = []
+    for word, name in outer_tensors(skeleton).items():
+        rows, columns = skeleton.checkpoint.infos[name].shape
+        found.append(FusedUnit((word,), ((rows, columns),), blocks[word], outer=word))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

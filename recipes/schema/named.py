@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, PlainSerializer, PlainValidator, WithJsonS
 from llmconvert.convert.dtype_names import ALIASES
 from llmconvert.convert.rope_factor import RopeScaling
 from llmconvert.errors import SchemeError, UsageError
-from llmconvert.gguf.ggml.mix import GgmlMix, GgmlType
+from llmconvert.gguf.ggml.mix import BLOCK_TYPES, MIXES, GgmlMix, GgmlType
 from llmconvert.quantize.catalog.formats import FORMATS
 from llmconvert.quantize.catalog.methods import METHODS
 from llmconvert.quantize.scheme import Scheme, parse_scheme
@@ -65,10 +65,16 @@ def _parse_override(value: object) -> Scheme | GgmlType | Literal["none"]:
         return "none"
     if isinstance(value, GgmlType):
         return value
-    if isinstance(value, str):
-        with suppress(SchemeError):
-            return GgmlType.parse(value)
-    return _parse_scheme(value)
+    if not isinstance(value, str):
+        return _parse_scheme(value)
+    with suppress(SchemeError):
+        return GgmlType.parse(value)
+    try:
+        return _parse_scheme(value)
+    except ValueError as error:
+        types = ", ".join(kind.lower() for kind in BLOCK_TYPES)
+        mix = f"{value.strip().lower()} is a mix of several types for a whole file; " * (value.strip().lower() in MIXES)
+        raise ValueError(f"{error}; or none; or with format: gguf a tensor's type: {mix}{types}") from error
 
 
 def _parse_type(value: object) -> GgmlType:

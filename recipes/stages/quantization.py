@@ -46,6 +46,7 @@ from llmconvert.validate.size import measure_sizes
 __all__ = [
     "QUANTIZE",
     "Planned",
+    "build_quantized",
     "change_schemes",
     "keep_report",
     "plan_stage",
@@ -84,20 +85,7 @@ def quantize_stage(
     """Quantize the model of the stage ``after``."""
 
     def build(work: Work, place: Place) -> QuantizeReport:
-        if place.notes is not None and place.model.exists():  # complete, and killed just then
-            forget_sensitivity(place.model)
-            return recovered(place)
-        with work.open(after) as checkpoint:
-            return quantize(
-                checkpoint,
-                place,
-                settings,
-                name=model_stem(work.source.origin),
-                text=text_of(work.recipe),
-                windows=work.windows(CALIBRATION),
-                context=work.context_of(after),
-                statistics=statistics,
-            )
+        return build_quantized(work, place, settings, after, statistics)
 
     def forecast(work: Work, output: Path) -> Forecast:
         with work.open(after) as checkpoint:
@@ -123,6 +111,26 @@ def quantize_stage(
     order = {"model": after, "calibration": CALIBRATION}
     read = QuantizeReport.model_validate
     return Stage(QUANTIZE, order, read, build, inputs, resumable=True, forecast=forecast, together=True)
+
+
+def build_quantized(
+    work: Work, place: Place, settings: QuantizeSettings, after: str, statistics: Statistics
+) -> QuantizeReport:
+    """Quantize the model of the stage ``after`` by these settings, and by the texts of the recipe."""
+    if place.notes is not None and place.model.exists():  # complete, and killed just then
+        forget_sensitivity(place.model)
+        return recovered(place)
+    with work.open(after) as checkpoint:
+        return quantize(
+            checkpoint,
+            place,
+            settings,
+            name=model_stem(work.source.origin),
+            text=text_of(work.recipe),
+            windows=work.windows(CALIBRATION),
+            context=work.context_of(after),
+            statistics=statistics,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +279,10 @@ def recovered(place: Place) -> QuantizeReport:
             name = stored.path.name
             said = notes is not None and (notes / _NOTES_FILE).exists()
             remarks = tuple(json.loads((notes / _NOTES_FILE).read_bytes())) if notes is not None and said else ()
+            chosen = _chosen(notes)
             return QuantizeReport(
-                sections=_types_section(types, remarks),
+                budget=chosen.budget if chosen is not None else None,
+                sections=(*(chosen.sections if chosen is not None else ()), *_types_section(types, remarks)),
                 file=name,
                 layers=count,
                 linears=linears,
@@ -288,12 +298,17 @@ def recovered(place: Place) -> QuantizeReport:
     found = QuantizeReport(
         layers=len(linears), linears=linears, experts=experts, sections=counted, bytes=nbytes, seconds=0.0
     )
-    if notes is None or not noted:
+    chosen = _chosen(notes) if noted else None
+    if chosen is None:
         return found
-    if not (notes / _BUDGET_FILE).exists():
-        return found
-    chosen = ChosenReport.model_validate_json((notes / _BUDGET_FILE).read_bytes())
     return found.model_copy(update={"budget": chosen.budget, "sections": (*chosen.sections, *counted)})
+
+
+def _chosen(notes: Path | None) -> ChosenReport | None:
+    """What a budget has chosen, from a stage's notes."""
+    if notes is None or not (notes / _BUDGET_FILE).exists():
+        return None
+    return ChosenReport.model_validate_json((notes / _BUDGET_FILE).read_bytes())
 
 
 def _types_section(types: Mapping[str, int], notes: Sequence[str]) -> tuple[Section, ...]:

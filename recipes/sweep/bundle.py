@@ -36,6 +36,7 @@ from llmconvert.storage.contents import Contents, Hashes
 from llmconvert.storage.directory import is_projector
 from llmconvert.storage.writer import write_file
 from llmconvert.validate.render.card import card_metadata, runtime_of
+from llmconvert.validate.render.pareto import measure_of
 from llmconvert.validate.render.plots import comparison_plot
 from llmconvert.validate.render.set_card import SetMember, render_set_card, with_set
 
@@ -182,7 +183,8 @@ def write_set(sweep: Sweep, folder: Path, variants: Mapping[str, MadeVariant], h
             placed[place] = name
             _link(made.directory / inside, folder / place)
         members[name] = SetMember(next(iter(sorted(files)), short), made.report, _token_nbytes(made.directory))
-    picture = comparison_plot({members[name].place: made.report for name, made in variants.items()}, "png")
+    reports = {members[name].place: made.report for name, made in variants.items()}
+    picture = comparison_plot(reports, "png", measure_of(reports))
     if picture is not None:
         (folder / _PLOT).parent.mkdir(parents=True, exist_ok=True)
         write_file(folder / _PLOT, picture)

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmconvert.gguf.ggml.blocks import load_codec
+from llmconvert.gguf.ggml.mix import BLOCK_TYPES
+from llmconvert.quantize.mixed_precision.budget import usual_types
 from llmconvert.quantize.numbers import Int
 from llmconvert.quantize.scheme import Scheme
 from llmconvert.report.report import Check, ModelInfo, Report
-from llmconvert.validate.repair import Unit, Upgrade, choose_upgrades, needed_share, sensitivities, unit_error
+from llmconvert.validate.repair import (
+    TYPE_ERRORS,
+    Unit,
+    Upgrade,
+    choose_upgrades,
+    needed_share,
+    sensitivities,
+    unit_error,
+)
 
 W2, W3, W4 = (Scheme(Int(bits), 32) for bits in (2, 3, 4))
 W4G128, W4G64 = Scheme(Int(4), 128), Scheme(Int(4), 64)
@@ -69,6 +81,42 @@ def test_nothing_that_the_format_refuses_and_nothing_over_the_budget() -> None:
     assert [chosen.after for chosen in refused] == [None]
     eight = Scheme(Int(8), None, activation_bits=8)
     assert [chosen.after for chosen in choose([unit("only", 1.0, eight)])] == [None]
+
+
+def test_ggml_types_leave_what_the_table_says_of_normal_weights() -> None:
+    values = np.random.default_rng(0).standard_normal((64, 1024), dtype=np.float32)
+    assert set(TYPE_ERRORS) == set(BLOCK_TYPES)
+    for name, expected in TYPE_ERRORS.items():
+        codec = load_codec(name)
+        decoded = codec.decode(codec.encode(values, np.ones(1024, np.float32))).reshape(values.shape)
+        assert np.square(decoded - values).sum() / np.square(values).sum() == pytest.approx(expected, rel=0.05), name
+
+
+@pytest.mark.parametrize("columns", [256, 288])
+def test_ggml_types_go_up_one_by_one_and_end_as_floats(columns: int) -> None:
+    shape = (4, columns)
+    types = [Scheme.of_block(name) for name in usual_types(columns)]
+    sizes = {str(scheme): taken(shape, scheme) for scheme in types}
+    at, seen = types[0], [types[0]]
+    while True:
+        (chosen,) = choose_upgrades(
+            [Unit(("only",), (shape,), at, 1.0)], 0.999, 10**9, nbytes=taken, accepts=lambda scheme, shape: True
+        )
+        if chosen.after is None:
+            break
+        assert sizes[str(chosen.after)] > sizes[str(at)]
+        at = chosen.after
+        seen.append(at)
+    assert str(at) == "q8_0" and seen == [scheme for scheme in types if scheme in seen]
+    assert len(seen) == (7 if columns == 256 else 5)
+
+
+def taken(shape: tuple[int, int], scheme: Scheme | None) -> int:
+    """Bytes of a matrix in a GGML type."""
+    if scheme is None:
+        return 2 * shape[0] * shape[1]
+    codec = load_codec(scheme.block or "")
+    return shape[0] * shape[1] // codec.size * codec.nbytes
 
 
 @given(

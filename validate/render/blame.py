@@ -26,15 +26,7 @@ def blame(report: Report) -> str:
     blocks = report.check("block_divergence")
     own = _largest(blocks.detail.get("blocks", ()) if blocks else (), "own", "name")
     sentences = [f"the blocks that err most by themselves are {own}"] if own else []
-    # What a repair quantized anew counts as it is now.
-    errors = {
-        linear.name: linear.error
-        for step in report.steps
-        if isinstance(step.details, QuantizeReport)
-        for linear in step.details.linears
-        if linear.error is not None
-    }
-    outputs = [{"name": name, "error": math.sqrt(error)} for name, error in errors.items()]
+    outputs = [{"name": name, "error": math.sqrt(error)} for name, error in _errors(report).items()]
     inventory = report.check("inventory")
     weights = inventory.detail.get("tensors", ()) if inventory else ()
     if worst := _largest(outputs, "error", "name"):
@@ -42,6 +34,20 @@ def blame(report: Report) -> str:
     elif worst := _largest(weights, "error", "name"):
         sentences.append(f"the weights that changed most are {worst}")
     return "; ".join(sentences)
+
+
+def _errors(report: Report) -> dict[str, float]:
+    """Squared errors of linears as they are now: a repair quantizes some anew or leaves them dense, a file whole."""
+    errors: dict[str, float] = {}
+    for step in report.steps:
+        if isinstance(step.details, QuantizeReport):
+            if step.details.file is not None:
+                errors.clear()
+            for linear in step.details.linears:
+                errors.pop(linear.name, None)
+                if linear.error is not None:
+                    errors[linear.name] = linear.error
+    return errors
 
 
 def _largest(records: Iterable[Mapping[str, Any]], value: str, name: str) -> str:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from llmconvert.report.report import Check, Report
 
-__all__ = ["Point", "cost_of", "front", "knee", "points"]
+__all__ = ["Measure", "Point", "cost_of", "front", "knee", "measure_of", "points"]
+
+#: By what artifacts are compared.
+Measure = Literal["perplexity", "kl_mean"]
 
 _SIZE = "size_bytes"
 
@@ -23,6 +27,15 @@ class Point:
     name: str
     size: float
     cost: float
+
+
+def measure_of(reports: Mapping[str, Report]) -> Measure:
+    """What tells artifacts of one model apart with the least text: KL from the original where all have it.
+
+    Perplexities of few windows differ by chance in either direction.
+    """
+    checks = [report.check("kl_mean") for report in reports.values()]
+    return "kl_mean" if all(check is not None and check.value is not None for check in checks) else "perplexity"
 
 
 def points(reports: Mapping[str, Report], measure: str) -> list[Point]:

@@ -15,6 +15,10 @@ from llmconvert.validate.render.drawing import COLOURS, INK, MARKERS, Format, le
 
 __all__ = ["Format", "comparison_plot", "divergence_plot", "drift_plot", "layer_error_plot", "quality_plot"]
 
+_AXES: Mapping[pareto.Measure, str] = {
+    "perplexity": "perplexity, lower is better",
+    "kl_mean": "KL from the original, nats",
+}
 _LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)\.weight")
 
 
@@ -22,7 +26,7 @@ _LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)\.weight")
 class _Point:
     label: str
     size: float
-    perplexity: float
+    value: float
     interval: tuple[float, float] | None
     colour: str
 
@@ -53,26 +57,29 @@ def layer_error_plot(report: Report, format: Format = "svg") -> bytes | None:
     return render(lambda figure: _draw_errors(figure, series), format, "layers")
 
 
-def comparison_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes | None:
-    """Size on disk against perplexity of several artifacts and of their originals. None with fewer than two points.
+def comparison_plot(
+    reports: Mapping[str, Report], format: Format = "svg", measure: pareto.Measure = "perplexity"
+) -> bytes | None:
+    """Size on disk against quality of several artifacts and of their originals. None with fewer than two points.
 
     From three artifacts on, a line joins those that no other one beats in both, and a ring marks its knee.
     """
     points: list[_Point] = []
     for index, (label, report) in enumerate(reports.items()):
-        size, quality = report.check("size_bytes"), report.check("perplexity")
+        size, quality = report.check("size_bytes"), report.check(measure)
         if size is None or quality is None or size.value is None or quality.value is None:
             continue
+        reference = 0.0 if measure == "kl_mean" else quality.reference
         points.append(_Point(label, size.value, quality.value, _interval(quality, ""), COLOURS[index % 8]))
-        known = {(point.size, point.perplexity) for point in points}
-        if size.reference and quality.reference and (size.reference, quality.reference) not in known:
+        known = {(point.size, point.value) for point in points}
+        if size.reference and reference is not None and (size.reference, reference) not in known:
             before = _interval(quality, "reference_")
-            points.append(_Point("original", size.reference, quality.reference, before, COLOURS[8]))
+            points.append(_Point("original", size.reference, reference, before, COLOURS[8]))
     if len(points) < 2:
         return None
-    made = pareto.points(reports, "perplexity")
+    made = pareto.points(reports, measure)
     line, bend = pareto.front(made) if len(made) > 2 else [], pareto.knee(made)
-    return render(lambda figure: _draw_comparison(figure, points, line, bend), format, "comparison")
+    return render(lambda figure: _draw_comparison(figure, points, line, bend, _AXES[measure]), format, "comparison")
 
 
 def drift_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes | None:
@@ -104,18 +111,18 @@ def _draw_quality(figure: Any, points: tuple[_Point, _Point]) -> None:
     style(axes)
     before, after = points
     arrow = {"arrowstyle": "->", "color": INK, "alpha": 0.6, "shrinkA": 7, "shrinkB": 7}
-    axes.annotate("", (after.size, after.perplexity), (before.size, before.perplexity), arrowprops=arrow)
-    highest = max(point.perplexity for point in points)
+    axes.annotate("", (after.size, after.value), (before.size, before.value), arrowprops=arrow)
+    highest = max(point.value for point in points)
     for point in points:
         bars = None
         if point.interval is not None:
-            bars = [[point.perplexity - point.interval[0]], [point.interval[1] - point.perplexity]]
-        axes.errorbar([point.size], [point.perplexity], yerr=bars, fmt="o", markersize=9, color=point.colour, capsize=4)
+            bars = [[point.value - point.interval[0]], [point.interval[1] - point.value]]
+        axes.errorbar([point.size], [point.value], yerr=bars, fmt="o", markersize=9, color=point.colour, capsize=4)
         # Above the upper point and below the lower one, clear of the arrow between them.
-        above = point.perplexity == highest
+        above = point.value == highest
         axes.annotate(
-            f"{point.label}\n{format_bytes(point.size)}, {point.perplexity:.2f}",
-            (point.size, point.perplexity),
+            f"{point.label}\n{format_bytes(point.size)}, {point.value:.2f}",
+            (point.size, point.value),
             xytext=(10, 6 if above else -6),
             textcoords="offset points",
             va="bottom" if above else "top",
@@ -129,7 +136,7 @@ def _draw_quality(figure: Any, points: tuple[_Point, _Point]) -> None:
 
 
 def _draw_comparison(
-    figure: Any, points: Sequence[_Point], line: Sequence[pareto.Point], bend: pareto.Point | None
+    figure: Any, points: Sequence[_Point], line: Sequence[pareto.Point], bend: pareto.Point | None, title: str
 ) -> None:
     axes = figure.add_subplot()
     style(axes)
@@ -140,11 +147,11 @@ def _draw_comparison(
             bend.size, bend.cost, marker="o", markersize=15, markerfacecolor="none", color=INK, alpha=0.6, zorder=0
         )
     for point in points:
-        interval = point.interval or (point.perplexity, point.perplexity)
-        bars = [[max(0.0, point.perplexity - interval[0])], [max(0.0, interval[1] - point.perplexity)]]
+        interval = point.interval or (point.value, point.value)
+        bars = [[max(0.0, point.value - interval[0])], [max(0.0, interval[1] - point.value)]]
         axes.errorbar(
             point.size,
-            point.perplexity,
+            point.value,
             yerr=bars,
             fmt=MARKERS[COLOURS.index(point.colour)],
             color=point.colour,
@@ -157,7 +164,7 @@ def _draw_comparison(
     axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".0 ", " "))
     axes.set_xlabel("weights on disk")
-    axes.set_ylabel("perplexity, lower is better")
+    axes.set_ylabel(title)
     legend(figure, 2)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmconvert.hub.card import mark_card, parts_of_card
 from llmconvert.report.report import Report
+from llmconvert.report.steps import QuantizeReport
 from llmconvert.validate.render.display import format_bytes
-from llmconvert.validate.render.pareto import front, knee, points
+from llmconvert.validate.render.pareto import front, knee, measure_of, points
 
 __all__ = ["SetMember", "render_set_card", "with_set"]
 
@@ -63,25 +64,41 @@ def render_set_card(front_matter: str, title: str, members: Mapping[str, SetMemb
         front_matter: fences included.
         title: of the card: what was quantized.
         members: by name.
-        plot: the name of a picture of sizes against perplexity; None without one.
+        plot: the name of a picture of sizes against what :func:`~llmconvert.validate.render.pareto.measure_of` says;
+            None without one.
     """
     reports = {name: member.report for name, member in members.items()}
     first = next(iter(reports.values()))
     lines = [f"# {title}", "", f"{len(members)} quantizations of {first.model.source}, made in one go.", ""]
     lines += _comparison(members)
-    found = points(reports, "perplexity")
+    measure = measure_of(reports)
+    found = points(reports, measure)
     bend = knee(found)
     if plot is not None:
-        lines += ["", f"![Size against perplexity]({plot})"]
+        lines += ["", f"![Size against {'KL' if measure == 'kl_mean' else measure}]({plot})"]
         if len(found) > 2:
             best = ", ".join(f"`{members[point.name].place}`" for point in front(found))
             lines += ["", f"No other one is both smaller and better than {best}."]
         if bend is not None:
             lines += [f"The knee is `{members[bend.name].place}`: beyond it, more bytes gain little."]
+    if notes := list(_notes(members)):
+        lines += ["", "## What to know", "", *notes]
     if first.model.calibration:
         lines += ["", f"Calibrated on {first.model.calibration}."]
     lines += ["", "Made with llmconvert; the report of each is under `llmconvert/`."]
     return mark_card(front_matter, "\n" + "\n".join(lines) + "\n", _KIND)
+
+
+def _notes(members: Mapping[str, SetMember]) -> Iterator[str]:
+    """What is otherwise than asked for, or in a runtime than in transformers, and of which of them, if not of all."""
+    found: dict[str, list[str]] = {}
+    for member in members.values():
+        steps = (step.details for step in member.report.steps)
+        for note in dict.fromkeys(note for step in steps if isinstance(step, QuantizeReport) for note in step.notes):
+            found.setdefault(note, []).append(f"`{member.place}`")
+    for note, places in found.items():
+        of = "" if len(places) == len(members) else f" ({', '.join(places)})"
+        yield f"- {note[:1].upper()}{note[1:]}.{of}"
 
 
 def with_set(card: str, members: Mapping[str, SetMember]) -> str:

@@ -15,7 +15,17 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["CANDIDATES", "FAST", "LANES", "fit_affine", "fit_steps", "largest_of", "take_lanes", "take_step"]
+__all__ = [
+    "CANDIDATES",
+    "FAST",
+    "LANES",
+    "begin_steps",
+    "fit_affine",
+    "fit_steps",
+    "take_lanes",
+    "take_step",
+    "try_reach",
+]
 
 # Reordering sums lets the compiler vectorize them; NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "nsz"}
@@ -51,7 +61,7 @@ def take_lanes(values: Matrix, first: int, height: int, start: int, lanes: Matri
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def largest_of(x: Matrix, extreme: Vector) -> None:
+def _largest_of(x: Matrix, extreme: Vector) -> None:
     """The value of largest magnitude of every lane; zero where it is next to it."""
     extreme[:] = 0
     for i in range(len(x)):
@@ -60,6 +70,22 @@ def largest_of(x: Matrix, extreme: Vector) -> None:
             extreme[lane] = line[lane] if abs(line[lane]) > abs(extreme[lane]) else extreme[lane]
     for lane in range(LANES):
         extreme[lane] = extreme[lane] if abs(extreme[lane]) >= _TINY else np.float32(0)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def begin_steps(values: Matrix, first: int, height: int, start: int, x: Matrix, extreme: Vector, best: Matrix) -> None:
+    """Take a group's weights into the lanes, find their extremes, and have no best step yet."""
+    take_lanes(values, first, height, start, x)
+    _largest_of(x, extreme)
+    best[0], best[1] = np.float32(1), np.float32(np.inf)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def try_reach(extreme: Vector, reach: Float, tried: Matrix) -> None:
+    """The step by which the extreme of every lane comes to lie at ``reach``; ``tried``: steps, and one over them."""
+    for lane in range(LANES):
+        tried[0, lane] = extreme[lane] / reach if extreme[lane] != 0 else np.float32(1)
+        tried[1, lane] = np.float32(1) / tried[0, lane]
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -134,18 +160,13 @@ def fit_steps(
     for first in range(begin, end, LANES):
         height = min(LANES, end - first)
         for group in range(groups):
-            take_lanes(values, first, height, group * size, x)
+            begin_steps(values, first, height, group * size, x, extreme, best)
             w = importance[group * size : (group + 1) * size]
-            largest_of(x, extreme)
-            best[0], best[1] = np.float32(1), np.float32(np.inf)
             for limit in (low, high):
                 for candidate in range(candidates):
                     # From one level short of the range's end to a quarter beyond it, where the extreme is clipped.
                     reach = abs(limit) - 1 + candidate * (abs(limit) / 4 + 1) / (candidates - 1)
-                    divisor = np.float32(reach if limit > 0 else -reach)
-                    for lane in range(LANES):
-                        tried[0, lane] = extreme[lane] / divisor if extreme[lane] != 0 else np.float32(1)
-                        tried[1, lane] = np.float32(1) / tried[0, lane]
+                    try_reach(extreme, np.float32(reach if limit > 0 else -reach), tried)
                     _sum_step(x, w, tried, sums, low, high)
                     take_step(tried, sums, best)
             for _ in range(_ROUNDS):

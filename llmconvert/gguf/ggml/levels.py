@@ -11,7 +11,7 @@ from typing import Any, Final
 import numba
 import numpy as np
 
-from llmconvert.gguf.ggml.fit import FAST, LANES, largest_of, take_lanes, take_step
+from llmconvert.gguf.ggml.fit import FAST, LANES, begin_steps, take_step, try_reach
 
 __all__ = ["LEVELS", "fit_level_steps", "nearest_level", "sum_levels"]
 
@@ -89,16 +89,12 @@ def fit_level_steps(begin: int, end: int, values: Matrix, importance: Vector, st
     for first in range(begin, end, LANES):
         height = min(LANES, end - first)
         for group in range(groups):
-            take_lanes(values, first, height, group * size, x)
+            begin_steps(values, first, height, group * size, x, extreme, best)
             w = importance[group * size : (group + 1) * size]
-            largest_of(x, extreme)
-            best[0], best[1] = np.float32(1), np.float32(np.inf)
             for limit in (_LOWEST, _HIGHEST):
                 for candidate in range(_CANDIDATES):
                     reach = limit * (np.float32(0.75) + np.float32(candidate) * np.float32(0.05))
-                    for lane in range(LANES):
-                        tried[0, lane] = extreme[lane] / reach if extreme[lane] != 0 else np.float32(1)
-                        tried[1, lane] = np.float32(1) / tried[0, lane]
+                    try_reach(extreme, reach, tried)
                     sum_levels(x, w, tried, sums)
                     take_step(tried, sums, best)
             for _ in range(_ROUNDS):

@@ -104,6 +104,7 @@ def _fitting(tensor: Matrix, override: TypeOverride) -> str:
         fitting = [kind.lower() for kind in BLOCK_TYPES if columns % load_codec(kind).size == 0]
         raise SchemeError(
             f"override {override.match!r}: rows of {tensor.sources[0]} have {columns} weights, no whole blocks of "
-            f"{override.qtype.lower()}; types that fit: {', '.join(fitting) or 'none'}"
+            f"{override.qtype.lower()}; types that fit: {', '.join(fitting) or 'none'}; scheme: none "
+            "leaves it in floats"
         )
     return override.qtype

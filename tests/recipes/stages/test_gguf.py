@@ -39,6 +39,10 @@ CALIBRATE = 'calibrate: {dataset: "pydoc-topics:train", samples: 4, length: 64}\
             "{method: rtn, scheme: w4a16-g64, overrides: [{match: '*', scheme: q6_k}]}",
             r"quantize.overrides.0.scheme: .*; formats that hold q6_k: gguf",
         ),
+        (
+            "{method: rtn, scheme: q4_k_m, format: gguf, overrides: [{match: '*', scheme: q5_k_m}]}",
+            r"quantize.overrides.0.scheme: .*type: q5_k_m is a mix of several types for a whole file; q8_0, q6_k",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(quantize: str, message: str) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from gguf import GGUFReader
 from safetensors.torch import load_file
+from support.tiny_models import tiny_llama_dir
 
 from llmconvert.cli import main
 
@@ -79,6 +81,41 @@ def test_a_failed_gate_passes_after_repair_within_the_size_limit(write_recipe: A
     assert (
         "## Repair" in card and "llmconvert/repair.png" in card and (tmp_path / "out/llmconvert/repair.png").is_file()
     )
+
+
+def test_a_gguf_file_gets_the_next_types_where_it_errs_most(write_recipe: Any, tmp_path: Path) -> None:
+    tiny_llama_dir(tmp_path / "Tiny-1M", hidden_size=256, intermediate_size=256)
+    quantize = {"method": "imatrix", "scheme": "q8_0", "format": "gguf"}
+    bad = "model.layers.1.mlp.down_proj"
+    recipe = write_recipe(
+        model=str(tmp_path / "Tiny-1M"),
+        quantize={**quantize, "overrides": [{"match": bad, "scheme": "q2_k"}]},
+        publish={"to": f"file:{tmp_path}/out"},
+    )
+    assert run(recipe, "validate.max_kl=1e-9").exit_code == 3
+    broken = stage(tmp_path / "work", "artifact")
+    before, size = kl_of(broken)
+    limit = size + 256 * 256 // 2
+    done = run(recipe, f"validate.max_kl={before / 3}", f"validate.repair.max_bytes={limit}")
+    assert done.exit_code == 0, done.output
+    after, larger = kl_of(tmp_path / "out")
+    assert after <= before / 3 and size < larger <= limit
+    old, new = (
+        {tensor.name: tensor for tensor in GGUFReader(next(place.glob("*.gguf"))).tensors}
+        for place in (broken, tmp_path / "out")
+    )
+    # Nothing but the linear that was made bad has another type, and what lies before it keeps its bytes.
+    last = "blk.1.ffn_down.weight"
+    assert {name for name in old if old[name].tensor_type != new[name].tensor_type} == {last}
+    assert all((old[name].data == new[name].data).all() for name in old if name not in (last, "output.weight"))
+    (check,) = [check for check in report_of(tmp_path / "out")["checks"] if check["name"] == "repair"]
+    changes = check["detail"]["changes"]
+    assert [change["linears"] for change in changes] == [[bad]] * len(changes)
+    assert changes[0]["before"] == "q2_k" and changes[-1]["after"].upper() == new[last].tensor_type.name
+    assert sum(change["bytes"] for change in changes) == new[last].n_bytes - old[last].n_bytes
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Repair" in card and "down_proj of 1" in card and card.count("## Types of tensors") == 1
+    assert f"| {new[last].tensor_type.name} | 1 |" in card
 
 
 def test_the_runtime_reads_a_repaired_artifact(write_recipe: Any, tmp_path: Path) -> None:

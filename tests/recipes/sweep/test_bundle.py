@@ -44,7 +44,7 @@ def test_a_set_of_gguf_files_is_published_with_one_card(write_recipe: Any, tiny_
         with open_gguf(directory / name) as stored:
             assert stored.config["model_type"] == "llama"
     assert f"\n# {tiny_llama.name}\n" in card
-    assert "![Size against perplexity](llmconvert/sizes.png)" in card
+    assert "![Size against KL](llmconvert/sizes.png)" in card
     assert (directory / "llmconvert" / "sizes.png").read_bytes().startswith(b"\x89PNG")
     assert "- 8 GB: `" in card and "with 32k tokens of context" in card
     assert {"gguf", "llmconvert"} <= set(front_matter(card, "card")["tags"])
@@ -121,8 +121,10 @@ def test_sets_that_cannot_be_are_refused(write_recipe: Any, tmp_path: Path) -> N
 def test_what_fits_into_a_machine_is_said_with_its_context() -> None:
     def member(place: str, size: float, cost: float) -> SetMember:
         checks = [{"name": "size_bytes", "value": size}, {"name": "kl_mean", "value": cost}]
+        notes = ["of all", *(["of one alone"] if place == "huge.gguf" else [])]
+        step = {"name": "quantize", "seconds": 1, "details": {"layers": 1, "bytes": size, "seconds": 1, "notes": notes}}
         about = {"schema": "llmconvert.report/1", "model": {"name": "m", "source": "org/m"}, "checks": checks}
-        return SetMember(place, Report.model_validate(about), 100_000)
+        return SetMember(place, Report.model_validate({**about, "steps": [step]}), 100_000)
 
     members = {
         "a": member("small.gguf", 3e9, 0.2),
@@ -134,3 +136,4 @@ def test_what_fits_into_a_machine_is_said_with_its_context() -> None:
     assert "- 16 GB: `small.gguf`, with 32k tokens of context" in card  # the larger one leaves too little for it
     assert "- 24 GB: `large.gguf`, with 32k tokens of context" in card
     assert "3.4 GB | 6.3 GB |" in card
+    assert "## What to know\n\n- Of all.\n- Of one alone. (`huge.gguf`)\n" in card

@@ -15,6 +15,7 @@ from llmconvert.gguf.ggml.blocks import Array, BlockCodec, Blocks, block_importa
 from llmconvert.gguf.ggml.fit import LANES, take_lanes
 from llmconvert.gguf.ggml.levels import LEVELS, fit_level_steps, nearest_level, sum_levels
 from llmconvert.gguf.ggml.super_blocks.minima import SUPER_BLOCK
+from llmconvert.gguf.ggml.super_blocks.sub_scales import add_choice, fit_scales, take_scales
 
 __all__ = ["CODEC", "IQ4_XS"]
 
@@ -35,19 +36,11 @@ class IQ4_XS(BlockCodec):
         weights = block_importance(importance, values.shape[1])
         steps = np.empty((rows, values.shape[1] // _SUB), np.float32)
         over_rows(fit_level_steps, rows, values, weights, steps)
-        own = steps.reshape(count, _SUBS)
-        largest = np.take_along_axis(own, np.abs(own).argmax(axis=1, keepdims=True), axis=1)[:, 0]
-        scale = (largest / np.float32(_S_LOW)).astype(np.float16)
-        best, least = scale, np.full(count, np.inf, np.float32)
-        subs = np.empty((count, _SUBS), np.int8)
-        best_subs = np.zeros_like(subs)
-        for _ in range(_ROUNDS):
-            refit = np.empty((count, 2), np.float32)
-            over_rows(_choose_sub_scales, rows, values, weights, steps, scale.astype(np.float32), subs, refit)
-            better = refit[:, 1] < least
-            least, best = np.where(better, refit[:, 1], least), np.where(better, scale, best)
-            best_subs[better] = subs[better]
-            scale = refit[:, 0].astype(np.float16)
+
+        def choose(wide: Array, subs: Array, refit: Array) -> None:
+            over_rows(_choose_sub_scales, rows, values, weights, steps, wide, subs, refit)
+
+        best, best_subs = fit_scales(steps.reshape(count, _SUBS), _S_LOW, _ROUNDS, choose)
         codes = np.empty((count, SUPER_BLOCK), np.uint8)
         over_rows(_take_codes, rows, values, best.astype(np.float32), best_subs, codes)
         return Blocks(codes, best, sub_scales=best_subs)
@@ -120,16 +113,10 @@ def _choose_sub_scales(
                         best[1, lane] = sums[2, lane] if better else best[1, lane]
                         best[2, lane] = sums[1, lane] if better else best[2, lane]
                         best[3, lane] = sums[3, lane] if better else best[3, lane]
-                for lane in range(LANES):
-                    form[0, lane] += best[0, lane] * best[0, lane] * best[2, lane]
-                    form[1, lane] += best[0, lane] * best[3, lane]
-                    form[2, lane] += best[1, lane]
+                add_choice(best, best[2], best[3], form)
                 for lane in range(height):
                     subs[(first + lane) * per_row + block, sub] = np.int8(best[0, lane])
-            for lane in range(height):
-                n = (first + lane) * per_row + block
-                refit[n, 0] = form[1, lane] / form[0, lane] if form[0, lane] > 0 else scale[lane]
-                refit[n, 1] = form[2, lane]
+            take_scales(form, scale, height, first * per_row + block, per_row, refit)
 
 
 @numba.njit(nogil=True, cache=True, inline="always")  # type: ignore[untyped-decorator]

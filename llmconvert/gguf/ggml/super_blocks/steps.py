@@ -16,6 +16,7 @@ from llmconvert.gguf.ggml.blocks import Array, Blocks, block_importance
 from llmconvert.gguf.ggml.fit import LANES, fit_steps, take_lanes
 from llmconvert.gguf.ggml.super_blocks.choice import sum_codes, sum_losses
 from llmconvert.gguf.ggml.super_blocks.minima import SUPER_BLOCK
+from llmconvert.gguf.ggml.super_blocks.sub_scales import add_choice, fit_scales, take_scales
 
 __all__ = ["SUB_BLOCK", "fit_step_super_blocks"]
 
@@ -42,21 +43,12 @@ def fit_step_super_blocks(
     bounds = np.float32(sub_range[0]), np.float32(sub_range[1])
     steps = np.empty((rows, values.shape[1] // SUB_BLOCK), np.float32)
     over_rows(fit_steps, rows, values, weights, steps, *limits, candidates)
-    own = steps.reshape(count, _SUBS)
-    largest = np.take_along_axis(own, np.abs(own).argmax(axis=1, keepdims=True), axis=1)[:, 0]
-    scale = (largest / bounds[0]).astype(np.float16)
-    best, least = scale, np.full(count, np.inf, np.float32)
-    subs = np.empty((count, _SUBS), np.int8)
-    best_subs = np.zeros_like(subs)
-    codes = np.empty((count, SUPER_BLOCK), np.uint8)
-    for _ in range(rounds):
-        refit = np.empty((count, 2), np.float32)
-        wide = scale.astype(np.float32)
+
+    def choose(wide: Array, subs: Array, refit: Array) -> None:
         over_rows(_choose_sub_scales, rows, values, weights, steps, wide, subs, refit, *limits, *bounds)
-        better = refit[:, 1] < least
-        least, best = np.where(better, refit[:, 1], least), np.where(better, scale, best)
-        best_subs[better] = subs[better]
-        scale = refit[:, 0].astype(np.float16)
+
+    best, best_subs = fit_scales(steps.reshape(count, _SUBS), sub_range[0], rounds, choose)
+    codes = np.empty((count, SUPER_BLOCK), np.uint8)
     over_rows(_take_codes, rows, values, best.astype(np.float32), best_subs, codes, *limits)
     return Blocks(codes, best, sub_scales=best_subs)
 
@@ -113,16 +105,10 @@ def _choose_sub_scales(
                         best[1, lane] = losses[lane] if better else best[1, lane]
                 _try_subs(best[0], 0, scale, tried, least_sub, most_sub)
                 sum_codes(x, w, tried, sums, low, high)
-                for lane in range(LANES):
-                    form[0, lane] += best[0, lane] * best[0, lane] * sums[1, lane]
-                    form[1, lane] += best[0, lane] * sums[2, lane]
-                    form[2, lane] += best[1, lane]
+                add_choice(best, sums[1], sums[2], form)
                 for lane in range(height):
                     subs[(first + lane) * per_row + block, sub] = np.int8(best[0, lane])
-            for lane in range(height):
-                n = (first + lane) * per_row + block
-                refit[n, 0] = form[1, lane] / form[0, lane] if form[0, lane] > 0 else scale[lane]
-                refit[n, 1] = form[2, lane]
+            take_scales(form, scale, height, first * per_row + block, per_row, refit)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

@@ -49,8 +49,8 @@ def _section(rounds: Sequence[Sequence[Upgrade]], trail: Sequence[Report], limit
     return Section(
         name="repair",
         title="Repair",
-        text="Layers with the most estimated divergence per byte got more bits or smaller groups, and everything was "
-        f"measured again after each round. The weights may take {format_bytes(limit)}.",
+        text="Layers with the most estimated divergence per byte got more bits, smaller groups or larger types, and "
+        f"everything was measured again after each round. The weights may take {format_bytes(limit)}.",
         columns=(
             Column(heading="round"),
             Column(heading="before"),
