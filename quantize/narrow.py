@@ -11,14 +11,19 @@ from collections.abc import Callable
 import torch
 
 from llmconvert.compute.narrowing import LOST, bounds, unheld
+from llmconvert.compute.small_floats import E4M3_PARTS
 from llmconvert.errors import UnsupportedError
 from llmconvert.memory import row_slices
 from llmconvert.quantize.tensor import NestedScales, QuantizedTensor
 
-__all__ = ["check_held", "check_kept", "half_scale_dtype", "half_scales"]
+__all__ = ["check_held", "check_kept", "coarse_share", "half_scale_dtype", "half_scales"]
 
 # Weights that are dequantized at a time to be looked at.
 _WEIGHTS_AT_ONCE = 1 << 22
+# What may lie among the subnormal numbers without a look at how much of it is zero.
+_FEW = 0.01
+# Of E4M3, the first code that has all bits of its mantissa, and the bits that are not the sign's.
+_NORMAL, _MAGNITUDE = 1 << E4M3_PARTS.mantissa, (1 << (E4M3_PARTS.bits - 1)) - 1
 
 
 def check_held(
@@ -97,6 +102,43 @@ def check_kept(name: str, tensor: QuantizedTensor, dtype: torch.dtype, weight: C
             f"{name}: its weights are so small that {tensor.scheme} makes all of them zero; leave it dense with an "
             f"override (scheme: none), or take {other}"
         )
+
+
+def coarse_share(tensor: QuantizedTensor, weight: Callable[[], torch.Tensor]) -> float | None:
+    """How much of a weight has lost digits below the one float32 scale that all of it lies under.
+
+    That scale is set by the largest weight. What lies 2¹⁵ times below it is among E4M3's subnormal numbers, whose steps
+    no longer shrink with the value: of NVFP4 the scales of groups, of E4M3 with a scale for the tensor the weights.
+    From about a half on, the error of all the others is above what the number has otherwise.
+
+    Args:
+        tensor: what was chosen for it.
+        weight: gives the weights, ``[rows, columns]``; asked for where some of it is zero, which loses nothing.
+
+    Returns:
+        the share of groups, or of weights; None of numbers whose scales are not below one of the whole tensor.
+    """
+    scales = tensor.scheme.number.scales
+    by_group = scales is not None and scales.shared
+    if not by_group and (tensor.scheme.rows is not None or tensor.codes.dtype != torch.float8_e4m3fn):
+        return None
+    stored = tensor.scale.to(torch.float8_e4m3fn) if by_group else tensor.codes
+    slices = list(row_slices(tuple(stored.shape), _WEIGHTS_AT_ONCE))
+    small = sum(int(_subnormal(stored[part]).sum()) for part in slices)
+    if small < _FEW * stored.numel():
+        return small / stored.numel()
+    values, nothing = weight(), 0
+    for part in slices:
+        empty = values[part].to(stored.device) == 0
+        empty = empty.unflatten(1, (stored.shape[1], -1)).all(-1) if by_group else empty
+        nothing += int(empty.sum())
+        small -= int((empty & _subnormal(stored[part])).sum())
+    return small / max(stored.numel() - nothing, 1)
+
+
+def _subnormal(stored: torch.Tensor) -> torch.Tensor:
+    """Which E4M3 numbers lie below the normal ones; zeros do."""
+    return (stored.view(torch.uint8) & _MAGNITUDE) < _NORMAL
 
 
 def half_scales(name: str, tensor: QuantizedTensor) -> torch.Tensor:

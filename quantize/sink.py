@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -13,12 +14,26 @@ from llmconvert.phases import Phases
 from llmconvert.quantize.formats.container import Container
 from llmconvert.quantize.formats.encoded import Encoded
 from llmconvert.quantize.methods.base import InputSquares
-from llmconvert.quantize.narrow import check_kept
+from llmconvert.quantize.narrow import check_kept, coarse_share
 from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.steps import Outcome
 from llmconvert.storage.artifact import Artifact
 
-__all__ = ["ArtifactSink", "finished_blocks"]
+__all__ = ["ArtifactSink", "Taken", "finished_blocks"]
+
+
+class Taken(NamedTuple):
+    """What is known of a quantized linear beside its tensors.
+
+    Attributes:
+        error, damping, tokens: see :class:`~llmconvert.quantize.passes.results.LayerResult`.
+        coarse: see :func:`~llmconvert.quantize.narrow.coarse_share`.
+    """
+
+    error: float | None
+    damping: float | None
+    tokens: int | None
+    coarse: float | None
 
 
 def finished_blocks(artifact: Artifact) -> int:
@@ -56,11 +71,11 @@ class ArtifactSink:
         self._changed: set[str] = set()
         self._squares: dict[str, dict[str, torch.Tensor]] = {}
         self.blocks = finished_blocks(artifact)
-        #: Error, damping and an expert's tokens, of every quantized linear so far, by its module name.
-        self.results: dict[str, tuple[float | None, float | None, int | None]] = {}
+        #: Of every quantized linear so far, by its module name.
+        self.results: dict[str, Taken] = {}
         for index in range(self.blocks):
             found = artifact.done[_piece(index)]
-            self.results |= {name: (error, damping, tokens) for name, error, damping, tokens in found}
+            self.results |= {name: Taken(*result) for name, *result in found}
         with phases.measure("copying"):
             container.begin(artifact.writer)
             for name in self._outer_names():
@@ -86,15 +101,16 @@ class ArtifactSink:
         else:
             site = self._plan.sites[name]
             with self._phases.measure("packing"):
+                weight, coarse = partial(site.read, self._skeleton.checkpoint), None
                 # Types of files have a check of their own as they are encoded.
                 if outcome.tensor.scheme.block is None:
-                    source = self._skeleton
-                    check_kept(site.stored, outcome.tensor, source.dtype, partial(site.read, source.checkpoint))
+                    check_kept(site.stored, outcome.tensor, self._skeleton.dtype, weight)
+                    coarse = coarse_share(outcome.tensor, weight)
                 packed = list(self._container.pack(site.stored, outcome.tensor))
             with self._phases.measure("writing"):
                 for part in packed:
                     self._artifact.writer.write_rows(part.name, part.start, part.rows)
-            self.results[name] = (outcome.error, outcome.damping, outcome.tokens)
+            self.results[name] = Taken(outcome.error, outcome.damping, outcome.tokens, coarse)
 
     def complete(self, index: int) -> None:
         with self._phases.measure("copying"):

@@ -183,12 +183,15 @@ class LinearReport(Value):
         scheme: what it is stored in.
         error: squared output error over squared output on the calibration inputs; None for data-free methods.
         outer: ``head``, ``embedding`` or ``tied`` (one matrix that is both), of what lies outside the blocks.
+        coarse: share of it that has few digits left below a float32 scale of all of it; None where that is none or
+            there is no such scale.
     """
 
     name: str
     scheme: str
     error: float | None
     outer: str = Field(default="", exclude_if=_is_empty)
+    coarse: float | None = Field(default=None, exclude_if=_is_none)
 
 
 class UnitReport(Value):

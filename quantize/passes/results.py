@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,21 @@ from llmconvert.quantize.plan import QuantizationPlan
 from llmconvert.quantize.sink import ArtifactSink
 from llmconvert.storage.writer import write_json
 
-__all__ = ["LayerResult", "QuantizeResult", "layers_of", "read_layers", "write_layers"]
+__all__ = [
+    "LayerResult",
+    "QuantizeResult",
+    "coarse_layers",
+    "coarse_remark",
+    "layers_of",
+    "read_layers",
+    "write_layers",
+]
+
+# Of a linear, from where on it is said: with a half the error of all others has grown by 3 % in NVFP4 and by 19 % in
+# E4M3, in normally distributed weights beside one large one.
+_COARSE = 0.25
+# Linears that are named.
+_NAMED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +43,8 @@ class LayerResult:
         expert: the expert that it belongs to, ``model.layers.0.mlp.experts.3``; None for others.
         tokens: of calibration text that the router sent to that expert; None without text.
         outer: ``head``, ``embedding`` or ``tied`` for what lies outside the blocks; "" for others.
+        coarse: share of it that has lost digits below the one float32 scale of all of it
+            (:func:`~llmconvert.quantize.narrow.coarse_share`); None where there is no such scale.
     """
 
     name: str
@@ -39,6 +55,7 @@ class LayerResult:
     expert: str | None = None
     tokens: int | None = None
     outer: str = ""
+    coarse: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +94,41 @@ class QuantizeResult:
 
 def layers_of(plan: QuantizationPlan, sink: ArtifactSink) -> tuple[LayerResult, ...]:
     """What came of the linears of a plan that a sink has taken."""
-    found = ((plan.sites[name], plan.schemes[name], result) for name, result in sink.results.items())
+    found = ((plan.sites[name], plan.schemes[name], taken) for name, taken in sink.results.items())
     return tuple(
-        LayerResult(site.stored, str(scheme), site.shape, error, damping, site.owner, tokens, site.outside)
-        for site, scheme, (error, damping, tokens) in found
+        LayerResult(
+            site.stored,
+            str(scheme),
+            site.shape,
+            taken.error,
+            taken.damping,
+            site.owner,
+            taken.tokens,
+            site.outside,
+            taken.coarse,
+        )
+        for site, scheme, taken in found
+    )
+
+
+def coarse_layers(layers: Iterable[LayerResult]) -> tuple[LayerResult, ...]:
+    """The linears of which so much has lost digits that their error is above what their number has otherwise."""
+    return tuple(layer for layer in layers if (layer.coarse or 0.0) >= _COARSE)
+
+
+def coarse_remark(layers: Iterable[LayerResult]) -> str:
+    """What is said of such linears; nothing where there are none."""
+    coarse = coarse_layers(layers)
+    if not coarse:
+        return ""
+    worst = max(coarse, key=lambda layer: layer.coarse or 0.0)
+    named = ", ".join(layer.name for layer in coarse[:_NAMED])
+    more = f" and {len(coarse) - _NAMED} more" if len(coarse) > _NAMED else ""
+    return (
+        f"coarse scales: {named}{more} ({worst.coarse:.0%} of {worst.name}). A weight of theirs, or of a linear whose "
+        "float32 scale they share, is tens of thousands of times as large as most others, which have few digits below "
+        "it. Give them a scheme without a scale for all (mxfp4 for nvfp4, fp8-dynamic for fp8-static), or leave them "
+        "dense, with an override"
     )
 
 

@@ -31,7 +31,14 @@ from llmconvert.quantize.methods.rescale import describe_edges
 from llmconvert.quantize.passes.data_free import DataFreeSteps
 from llmconvert.quantize.passes.expert_tokens import require_tokens
 from llmconvert.quantize.passes.original import OriginalSteps, Variant, VariantSink
-from llmconvert.quantize.passes.results import LayerResult, QuantizeResult, layers_of, read_layers, write_layers
+from llmconvert.quantize.passes.results import (
+    LayerResult,
+    QuantizeResult,
+    coarse_remark,
+    layers_of,
+    read_layers,
+    write_layers,
+)
 from llmconvert.quantize.plan import QuantizationPlan, QuantizeRequest
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.quantize.sink import ArtifactSink, finished_blocks
@@ -202,6 +209,9 @@ def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ..
             "stop what else runs there, or allow less (memory), so that batches wait in files. The same command "
             "continues"
         ) from error
+    remarks = [coarse_remark(found) for found in layers]
+    for remark in dict.fromkeys(filter(None, remarks)):
+        progress.log(remark)
     seconds = time.perf_counter() - begin
     return tuple(
         QuantizeResult(
@@ -214,9 +224,9 @@ def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ..
             resumed_blocks=resumed,
             files=tuple(shard.name for shard in plan.container.layout.shards),
             types=plan.container.types,
-            notes=plan.notes,
+            notes=(*plan.notes, *filter(None, (remark,))),
         )
-        for plan, found in zip(plans, layers, strict=True)
+        for plan, found, remark in zip(plans, layers, remarks, strict=True)
     )
 
 

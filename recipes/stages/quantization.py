@@ -19,7 +19,8 @@ from llmconvert.gguf.split import read_model_header
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import plan_quantize
 from llmconvert.quantize.methods.base import load_method
-from llmconvert.quantize.passes.run import LayerResult, QuantizePlan, QuantizeResult, read_layers
+from llmconvert.quantize.passes.results import LayerResult, coarse_layers, coarse_remark, read_layers
+from llmconvert.quantize.passes.run import QuantizePlan, QuantizeResult
 from llmconvert.quantize.plan import QuantizeRequest, Statistics
 from llmconvert.quantize.requantize import Assignment, RequantizeRequest, plan_requantize
 from llmconvert.quantize.rotate import rotate_checkpoint
@@ -157,6 +158,7 @@ class Planned:
             sections=(
                 *sections,
                 *expert_sections(experts),
+                *_coarse_section(result.layers),
                 *_types_section(result.types, result.notes),
                 *_serving_section(served_by(self.plan)),
             ),
@@ -294,7 +296,7 @@ def recovered(place: Place) -> QuantizeReport:
         linears = linears if noted else _stored_linears(stored)
     facts = notes / _SERVING_FILE if notes is not None else None
     served = tuple(json.loads(facts.read_bytes())) if facts is not None and facts.exists() else ()
-    counted = (*expert_sections(experts), *_serving_section(served))
+    counted = (*expert_sections(experts), *_coarse_section(layers), *_serving_section(served))
     found = QuantizeReport(
         layers=len(linears), linears=linears, experts=experts, sections=counted, bytes=nbytes, seconds=0.0
     )
@@ -331,6 +333,22 @@ def _serving_section(facts: Sequence[str]) -> tuple[Section, ...]:
     return (Section(name="serving", title="Serving", text=text, shown=("terminal", "card")),) if text else ()
 
 
+def _coarse_section(layers: Sequence[LayerResult]) -> tuple[Section, ...]:
+    """Linears whose one float32 scale leaves most of them few digits; nothing where there are none."""
+    coarse = coarse_layers(layers)
+    if not coarse:
+        return ()
+    rows = tuple((layer.name, layer.scheme, layer.coarse) for layer in coarse)
+    columns = (Column(heading="linear"), Column(heading="scheme"), Column(heading="of it coarse", unit="share"))
+    remark = coarse_remark(layers)
+    text = f"{remark[:1].upper()}{remark[1:]}."
+    return (
+        Section(
+            name="coarse", title="Coarse scales", text=text, columns=columns, rows=rows, shown=("terminal", "card")
+        ),
+    )
+
+
 def _stored_linears(stored: Checkpoint) -> tuple[LinearReport, ...]:
     dense = open_dense(stored)
     if not isinstance(dense, QuantizedView):
@@ -345,7 +363,10 @@ def _stored_linears(stored: Checkpoint) -> tuple[LinearReport, ...]:
 
 def _linears(layers: Iterable[LayerResult]) -> tuple[LinearReport, ...]:
     return tuple(
-        LinearReport(name=layer.name, scheme=layer.scheme, error=layer.error, outer=layer.outer) for layer in layers
+        LinearReport(
+            name=layer.name, scheme=layer.scheme, error=layer.error, outer=layer.outer, coarse=layer.coarse or None
+        )
+        for layer in layers
     )
 
 

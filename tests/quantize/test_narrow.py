@@ -16,6 +16,9 @@ from llmconvert.errors import UnsupportedError
 from llmconvert.quantize.formats.base import load_format
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.methods.base import Target
+from llmconvert.quantize.methods.rtn import Rtn
+from llmconvert.quantize.narrow import coarse_share
 from llmconvert.quantize.scheme import Scheme, parse_scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
@@ -84,6 +87,43 @@ def test_both_ends_of_float16(format: str, factor: float, message: str) -> None:
         load_format(format).pack("a.b", moved)
     fitting = QuantizedTensor(tensor.codes, tensor.scale * 1e-3, tensor.zero, tensor.scheme)
     load_format(format).pack("a.b", fitting)
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "fp8-static"])
+def test_digits_lost_below_one_large_weight_are_counted(scheme: str) -> None:
+    """Beside E4M3's own definition: normal numbers begin at 2⁻⁶. What is zero before loses nothing."""
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    weight[16:] = 0
+
+    def share(largest: float) -> float | None:
+        weight[0, 0] = largest
+        target = Target("a.b", weight, Scheme.parse(scheme))
+        tensor = Rtn().quantize([target], None, torch.float32)["a.b"].tensor
+        found = coarse_share(tensor, lambda: weight)
+        if found:
+            values = tensor.scale if tensor.divisor is not None else tensor.codes.float()
+            assert found == pytest.approx(float((values[:16].abs() < 2**-6).float().mean()))
+        return found
+
+    assert share(4.0) == 0 or scheme == "fp8-static"
+    few, some, most = share(1e3), share(6e4), share(3e5)
+    assert few is not None and some is not None and most is not None
+    assert few < 0.1 < 0.25 < some < most <= 1
+    other = Rtn().quantize([Target("a.b", weight, Scheme.parse("mxfp4a16"))], None, torch.float32)["a.b"].tensor
+    assert coarse_share(other, lambda: weight) is None
+
+
+def test_linears_with_coarse_scales_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    """The gate too, which has the same float32 scale as the projection with the large weight."""
+    source = scaled(tiny("llama", torch.bfloat16), tmp_path / "source", 1e5, rows=1)
+    result = quantize_checkpoint(source, tmp_path / "out", method="rtn", scheme=parse_scheme("nvfp4a16"))
+    lost = {layer.name for layer in result.layers if (layer.coarse or 0) > 0.25}
+    assert lost == {FADING, FADING.replace("up", "gate")}
+    (note,) = (note for note in result.notes if note.startswith("coarse scales"))
+    gate = FADING.replace("up", "gate")
+    assert f"{gate}, {FADING} (100% of {gate})" in note and "mxfp4 for nvfp4" in note
+    plain = quantize_checkpoint(source, tmp_path / "mx", method="rtn", scheme=parse_scheme("mxfp4a16"))
+    assert not any("coarse" in note for note in plain.notes) and plain.layers[0].coarse is None
 
 
 @pytest.mark.parametrize("scheme", ["q8_0", "q4_0", "q4_k_m", "f16"])
