@@ -22,6 +22,7 @@ from llmconvert.quantize.formats.base import FileFormat, Format, load_format
 from llmconvert.quantize.formats.container import ContainerRequest
 from llmconvert.quantize.formats.experts import experts_in_one
 from llmconvert.quantize.formats.loading import as_loaded
+from llmconvert.quantize.formats.outer import with_head_settled
 from llmconvert.quantize.matrix import check_combination
 from llmconvert.quantize.methods.base import (
     BlockQuantizer,
@@ -227,6 +228,9 @@ def _skeleton(
 ) -> Skeleton:
     """The model of a checkpoint as an artifact in that format has its tensors."""
     skeleton = build(source, device, fast_products=True)
+    settled = with_head_settled(skeleton, layout, () if request is None else request.overrides)
+    if settled is not skeleton.checkpoint:
+        skeleton = build(settled, device, fast_products=True)
     dense = request is not None and experts_in_one(skeleton, request.scheme, request.overrides, layout)
     written = as_loaded(skeleton, layout, dense_experts=dense)
     return skeleton if written is skeleton.checkpoint else build(written, device, fast_products=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.tiny_models import VOCABULARY, tiny_llama_dir
 
 from llmconvert.convert.inspection import describe_model
@@ -177,6 +177,27 @@ def test_an_artifact_has_its_embedding_and_head_as_overrides_say(tmp_path: Path)
     assert summary.quantization == "mlx" and summary.unread is None and summary.vocabulary == VOCABULARY
     with pytest.raises(UnsupportedError, match="already quantized"):
         quantize_checkpoint(written, tmp_path / "twice", method="rtn", scheme=scheme, format="mlx")
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("format", ["mlx", "compressed-tensors"])
+def test_a_tied_head_that_is_stored_as_well_is_one_matrix_or_two(tmp_path: Path, format: str, equal: bool) -> None:
+    """As transformers decides it, by the values; runtimes that go by the config alone have to come to the same."""
+    model = tiny_llama_dir(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if equal else embedding.flip(0).contiguous()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    source, scheme = SafetensorsCheckpoint(model), "w8a16-g32-affine" if format == "mlx" else "w8a16-g32"
+    overrides = () if format == "mlx" else (Override("head", Scheme.parse(scheme)),)
+    output = tmp_path / "artifact"
+    quantize_checkpoint(source, output, method="rtn", scheme=Scheme.parse(scheme), format=format, overrides=overrides)
+    written = SafetensorsCheckpoint(output)
+    codes = {"lm_head.weight", "lm_head.weight_packed"} & {*written.infos}
+    assert written.config["tie_word_embeddings"] is equal and bool(codes) is not equal
+    windows = [torch.arange(40).unsqueeze(0)]
+    logits = [next(stream_logits(one, windows, device=CPU)).log_softmax(-1) for one in (source, open_dense(written))]
+    assert float(torch.nn.functional.kl_div(logits[1], logits[0], log_target=True, reduction="sum")) < 0.01 * 40
 
 
 def test_models_that_mlx_lm_has_no_module_for_are_refused_before_the_work(tmp_path: Path) -> None:
