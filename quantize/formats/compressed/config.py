@@ -19,16 +19,19 @@ from llmconvert.quantize.scheme import Scheme
 __all__ = ["Config", "Group", "has_zero_points", "read_config", "stored_layout", "written_config"]
 
 _WHERE = "quantization_config"
+_MXFP4 = "mxfp4-pack-quantized"
 _LAYOUTS = (
     *("pack-quantized", "int-quantized", "float-quantized"),
-    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+    *("nvfp4-pack-quantized", _MXFP4, "mxfp8-quantized"),
 )
+# Of the library, and the first that wrote E8M0 as it is defined (its pull request 538).
+_VERSION, _RIGHT_EXPONENTS = re.compile(r"(\d+)\.(\d+)"), (0, 14)
 # "naive-quantized" is what a version of the library called the two unpacked ones; "dense" is what was decompressed.
 _READ = (*_LAYOUTS, "naive-quantized", "mixed-precision", "dense")
 _BY_NUMBER: Mapping[Number, str] = {
     E4M3: "float-quantized",
     NVFP4: "nvfp4-pack-quantized",
-    MXFP4: "mxfp4-pack-quantized",
+    MXFP4: _MXFP4,
     MXFP8: "mxfp8-quantized",
 }
 _CLASS = "Linear"
@@ -76,7 +79,7 @@ class _Sparsity(Declared):
 class _Config(Declared):
     silent: ClassVar[frozenset[str]] = frozenset(
         (
-            *("quant_method", "global_compression_ratio", "version", "kv_cache_scheme"),
+            *("quant_method", "global_compression_ratio", "kv_cache_scheme"),
             # Of transformers, which writes how it was asked to load.
             *("run_compressed", "dequantize", "use_optimized_inference"),
         )
@@ -84,6 +87,7 @@ class _Config(Declared):
 
     config_groups: dict[str, _Group]
     format: str | None = None
+    version: str | None = None
     quantization_status: Word = "initialized"
     ignore: list[str] | None = None
     sparsity_config: _Sparsity | None = None
@@ -169,6 +173,14 @@ def read_config(declared: Mapping[str, Any]) -> Config:
             raise UnsupportedError(
                 f"config.json: compressed-tensors format {spell(layout)}; this reader knows {', '.join(_LAYOUTS)}"
             )
+    version = _VERSION.match(found.version or "")
+    mx = _MXFP4 in (found.format, *(group.format for group in found.config_groups.values()))
+    if mx and version is not None and tuple(map(int, version.groups())) < _RIGHT_EXPONENTS:
+        raise UnsupportedError(
+            f"config.json: {_WHERE}.version is {spell(found.version)}: before 0.14 compressed-tensors wrote the scales "
+            f"of {_MXFP4} two exponents too small, and every reader since has weights of a quarter of their size; "
+            "quantize the original anew"
+        )
     if found.sparsity_config is not None and found.sparsity_config.format != "dense":
         raise UnsupportedError(
             f"config.json: {_WHERE}.sparsity_config.format is {spell(found.sparsity_config.format)}; this reader knows "

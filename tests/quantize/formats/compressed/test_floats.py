@@ -20,6 +20,7 @@ from llmconvert.engine.coroutine import record_inputs
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import CalibrationError, CheckpointError, SchemeError, UnsupportedError
 from llmconvert.quantize.formats.base import load_format
+from llmconvert.quantize.formats.compressed.config import read_config, written_config
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.scheme import Override, Scheme
@@ -218,3 +219,17 @@ def test_a_fixed_scale_that_is_missing_is_named(source: Path, tmp_path: Path) ->
     checkpoint.infos = {key: info for key, info in checkpoint.infos.items() if key != name}
     with pytest.raises(CheckpointError, match=r"there is no tensor 'model\.layers\.0\.mlp\.up_proj\.input_scale'"):
         QuantizedView(checkpoint, declared)
+
+
+@pytest.mark.parametrize(
+    ("version", "read"), [("0.13.0", False), ("0.12.3a20251114", False), ("0.14.0", True), (None, True)]
+)
+def test_exponents_that_the_library_wrote_too_small_are_refused(version: str | None, read: bool) -> None:
+    """compressed-tensors 0.13: ``127 + floor(log2(scale)) - 2`` of a scale that had its two taken off already."""
+    declared = {**written_config({"a.b": Scheme.parse("mxfp4a16")}, ()), "version": version}
+    if read:
+        assert str(read_config(declared).groups[0].scheme) == "w4a16-g32-mxfp4"
+        return
+    with pytest.raises(UnsupportedError, match=r"quantization_config\.version is .* two exponents too small"):
+        read_config(declared)
+    read_config({**written_config({"a.b": Scheme.parse("nvfp4a16")}, ()), "version": version})
