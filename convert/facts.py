@@ -13,7 +13,7 @@ from typing import Any
 
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.architecture.families import EMBEDDINGS, HEADS
-from llmconvert.errors import HubError
+from llmconvert.errors import HubError, SourceError
 from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.hub.card import CARD, front_matter
 from llmconvert.quantize.formats.dense_view import QuantizedView
@@ -21,8 +21,9 @@ from llmconvert.quantize.serving.fused_blocks import cut_at_seams
 from llmconvert.quantize.serving.kernel_groups import unusual_groups
 from llmconvert.quantize.serving.tensor_parallel import Matrix, tensor_parallel
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.text.chat import ChatTemplate, render_prompts
 
-__all__ = ["chat_template", "devices", "licence", "parameters_by_kind", "parts_beside"]
+__all__ = ["chat_template", "chat_template_fault", "devices", "licence", "parameters_by_kind", "parts_beside"]
 
 
 _ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight", ".gate.wg.weight")
@@ -74,6 +75,33 @@ def chat_template(checkpoint: Checkpoint) -> bool | None:
     with suppress(ValueError, KeyError, OSError):
         return bool(json.loads(checkpoint.read_file("tokenizer_config.json")).get("chat_template"))
     return False
+
+
+def chat_template_fault(checkpoint: Checkpoint) -> str:
+    """What the tokenizer's chat template makes of a user's message where it fails, as a run would find; else nothing.
+
+    Raises:
+        MachineError: no process can be started for it.
+    """
+    config: Any = {}
+    with suppress(ValueError, KeyError, OSError):
+        config = json.loads(checkpoint.read_file("tokenizer_config.json"))
+    config = config if isinstance(config, dict) else {}
+    text = config.get("chat_template")
+    with suppress(KeyError, OSError, UnicodeDecodeError):
+        text = checkpoint.read_file("chat_template.jinja").decode()
+    if isinstance(text, list):  # of several, each with a name
+        text = next((one.get("template") for one in text if isinstance(one, dict) and one.get("name") == "default"), "")
+    if not isinstance(text, str) or not text:
+        return ""
+    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    named = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    tokens = tuple((name, value) for name, value in named.items() if isinstance(value, str))
+    try:
+        render_prompts(ChatTemplate(text, tokens), ("Hello",))
+    except SourceError as error:
+        return str(error).removeprefix("the model's chat template: ")
+    return ""
 
 
 def licence(checkpoint: Checkpoint) -> str | None:

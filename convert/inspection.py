@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from llmconvert.convert.facts import chat_template, devices, licence, parameters_by_kind, parts_beside
+from llmconvert.convert.facts import (
+    chat_template,
+    chat_template_fault,
+    devices,
+    licence,
+    parameters_by_kind,
+    parts_beside,
+)
 from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.convert.pickle import PickleCheckpoint
 from llmconvert.convert.quantized import stored_as
@@ -89,6 +96,8 @@ class ModelSummary:
         parts: those beside the text, by the name of each tower or projector → how many parameters they have.
         kinds: what parameters are for → how many of them there are: embeddings, attention, experts, …
         chat_template: whether the tokenizer has one; None where that was not looked at.
+        chat_template_fault: why it renders no user's message, so that a run refuses it too; empty where it does, or
+            that was not asked.
         license: identifier, as the card or the file says it; None if nothing does.
         devices: over how many it can be split where it is served; empty where that is not known.
     """
@@ -119,6 +128,7 @@ class ModelSummary:
     quantizable: Verdict | None = None
     kinds: Mapping[str, int] = field(default_factory=dict)
     chat_template: bool | None = None
+    chat_template_fault: str = ""
     license: str | None = None
     devices: str = ""
     experts_per_token: int = 0
@@ -153,7 +163,7 @@ def inspect_model(model: str) -> ModelSummary:
 
 
 def _judged(checkpoint: Checkpoint) -> ModelSummary:
-    summary = describe_model(checkpoint)
+    summary = replace(describe_model(checkpoint), chat_template_fault=chat_template_fault(checkpoint))
     if summary.unread is not None:
         return summary
     verdict = judge_model(open_dense(checkpoint, weights_only=True))

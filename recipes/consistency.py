@@ -12,7 +12,7 @@ from llmconvert.gguf.ggml.mix import FLOATS, GgmlMix
 from llmconvert.quantize.catalog.formats import require_format
 from llmconvert.quantize.catalog.methods import METHODS, check_options, needs_calibration
 from llmconvert.quantize.scheme import Scheme
-from llmconvert.recipes.schema.recipe import Recipe
+from llmconvert.recipes.schema.recipe import QuantizeSettings, Recipe
 from llmconvert.text.shares import MixedSource, windows_by_share
 
 __all__ = ["KeyPath", "contradictions", "repair_refusal"]
@@ -35,6 +35,15 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _unmeasured(recipe)
 
 
+def _reader_of_text(settings: QuantizeSettings) -> tuple[str, str]:
+    """The key whose value makes a quantization read calibration text, and what that is."""
+    if settings.budget is not None or needs_calibration(settings.method):
+        return "method", settings.method if settings.budget is None else "a budget"
+    if settings.fixes_inputs:
+        return "scheme", "a scheme whose scales for inputs are fixed beforehand"
+    return "kv_cache", "a cache with scales of its own"
+
+
 def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     settings = recipe.quantize
     if settings is None:
@@ -45,10 +54,10 @@ def _quantization(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("quantize", "method"), f"quantize.method: {error}"
     else:
         if settings.calibrates and recipe.calibrate is None:
-            who = settings.method if settings.budget is None else "a budget"
+            key, who = _reader_of_text(settings)
             yield (
-                ("quantize", "method"),
-                f"quantize.method: {who} needs calibration text; give it, for example "
+                ("quantize", key),
+                f"quantize.{key}: {who} needs calibration text; give it, for example "
                 "[[calibrate.dataset=pydoc-topics:train]]",
             )
         if not settings.calibrates:

@@ -14,6 +14,7 @@ from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import SchemeError, UnsupportedError
 from llmconvert.needs import Needs
+from llmconvert.quantize.catalog.methods import needs_calibration
 from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.quantize.formats.experts import for_vllm_alone
 from llmconvert.quantize.job import plan_quantize
@@ -161,6 +162,8 @@ def foresee_quantization(
         ("quantize", settings.method, *map(str, sorted(settings.options.items())), context.device.type)
         + (("gguf",) if settings.format == "gguf" else ())
         + (("rotated",) if settings.rotate is not None else ())
+        # Text that a scheme or a cache wants passes through the model, whatever the method does without.
+        + (("with text",) if tokens and not needs_calibration(settings.method) else ())
         + ((f"by {context.ranks.count}",) if not context.ranks.alone else ())
     )
     if settings.budget is None:

@@ -169,13 +169,13 @@ def test_what_does_not_fit_is_refused_by_the_plan_of_every_job(model: Path, tmp_
     with SafetensorsCheckpoint(model) as source:
         plan_attention(source, tmp_path / "merged", AttentionRequest(2)).run()
         with SafetensorsCheckpoint(tmp_path / "merged") as merged:
-            with pytest.raises(CapacityError, match="1 MB may be used; use shorter calibration samples"):
+            with pytest.raises(CapacityError, match="1 MB may be used, which is less than Python"):
                 plan_quantize(source, out, QuantizeRequest("gptq", W4), windows=ids(), context=SMALL)
-            with pytest.raises(CapacityError, match="0 MB may be used; use shorter calibration samples"):
+            with pytest.raises(CapacityError, match="0 MB may be used, which is less than Python"):
                 plan_attention(source, out, AttentionRequest(2), windows=ids(), context=SMALL)
             with pytest.raises(CapacityError, match="1 MB may be used; use shorter windows or a machine"):
                 plan_heal(source, merged, out, HealOptions(held_out=1), windows=ids(), context=SMALL)
-            with pytest.raises(CapacityError, match="1 MB may be used; use shorter calibration samples"):
+            with pytest.raises(CapacityError, match="1 MB may be used, which is less than Python"):
                 request = QuantizeRequest("imatrix", GgmlMix.parse("q8_0"), "gguf")
                 plan_quantize(source, tmp_path / "o.gguf", request, windows=ids(), context=SMALL)
         with pytest.raises(CapacityError, match=r"evaluation needs about \d+ MB, 1 MB may be used; allow that"):

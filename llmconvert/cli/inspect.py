@@ -90,7 +90,9 @@ def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
     if summary.devices:
         rows.append(("can be split", summary.devices))
     if summary.chat_template is not None:
-        rows.append(("chat template", "yes" if summary.chat_template else "none"))
+        fault = summary.chat_template_fault
+        said = f"one that fails, which runs refuse: {fault}" if fault else "yes"
+        rows.append(("chat template", said if summary.chat_template else "none"))
     if summary.license is not None:
         rows.append(("licence", summary.license))
     if summary.unread:

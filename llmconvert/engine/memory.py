@@ -125,7 +125,13 @@ def choose_mode(
         estimate = MemoryEstimate(candidate, parts)
         if estimate.total <= limit:
             return estimate
+    raised = "allow more (memory, --memory), " if budget is not None else ""
+    if estimate.parts["base"] > limit:
+        raise CapacityError(
+            f"this model needs {estimate}, {limit / 1e6:,.0f} MB may be used, which is less than Python, torch and "
+            f"transformers take alone; {raised or 'close what else runs, '}or use a machine with more memory"
+        )
     raise CapacityError(
-        f"this model needs {estimate}, {limit / 1e6:,.0f} MB may be used; "
+        f"this model needs {estimate}, {limit / 1e6:,.0f} MB may be used; {raised}"
         "use shorter calibration samples, a data-free method (rtn), or a machine with more memory"
     )

@@ -139,7 +139,13 @@ class RunPlan:
                     f"{_advice(step.name)}"
                 )
         for place, needed in self._disks().items():
-            free = shutil.disk_usage(place).free
+            there = shutil.disk_usage(place)
+            free = there.free
+            if not there.total:
+                raise CapacityError(
+                    f"{place} has no room for files at all: no disk lies behind it; keep finished stages elsewhere "
+                    "(work_dir, --work-dir)"
+                )
             if needed > free:
                 raise CapacityError(
                     f"the run needs {_size(needed)} of disk in {place}, {_size(free)} are free; remove something, or "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,22 @@ def test_a_directory(tiny_llama: Path) -> None:
     assert found.tied and found.quantization is None and found.experts == 0 and found.windows is None
     assert found.quantizable is not None and str(found.quantizable.scheme) == "w4a16-g64-sym"
     assert 0 < found.quantizable.weights < found.parameters
+
+
+def test_a_chat_template_that_fails_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    assert inspect_model(str(model)).chat_template_fault == ""
+    (model / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }")
+    result = CliRunner().invoke(main, ["inspect", str(model)])
+    assert "one that fails, which runs refuse: line 1: TemplateSyntaxError" in " ".join(result.output.split())
+    (model / "chat_template.jinja").unlink()
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = [
+        {"name": "default", "template": "{{ bos_token }}{{ raise_exception('no ' + eos_token) }}"}
+    ]
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    fault = inspect_model(str(model)).chat_template_fault
+    assert fault.startswith("line 1: TemplateError: no ") and config["eos_token"] in fault
 
 
 @pytest.mark.slow

@@ -41,7 +41,8 @@ def write_recipe(tmp_path: Path, tiny_llama: Path, texts: tuple[Path, Path]) -> 
         }
         values = {key: value for key, value in {**values, **sections}.items() if value is not None}
         quantize = values.get("quantize", {})
-        reads = quantize.get("method") not in ("rtn", "hqq", None) or "budget" in quantize or "attention" in values
+        reads = quantize.get("method") not in ("rtn", "hqq", None) or "attention" in values
+        reads = reads or bool({"budget", "kv_cache"} & quantize.keys())
         if "calibrate" not in sections and not reads:
             del values["calibrate"]
         path = tmp_path / f"{name}.yaml"

@@ -267,6 +267,11 @@ def test_any_yaml_value_is_a_recipe_or_a_recipe_error(value: object) -> None:
     ("settings", "expected"),
     [
         ("{method: gptq, scheme: w4a16-g64}", "quantize.method: gptq needs calibration text"),
+        (
+            "{method: rtn, scheme: nvfp4}",
+            "quantize.scheme: a scheme whose scales for inputs are fixed beforehand needs",
+        ),
+        ("{method: rtn, scheme: w8a8, kv_cache: fp8}", "quantize.kv_cache: a cache with scales of its own needs"),
         ("{method: gtpq, scheme: w4a16-g64}", "did you mean gptq?"),
         ("{method: rtn, scheme: w4a16-g64, format: compressed}", "did you mean compressed-tensors?"),
         ("{method: rtn, scheme: w3a8}", "quantize.scheme: "),

@@ -55,6 +55,8 @@ def test_every_job_of_a_run_is_planned_within_it(
 def test_what_cannot_fit_is_refused_with_what_would(write_recipe: Any) -> None:
     """From headers: nothing was begun."""
     recipe = load_recipe(write_recipe(attention=ATTENTION, memory="20MB"))
-    with pytest.raises(CapacityError, match=r"needs .* MB .*, 10 MB may be used; use shorter calibration samples"):
+    with pytest.raises(
+        CapacityError, match=r"needs .* MB .*, 10 MB may be used, which .*allow more \(memory, --memory\)"
+    ):
         run_recipe(recipe)
     assert not Path(recipe.work_dir).exists()

@@ -121,6 +121,9 @@ def test_what_can_not_fit_is_refused_before_anything_is_read(
     recipe = load_recipe(write_recipe())
     with pytest.raises(CapacityError, match=r"needs .* of disk in .*, 0 MB are free; .*work_dir, --work-dir"):
         run_recipe(recipe)
+    full = full._replace(total=0, free=0)  # /proc
+    with pytest.raises(CapacityError, match=r"has no room for files at all: .*work_dir, --work-dir"):
+        run_recipe(recipe)
     assert not (tmp_path / "work").exists()
 
 
@@ -216,6 +219,11 @@ def test_time_comes_from_earlier_runs(write_recipe: Writer, tmp_path: Path, monk
     assert kinds == ["convert", "quantize rtn cpu", "publish"]
     plan = plan_recipe(load_recipe(path, [f"work_dir={tmp_path / 'other'}"]))
     assert plan.seconds is not None and plan.seconds.least == plan.seconds.most > 0
+
+    # With text for a cache it is other work, in other units.
+    cached = {"method": "rtn", "scheme": "w4a16-g32", "kv_cache": "fp8"}
+    other = plan_recipe(load_recipe(write_recipe("cached", quantize=cached, validate=None)))
+    assert next(step.seconds for step in other.steps if step.name == "quantize") is None
 
     # Kernels were compiled, which happens once on a machine.
     report = QuantizeReport.model_construct(phases={LOADING_KERNELS: 10.0, "solving": 2.0})
