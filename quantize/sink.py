@@ -33,7 +33,7 @@ class Taken(NamedTuple):
     error: float | None
     damping: float | None
     tokens: int | None
-    coarse: float | None
+    coarse: float | None = None
 
 
 def finished_blocks(artifact: Artifact) -> int:
