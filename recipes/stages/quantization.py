@@ -19,7 +19,7 @@ from llmconvert.gguf.split import read_model_header
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import plan_quantize
 from llmconvert.quantize.methods.base import load_method
-from llmconvert.quantize.passes.results import LayerResult, coarse_layers, coarse_remark, read_layers
+from llmconvert.quantize.passes.results import LayerResult, read_layers
 from llmconvert.quantize.passes.run import QuantizePlan, QuantizeResult
 from llmconvert.quantize.plan import QuantizeRequest, Statistics
 from llmconvert.quantize.requantize import Assignment, RequantizeRequest, plan_requantize
@@ -35,9 +35,9 @@ from llmconvert.recipes.stages.budget import (
     layer_overrides,
 )
 from llmconvert.recipes.stages.expert_report import expert_counts, expert_sections
+from llmconvert.recipes.stages.quantized_sections import coarse_section, serving_section, types_section
 from llmconvert.recipes.stages.stage import Place, Stage, Work
 from llmconvert.recipes.stages.windows import CALIBRATION
-from llmconvert.report.section import Column, Section
 from llmconvert.report.steps import LinearReport, QuantizeReport
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.directory import is_projector
@@ -158,9 +158,9 @@ class Planned:
             sections=(
                 *sections,
                 *expert_sections(experts),
-                *_coarse_section(result.layers),
-                *_types_section(result.types, result.notes),
-                *_serving_section(served_by(self.plan)),
+                *coarse_section(result.layers),
+                *types_section(result.types, result.notes),
+                *serving_section(served_by(self.plan)),
             ),
             file=result.files[0] if result.types else None,
             projector=next(filter(is_projector, result.files), None),
@@ -284,7 +284,7 @@ def recovered(place: Place) -> QuantizeReport:
             chosen = _chosen(notes)
             return QuantizeReport(
                 budget=chosen.budget if chosen is not None else None,
-                sections=(*(chosen.sections if chosen is not None else ()), *_types_section(types, remarks)),
+                sections=(*(chosen.sections if chosen is not None else ()), *types_section(types, remarks)),
                 file=name,
                 layers=count,
                 linears=linears,
@@ -296,7 +296,7 @@ def recovered(place: Place) -> QuantizeReport:
         linears = linears if noted else _stored_linears(stored)
     facts = notes / _SERVING_FILE if notes is not None else None
     served = tuple(json.loads(facts.read_bytes())) if facts is not None and facts.exists() else ()
-    counted = (*expert_sections(experts), *_coarse_section(layers), *_serving_section(served))
+    counted = (*expert_sections(experts), *coarse_section(layers), *serving_section(served))
     found = QuantizeReport(
         layers=len(linears), linears=linears, experts=experts, sections=counted, bytes=nbytes, seconds=0.0
     )
@@ -311,42 +311,6 @@ def _chosen(notes: Path | None) -> ChosenReport | None:
     if notes is None or not (notes / _BUDGET_FILE).exists():
         return None
     return ChosenReport.model_validate_json((notes / _BUDGET_FILE).read_bytes())
-
-
-def _types_section(types: Mapping[str, int], notes: Sequence[str]) -> tuple[Section, ...]:
-    """How many tensors of a file have each type; none where files don't say it."""
-    if not types:
-        return ()
-    text = " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes)
-    rows = tuple((kind, count) for kind, count in sorted(types.items(), key=lambda item: -item[1]))
-    columns = (Column(heading="type"), Column(heading="tensors"))
-    return (
-        Section(
-            name="types", title="Types of tensors", text=text, columns=columns, rows=rows, shown=("terminal", "card")
-        ),
-    )
-
-
-def _serving_section(facts: Sequence[str]) -> tuple[Section, ...]:
-    """Where the artifact can be served; nothing where nothing is known of it."""
-    text = " ".join(f"{fact[:1].upper()}{fact[1:]}." for fact in facts)
-    return (Section(name="serving", title="Serving", text=text, shown=("terminal", "card")),) if text else ()
-
-
-def _coarse_section(layers: Sequence[LayerResult]) -> tuple[Section, ...]:
-    """Linears whose one float32 scale leaves most of them few digits; nothing where there are none."""
-    coarse = coarse_layers(layers)
-    if not coarse:
-        return ()
-    rows = tuple((layer.name, layer.scheme, layer.coarse) for layer in coarse)
-    columns = (Column(heading="linear"), Column(heading="scheme"), Column(heading="of it coarse", unit="share"))
-    remark = coarse_remark(layers)
-    text = f"{remark[:1].upper()}{remark[1:]}."
-    return (
-        Section(
-            name="coarse", title="Coarse scales", text=text, columns=columns, rows=rows, shown=("terminal", "card")
-        ),
-    )
 
 
 def _stored_linears(stored: Checkpoint) -> tuple[LinearReport, ...]:
