@@ -169,14 +169,20 @@ def resolved_recipe(recipe: Recipe, source: Source, report: Report) -> str:
     values["model"] = public_name(source.origin) + (f"@{source.revision}" if source.revision else "")
     if report.model.adapter is not None:
         values["adapter"] = report.model.adapter
-    for section in (values.get("calibrate"), values.get("validate", {}).get("perplexity")):
-        if section is not None:
-            found = section["dataset"]
+    measured, quantized = values.get("validate") or {}, values.get("quantize") or {}
+    trained = (quantized.get("distil"), (values.get("attention") or {}).get("heal"))
+    for section in (values.get("calibrate"), measured.get("perplexity"), *trained):
+        if section and (found := section.get("dataset")):
             section["dataset"] = (
                 public_name(found)
                 if isinstance(found, str)
                 else [{**source, "name": public_name(source["name"])} for source in found]
             )
+    for section, key in ((measured.get("tasks"), "include"), (quantized.get("options"), "file")):
+        if section and isinstance(section.get(key), str):
+            section[key] = public_name(section[key])
+    if serve := measured.get("serve"):  # each with the Python that has it on this machine
+        serve["runtimes"] = [served.partition("=")[0].strip() for served in serve["runtimes"]]
     versions = ", ".join(f"{name} {version}" for name, version in report.environment.items())
     return f"# Made with {versions}.\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
