@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmconvert.errors import UnsupportedError
+from llmconvert.gguf.ggml.mix import FLOATS
 from llmconvert.quantize.distil.requirements import require_learnable
 from llmconvert.quantize.formats.base import Feature, FileFormat, Format, load_format
 from llmconvert.quantize.matrix import check_format, check_method
@@ -46,8 +47,8 @@ def incompatibilities(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         try:
             check_method(method, scheme)
             check_format(layout, scheme)
-            if settings.distil is not None and isinstance(scheme, Scheme):
-                require_learnable("its weight", scheme, moving=settings.distil.code_rate > 0)
+            if settings.distil is not None and path[1] in ("scheme", "overrides"):
+                _require_lesson(scheme, moving=settings.distil.code_rate > 0)
         except UnsupportedError as error:
             yield path, f"{'.'.join(map(str, path))}: {error}"
     repaired = recipe.validation is not None and recipe.validation.repair is not None
@@ -67,6 +68,20 @@ def incompatibilities(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         )
     yield from _asymmetric_mixture(recipe)
     yield from _outside(recipe, settings, layout)
+
+
+def _require_lesson(scheme: SchemeOrMix, *, moving: bool) -> None:
+    """Refuse a scheme of which nothing is learned; of a mix the type of most matrices counts.
+
+    Raises:
+        UnsupportedError: naming it.
+    """
+    if isinstance(scheme, Scheme):
+        require_learnable("its weight", scheme, moving=moving)
+    elif scheme.base in FLOATS:
+        raise UnsupportedError(f"distillation: {scheme} stores floats, which have no scales to learn; leave distil out")
+    else:
+        require_learnable("most of the weights", Scheme.of_block(scheme.base), moving=moving)
 
 
 def _outside(recipe: Recipe, settings: QuantizeSettings, layout: Format) -> Iterator[tuple[KeyPath, str]]:

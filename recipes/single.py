@@ -333,6 +333,8 @@ def require_output(recipe: Recipe, output: Path) -> None:
     layout = load_format(recipe.quantize.format) if recipe.quantize is not None else None
     if not isinstance(layout, FileFormat):
         _refuse_file_name(output)
+    elif output.suffix in _FILES and distil_settings(recipe) is not None:
+        raise OutputError(f"{output}: a file that is distilled is made in a directory; name one, without .gguf")
     if layout is not None:
         layout.check_output(output)
     else:

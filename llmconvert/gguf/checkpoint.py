@@ -117,13 +117,19 @@ def describe_model(header: GgufHeader, read_setting: Callable[[GgufTensor], np.n
 
 
 class GgufCheckpoint(Checkpoint):
-    """See :func:`open_gguf`. The descriptors stay open until :meth:`close`."""
+    """See :func:`open_gguf`. The descriptors stay open until :meth:`close`.
+
+    Attributes:
+        parts: the model's files.
+        tensors: of the files, by the names there.
+        places: what of them the checkpoint's tensors are.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fds: list[int] = []
         header = read_model_header(path)
-        self._parts = header.parts
+        self.parts = header.parts
         #: The file's metadata about the model as a whole, ``general.*``.
         self.general = {key: value for key, value in header.metadata.items() if key.startswith("general.")}
         self.identity = identity_of(header.parts)
@@ -134,9 +140,9 @@ class GgufCheckpoint(Checkpoint):
         except BaseException:
             self.close()
             raise
-        self._tensors = header.tensors
-        self._places = described.places
-        self.infos = {name: self._info(place) for name, place in self._places.items()}
+        self.tensors = header.tensors
+        self.places = described.places
+        self.infos = {name: self._info(place) for name, place in self.places.items()}
         self.config = described.config
         self.files = described.files
         self.without_tokenizer = described.without_tokenizer
@@ -144,23 +150,23 @@ class GgufCheckpoint(Checkpoint):
     @property
     def stored_nbytes(self) -> int:
         """Bytes that the tensors take in the file."""
-        names = {piece.stored for place in self._places.values() for piece in place.pieces}
-        return sum(self._tensors[name].nbytes for name in names)
+        names = {piece.stored for place in self.places.values() for piece in place.pieces}
+        return sum(self.tensors[name].nbytes for name in names)
 
     def type_of(self, name: str) -> str:
         """What a tensor is stored as, the first part of one of several: ``q4_k``."""
-        return str(self._stored(self._places[name]).qtype.name).lower()
+        return str(self._stored(self.places[name]).qtype.name).lower()
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        place = self._places[name]
+        place = self.places[name]
         total = place.shape[0] if place.shape else 1
         start, stop = max(0, min(start, total)), max(0, min(stop, total))
         dtype = self.infos[name].dtype
-        reads = {piece.stored: self._reader(self._tensors[piece.stored], dtype) for piece in place.pieces}
+        reads = {piece.stored: self._reader(self.tensors[piece.stored], dtype) for piece in place.pieces}
         return restored(place.pieces, reads, place.shape, self.config, start, max(start, stop))
 
     def _stored(self, place: Place) -> GgufTensor:
-        return self._tensors[place.pieces[0].stored]
+        return self.tensors[place.pieces[0].stored]
 
     def _reader(self, tensor: GgufTensor, dtype: torch.dtype = torch.float32) -> ReadRows:
         """Rows of all of a tensor's dimensions but the last."""
@@ -168,7 +174,7 @@ class GgufCheckpoint(Checkpoint):
         return lambda start, stop: self._stored_rows(flat, start, stop).to(dtype)
 
     def _open(self) -> None:
-        for part in self._parts:
+        for part in self.parts:
             try:
                 self._fds.append(os.open(part, os.O_RDONLY | os.O_CLOEXEC))
             except OSError as error:
@@ -185,11 +191,11 @@ class GgufCheckpoint(Checkpoint):
     def _info(self, place: Place) -> TensorInfo:
         tensor = self._stored(place)
         # What was computed rounds differently in half precision, so such tensors are float32 whatever is stored.
-        kinds = {self._tensors[piece.stored].qtype for piece in place.pieces}
+        kinds = {self.tensors[piece.stored].qtype for piece in place.pieces}
         forms = [piece.form for piece in place.pieces]
         changed = any(form.change is not Change.NONE or form.factor is not None for form in forms)
         dtype = torch.float32 if changed or len(kinds) > 1 else _DIRECT.get(tensor.qtype, torch.float32)
-        return TensorInfo(place.name, dtype, place.shape, self._parts[tensor.part].name)
+        return TensorInfo(place.name, dtype, place.shape, self.parts[tensor.part].name)
 
     def _read_setting(self, tensor: GgufTensor) -> np.ndarray:
         values: np.ndarray = self._reader(tensor)(0, math.prod(tensor.shape[:-1])).float().numpy()
@@ -204,7 +210,7 @@ class GgufCheckpoint(Checkpoint):
             return out
         offset = start * width // block * block_bytes
         if tensor.qtype in _DIRECT:
-            self._pread(tensor, offset, out.reshape(-1).view(torch.uint8).numpy().data)
+            self.read_bytes(tensor, offset, out.reshape(-1).view(torch.uint8).numpy().data)
         else:
             self._dequantize_into(tensor, offset, out.reshape(-1))
         return out
@@ -219,13 +225,13 @@ class GgufCheckpoint(Checkpoint):
         for done in range(0, blocks, step):
             count = min(step, blocks - done)
             piece = buffer[: count * block_bytes]
-            self._pread(tensor, offset + done * block_bytes, piece.data)
+            self.read_bytes(tensor, offset + done * block_bytes, piece.data)
             # One long row: the package works on few rows at a time, which is slow when they are short.
             values[done * block : (done + count) * block] = dequantize(piece[None], tensor.qtype)[0]
 
-    def _pread(self, tensor: GgufTensor, offset: int, buffer: memoryview) -> None:
+    def read_bytes(self, tensor: GgufTensor, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with a tensor's bytes from its byte ``offset`` on."""
-        path = self._parts[tensor.part]
+        path = self.parts[tensor.part]
         if not self._fds:
             raise ValueError(f"{path}: reading {tensor.name} from a closed checkpoint")
         done = 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
 from llmconvert.storage.checkpoint import Checkpoint
@@ -15,11 +16,18 @@ from llmconvert.storage.checkpoint import Checkpoint
 __all__ = ["ResidentModel"]
 
 
+@dataclass
+class _Output(MoeModelOutputWithPast):
+    """With what heads of some classes pass on, be there such or not: a router's logits, attention across models."""
+
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
 class _Decoded(nn.Module):
     """Stands in for a model's decoder once that has run: gives back what it is given."""
 
-    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> _Output:
+        return _Output(last_hidden_state=inputs_embeds)
 
 
 class ResidentModel:

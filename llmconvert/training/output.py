@@ -45,7 +45,8 @@ class TrainedArtifact:
         self._artifact.finish(f"step {current.step}")
 
     def write(self, trained: Iterable[tuple[str, torch.Tensor]], before: Checkpoint) -> None:
-        """Write the ``trained`` tensors, all others and the files as they were ``before``, and let it appear."""
+        """Write the ``trained`` tensors, all others and the files as they were ``before``, and let it appear; where
+        that has no config, there is none."""
         self.found = None
         release_freed_memory()
         written = set()
@@ -53,7 +54,7 @@ class TrainedArtifact:
             self._artifact.writer.write(name, tensor)
             written.add(name)
         self._artifact.copy(before, (name for name in before if name not in written))
-        self._artifact.publish(before.config, before.files)
+        self._artifact.publish(before.config or None, before.files)
 
 
 @contextmanager

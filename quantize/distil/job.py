@@ -11,29 +11,28 @@ import torch
 from llmconvert.compute.precision import compute_dtype
 from llmconvert.context import Context
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.errors import DatasetError, UnsupportedError, UsageError
+from llmconvert.errors import DatasetError, UsageError
+from llmconvert.gguf.checkpoint import GgufCheckpoint
 from llmconvert.needs import Needs
+from llmconvert.quantize.distil.artifact import DistilledArtifact, PackedArtifact, counted
+from llmconvert.quantize.distil.gguf import GgufArtifact
 from llmconvert.quantize.distil.options import DistilOptions
 from llmconvert.quantize.distil.requirements import (
-    count_trained,
+    Counted,
     distil_memory,
     needs_of,
     norm_names,
-    require_learnable,
     require_no_experts,
     state_nbytes,
 )
 from llmconvert.quantize.distil.resident import ResidentStudent
 from llmconvert.quantize.distil.streamed import StreamedStudent
 from llmconvert.quantize.distil.student import Student, Subject
-from llmconvert.quantize.formats.base import load_format
-from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
-from llmconvert.quantize.formats.reading import declared_quantization
 from llmconvert.report.steps import DistilReport
 from llmconvert.storage.artifact import job_key, output_nbytes
-from llmconvert.storage.checkpoint import Checkpoint, TensorSpec
+from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
-from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory, plan_layout
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory
 from llmconvert.training.loop import Training
 from llmconvert.training.output import build_trained
 from llmconvert.training.state import TrainingState
@@ -61,6 +60,7 @@ class DistilPlan:
     weights: tuple[str, ...]
     norms: tuple[str, ...]
     _subject: Subject
+    _counted: Counted
     _output: Path
     _windows: Sequence[torch.Tensor]
     _state: Path | None
@@ -80,7 +80,8 @@ class DistilPlan:
             "options": asdict(options),
             "streamed": self.streamed,
         }
-        job = job_key(subject.artifact, self.layout, about, identity=context.identity, windows=self._windows)
+        stored = subject.artifact.stored
+        job = job_key(stored, self.layout, about, identity=context.identity, windows=self._windows)
         with build_trained(self._output, self.layout, job, self._state, context.progress) as made:
             student: Student
             if self.streamed:
@@ -93,26 +94,25 @@ class DistilPlan:
             training = Training(student.pair, student.learner, options)
             with context.progress.task("Distilling", options.steps) as task:
                 final = training.run(made.found, job, made.save, task)
-            made.write(student.stored(final.best or student.learner.keep()), subject.artifact)
+            made.write(student.stored(final.best or student.learner.keep()), stored)
         return self._report(final, student.moved, made.start)
 
     def _report(self, state: TrainingState, moved: int, start: int) -> DistilReport:
-        looks, view = state.held_out, self._subject.view
+        looks, count = state.held_out, self._counted
         best = min(looks, key=lambda entry: entry["kl"]) if looks else None
-        weights = sum(info.shape[0] * info.shape[1] for info in (view.infos[name] for name in self.weights))
         return DistilReport(
             steps=state.step,
             asked=self.options.steps,
             best_step=int(best["step"]) if best is not None else state.step,
             tokens=sum(self._windows[0].shape[1] * self.options.batch for _ in state.history),
-            trained=count_trained(view, self.weights, self.norms),
+            trained=count.scales + count.norms,
             before=looks[0]["kl"] if looks else None,
             after=best["kl"] if best is not None else None,
             history=tuple(state.history),
             held_out=tuple(looks),
             seconds=state.seconds,
             resumed_at=start,
-            codes=weights,
+            codes=count.codes,
             moved=moved,
             norms=len(self.norms),
             streamed=self.streamed,
@@ -137,7 +137,7 @@ def plan_distil(
 
     Args:
         original: dense weights, the teacher.
-        artifact: the same model, quantized, as it is stored.
+        artifact: the same model, quantized, as it is stored; it stays open.
         output: a directory that does not exist yet or is empty; it appears whole or not at all.
         options: how.
         windows: token ids, each ``[1, length]``; the last ``options.held_out`` are kept for measuring.
@@ -155,22 +155,23 @@ def plan_distil(
     context = context or Context()
     check_output_directory(output)
     require_dense(original, "the original")
-    declared = declared_quantization(artifact)
-    if not declared:
-        raise UsageError("distillation: the model is not quantized; there are no scales to learn")
-    layout_format = load_format(str(declared.get("quant_method", "")).lower())
-    if "distillation" in layout_format.lacks:
-        raise UnsupportedError(f"distillation: {layout_format.lacks['distillation']}")
-    view = open_dense(artifact, weights_only=True)
-    assert isinstance(view, QuantizedView)
+    stored: DistilledArtifact
+    stored = (
+        GgufArtifact(artifact) if isinstance(artifact, GgufCheckpoint) else PackedArtifact(artifact, max_shard_bytes)
+    )
+    original, view = stored.original(original), stored.view
     skeleton = Skeleton(view, context.device)
     require_no_experts(skeleton)
-    weights = tuple(site.tensor for site in skeleton.sites.values() if view.scheme_of(site.tensor) is not None)
+    sites = [site.tensor for site in skeleton.sites.values()]
+    weights = tuple(name for name in sites if stored.holds(name))
     for name in weights:
-        scheme = view.scheme_of(name)
-        assert scheme is not None
-        require_learnable(name, scheme, moving=options.code_rate > 0)
-    norms = norm_names(skeleton) if options.norms else ()
+        stored.check(name, moving=options.code_rate > 0)
+    left = [name for name in sites if name in stored.apart and name not in weights]
+    if left:
+        context.progress.log(
+            f"distillation: {len(left)} linears stay as they are, {left[0]} for one: stored as floats, or not by rows"
+        )
+    norms = tuple(name for name in norm_names(skeleton) if stored.holds_norm(name)) if options.norms else ()
     for name in (*weights, *norms):
         if name not in original or original.infos[name].shape != view.infos[name].shape:
             raise UsageError(
@@ -181,11 +182,12 @@ def plan_distil(
             f"distillation: {len(windows)} windows of text, of which {options.held_out} are held out, leave nothing "
             "to learn from; give more text, or shorter windows"
         )
-    memory = distil_memory(view, weights, options, [window.shape[1] for window in windows], context)
-    layout = plan_layout((TensorSpec(i.name, i.dtype, i.shape) for i in artifact.infos.values()), max_shard_bytes)
-    count = sum(rows * columns for rows, columns in (view.infos[name].shape for name in weights))
-    made = output_nbytes(layout, artifact.config, artifact.files)
-    kept = state_nbytes(0 if memory.streamed else count, count_trained(view, weights, norms), options)
+    count, lengths = counted(stored, weights, norms), [window.shape[1] for window in windows]
+    memory = distil_memory(view, weights, count, options, lengths, context)
+    made = output_nbytes(stored.layout, stored.stored.config or None, stored.stored.files)
+    kept = state_nbytes(0 if memory.streamed else count.codes, count.scales + count.norms, options)
     needs = needs_of(memory, original, made, kept, context)
-    subject = Subject(original, artifact, view, layout_format, weights, norms, options, context)
-    return DistilPlan(options, layout, needs, memory.streamed, weights, norms, subject, output, windows, state)
+    subject = Subject(original, stored, weights, norms, options, context)
+    return DistilPlan(
+        options, stored.layout, needs, memory.streamed, weights, norms, subject, count, output, windows, state
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from llmconvert.quantize.distil.weights import Trained
+from llmconvert.quantize.distil.trained import Trained
 
 __all__ = ["StoredAdam"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,20 +17,20 @@ from llmconvert.engine.states import STATES_IN_MEMORY_NBYTES
 from llmconvert.errors import UnsupportedError
 from llmconvert.needs import Needs
 from llmconvert.quantize.distil.options import DistilOptions
-from llmconvert.quantize.formats.dense_view import QuantizedView
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.training.loss import divergence_nbytes
 from llmconvert.training.needs import backward_nbytes, fits, require_memory
 
 __all__ = [
+    "Counted",
     "DistilMemory",
-    "count_trained",
     "differing",
     "distil_memory",
     "foresee_distil",
     "needs_of",
     "norm_names",
+    "numbers_of",
     "require_learnable",
     "require_no_experts",
     "state_nbytes",
@@ -42,10 +42,32 @@ _CODE_NBYTES, _PLACE_NBYTES = 2, 8
 # Block by block: bytes per scale (its factor, Adam's two means, the best so far, the gradient and a sum of it, all in
 # float32) and, of the linear at hand, per weight (packed and unpacked codes, values, a copy).
 _SCALE_NBYTES, _LINEAR_NBYTES = 24, 8
+# Per group of weights, where all are in memory: its scale and minimum as they are stored and in float32, and their
+# gradients.
+_GROUP_NBYTES = 20
 # What a forward pass with gradients keeps, as a multiple of what one without has alive at most.
 _GRAPH = 3
-# Weights that share a scale, where the scheme is not known yet.
-_LIKELY_GROUP = 32
+# Weights that share a scale, where the scheme is not known yet, and at least in GGUF's types.
+_LIKELY_GROUP, _LEAST_GROUP = 32, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What is trained, and what is held beside it.
+
+    Attributes:
+        codes: weights that are stored as codes of these.
+        groups: of such weights.
+        scales: that are learned, minima among them.
+        norms: weights of norms that are.
+        apart: other numbers that original and artifact don't share.
+    """
+
+    codes: int
+    groups: int
+    scales: int
+    norms: int
+    apart: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +93,12 @@ def require_learnable(name: str, scheme: Scheme, *, moving: bool) -> None:
     """
     number = scheme.number
     powers = number.scales is not None and not number.scales.shared
-    if scheme.rows != 1 or scheme.nested or scheme.block or powers or number.absmax:
+    nested = scheme.nested and scheme.block is None
+    if scheme.rows != 1 or nested or powers or number.absmax:
         raise UnsupportedError(
             f"distillation: {name} is stored in {scheme}, whose scales are those of several rows, powers of two, "
-            "nested or prescribed; those of integers in groups or by channel (w4a16-g64), of MLX's affine weights and "
-            "of nvfp4 can be learned"
+            "nested or prescribed; those of integers in groups or by channel (w4a16-g64), of MLX's affine weights, of "
+            "nvfp4 and of GGUF's types can be learned"
         )
     if moving and not number.even:
         raise UnsupportedError(
@@ -96,10 +119,9 @@ def norm_names(skeleton: Skeleton) -> tuple[str, ...]:
     return tuple(found)
 
 
-def differing(original: Checkpoint, view: Checkpoint, names: Iterable[str] | None = None) -> list[str]:
-    """Tensors, of ``names`` or of all, that are in both and not the same: of a rotated model, for example."""
-    quantized = getattr(view, "quantized", ())
-    common = [name for name in (view if names is None else names) if name in original and name not in quantized]
+def differing(original: Checkpoint, view: Checkpoint, names: Collection[str]) -> list[str]:
+    """Tensors, of ``names``, that are in both and not the same: of a rotated model, for example."""
+    common = [name for name in view if name in original and name in names]
     return [
         name
         for name in common
@@ -108,27 +130,27 @@ def differing(original: Checkpoint, view: Checkpoint, names: Iterable[str] | Non
     ]
 
 
-def _numel(checkpoint: Checkpoint, name: str) -> int:
+def numbers_of(checkpoint: Checkpoint, name: str) -> int:
+    """How many numbers a tensor has."""
     info = checkpoint.infos[name]
     return info.nbytes // info.dtype.itemsize
 
 
-def count_trained(view: QuantizedView, weights: Sequence[str], norms: Sequence[str]) -> int:
-    """How many scales and weights of norms there are."""
-    total = sum(_numel(view, name) for name in norms)
-    for name in weights:
-        scheme, (rows, columns) = view.scheme_of(name), view.infos[name].shape
-        assert scheme is not None
-        total += rows * scheme.groups(columns) * (2 if scheme.number.minima else 1)
-    return total
-
-
 def foresee_distil(
-    original: Checkpoint, options: DistilOptions, length: int, *, context: Context, scheme: SchemeOrMix | None = None
+    original: Checkpoint,
+    options: DistilOptions,
+    length: int,
+    *,
+    context: Context,
+    scheme: SchemeOrMix | None = None,
+    outer: bool = False,
 ) -> Needs:
     """What distilling a quantized form of ``original`` takes, all linears of its blocks being quantized in ``scheme``.
 
     Disk is that of the state, and of an output that is no larger than the original.
+
+    Args:
+        outer: whether embedding and head are quantized too, all in types of GGUF's.
 
     Raises:
         UnsupportedError: the model is a mixture of experts.
@@ -138,9 +160,12 @@ def foresee_distil(
     require_no_experts(skeleton)
     weights = [site.tensor for site in skeleton.sites.values()]
     windows = options.steps * options.batch + options.held_out
-    memory = distil_memory(original, weights, options, [length] * windows, context, scheme)
-    count = 0 if memory.streamed else sum(_numel(original, name) for name in weights)
-    state = state_nbytes(count, _scales(original, weights, scheme) if memory.streamed else 0, options)
+    codes, scales = sum(numbers_of(original, name) for name in weights), _scales(original, weights, scheme)
+    groups = codes // _LEAST_GROUP if outer else scales
+    apart = sum(numbers_of(original, site.tensor) for site in skeleton.outer.values()) if outer else 0
+    counted = Counted(codes, groups, scales, 0, apart)
+    memory = distil_memory(original, weights, counted, options, [length] * windows, context)
+    state = state_nbytes(0 if memory.streamed else codes, scales if memory.streamed else 0, options)
     return needs_of(memory, original, original.nbytes, state, context)
 
 
@@ -169,26 +194,26 @@ def require_no_experts(skeleton: Skeleton) -> None:
 def distil_memory(
     view: Checkpoint,
     weights: Sequence[str],
+    counted: Counted,
     options: DistilOptions,
     lengths: Sequence[int],
     context: Context,
-    scheme: SchemeOrMix | None = None,
 ) -> DistilMemory:
     """What distillation takes: both models in memory, or, where these do not fit, one block of them at a time.
 
     Args:
         view: the artifact as dense weights, or the original before it is quantized.
         weights: whose scales are trained.
+        counted: what that comes to.
         options: how.
         lengths: tokens of every window.
         context: device and memory.
-        scheme: that weights will be quantized in, of an original.
 
     Raises:
         CapacityError: neither fits, or both models do not and the options ask for them.
         UnsupportedError: the model's last blocks need more of earlier ones than hidden states.
     """
-    resident = _resident_nbytes(view, weights, options, max(lengths), context)
+    resident = _resident_nbytes(view, counted, options, max(lengths), context)
     activations = backward_nbytes(view, max(lengths), compute_dtype(context.device))
     parts = f"both models with what they share held once, the optimizer, {activations / 1e6:,.0f} MB of activations"
     advice = (
@@ -204,29 +229,27 @@ def distil_memory(
     if whole or fits(resident, context):
         require_memory(resident, "distillation", parts, advice, context)
         return DistilMemory(resident)
-    streamed, tape = _streamed_nbytes(view, weights, options, lengths, context, scheme)
+    streamed, tape = _streamed_nbytes(view, weights, counted.scales, options, lengths, context)
     require_memory(streamed, "distillation", "a block of each model, their heads, what is learned", advice, context)
     return DistilMemory(streamed, tape, streamed=True)
 
 
-def _resident_nbytes(
-    view: Checkpoint, weights: Sequence[str], options: DistilOptions, length: int, context: Context
-) -> int:
+def _resident_nbytes(view: Checkpoint, counted: Counted, options: DistilOptions, length: int, context: Context) -> int:
     dtype = compute_dtype(context.device)
-    numel = {name: _numel(view, name) for name in view.infos}
-    trained = sum(numel[name] for name in weights)
-    rest = sum(numel.values()) - trained
+    rest = sum(numbers_of(view, name) for name in view.infos) - counted.codes + counted.apart
     per_weight = 3 * dtype.itemsize + _CODE_NBYTES + (1 + _PLACE_NBYTES if options.code_rate else 0)
-    return BASE_NBYTES + rest * dtype.itemsize + trained * per_weight + backward_nbytes(view, length, dtype)
+    scales = counted.groups * _GROUP_NBYTES + (counted.scales + counted.norms) * _SCALE_NBYTES
+    held = rest * dtype.itemsize + counted.codes * per_weight + scales
+    return BASE_NBYTES + held + backward_nbytes(view, length, dtype)
 
 
 def _streamed_nbytes(
     view: Checkpoint,
     weights: Sequence[str],
+    scales: int,
     options: DistilOptions,
     lengths: Sequence[int],
     context: Context,
-    scheme: SchemeOrMix | None,
 ) -> tuple[int, int]:
     """Peak bytes with one block in memory, and those of the tape on disk.
 
@@ -239,23 +262,20 @@ def _streamed_nbytes(
     check_start(skeleton, 1)
     plans = discover(skeleton, length)
     block = max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
-    largest = max(_numel(view, name) for name in weights)
+    largest = max(numbers_of(view, name) for name in weights)
     logits = divergence_nbytes(length, skeleton.architecture.vocab_size, dtype)
     row = skeleton.hidden_size * dtype.itemsize
     tape = (skeleton.block_count + 2) * options.batch * length * row
     needed = BASE_NBYTES + tokenizer_nbytes(view) + 2 * skeleton.outer_nbytes(head=True) + 3 * block
-    needed += largest * _LINEAR_NBYTES + _SCALE_NBYTES * _scales(view, weights, scheme)
+    needed += largest * _LINEAR_NBYTES + _SCALE_NBYTES * scales
     needed += _GRAPH * max(plan.peak_nbytes for plan in plans) + logits
     return needed + min(sum(lengths) * row, STATES_IN_MEMORY_NBYTES), tape
 
 
-def _scales(view: Checkpoint, weights: Sequence[str], scheme: SchemeOrMix | None) -> int:
-    """How many scales there are; of a model that is not quantized yet, how many there will be."""
-    if isinstance(view, QuantizedView):
-        return count_trained(view, weights, ())
+def _scales(original: Checkpoint, weights: Sequence[str], scheme: SchemeOrMix | None) -> int:
+    """How many scales weights will have in a scheme, which may not be known yet."""
     if isinstance(scheme, Scheme):
         learned = 2 if scheme.number.minima else 1
-        return sum(
-            learned * rows * scheme.groups(columns) for rows, columns in (view.infos[name].shape for name in weights)
-        )
-    return sum(_numel(view, name) for name in weights) // _LIKELY_GROUP
+        shapes = [original.infos[name].shape for name in weights]
+        return sum(learned * rows * scheme.groups(columns) for rows, columns in shapes)
+    return sum(numbers_of(original, name) for name in weights) // _LIKELY_GROUP

@@ -8,6 +8,7 @@ predictions when they are asked for. Losses, steps and what is stored are those 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +25,7 @@ from llmconvert.engine.stream import Stream
 from llmconvert.quantize.distil.optimizer import StoredAdam
 from llmconvert.quantize.distil.requirements import differing
 from llmconvert.quantize.distil.student import Subject
-from llmconvert.quantize.distil.weights import LearnedValue, Trained, begin_steps, step_by
+from llmconvert.quantize.distil.trained import Trained, begin_steps, step_by
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
 from llmconvert.storage.shared import share_tensors
 from llmconvert.training.loop import Learner
@@ -50,12 +51,12 @@ class StreamedStudent:
         device = subject.context.device
         dtype = compute_dtype(device)
         # Only what both have outside their blocks is held once; what is in them is read when it is needed.
-        outer = _outer(Skeleton(view, device, dtype)) - {*view.quantized, *subject.norms}
+        outer = _outer(Skeleton(view, device, dtype)) - {*subject.artifact.apart, *subject.norms}
         outer -= set(differing(subject.original, view, outer))
         original, artifact = share_tensors((subject.original, view), frozenset(view) - outer, device, dtype)
         self._weights = {name: _Scales(subject, name) for name in subject.weights}
         self._norms = {
-            name: LearnedValue(stored := subject.artifact[name].to(device), nn.Parameter(stored.to(dtype, copy=True)))
+            name: subject.artifact.norm(name, nn.Parameter(view[name].to(device, dtype, copy=True)))
             for name in subject.norms
         }
         trained: dict[str, Trained] = {**self._weights, **self._norms}
@@ -83,7 +84,7 @@ class StreamedStudent:
             return None
         shape, device = self._subject.view.infos[name].shape, self._subject.context.device
         value = nn.Parameter(torch.empty(shape, dtype=compute_dtype(device), device=device), requires_grad=False)
-        self._subject.learned(name, value).write(self._state(name))
+        self._subject.artifact.weight(name, value, None).write(self._state(name))
         return value.data
 
     def take(self, name: str, parameter: nn.Parameter) -> None:
@@ -92,19 +93,21 @@ class StreamedStudent:
         if name in self._norms:
             _add(self._norms[name].value, parameter.grad)
             return
-        slopes = self._subject.learned(name, parameter).slopes(self._state(name))
-        _add(self._weights[name].value, torch.stack(list(slopes.values())))
+        slopes = self._subject.artifact.weight(name, parameter, None).slopes(self._state(name))
+        _add(self._weights[name].value, torch.cat([slope.flatten() for slope in slopes.values()]))
 
     def stored(self, best: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """See :meth:`~llmconvert.quantize.distil.student.Student.stored`."""
-        nothing = nn.Parameter(torch.empty(0), requires_grad=False)
-        for name, scales in self._weights.items():
-            learned = self._subject.learned(name, nothing)
-            state = {kind: best[f"{name}/{kind}"] for kind in scales.kinds}
-            kept = {part: value.cpu() for part, value in learned.stored(state).items()}
-            yield from self._subject.packed(name, learned.tensor(kept))
-        for name in self._norms:
-            yield name, best[f"{name}/value"].cpu()
+        artifact, device = self._subject.artifact, self._subject.context.device
+
+        def take(name: str) -> tuple[Trained, Mapping[str, torch.Tensor]]:
+            if name in self._norms:
+                return self._norms[name], {"value": best[f"{name}/value"].cpu()}
+            learned = artifact.weight(name, nn.Parameter(torch.empty(0, device=device), requires_grad=False), None)
+            state = {kind: best[f"{name}/{kind}"] for kind in self._weights[name].shapes}
+            return learned, {part: value.cpu() for part, value in learned.stored(state).items()}
+
+        return artifact.changed((*self._weights, *self._norms), take)
 
     def _state(self, name: str) -> Mapping[str, torch.Tensor]:
         state: Mapping[str, torch.Tensor] = self._optimizer.state[self._weights[name].value]
@@ -115,29 +118,32 @@ class _Scales:
     """What is learned of one weight, without the weight; see :class:`~llmconvert.quantize.distil.weights.Trained`.
 
     Attributes:
-        kinds: shares that are learned: the scales' factors, and their shifts where values are added to.
-        value: has their gradients, ``[kinds, rows, groups]``, as its own.
+        shapes: of shares that are learned: the scales' factors, and their shifts where values are added to.
+        value: has their gradients, one behind the other, as its own.
     """
 
     def __init__(self, subject: Subject, name: str) -> None:
-        scheme, (rows, columns) = subject.view.scheme_of(name), subject.view.infos[name].shape
-        assert scheme is not None
-        self.kinds = ("factor", "shift") if scheme.number.minima else ("factor",)
-        shape = (len(self.kinds), rows, scheme.groups(columns))
-        self.value = nn.Parameter(torch.zeros(shape, device=subject.context.device), requires_grad=False)
+        self.shapes = subject.artifact.shares(name)
+        count = sum(map(math.prod, self.shapes.values()))
+        self.value = nn.Parameter(torch.zeros(count, device=subject.context.device), requires_grad=False)
 
     def begin(self) -> dict[str, torch.Tensor]:
-        return begin_steps(self.kinds, self.value.shape[1:], self.value.device)
+        state: dict[str, torch.Tensor] = {}
+        for kind, shape in self.shapes.items():
+            state |= begin_steps((kind,), torch.Size(shape), self.value.device)
+        return state
 
     def move(self, state: Mapping[str, torch.Tensor], rate: float, code_rate: float, step: int) -> None:
         assert self.value.grad is not None
-        step_by(dict(zip(self.kinds, self.value.grad, strict=True)), state, rate, step)
+        slopes = self.value.grad.split([math.prod(shape) for shape in self.shapes.values()])
+        found = {kind: slope.view(shape) for (kind, shape), slope in zip(self.shapes.items(), slopes, strict=True)}
+        step_by(found, state, rate, step)
 
     def write(self, state: Mapping[str, torch.Tensor]) -> None:
         """Values are made when their block is loaded."""
 
     def stored(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {kind: state[kind] for kind in self.kinds}
+        return {kind: state[kind] for kind in self.shapes}
 
 
 def _add(value: nn.Parameter, gradient: torch.Tensor) -> None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from torch import nn
 
 from llmconvert.context import Context
+from llmconvert.quantize.distil.artifact import DistilledArtifact
 from llmconvert.quantize.distil.options import DistilOptions
-from llmconvert.quantize.distil.weights import LearnedWeight
-from llmconvert.quantize.formats.base import Format
-from llmconvert.quantize.formats.dense_view import QuantizedView
-from llmconvert.quantize.tensor import QuantizedTensor
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.training.loop import Learner
 from llmconvert.training.pair import Pair
@@ -27,10 +23,8 @@ class Subject:
     """A quantized model that learns from its original.
 
     Attributes:
-        original: dense weights, the teacher.
-        artifact: the model as it is stored.
-        view: the same as dense weights.
-        format: that it is stored in.
+        original: dense weights, the teacher, by the names of the view.
+        artifact: the model as it lies on disk.
         weights: tensors whose scales are trained, by their dense names.
         norms: norms that are trained.
         options: how.
@@ -38,9 +32,7 @@ class Subject:
     """
 
     original: Checkpoint
-    artifact: Checkpoint
-    view: QuantizedView
-    format: Format
+    artifact: DistilledArtifact
     weights: tuple[str, ...]
     norms: tuple[str, ...]
     options: DistilOptions
@@ -49,24 +41,10 @@ class Subject:
     #: The recipe's key of the learning rate, for errors.
     setting: ClassVar[str] = "quantize.distil.learning_rate"
 
-    def learned(self, name: str, value: nn.Parameter, own: torch.Tensor | None = None) -> LearnedWeight:
-        """One of :attr:`weights`, read from the artifact; ``value`` and ``own`` as :class:`LearnedWeight` has them."""
-        start, stored, device = self.view.read_quantized(name), self.view.infos[name].dtype, self.context.device
-        start = replace(
-            start,
-            codes=start.codes.to(device),
-            scale=start.scale.to(device),
-            zero=None if start.zero is None else start.zero.to(device),
-            offset=None if start.offset is None else start.offset.to(device),
-        )
-        return LearnedWeight(start, value, stored, self.format.scale_dtype(start.scheme, stored), own)
-
-    def packed(self, name: str, tensor: QuantizedTensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors that the artifact has of a weight, made anew."""
-        for part, found in self.format.pack(self.view.quantized[name].linear, tensor).items():
-            # A part that says how a file is read, the order of columns for example, stays as it was.
-            if part in self.artifact:
-                yield part, found
+    @property
+    def view(self) -> Checkpoint:
+        """The artifact as dense weights."""
+        return self.artifact.view
 
 
 class Student(Protocol):

@@ -59,7 +59,6 @@ class Gguf(FileFormat):
     lacks: ClassVar[Mapping[Feature, str]] = {
         "rotations": "llama.cpp was never seen to run a rotated model",
         "streaming": "a GGUF file is written from the whole model",
-        "distillation": "the scales of GGUF's types are not trained here",
         "generation": "it is measured with transformers, which does not run GGUF",
     }
 

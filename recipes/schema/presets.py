@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from llmconvert.gguf.ggml.mix import FLOATS
 from llmconvert.quantize.catalog.formats import only_format
 from llmconvert.quantize.catalog.methods import METHODS, needs_calibration
 
@@ -37,7 +38,7 @@ PRESETS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
     },
 }
 # Formats whose scales are learned.
-_LEARNING: Final = ("compressed-tensors", "gptq", "awq", "mlx")
+_LEARNING: Final = ("compressed-tensors", "gptq", "awq", "mlx", "gguf")
 
 
 def with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -56,7 +57,7 @@ def with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:
         chosen.pop("scheme")
     if layout == "bitsandbytes":
         chosen.pop("method")
-    if layout not in (None, *_LEARNING):
+    if layout not in (None, *_LEARNING) or str(scheme).upper() in FLOATS:
         chosen.pop("distil", None)
     quantize = chosen | {key: value for key, value in given.items() if value is not None}
     method = str(quantize.get("method"))

@@ -32,6 +32,10 @@ def test_what_a_recipe_says_itself_counts_and_what_does_not_go_with_it_is_left_o
     assert (settings.method, str(settings.scheme), settings.distil) == ("gptaq", "w3a16-g32-sym", None)
     settings, text = quantize(scheme="nf4")
     assert (settings.method, settings.format, settings.distil, text) == ("rtn", "bitsandbytes", None, None)
+    settings, text = quantize(scheme="q4_k_m")
+    assert (settings.method, settings.format) == ("gptaq", "gguf") and settings.distil.steps == 120
+    settings, text = quantize(scheme="f16", method="rtn")
+    assert (settings.format, settings.distil, text) == ("gguf", None, None)
     settings, text = quantize(budget={"bits_per_weight": 4})
     assert settings.distil is not None and text.samples == 64
 

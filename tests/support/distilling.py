@@ -10,11 +10,12 @@ from support.kills import die_when_replaced
 from support.tiny_architectures import ids
 
 from llmconvert.context import Context
+from llmconvert.gguf.checkpoint import open_artifact
 from llmconvert.quantize.distil.job import plan_distil
 from llmconvert.quantize.distil.options import DistilOptions
 from llmconvert.quantize.distil.student import Subject
 from llmconvert.quantize.job import quantize_checkpoint
-from llmconvert.quantize.scheme import Scheme
+from llmconvert.quantize.scheme import parse_scheme
 from llmconvert.report.steps import DistilReport
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
 
@@ -27,7 +28,7 @@ QUICK = DistilOptions(steps=8, learning_rate=2e-2, code_rate=0.15, held_out=4, e
 def quantized(original: Path, output: Path, scheme: str = "w3a16-g32", format: str = "compressed-tensors") -> Path:
     """``original`` rounded to nearest."""
     with SafetensorsCheckpoint(original) as source:
-        quantize_checkpoint(source, output, method="rtn", scheme=Scheme.parse(scheme), format=format)
+        quantize_checkpoint(source, output, method="rtn", scheme=parse_scheme(scheme), format=format)
     return output
 
 
@@ -39,7 +40,7 @@ def subject_of(original: Checkpoint, artifact: Checkpoint, options: DistilOption
 
 def distil(original: Path, artifact: Path, output: Path, options: DistilOptions = QUICK, **more: Any) -> DistilReport:
     settings: dict[str, Any] = {"windows": WINDOWS, "context": Context(), **more}
-    with SafetensorsCheckpoint(original) as teacher, SafetensorsCheckpoint(artifact) as student:
+    with SafetensorsCheckpoint(original) as teacher, open_artifact(artifact) as student:
         return plan_distil(teacher, student, output, options, **settings).run()
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmconvert.gguf.checkpoint import open_artifact
 from llmconvert.quantize.distil.job import plan_distil
 from llmconvert.quantize.distil.options import DistilOptions
 from llmconvert.quantize.distil.report import distillation_sections
 from llmconvert.quantize.distil.requirements import foresee_distil
+from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.quantize.scheme import SchemeOrMix
 from llmconvert.recipes.forecast import Forecast, parameters
 from llmconvert.recipes.schema.recipe import DistilSettings
@@ -17,7 +19,6 @@ from llmconvert.recipes.stages.stage import ORIGINAL, Place, Stage, Work
 from llmconvert.recipes.stages.training.settings import common_options, trained_once, training_tokens
 from llmconvert.recipes.stages.windows import DISTIL_TEXT
 from llmconvert.report.steps import DistilReport
-from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 
 __all__ = ["DISTIL", "distil_stage"]
 
@@ -39,7 +40,7 @@ def distil_stage(settings: DistilSettings, after: str, scheme: SchemeOrMix | Non
 
     def build(work: Work, place: Place) -> DistilReport:
         def train(state: Path) -> DistilReport:
-            with work.original.open() as teacher, SafetensorsCheckpoint(work.finished[after].model) as student:
+            with work.original.open() as teacher, open_artifact(work.finished[after].model) as student:
                 report = plan_distil(
                     teacher,
                     student,
@@ -55,8 +56,10 @@ def distil_stage(settings: DistilSettings, after: str, scheme: SchemeOrMix | Non
 
     def forecast(work: Work, output: Path) -> Forecast:
         with work.original.open() as teacher:
-            context = work.context_of(after)
-            needs = foresee_distil(teacher, _options(settings), settings.length, context=context, scheme=scheme)
+            made = work.recipe.quantize
+            outer = made is not None and isinstance(load_format(made.format), FileFormat)
+            about: dict[str, Any] = {"context": work.context_of(after), "scheme": scheme, "outer": outer}
+            needs = foresee_distil(teacher, _options(settings), settings.length, **about)
             kind = f"distil {'codes ' if settings.code_rate else ''}{work.context.device.type}"
             return Forecast(needs, kind=kind, work=float(parameters(teacher) * training_tokens(settings)))
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from llmconvert.context import Context
 from llmconvert.errors import CapacityError, DatasetError, UnsupportedError, UsageError
 from llmconvert.quantize.distil.optimizer import StoredAdam
-from llmconvert.quantize.distil.weights import LearnedValue, LearnedWeight, Trained
+from llmconvert.quantize.distil.trained import LearnedValue, Trained
+from llmconvert.quantize.distil.weights import LearnedWeight
 from llmconvert.quantize.formats.dense_view import QuantizedView, open_dense
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import Target

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import llmconvert
-from llmconvert.errors import RecipeError
+from llmconvert.errors import OutputError, RecipeError
 from llmconvert.recipes.loading import load_recipe
 from llmconvert.recipes.planning.planner import plan_recipe
 from llmconvert.recipes.runner import run_recipe
@@ -41,19 +41,19 @@ def test_a_run_distils_after_quantizing_and_keeps_the_codes_for_other_settings(w
     assert reused["quantize"] and not reused["distil"]
 
 
-def test_the_command_writes_what_the_run_does(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
-    made = llmconvert.quantize_model(
-        tiny_llama,
-        tmp_path / "out",
-        method="rtn",
-        scheme="w3a16-g32",
-        calibration=texts[0],
-        length=32,
-        distil_steps=3,
-    )
+@pytest.mark.parametrize("scheme", ["w3a16-g32", "q4_0"])
+def test_the_command_writes_what_the_run_does(
+    scheme: str, tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"method": "rtn", "scheme": scheme, "calibration": texts[0], "length": 32}
+    made = llmconvert.quantize_model(tiny_llama, tmp_path / "out", **settings, distil_steps=3)
     assert made.distilled is not None and made.distilled.steps == 3
-    assert made.nbytes == (tmp_path / "out" / SINGLE_NAME).stat().st_size
+    file = next((tmp_path / "out").glob("*.gguf"), tmp_path / "out" / SINGLE_NAME)
+    assert made.nbytes == file.stat().st_size and (file.suffix == ".gguf") == (scheme == "q4_0")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    if scheme == "q4_0":
+        with pytest.raises(OutputError, match="name one, without"):
+            llmconvert.quantize_model(tiny_llama, tmp_path / "out.gguf", **settings, distil_steps=3)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,11 @@ def test_the_command_writes_what_the_run_does(tiny_llama: Path, texts: tuple[Pat
     [
         ({"quantize": {"method": "rtn", "scheme": "w4a16-g32", "distil": True}}, "names none"),
         ({"quantize": {"method": "rtn", "scheme": "nf4", "distil": QUICK}}, "prescribed"),
-        ({"quantize": {"scheme": "q4_0", "distil": True}}, "scales of GGUF's types are not trained"),
+        ({"quantize": {"scheme": "f16", "distil": {"dataset": "pydoc-topics:train"}}}, "f16 stores floats"),
+        (
+            {"quantize": {"scheme": "iq4_nl", "distil": {"dataset": "pydoc-topics:train", "code_rate": 0.1}}},
+            "iq4_nl, and only codes of integers can move",
+        ),
         (
             {
                 "calibrate": {"dataset": "pydoc-topics:train"},
