@@ -27,7 +27,7 @@ from llmconvert.recipes.stages.stage import Finished
 from llmconvert.report.report import Report
 from llmconvert.report.steps import QuantizeReport
 from llmconvert.storage.checkpoint import Checkpoint
-from llmconvert.validate.repair import Unit, sensitivities, unit_error
+from llmconvert.validate.repair import TYPE_ERRORS, Unit, sensitivities, unit_error
 
 __all__ = ["State"]
 
@@ -151,15 +151,21 @@ class State:
     def _known_errors(self, report: Report) -> Mapping[str, float]:
         """Squared relative errors of the linears: of their outputs, or else of their weights.
 
-        Those of embedding and head are of their weights: what the embedding gives are its weights.
+        Those of embedding and head are of their weights: what the embedding gives are its weights. Where norms have
+        moved, the inventory has none, and what their types usually leave stands for them.
         """
         inventory = report.check("inventory")
         found = inventory.detail.get("tensors", ()) if inventory is not None else ()
-        by_tensor = {record["name"]: (record["error"] or 0.0) ** 2 for record in found}
-        by_weight = {name: by_tensor.get(tensor, 0.0) for name, tensor in self.records.items()}
+        by_tensor = {record["name"]: record["error"] for record in found}
+        by_weight = {name: (by_tensor.get(tensor) or 0.0) ** 2 for name, tensor in self.records.items()}
         if not self.errors:
             return by_weight
-        return {name: error for name, error in by_weight.items() if name in _WORDS} | self.errors
+        outer: dict[str, float] = {}
+        for word in set(_WORDS) & set(self.records):
+            scheme = self.assignment[word]
+            usual = TYPE_ERRORS[scheme.block] if scheme is not None and scheme.block is not None else 0.0
+            outer[word] = usual if by_tensor.get(self.records[word]) is None else by_weight[word]
+        return {**outer, **self.errors}
 
 
 # What overrides call the matrices outside the blocks.
