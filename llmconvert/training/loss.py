@@ -16,11 +16,20 @@ import torch
 from llmconvert.memory import row_slices
 from llmconvert.training.model import ResidentModel
 
-__all__ = ["Losses", "divergence_nbytes", "hidden_divergence", "logit_divergence", "prediction_divergence"]
+__all__ = [
+    "Losses",
+    "divergence_nbytes",
+    "hidden_divergence",
+    "logit_divergence",
+    "prediction_divergence",
+    "prediction_nbytes",
+]
 
 # Logits of one piece, in elements: large enough for the head's matrix product; in float32 just below the 32 MiB up to
 # which the C library gives the same memory again, where larger pieces would have it cleared anew every time.
 _CHUNK_ELEMENTS = 7 << 20
+# Of a piece of logits in float32, alive at the same time.
+_COPIES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +114,13 @@ def logit_divergence(
 
 
 def divergence_nbytes(length: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """Peak bytes of :func:`logit_divergence` with its arguments: these and the gradient, four pieces in float32."""
-    return vocabulary * 3 * length * dtype.itemsize + 4 * 4 * min(length * vocabulary, _CHUNK_ELEMENTS)
+    """Peak bytes of :func:`logit_divergence` with its arguments: these and the gradient, and pieces in float32."""
+    return vocabulary * 3 * length * dtype.itemsize + 4 * _COPIES * min(length * vocabulary, _CHUNK_ELEMENTS)
+
+
+def prediction_nbytes(length: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Peak bytes of :func:`prediction_divergence`: a piece of both logits, their gradient, and copies in float32."""
+    return (3 * dtype.itemsize + 4 * _COPIES) * min(length * vocabulary, _CHUNK_ELEMENTS)
 
 
 def _summed(expected: torch.Tensor, found: torch.Tensor, *, gradient: bool) -> tuple[float, torch.Tensor | None]:

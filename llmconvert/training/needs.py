@@ -9,6 +9,7 @@ from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.errors import CapacityError
 from llmconvert.memory import available_nbytes
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.training.loss import prediction_nbytes
 
 __all__ = ["backward_nbytes", "fits", "require_memory"]
 
@@ -18,10 +19,11 @@ _USABLE = 0.9
 
 
 def backward_nbytes(checkpoint: Checkpoint, length: int, dtype: torch.dtype) -> int:
-    """Bytes of activations that a window of ``length`` tokens leaves for its backward pass."""
+    """Bytes of activations that a window of ``length`` tokens leaves for its backward pass, and of its predictions'
+    loss."""
     model = Architecture.of(checkpoint.config)
     widths = _HIDDEN_COPIES * model.hidden_size + _INNER_COPIES * model.inner_size
-    return length * model.layers * widths * dtype.itemsize
+    return length * model.layers * widths * dtype.itemsize + prediction_nbytes(length, model.vocab_size, dtype)
 
 
 def fits(needed: int, context: Context) -> bool:

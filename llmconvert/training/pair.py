@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from llmconvert.memory import release_freed_memory
 from llmconvert.training.loss import Losses, hidden_divergence, prediction_divergence
 from llmconvert.training.model import ResidentModel
 
@@ -65,11 +66,17 @@ class ResidentPair:
                 divergence, slope = prediction_divergence(
                     self._teacher, self._student, target_final, final, gradient=True, share=1 / count
                 )
-                error = hidden_divergence(targets, states)
+                with torch.set_grad_enabled(hidden > 0):  # told in any case; learned from, it keeps states in float32
+                    error = hidden_divergence(targets, states)
             assert slope is not None
             del targets, states
-            torch.autograd.backward([final, error], [slope / count, error.new_tensor(hidden / count)])
+            ends, slopes = [final], [slope / count]
+            if hidden > 0:
+                ends, slopes = [*ends, error], [*slopes, error.new_tensor(hidden / count)]
+            torch.autograd.backward(ends, slopes)
             kl, apart = kl + divergence / count, apart + float(error.detach()) / count
+            del final, error, slope, ends, slopes
+            release_freed_memory()  # gradients lie between the activations of a window, whose holes the next one misses
         return Losses(kl, apart)
 
     @torch.no_grad()
