@@ -12,12 +12,13 @@
 Calibration is the first ``--samples`` windows of ``--length`` tokens of a text, tokenized once and saved; every run
 gets that same file. Runs alternate (ours, peer, peer, ours, …), each in a fresh process with ``--threads`` threads. A
 run's time goes from loaded tokenizer and token ids to the complete artifact: for ours all of ``quantize_checkpoint``,
-fsync included; for a peer loading the model, quantizing and saving, which it doesn't force to disk. Imports count for
-none. Peak memory is the process's, as ``wait4`` reports it. Perplexity, and the divergence of the predictions from the
-unquantized model's, are those of the dequantized weights in bfloat16, by one evaluator for all; they are measured for
-every artifact whose weights differ from those of an earlier round. ``--our-method gptaq`` runs another method of ours
-beside gptq. Models may be mixtures of experts (``bench/moe.py``); ``--mixture`` has ours run without shrinking
-moments too, and llm-compressor with the tokens that routers send to each expert alone. What
+fsync included; for a peer loading the model, quantizing and saving, which it doesn't force to disk. A whole process
+is start-up and imports too. With ``--command`` ours runs as ``llmconvert quantize`` besides, which also tokenizes the
+text, as nobody else does here. Peak memory is the process's, as ``wait4`` reports it. Perplexity, and the divergence
+of the predictions from the unquantized model's, are those of the dequantized weights in bfloat16, by one evaluator for
+all; they are measured for every artifact whose weights differ from those of an earlier round. ``--our-method gptaq``
+runs another method of ours beside gptq. Models may be mixtures of experts (``bench/moe.py``); ``--mixture`` has ours
+run without shrinking moments too, and llm-compressor with the tokens that routers send to each expert alone. What
 llm-compressor's model predicts in memory, before it is saved, is in its report (``--json``).
 
 ``--profile`` shows first where our time goes, by phase, and the floor of each phase on this machine.
@@ -41,6 +42,8 @@ from typing import Any
 from measured import markdown_table, megabytes, run_measured
 
 _RUNNERS = Path(__file__).parent / "peers"
+# The runner of a tool that is started as a user starts it.
+_COMMAND = "command"
 # On two cores GPTQModel does not start with the number of workers it chooses itself.
 _ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -57,10 +60,11 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: times in seconds, sizes in bytes, and a digest of the weight files."""
+    """One run: times in seconds (of the whole process too), sizes in bytes, and a digest of the weight files."""
 
     tool: str
     seconds: float
+    process_seconds: float
     quantize_seconds: float
     peak_rss: int
     artifact_nbytes: int
@@ -86,6 +90,8 @@ def main() -> None:
         ours,
         *(Tool(f"llmconvert, {name}", sys.executable, "ours.py", ("--method", name)) for name in options.our_method),
     ]
+    if options.command:
+        tools.append(Tool("`llmconvert quantize`", sys.executable, _COMMAND))
     if options.llm_compressor_python:
         tools.append(Tool("llm-compressor, `mse` observer", options.llm_compressor_python, "llm_compressor.py"))
     if options.mixture:
@@ -115,6 +121,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation", help="text to measure perplexity on")
     parser.add_argument("--work", type=Path, required=True, help="scratch directory")
     parser.add_argument("--our-method", action="append", default=[], help="another method of ours to run beside gptq")
+    parser.add_argument("--command", action="store_true", help="ours as a command too, which tokenizes the text itself")
     parser.add_argument("--mixture", action="store_true", help="both settings of each tool for experts with few tokens")
     parser.add_argument("--llm-compressor-python", help="interpreter that has llm-compressor")
     parser.add_argument("--gptqmodel-python", help="interpreter that has GPTQModel")
@@ -161,32 +168,34 @@ def cut_windows(options: argparse.Namespace, text: str, samples: int, length: in
 
 def quantize(options: argparse.Namespace, tool: Tool, ids: Path, output: Path, evaluation: Path | None = None) -> Run:
     """One timed run of a tool; the artifact is left in ``output``."""
-    extra = list(tool.extra)
-    if tool.runner == "llm_compressor.py" and options.mixture and evaluation is not None:
-        extra += ["--evaluation-ids", str(evaluation)]
     shutil.rmtree(output, ignore_errors=True)
     report, log = output.with_suffix(".json"), output.with_suffix(".log")
-    command = [
-        tool.python,
-        _RUNNERS / tool.runner,
-        "--model",
-        options.model,
-        "--ids",
-        ids,
-        "--output",
-        output,
-        "--report",
-        report,
-        "--bits",
-        str(options.bits),
-        "--group-size",
-        str(options.group_size),
-        "--threads",
-        str(options.threads),
-        *extra,
-    ]
+    if tool.runner == _COMMAND:
+        command = our_command(options, tool, output)
+    else:
+        command = [
+            tool.python,
+            _RUNNERS / tool.runner,
+            "--model",
+            options.model,
+            "--ids",
+            ids,
+            "--output",
+            output,
+            "--report",
+            report,
+            "--bits",
+            str(options.bits),
+            "--group-size",
+            str(options.group_size),
+            "--threads",
+            str(options.threads),
+            *tool.extra,
+        ]
+    if tool.runner == "llm_compressor.py" and options.mixture and evaluation is not None:
+        command += ["--evaluation-ids", str(evaluation)]
     cost = run_measured(command, threads=options.threads, log=log, extra=_ENVIRONMENT)
-    found = json.loads(report.read_text())
+    found = {"version": "command", **json.loads((log if tool.runner == _COMMAND else report).read_text())}
     weights = sorted(output.glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in weights:
@@ -194,7 +203,16 @@ def quantize(options: argparse.Namespace, tool: Tool, ids: Path, output: Path, e
             digest.update(hashlib.file_digest(file, "sha256").digest())
     size = sum(path.stat().st_size for path in weights)
     alone = found.get("quantize_seconds", found["seconds"])
-    return Run(tool.name, found["seconds"], alone, cost.peak_rss, size, digest.hexdigest(), found)
+    return Run(tool.name, found["seconds"], cost.seconds, alone, cost.peak_rss, size, digest.hexdigest(), found)
+
+
+def our_command(options: argparse.Namespace, tool: Tool, output: Path) -> list[str | Path]:
+    """Ours as a user starts it: the same windows, cut from the text in the same process."""
+    program = Path(tool.python).with_name("llmconvert")
+    quantize = [program, "quantize", options.model, output, "--method", "gptq"]
+    scheme = f"w{options.bits}a16-g{options.group_size}-sym"
+    windows = ["--samples", str(options.samples), "--length", str(options.length), "--order", "sequential"]
+    return [*quantize, "--scheme", scheme, "--calibration", options.calibration, *windows, "--quiet", "--json"]
 
 
 def compare(
@@ -210,7 +228,8 @@ def compare(
             output = options.work / f"artifact-{position}"
             run = quantize(options, tool, ids, output, evaluation)
             runs.append(run)
-            note = f"round {number + 1}, {tool.name}: {run.seconds:.1f} s, {megabytes(run.peak_rss)}"
+            note = f"round {number + 1}, {tool.name}: {run.seconds:.1f} of {run.process_seconds:.1f} s"
+            note += f", {megabytes(run.peak_rss)}"
             if (tool.name, run.digest) not in seen:
                 seen.add((tool.name, run.digest))
                 found = score(options, output, evaluation, "--reference", original)
@@ -244,12 +263,13 @@ def comparison_table(tools: Sequence[Tool], runs: Sequence[Run], scores: dict[st
     base = [run for run in runs if run.tool == tools[0].name]
     reference = statistics.median(run.seconds for run in base)
     reference_rss = statistics.median(run.peak_rss for run in base)
-    rows = [["unquantized", "", "", "", "", "", f"{scores['unquantized'][0]['perplexity']:.2f}", "", ""]]
+    rows = [["unquantized", *[""] * 7, f"{scores['unquantized'][0]['perplexity']:.2f}", "", ""]]
+    whole = statistics.median(run.process_seconds for run in base)
     for tool in tools:
         own = [run for run in runs if run.tool == tool.name]
         seconds = statistics.median(run.seconds for run in own)
         rss = statistics.median(run.peak_rss for run in own)
-        spread = f"{min(run.seconds for run in own):.1f}–{max(run.seconds for run in own):.1f}"
+        process = [run.process_seconds for run in own]
         alone = statistics.median(run.quantize_seconds for run in own)
         found = scores[tool.name]
         perplexity = f"{statistics.median(one['perplexity'] for one in found):.2f}" + (
@@ -258,7 +278,9 @@ def comparison_table(tools: Sequence[Tool], runs: Sequence[Run], scores: dict[st
         rows.append(
             [
                 f"{tool.name} ({own[0].report['version']})",
-                f"{seconds:.1f} ({spread})",
+                f"{statistics.median(process):.1f} ({min(process):.1f}–{max(process):.1f})",
+                f"{statistics.median(process) / whole:.2f}",
+                f"{seconds:.1f} ({min(run.seconds for run in own):.1f}–{max(run.seconds for run in own):.1f})",
                 f"{seconds / reference:.2f}",
                 f"{alone:.1f}",
                 megabytes(rss),
@@ -270,7 +292,9 @@ def comparison_table(tools: Sequence[Tool], runs: Sequence[Run], scores: dict[st
         )
     header = [
         "",
-        "seconds: median (range)",
+        "whole process, s: median (range)",
+        "ratio",
+        "from tokens to artifact, s",
         "ratio",
         "quantizing alone",
         "peak RSS",

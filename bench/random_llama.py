@@ -1,10 +1,11 @@
-"""Make a Llama-shaped checkpoint of random weights, in constant memory: by default 7B, 13.5 GB of bfloat16.
+"""Make a Llama- or Mixtral-shaped checkpoint of random weights, in constant memory: by default 7B, 13.5 GB of bfloat16.
 
     python bench/random_llama.py OUTPUT [--layers 32] [--hidden 4096] [--intermediate 11008] [--heads 32]
-        [--kv-heads 32] [--vocabulary 32000] [--seed 0] [--shard-gigabytes 5]
+        [--kv-heads 32] [--vocabulary 32000] [--experts 0] [--chosen 2] [--seed 0] [--shard-gigabytes 5]
 
-Weights are normal with the ``initializer_range`` of 0.02, norms are one. Every row of every tensor depends on the seed
-and the tensor's name alone. There is no tokenizer: feed it random token ids.
+With ``--experts`` it is a Mixtral, in which every token is sent to ``--chosen`` of them. Weights are normal with the
+``initializer_range`` of 0.02, norms are one. Every row of every tensor depends on the seed and the tensor's name alone.
+There is no tokenizer: feed it random token ids.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--experts", type=int, default=0, help="of every layer (default 0: a dense MLP)")
+    parser.add_argument("--chosen", type=int, default=2, help="experts that a token is sent to (default 2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-gigabytes", type=float, default=5.0)
     options = parser.parse_args()
@@ -44,7 +47,14 @@ def main() -> None:
 
 
 def make_config(options: argparse.Namespace) -> dict[str, object]:
-    """The ``config.json``: Llama 2's, in the sizes asked for."""
+    """The ``config.json``: Llama 2's or Mixtral's, in the sizes asked for."""
+    mixture = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": options.experts,
+        "num_experts_per_tok": options.chosen,
+        "sliding_window": None,
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -65,6 +75,7 @@ def make_config(options: argparse.Namespace) -> dict[str, object]:
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
         "tie_word_embeddings": False,
         "vocab_size": options.vocabulary,
+        **(mixture if options.experts else {}),
     }
 
 
@@ -82,17 +93,22 @@ def tensor_specs(config: dict[str, object]) -> list[TensorSpec]:
         )
     )
     kv = hidden // heads * kv_heads
-    block = {
+    experts = int(str(config.get("num_local_experts", 0)))
+    block: dict[str, tuple[int, ...]] = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, hidden),
         "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
     }
+    if experts:
+        block["block_sparse_moe.gate"] = (experts, hidden)
+        for number in range(experts):
+            one = f"block_sparse_moe.experts.{number}"
+            block |= {f"{one}.w1": (inner, hidden), f"{one}.w2": (hidden, inner), f"{one}.w3": (inner, hidden)}
+    else:
+        block |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (vocabulary, hidden)}
     for layer in range(layers):
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
