@@ -36,8 +36,9 @@ __all__ = [
     "state_nbytes",
 ]
 
-# Bytes per weight beside the student's and the teacher's values: the gradient, codes as they were and the best ones;
-# and where codes move, their place in float32 and its means in bfloat16.
+# Bytes per weight beside the student's and the teacher's values: the gradient, codes as they were and the best ones
+# (of codes that stay, what was held while they were read); and where codes move, their place in float32 and its means
+# in bfloat16.
 _CODE_NBYTES, _PLACE_NBYTES = 2, 8
 # Block by block: bytes per scale (its factor, Adam's two means, the best so far, the gradient and a sum of it, all in
 # float32) and, of the linear at hand, per weight (packed and unpacked codes, values, a copy).

@@ -145,20 +145,23 @@ class LearnedWeight:
                 value[self._rows(part)] = found.to(self._dtype).to(value.dtype)
 
     def stored(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        codes = self.start.codes
-        if "place" in state:
-            codes = torch.empty_like(codes)
+        found = {"scale": self._stored_scale(state, slice(None))}
+        if self._offset is not None:
+            found["offset"] = self._stored_offset(state, slice(None))
+        if "place" in state:  # others stay the start's
+            found["codes"] = codes = torch.empty_like(self.start.codes)
             for part in self._slices():
                 codes.view(self._shape)[part] = self._moved(state, part).to(codes.dtype)
-        found = {"codes": codes, "scale": self._stored_scale(state, slice(None))}
-        return found if self._offset is None else found | {"offset": self._stored_offset(state, slice(None))}
+        return found
 
     def moved(self, stored: Mapping[str, torch.Tensor]) -> int:
-        return int((stored["codes"] != self.start.codes.to(stored["codes"].device)).sum())
+        codes = stored.get("codes")
+        return 0 if codes is None else int((codes != self.start.codes.to(codes.device)).sum())
 
     def tensor(self, stored: Mapping[str, torch.Tensor]) -> QuantizedTensor:
         """The canonical tensor of what :meth:`stored` gave."""
-        codes, scale, offset = stored["codes"], stored["scale"], stored.get("offset")
+        scale, offset = stored["scale"], stored.get("offset")
+        codes = stored.get("codes", self.start.codes.to(scale.device))
         if self._nested is None:
             return replace(self.start, codes=codes, scale=scale, offset=offset)
         minima = self._nested.sub_minima
