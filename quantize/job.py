@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,7 @@ def plan_quantize(
         CapacityError: memory does not suffice, with what would fit.
     """
     context = context or Context()
+    again = partial(plan_quantize, source, output, windows=windows, context=context, original=original, record=record)
     chosen, layout_format = load_method(request.method, request.options), load_format(request.format, request.runtime)
     layout_format.check_output(output)
     check_combination(chosen, request.scheme, layout_format)
@@ -184,7 +186,7 @@ def plan_quantize(
     disk = output_nbytes(container.layout, container.config, container.files) + states
     needs = memory.needs(skeleton.device, disk=disk, passing=states)
     inputs = Inputs(
-        source, output, tuple(windows), context, original, record, skeleton, blocks, chosen, scale_dtype, work
+        source, output, tuple(windows), context, original, record, skeleton, blocks, chosen, scale_dtype, work, again
     )
     return QuantizePlan(request, decisions, memory, container, needs, inputs)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -69,6 +70,7 @@ class Inputs:
         method: with its options.
         scale_dtype: what the format stores scales as.
         work: peak bytes of statistics and solution beside a block.
+        again: plans another request for the same, in a model of its own.
     """
 
     source: Checkpoint
@@ -82,6 +84,7 @@ class Inputs:
     method: Method
     scale_dtype: torch.dtype
     work: int
+    again: Callable[[QuantizeRequest], QuantizePlan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,9 @@ class QuantizePlan:
 def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ...]:
     """Write several artifacts in one pass, or go on where an interrupted run of the same plans was stopped.
 
+    A device that runs out of memory while all batches are under way is answered by one batch at a time: the pass goes
+    on behind the last finished block, to the same bytes.
+
     Args:
         plans: of one source and one calibration text on one device; several only with the original's statistics.
 
@@ -171,55 +177,76 @@ def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ..
     Raises:
         CalibrationError, CapacityError: see :meth:`QuantizePlan.run`.
     """
-    begin = time.perf_counter()
+    begin, context = time.perf_counter(), plans[0].inputs.context
+    phases = Phases(partial(torch.cuda.synchronize, context.device) if context.device.type == "cuda" else None)
+    results = _attempt(plans, phases)
+    if results is None:
+        # Nothing holds the error's frames any more. The model is made anew: the first has hooks on its blocks.
+        gc.collect()
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
+        results = _attempt([plan.inputs.again(replace(plan.request, mode="replay")) for plan in plans], phases)
+        assert results is not None
+    return tuple(replace(result, seconds=time.perf_counter() - begin) for result in results)
+
+
+def _attempt(plans: Sequence[QuantizePlan], phases: Phases) -> list[QuantizeResult] | None:
+    """One pass; None if the device ran out of memory, and one batch at a time may do.
+
+    Raises:
+        CapacityError: the device ran out of memory, and nothing smaller is left.
+    """
+    context = plans[0].inputs.context
+    memory = _joint_memory(plans) if plans[0].request.statistics == "original" else plans[0].memory
+    try:
+        return _pass(plans, memory, phases)
+    except torch.OutOfMemoryError as error:
+        told = f"{context.device} ran out of memory ({str(error).partition('. ')[0]}), {memory} was expected"
+        if memory.mode == "lockstep" and context.ranks.alone:
+            context.progress.log(f"note: {told}; goes on behind the last finished block with one batch at a time")
+            return None
+        raise CapacityError(
+            f"{told}; stop what else runs there, or allow less (memory), or shorter samples. The same command continues"
+        ) from error
+
+
+def _pass(plans: Sequence[QuantizePlan], memory: MemoryEstimate, phases: Phases) -> list[QuantizeResult]:
+    """One pass over the blocks, in the mode of ``memory``, from where an earlier one was stopped."""
     first = plans[0]
     skeleton, progress, ranks = first.inputs.skeleton, first.inputs.context.progress, first.inputs.context.ranks
     _require_same(plans, ranks)
-    phases = Phases(partial(torch.cuda.synchronize, skeleton.device) if skeleton.device.type == "cuda" else None)
     for note in dict.fromkeys(note for plan in plans for note in plan.notes):
         progress.log(f"note: {note}")
-    memory = first.memory
-    try:
-        least = max(plan.request.min_tokens_per_expert for plan in plans)
-        if least:
-            inputs = first.inputs
-            every = first.request.experts == "all"
-            windows = [inputs.windows[number] for number in ranks.share(len(inputs.windows))]
-            require_tokens(
-                skeleton, inputs.blocks, windows, memory.mode, least, every=every, phases=phases, ranks=ranks
-            )
-        if first.request.statistics == "original":
-            memory = _joint_memory(plans)
-            steps = _original_steps(plans, memory.mode, phases)
-            with _opened(plans, steps.lost, phases, ranks) as (sinks, work, resumed):
-                own = [VariantSink(number, sink) for number, sink in enumerate(sinks)]
-                quantize_blocks(steps, skeleton.block_count, own, work, progress, done=resumed, ranks=ranks)
-                layers = _finished(plans, sinks)
-        else:
-            assert len(plans) == 1, "what follows what was quantized before is one artifact's own"
-            alone = _sequential_steps(first, phases)
-            with _opened(plans, alone.lost, phases, ranks) as (sinks, work, resumed):
-                quantize_blocks(alone, skeleton.block_count, sinks, work, progress, done=resumed, ranks=ranks)
-                if isinstance(alone, CalibratedSteps) and (remark := lone_peaks(alone.leads)):
-                    progress.log(remark)
-                layers = _finished(plans, sinks)
-    except torch.OutOfMemoryError as error:
-        raise CapacityError(
-            f"{skeleton.device} ran out of memory ({str(error).partition('. ')[0]}), {memory} was expected; "
-            "stop what else runs there, or allow less (memory), so that batches wait in files. The same command "
-            "continues"
-        ) from error
+    least = max(plan.request.min_tokens_per_expert for plan in plans)
+    if least:
+        inputs = first.inputs
+        every = first.request.experts == "all"
+        windows = [inputs.windows[number] for number in ranks.share(len(inputs.windows))]
+        require_tokens(skeleton, inputs.blocks, windows, memory.mode, least, every=every, phases=phases, ranks=ranks)
+    if first.request.statistics == "original":
+        steps = _original_steps(plans, memory.mode, phases)
+        with _opened(plans, steps.lost, phases, ranks) as (sinks, work, resumed):
+            own = [VariantSink(number, sink) for number, sink in enumerate(sinks)]
+            quantize_blocks(steps, skeleton.block_count, own, work, progress, done=resumed, ranks=ranks)
+            layers = _finished(plans, sinks)
+    else:
+        assert len(plans) == 1, "what follows what was quantized before is one artifact's own"
+        alone = _sequential_steps(first, phases)
+        with _opened(plans, alone.lost, phases, ranks) as (sinks, work, resumed):
+            quantize_blocks(alone, skeleton.block_count, sinks, work, progress, done=resumed, ranks=ranks)
+            if isinstance(alone, CalibratedSteps) and (remark := lone_peaks(alone.leads)):
+                progress.log(remark)
+            layers = _finished(plans, sinks)
     remarks = [coarse_remark(found) for found in layers]
     for remark in dict.fromkeys(filter(None, remarks)):
         progress.log(remark)
-    seconds = time.perf_counter() - begin
-    return tuple(
+    return [
         QuantizeResult(
             output=plan.inputs.output,
             layers=found,
             memory=memory,
             nbytes=plan.container.layout.nbytes,
-            seconds=seconds,
+            seconds=0.0,
             phases=phases.seconds,
             resumed_blocks=resumed,
             files=tuple(shard.name for shard in plan.container.layout.shards),
@@ -227,7 +254,7 @@ def quantize_together(plans: Sequence[QuantizePlan]) -> tuple[QuantizeResult, ..
             notes=(*plan.notes, *filter(None, (remark,))),
         )
         for plan, found, remark in zip(plans, layers, remarks, strict=True)
-    )
+    ]
 
 
 @contextmanager
