@@ -36,10 +36,9 @@ __all__ = [
     "state_nbytes",
 ]
 
-# Bytes per weight beside the student's and the teacher's values: the gradient, codes as they were and the best ones
-# (of codes that stay, what was held while they were read); and where codes move, their place in float32 and its means
-# in bfloat16.
-_CODE_NBYTES, _PLACE_NBYTES = 2, 8
+# Bytes per weight beside the student's and the teacher's values and the gradient: its code; where codes move, the code
+# as it was best and as it is being stored, its place in float32 and the place's means in bfloat16.
+_CODE_NBYTES, _MOVING_NBYTES = 1, 10
 # Block by block: bytes per scale (its factor, Adam's two means, the best so far, the gradient and a sum of it, all in
 # float32) and, of the linear at hand, per weight (packed and unpacked codes, values, a copy).
 _SCALE_NBYTES, _LINEAR_NBYTES = 24, 8
@@ -172,7 +171,7 @@ def foresee_distil(
 
 def state_nbytes(codes: int, scales: int, options: DistilOptions) -> int:
     """Bytes of the state on disk, twice while one replaces the last: the best so far, what the optimizer remembers."""
-    return 2 * ((1 + (_PLACE_NBYTES if options.code_rate else 0)) * codes + 16 * scales)
+    return 2 * ((_MOVING_NBYTES - 1 if options.code_rate else 0) * codes + 16 * scales)
 
 
 def needs_of(memory: DistilMemory, original: Checkpoint, output: int, state: int, context: Context) -> Needs:
@@ -238,7 +237,7 @@ def distil_memory(
 def _resident_nbytes(view: Checkpoint, counted: Counted, options: DistilOptions, length: int, context: Context) -> int:
     dtype = compute_dtype(context.device)
     rest = sum(numbers_of(view, name) for name in view.infos) - counted.codes + counted.apart
-    per_weight = 3 * dtype.itemsize + _CODE_NBYTES + (1 + _PLACE_NBYTES if options.code_rate else 0)
+    per_weight = 3 * dtype.itemsize + _CODE_NBYTES + (_MOVING_NBYTES if options.code_rate else 0)
     scales = counted.groups * _GROUP_NBYTES + (counted.scales + counted.norms) * _SCALE_NBYTES
     held = rest * dtype.itemsize + counted.codes * per_weight + scales
     return BASE_NBYTES + held + backward_nbytes(view, length, dtype)
