@@ -134,9 +134,13 @@ class Training:
             state.best = self._learner.keep()
 
     def _stalled(self, state: TrainingState) -> bool:
-        """Whether the held-out text has been getting no better."""
-        scores = [entry["kl"] for entry in state.held_out]
-        return len(scores) > self._options.patience and min(scores[-self._options.patience :]) > min(scores)
+        """Whether the held-out text has been getting no better; looks of the first half don't tell.
+
+        At rates that are high yet, a student may stand behind what it began with, and be ahead once they have fallen.
+        """
+        patience = self._options.patience
+        late = [entry["kl"] for entry in state.held_out if 2 * entry["step"] > self._options.steps]
+        return len(late) >= patience and min(late[-patience:]) > min(entry["kl"] for entry in state.held_out)
 
     def _collect(self, state: TrainingState) -> None:
         learner = self._learner

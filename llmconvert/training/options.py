@@ -22,7 +22,7 @@ class TrainingOptions:
         hidden: weight of the hidden states' error beside the divergence of predictions.
         held_out: windows that are not learned from and tell when to stop.
         evaluate_every: steps between looks at them.
-        patience: stop after so many looks without a new best.
+        patience: stop after so many looks in the second half of the steps without a new best.
         save_every: steps between states on disk.
         seed: of the order of windows.
     """

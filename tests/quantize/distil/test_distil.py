@@ -28,6 +28,7 @@ from llmconvert.quantize.methods.rtn import Rtn
 from llmconvert.quantize.scheme import Override, Scheme
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.storage.directory import SINGLE_NAME
+from llmconvert.training.pair import ResidentPair
 
 
 @pytest.mark.parametrize("name", ["w3a16-g16", "w4a16-g16-asym", "w8a8-channel-fp8", "w4a16-g32-affine", "nvfp4a16"])
@@ -158,6 +159,22 @@ def test_codes_move_to_their_neighbours_and_transformers_reads_what_was_measured
 
     again = distil(tiny_llama, tmp_path / "out", tmp_path / "again", replace(QUICK, learning_rate=1e-9, code_rate=0.0))
     assert _divergence(tiny_llama, tmp_path / "out") == pytest.approx(again.before, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("looks", "steps"),
+    [([1.0, 1.2, 1.3, 1.4, 1.1, 0.9], 5), ([1.0, 0.9, 1.2, 1.3, 1.2, 1.1], 5), ([1.0] + [2.0] * 9, 7)],
+)
+def test_it_stops_early_when_rates_have_fallen_and_nothing_is_gained(
+    looks: list[float], steps: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first a student may stand behind where it began; what it comes to is seen when rates are lower."""
+    before, told = quantized(tiny_llama, tmp_path / "w3"), iter(looks)
+    monkeypatch.setattr(ResidentPair, "divergence", lambda pair, numbers: next(told))
+    options = replace(QUICK, steps=len(looks) - 1, evaluate_every=1, patience=3, batch=1)
+    report = distil(tiny_llama, before, tmp_path / "out", options)
+    assert report.steps == steps
+    assert [look["kl"] for look in report.held_out] == looks[: steps + 1]
 
 
 @pytest.mark.slow
