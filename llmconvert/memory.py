@@ -14,6 +14,7 @@ import resource
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +26,7 @@ __all__ = [
     "map_large_tensors",
     "release_freed_memory",
     "resident_nbytes",
+    "reusing_freed_memory",
     "row_slices",
     "rows_at_once",
 ]
@@ -32,7 +34,10 @@ __all__ = [
 _INTERVAL_SECONDS = 0.05
 # Smaller tensors are not worth pages of their own: fresh pages have to be cleared by the kernel, one by one.
 _LARGE_NBYTES = 1 << 20
-_M_MMAP_THRESHOLD = -3
+# Where freed memory is taken up again, tensors below this are on the heap, and its top keeps as much as it likes; else
+# glibc's own measure.
+_REUSED_NBYTES, _KEPT_NBYTES, _TRIMMED_NBYTES = 32 << 20, 512 << 20, 128 << 10
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _STATUS = Path("/proc/self/status")
 
 
@@ -105,14 +110,20 @@ def available_nbytes(device: torch.device) -> int:
     return available
 
 
-def release_freed_memory() -> bool:
+def release_freed_memory(above: int = 0) -> bool:
     """Give memory that was freed inside the heap back to the system, where the C library can (glibc).
 
-    Batches free what they held in another order than they took it, and the holes count as resident until then.
+    Batches free what they held in another order than they took it, and the holes count as resident until then. What is
+    given back comes again as pages that the system has to clear first, which can take a fifth of a job's time.
+
+    Args:
+        above: bytes of the process up to which nothing is given back.
 
     Returns:
         whether anything was given back.
     """
+    if above and resident_nbytes() < above:
+        return False
     library = _glibc()
     return library is not None and bool(library.malloc_trim(0))
 
@@ -126,8 +137,27 @@ def map_large_tensors() -> bool:
     Returns:
         whether the C library could be told (glibc).
     """
+    return _set_heap(_LARGE_NBYTES, _TRIMMED_NBYTES)
+
+
+@contextmanager
+def reusing_freed_memory() -> Iterator[None]:
+    """Meanwhile the heap keeps what is freed, of all but very large tensors, until it is told to release it.
+
+    Afterwards it is as :func:`map_large_tensors` leaves it.
+    """
+    _set_heap(_REUSED_NBYTES, _KEPT_NBYTES)
+    try:
+        yield
+    finally:
+        map_large_tensors()
+
+
+def _set_heap(mapped: int, top: int) -> bool:
     library = _glibc()
-    return library is not None and bool(library.mallopt(_M_MMAP_THRESHOLD, _LARGE_NBYTES))
+    if library is None:
+        return False
+    return bool(library.mallopt(_M_TRIM_THRESHOLD, top)) and bool(library.mallopt(_M_MMAP_THRESHOLD, mapped))
 
 
 @functools.cache

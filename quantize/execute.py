@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from llmconvert.compute.ranks.group import ALONE, Ranks
-from llmconvert.memory import map_large_tensors
+from llmconvert.memory import reusing_freed_memory
 from llmconvert.progress import Progress
 from llmconvert.quantize.methods.base import Solution
 from llmconvert.quantize.steps import Steps
@@ -70,9 +70,8 @@ def quantize_blocks(
         done: blocks to leave out; by default what the sinks have.
         ranks: the processes that do it together, the first of which has all sinks.
     """
-    map_large_tensors()
     done = resumed_blocks(sinks) if done is None else done
-    with progress.task("Quantizing", count) as task:
+    with reusing_freed_memory(), progress.task("Quantizing", count) as task:
         task.advance(done)
         for step in steps.run(work, done):
             if step.index > done:

@@ -22,10 +22,11 @@ from llmconvert.compute.kv_cache import CacheQuantizer, CacheScales
 from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.engine.discovery import BlockPlan, Stop
 from llmconvert.engine.edges import Edge, MixtureEdge
+from llmconvert.engine.memory import MemoryEstimate
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, PartOfStates, states_present
 from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
-from llmconvert.engine.stream import BlockRun, Mode, Stream
+from llmconvert.engine.stream import BlockRun, Stream
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import LOADING_KERNELS, Phases
 from llmconvert.quantize.methods.base import (
@@ -96,7 +97,7 @@ class CalibratedSteps:
     Attributes:
         blocks: what a forward pass does.
         windows: calibration batches.
-        mode: lockstep or replay.
+        memory: what the pass may take, in lockstep or replay.
         original: the weights that the second stream runs; those that are quantized, if None.
         edges: of each block, for methods that move scales along them.
         mixtures: of each block the norms before experts, for such methods.
@@ -114,7 +115,7 @@ class CalibratedSteps:
     phases: Phases
     blocks: Sequence[BlockPlan]
     windows: tuple[torch.Tensor, ...]
-    mode: Mode
+    memory: MemoryEstimate
     original: Checkpoint | None = None
     edges: Sequence[Sequence[Edge]] = ()
     mixtures: Sequence[Sequence[MixtureEdge]] = ()
@@ -179,11 +180,12 @@ class CalibratedSteps:
             skeleton,
             self.windows[own.start : own.stop],
             self.blocks,
-            mode=self.mode,
+            mode=self.memory.mode,
             states=PartOfStates(states, own.start),
             start=start,
             residuals=self.method.original and self.method.calibration == "inputs",
             phases=self.phases,
+            kept=self.memory.kept,
         )
         return states, stack.enter_context(closing(stream))
 
@@ -274,7 +276,7 @@ class CalibratedSteps:
                 hessian = self._hessian(stop, names[0], run, original, seen)
             targets = self._targets(run, names, scaling)
             with self.phases.measure("releasing"):
-                release_freed_memory()
+                release_freed_memory(self.memory.kept)
             with self.phases.measure("solving"):
                 solutions = solve_together(self.method, targets, hessian, self.scale_dtype, self.ranks)
             del hessian, targets

@@ -24,6 +24,9 @@ BASE_NBYTES = 500_000_000
 # What a byte of tokenizer.json becomes when it is loaded: measured for vocabularies of 49,152 to 256,000 tokens, 8 to 9
 # of them, and 10 to 12 while it is read.
 _TOKENIZER_GROWTH = 10
+# On a CPU, freed memory that a job keeps for what it takes next, where there is room, since fresh pages have to be
+# cleared first; and how far below what is stated it begins to give it back.
+_KEPT_NBYTES, _MARGIN_NBYTES = 64 << 20, 40 << 20
 # Leave some of what is free to the page cache and to others.
 _USABLE = 0.8
 
@@ -38,6 +41,11 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def kept(self) -> int:
+        """Resident bytes up to which the process keeps what it frees; 0 beside an accelerator: none."""
+        return self.total - _MARGIN_NBYTES if "kept" in self.parts else 0
 
     def needs(self, device: torch.device, *, disk: int, passing: int = 0) -> Needs:
         """As what a job on ``device`` needs of the machine, with the bytes of disk that come to it.
@@ -124,7 +132,8 @@ def choose_mode(
             parts |= {name: streams * size for name, size in model.items()}
         estimate = MemoryEstimate(candidate, parts)
         if estimate.total <= limit:
-            return estimate
+            keeps = lengths and skeleton.device.type == "cpu" and estimate.total + _KEPT_NBYTES <= limit
+            return MemoryEstimate(candidate, {**parts, "kept": _KEPT_NBYTES}) if keeps else estimate
     raised = "allow more (memory, --memory), " if budget is not None else ""
     if estimate.parts["base"] > limit:
         raise CapacityError(

@@ -39,9 +39,7 @@ __all__ = ["BlockRun", "Mode", "Stream"]
 
 Mode = Literal["lockstep", "replay"]
 
-# Batches free what they took in another order than they took it. After so many bytes of hidden states have moved on,
-# the holes go back to the system: seldom enough to cost little, since they are filled again, and often enough for what
-# is stated beforehand.
+# Batches leave holes in the heap. After so many bytes of hidden states have moved on, these may go back to the system.
 _RELEASE_NBYTES = 8 << 20
 
 
@@ -189,6 +187,7 @@ class Stream:
         residuals: whether :meth:`BlockRun.arrivals` will be asked for.
         answers: whether experts are gone through once for all batches, or for each batch on the spot.
         phases: where the time spent reading weights is counted.
+        kept: bytes of the process up to which freed memory is kept.
     """
 
     def __init__(
@@ -204,10 +203,11 @@ class Stream:
         residuals: bool = False,
         answers: bool = True,
         phases: Phases | None = None,
+        kept: int = 0,
     ) -> None:
         self.skeleton = skeleton
         self.windows, self.plans = tuple(windows), tuple(plans)
-        self._mode, self._phases = mode, phases or Phases()
+        self._mode, self._phases, self._kept = mode, phases or Phases(), kept
         self._own_states = None
         if states is None and mode == "replay":
             lengths = [window.shape[1] for window in windows]
@@ -247,7 +247,7 @@ class Stream:
                 self.cross(index)
                 self._experts.clear()
                 self.skeleton.drop_block(index)
-                release_freed_memory()
+                release_freed_memory(self._kept)
 
     def logits(self) -> Iterator[torch.Tensor]:
         """After the last block of :meth:`blocks`: logits of each batch, ``[1, length, vocabulary]``, all finite."""
@@ -316,7 +316,7 @@ class Stream:
             coroutine.kill()
         self._moved += coroutine.tokens * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         if self._moved >= _RELEASE_NBYTES:
-            release_freed_memory()
+            release_freed_memory(self._kept)
             self._moved = 0
 
     def experts(self, index: int, slot: ExpertsSlot) -> ExpertsRun:

@@ -20,10 +20,11 @@ import torch
 
 from llmconvert.compute.dot_products import load_dot_products
 from llmconvert.engine.discovery import BlockPlan, Stop
+from llmconvert.engine.memory import MemoryEstimate
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, states_present
 from llmconvert.engine.statistics import Hessian, accumulate_hessian
-from llmconvert.engine.stream import BlockRun, Mode, Stream
+from llmconvert.engine.stream import BlockRun, Stream
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import LOADING_KERNELS, Phases
 from llmconvert.quantize.execute import Sink
@@ -102,7 +103,7 @@ class OriginalSteps:
         phases: where time is counted.
         blocks: what a forward pass does.
         windows: calibration batches.
-        mode: lockstep or replay.
+        memory: what the pass may take, in lockstep or replay.
         every: whether every expert is shown all tokens of the text.
     """
 
@@ -111,7 +112,7 @@ class OriginalSteps:
     phases: Phases
     blocks: Sequence[BlockPlan]
     windows: tuple[torch.Tensor, ...]
-    mode: Mode
+    memory: MemoryEstimate
     every: bool = False
 
     def lost(self, work: Path, done: int) -> bool:
@@ -134,10 +135,11 @@ class OriginalSteps:
                 self.skeleton,
                 self.windows,
                 self.blocks,
-                mode=self.mode,
+                mode=self.memory.mode,
                 states=states,
                 start=done,
                 phases=self.phases,
+                kept=self.memory.kept,
             )
             with closing(stream):
                 for run in self.phases.pull("forward", stream.blocks()):
@@ -179,7 +181,7 @@ class OriginalSteps:
             seen = LargestInput(scheme for schemes in wanted.values() for scheme in schemes)
             hessian = self._hessian(run, stop, experts, seen)
             with self.phases.measure("releasing"):
-                release_freed_memory()
+                release_freed_memory(self.memory.kept)
             for number, (way, schemes) in enumerate(wanted.items()):
                 # Solvers overwrite what they are given; the last one may have the sum itself.
                 own = hessian if number == len(wanted) - 1 else Hessian(hessian.matrix.clone(), hessian.tokens)

@@ -18,7 +18,6 @@ from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.edges import Edge, MixtureEdge, find_edges, find_mixture_edges
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.stream import Mode
 from llmconvert.errors import CapacityError, UsageError
 from llmconvert.needs import Needs
 from llmconvert.phases import Phases
@@ -224,7 +223,7 @@ def _pass(plans: Sequence[QuantizePlan], memory: MemoryEstimate, phases: Phases)
         windows = [inputs.windows[number] for number in ranks.share(len(inputs.windows))]
         require_tokens(skeleton, inputs.blocks, windows, memory.mode, least, every=every, phases=phases, ranks=ranks)
     if first.request.statistics == "original":
-        steps = _original_steps(plans, memory.mode, phases)
+        steps = _original_steps(plans, memory, phases)
         with _opened(plans, steps.lost, phases, ranks) as (sinks, work, resumed):
             own = [VariantSink(number, sink) for number, sink in enumerate(sinks)]
             quantize_blocks(steps, skeleton.block_count, own, work, progress, done=resumed, ranks=ranks)
@@ -350,7 +349,7 @@ def _joint_memory(plans: Sequence[QuantizePlan]) -> MemoryEstimate:
     return choose_mode(inputs.skeleton, inputs.blocks, lengths, work, inputs.context.memory, request.mode, streams=1)
 
 
-def _original_steps(plans: Sequence[QuantizePlan], mode: Mode, phases: Phases) -> OriginalSteps:
+def _original_steps(plans: Sequence[QuantizePlan], memory: MemoryEstimate, phases: Phases) -> OriginalSteps:
     inputs = plans[0].inputs
     variants = [Variant(plan.inputs.method, plan.decisions, plan.inputs.scale_dtype) for plan in plans]
     request = plans[0].request
@@ -360,7 +359,7 @@ def _original_steps(plans: Sequence[QuantizePlan], mode: Mode, phases: Phases) -
         phases,
         inputs.blocks,
         inputs.windows,
-        mode,
+        memory,
         request.experts == "all",
     )
 
@@ -390,7 +389,7 @@ def _sequential_steps(plan: QuantizePlan, phases: Phases) -> Steps[Outcome]:
         phases,
         blocks,
         inputs.windows,
-        plan.memory.mode,
+        plan.memory,
         inputs.original,
         edges,
         mixtures,

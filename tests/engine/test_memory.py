@@ -62,17 +62,20 @@ def test_the_mode_follows_from_the_budget(skeleton: Skeleton) -> None:
     assert roomy.total == sum(roomy.parts.values())
     assert roomy.parts["base"] == BASE_NBYTES and roomy.parts["one linear"] == WORK
     assert roomy.parts["two blocks"] == 2 * skeleton.block_nbytes(0)
-    exact = choose_mode(skeleton, PLANS, lengths, WORK, roomy.total)
-    assert exact == roomy
-    tight = choose_mode(skeleton, PLANS, lengths, WORK, roomy.total - 1)
+    assert choose_mode(skeleton, PLANS, lengths, WORK, roomy.total) == roomy
+    least = roomy.total - roomy.parts["kept"]
+    exact = choose_mode(skeleton, PLANS, lengths, WORK, least)
+    assert (exact.mode, exact.total) == ("lockstep", least)
+    tight = choose_mode(skeleton, PLANS, lengths, WORK, least - 1)
     assert tight.mode == "replay"
-    assert roomy.total - tight.total == 100 * 3000
+    assert least - tight.total == 100 * 3000
     assert choose_mode(skeleton, PLANS, lengths, WORK, tight.total).mode == "replay"
 
 
 def test_a_mode_that_is_asked_for_is_used(skeleton: Skeleton) -> None:
     assert choose_mode(skeleton, PLANS, [16], WORK, 10**12, "replay").mode == "replay"
-    tight = choose_mode(skeleton, PLANS, [16] * 100, WORK, 10**12, "replay").total
+    replayed = choose_mode(skeleton, PLANS, [16] * 100, WORK, 10**12, "replay")
+    tight = replayed.total - replayed.parts["kept"]
     with pytest.raises(CapacityError, match="lockstep"):
         choose_mode(skeleton, PLANS, [16] * 100, WORK, tight, "lockstep")
 
@@ -88,6 +91,15 @@ def test_without_a_budget_most_of_what_is_free_is_used(skeleton: Skeleton, monke
         choose_mode(skeleton, PLANS, [16], WORK, None)
     monkeypatch.setattr(memory, "available_nbytes", lambda device: 700_000_000)
     assert choose_mode(skeleton, PLANS, [16], WORK, None).mode == "lockstep"
+
+
+def test_freed_memory_is_kept_where_there_is_room(skeleton: Skeleton) -> None:
+    roomy = choose_mode(skeleton, PLANS, [16], WORK, 10**10)
+    tight = choose_mode(skeleton, PLANS, [16], WORK, roomy.total - 1)
+    assert tight.mode == roomy.mode == "lockstep"
+    assert dict(roomy.parts) == {**tight.parts, "kept": roomy.total - tight.total}
+    assert tight.total < roomy.kept < roomy.total and tight.kept == 0
+    assert choose_mode(skeleton, PLANS, [], WORK, 10**10).kept == 0
 
 
 def test_available_memory_is_what_the_kernel_says() -> None:

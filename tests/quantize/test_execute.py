@@ -11,6 +11,7 @@ import torch
 from support.tiny_architectures import ids, tiny_model
 
 from llmconvert.engine.discovery import discover
+from llmconvert.engine.memory import MemoryEstimate
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.phases import Phases
 from llmconvert.progress import SILENT
@@ -77,7 +78,14 @@ def one_pass(source: Path, place: Path, formats: Sequence[str], stop: int | None
         quantizer, phases = load_quantizer("gptaq", {}), Phases()
         plans = [plan_quantization(skeleton, blocks, SCHEME, (), quantizer, load_format(name)) for name in formats]
         steps = CalibratedSteps(
-            skeleton, quantizer, plans[0], torch.bfloat16, phases, blocks, tuple(WINDOWS), "lockstep"
+            skeleton,
+            quantizer,
+            plans[0],
+            torch.bfloat16,
+            phases,
+            blocks,
+            tuple(WINDOWS),
+            MemoryEstimate("lockstep", {}),
         )
         containers = [
             load_format(name).container(

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from llmconvert.engine.discovery import discover
+from llmconvert.engine.memory import MemoryEstimate
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.phases import Phases
 from llmconvert.quantize.methods.base import InputSquares
@@ -26,7 +27,14 @@ def collect_importance(source: Checkpoint, windows: Sequence[torch.Tensor]) -> d
     blocks = discover(skeleton, max(window.shape[1] for window in windows))
     plan = plan_encoding(skeleton)
     steps = CalibratedSteps(
-        skeleton, Imatrix(), plan, skeleton.dtype, Phases(), blocks, tuple(windows), mode="lockstep"
+        skeleton,
+        Imatrix(),
+        plan,
+        skeleton.dtype,
+        Phases(),
+        blocks,
+        tuple(windows),
+        memory=MemoryEstimate("lockstep", {}),
     )
     importance: dict[str, torch.Tensor] = {}
     with TemporaryDirectory() as work:
