@@ -24,9 +24,9 @@ BASE_NBYTES = 500_000_000
 # What a byte of tokenizer.json becomes when it is loaded: measured for vocabularies of 49,152 to 256,000 tokens, 8 to 9
 # of them, and 10 to 12 while it is read.
 _TOKENIZER_GROWTH = 10
-# On a CPU, freed memory that a job keeps for what it takes next, where there is room, since fresh pages have to be
-# cleared first; and how far below what is stated it begins to give it back.
-_KEPT_NBYTES, _MARGIN_NBYTES = 64 << 20, 40 << 20
+# On a CPU, freed memory that a job may keep for what it takes next, where there is room, since fresh pages have to be
+# cleared first; and how far below what is stated it begins to give it back, since it looks only now and then.
+_KEPT_NBYTES, _MARGIN_NBYTES = 80 << 20, 64 << 20
 # Leave some of what is free to the page cache and to others.
 _USABLE = 0.8
 
