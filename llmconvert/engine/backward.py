@@ -29,10 +29,12 @@ from llmconvert.engine.stream import BlockRun, Stream
 from llmconvert.errors import CalibrationError
 from llmconvert.memory import release_freed_memory
 
-__all__ = ["Passage", "differentiate_back", "sampled_gradient", "sampled_nbytes", "walk_back"]
+__all__ = ["Passage", "differentiate_back", "graph_nbytes", "sampled_gradient", "sampled_nbytes", "walk_back"]
 
 # Positions whose probabilities are held in float32 at a time.
 _ROWS_AT_ONCE = 256
+# What a forward pass with gradients keeps, as a multiple of what one without has alive at most.
+_GRAPH = 3
 
 
 @dataclass(slots=True)
@@ -175,6 +177,11 @@ def sampled_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.
 def sampled_nbytes(length: int, vocabulary: int, dtype: torch.dtype) -> int:
     """Peak bytes of :func:`sampled_gradient` with its argument: both, and three pieces in float32."""
     return vocabulary * (2 * length * dtype.itemsize + 3 * 4 * min(length, _ROWS_AT_ONCE))
+
+
+def graph_nbytes(plans: Sequence[BlockPlan]) -> int:
+    """Bytes that a block's forward pass of the longest window keeps for its way back."""
+    return _GRAPH * max(plan.peak_nbytes for plan in plans)
 
 
 class _Leaves:

@@ -32,7 +32,7 @@ from llmconvert.report.steps import DistilReport
 from llmconvert.storage.artifact import job_key, output_nbytes
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.dense import require_dense
-from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, Layout, check_output_directory
+from llmconvert.storage.writer import DEFAULT_SHARD_BYTES, check_output_directory
 from llmconvert.training.loop import Training
 from llmconvert.training.output import build_trained
 from llmconvert.training.state import TrainingState
@@ -45,20 +45,12 @@ class DistilPlan:
     """A distillation that was settled from headers; :func:`plan_distil` makes one.
 
     Attributes:
-        options: how.
-        layout: of the output's weight files: the artifact's.
         needs: what running it takes.
         streamed: whether one block is in memory at a time, since both models do not fit.
-        weights: tensors whose scales are trained, by their dense names.
-        norms: norms that are trained.
     """
 
-    options: DistilOptions
-    layout: Layout
     needs: Needs
     streamed: bool
-    weights: tuple[str, ...]
-    norms: tuple[str, ...]
     _subject: Subject
     _counted: Counted
     _output: Path
@@ -73,16 +65,16 @@ class DistilPlan:
             CapacityError: the disk does not suffice.
             OutputError: the output is in use.
         """
-        subject, context, options = self._subject, self._subject.context, self.options
+        subject, context, options = self._subject, self._subject.context, self._subject.options
         about = {
             "original": subject.original.identity,
             "dtype": str(compute_dtype(context.device)),
             "options": asdict(options),
             "streamed": self.streamed,
         }
-        stored = subject.artifact.stored
-        job = job_key(stored, self.layout, about, identity=context.identity, windows=self._windows)
-        with build_trained(self._output, self.layout, job, self._state, context.progress) as made:
+        stored, layout = subject.artifact.stored, subject.artifact.layout
+        job = job_key(stored, layout, about, identity=context.identity, windows=self._windows)
+        with build_trained(self._output, layout, job, self._state, context.progress) as made:
             student: Student
             if self.streamed:
                 context.progress.log(
@@ -98,13 +90,13 @@ class DistilPlan:
         return self._report(final, student.moved, made.start)
 
     def _report(self, state: TrainingState, moved: int, start: int) -> DistilReport:
-        looks, count = state.held_out, self._counted
+        looks, count, subject = state.held_out, self._counted, self._subject
         best = min(looks, key=lambda entry: entry["kl"]) if looks else None
         return DistilReport(
             steps=state.step,
-            asked=self.options.steps,
+            asked=subject.options.steps,
             best_step=int(best["step"]) if best is not None else state.step,
-            tokens=sum(self._windows[0].shape[1] * self.options.batch for _ in state.history),
+            tokens=sum(self._windows[0].shape[1] * subject.options.batch for _ in state.history),
             trained=count.scales + count.norms,
             before=looks[0]["kl"] if looks else None,
             after=best["kl"] if best is not None else None,
@@ -114,7 +106,7 @@ class DistilPlan:
             resumed_at=start,
             codes=count.codes,
             moved=moved,
-            norms=len(self.norms),
+            norms=len(subject.norms),
             streamed=self.streamed,
         )
 
@@ -185,9 +177,7 @@ def plan_distil(
     count, lengths = counted(stored, weights, norms), [window.shape[1] for window in windows]
     memory = distil_memory(view, weights, count, options, lengths, context)
     made = output_nbytes(stored.layout, stored.stored.config or None, stored.stored.files)
-    kept = state_nbytes(0 if memory.streamed else count.codes, count.scales + count.norms, options)
+    kept = state_nbytes(count.codes, count.scales + count.norms, options)
     needs = needs_of(memory, original, made, kept, context)
     subject = Subject(original, stored, weights, norms, options, context)
-    return DistilPlan(
-        options, stored.layout, needs, memory.streamed, weights, norms, subject, count, output, windows, state
-    )
+    return DistilPlan(needs, memory.streamed, subject, count, output, windows, state)

@@ -9,6 +9,7 @@ import torch
 
 from llmconvert.compute.precision import compute_dtype
 from llmconvert.context import Context
+from llmconvert.engine.backward import graph_nbytes
 from llmconvert.engine.coroutine import check_start
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.memory import BASE_NBYTES, tokenizer_nbytes
@@ -45,8 +46,6 @@ _SCALE_NBYTES, _LINEAR_NBYTES = 24, 8
 # Per group of weights, where all are in memory: its scale and minimum as they are stored and in float32, and their
 # gradients.
 _GROUP_NBYTES = 20
-# What a forward pass with gradients keeps, as a multiple of what one without has alive at most.
-_GRAPH = 3
 # Weights that share a scale, where the scheme is not known yet, and at least in GGUF's types.
 _LIKELY_GROUP, _LEAST_GROUP = 32, 16
 
@@ -165,7 +164,7 @@ def foresee_distil(
     apart = sum(numbers_of(original, site.tensor) for site in skeleton.outer.values()) if outer else 0
     counted = Counted(codes, groups, scales, 0, apart)
     memory = distil_memory(original, weights, counted, options, [length] * windows, context)
-    state = state_nbytes(0 if memory.streamed else codes, scales if memory.streamed else 0, options)
+    state = state_nbytes(codes, scales if memory.streamed else 0, options)
     return needs_of(memory, original, original.nbytes, state, context)
 
 
@@ -268,7 +267,7 @@ def _streamed_nbytes(
     tape = (skeleton.block_count + 2) * options.batch * length * row
     needed = BASE_NBYTES + tokenizer_nbytes(view) + 2 * skeleton.outer_nbytes(head=True) + 3 * block
     needed += largest * _LINEAR_NBYTES + _SCALE_NBYTES * scales
-    needed += _GRAPH * max(plan.peak_nbytes for plan in plans) + logits
+    needed += graph_nbytes(plans) + logits
     return needed + min(sum(lengths) * row, STATES_IN_MEMORY_NBYTES), tape
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from llmconvert.engine.backward import Passage, sampled_nbytes, walk_back
+from llmconvert.engine.backward import Passage, graph_nbytes, sampled_nbytes, walk_back
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.memory import choose_mode
 from llmconvert.engine.sites import head_tensor
@@ -55,8 +55,6 @@ _ROWS = 128
 # Enough text for costs that are means over all of it, and Hessians that don't flatter: twice their columns.
 _TOKENS = 8192
 _TOKENS_PER_COLUMN = 2
-# What a forward pass with gradients keeps, as a multiple of what one without has alive at most.
-_GRAPH = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +307,7 @@ def _work_nbytes(subject: Subject) -> int:
         kept.append(tokens * skeleton.dtype.itemsize * sum(stops))
     longest = max(window.shape[1] for window in subject.windows)
     head = skeleton.outer_nbytes(head=True) - skeleton.outer_nbytes(head=False)
-    graph = _GRAPH * max(plan.peak_nbytes for plan in subject.blocks)
+    graph = graph_nbytes(subject.blocks)
     logits = sampled_nbytes(longest, skeleton.architecture.vocab_size, skeleton.dtype)
     return head + max(kept) + max(*solving, graph + logits + _outer_nbytes(subject))
 
