@@ -13,6 +13,7 @@ from llmconvert.quantize.distil.requirements import require_learnable
 from llmconvert.quantize.formats.base import Feature, FileFormat, Format, load_format
 from llmconvert.quantize.matrix import check_format, check_method
 from llmconvert.quantize.methods.base import ScalingQuantizer, load_method
+from llmconvert.quantize.mixed_precision.budget import usual_types
 from llmconvert.quantize.passes.original import can_share
 from llmconvert.quantize.scheme import Scheme, SchemeOrMix
 from llmconvert.recipes.consistency import KeyPath, repair_refusal
@@ -51,6 +52,7 @@ def incompatibilities(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
                 _require_lesson(scheme, moving=settings.distil.code_rate > 0)
         except UnsupportedError as error:
             yield path, f"{'.'.join(map(str, path))}: {error}"
+    yield from _unlearned_choices(settings, layout)
     repaired = recipe.validation is not None and recipe.validation.repair is not None
     if repaired and isinstance(method, ScalingQuantizer) and not isinstance(layout, FileFormat):
         yield ("validate", "repair"), repair_refusal(settings.method)
@@ -82,6 +84,23 @@ def _require_lesson(scheme: SchemeOrMix, *, moving: bool) -> None:
         raise UnsupportedError(f"distillation: {scheme} stores floats, which have no scales to learn; leave distil out")
     else:
         require_learnable("most of the weights", Scheme.of_block(scheme.base), moving=moving)
+
+
+def _unlearned_choices(settings: QuantizeSettings, layout: Format) -> Iterator[tuple[KeyPath, str]]:
+    """What a budget may choose, and distillation cannot learn: known before anything is chosen."""
+    if settings.budget is None or settings.distil is None:
+        return
+    word, budget = "bits", settings.budget
+    choices = [option for option in budget.bits if isinstance(option, Scheme)]
+    if isinstance(layout, FileFormat):
+        every = {*usual_types(256), *usual_types(32)} if budget.types is None else {kind.name for kind in budget.types}
+        word, choices = "types", [Scheme.of_block(kind) for kind in sorted(every.difference(FLOATS))]
+    for scheme in choices:
+        try:
+            require_learnable("what the budget may choose", scheme, moving=settings.distil.code_rate > 0)
+        except UnsupportedError as error:
+            yield ("quantize", "budget"), f"quantize.budget: {error}, or name quantize.budget.{word} without it"
+            return
 
 
 def _outside(recipe: Recipe, settings: QuantizeSettings, layout: Format) -> Iterator[tuple[KeyPath, str]]:

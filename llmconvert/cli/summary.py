@@ -18,7 +18,7 @@ from llmconvert.recipes.sweep.result import SweepResult
 from llmconvert.report.report import Report
 from llmconvert.validate.render.comparison import ReportComparison, render_comparison_table
 from llmconvert.validate.render.display import format_bytes, format_seconds
-from llmconvert.validate.render.pareto import knee, points
+from llmconvert.validate.render.pareto import knee, measure_of, points
 from llmconvert.validate.render.terminal import render_terminal
 
 __all__ = ["batch_values", "print_batch", "print_comparison", "print_report"]
@@ -80,7 +80,7 @@ def _print_sweep(swept: SweepResult, console: Console) -> None:
     table = Table(title=printable(swept.sweep.name), title_justify="left")
     for heading in ("variant", "size", "bits", "perplexity", "KL", ""):
         table.add_column(heading, overflow="fold", justify="left" if heading in ("variant", "") else "right")
-    bend = knee(points(swept.reports, "perplexity"))
+    bend = knee(points(swept.reports, measure_of(swept.reports)))
     left_out = swept.left_out
     for variant in swept.sweep.variants:
         name, report = variant.name, swept.reports.get(variant.name)

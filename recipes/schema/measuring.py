@@ -27,9 +27,11 @@ _RUNTIMES = ("vllm", "llama.cpp", "mlx", "transformers")
 
 
 def _runtime(value: object) -> object:
-    name = value.partition("=")[0] if isinstance(value, str) else ""
-    if not isinstance(value, str) or name in _RUNTIMES:
+    if not isinstance(value, str):
         return value
+    name, equals, python = (part.strip() for part in value.partition("="))
+    if name in _RUNTIMES:
+        return name + equals + python
     close = difflib.get_close_matches(name.lower(), _RUNTIMES, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ValueError(f"expected {', '.join(_RUNTIMES[:-1])} or {_RUNTIMES[-1]}{hint}")

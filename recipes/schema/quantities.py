@@ -7,15 +7,15 @@ from typing import Annotated
 
 from pydantic import AfterValidator, PlainSerializer, PlainValidator, WithJsonSchema
 
-__all__ = ["Bytes", "LeastShare", "Memory", "Share", "parse_bytes", "parse_share"]
+__all__ = ["Bytes", "FileSize", "LeastShare", "Memory", "Share", "parse_bytes", "parse_share"]
 
 _SIZE = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,18})?)\s*(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
 _HUGE = 1 << 64
-# Fewer bytes of memory are a number that lacks its unit.
 _NO_SHARE = "expected a share such as 5% or 0.05"
 # Below this a number was meant in a larger unit.
 _WITHOUT_UNIT = 100_000
-_LEAST_MEMORY = 1 << 20
+# Fewer bytes of memory, or of a model's file, are a number that lacks its unit.
+_LEAST_MEMORY = _LEAST_FILE = 1 << 20
 _UNITS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -66,11 +66,18 @@ def _reachable(share: float) -> float:
 
 def _working(size: int) -> int:
     if size < _LEAST_MEMORY:
-        meant = (
-            f"with a unit it is {size}GB or {size}MB" if size < _WITHOUT_UNIT else "leave it out to use what is free"
-        )
-        raise ValueError(f"{size:,} bytes are too few for anything; {meant}")
+        raise ValueError(f"{size:,} bytes are too few for anything; {_meant(size, 'to use what is free')}")
     return size
+
+
+def _file(size: int) -> int:
+    if size < _LEAST_FILE:
+        raise ValueError(f"{size:,} bytes are too few for a file of tensors; {_meant(size, 'for one file')}")
+    return size
+
+
+def _meant(size: int, without: str) -> str:
+    return f"with a unit it is {size}GB or {size}MB" if size < _WITHOUT_UNIT else f"leave it out {without}"
 
 
 _SHARE = {"type": ["string", "number"], "description": "a share: `5%` or `0.05`"}
@@ -84,3 +91,5 @@ LeastShare = Annotated[Share, AfterValidator(_reachable)]
 Bytes = Annotated[int, PlainValidator(parse_bytes), WithJsonSchema(_BYTES)]
 #: Bytes to work in.
 Memory = Annotated[Bytes, AfterValidator(_working)]
+#: Bytes of one file of several.
+FileSize = Annotated[Bytes, AfterValidator(_file)]

@@ -26,7 +26,7 @@ from llmconvert.recipes.schema.budget import BudgetSettings
 from llmconvert.recipes.schema.measuring import DecodingSettings, ValidateSettings
 from llmconvert.recipes.schema.named import Dtype, OptionalScheme, ScalingField, SchemeOrMix
 from llmconvert.recipes.schema.presets import with_preset
-from llmconvert.recipes.schema.quantities import Bytes, Memory, Share
+from llmconvert.recipes.schema.quantities import FileSize, Memory, Share
 from llmconvert.recipes.schema.section import Count, Device, Length, Name, Section, Seed, possible, switch, to_tuple
 
 __all__ = [
@@ -211,7 +211,7 @@ class QuantizeSettings(Section):
     min_tokens_per_expert: Count | None = None
     distil: Annotated[DistilSettings | None, BeforeValidator(switch)] = None
     kv_cache: Literal["fp8", "fp8-head"] | None = None
-    split_max_size: Bytes | None = None
+    split_max_size: FileSize | None = None
     runtime: Literal["vllm"] | None = None
 
     @model_validator(mode="before")

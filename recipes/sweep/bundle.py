@@ -36,7 +36,6 @@ from llmconvert.storage.contents import Contents, Hashes
 from llmconvert.storage.directory import is_projector
 from llmconvert.storage.writer import write_file
 from llmconvert.validate.render.card import card_metadata, runtime_of
-from llmconvert.validate.render.pareto import measure_of
 from llmconvert.validate.render.plots import comparison_plot
 from llmconvert.validate.render.set_card import SetMember, render_set_card, with_set
 
@@ -184,7 +183,7 @@ def write_set(sweep: Sweep, folder: Path, variants: Mapping[str, MadeVariant], h
             _link(made.directory / inside, folder / place)
         members[name] = SetMember(next(iter(sorted(files)), short), made.report, _token_nbytes(made.directory))
     reports = {members[name].place: made.report for name, made in variants.items()}
-    picture = comparison_plot(reports, "png", measure_of(reports))
+    picture = comparison_plot(reports, "png")
     if picture is not None:
         (folder / _PLOT).parent.mkdir(parents=True, exist_ok=True)
         write_file(folder / _PLOT, picture)

@@ -10,13 +10,12 @@ from pathlib import Path
 from llmconvert.recipes.sweep.result import SweepResult
 from llmconvert.storage.writer import write_file, write_json
 from llmconvert.validate.render.comparison import compare_reports, render_comparison
-from llmconvert.validate.render.pareto import knee, points
+from llmconvert.validate.render.pareto import knee, measure_of, points
 
 __all__ = ["write_page"]
 
 #: Where pages are kept in a work directory.
 _FOLDER = "sweeps"
-_MEASURE = "perplexity"
 
 
 def write_page(swept: SweepResult, work_dir: Path, artifacts: Mapping[str, Path]) -> Path:
@@ -24,7 +23,7 @@ def write_page(swept: SweepResult, work_dir: Path, artifacts: Mapping[str, Path]
     sweep, reports, failures, picked = swept.sweep, swept.reports, swept.failures, swept.picked
     folder = work_dir / _FOLDER / sweep.name
     folder.mkdir(parents=True, exist_ok=True)
-    bend = knee(points(reports, _MEASURE))
+    bend = knee(points(reports, measure_of(reports)))
     remarks = []
     if bend is not None:
         remarks.append(f"The knee is {bend.name}: beyond it, more bytes gain little.")

@@ -190,6 +190,10 @@ def test_what_is_given_is_used_or_refused(text: str, expected: str) -> None:
         ("model: a\ncalibrate: text.txt", "should be a section, for example calibrate: {dataset: text.txt}"),
         ("model: a\nvalidate: {perplexity: t}", "should be a section, for example perplexity: {dataset: t}"),
         ("model: a\nvalidate: [1]", "should be a section, with keys of its own"),
+        (
+            "model: a\nquantize: {format: gguf, scheme: q8_0, split_max_size: 3}",
+            "quantize.split_max_size: found 3: 3 bytes are too few for a file of tensors; with a unit it is 3GB or 3MB",
+        ),
         ("model: a\nmemory: 4", "memory: found 4: 4 bytes are too few for anything; with a unit it is 4GB or 4MB"),
         ("model: a\npublish: {to: out/x/y}", "user/name, or a directory, file:DIR; did you mean file:out/x/y?"),
         ("model: a\npublish: {to: out/x}", "out/x is a Hub repository; a directory is file:out/x"),
@@ -376,3 +380,10 @@ raise SystemExit(f"{loaded} loaded" if loaded else 0)
     ]
     done = subprocess.run([sys.executable, "-c", program, *texts], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_runtime_and_its_python_may_stand_apart() -> None:
+    serve = {"runtimes": ["mlx = /opt/mlx/bin/python"]}
+    recipe = make_recipe({"model": "a", "validate": {"serve": serve}})
+    assert recipe.validation is not None and recipe.validation.serve is not None
+    assert recipe.validation.serve.runtimes == ("mlx=/opt/mlx/bin/python",)

@@ -30,12 +30,14 @@ class Point:
 
 
 def measure_of(reports: Mapping[str, Report]) -> Measure:
-    """What tells artifacts of one model apart with the least text: KL from the original where all have it.
+    """What tells artifacts of one original apart with the least text: KL from it where all have it.
 
-    Perplexities of few windows differ by chance in either direction.
+    Perplexities of few windows differ by chance in either direction. Those of several originals have nothing else.
     """
+    originals = {(report.model.source, report.model.revision) for report in reports.values()}
     checks = [report.check("kl_mean") for report in reports.values()]
-    return "kl_mean" if all(check is not None and check.value is not None for check in checks) else "perplexity"
+    known = all(check is not None and check.value is not None for check in checks)
+    return "kl_mean" if known and len(originals) == 1 else "perplexity"
 
 
 def points(reports: Mapping[str, Report], measure: str) -> list[Point]:

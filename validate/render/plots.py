@@ -57,14 +57,13 @@ def layer_error_plot(report: Report, format: Format = "svg") -> bytes | None:
     return render(lambda figure: _draw_errors(figure, series), format, "layers")
 
 
-def comparison_plot(
-    reports: Mapping[str, Report], format: Format = "svg", measure: pareto.Measure = "perplexity"
-) -> bytes | None:
+def comparison_plot(reports: Mapping[str, Report], format: Format = "svg") -> bytes | None:
     """Size on disk against quality of several artifacts and of their originals. None with fewer than two points.
 
+    Quality is what :func:`~llmconvert.validate.render.pareto.measure_of` says.
     From three artifacts on, a line joins those that no other one beats in both, and a ring marks its knee.
     """
-    points: list[_Point] = []
+    measure, points = pareto.measure_of(reports), list[_Point]()
     for index, (label, report) in enumerate(reports.items()):
         size, quality = report.check("size_bytes"), report.check(measure)
         if size is None or quality is None or size.value is None or quality.value is None:

@@ -69,6 +69,24 @@ def test_the_command_writes_what_the_run_does(
         (
             {
                 "calibrate": {"dataset": "pydoc-topics:train"},
+                "quantize": {"budget": {"bits_per_weight": 4, "bits": ["mxfp4", 8]}, "distil": QUICK},
+            },
+            r"quantize\.budget: .*powers of two.* or name quantize\.budget\.bits without it",
+        ),
+        (
+            {
+                "calibrate": {"dataset": "pydoc-topics:train"},
+                "quantize": {
+                    "format": "gguf",
+                    "budget": {"bits_per_weight": 5},
+                    "distil": {**QUICK, "code_rate": 0.1},
+                },
+            },
+            r"quantize\.budget: .*iq4.*code_rate to 0, or name quantize\.budget\.types without it",
+        ),
+        (
+            {
+                "calibrate": {"dataset": "pydoc-topics:train"},
                 "quantize": {"scheme": "w4a16-g32", "distil": QUICK},
                 "validate": {"perplexity": {"dataset": "pydoc-topics:test"}, "max_kl": 0.1, "repair": True},
             },

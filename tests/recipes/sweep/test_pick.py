@@ -8,7 +8,7 @@ from llmconvert.errors import RecipeError
 from llmconvert.recipes.loading import make_recipe
 from llmconvert.recipes.sweep.pick import Pick
 from llmconvert.report.report import Check, ModelInfo, Report
-from llmconvert.validate.render.pareto import Point, front, knee
+from llmconvert.validate.render.pareto import Point, front, knee, measure_of
 
 
 def report(size: float, perplexity: float | None, kl: float, top1: float) -> Report:
@@ -89,3 +89,11 @@ def test_front_and_knee() -> None:
     assert knee(points[:2]) is None
     straight = [Point("a", 1, 3), Point("b", 2, 2), Point("c", 3, 1)]
     assert knee(straight) is None
+
+
+def test_one_original_is_compared_by_divergence_and_several_by_perplexity() -> None:
+    assert measure_of(REPORTS) == "kl_mean"
+    other = REPORTS["w4"].model_copy(update={"model": ModelInfo(name="n", source="another")})
+    assert measure_of({**REPORTS, "other": other}) == "perplexity"
+    checks = tuple(check for check in REPORTS["w4"].checks if check.name != "kl_mean")
+    assert measure_of({**REPORTS, "w4": REPORTS["w4"].model_copy(update={"checks": checks})}) == "perplexity"
