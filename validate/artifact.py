@@ -172,7 +172,7 @@ def comparing_needs(
         build: builds the model on shapes.
     """
     try:
-        skeleton = build(model, context.device, dtype)
+        skeleton = build(model, context.device, dtype, wide_products=True)
         plans = discover(skeleton, windows.length)
     except LlmconvertError:  # a broken artifact is for the measurements to tell
         return Needs(memory=BASE_NBYTES)
@@ -186,6 +186,7 @@ def comparing_needs(
     # When the last block is left, the original's logits of a window wait for each artifact's, which are then compared.
     logits = windows.length * skeleton.architecture.vocab_size * skeleton.dtype.itemsize
     behind = (beside - 1) * logits + max(plans[-1].behind_nbytes, logits + COMPARING_NBYTES)
+    behind += skeleton.product_nbytes(windows.length, head=True)
     parts = {
         "base": BASE_NBYTES,
         "tokenizer": tokenizer_nbytes(model),

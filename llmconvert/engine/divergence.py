@@ -200,7 +200,7 @@ class _Side:
         dtype: torch.dtype | None,
         models: int,
     ) -> None:
-        self.skeleton = Skeleton(checkpoint, device, dtype)
+        self.skeleton = Skeleton(checkpoint, device, dtype, wide_products=True)
         lengths = [window.shape[1] for window in windows]
         plans = discover(self.skeleton, max(lengths))
         self._states = passing_states(lengths, self.skeleton.hidden_size, self.skeleton.dtype, models)

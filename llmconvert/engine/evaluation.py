@@ -25,6 +25,7 @@ def stream_logits(
     dtype: torch.dtype | None = None,
     progress: Progress = SILENT,
     passed: Callable[[Skeleton], None] | None = None,
+    wide_products: bool = False,
 ) -> Iterator[torch.Tensor]:
     """The model's logits for each window, computed in the memory of one block.
 
@@ -35,6 +36,8 @@ def stream_logits(
         dtype: of weights and activations; the checkpoint's own by default.
         progress: one unit per block.
         passed: given the model once all windows have left its blocks and head, for what was counted on the way.
+        wide_products: see :class:`~llmconvert.engine.skeleton.Skeleton`; without them logits are those of the resident
+            model to the last bit, and take up to nine times as long on processors without instructions for bfloat16.
 
     Yields:
         logits ``[1, length, vocabulary]`` per window, in order.
@@ -43,7 +46,7 @@ def stream_logits(
         UnsupportedError: the engine cannot run this architecture.
         CalibrationError: a hidden state is not finite.
     """
-    skeleton = Skeleton(checkpoint, device, dtype)
+    skeleton = Skeleton(checkpoint, device, dtype, wide_products=wide_products)
     plans = discover(skeleton, max(window.shape[1] for window in windows))
     stream = Stream(skeleton, windows, plans, mode="replay", head=True)
     try:

@@ -104,9 +104,9 @@ class Skeleton:
         checkpoint: where weights come from; dense (dequantize first).
         device: where blocks are put when loaded.
         dtype: of weights and activations; the checkpoint's own by default.
-        fast_products: let linears and attention multiply in float32 where the processor is slower in 16 bits, and
-            attention in tiles where that is faster; the last bits of some of their outputs are then not those of the
-            resident model.
+        wide_products: let linears, the output head and attention multiply in float32 where the processor is slower in
+            16 bits; the last bits of some of their outputs are then not those of the resident model.
+        fast_products: the same, and attention in tiles where that is faster, which rounds scores to 16 bits.
 
     Raises:
         UnsupportedError: the architecture is unknown to transformers, needs remote code, or has no list of decoder
@@ -120,6 +120,7 @@ class Skeleton:
         device: torch.device,
         dtype: torch.dtype | None = None,
         *,
+        wide_products: bool = False,
         fast_products: bool = False,
     ) -> None:
         self.device = device
@@ -158,7 +159,7 @@ class Skeleton:
         ]
         #: Linears whose weights several blocks share. No reader ties packed weights, so these stay as they are.
         self.shared = tuple(name for linears in found for name in linears if f"{name}.weight" in tied)
-        if fast_products and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:
+        if (wide_products or fast_products) and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:
             self._widen_products()
             use_attention(find_decoder(self.model), "float32")
         elif fast_products and self.dtype == torch.bfloat16 and device.type == "cpu" and use_dot_products():
@@ -258,6 +259,9 @@ class Skeleton:
                     continue
                 linears[name] = WideLinear.like(linear, scratch)
                 self.blocks[index].set_submodule(self.inside(index, name), linears[name])
+        head = self.model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            self.model.set_output_embeddings(WideLinear.like(head, scratch))
 
     def restore_buffers(self) -> None:
         """Compute the non-persistent buffers (rotary frequencies, embedding scales), which no checkpoint holds.
@@ -334,9 +338,11 @@ class Skeleton:
         routing = 16 * max(self.architecture.experts_per_token, 1)
         return tokens * (self.hidden_size * self.dtype.itemsize * (2 if held else 1) + (routing if held else 0))
 
-    def product_nbytes(self, tokens: int) -> int:
+    def product_nbytes(self, tokens: int, *, head: bool = False) -> int:
         """Bytes of the float32 operands that linears multiplied in float32 share, for batches of up to ``tokens``."""
-        linears = (linear for linears in self.linears for linear in linears.values())
+        linears = [linear for linears in self.linears for linear in linears.values()]
+        if head:
+            linears.append(self.model.get_output_embeddings())
         sizes = [linear.operand_sizes(tokens) for linear in linears if isinstance(linear, WideLinear)]
         largest: list[int] = [max(part) for part in zip(*sizes, strict=True)]
         return 4 * sum(largest)

@@ -164,8 +164,8 @@ def foresee_distil(
     apart = sum(numbers_of(original, site.tensor) for site in skeleton.outer.values()) if outer else 0
     counted = Counted(codes, groups, scales, 0, apart)
     memory = distil_memory(original, weights, counted, options, [length] * windows, context)
-    state = state_nbytes(codes, scales if memory.streamed else 0, options)
-    return needs_of(memory, original, original.nbytes, state, context)
+    kept = state_nbytes(codes, scales, options)
+    return needs_of(memory, original, original.nbytes, kept, context)
 
 
 def state_nbytes(codes: int, scales: int, options: DistilOptions) -> int:

@@ -36,13 +36,15 @@ class KeptSkeletons:
         device: torch.device,
         dtype: torch.dtype | None = None,
         *,
+        wide_products: bool = False,
         fast_products: bool = False,
     ) -> Skeleton:
         """See :class:`~llmconvert.engine.skeleton.Skeleton`."""
-        asked = (id(checkpoint), device, dtype, fast_products)
+        asked = (id(checkpoint), device, dtype, wide_products, fast_products)
         found = self._kept.pop(asked, None)  # back to the end; the checkpoint is kept, so that no other has its id
         if found is None:
-            found = checkpoint, Skeleton(checkpoint, device, dtype, fast_products=fast_products)
+            products = {"wide_products": wide_products, "fast_products": fast_products}
+            found = checkpoint, Skeleton(checkpoint, device, dtype, **products)
             if len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]
         self._kept[asked] = found

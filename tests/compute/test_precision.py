@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmconvert.compute import precision
 from llmconvert.compute.precision import Scratch, WideLinear, all_finite, compute_dtype
 from llmconvert.engine import skeleton as skeleton_module
 from llmconvert.engine.discovery import discover
@@ -32,6 +33,20 @@ def test_the_product_is_the_exact_one_rounded(dtype: torch.dtype, bias: bool) ->
     assert result.dtype == dtype and result.shape == (2, 7, 40)
     # Half a unit in the last place, and what summing in float32 adds to it.
     assert ((result.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_that_are_too_many_are_computed_in_turn(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 100, bias).bfloat16().requires_grad_(False)
+    value = torch.randn(1, 9, 24).bfloat16()
+    whole = WideLinear.like(linear, Scratch())
+    assert whole.operand_sizes(9) == (9 * 24, 100 * 24, 9 * 100)
+    expected = whole(value)
+    monkeypatch.setattr(precision, "_OPERAND_NUMEL", 24 * 30)
+    sliced = WideLinear.like(linear, Scratch())
+    assert sliced.operand_sizes(9) == (9 * 24, 30 * 24, 9 * 30)
+    torch.testing.assert_close(sliced(value), expected, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5)
 
 
 def test_one_scratch_serves_linears_of_all_shapes_in_turn() -> None:
@@ -83,9 +98,11 @@ def test_products_are_widened_where_the_processor_gains_by_it(
 ) -> None:
     monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: compute)
     checkpoint = SafetensorsCheckpoint(tiny("llama", torch.bfloat16))
-    for asked in (True, False):
-        linears = Skeleton(checkpoint, CPU, fast_products=asked).linears
-        assert all(isinstance(linear, WideLinear) is (wide and asked) for block in linears for linear in block.values())
+    for asked in ({}, {"fast_products": True}, {"wide_products": True}):
+        skeleton = Skeleton(checkpoint, CPU, None, **asked)
+        linears = [linear for block in skeleton.linears for linear in block.values()]
+        linears.append(skeleton.model.get_output_embeddings())
+        assert all(isinstance(linear, WideLinear) is (wide and bool(asked)) for linear in linears)
     narrow = Skeleton(SafetensorsCheckpoint(tiny("llama", torch.float32)), CPU, fast_products=True)
     assert not any(isinstance(linear, WideLinear) for block in narrow.linears for linear in block.values())
 
@@ -102,7 +119,8 @@ def test_the_memory_that_linears_share_is_known(tiny: Tiny, monkeypatch: pytest.
     with torch.no_grad():
         skeleton.model(input_ids=torch.arange(48).view(1, 48))
     scratch = next(linear for linear in skeleton.linears[0].values() if isinstance(linear, WideLinear)).scratch
-    assert skeleton.product_nbytes(48) == sum(part.nbytes for part in scratch._parts.values())
+    assert skeleton.product_nbytes(48, head=True) == sum(part.nbytes for part in scratch._parts.values())
+    assert 0 < skeleton.product_nbytes(48) <= skeleton.product_nbytes(48, head=True)
     windows = discover(skeleton, 48)
     alive = max(block.peak_nbytes for block in windows)
     assert activation_nbytes(windows, skeleton, [48, 48], "replay") == alive + skeleton.product_nbytes(48)

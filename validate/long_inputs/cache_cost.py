@@ -66,7 +66,14 @@ class CacheCostCheck(Measurement):
         plain.quantized_cache = {}
         served = cached_by(subject.dense, "vllm")
         both = (
-            stream_logits(view, windows.windows, device=subject.device, dtype=subject.dtype, progress=subject.progress)
+            stream_logits(
+                view,
+                windows.windows,
+                device=subject.device,
+                dtype=subject.dtype,
+                progress=subject.progress,
+                wide_products=True,
+            )
             for view in (plain, served)
         )
         totals = torch.zeros((3, windows.length - 1), dtype=torch.float64)

@@ -95,7 +95,13 @@ class QualityCheck(Measurement):
             saturation.extend(all_saturation(skeleton.input_counts, subject.ranks))
 
         streamed = stream_logits(
-            subject.dense, own, device=subject.device, dtype=subject.dtype, progress=subject.progress, passed=passed
+            subject.dense,
+            own,
+            device=subject.device,
+            dtype=subject.dtype,
+            progress=subject.progress,
+            passed=passed,
+            wide_products=True,
         )
         logits = _blaming(streamed)
         result = perplexity(logits, text.windows, scored=text.scored, seed=subject.seed, ranks=subject.ranks)

@@ -48,7 +48,12 @@ class StepLossesCheck(Measurement):
         for step, directory in self.between.items():
             with SafetensorsCheckpoint(directory) as checkpoint:
                 logits = stream_logits(
-                    checkpoint, windows.windows, device=subject.device, dtype=subject.dtype, progress=subject.progress
+                    checkpoint,
+                    windows.windows,
+                    device=subject.device,
+                    dtype=subject.dtype,
+                    progress=subject.progress,
+                    wide_products=True,
                 )
                 scores[step] = perplexity(logits, windows.windows, scored=windows.scored).ppl
         return [_check({**scores, self.last: found.value})]

@@ -122,7 +122,8 @@ def test_it_is_chosen_where_both_models_do_not_fit(tmp_path: Path) -> None:
             foresee_distil(original, options, 512, context=Context(memory=memory), scheme=Scheme.parse("w4a16-g64"))
             for memory in (10**12, 16 * 10**9)
         ]
-        assert needs[1].memory < 7e9 < 50e9 < needs[0].memory
+        # In float32, where the processor has no instructions for bfloat16, it is 8.7 GB.
+        assert needs[1].memory < 9e9 < 50e9 < needs[0].memory
         with pytest.raises(CapacityError, match="a block of each model"):
             foresee_distil(original, options, 512, context=Context(memory=10**9))
         with pytest.raises(CapacityError, match=r"without code_rate \(quantize.distil.code_rate: 0\) one block"):
