@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from llmconvert.errors import SourceError
-from llmconvert.gguf.split import gguf_models, model_files
+from llmconvert.gguf.split import gguf_models, model_files, projectors_beside
 from llmconvert.hub import fetch
 from llmconvert.progress import SILENT, Progress
 from llmconvert.storage.checkpoint import Checkpoint, SafetensorsCheckpoint
-from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME, files_of, is_projector
+from llmconvert.storage.directory import INDEX_NAME, SINGLE_NAME, files_of
 from llmconvert.text.files import local_path
 
 __all__ = ["Source", "SourceKind", "open_source", "parse_hub_id", "source_fingerprint"]
@@ -57,51 +57,51 @@ class Source:
     checkpoint: Checkpoint
 
 
-def open_source(text: str, *, allow_pickle: bool = False, progress: Progress = SILENT) -> Source:
+@dataclass(frozen=True, slots=True)
+class _Ways:
+    """How models are opened; see :func:`open_source`."""
+
+    allow_pickle: bool
+    decoder_alone: bool
+
+
+def open_source(
+    text: str, *, allow_pickle: bool = False, decoder_alone: bool = False, progress: Progress = SILENT
+) -> Source:
     """Find and open the model that ``text`` names; a Hub model is fetched first.
 
     Args:
         text: one of the four forms.
         allow_pickle: read ``.bin`` weights, with ``weights_only=True``, where there are no safetensors.
+        decoder_alone: of a GGUF model take the decoder, whatever lies beside its file.
 
     Raises:
         SourceError: not one of the four forms, or not there.
         CheckpointError: the files are corrupt or incomplete.
         HubError: the Hub refused or could not be reached.
     """
-    source = _open(text, allow_pickle, progress)
+    source = _open(text, _Ways(allow_pickle, decoder_alone), progress)
     if source.checkpoint.without_tokenizer:
         progress.log(f"note: {source.checkpoint.without_tokenizer}. The weights are read without it")
-    if beside := _projector_beside(source.path):
-        progress.log(
-            f"note: {beside} has the model's part for images or sound, which is not read back: what is read is the "
-            "decoder alone. For the whole take the model that both files were made from, in safetensors"
-        )
+    if note := getattr(source.checkpoint, "alone", ""):
+        progress.log(f"note: {note}")
     return source
 
 
-def _projector_beside(path: Path) -> str:
-    """The file beside a GGUF model that has its part for images or sound; empty where there is none."""
-    directory = path if path.is_dir() else path.parent
-    if (path.is_dir() and (path / "config.json").exists()) or (path.is_file() and path.suffix != ".gguf"):
-        return ""
-    return next((name for name in sorted(found.name for found in directory.glob("*.gguf")) if is_projector(name)), "")
-
-
-def _open(text: str, allow_pickle: bool, progress: Progress) -> Source:
+def _open(text: str, ways: _Ways, progress: Progress) -> Source:
     package = _PACKAGE.fullmatch(text)
     if package is not None:
         path = _package_file(package["package"], package["file"])
-        return Source("package", text, None, path, _open_path(path, allow_pickle))
+        return Source("package", text, None, path, _open_path(path, ways))
     if text.startswith("package:"):
         raise SourceError(f"{text!r}: no file named; expected package:PKG/FILE")
     if not text.strip():
         raise SourceError(f"no model is named; {_FORMS}")
     path = local_path(text)
     if path.is_dir():
-        return Source("directory", text, None, path, _open_path(path, allow_pickle))
+        return Source("directory", text, None, path, _open_path(path, ways))
     if path.exists() or text.endswith(".gguf"):
-        return Source("gguf", text, None, path, _open_path(path, allow_pickle))
+        return Source("gguf", text, None, path, _open_path(path, ways))
     hub = parse_hub_id(text)
     if hub is None:
         link = _LINK.match(text)
@@ -109,8 +109,8 @@ def _open(text: str, allow_pickle: bool, progress: Progress) -> Source:
         meant = f"; did you mean {link['repo']}?" if link is not None else ""
         meant = f"; folders are divided by slashes: did you mean {slashed}?" if slashed != text else meant
         raise SourceError(f"{text!r}: no such directory, and no Hub id; {_FORMS}{meant}")
-    fetched = fetch(*hub, allow_pickle=allow_pickle, progress=progress)
-    checkpoint = _open_path(fetched.directory, allow_pickle)
+    fetched = fetch(*hub, allow_pickle=ways.allow_pickle, progress=progress)
+    checkpoint = _open_path(fetched.directory, ways)
     return Source("hub", fetched.repo_id, fetched.commit_hash, fetched.directory, checkpoint)
 
 
@@ -120,14 +120,14 @@ def parse_hub_id(text: str) -> tuple[str, str | None] | None:
     return (match["repo"], match["revision"]) if match is not None else None
 
 
-def _open_path(path: Path, allow_pickle: bool) -> Checkpoint:
+def _open_path(path: Path, ways: _Ways) -> Checkpoint:
     if path.is_dir():
         ggufs = gguf_models(path)
         if len(ggufs) == 1 and not (path / "config.json").exists():
-            return _open_path(ggufs[0], allow_pickle)
+            return _open_path(ggufs[0], ways)
         if ggufs and not (path / "config.json").exists():
             raise SourceError(f"{path}: has no config.json but {ggufs[0].name}; to read that, name the file itself")
-        if allow_pickle and not (path / SINGLE_NAME).exists() and not (path / INDEX_NAME).exists():
+        if ways.allow_pickle and not (path / SINGLE_NAME).exists() and not (path / INDEX_NAME).exists():
             from llmconvert.convert.pickle import PickleCheckpoint
 
             return PickleCheckpoint(path)
@@ -143,8 +143,9 @@ def _open_path(path: Path, allow_pickle: bool) -> Checkpoint:
         whole = path.parent if (path.parent / "config.json").is_file() else "the directory with config.json"
         raise SourceError(f"{path}: is a file, and not a .gguf; of other models name the directory: {whole}")
     from llmconvert.gguf.checkpoint import open_gguf
+    from llmconvert.gguf.mmproj.checkpoint import open_whole
 
-    return open_gguf(path)
+    return open_gguf(path) if ways.decoder_alone else open_whole(path)
 
 
 def _package_file(package: str, file: str) -> Path:
@@ -187,7 +188,7 @@ def source_fingerprint(source: Source) -> str:
         digest.update(f"hub\0{source.origin}\0{source.revision}".encode())
         return digest.hexdigest()
     files = list(files_of(source.path).values()) if source.path.is_dir() else []
-    for path in files or model_files(source.path):
+    for path in files or (*model_files(source.path), *projectors_beside(source.path)):
         status = path.stat()
         digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         digest.update(_head(path))

@@ -275,7 +275,7 @@ def validate_model(
     device = open_device(recipe.device, None if ranks.alone else ranks.local_rank)
     context = Context(device, recipe.memory, progress=progress, ranks=ranks)
     with interruptible(_NOTHING):
-        source = open_source(recipe.model, progress=progress)
+        source = open_source(recipe.model, decoder_alone=True, progress=progress)
         papers = _papers(source) if card and ranks.leads else None
         original = open_source(reference, progress=progress) if reference is not None else None
         with source.checkpoint as checkpoint:

@@ -22,6 +22,7 @@ __all__ = [
     "model_files",
     "part_names",
     "part_paths",
+    "projectors_beside",
     "read_model_header",
     "without_part",
 ]
@@ -82,6 +83,11 @@ def without_part(name: str) -> str:
 def gguf_models(directory: Path) -> Sequence[Path]:
     """The GGUF models in a directory, a split one as its first part."""
     return sorted({part_paths(path)[0] for path in directory.glob("*.gguf") if not is_projector(path.name)})
+
+
+def projectors_beside(path: Path) -> Sequence[Path]:
+    """The files of parts for images or sound that lie beside a GGUF model's file."""
+    return sorted(found for found in path.parent.glob("*.gguf") if is_projector(found.name))
 
 
 def _count(header: GgufHeader) -> int:

@@ -40,7 +40,8 @@ from transformers import (
 
 from llmconvert.convert.dtype import convert_dtype
 from llmconvert.errors import CheckpointError, UnsupportedError
-from llmconvert.gguf.checkpoint import can_dequantize, open_gguf
+from llmconvert.gguf.checkpoint import open_gguf
+from llmconvert.gguf.opened import can_dequantize
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.writer import TensorWriter, plan_layout, write_file, write_json
 
@@ -274,6 +275,7 @@ READER = """
 import resource, sys
 from pathlib import Path
 from llmconvert.gguf.checkpoint import open_gguf
+from llmconvert.gguf.opened import can_dequantize
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 with open_gguf(Path(sys.argv[1])) as checkpoint:
     name = "model.embed_tokens.weight"

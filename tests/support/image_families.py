@@ -28,7 +28,7 @@ _MEAN, _DEVIATION = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
 _TOKENS = (
     *("<image>", "\n\n", "\n", "<fake_token_around_image>", "<global-img>", "<row_1_col_1>"),
     *("[IMG_BREAK]", "[IMG_END]", "<|vision_start|>", "<|vision_end|>", "<start_of_image>", "<end_of_image>"),
-    *("<img>", "</img>"),
+    *("<img>", "</img>", "<image_soft_token>", "[IMG]", "<IMG_CONTEXT>", "<|image_pad|>", "<|video_pad|>"),
 )
 _Inputs = Callable[[torch.Tensor], Mapping[str, Any]]
 
@@ -61,7 +61,8 @@ class Looks:
     Attributes:
         size: of the image, in pixels.
         around: tokens before and behind those of the image.
-        count: tokens of the image, ``<image>`` each; of a row, where something stands between rows.
+        count: tokens of the image; of a row, where something stands between rows.
+        token: which they are.
         between: what stands between rows.
         inputs: of transformers' model.
         changes: of the tiny family's settings.
@@ -76,6 +77,7 @@ class Looks:
     inputs: _Inputs = _pixels
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     family: str = ""
+    token: str = "<image>"
 
 
 _TOWER = {"image_size": 64}
@@ -92,9 +94,9 @@ _IDEFICS = Looks(
     _tiles,
     {"tower": _TOWER},
 )
-_QWEN = Looks(64, (("<|vision_start|>",), ("<|vision_end|>",)), inputs=_patches)
+_QWEN = Looks(64, (("<|vision_start|>",), ("<|vision_end|>",)), inputs=_patches, token="<|image_pad|>")
 _QWEN3 = replace(_QWEN, changes={"tower": {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}})
-_PIXTRAL = Looks(64, ((), ("[IMG_END]",)), 8, 8, ("[IMG_BREAK]",), _sized)
+_PIXTRAL = Looks(64, ((), ("[IMG_END]",)), 8, 8, ("[IMG_BREAK]",), _sized, token="[IMG]")
 LOOKS: Mapping[str, Looks] = {
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
@@ -103,6 +105,7 @@ LOOKS: Mapping[str, Looks] = {
         (("<start_of_image>",), ("<end_of_image>",)),
         4,
         changes={"tower": _TOWER, "text": {"sliding_window": 64}},
+        token="<image_soft_token>",
     ),
     "pixtral": replace(
         _PIXTRAL,
@@ -113,7 +116,7 @@ LOOKS: Mapping[str, Looks] = {
         family="llava",
     ),
     "mistral3": replace(_PIXTRAL, count=4, rows=4, changes={"tower": _TOWER, "text": {"rms_norm_eps": 1e-5}}),
-    "internvl": Looks(64, (("<img>",), ("</img>",)), changes={"tower": _TOWER}),
+    "internvl": Looks(64, (("<img>",), ("</img>",)), changes={"tower": _TOWER}, token="<IMG_CONTEXT>"),
     "qwen2_vl": _QWEN,
     # Two windows to a side.
     "qwen2_5_vl": replace(_QWEN, size=128, count=64, changes={"tower": {"fullatt_block_indexes": [1]}}),
@@ -130,7 +133,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def save_images_family(directory: Path, name: str) -> Path:
     looks, tokenizer = LOOKS[name], _tokenizer()
-    number = tokenizer.convert_tokens_to_ids("<image>")
+    number = tokenizer.convert_tokens_to_ids(looks.token)
     whole = {"image_token_id": number, **looks.changes.get("whole", {})}
     if name.startswith("qwen"):
         whole |= {"vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>")}
@@ -158,13 +161,13 @@ def after_image(directory: Path, name: str, image: np.ndarray) -> tuple[torch.Te
     looks, tokenizer = LOOKS[name], _tokenizer()
     scaled = torch.from_numpy(image).permute(2, 0, 1).float() / 255
     scaled = (scaled - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_DEVIATION)[:, None, None]
-    row = ["<image>"] * looks.count
+    row = [looks.token] * looks.count
     tokens = [*looks.around[0], *row]
     for _ in range(looks.rows - 1):
         tokens += [*looks.between, *row]
     tokens += looks.around[1]
     ids = torch.tensor([[*tokenizer.convert_tokens_to_ids(tokens), *tokenizer(TEXT).input_ids]])
-    marked = (ids == tokenizer.convert_tokens_to_ids("<image>")).long()
+    marked = (ids == tokenizer.convert_tokens_to_ids(looks.token)).long()
     model = AutoModelForMultimodalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     more = {}
     if name.startswith("qwen"):

@@ -111,6 +111,8 @@ class GgufArchitecture:
         base: ``general.basename`` of files that are written.
         read_type: the model type that a file is read as, where transformers has no class of a decoder alone; the same
             by default.
+        inside: tensors of a layer as files are read of decoders inside models with parts for images, where these have
+            them otherwise; empty where they don't.
         notes: given the config, a sentence on each thing that llama.cpp computes a little otherwise.
         gap: what llama.cpp computes otherwise, so that no file is written; "" if nothing.
     """
@@ -142,6 +144,7 @@ class GgufArchitecture:
     known: frozenset[str] = frozenset()
     base: str = ""
     read_type: str = ""
+    inside: tuple[Entry, ...] = ()
     notes: Callable[[Config], tuple[str, ...]] = lambda config: ()
     gap: str = ""
 

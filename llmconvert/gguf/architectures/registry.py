@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from llmconvert.errors import UnsupportedError
@@ -24,7 +25,7 @@ from llmconvert.gguf.architectures.families import (
 from llmconvert.gguf.architectures.reading import sensible_values
 from llmconvert.gguf.header import GgufHeader, shown
 
-__all__ = ["ARCHITECTURES", "architecture_of", "described_by"]
+__all__ = ["ARCHITECTURES", "architecture_of", "described_by", "described_inside"]
 
 # What llama.cpp calls files of vision towers and projectors.
 _BESIDE: Final = "clip"
@@ -83,6 +84,25 @@ def described_by(header: GgufHeader) -> GgufArchitecture:
             f"{header.path}: GGUF architecture {shown(name)} is not supported; supported are {known}"
         )
     return found
+
+
+def described_inside(header: GgufHeader, model_type: str) -> GgufArchitecture:
+    """What a decoder's file is read as inside a model with parts for images.
+
+    Args:
+        header: of the file.
+        model_type: of such decoders; "" where they are what they are alone.
+
+    Raises:
+        UnsupportedError: it is no such decoder.
+    """
+    if not model_type:
+        return described_by(header)
+    name = header.metadata.text("general.architecture")
+    found = next((arch for arch in ARCHITECTURES if (arch.name, arch.model_type) == (name, model_type)), None)
+    if found is None:
+        raise UnsupportedError(f"{header.path}: is of architecture {shown(name)}, and no decoder of a {model_type!r}")
+    return replace(found, read_type="", layer=found.inside or found.layer)
 
 
 def _describes(arch: GgufArchitecture, header: GgufHeader) -> bool:

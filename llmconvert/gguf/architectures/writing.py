@@ -16,9 +16,8 @@ from llmconvert.gguf.rope import rope_metadata, rope_settings
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["check_same_model", "complete_values", "window_notes", "write_metadata"]
+__all__ = ["INERT", "check_same_model", "complete_values", "differences", "window_notes", "write_metadata"]
 
-# Settings that say nothing of what is computed for a text, or that are proven otherwise.
 _NAMES: Final = """
 _attn_implementation _name_or_path add_cross_attention architectures attention_dropout
 attention_probs_dropout_prob attn_pdrop aux_loss_alpha bos_token_id chunk_size_feed_forward classifier_dropout
@@ -31,7 +30,8 @@ sep_token_id seq_aux summary_activation summary_first_dropout summary_proj_to_la
 summary_use_proj tie_encoder_decoder tie_word_embeddings torch_dtype transformers_version use_cache
 use_kernels vocab_size
 """
-_INERT: Final = frozenset(_NAMES.split())
+#: Settings that say nothing of what is computed for a text, or that are proven otherwise.
+INERT: Final = frozenset(_NAMES.split())
 _TOLERANCE: Final = 1e-6
 
 
@@ -147,15 +147,22 @@ def check_same_model(config: Mapping[str, Any], again: Mapping[str, Any], arch: 
         UnsupportedError: a setting that llama.cpp's class has otherwise, or that a file cannot say.
     """
     found = complete_values(build_config(again))
-    differing = next(_differing(config, found, _INERT | arch.inert), None)
+    differing = next(differences(config, found, INERT | arch.inert), None)
     if differing is not None:
         name, wanted, given = differing
         raise UnsupportedError(f"config.json: {name} is {wanted!r}; llama.cpp's {arch.name} computes {given!r}")
 
 
-def _differing(
+def differences(
     config: Mapping[str, Any], found: Mapping[str, Any], inert: frozenset[str]
 ) -> Iterator[tuple[str, Any, Any]]:
+    """Settings of a config that another one has otherwise: name, value, and the other's.
+
+    Args:
+        config: the one.
+        found: the other.
+        inert: names of settings that don't count.
+    """
     for name, wanted in config.items():
         given = found.get(name)
         if name in inert or name.startswith("_") or wanted is None or (given is None and name not in found):
@@ -163,7 +170,7 @@ def _differing(
         if isinstance(wanted, Mapping) and isinstance(given, Mapping):
             # Llama 3's scaling may come back in other numbers; its reader has proven that they compute the same.
             if wanted.get("rope_type") != "llama3" or given.get("rope_type") != "llama3":
-                pairs = _differing(wanted, given, inert)
+                pairs = differences(wanted, given, inert)
                 yield from ((f"{name}.{inside}", *values) for inside, *values in pairs)
         elif not _same(wanted, given):
             yield name, wanted, given

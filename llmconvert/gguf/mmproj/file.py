@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -15,8 +16,10 @@ from llmconvert.engine.architecture.config import build_config
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.file import encode_rows
 from llmconvert.gguf.ggml.blocks import Codec, load_codec
+from llmconvert.gguf.header import parse_gguf_header
 from llmconvert.gguf.layout import GgufSpec, plan_gguf
-from llmconvert.gguf.mmproj.projector import Entry, Images, Projector
+from llmconvert.gguf.mmproj.projector import Entry, Form, Images, Projector
+from llmconvert.gguf.mmproj.reading import check_read_back
 from llmconvert.gguf.mmproj.registry import projector_of
 from llmconvert.gguf.records.general import general_metadata
 from llmconvert.storage.checkpoint import Checkpoint
@@ -32,6 +35,7 @@ _COMPUTED: Final = re.compile(r".*\.(position_ids|inv_freq)")
 _CONVOLVED: Final = ("v.patch_embd.weight", "mm.patch_merger.weight", "mm.input_projection.weight")
 _EXACT: Final = ("v.position_embd.weight", "v.class_embd", "v.token_embd.img_break")
 _WEIGHTS_AT_ONCE: Final = 1 << 22
+_ROW: Final = Form(lambda images, values: values[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ class ImagesFile:
         for part in self._parts:
             shape = self._source.infos[part.source].shape
             first, last = (part.row, part.row + 1) if part.row is not None else (0, shape[0])
-            values = part.entry.form(self._images, self._source.read_rows(part.source, first, last).float())
+            values = part.entry.form.store(self._images, self._source.read_rows(part.source, first, last).float())
             rows = values.reshape(-1, part.spec.shape[-1]).contiguous()
             codec, step = load_codec(part.spec.qtype), max(1, _WEIGHTS_AT_ONCE // part.spec.shape[-1])
             for start in range(0, len(rows), step):
@@ -125,6 +129,8 @@ def plan_images_file(source: Checkpoint, name: str, kind: str, others: Sequence[
         **projector.settings(images),
     }
     layout = plan_gguf(file_name, metadata, specs)
+    (shard,) = layout.shards
+    check_read_back(parse_gguf_header(Path(file_name), shard.header, shard.nbytes), projector, images)
     return ImagesFile(file_name, layout, projector.name, projector.notes(images), source, images, tuple(parts))
 
 
@@ -153,7 +159,7 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def _part(source: Checkpoint, images: Images, name: str, stored: str, entry: Entry, kind: str) -> _Part:
-    shape = tuple(entry.form(images, torch.empty(source.infos[name].shape, device="meta")).shape)
+    shape = tuple(entry.form.store(images, torch.empty(source.infos[name].shape, device="meta")).shape)
     if len(shape) < 2 or stored in _EXACT:
         kind = "F32"
     elif stored.removesuffix(".1") in _CONVOLVED:
@@ -168,7 +174,7 @@ def _embedded(source: Checkpoint, stored: str, token: str) -> _Part:
         raise UnsupportedError(f"the tokenizer has no token {token!r}, whose embedding llama.cpp puts between rows")
     name = next(name for name in source if name.endswith("embed_tokens.weight"))
     spec = GgufSpec(stored, "F32", source.infos[name].shape[1:])
-    return _Part(spec, name, Entry(name, stored, lambda images, values: values[0]), numbers[token])
+    return _Part(spec, name, Entry(name, stored, _ROW), numbers[token])
 
 
 def _usual(images: Images, projector: Projector) -> dict[str, Any]:

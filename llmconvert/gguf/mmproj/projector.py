@@ -16,18 +16,23 @@ import torch
 from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
 
 from llmconvert.errors import UnsupportedError
+from llmconvert.gguf.architectures.architecture import Reading
 
 __all__ = [
+    "AS_IT_IS",
+    "CLASS_LAST",
     "Entry",
     "Form",
     "Images",
     "Projector",
+    "Settings",
+    "Whole",
     "activation",
-    "as_it_is",
-    "class_last",
+    "activation_of",
     "entries",
     "part",
     "required",
+    "within",
 ]
 
 #: Stands for the number of a layer.
@@ -60,26 +65,44 @@ class Images:
     processor: Mapping[str, Any]
 
 
-#: What a file has of a checkpoint's tensor; it has to work on shapes alone (the meta device), too.
-Form = Callable[[Images, torch.Tensor], torch.Tensor]
-
-
-def as_it_is(images: Images, values: torch.Tensor) -> torch.Tensor:
+def _stored_plain(images: Images, values: torch.Tensor) -> torch.Tensor:
     """The tensor itself, without dimensions of one that it begins with."""
     while values.dim() > 1 and values.shape[0] == 1:
         values = values[0]
     return values
 
 
-def class_last(images: Images, values: torch.Tensor) -> torch.Tensor:
-    """Positions of patches, and behind them that of the class, which transformers has before them and llama.cpp's graph
-    of InternVL's tower behind them (``ggml_concat``)."""
-    return as_it_is(images, values).roll(-1, 0)
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a file has a checkpoint's tensor. Both ways have to work on shapes alone (the meta device), too.
+
+    Attributes:
+        store: what the file has of the checkpoint's values.
+        restore: the checkpoint's values of all tensors that the file has of them, in the order of the entries.
+        exact: whether what is restored is what was stored; otherwise it is rounded, and float32.
+    """
+
+    store: Callable[[Images, torch.Tensor], torch.Tensor] = _stored_plain
+    restore: Callable[[Images, Sequence[torch.Tensor]], torch.Tensor] = lambda images, parts: parts[0]
+    exact: bool = True
+
+
+AS_IT_IS: Final = Form()
+#: Positions of patches, and behind them that of the class, which transformers has before them and llama.cpp's graph of
+#: InternVL's tower behind them (``ggml_concat``).
+CLASS_LAST: Final = Form(
+    lambda images, values: _stored_plain(images, values).roll(-1, 0), lambda images, parts: parts[0].roll(1, 0)[None]
+)
+
+
+def within(dimensions: int) -> Form:
+    """The tensor without dimensions of one, of which the checkpoint's begins with so many."""
+    return Form(restore=lambda images, parts: parts[0][(None,) * dimensions])
 
 
 def part(number: int, count: int) -> Form:
     """One of several equal parts of the outputs: of fused queries, keys and values, for example."""
-    return lambda images, values: values.chunk(count)[number]
+    return Form(lambda images, values: values.chunk(count)[number], lambda images, parts: torch.cat(tuple(parts)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +118,7 @@ class Entry:
 
     name: str
     stored: str
-    form: Form = as_it_is
+    form: Form = AS_IT_IS
     needed: bool = True
 
 
@@ -115,13 +138,66 @@ def entries(text: str, forms: Mapping[str, Form] | None = None) -> tuple[Entry, 
         kind, _, number = key.partition(":")
         stored = TENSOR_NAMES[MODEL_TENSOR[kind]]
         stored = stored.replace("{bid}", number) if number else stored
-        form = (forms or {}).get(name, as_it_is)
+        form = (forms or {}).get(name, AS_IT_IS)
         if ending or name.rpartition(".")[2] in _BOTH:
             ending = ending or name.rpartition(".")[2]
             found.append(Entry(name, stored if ending == "-" else f"{stored}.{ending}", form, needed))
         else:
             found += [Entry(f"{name}.{kind}", f"{stored}.{kind}", form, needed) for kind in _BOTH]
     return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is read of a file beside the sizes that every file has.
+
+    Attributes:
+        whole: for the model's ``config.json``.
+        vision: for its ``vision_config``.
+        processor: for ``preprocessor_config.json``.
+    """
+
+    whole: Mapping[str, Any] = field(default_factory=dict)
+    vision: Mapping[str, Any] = field(default_factory=dict)
+    processor: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What a decoder's file and the one beside it are read as.
+
+    Attributes:
+        model_type: as in ``config.json``.
+        model_class: as in its ``architectures``.
+        tower: the ``model_type`` of its ``vision_config``.
+        tokens: settings that are numbers of tokens → what these are in the vocabulary, one or another.
+        outside: what names of the decoder's tensors begin with → what they begin with in the model.
+        places: patterns of what entries call tensors → what stands before them in the model; the first counts.
+        processor: the class of its image processor.
+        decoder: the model type of its decoder, where that is another one than alone.
+        gelu: which of its kinds a tower's GELU is.
+    """
+
+    model_type: str
+    model_class: str
+    tower: str
+    tokens: Mapping[str, str]
+    outside: Mapping[str, str]
+    places: tuple[tuple[str, str], ...]
+    processor: str
+    decoder: str = ""
+    gelu: str = "gelu"
+
+    def decoder_name(self, name: str) -> str:
+        """What the model calls a tensor of the decoder."""
+        for start, instead in self.outside.items():
+            if name.startswith(start):
+                return instead + name.removeprefix(start)
+        return name
+
+    def tower_name(self, name: str) -> str:
+        """What the model calls a tensor that an entry does."""
+        return next((before for pattern, before in self.places if re.match(pattern, name)), "") + name
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +208,28 @@ class Projector:
         name: llama.cpp's, ``clip.projector_type``.
         entries: its tensors.
         settings: keys beside those that every file has; refuses what llama.cpp computes otherwise.
+        whole: what it is read as, with the decoder's file.
+        read: the settings that these keys are of, and those that llama.cpp computes whatever a file says.
         renames: patterns and what they become, in the names of tensors, which differ from release to release.
         unused: patterns of tensors that the model does not look at images with.
         keys: what the tower's config calls a setting, or what it is, where it is not the usual name.
         epsilon: of the norms; a number, or what the tower's config calls it.
         embedded: file's tensors that are rows of the decoder's embedding: name → the token.
+        optional: keys of :attr:`settings` that files of old lack, with what is read then in llama.cpp, too.
         notes: where llama.cpp computes a little otherwise, a sentence each.
     """
 
     name: str
     entries: tuple[Entry, ...]
     settings: Callable[[Images], Mapping[str, Any]]
+    whole: Whole
+    read: Callable[[Reading], Settings]
     renames: Sequence[tuple[str, str]] = ()
     unused: Sequence[str] = ()
     keys: Mapping[str, str | Callable[[Images], int]] = field(default_factory=dict)
     epsilon: float | str = "layer_norm_eps"
     embedded: Mapping[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
     notes: Callable[[Images], tuple[str, ...]] = lambda images: ()
 
     def canonical(self, names: Iterable[str]) -> dict[str, str]:
@@ -184,6 +266,19 @@ def activation(name: str, function: str) -> Mapping[str, bool]:
     if function not in _ACTIVATIONS:
         raise UnsupportedError(f"{name} is {function!r}; llama.cpp has {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[function]
+
+
+def activation_of(file: Reading, gelu: str) -> str:
+    """The activation that a file's keys tell.
+
+    Args:
+        file: what is read.
+        gelu: which of its kinds GELU is.
+    """
+    flags = file.header.metadata
+    if flags.flag("clip.use_gelu", False):
+        return gelu
+    return "silu" if flags.flag("clip.use_silu", False) else "quick_gelu"
 
 
 def required(values: Mapping[str, Any], **expected: Any) -> None:

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.heard import Heard
 from support.image_families import LOOKS, TEXT, after_image, picture, png, save_images_family
 from support.llama_cpp import LlamaCpp
 from support.multimodal_families import save_family
 from support.tiny_models import VOCABULARY
 
-from llmconvert.convert.source import open_source
 from llmconvert.errors import UnsupportedError
 from llmconvert.gguf.checkpoint import open_artifact, open_gguf
 from llmconvert.gguf.ggml.mix import MIXES
@@ -96,10 +94,6 @@ def test_a_projector_is_no_model(tmp_path: Path) -> None:
     result = written(save_images_family(tmp_path / "model", "smolvlm"), tmp_path / "out", "q8_0")
     with pytest.raises(UnsupportedError, match=r"mmproj-tiny-f16.gguf: is a model's part for images .* name the file"):
         open_gguf(result.output / result.files[1])
-    heard = Heard()
-    open_source(str(result.output), progress=heard)
-    (note,) = heard.lines
-    assert note.startswith("note: mmproj-tiny-f16.gguf has the model's part for images") and "decoder alone" in note
 
 
 def test_the_page_has_every_model_type_and_nothing_beyond_the_tolerance() -> None:

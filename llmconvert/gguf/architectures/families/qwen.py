@@ -1,19 +1,20 @@
 """Qwen 2 and 3, their mixtures of experts, and the decoders of their models for images.
 
-Those turn heads by positions in time, height and width (M-RoPE), which of text are one and the same: read back, a file
-is a Qwen 2 or 3.
+Those turn heads by positions in time, height and width (M-RoPE), which of text are one and the same: read back alone, a
+file is a Qwen 2 or 3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.gguf.architectures.architecture import GgufArchitecture, Setting, outer
-from llmconvert.gguf.architectures.entries import Config, entries, transposable
+from llmconvert.gguf.architectures.architecture import GgufArchitecture, Reading, Setting, outer
+from llmconvert.gguf.architectures.entries import EXPERT, Config, Entry, entries, transposable
 from llmconvert.gguf.architectures.families.llama import ATTENTION, BIASES, MLP, NORMS, RMS, experts
 
 __all__ = ["ARCHITECTURES"]
@@ -91,9 +92,18 @@ def _sections(config: Config) -> dict[str, Any]:
     return {"rope.dimension_sections": np.array([*found, 0, 0][:4], np.int32)}
 
 
+def _read_sections(file: Reading) -> Mapping[str, Any]:
+    """The sections of a decoder that is read as part of its model; alone, it has one position."""
+    found = file.get("rope.dimension_sections")
+    if found is None or not file.config["model_type"].endswith("_text"):
+        return {}
+    return {"rope_parameters": {**file.config["rope_parameters"], "mrope_section": [int(one) for one in found[:3]]}}
+
+
 def _for_images(arch: GgufArchitecture, name: str, model_type: str) -> GgufArchitecture:
     """The decoder of a model for images that computes a text as an architecture does."""
-    return replace(arch, name=name, model_type=model_type, read_type=arch.model_type, write=_sections)
+    read_type = arch.model_type
+    return replace(arch, name=name, model_type=model_type, read_type=read_type, write=_sections, read=_read_sections)
 
 
 def _unturned(config: Config) -> tuple[list[int], float]:
@@ -109,6 +119,11 @@ def _unturned(config: Config) -> tuple[list[int], float]:
         return [], 0.0
     slowness = config["rope_parameters"]["rope_theta"] ** (-2 * rest[0] / config["head_dim"])
     return rest, float(config["max_position_embeddings"] * slowness)
+
+
+def _experts_together(layer: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """A layer's tensors as checkpoints of Qwen3-VL have them: all experts in one."""
+    return tuple(replace(entry, read=True) for entry in layer if EXPERT not in entry.name)
 
 
 def _write_qwen3_vl(config: Config) -> dict[str, Any]:
@@ -142,6 +157,7 @@ ARCHITECTURES: Final = (
     replace(
         _for_images(QWEN3_MOE, "qwen3vlmoe", "qwen3_vl_moe_text"),
         layer=transposable(QWEN3_MOE.layer, "moe_intermediate_size"),
+        inside=_experts_together(QWEN3_MOE.layer),
         write=_write_qwen3_vl,
         notes=_qwen3_vl_notes,
     ),

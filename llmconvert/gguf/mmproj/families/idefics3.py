@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.gguf.mmproj.projector import Images, Projector, activation, entries
+from llmconvert.gguf.architectures.architecture import Reading
+from llmconvert.gguf.mmproj.projector import Images, Projector, Settings, Whole, activation, entries
 
 __all__ = ["IDEFICS3", "SIGLIP"]
 
@@ -47,9 +48,36 @@ def _settings(images: Images) -> Mapping[str, Any]:
     }
 
 
+def _read(file: Reading) -> Settings:
+    tile, edge = file.get("image_size"), file.get("preproc_image_size")
+    return Settings(
+        {"scale_factor": file.get("projector.scale_factor")},
+        {"num_channels": 3},
+        {
+            "max_image_size": {"longest_edge": tile},
+            **({"size": {"longest_edge": edge}} if isinstance(edge, int) else {}),
+            "do_image_splitting": True,
+        },
+    )
+
+
+# SmolVLM's classes compute the same.
+_WHOLE: Final = Whole(
+    "idefics3",
+    "Idefics3ForConditionalGeneration",
+    "idefics3_vision",
+    {"image_token_id": "<image>"},
+    {"model.": "model.text_model."},
+    ((r"modality_projection", "model.connector."), (r"", "model.vision_model.")),
+    "Idefics3ImageProcessor",
+    gelu="gelu_pytorch_tanh",
+)
 IDEFICS3: Final = Projector(
     "idefics3",
     entries(SIGLIP + "modality_projection.proj.weight -> V_MMPROJ_FC"),
     _settings,
+    _WHOLE,
+    _read,
     renames=((r"^model\.", ""), (r"^(vision_model|connector)\.", "")),
+    optional=frozenset({"clip.vision.preproc_image_size"}),
 )

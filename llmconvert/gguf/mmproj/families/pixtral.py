@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
 
 from llmconvert.errors import UnsupportedError
-from llmconvert.gguf.mmproj.projector import Images, Projector, activation, entries, required
+from llmconvert.gguf.architectures.architecture import Reading
+from llmconvert.gguf.mmproj.projector import Form, Images, Projector, Settings, Whole, activation, entries, required
 
 __all__ = ["MISTRAL3", "PIXTRAL"]
 
 # Constants of transformers' class and of llama.cpp's.
 _EPSILON: Final = 1e-5
 _THETA: Final = 10000.0
+_PROJECTOR: Final = "gelu"
 
 
 def _interleaved(images: Images, values: torch.Tensor) -> torch.Tensor:
     """Pairs (i, i + half) of each head side by side, as llama.cpp turns them."""
     heads = images.vision["num_attention_heads"]
     return values.reshape(heads, 2, -1, values.shape[-1]).transpose(1, 2).reshape(values.shape)
+
+
+def _halves(images: Images, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """And back."""
+    (values,), heads = parts, images.vision["num_attention_heads"]
+    return values.reshape(heads, -1, 2, values.shape[-1]).transpose(1, 2).reshape(values.shape)
 
 
 _TEXT: Final = """
@@ -45,7 +54,7 @@ _MERGER: Final = """
 norm.weight -> V_MM_INP_NORM
 patch_merger.merging_layer.weight -> V_MM_PATCH_MERGER
 """
-_FORMS: Final = {f"transformer.layers.*.attention.{name}_proj.weight": _interleaved for name in "qk"}
+_FORMS: Final = {f"transformer.layers.*.attention.{name}_proj.weight": Form(_interleaved, _halves) for name in "qk"}
 _RENAMES: Final = ((r"^model\.", ""), (r"^(vision_tower|multi_modal_projector)\.", ""))
 _BREAK: Final = {TENSOR_NAMES[MODEL_TENSOR.V_TOK_EMBD_IMG_BREAK]: "[IMG_BREAK]"}
 
@@ -54,8 +63,7 @@ def _settings(images: Images) -> Mapping[str, Any]:
     theta = (images.vision.get("rope_parameters") or {}).get("rope_theta", _THETA)
     if theta != _THETA:
         raise UnsupportedError(f"vision_config: rope_theta is {theta:g}; llama.cpp computes {_THETA:g}")
-    required(images.config, vision_feature_layer=-1)
-    activation("projector_hidden_act", images.config["projector_hidden_act"])
+    required(images.config, vision_feature_layer=-1, projector_hidden_act=_PROJECTOR)
     return activation("vision_config.hidden_act", images.vision["hidden_act"])
 
 
@@ -71,9 +79,50 @@ def _of_mistral3(images: Images) -> Mapping[str, Any]:
     return {**_settings(images), "clip.vision.spatial_merge_size": int(images.config["spatial_merge_size"])}
 
 
+def _read(file: Reading, **more: Any) -> Settings:
+    patch = file.get("patch_size")
+    return Settings(
+        {
+            "multimodal_projector_bias": "mm.1.bias" in file.header.tensors,
+            "projector_hidden_act": _PROJECTOR,
+            "vision_feature_layer": -1,
+            **more,
+        },
+        {
+            "head_dim": file.get("embedding_length") // file.get("attention.head_count"),
+            "num_channels": 3,
+            "rope_parameters": {"rope_type": "axial", "rope_theta": _THETA},
+        },
+        {"size": {"longest_edge": file.get("image_size")}, "patch_size": {"height": patch, "width": patch}},
+    )
+
+
+_WHOLE: Final = Whole(
+    "llava",
+    "LlavaForConditionalGeneration",
+    "pixtral",
+    {"image_token_index": "[IMG]"},
+    {"": "language_model."},
+    ((r"linear_|norm|patch_merger", "multi_modal_projector."), (r"", "vision_tower.")),
+    "PixtralImageProcessor",
+)
 PIXTRAL: Final = Projector(
-    "pixtral", entries(_TEXT, _FORMS), _of_pixtral, renames=_RENAMES, epsilon=_EPSILON, embedded=_BREAK
+    "pixtral",
+    entries(_TEXT, _FORMS),
+    _of_pixtral,
+    _WHOLE,
+    lambda file: _read(file, vision_feature_select_strategy="full"),
+    renames=_RENAMES,
+    epsilon=_EPSILON,
+    embedded=_BREAK,
 )
 MISTRAL3: Final = Projector(
-    "pixtral", entries(_TEXT + _MERGER, _FORMS), _of_mistral3, renames=_RENAMES, epsilon=_EPSILON, embedded=_BREAK
+    "pixtral",
+    entries(_TEXT + _MERGER, _FORMS),
+    _of_mistral3,
+    replace(_WHOLE, model_type="mistral3", model_class="Mistral3ForConditionalGeneration"),
+    lambda file: _read(file, spatial_merge_size=file.get("spatial_merge_size")),
+    renames=_RENAMES,
+    epsilon=_EPSILON,
+    embedded=_BREAK,
 )
