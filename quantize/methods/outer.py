@@ -75,7 +75,7 @@ def head_squares(stream: Stream, phases: Phases, ranks: Ranks = ALONE) -> InputS
     arrivals = phases.pull("forward", head_inputs(stream))
     with phases.measure("importance"):
         inputs = (one.inputs for one in arrivals)
-        return InputSquares(mean_squares("the output head", inputs, stream.skeleton.hidden_size, ranks))
+        return InputSquares(mean_squares("the output head", inputs, stream.skeleton.architecture.hidden_size, ranks))
 
 
 def solve_outer(

@@ -94,6 +94,24 @@ def _windows(layers: int, period: int) -> Mapping[str, Any]:
 
 
 _GEMMA4: Mapping[str, Any] = {**_HEADS, **_windows(6, 3), "global_head_dim": 32}
+
+
+def _gemma3n(layers: int, **changes: Any) -> Mapping[str, Any]:
+    """Gemma 3n with the numbers that llama.cpp has for constants, and few of everything else."""
+    sparse = min(10, layers)
+    return {
+        **_HEADS,
+        **_windows(layers, 5),
+        "intermediate_size": [1024] * layers,
+        "activation_sparsity_pattern": [0.95] * sparse + [0.0] * (layers - sparse),
+        "num_kv_shared_layers": max(0, layers - 20),
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 256,
+        "laurel_rank": 64,
+        **changes,
+    }
+
+
 #: Name → model type and its config. Names with a dash are variants of one.
 GGUF_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("llama", _BASE),
@@ -106,6 +124,12 @@ GGUF_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma": ("gemma", _HEADS),
     "gemma2": ("gemma2", {**_HEADS, "query_pre_attn_scalar": 16, **_windows(2, 2)}),
     "gemma3_text": ("gemma3_text", {**_HEADS, "query_pre_attn_scalar": 16, **_windows(7, 6)}),
+    # Many layers of random weights make much of what llama.cpp's GELU and attention round, unless these are small.
+    "gemma3n_text": ("gemma3n_text", _gemma3n(6, initializer_range=0.03)),
+    "gemma3n_text-shared": (
+        "gemma3n_text",
+        _gemma3n(25, vocab_size_per_layer_input=VOCABULARY - 20, initializer_range=0.01),
+    ),
     "gemma4_text": (
         "gemma4_text",
         {
@@ -263,19 +287,45 @@ GGUF_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 #: Those that llama.cpp computes otherwise: model type, config, and what the refusal says.
 REFUSED_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "phimoe": ("phimoe", {**_BASE, **_LOCAL, "lm_head_bias": True, "attention_bias": True}, "routes by sparse mixing"),
-    "gemma3n_text": (
+    "gemma3n_text-streams": (
         "gemma3n_text",
-        {
-            **_HEADS,
-            **_windows(4, 2),
-            "intermediate_size": [96] * 4,
-            "activation_sparsity_pattern": [0.0] * 4,
-            "vocab_size_per_layer_input": VOCABULARY,
-            "hidden_size_per_layer_input": 32,
-            "num_kv_shared_layers": 0,
-            "laurel_rank": 8,
-        },
-        "one tensor where checkpoints have a matrix for each stream",
+        _gemma3n(2, altup_num_inputs=2),
+        "altup_num_inputs is 2; llama.cpp's gemma3n computes 4",
+    ),
+    "gemma3n_text-rank": (
+        "gemma3n_text",
+        _gemma3n(2, laurel_rank=8),
+        "laurel_rank is 8; llama.cpp's gemma3n computes 64",
+    ),
+    "gemma3n_text-layer-input": (
+        "gemma3n_text",
+        _gemma3n(2, hidden_size_per_layer_input=32),
+        "hidden_size_per_layer_input is 32; llama.cpp's gemma3n computes 256",
+    ),
+    "gemma3n_text-sparsity": (
+        "gemma3n_text",
+        _gemma3n(3, activation_sparsity_pattern=[0.95, 0.0, 0.0]),
+        r"activation_sparsity_pattern is \[0.95, 0.0, 0.0\]; llama.cpp's gemma3n computes \[0.95, 0.95, 0.95\]",
+    ),
+    "gemma3n_text-shared": (
+        "gemma3n_text",
+        _gemma3n(7, num_kv_shared_layers=2),
+        "num_kv_shared_layers is 2; llama.cpp's gemma3n computes 0",
+    ),
+    "gemma3n_text-cap": (
+        "gemma3n_text",
+        _gemma3n(2, final_logit_softcapping=20.0),
+        "final_logit_softcapping is 20.0; llama.cpp's gemma3n computes 30.0",
+    ),
+    "gemma3n_text-windows": (
+        "gemma3n_text",
+        {**_gemma3n(4), **_windows(4, 2)},
+        "llama.cpp's gemma3n has layers that see everything at equal distances, every 5",
+    ),
+    "gemma3n_text-widths": (
+        "gemma3n_text",
+        _gemma3n(2, intermediate_size=[96, 128]),
+        r"intermediate_size is \[96, 128\]; llama.cpp's gemma3n has one for all layers",
     ),
     "exaone4": ("exaone4", {**_HEADS, **_windows(4, 4)}, "has windows in models of 64 layers alone"),
     "olmoe": ("olmoe", {**_BASE, "num_experts": 4, "num_experts_per_tok": 2}, "as many keys as queries, 4"),

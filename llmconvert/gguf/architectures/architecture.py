@@ -103,7 +103,7 @@ class GgufArchitecture:
         described: whether a file of that name is of this class.
         chosen: whether a model of that type is written so, where a class has several layouts.
         vocabulary: the setting that counts the embedding's rows.
-        experts: the setting that counts a layer's experts.
+        experts: the setting that counts a layer's experts, or what counts other matrices that lie in one tensor.
         kv_heads: the setting that counts key-value heads; "" where there are as many as queries.
         stated_heads: whether a config says how long heads are, always or where they don't add up to the width; "" where
             they must.
@@ -138,7 +138,7 @@ class GgufArchitecture:
     described: Callable[[GgufHeader], bool] = lambda header: True
     chosen: Callable[[Config], bool] = lambda config: True
     vocabulary: str = "vocab_size"
-    experts: str = "num_experts"
+    experts: str | Callable[[Config], int] = "num_experts"
     kv_heads: str = "num_key_value_heads"
     stated_heads: Literal["", "always", "other"] = "always"
     known: frozenset[str] = frozenset()

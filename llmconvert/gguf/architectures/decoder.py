@@ -40,6 +40,7 @@ WHOLES: Final = frozenset(
             "deepseek_vl",
             "deepseek_vl_hybrid",
             "gemma3",
+            "gemma3n",
             "gemma4",
             "glmasr",
             "got_ocr2",

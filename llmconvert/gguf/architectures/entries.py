@@ -64,6 +64,7 @@ class Form:
         factor: given the config and how many outputs there are, what each of them is multiplied by; None: by nothing.
         squeezed: whether the checkpoint has a dimension of one in the middle (kernels of convolutions).
         column: whether the file has a vector as a matrix of one column.
+        padded: given the config, how many rows the checkpoint has, where the file has more behind them.
     """
 
     rows: Callable[[Config, int], np.ndarray] | None = None
@@ -76,6 +77,7 @@ class Form:
     factor: Callable[[Config, int], np.ndarray] | None = None
     squeezed: bool = False
     column: bool = False
+    padded: Callable[[Config], int] | None = None
 
     def of_shape(self, shape: tuple[int, ...], config: Config) -> Form:
         """The form of a matrix that a checkpoint has in a shape."""
@@ -109,6 +111,8 @@ class Entry:
         form: how the file has it.
         presence: in which layers it is: in every one, in all or none, or in some.
         read: whether it is what a file is read as; otherwise another layout that checkpoints have, too.
+        instead: given the config and a layer, the one whose tensor a file has where the checkpoint has none; None: no
+            file has one then.
     """
 
     name: str
@@ -117,6 +121,7 @@ class Entry:
     form: Form = PLAIN
     presence: Presence = "every"
     read: bool = True
+    instead: Callable[[Config, int], int] | None = None
 
 
 def entries(

@@ -112,7 +112,7 @@ def _written(
     if EXPERT in entry.name:
         if numbered(entry.name, layer, 0) not in names:
             return [], ()
-        count = int(config[arch.experts])
+        count = arch.experts(config) if callable(arch.experts) else int(config[arch.experts])
         each = [numbered(entry.name, layer, number) for number in range(count)]
         if lacking := [name for name in each if name not in names]:
             raise CheckpointError(f"the checkpoint has no tensor {lacking[0]!r}, which {arch.name} models need")
@@ -123,6 +123,8 @@ def _written(
             pieces.append(piece)
         return pieces, (count, *inner)
     name = numbered(entry.name, layer)
+    if name not in names and entry.instead is not None:
+        name = numbered(entry.name, entry.instead(config, layer))
     if name not in names:
         return [], ()
     shape = names[name]
@@ -261,11 +263,11 @@ def _place(
     expert: int | None = None,
 ) -> Place:
     """One matrix or vector of the checkpoint; parts with their tensor, which matrix of it, and its shape."""
-    heights = [_outputs(entry, inner) for entry, _, _, inner in group]
+    heights = [_outputs(entry, inner, config) for entry, _, _, inner in group]
     outputs = sum(heights)
     pieces: list[Piece] = []
     for (entry, tensor, number, inner), height in zip(group, heights, strict=True):
-        order = None if entry.form.rows is None else _order(header, entry, tensor, config, outputs)
+        order = None if entry.form.rows is None or entry.form.padded else _order(header, entry, tensor, config, outputs)
         if order is not None and len(order) != height:
             raise _misshapen(header, tensor, f"{len(order)} of {outputs} rows of {name!r}")
         stored_rows = math.prod(inner[:-1])
@@ -314,9 +316,11 @@ def _order(header: GgufHeader, entry: Entry, tensor: GgufTensor, config: Config,
         raise _misshapen(header, tensor, "rows that the model's heads divide") from None
 
 
-def _outputs(entry: Entry, inner: Shape) -> int:
+def _outputs(entry: Entry, inner: Shape, config: Config) -> int:
     """How many outputs of the checkpoint's matrix a tensor of that shape holds."""
     form = entry.form
+    if form.padded is not None:
+        return min(form.padded(config), inner[0] if inner else 1)
     if form.heads is not None:
         return inner[0] * (inner[2] if form.turned and len(inner) > 2 else inner[1] if len(inner) > 1 else 1)
     return inner[0] if inner else 1

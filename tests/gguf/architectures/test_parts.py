@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.gguf_families import GGUF_FAMILIES
+from support.gguf_families import save_family as save_text_family
 from support.llama_cpp import LlamaCpp
 from support.multimodal_families import save_family
 from support.tiny_checkpoints import FIRST_TEXT_TOKEN, save_tiny_checkpoint
@@ -19,6 +22,7 @@ from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import CheckpointError, UnsupportedError
 from llmconvert.gguf.architectures.registry import architecture_of
 from llmconvert.gguf.checkpoint import open_gguf
+from llmconvert.gguf.export import export_checkpoint
 from llmconvert.gguf.ggml.mix import MIXES
 from llmconvert.gguf.header import read_gguf_header
 from llmconvert.quantize.job import quantize_checkpoint
@@ -110,6 +114,32 @@ def test_names_of_releases_differ_and_files_do_not(tmp_path: Path) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"has no embedding of its decoder, .* 'embed_tokens.weight'"):
         written(directory)
+
+
+def test_gemma_3n_is_written_from_the_whole_that_it_was_published_in(tmp_path: Path) -> None:
+    """Its tower needs timm, without which transformers does not build it; a file's plan does without."""
+    kind, settings = GGUF_FAMILIES["gemma3n_text"]
+    alone = save_text_family(tmp_path / "alone", kind, settings)
+    whole = tmp_path / "whole"
+    shutil.copytree(alone, whole)
+    (whole / "config.json").unlink()
+    tensors = load_file(alone / "model.safetensors")
+    inside = {name.replace("model.", "model.language_model.", 1): values for name, values in tensors.items()}
+    inside["model.vision_tower.timm_model.conv_stem.conv.weight"] = torch.ones(4, 3, 3, 3)
+    save_file(inside, whole / "model.safetensors", {"format": "pt"})
+    text = json.loads((alone / "config.json").read_text())
+    config = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"], "text_config": text}
+    (whole / "config.json").write_text(json.dumps(config))
+    with SafetensorsCheckpoint(alone) as one, SafetensorsCheckpoint(whole) as other:
+        found, expected = export_checkpoint(other, "tiny"), export_checkpoint(one, "tiny")
+        assert {key: str(value) for key, value in found.metadata.items()} == {
+            key: str(value) for key, value in expected.metadata.items()
+        }
+        assert found.beside == ("model.vision_tower.timm_model.conv_stem.conv.weight",)
+        for ours, theirs in zip(found.tensors, expected.tensors, strict=True):
+            assert (ours.name, ours.shape) == (theirs.name, theirs.shape)
+            for piece, alone_piece in zip(ours.pieces, theirs.pieces, strict=True):
+                assert torch.equal(other[piece.name], one[alone_piece.name])
 
 
 def test_codes_are_chosen_for_a_decoder_inside(tmp_path: Path) -> None:

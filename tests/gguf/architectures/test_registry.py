@@ -25,6 +25,7 @@ from llmconvert.gguf.ggml.mix import MIXES
 from llmconvert.gguf.header import GgufHeader, Metadata, read_gguf_header
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
+from llmconvert.validate.inventory import take_inventory
 
 #: Nat, over all log probabilities of the token after 40 random ones.
 TOLERANCE = 0.01
@@ -66,6 +67,16 @@ def test_llama_cpp_computes_what_transformers_does(name: str, tmp_path: Path) ->
         (back / "config.json").write_text(json.dumps(dict(checkpoint.config)))
         assert checkpoint.config["model_type"] == GGUF_FAMILIES[name][0]
     torch.testing.assert_close(predicts(back), expected, rtol=0, atol=1e-4)
+
+
+def test_a_head_behind_several_streams_is_weighed_by_its_inputs(tmp_path: Path) -> None:
+    directory, path = save_family(tmp_path / "model", *GGUF_FAMILIES["gemma3n_text"]), tmp_path / "tiny.gguf"
+    with SafetensorsCheckpoint(directory) as source:
+        mix = MIXES["q4_0"]
+        quantize_checkpoint(source, path, method="imatrix", scheme=mix, format="gguf", windows=[IDS], name="tiny")
+        with open_gguf(path) as checkpoint:
+            inventory = take_inventory(source, checkpoint, checkpoint)
+            assert not inventory.problems and set(inventory.counts) == {"changed", "kept"}
 
 
 @pytest.mark.parametrize("name", REFUSED_FAMILIES)

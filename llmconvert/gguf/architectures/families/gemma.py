@@ -158,17 +158,4 @@ GEMMA3: Final = GgufArchitecture(
     activation=_GELU,
     known=frozenset({"final_logit_softcapping"}),
 )
-GEMMA3N: Final = GgufArchitecture(
-    "gemma3n",
-    "gemma3n_text",
-    "Gemma3nForCausalLM",
-    outer(head=False),
-    entries(_FOUR_NORMS + ATTENTION),
-    attention=False,
-    gap=(
-        "llama.cpp's gemma3n has one tensor where checkpoints have a matrix for each stream (altup_projections), and "
-        "knows sizes, layers with keys of their own and sparse layers of the published models alone; that is not "
-        "written yet"
-    ),
-)
-ARCHITECTURES: Final = (GEMMA, GEMMA2, GEMMA3, GEMMA3N)
+ARCHITECTURES: Final = (GEMMA, GEMMA2, GEMMA3)
