@@ -21,7 +21,8 @@ from llmconvert.convert.source import open_source, source_fingerprint
 from llmconvert.errors import CheckpointError
 from llmconvert.gguf.checkpoint import GgufCheckpoint, open_artifact
 from llmconvert.gguf.ggml.mix import MIXES
-from llmconvert.gguf.header import read_gguf_header
+from llmconvert.gguf.header import GgufHeader, Metadata, read_gguf_header
+from llmconvert.gguf.mmproj import checkpoint
 from llmconvert.gguf.mmproj.checkpoint import GgufWhole
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.passes.run import QuantizeResult
@@ -187,6 +188,27 @@ def test_what_is_not_read_leaves_the_decoder_and_is_said(
     assert note.startswith("note: mmproj-tiny-f32.gguf is not read, and what is read is the decoder alone, because ")
     assert re.search(message, note)
     assert type(source.checkpoint) is GgufCheckpoint
+
+
+@pytest.mark.parametrize("name", ["smolvlm", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+def test_metadata_of_any_kind_is_read_or_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SafetensorsCheckpoint(save_images_family(tmp_path / "model", name)) as source:
+        result = written(source, tmp_path / "out")
+    decoder, beside = (result.output / file for file in result.files)
+    header = read_gguf_header(beside)
+    refused = 0
+    for key in (key for key in header.metadata if key.startswith("clip.")):
+        for value in (None, 0, 3, 1 << 20, -1.5, "x", True, np.array([0, 7], np.int32), np.array([], np.int32)):
+            values = {**header.metadata, key: value}
+            if value is None:
+                del values[key]
+            changed = GgufHeader(header.path, Metadata(header.path, values), header.tensors, header.parts)
+            monkeypatch.setattr(checkpoint, "read_gguf_header", lambda path, changed=changed: changed)
+            try:
+                checkpoint.open_whole(decoder).close()
+            except CheckpointError:
+                refused += 1
+    assert refused > 50
 
 
 def test_settings_that_do_not_come_back_are_not_written(tmp_path: Path) -> None:
