@@ -170,14 +170,16 @@ def test_codes_are_those_of_the_original_models_moments(source: Path, tmp_path: 
     expected = Gptq().quantize([target], hessian, torch.bfloat16)[name].tensor.dequantize(torch.bfloat16)
     with SafetensorsCheckpoint(tmp_path / "w4") as artifact:
         found = open_dense(artifact)[f"{name}.weight"]
-    # Attention is summed in another order there, so a tie may fall otherwise.
-    assert (found != expected).float().mean() < 0.01
+    # Attention is summed in another order there, so a tie may fall otherwise; and in float32, as linears are multiplied
+    # too, on processors without instructions for bfloat16.
+    others = float((found != expected).float().mean())
+    assert others < 0.05
     with SafetensorsCheckpoint(source) as checkpoint:
         quantize_checkpoint(
             checkpoint, tmp_path / "sequential", method="gptq", scheme=target.scheme, windows=WINDOWS, progress=SILENT
         )
     with SafetensorsCheckpoint(tmp_path / "sequential") as artifact:
-        assert (open_dense(artifact)[f"{name}.weight"] != expected).float().mean() > 0.01
+        assert (open_dense(artifact)[f"{name}.weight"] != expected).float().mean() > max(0.01, 2 * others)
 
 
 @pytest.mark.parametrize("method", ["gptaq", "awq", "signround", "rtn"])
