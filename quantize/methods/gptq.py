@@ -130,7 +130,7 @@ class Gptq:
             matrix, ridge = prepared.restore()
             for scheme, stack in stacks.items():
                 scales: Scales = "kept" if scheme.rows != 1 else "moved"
-                solved[scheme] = self._refine_rows(stack, solved[scheme][0], matrix, ridge, scales)
+                solved[scheme] = self._refine_rows(stack, *solved[scheme], matrix, ridge, scales)
         solutions: dict[str, Solution] = {}
         for scheme, stack in stacks.items():
             whole, losses = solved[scheme]
@@ -235,14 +235,17 @@ class Gptq:
         self,
         targets: Sequence[Target],
         whole: QuantizedTensor,
+        losses: torch.Tensor,
         matrix: torch.Tensor,
         ridge: torch.Tensor,
         scales: Scales,
     ) -> tuple[QuantizedTensor, torch.Tensor]:
-        """The same rows with better codes and, unless others share them, scales."""
+        """The same rows with better codes and, unless others share them, scales; each row's loss without damping."""
 
         def improve(part: torch.Tensor, rows: slice) -> tuple[QuantizedTensor, torch.Tensor]:
-            tensor, loss = refine(part, whole.rows(rows.start, rows.stop), matrix, self.sweeps, scales=scales)
+            tensor = whole.rows(rows.start, rows.stop)
+            damped = losses[rows] + _weighted_squares(part, tensor, ridge)
+            tensor, loss = refine(part, tensor, matrix, self.sweeps, scales=scales, loss=damped)
             return tensor, (loss - _weighted_squares(part, tensor, ridge)).clamp_(min=0)
 
         return self._in_slices(targets, improve)

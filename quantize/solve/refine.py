@@ -37,6 +37,7 @@ def refine(
     sweeps: int,
     *,
     scales: Scales = "moved",
+    loss: torch.Tensor | None = None,
 ) -> tuple[QuantizedTensor, torch.Tensor]:
     """Lower ``tr((Ŵ - W) H (Ŵ - W)ᵀ)``.
 
@@ -46,6 +47,7 @@ def refine(
         hessian: ``H``, symmetric with a positive diagonal, ``[columns, columns]`` in the weight's dtype.
         sweeps: how often to go through all columns.
         scales: whether they are moved too, or kept: rows that are not here may share them.
+        loss: each row's share of the form to begin with, if it is known.
 
     Returns:
         the improved weight, and each row's share of the form.
@@ -57,26 +59,33 @@ def refine(
     scale = tensor.factors.T.to(weight.dtype).contiguous()
     zero = torch.zeros_like(scale) if tensor.zero is None else tensor.zero.T.to(weight.dtype).contiguous()
     offset = None if tensor.offset is None else tensor.offset.T.to(weight.dtype).contiguous()
-    # Half the gradient of the form. Transposed, as everything here: rows are independent, columns are not.
-    gradient = hessian @ (tensor.dequantize(weight.dtype) - weight).T
+    # Transposed, as everything here: rows are independent, columns are not.
+    error = (tensor.dequantize(weight.dtype) - weight).T.contiguous()
+    loss = (hessian @ error).mul_(error).sum(0) if loss is None else loss.clone()
     for _ in range(sweeps):
         for group in range(groups):
             columns = slice(group * size, (group + 1) * size)
             within = hessian[columns, columns]
-            local = gradient[columns].clone()
+            # Half the gradient of the form: told when a group's turn comes, in place of being kept for all of them.
+            local = hessian[columns] @ error
+            before = local.clone()
             moved = _descend_group(local, within, codes[columns], divisors(scale[group], weight.dtype), scheme)
+            loss += before.add_(local).mul_(moved).sum(0)
+            del before
             level = scheme.number.values(codes[columns]).to(weight.dtype) - zero[group]
-            if scales == "kept":
-                change = torch.zeros_like(scale[group])
-            elif offset is None:
-                change = _scale_change(level, local, within, scale[group], _grid(tensor, group))
+            if scales == "moved" and offset is None:
+                change, gain = _scale_change(level, local, within, scale[group], _grid(tensor, group))
                 moved.addcmul_(level, change)
-            else:
-                change, shift = _affine_change(level, local, within, scale[group], offset[group], _grid(tensor, group))
+                scale[group] += change
+                loss += gain
+            elif scales == "moved" and offset is not None:
+                grid = _grid(tensor, group)
+                change, shift, gain = _affine_change(level, local, within, scale[group], offset[group], grid)
                 moved.addcmul_(level, change).add_(shift)
+                scale[group] += change
                 offset[group] += shift
-            scale[group] += change
-            gradient.addmm_(hessian[columns].T, moved)
+                loss += gain
+            error[columns] += moved
     divisor = tensor.divisor
     stored = (scale if divisor is None else scale * divisor).T.to(tensor.scale.dtype)
     if scheme.number.scales is not None:
@@ -89,14 +98,13 @@ def refine(
         nested = nested.moved(stored, offsets)
         stored, offsets = nested.steps, nested.offsets
     refined = QuantizedTensor(codes.T.contiguous(), stored, tensor.zero, scheme, nested, divisor, offsets)
-    error = (refined.dequantize(weight.dtype) - weight).T
-    return refined, gradient.mul_(error).sum(0)
+    return refined, loss
 
 
 def refine_nbytes(rows: int, columns: int) -> int:
     """Peak bytes of :func:`refine` in float32 beside its arguments, if one group is all columns.
 
-    Codes twice; the gradient; a group's part of it, its changes, levels and what the Hessian makes of these.
+    Codes twice; the error; a group's gradient, its changes, levels and what the Hessian makes of these.
     """
     return rows * columns * (2 + 4 * 5)
 
@@ -164,17 +172,22 @@ def _grid(tensor: QuantizedTensor, group: int) -> _Grid:
 
 def _scale_change(
     level: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, grid: _Grid
-) -> torch.Tensor:
-    """What to add to a group's scales ``[rows]`` for levels ``[columns, rows]``; where nothing helps, zero."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to add to a group's scales ``[rows]`` for levels ``[columns, rows]``, and what the form grows by then.
+
+    Where nothing helps, zero.
+    """
     slope = (level * gradient).sum(0)
     curvature = level.mul(hessian @ level).sum(0)
     wanted = grid.step(scale - slope / curvature)
     change = wanted - scale
     # The scale is stored in few digits: what rounding leaves of the improvement may be none. So may 0 / 0.
-    helps = change * (2 * slope + change * curvature) < 0
+    gain = change * (2 * slope + change * curvature)
+    helps = gain < 0
     if not grid.signed:
         helps &= wanted > 0
-    return torch.where(helps, change, torch.zeros_like(change))
+    zero = torch.zeros_like(change)
+    return change.where(helps, zero), gain.where(helps, zero)
 
 
 def _affine_change(
@@ -184,8 +197,8 @@ def _affine_change(
     scale: torch.Tensor,
     offset: torch.Tensor,
     grid: _Grid,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What to add to a group's scales and offsets ``[rows]``, both at once; where nothing helps, zero."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for a group's scales and offsets ``[rows]``, both at once."""
     product, ones = hessian @ level, hessian.sum(1, keepdim=True)
     slope, tilt = (level * gradient).sum(0), gradient.sum(0)
     ss, so, oo = (level * product).sum(0), product.sum(0), ones.sum()
@@ -196,7 +209,7 @@ def _affine_change(
     gain = change * (2 * slope + change * ss + 2 * shift * so) + shift * (2 * tilt + shift * oo)
     helps = gain < 0
     zero = torch.zeros_like(change)
-    return change.where(helps, zero), shift.where(helps, zero)
+    return change.where(helps, zero), shift.where(helps, zero), gain.where(helps, zero)
 
 
 def _descend_plain(
