@@ -23,10 +23,10 @@ import torch
 __all__ = [
     "PeakMemory",
     "available_nbytes",
+    "keeping_freed_memory",
     "map_large_tensors",
     "release_freed_memory",
     "resident_nbytes",
-    "reusing_freed_memory",
     "row_slices",
     "rows_at_once",
 ]
@@ -38,6 +38,8 @@ _LARGE_NBYTES = 1 << 20
 # glibc's own measure.
 _REUSED_NBYTES, _KEPT_NBYTES, _TRIMMED_NBYTES = 32 << 20, 512 << 20, 128 << 10
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# What :func:`keeping_freed_memory` allows now: the heap is the process's, and so is this.
+_allowed = 0
 _STATUS = Path("/proc/self/status")
 
 
@@ -110,19 +112,17 @@ def available_nbytes(device: torch.device) -> int:
     return available
 
 
-def release_freed_memory(above: int = 0) -> bool:
+def release_freed_memory() -> bool:
     """Give memory that was freed inside the heap back to the system, where the C library can (glibc).
 
     Batches free what they held in another order than they took it, and the holes count as resident until then. What is
-    given back comes again as pages that the system has to clear first, which can take a fifth of a job's time.
-
-    Args:
-        above: bytes of the process up to which nothing is given back.
+    given back comes again as pages that the system has to clear first, which can take a fifth of a job's time: inside
+    :func:`keeping_freed_memory`, nothing is given back where the process takes less than was allowed there.
 
     Returns:
         whether anything was given back.
     """
-    if above and resident_nbytes() < above:
+    if _allowed and resident_nbytes() < _allowed:
         return False
     library = _glibc()
     return library is not None and bool(library.malloc_trim(0))
@@ -141,16 +141,27 @@ def map_large_tensors() -> bool:
 
 
 @contextmanager
-def reusing_freed_memory() -> Iterator[None]:
-    """Meanwhile the heap keeps what is freed, of all but very large tensors, until it is told to release it.
+def keeping_freed_memory(allowed: int) -> Iterator[None]:
+    """Meanwhile the heap keeps what is freed, of all but very large tensors, for what is taken next.
 
     Afterwards it is as :func:`map_large_tensors` leaves it.
+
+    Args:
+        allowed: bytes of the process above which :func:`release_freed_memory` gives it back; with 0 nothing is kept.
     """
+    global _allowed
+    if not allowed:
+        yield
+        return
+    before, _allowed = _allowed, allowed
     _set_heap(_REUSED_NBYTES, _KEPT_NBYTES)
     try:
         yield
     finally:
-        map_large_tensors()
+        _allowed = before
+        if not before:
+            map_large_tensors()
+            release_freed_memory()
 
 
 def _set_heap(mapped: int, top: int) -> bool:

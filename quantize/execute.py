@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from llmconvert.compute.ranks.group import ALONE, Ranks
-from llmconvert.memory import reusing_freed_memory
 from llmconvert.progress import Progress
 from llmconvert.quantize.methods.base import Solution
 from llmconvert.quantize.steps import Steps
@@ -71,7 +70,7 @@ def quantize_blocks(
         ranks: the processes that do it together, the first of which has all sinks.
     """
     done = resumed_blocks(sinks) if done is None else done
-    with reusing_freed_memory(), progress.task("Quantizing", count) as task:
+    with progress.task("Quantizing", count) as task:
         task.advance(done)
         for step in steps.run(work, done):
             if step.index > done:

@@ -285,8 +285,8 @@ def work_nbytes(
 
     With ``n`` columns and ``r`` rows in all, GPTQ needs ``4 n²`` for the Hessian, which is permuted and factorized in
     place, and beside it what :func:`~llmconvert.engine.statistics.hessian_nbytes` states for a chunk of tokens or
-    :meth:`~llmconvert.quantize.methods.gptq.Gptq.nbytes` in ``r · n``; with the original's inputs too, another ``4
-    n²`` and a chunk of those, and ``4 r n`` more and a chunk where the output adds to the residual stream. A data-
+    :meth:`~llmconvert.quantize.methods.gptq.Gptq.nbytes` in ``r · n``; with the original's inputs too, a chunk of
+    those and another ``4 n²``, or ``4 r n`` and a chunk of the outputs where these add to the residual stream. A data-
     free method takes one linear at a time, whose weight is read for it, and a block-wise one all linears of a
     block. A method that moves scales gathers the Hessians of all stops at once.
     """
@@ -310,13 +310,13 @@ def work_nbytes(
             if method.calibration == "none":
                 alone |= {(rows, columns) for rows in heights}
             elif heights:
-                drift = sum(heights) if method.original and stop.residual is not None else 0
-                matrices = 4 * columns * (columns * (2 if method.original else 1) + drift)
+                aimed = sum(heights) if method.original and stop.residual is not None else 0
+                matrices = 4 * columns * (columns * (2 if method.original and not aimed else 1) + aimed)
                 scales = _scales_nbytes(plan, stop, sites)
                 solution = matrices + method.nbytes(sum(heights), columns) + scales
                 if isinstance(method, ScalingQuantizer):  # rescaled weights in float32, and one more as it is made
                     solution += 8 * sum(heights) * columns
-                statistics = hessian_nbytes(columns, dtype, original=method.original, drift=drift)
+                statistics = hessian_nbytes(columns, dtype, original=method.original, aimed=aimed)
                 # The layer's moments, for experts that no token reaches, stand beside their copy.
                 drawn = statistics if sites[stop.linears[0]].kind == "expert" else 0
                 needs.append(drawn + max(statistics, solution))

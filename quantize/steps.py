@@ -25,11 +25,12 @@ from llmconvert.engine.edges import Edge, MixtureEdge
 from llmconvert.engine.memory import MemoryEstimate
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import DiskStates, PartOfStates, states_present
-from llmconvert.engine.statistics import Hessian, HessianSum, accumulate_hessian
+from llmconvert.engine.statistics import Aim, Arrival, Departure, Hessian, HessianSum, accumulate_hessian
 from llmconvert.engine.stream import BlockRun, Stream
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import LOADING_KERNELS, Phases
 from llmconvert.quantize.methods.base import (
+    AimingQuantizer,
     BlockData,
     BlockQuantizer,
     InputSquares,
@@ -185,7 +186,6 @@ class CalibratedSteps:
             start=start,
             residuals=self.method.original and self.method.calibration == "inputs",
             phases=self.phases,
-            kept=self.memory.kept,
         )
         return states, stack.enter_context(closing(stream))
 
@@ -276,7 +276,7 @@ class CalibratedSteps:
                 hessian = self._hessian(stop, names[0], run, original, seen)
             targets = self._targets(run, names, scaling)
             with self.phases.measure("releasing"):
-                release_freed_memory(self.memory.kept)
+                release_freed_memory()
             with self.phases.measure("solving"):
                 solutions = solve_together(self.method, targets, hessian, self.scale_dtype, self.ranks)
             del hessian, targets
@@ -317,10 +317,14 @@ class CalibratedSteps:
             with self.phases.measure("Hessians"):
                 return accumulate_hessian(name, inputs, stop.columns, device, ranks=self.ranks)
         with self.phases.measure("Hessians"):
-            drift = run.site(name).rows if stop.residual is not None else 0
-            total = HessianSum(name, stop.columns, device, original=True, drift=drift, ranks=self.ranks)
-            both = (self.phases.pull("forward", model.arrivals(stop)) for model in (run, original))
-            for here, there in zip(*both, strict=True):
+            aim = None
+            others: Iterator[Arrival | Departure] = original.arrivals(stop)
+            if stop.residual is not None:
+                assert isinstance(self.method, AimingQuantizer)
+                aim, others = Aim(run.site(name).rows, self.method.residual), original.outputs(stop)
+            total = HessianSum(name, stop.columns, device, original=True, aim=aim, ranks=self.ranks)
+            arrivals, others = self.phases.pull("forward", run.arrivals(stop)), self.phases.pull("forward", others)
+            for here, there in zip(arrivals, others, strict=True):
                 seen.look(here.inputs)
                 total.add(here, there)
             return total.hessian()

@@ -16,7 +16,7 @@ import torch
 
 from llmconvert.context import Context
 from llmconvert.engine.discovery import discover
-from llmconvert.engine.memory import BASE_NBYTES, MemoryEstimate, activation_nbytes, tokenizer_nbytes
+from llmconvert.engine.memory import BASE_NBYTES, MemoryEstimate, activation_nbytes, kept_of, tokenizer_nbytes
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.engine.states import STATES_IN_MEMORY_NBYTES
 from llmconvert.errors import CapacityError, LlmconvertError
@@ -78,6 +78,7 @@ class ValidationPlan:
                 device=self._context.device,
                 dtype=self._dtype,
                 memory=self._context.memory,
+                kept=kept_of(self.needs.memory, self._context.device),
                 seed=self._seed,
                 progress=self._context.progress,
                 ranks=self._context.ranks,

@@ -40,6 +40,7 @@ class Subject:
         device: where to compute.
         dtype: what to compute in; the checkpoints' own if None.
         memory: bytes that may be used; what is free if None.
+        kept: bytes of the process up to which comparing keeps what it frees.
         seed: of whatever is drawn.
         progress: where long work is shown.
         checks: what was measured before, in order.
@@ -55,6 +56,7 @@ class Subject:
     device: torch.device
     dtype: torch.dtype | None = None
     memory: int | None = None
+    kept: int = 0
     seed: int = 0
     progress: Progress = SILENT
     checks: tuple[Check, ...] = ()

@@ -18,10 +18,11 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from llmconvert.compute.precision import all_finite
 from llmconvert.engine.discovery import BlockPlan
 from llmconvert.engine.experts import ExpertsSlot, Visit
 from llmconvert.engine.skeleton import BlockCall, BlockSlot, Skeleton
-from llmconvert.errors import UnsupportedError
+from llmconvert.errors import CalibrationError, UnsupportedError
 
 __all__ = [
     "AnsweredCall",
@@ -29,9 +30,11 @@ __all__ = [
     "Pass",
     "check_start",
     "gate",
+    "hook_block",
     "keep_input",
     "record_inputs",
     "remove_hooks",
+    "require_finite",
     "stand_at_linear",
 ]
 
@@ -75,6 +78,7 @@ class Pass(greenlet):
         self._start = start
         self._replacement = hidden
         self._target: nn.Module | None = None
+        self._behind = False
         self._leaves_last = False
         self.tokens = ids.shape[1]
         self.at: int | nn.Module | None = -1
@@ -93,10 +97,13 @@ class Pass(greenlet):
         kwargs = {} if self.call is None else self.call.kwargs
         return {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping) and value}
 
-    def run_to_linear(self, block: int, linear: nn.Module) -> torch.Tensor | None:
-        """Go on to ``linear`` inside ``block`` and give its input; None if this batch does not call it."""
-        if self.at == block or (isinstance(self.at, nn.Module) and self.at is not linear):
-            self._target = linear
+    def run_to_linear(self, block: int, linear: nn.Module, *, behind: bool = False) -> torch.Tensor | None:
+        """Go on to ``linear`` inside ``block`` and give its input, or ``behind`` it and give its output.
+
+        None if this batch does not call it.
+        """
+        if self.at == block or (isinstance(self.at, nn.Module) and (behind or self.at is not linear)):
+            self._target, self._behind = linear, behind
             self.switch()
         return self.tensor if self.at is linear else None
 
@@ -119,7 +126,7 @@ class Pass(greenlet):
 
     def run_to_head(self, head: nn.Module) -> torch.Tensor | None:
         """Go on behind the last block to the output head, which has :func:`stand_at_linear` as a hook; its input."""
-        self._target, self._leaves_last = head, False
+        self._target, self._behind, self._leaves_last = head, False, False
         while self.at is not None and self.at is not head:
             self.switch()
         return self.tensor if self.at is head else None
@@ -173,7 +180,11 @@ class Pass(greenlet):
         self._kept[module] = value
 
     def pass_linear(self, module: nn.Module, value: torch.Tensor) -> None:
-        if module is self._target:
+        if module is self._target and not self._behind:
+            self._stand(module, value)
+
+    def leave_linear(self, module: nn.Module, value: torch.Tensor) -> None:
+        if module is self._target and self._behind:
             self._stand(module, value)
 
     def visit(self, slot: ExpertsSlot, visit: Visit) -> torch.Tensor | None:
@@ -237,10 +248,35 @@ def check_start(skeleton: Skeleton, start: int) -> None:
         )
 
 
+def require_finite(value: torch.Tensor, skeleton: Skeleton, index: int, batch: int) -> None:
+    """Refuse what ``batch`` brings from block ``index`` if it is not finite.
+
+    Raises:
+        CalibrationError: naming block and batch.
+    """
+    if all_finite(value):
+        return
+    raise CalibrationError(
+        f"block {index} ({skeleton.prefix(index).rstrip('.')}): batch {batch} leaves it with values "
+        "that are not finite; the weights may be damaged, or need a wider dtype (bfloat16 or float32)"
+    )
+
+
 def gate(slot: BlockSlot, hidden: torch.Tensor, call: BlockCall) -> Any:
     """What a slot does in place of its block: the coroutine's part, if one is under way; else it runs the block."""
     coroutine = getcurrent()
     return coroutine.pass_block(slot, hidden, call) if isinstance(coroutine, Pass) else call(hidden)
+
+
+def hook_block(skeleton: Skeleton, plan: BlockPlan, *, residuals: bool) -> list[RemovableHandle]:
+    """Make batches stand at the linears of a block; with ``residuals`` also behind these, keeping what they add to."""
+    linears = skeleton.linears[plan.index].values()
+    hooks: list[RemovableHandle] = []
+    if residuals:
+        names = dict.fromkeys(stop.residual for stop in plan.stops if stop.residual is not None)
+        hooks = [skeleton.submodule(plan.index, name).register_forward_pre_hook(keep_input) for name in names]
+        hooks += [linear.register_forward_hook(_stand_behind_linear) for linear in linears]
+    return hooks + [linear.register_forward_pre_hook(stand_at_linear) for linear in linears]
 
 
 def stand_at_linear(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -248,6 +284,12 @@ def stand_at_linear(module: nn.Module, args: tuple[Any, ...]) -> None:
     coroutine = getcurrent()
     if isinstance(coroutine, Pass):
         coroutine.pass_linear(module, args[0])
+
+
+def _stand_behind_linear(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    coroutine = getcurrent()
+    if isinstance(coroutine, Pass):
+        coroutine.leave_linear(module, output)
 
 
 def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:

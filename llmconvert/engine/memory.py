@@ -15,7 +15,15 @@ from llmconvert.memory import available_nbytes
 from llmconvert.needs import Needs
 from llmconvert.storage.checkpoint import Checkpoint
 
-__all__ = ["BASE_NBYTES", "LOADED_NBYTES", "MemoryEstimate", "activation_nbytes", "choose_mode", "tokenizer_nbytes"]
+__all__ = [
+    "BASE_NBYTES",
+    "LOADED_NBYTES",
+    "MemoryEstimate",
+    "activation_nbytes",
+    "choose_mode",
+    "kept_of",
+    "tokenizer_nbytes",
+]
 
 #: The interpreter with torch and transformers, and a plan made with them.
 LOADED_NBYTES = 440_000_000
@@ -45,7 +53,7 @@ class MemoryEstimate:
     @property
     def kept(self) -> int:
         """Resident bytes up to which the process keeps what it frees; 0 beside an accelerator: none."""
-        return self.total - _MARGIN_NBYTES if "kept" in self.parts else 0
+        return kept_of(self.total, torch.device("cpu")) if "kept" in self.parts else 0
 
     def needs(self, device: torch.device, *, disk: int, passing: int = 0) -> Needs:
         """As what a job on ``device`` needs of the machine, with the bytes of disk that come to it.
@@ -63,6 +71,14 @@ class MemoryEstimate:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in self.parts.items())
         return f"{self.total / 1e6:,.0f} MB ({self.mode}: {parts})"
+
+
+def kept_of(stated: int, device: torch.device) -> int:
+    """Resident bytes up to which a process that was said to take so many keeps what it frees.
+
+    Beside an accelerator, where activations are not the process's, nothing is kept.
+    """
+    return max(0, stated - _MARGIN_NBYTES) if device.type == "cpu" else 0
 
 
 def tokenizer_nbytes(checkpoint: Checkpoint) -> int:

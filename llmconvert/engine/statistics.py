@@ -17,7 +17,7 @@ from llmconvert.compute.precision import all_finite, bfloat16_products
 from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.errors import CalibrationError
 
-__all__ = ["Arrival", "Hessian", "HessianSum", "accumulate_hessian", "hessian_nbytes"]
+__all__ = ["Aim", "Arrival", "Departure", "Hessian", "HessianSum", "accumulate_hessian", "hessian_nbytes"]
 
 # Enough rows per product to amortize reading and writing the accumulator; few enough to stay in cache. Even.
 _CHUNK_TOKENS = 2048
@@ -37,19 +37,44 @@ class Arrival(NamedTuple):
     residual: torch.Tensor | None = None
 
 
+class Departure(NamedTuple):
+    """What a batch leaves a linear with.
+
+    Attributes:
+        outputs: of the linear without its bias, ``[tokens, rows]`` of any floating dtype.
+        residual: what they are added to, as large.
+    """
+
+    outputs: torch.Tensor
+    residual: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What a linear that adds to the residual stream is to give.
+
+    Attributes:
+        rows: of its weight.
+        residual: how much of what the residual stream has lost before it is to be made up for.
+    """
+
+    rows: int
+    residual: float
+
+
 @dataclass(frozen=True, slots=True)
 class Hessian:
     """``matrix`` is ``XᵀX / tokens``, float32 ``[columns, columns]``, symmetric; ``tokens`` went into it.
 
-    ``cross`` is ``OᵀX / tokens`` with the inputs ``O`` that the original model has at the same tokens. ``drift`` is
-    ``DᵀX / tokens``, ``[width, columns]``: ``D`` is what the linear's output is added to in the original, less what it
-    is added to here. Both only if asked for.
+    Of what the original model has at the same tokens, one of two more: ``cross`` is ``OᵀX / tokens`` with its inputs
+    ``O``. ``aim`` is ``YᵀX / tokens``, ``[rows, columns]``, with what the linear is to give: ``Y = O Wᵀ + λ D``, the
+    original's outputs and a part of what these are added to there, less what they are added to here.
     """
 
     matrix: torch.Tensor
     tokens: int
     cross: torch.Tensor | None = None
-    drift: torch.Tensor | None = None
+    aim: torch.Tensor | None = None
 
 
 class HessianSum:
@@ -65,7 +90,8 @@ class HessianSum:
         columns: width of the inputs.
         device: where the inputs are.
         original: whether the original model's inputs come too, for :attr:`Hessian.cross`.
-        drift: width of the differences that come too, for :attr:`Hessian.drift`.
+        aim: for :attr:`Hessian.aim` instead, the outputs and residuals of the original. Linears that add to the
+            residual stream mostly have fewer rows than columns, so it takes fewer products.
         ranks: the processes that each add a part of the batches; all get the Hessian of all of them.
     """
 
@@ -76,17 +102,18 @@ class HessianSum:
         device: torch.device,
         *,
         original: bool = False,
-        drift: int = 0,
+        aim: Aim | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self._name, self._columns, self._ranks = name, columns, ranks
         self._total = torch.zeros((columns, columns), dtype=torch.float32, device=device)
-        self._cross = torch.zeros_like(self._total) if original else None
-        self._drift = torch.zeros((drift, columns), dtype=torch.float32, device=device) if drift else None
-        self._width = columns * (2 if original else 1) + drift
+        self._cross = torch.zeros_like(self._total) if original and aim is None else None
+        rows, self._residual = (0, 0.0) if aim is None else (aim.rows, aim.residual)
+        self._aim = torch.zeros((rows, columns), dtype=torch.float32, device=device) if rows else None
+        self._width = columns + (rows or (columns if original else 0))
         self._buffer = torch.empty(0, device=device)
         self._packed = torch.empty(0, dtype=torch.int32)
-        self._pairs = device.type == "cpu" and _paired(columns, drift)
+        self._pairs = device.type == "cpu" and _paired(columns, rows)
         self._keeps_halves = self._pairs or device.type == "cuda"
         self._count = self._tokens = self._batches = 0
         #: Whether all are bfloat16 values on a CPU.
@@ -97,15 +124,20 @@ class HessianSum:
         """How many have been added."""
         return self._tokens + self._count
 
-    def add(self, batch: Arrival, original: Arrival | None = None) -> None:
+    def add(self, batch: Arrival, original: Arrival | Departure | None = None) -> None:
         """Add a batch, with what the original model has at the same tokens if that was announced.
+
+        For an aim that is a departure, and both have residuals.
 
         Raises:
             CalibrationError: a value is not finite.
         """
-        there = [original.inputs] if original is not None else []
-        residuals = [part.residual for part in (original, batch) if part is not None and part.residual is not None]
-        parts = [batch.inputs, *there, *residuals]
+        parts = [batch.inputs]
+        if self._aim is not None:
+            assert isinstance(original, Departure) and batch.residual is not None
+            parts += [original.outputs, original.residual, batch.residual]
+        elif isinstance(original, Arrival):
+            parts.append(original.inputs)
         for part in parts:
             if not all_finite(part):
                 raise CalibrationError(
@@ -120,12 +152,12 @@ class HessianSum:
             rows = len(pieces[0])
             if self._count + rows > _CHUNK_TOKENS:
                 self._flush()
-            inputs, originals, differences = self._parts(self._count, self._count + rows)
+            inputs, others = self._parts(self._count, self._count + rows)
             inputs.copy_(pieces[0])
-            if self._cross is not None:
-                originals.copy_(pieces[1])
-            if self._drift is not None:
-                differences.copy_(pieces[2]).sub_(pieces[3])
+            if self._aim is not None:
+                others.copy_(pieces[2]).sub_(pieces[3]).mul_(self._residual).add_(pieces[1])
+            elif self._cross is not None:
+                others.copy_(pieces[1])
             self._count += rows
 
     def hessian(self) -> Hessian:
@@ -155,8 +187,8 @@ class HessianSum:
             tile += tile.triu(1).T
             upper[stop:, start:stop] = upper[start:stop, stop:].T
         cross = None if self._cross is None else self._cross.div_(self._tokens)
-        drift = None if self._drift is None else self._drift.div_(self._tokens)
-        return Hessian(upper.div_(self._tokens), self._tokens, cross, drift)
+        aim = None if self._aim is None else self._aim.div_(self._tokens)
+        return Hessian(upper.div_(self._tokens), self._tokens, cross, aim)
 
     def _join(self) -> None:
         """Add what other processes have."""
@@ -166,14 +198,13 @@ class HessianSum:
         for start in range(0, self._columns, _TILE):  # what lies on and above the diagonal
             rows = self._total[start : start + _TILE, start:]
             rows.copy_(self._ranks.sum_(rows.contiguous()))
-        for more in (self._cross, self._drift):
+        for more in (self._cross, self._aim):
             if more is not None:
                 self._ranks.sum_(more)
 
     def _parts(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
-        """Rows of the buffer: this model's inputs, the original's, differences; without these, of no width."""
-        originals = self._columns * (1 if self._cross is None else 2)
-        return self._buffer[start:stop].tensor_split((self._columns, originals), dim=1)
+        """Rows of the buffer: this model's inputs, and the original's or what is aimed at, if that is asked for."""
+        return self._buffer[start:stop].tensor_split((self._columns,), dim=1)
 
     def _make_room(self, dtype: torch.dtype) -> None:
         """A buffer of this dtype; what is in one of another is multiplied first."""
@@ -187,7 +218,7 @@ class HessianSum:
     def _flush(self) -> None:
         if self._count == 0:
             return
-        # Differences are rounded where bfloat16 is what products take; they are small, and no more exact than that.
+        # What is aimed at is rounded where bfloat16 is what products take, as the original's outputs were before.
         if self._pairs and self._buffer.dtype == torch.bfloat16:
             self._add_pairs()
         else:
@@ -197,14 +228,14 @@ class HessianSum:
         self._count = 0
 
     def _add_rows(self) -> None:
-        rows, originals, differences = self._parts(0, self._count)
+        rows, others = self._parts(0, self._count)
         for start in range(0, self._columns, _TILE):  # the upper triangle, in whole tiles
             left = rows[:, start : start + _TILE]
             _add_product(self._total[start : start + _TILE, start:], left, rows[:, start:])
         if self._cross is not None:
-            _add_product(self._cross, originals, rows)
-        if self._drift is not None:
-            _add_product(self._drift, differences, rows)
+            _add_product(self._cross, others, rows)
+        if self._aim is not None:
+            _add_product(self._aim, others, rows)
 
     def _add_pairs(self) -> None:
         end = self._count + self._count % 2
@@ -212,12 +243,12 @@ class HessianSum:
         parts = self._parts(0, end)
         lengths = [part.numel() // 2 for part in parts]
         places = self._packed[: sum(lengths)].split(lengths)
-        rows, originals, differences = map(pack_pairs, parts, places)
+        rows, others = map(pack_pairs, parts, places)
         add_products(self._total, rows, rows, upper=True)
         if self._cross is not None:
-            add_products(self._cross, originals, rows)
-        if self._drift is not None:
-            add_products(self._drift, differences, rows)
+            add_products(self._cross, others, rows)
+        if self._aim is not None:
+            add_products(self._aim, others, rows)
 
 
 def accumulate_hessian(
@@ -252,13 +283,13 @@ def accumulate_hessian(
     return total.hessian()
 
 
-def hessian_nbytes(columns: int, dtype: torch.dtype, *, original: bool = False, drift: int = 0) -> int:
+def hessian_nbytes(columns: int, dtype: torch.dtype, *, original: bool = False, aimed: int = 0) -> int:
     """Peak bytes of a :class:`HessianSum`: the matrix; a chunk of tokens in float32, and as it is multiplied.
 
-    With the inputs of the ``original`` model, all of that twice; and as much for differences of width ``drift``. Chunks
-    kept in bfloat16 take less.
+    With the inputs of the ``original`` model, all of that twice; or, with an aim of ``aimed`` rows, as much as this is
+    wide. Chunks kept in bfloat16 take less.
     """
-    width = columns * (2 if original else 1) + drift
+    width = columns + (aimed or (columns if original else 0))
     return width * (4 * columns + _CHUNK_TOKENS * (dtype.itemsize + 4))
 
 

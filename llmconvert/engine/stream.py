@@ -21,17 +21,14 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from llmconvert.compute.precision import all_finite
-from llmconvert.engine.coroutine import Carried, Pass, check_start, gate, keep_input, remove_hooks, stand_at_linear
+from llmconvert.engine.coroutine import Carried, Pass, check_start, gate, hook_block, remove_hooks, require_finite
 from llmconvert.engine.discovery import BlockPlan, Stop
 from llmconvert.engine.experts import ExpertsRun, ExpertsSlot
 from llmconvert.engine.sites import Site
 from llmconvert.engine.skeleton import BlockCall, Skeleton
 from llmconvert.engine.states import States, passing_states
-from llmconvert.engine.statistics import Arrival
-from llmconvert.errors import CalibrationError
+from llmconvert.engine.statistics import Arrival, Departure
 from llmconvert.memory import release_freed_memory
 from llmconvert.phases import Phases
 
@@ -96,6 +93,14 @@ class BlockRun:
         for coroutine, value in self._arrivals(stop.linears[0]):
             yield Arrival(value, None if source is None else coroutine.take_kept(source).flatten(0, -2))
 
+    def outputs(self, stop: Stop) -> Iterator[Departure]:
+        """What the linear of such a stop gives; batches go on to the next, and wait there with what is known of it."""
+        assert stop.residual is not None
+        source = self._stream.skeleton.submodule(self.plan.index, stop.residual)
+        bias = getattr(self.module(stop.linears[0]), "bias", None)
+        for coroutine, value in self._arrivals(stop.linears[0], behind=stop):
+            yield Departure(value if bias is None else value - bias, coroutine.take_kept(source).flatten(0, -2))
+
     def experts(self, name: str) -> ExpertsRun:
         """All batches at the experts that one of this block's sites belongs to."""
         slot = self._slot(name)
@@ -128,14 +133,18 @@ class BlockRun:
             if slot is not None and slot is not own:
                 self._stream.experts(self.plan.index, slot).finish()
 
-    def _arrivals(self, linear: str) -> Iterator[tuple[Pass, torch.Tensor]]:
+    def _arrivals(self, linear: str, behind: Stop | None = None) -> Iterator[tuple[Pass, torch.Tensor]]:
+        """Inputs of a linear; or its outputs, if batches go on behind its stop."""
         self._pass_experts(linear)
         module = self.module(linear)
         for batch in range(len(self._stream.windows)):
             coroutine = self._stream.enter(self.plan.index, batch)
-            value = coroutine.run_to_linear(self.plan.index, module)
+            value = coroutine.run_to_linear(self.plan.index, module, behind=behind is not None)
             if value is not None:
                 yield coroutine, value.flatten(0, -2)
+            del value
+            if behind is not None:
+                self._stream.go_on(coroutine, self.plan, batch, behind)
             self._stream.leave(coroutine)
 
     def joint_inputs(self, linears: Sequence[str]) -> Iterator[list[torch.Tensor | None]]:
@@ -187,7 +196,6 @@ class Stream:
         residuals: whether :meth:`BlockRun.arrivals` will be asked for.
         answers: whether experts are gone through once for all batches, or for each batch on the spot.
         phases: where the time spent reading weights is counted.
-        kept: bytes of the process up to which freed memory is kept.
     """
 
     def __init__(
@@ -203,11 +211,10 @@ class Stream:
         residuals: bool = False,
         answers: bool = True,
         phases: Phases | None = None,
-        kept: int = 0,
     ) -> None:
         self.skeleton = skeleton
         self.windows, self.plans = tuple(windows), tuple(plans)
-        self._mode, self._phases, self._kept = mode, phases or Phases(), kept
+        self._mode, self._phases = mode, phases or Phases()
         self._own_states = None
         if states is None and mode == "replay":
             lengths = [window.shape[1] for window in windows]
@@ -240,14 +247,14 @@ class Stream:
             with self._phases.measure("reading"):
                 self.skeleton.load_block(index)
                 self.skeleton.prefetch_block(index + 1)
-            hooks = self._hook(index)
+            hooks = hook_block(self.skeleton, self.plans[index], residuals=self._keeps_residuals)
             yield BlockRun(self, self.plans[index])
             remove_hooks(hooks)
             if index + 1 < self.skeleton.block_count:
                 self.cross(index)
                 self._experts.clear()
                 self.skeleton.drop_block(index)
-                release_freed_memory(self._kept)
+                release_freed_memory()
 
     def logits(self) -> Iterator[torch.Tensor]:
         """After the last block of :meth:`blocks`: logits of each batch, ``[1, length, vocabulary]``, all finite."""
@@ -258,7 +265,7 @@ class Stream:
     def _end(self, coroutine: Pass, last: int, batch: int) -> torch.Tensor:
         logits = coroutine.run_to_end()
         coroutine.kill()
-        self._check_finite(logits, last, batch)
+        require_finite(logits, self.skeleton, last, batch)
         return logits
 
     def departures(self, start: int) -> Iterator[Pass]:
@@ -301,7 +308,7 @@ class Stream:
         coroutine = self._pass(batch, index, hidden, answers=False)
         left = coroutine.run_to_next_block(index)
         coroutine.kill()
-        self._check_finite(left, index, batch)
+        require_finite(left, self.skeleton, index, batch)
         return left
 
     def pass_on(self, coroutine: Pass, index: int, batch: int) -> None:
@@ -310,13 +317,23 @@ class Stream:
             self._leave_block(coroutine, index, batch)
             self._ahead.add(batch)
 
+    def go_on(self, coroutine: Pass, plan: BlockPlan, batch: int, stop: Stop) -> None:
+        """Let ``batch`` come to the next stop, or leave the block; not where it is dropped, or waits for experts."""
+        later = plan.stops[plan.stops.index(stop) + 1 :]
+        if self._mode == "replay" or self.skeleton.experts[plan.index]:
+            return
+        if later:
+            coroutine.run_to_linear(plan.index, self.skeleton.holder(self.skeleton.sites[later[0].linears[0]]))
+        else:
+            self.pass_on(coroutine, plan.index, batch)
+
     def leave(self, coroutine: Pass) -> None:
         """Done with a coroutine from :meth:`enter` for now."""
         if self._mode == "replay":
             coroutine.kill()
         self._moved += coroutine.tokens * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         if self._moved >= _RELEASE_NBYTES:
-            release_freed_memory(self._kept)
+            release_freed_memory()
             self._moved = 0
 
     def experts(self, index: int, slot: ExpertsSlot) -> ExpertsRun:
@@ -339,14 +356,6 @@ class Stream:
     def _pass(self, batch: int, start: int, hidden: torch.Tensor | None, *, answers: bool) -> Pass:
         window, number = self.windows[batch].to(self.skeleton.device), batch if answers else None
         return Pass(self.skeleton, self.plans, window, start, hidden, number, self._carried.get(batch, {}))
-
-    def _hook(self, index: int) -> list[RemovableHandle]:
-        """Make batches stand at the linears of a block, and keep what their outputs are added to."""
-        found = (stop.residual for stop in self.plans[index].stops if self._keeps_residuals)
-        names = dict.fromkeys(name for name in found if name is not None)
-        hooks = [self.skeleton.submodule(index, name).register_forward_pre_hook(keep_input) for name in names]
-        linears = self.skeleton.linears[index].values()
-        return hooks + [linear.register_forward_pre_hook(stand_at_linear) for linear in linears]
 
     def _depart(self) -> None:
         """Bring every batch to the entry of the first block."""
@@ -383,17 +392,8 @@ class Stream:
 
     def _leave_block(self, coroutine: Pass, index: int, batch: int) -> None:
         hidden = coroutine.run_to_next_block(index)
-        self._check_finite(hidden, index, batch)
+        require_finite(hidden, self.skeleton, index, batch)
         if self._states is not None:
             self._states.put(index + 1, batch, hidden)
         if self.skeleton.architecture.hands_over and index + 1 < self.skeleton.block_count:
             self._carried[batch] = coroutine.carried
-
-    def _check_finite(self, value: torch.Tensor, index: int, batch: int) -> None:
-        """Refuse what ``batch`` brings from block ``index`` if it is not finite."""
-        if all_finite(value):
-            return
-        raise CalibrationError(
-            f"block {index} ({self.skeleton.prefix(index).rstrip('.')}): batch {batch} leaves it with values "
-            "that are not finite; the weights may be damaged, or need a wider dtype (bfloat16 or float32)"
-        )

@@ -19,6 +19,7 @@ from llmconvert.quantize.scheme import Scheme
 from llmconvert.quantize.tensor import QuantizedTensor
 
 __all__ = [
+    "AimingQuantizer",
     "BlockData",
     "BlockQuantizer",
     "Calibration",
@@ -168,6 +169,15 @@ class Quantizer(Method, Protocol):
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Peak bytes of :meth:`quantize` beside the weights and the Hessian, for ``rows`` in all."""
+
+
+@runtime_checkable
+class AimingQuantizer(Quantizer, Protocol):
+    """A method that aims at the original's outputs; its ``calibration`` is ``inputs``, ``original`` is set."""
+
+    @property
+    def residual(self) -> float:
+        """How much of what the residual stream has lost before a linear that adds to it this is to make up for."""
 
 
 @runtime_checkable

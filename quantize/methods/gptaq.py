@@ -7,7 +7,8 @@ to ``W*`` first, and GPTQ rounds that. The paper corrects column by column while
 
 We go one step further. The outputs of attention and MLP are added to the residual stream ``R``, and what ``R`` lost in
 the blocks before stays lost, however well each linear does. Linears that add to it aim at ``W O + λ (R_o − R)``
-instead, with the original's ``R_o``: they make up for what of the loss can be told from their inputs.
+instead, with the original's ``R_o``: they make up for what of the loss can be told from their inputs. ``W O`` is
+what the original gives as it runs, and ``O Xᵀ`` is not summed (:attr:`~llmconvert.engine.statistics.Hessian.aim`).
 """
 
 from __future__ import annotations
@@ -56,31 +57,36 @@ class Gptaq:
     def quantize(
         self, targets: Sequence[Target], hessian: Hessian | None, scale_dtype: torch.dtype
     ) -> dict[str, Solution]:
-        assert hessian is not None and hessian.cross is not None
+        assert hessian is not None
         weight = torch.cat([target.weight for target in targets]).float()
         weight += self.strength * self.shift(targets[0].name, weight, hessian)
         moved = [
             replace(target, weight=part)
             for target, part in zip(targets, weight.split([len(target.weight) for target in targets]), strict=True)
         ]
-        return self._gptq.quantize(moved, replace(hessian, cross=None, drift=None), scale_dtype)
+        return self._gptq.quantize(moved, replace(hessian, cross=None, aim=None), scale_dtype)
 
     def nbytes(self, rows: int, columns: int) -> int:
         """The weights in float32, what they move by, and a factor of the Hessian; then what GPTQ takes."""
         return rows * columns * 4 + max(rows * columns * 8 + columns * columns * 8, self._gptq.nbytes(rows, columns))
 
     def shift(self, name: str, weight: torch.Tensor, hessian: Hessian) -> torch.Tensor:
-        """``W* − W`` for ``weight`` ``[rows, columns]``; ``hessian.cross`` is overwritten.
-
-        ``hessian.drift`` is taken in, if the output of the linear adds to the residual stream.
+        """``W* − W`` of a weight ``[rows, columns]``, by ``hessian.aim`` or ``hessian.cross``, which is overwritten.
 
         Raises:
             CalibrationError: no damping up to the mean diagonal itself makes ``X Xᵀ`` invertible.
         """
-        assert hessian.cross is not None
-        moved = weight @ hessian.cross.sub_(hessian.matrix)
-        if hessian.drift is not None:
-            moved.add_(hessian.drift, alpha=self.residual)
+        # What the weight is still to be multiplied with, where it has the more rows.
+        left: torch.Tensor | None = None
+        if hessian.aim is not None:
+            missing = hessian.aim.addmm_(weight, hessian.matrix, alpha=-1)
+        else:
+            assert hessian.cross is not None
+            missing = hessian.cross.sub_(hessian.matrix)
+            if len(weight) > len(missing):
+                left = weight
+            else:
+                missing = weight @ missing
         diagonal = hessian.matrix.diagonal()
         ridge = own_ridge(hessian, self.shrinkage)
 
@@ -88,9 +94,10 @@ class Gptaq:
             damped = hessian.matrix.clone()
             damped.diagonal().add_(ridge * diagonal + damping * (1 + ridge) * diagonal.mean() + (diagonal == 0))
             factor, info = torch.linalg.cholesky_ex(damped)
-            return torch.cholesky_solve(moved.T, factor).T if int(info) == 0 else None
+            return torch.cholesky_solve(missing.T, factor).T if int(info) == 0 else None
 
-        return with_damping(name, hessian, self.shift_damping, solve)
+        shift = with_damping(name, hessian, self.shift_damping, solve)
+        return shift if left is None else left @ shift
 
     @property
     def _gptq(self) -> Gptq:

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch.nn import functional
 
 from llmconvert.compute.scale_numbers import E8M0
 from llmconvert.engine.coroutine import record_inputs
 from llmconvert.engine.skeleton import BlockCall
-from llmconvert.engine.statistics import Arrival, Hessian, HessianSum
+from llmconvert.engine.statistics import Aim, Arrival, Departure, Hessian, HessianSum
 from llmconvert.memory import row_slices
 from llmconvert.quantize.methods.base import BlockData, Calibration, Numbers, Solution, Target
 from llmconvert.quantize.methods.gptaq import Gptaq
@@ -113,7 +114,8 @@ class SignRound:
         """Solve linear after linear, each on what those before it give once they are quantized."""
         if self.start == "rtn":
             return self.quantize(targets, None, scale_dtype)
-        aims = _STARTS[self.start].original
+        start = _STARTS[self.start]
+        aims = start.original
         every = range(len(data.tokens))
         solutions: dict[str, Solution] = {}
         weights: dict[str, torch.Tensor] = {}
@@ -122,13 +124,17 @@ class SignRound:
             group = [by_name[name] for name in stop.linears]
             name, weight = group[0].name, group[0].weight
             watched = [name.removeprefix(data.prefix)]
-            if aims and stop.residual is not None:
+            aim = None
+            if isinstance(start, Gptaq) and stop.residual is not None:
                 watched.append(stop.residual.removeprefix(data.prefix))
-            drift = len(weight) if len(watched) > 1 else 0
-            total = HessianSum(name, stop.columns, weight.device, original=aims, drift=drift)
+                aim = Aim(len(weight), start.residual)
+            total = HessianSum(name, stop.columns, weight.device, original=aims, aim=aim)
             there = _arrivals(watched, data.originals(every), {}) if aims else itertools.repeat(None, len(every))
             for here, original in zip(_arrivals(watched, data.entries(every), weights), there, strict=True):
-                total.add(here, original)
+                if aim is not None and original is not None and original.residual is not None:
+                    total.add(here, Departure(functional.linear(original.inputs, weight), original.residual))
+                else:
+                    total.add(here, original)
             solved = self.quantize(group, total.hessian(), scale_dtype)
             for target in group:
                 values = solved[target.name].tensor.dequantize(weight.dtype)

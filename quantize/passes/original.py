@@ -139,7 +139,6 @@ class OriginalSteps:
                 states=states,
                 start=done,
                 phases=self.phases,
-                kept=self.memory.kept,
             )
             with closing(stream):
                 for run in self.phases.pull("forward", stream.blocks()):
@@ -181,7 +180,7 @@ class OriginalSteps:
             seen = LargestInput(scheme for schemes in wanted.values() for scheme in schemes)
             hessian = self._hessian(run, stop, experts, seen)
             with self.phases.measure("releasing"):
-                release_freed_memory(self.memory.kept)
+                release_freed_memory()
             for number, (way, schemes) in enumerate(wanted.items()):
                 # Solvers overwrite what they are given; the last one may have the sum itself.
                 own = hessian if number == len(wanted) - 1 else Hessian(hessian.matrix.clone(), hessian.tokens)

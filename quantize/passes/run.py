@@ -19,6 +19,7 @@ from llmconvert.engine.edges import Edge, MixtureEdge, find_edges, find_mixture_
 from llmconvert.engine.memory import MemoryEstimate, choose_mode
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CapacityError, UsageError
+from llmconvert.memory import keeping_freed_memory
 from llmconvert.needs import Needs
 from llmconvert.phases import Phases
 from llmconvert.quantize.execute import quantize_blocks, resumed_blocks
@@ -198,7 +199,8 @@ def _attempt(plans: Sequence[QuantizePlan], phases: Phases) -> list[QuantizeResu
     context = plans[0].inputs.context
     memory = _joint_memory(plans) if plans[0].request.statistics == "original" else plans[0].memory
     try:
-        return _pass(plans, memory, phases)
+        with keeping_freed_memory(memory.kept):
+            return _pass(plans, memory, phases)
     except torch.OutOfMemoryError as error:
         told = f"{context.device} ran out of memory ({str(error).partition('. ')[0]}), {memory} was expected"
         if memory.mode == "lockstep" and context.ranks.alone:
@@ -218,8 +220,7 @@ def _pass(plans: Sequence[QuantizePlan], memory: MemoryEstimate, phases: Phases)
         progress.log(f"note: {note}")
     least = max(plan.request.min_tokens_per_expert for plan in plans)
     if least:
-        inputs = first.inputs
-        every = first.request.experts == "all"
+        inputs, every = first.inputs, first.request.experts == "all"
         windows = [inputs.windows[number] for number in ranks.share(len(inputs.windows))]
         require_tokens(skeleton, inputs.blocks, windows, memory.mode, least, every=every, phases=phases, ranks=ranks)
     if first.request.statistics == "original":

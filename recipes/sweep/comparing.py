@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmconvert.engine.memory import kept_of
 from llmconvert.errors import LlmconvertError, RunInterruptedError
 from llmconvert.gguf.checkpoint import open_artifact
-from llmconvert.memory import PeakMemory, available_nbytes, release_freed_memory
+from llmconvert.memory import PeakMemory, available_nbytes, keeping_freed_memory, release_freed_memory
 from llmconvert.progress import Progress
 from llmconvert.quantize.formats.dense_view import open_dense, served_by
 from llmconvert.recipes.runner import Running
@@ -76,8 +77,9 @@ def compare_variants(running: Mapping[str, Running], progress: Progress) -> None
         if len(variants) > 1:
             with ExitStack() as stack:
                 waiting = _begin(variants, stack)
-                for names in _portions(waiting, variants):
-                    _in_one_pass({name: variants[name] for name in names}, waiting, progress)
+                for names, kept in _portions(waiting, variants):
+                    with keeping_freed_memory(kept):
+                        _in_one_pass({name: variants[name] for name in names}, waiting, progress)
 
 
 def _begin(variants: Mapping[str, _Variant], stack: ExitStack) -> dict[str, Path]:
@@ -101,8 +103,11 @@ def _begin(variants: Mapping[str, _Variant], stack: ExitStack) -> dict[str, Path
     return {name: found[name] for name in variants if name in found}
 
 
-def _portions(waiting: Mapping[str, Path], variants: Mapping[str, _Variant]) -> Iterator[Sequence[str]]:
-    """Names of as many variants as the memory takes beside each other, and two at least, in turn."""
+def _portions(waiting: Mapping[str, Path], variants: Mapping[str, _Variant]) -> Iterator[tuple[Sequence[str], int]]:
+    """Names of as many variants as the memory takes beside each other, and two at least, in turn.
+
+    With each the bytes of the process up to which it keeps what it frees meanwhile.
+    """
     names = list(waiting)
     if len(names) < 2:
         return
@@ -121,7 +126,7 @@ def _portions(waiting: Mapping[str, Path], variants: Mapping[str, _Variant]) -> 
     for number in range(portions):
         portion = names[len(names) * number // portions : len(names) * (number + 1) // portions]
         if len(portion) > 1:
-            yield portion
+            yield portion, kept_of(needs.memory, context.device)
 
 
 def _in_one_pass(variants: Mapping[str, _Variant], directories: Mapping[str, Path], progress: Progress) -> None:

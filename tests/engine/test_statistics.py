@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmconvert.engine.statistics import Arrival, HessianSum, accumulate_hessian, hessian_nbytes
+from llmconvert.engine.statistics import Aim, Arrival, Departure, HessianSum, accumulate_hessian, hessian_nbytes
 from llmconvert.errors import CalibrationError
 
 CPU = torch.device("cpu")
@@ -53,17 +53,31 @@ def test_original_inputs_are_multiplied_with_these() -> None:
     torch.testing.assert_close(found.matrix.double(), x.T @ x / 2400, rtol=1e-4, atol=1e-4)
 
 
-def test_what_outputs_are_added_to_is_compared_and_multiplied_with_the_inputs() -> None:
-    """Differences of bfloat16 values: taken in float32, or little would be left of them."""
-    inputs, here = batches([700, 5000, 800], 96, torch.bfloat16), batches([700, 5000, 800], 40, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_aimed_at_is_multiplied_with_the_inputs(dtype: torch.dtype) -> None:
+    """Differences of values that are near to each other: taken in their dtype, or little would be left of them."""
+    lengths = [700, 5000, 800]
+    inputs, outputs = batches(lengths, 96, dtype), batches(lengths, 40, dtype, seed=1)
+    here = batches(lengths, 40, dtype, seed=2)
     there = [value * 1.03125 for value in here]
-    total = HessianSum("layer", 96, CPU, original=True, drift=40)
-    for x, mine, theirs in zip(inputs, here, there, strict=True):
-        total.add(Arrival(x, mine), Arrival(x, theirs))
+    total = HessianSum("layer", 96, CPU, original=True, aim=Aim(40, 0.75))
+    for x, mine, y, theirs in zip(inputs, here, outputs, there, strict=True):
+        total.add(Arrival(x, mine), Departure(y, theirs))
     found = total.hessian()
-    x, difference = torch.cat(inputs).double(), torch.cat(there).double() - torch.cat(here).double()
-    assert found.drift is not None
-    torch.testing.assert_close(found.drift.double(), difference.T @ x / 6500, rtol=1e-2, atol=1e-4)
+    x, mine, y, theirs = (torch.cat(parts).double() for parts in (inputs, here, outputs, there))
+    expected = (y + 0.75 * (theirs - mine)).T @ x / sum(lengths)
+    assert found.cross is None and found.aim is not None
+    # Where products take bfloat16 as it is, the sum is rounded to it.
+    assert (found.aim - expected).norm() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * expected.norm()
+    torch.testing.assert_close(found.matrix.double(), second_moment(inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_stated_covers_an_aim() -> None:
+    """Which takes less than a second matrix as wide as the inputs."""
+    columns, rows = 1536, 576
+    aimed = hessian_nbytes(columns, torch.bfloat16, original=True, aimed=rows)
+    assert aimed < hessian_nbytes(columns, torch.bfloat16, original=True)
+    assert aimed >= 4 * (columns + rows) * (columns + 2048)
 
 
 def test_batches_longer_than_a_chunk_are_split() -> None:

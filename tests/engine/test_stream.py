@@ -116,6 +116,37 @@ def test_what_an_output_is_added_to_comes_with_the_inputs(tiny: Tiny, name: str,
                 torch.testing.assert_close(arrival.residual + run.module(stop.linears[0])(arrival.inputs), expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_outputs_are_what_linears_that_add_to_the_residual_stream_give(tiny: Tiny, name: str, mode: Mode) -> None:
+    """All other stops are asked for their inputs, and batches end where they would have."""
+    directory = tiny(name)
+    model, seen = resident(directory), dict[str, list[torch.Tensor]]()
+    for module_name, module in model.named_modules():
+        bias = getattr(module, "bias", None)
+
+        def note(
+            _: object, __: object, output: torch.Tensor, key: str = module_name, bias: torch.Tensor | None = bias
+        ) -> None:
+            found = output.flatten(0, -2) if bias is None else output.flatten(0, -2) - bias
+            seen.setdefault(key, []).append(found)
+
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            module.register_forward_hook(note)
+    expected = logits_of(model, WINDOWS)
+    with streaming(directory, mode, residuals=True) as stream:
+        for run in stream.blocks():
+            for stop in run.plan.stops:
+                if stop.residual is None:
+                    assert sum(1 for _ in run.arrivals(stop)) == len(WINDOWS)
+                    continue
+                for departure, output in zip(run.outputs(stop), seen[stop.linears[0]], strict=True):
+                    assert torch.equal(departure.outputs, output)
+                    assert departure.residual.shape == output.shape
+        for ours, theirs in zip(stream.logits(), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def perturbed(weight: torch.Tensor) -> torch.Tensor:
     """Another weight, far enough from the first to be seen in the logits."""
     return weight * 0.75 + 0.01

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.tiny_architectures import ids
 from transformers import AutoModelForCausalLM
 
-from llmconvert.engine.statistics import Arrival, HessianSum
+from llmconvert.engine.statistics import Aim, Arrival, Departure, HessianSum
 from llmconvert.quantize import requantize
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
@@ -98,9 +98,10 @@ def test_a_second_stream_runs_the_original_and_not_the_mixture(tiny: Tiny, tmp_p
     weight = original.get_parameter(f"{CHANGED}.weight").detach()
 
     def solved(other: torch.nn.Module) -> torch.Tensor:
-        total = HessianSum(CHANGED, weight.shape[1], CPU, original=True, drift=len(weight))
+        total = HessianSum(CHANGED, weight.shape[1], CPU, original=True, aim=Aim(len(weight), Gptaq().residual))
         for here, there in zip(arrivals(mixed), arrivals(other), strict=True):
-            total.add(here, there)
+            assert there.residual is not None
+            total.add(here, Departure(there.inputs @ weight.T, there.residual))
         solution = Gptaq().quantize([Target(CHANGED, weight.clone(), W4)], total.hessian(), torch.float32)
         return solution[CHANGED].tensor.dequantize(torch.float32)
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import llmconvert
 from llmconvert.compute.ranks.group import Ranks
-from llmconvert.engine.statistics import Arrival, Hessian, HessianSum
+from llmconvert.engine.statistics import Aim, Arrival, Departure, Hessian, HessianSum
 from llmconvert.errors import CalibrationError, UnsupportedError
 from llmconvert.progress import Task
 from llmconvert.recipes.loading import load_recipe
@@ -37,26 +37,28 @@ __all__ = [
 ]
 
 CPU = torch.device("cpu")
-SHAPES = ((96, 0), (600, 40))  # columns; width of the differences, if original inputs come too
+SHAPES = ((96, 0), (600, 40))  # columns; rows of the weight, if what the original gives comes too
 BATCHES = (64, 1, 300, 2500, 7)  # tokens
 
 
-def arrivals(seed: int, columns: int, drift: int, dtype: torch.dtype) -> list[tuple[Arrival, Arrival | None]]:
+def arrivals(seed: int, columns: int, rows: int, dtype: torch.dtype) -> list[tuple[Arrival, Departure | None]]:
     """Batches whose columns are of very different sizes, as those of models are."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.logspace(-2, 2, columns)
 
-    def one(tokens: int) -> Arrival:
+    def one(tokens: int) -> tuple[Arrival, Departure | None]:
         inputs = (torch.randn(tokens, columns, generator=generator) * sizes).to(dtype)
-        return Arrival(inputs, torch.randn(tokens, drift, generator=generator).to(dtype) if drift else None)
+        here, outputs, there = (torch.randn(tokens, rows, generator=generator).to(dtype) for _ in range(3))
+        return (Arrival(inputs, here), Departure(outputs, there)) if rows else (Arrival(inputs), None)
 
-    return [(one(tokens), one(tokens) if drift else None) for tokens in BATCHES]
+    return [one(tokens) for tokens in BATCHES]
 
 
-def summed(ranks: Ranks, seed: int, columns: int, drift: int, dtype: torch.dtype) -> Hessian:
+def summed(ranks: Ranks, seed: int, columns: int, rows: int, dtype: torch.dtype) -> Hessian:
     """The Hessian of all batches, of which this process adds its share."""
-    total = HessianSum("layer", columns, CPU, original=bool(drift), drift=drift, ranks=ranks)
-    batches = arrivals(seed, columns, drift, dtype)
+    aim = Aim(rows, 0.5) if rows else None
+    total = HessianSum("layer", columns, CPU, original=bool(rows), aim=aim, ranks=ranks)
+    batches = arrivals(seed, columns, rows, dtype)
     for number in ranks.share(len(batches)):
         total.add(*batches[number])
     return total.hessian()
@@ -64,13 +66,13 @@ def summed(ranks: Ranks, seed: int, columns: int, drift: int, dtype: torch.dtype
 
 def exercise(directory: Path, ranks: Ranks) -> None:
     found: dict[str, torch.Tensor] = {}
-    for seed, (columns, drift) in enumerate(SHAPES):
+    for seed, (columns, rows) in enumerate(SHAPES):
         for dtype in (torch.float32, torch.bfloat16):
-            hessian = summed(ranks, seed, columns, drift, dtype)
+            hessian = summed(ranks, seed, columns, rows, dtype)
             name = f"{seed} {str(dtype)[6:]}"
             found |= {f"{name} matrix": hessian.matrix, f"{name} tokens": torch.tensor(hessian.tokens)}
-            if hessian.cross is not None and hessian.drift is not None:
-                found |= {f"{name} cross": hessian.cross, f"{name} drift": hessian.drift}
+            if hessian.aim is not None:
+                found[f"{name} aim"] = hessian.aim
     generator = torch.Generator().manual_seed(ranks.rank)
     own = [torch.randn(3, ranks.rank + 2, generator=generator), torch.tensor(ranks.rank, dtype=torch.int16)]
     own.append(torch.zeros(2, 0, dtype=torch.float8_e4m3fn))

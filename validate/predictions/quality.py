@@ -21,6 +21,7 @@ from llmconvert.engine.divergence import BlockDivergence, blame_artifact
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import GateError
+from llmconvert.memory import keeping_freed_memory
 from llmconvert.quantize.formats.dense_view import served_by
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
@@ -80,9 +81,10 @@ class QualityCheck(Measurement):
             about["activations"] = self.activations
             subject = replace(subject, dense=served_by(subject.dense, self.activations))
         try:
-            if subject.original is None:
-                return self._alone(subject, text, about)
-            return self._compared(subject, subject.original, text, about)
+            with keeping_freed_memory(subject.kept):
+                if subject.original is None:
+                    return self._alone(subject, text, about)
+                return self._compared(subject, subject.original, text, about)
         except GateError as error:
             return [Check(name="perplexity", ok=False, detail={**about, "text": str(error)})]
 

@@ -52,8 +52,8 @@ def solve_together(
     own = shared_out(targets, ranks)[ranks.rank]
     # Each linear has at most one piece here, so names still tell them apart.
     parts = [replace(targets[one.target], weight=_rows(targets[one.target].weight, one.rows)) for one in own]
-    if hessian is not None and hessian.drift is not None:
-        hessian = replace(hessian, drift=_drift(hessian.drift, targets, own))
+    if hessian is not None and hessian.aim is not None:
+        hessian = replace(hessian, aim=_aim(hessian.aim, targets, own))
     found = method.quantize(parts, hessian, scale_dtype) if parts else {}
     solved = [(one.target, found[part.name]) for one, part in zip(own, parts, strict=True)]
     solutions = exchange_solutions(solved, [target.scheme for target in targets], targets[0].weight.device, ranks)
@@ -110,10 +110,10 @@ def _rows(weight: torch.Tensor, rows: range) -> torch.Tensor:
     return weight[rows.start : rows.stop]
 
 
-def _drift(drift: torch.Tensor, targets: Sequence[Target], own: Sequence[Piece]) -> torch.Tensor:
+def _aim(aim: torch.Tensor, targets: Sequence[Target], own: Sequence[Piece]) -> torch.Tensor:
     """Of the rows that this process solves."""
-    parts = drift.split([len(target.weight) for target in targets])
-    return torch.cat([_rows(parts[one.target], one.rows) for one in own]) if own else drift[:0]
+    parts = aim.split([len(target.weight) for target in targets])
+    return torch.cat([_rows(parts[one.target], one.rows) for one in own]) if own else aim[:0]
 
 
 def _joined(parts: Sequence[Solution]) -> Solution:

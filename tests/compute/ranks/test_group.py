@@ -33,18 +33,17 @@ def test_hessians_of_several_processes_are_those_of_one(tmp_path: Path, count: i
             assert tensor.dtype == by_rank[0][name].dtype
             assert torch.equal(tensor.reshape(-1).view(torch.uint8), by_rank[0][name].reshape(-1).view(torch.uint8))
     found = by_rank[0]
-    for seed, (columns, drift) in enumerate(SHAPES):
+    for seed, (columns, rows) in enumerate(SHAPES):
         for dtype in (torch.float32, torch.bfloat16):
-            alone, name = summed(ALONE, seed, columns, drift, dtype), f"{seed} {str(dtype)[6:]}"
+            alone, name = summed(ALONE, seed, columns, rows, dtype), f"{seed} {str(dtype)[6:]}"
             assert int(found[f"{name} tokens"]) == alone.tokens == sum(BATCHES)
-            batches = [one for one, _ in arrivals(seed, columns, drift, dtype)]
+            batches = [one for one, _ in arrivals(seed, columns, rows, dtype)]
             exact = sum((one.inputs.double().T @ one.inputs.double() for one in batches), torch.zeros(()))
             # Products of bfloat16 are summed with more error than that by processors that have them.
             bound = max(1e-6, distance(alone.matrix.double() * alone.tokens, exact) if dtype != torch.float32 else 0.0)
             assert distance(found[f"{name} matrix"], alone.matrix) < bound
-            if alone.cross is not None and alone.drift is not None:
-                assert distance(found[f"{name} cross"], alone.cross) < bound
-                assert distance(found[f"{name} drift"], alone.drift) < bound
+            if alone.aim is not None:
+                assert distance(found[f"{name} aim"], alone.aim) < bound
     for rank in range(count):
         drawn = torch.randn(3, rank + 2, generator=torch.Generator().manual_seed(rank))
         assert torch.equal(found[f"from {rank} 0"], drawn) and int(found[f"from {rank} 1"]) == rank

@@ -43,11 +43,21 @@ def test_weights_move_to_the_least_squares_answer(residual: float, shrinkage: fl
     inputs, original = streams()
     weight = random_weight(24, COLUMNS).double()
     lost = 0.1 * inputs @ random_weight(24, COLUMNS, seed=3).double().T + random_inputs(512, 24, seed=2)
-    moments = replace(statistics(inputs, original), drift=lost.T @ inputs / len(inputs))
     method = Gptaq(shift_damping=1e-12, residual=residual, shrinkage=shrinkage)
+    wanted = original @ weight.T + method.residual * lost
+    moments = replace(statistics(inputs, original), cross=None, aim=wanted.T @ inputs / len(inputs))
     moved = weight + method.shift("layer", weight, moments)
     expected = least_squares(inputs, original @ weight.T + residual * lost, weight, shrinkage)
     torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_an_aim_without_a_residual_is_what_the_inputs_alone_say() -> None:
+    inputs, original = streams()
+    weight = random_weight(24, COLUMNS).double()
+    plain = statistics(inputs, original)
+    aimed = replace(plain, cross=None, aim=weight @ original.T @ inputs / len(inputs))
+    expected = Gptaq().shift("layer", weight, plain)
+    torch.testing.assert_close(Gptaq().shift("layer", weight, aimed), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_nothing_moves_where_both_models_see_the_same() -> None:

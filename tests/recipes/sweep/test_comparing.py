@@ -25,7 +25,7 @@ def test_as_many_are_compared_at_once_as_memory_takes(monkeypatch: pytest.Monkey
 
     def portions(names: str, memory: int) -> list[str]:
         context.memory = memory
-        return ["".join(portion) for portion in comparing._portions(dict.fromkeys(names, Path()), variants)]
+        return ["".join(portion) for portion, _ in comparing._portions(dict.fromkeys(names, Path()), variants)]
 
     assert portions("abcdefg", 10_000) == ["abcdefg"]
     assert portions("abcdefg", 1000) == ["ab", "cd", "efg"], "as alike as they come"
