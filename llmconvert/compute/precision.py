@@ -10,14 +10,36 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["LANES", "Scratch", "WideLinear", "all_finite", "bfloat16_products", "compute_dtype", "cpu_has"]
+__all__ = [
+    "LANES",
+    "Scratch",
+    "WideLinear",
+    "WideProducts",
+    "all_finite",
+    "bfloat16_products",
+    "compute_dtype",
+    "cpu_has",
+]
 
 #: Float32 numbers that a register of AVX-512 holds.
 LANES = 16
 #: Measured on two cores: 2.5 to 2.7 times as fast as :class:`WideLinear` with AVX-512 BF16 alone (EPYC).
 _BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 
+_PRODUCTS = frozenset(
+    {
+        functional.linear,
+        torch.matmul,
+        torch.mm,
+        torch.bmm,
+        torch.Tensor.matmul,
+        torch.Tensor.mm,
+        torch.Tensor.bmm,
+        torch.Tensor.__matmul__,
+    }
+)
 # Elements of the weights, and of the product, that are float32 at a time.
 _OPERAND_NUMEL = 1 << 22
 
@@ -97,6 +119,24 @@ class WideLinear(nn.Linear):
 
     def _widen(self, part: str, values: torch.Tensor) -> torch.Tensor:
         return self.scratch.take(part, values.shape, values.device).copy_(values)
+
+
+class WideProducts(TorchFunctionMode):
+    """Lets a forward multiply in float32 what is stored in 16 bits, each product rounded as :class:`WideLinear` does.
+
+    For modules that multiply by parameters of their own, as those of experts do.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS or args[0].dtype not in (torch.bfloat16, torch.float16):
+            return func(*args, **kwargs)
+        wide = {name: _to_float(value) for name, value in kwargs.items()}
+        return func(*map(_to_float, args), **wide).to(args[0].dtype)
+
+
+def _to_float(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def all_finite(values: torch.Tensor) -> bool:

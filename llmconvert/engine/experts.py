@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -21,6 +23,7 @@ import torch
 from greenlet import getcurrent
 from torch import nn
 
+from llmconvert.compute.precision import WideProducts
 from llmconvert.engine.architecture.expert_forward import Interrupt, Product, Sum, with_own_parameters
 from llmconvert.engine.architecture.experts import ExpertsLayout
 
@@ -89,6 +92,8 @@ class ExpertsSlot(nn.Module):
         self.number: int | None = None
         #: What the input columns of gate and up are multiplied by as they are read: powers of two ``[hidden size]``.
         self.scale: torch.Tensor | None = None
+        #: Whether products of 16 bits are made in float32.
+        self.wide = False
         #: What the layer gives, by batch, as far as that is known.
         self.answers: dict[int, torch.Tensor] = {}
 
@@ -139,6 +144,12 @@ class ExpertsSlot(nn.Module):
 
     def _met(self, index: torch.Tensor) -> list[int]:
         return [number for number in index.unique().tolist() if number < self.ends]
+
+    def product_nbytes(self, tokens: int) -> int:
+        """Bytes of the float32 operands of its largest product, where products are made so, for so many tokens."""
+        layout = self.layout
+        sides = tokens * (layout.hidden_size + 2 * layout.inner_size)
+        return 4 * (max(map(math.prod, layout.parts.values())) + sides) if self.wide else 0
 
     @property
     def ends(self) -> int:
@@ -237,7 +248,7 @@ class ExpertsSlot(nn.Module):
         index = torch.arange(choices, device=rows.device).expand(len(rows), choices)
         routing = () if self.layout.stacked else (index, weights[:, None].expand_as(index))
         try:
-            with end:
+            with WideProducts() if self.wide else nullcontext(), end:
                 result: torch.Tensor = self._forward(self._one[0], rows, *routing)
         except Interrupt as found:
             return found.value.flatten(0, -2)

@@ -259,6 +259,9 @@ class Skeleton:
                     continue
                 linears[name] = WideLinear.like(linear, scratch)
                 self.blocks[index].set_submodule(self.inside(index, name), linears[name])
+        for slots in self.experts:
+            for slot in slots.values():
+                slot.wide = True
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear:
             self.model.set_output_embeddings(WideLinear.like(head, scratch))
@@ -339,13 +342,17 @@ class Skeleton:
         return tokens * (self.hidden_size * self.dtype.itemsize * (2 if held else 1) + (routing if held else 0))
 
     def product_nbytes(self, tokens: int, *, head: bool = False) -> int:
-        """Bytes of the float32 operands that linears multiplied in float32 share, for batches of up to ``tokens``."""
+        """Bytes of float32 operands where products are made in float32, for batches of up to ``tokens``.
+
+        Linears share them; those of an expert come and go.
+        """
         linears = [linear for linears in self.linears for linear in linears.values()]
         if head:
             linears.append(self.model.get_output_embeddings())
         sizes = [linear.operand_sizes(tokens) for linear in linears if isinstance(linear, WideLinear)]
         largest: list[int] = [max(part) for part in zip(*sizes, strict=True)]
-        return 4 * sum(largest)
+        experts = [slot.product_nbytes(tokens) for slots in self.experts for slot in slots.values()]
+        return 4 * sum(largest) + max(experts, default=0)
 
     def _stand_in(self) -> None:
         """Give weights that text never meets a single number's memory: classes ask any of them for the device."""

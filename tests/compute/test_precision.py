@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llmconvert.compute import precision
-from llmconvert.compute.precision import Scratch, WideLinear, all_finite, compute_dtype
+from llmconvert.compute.precision import Scratch, WideLinear, WideProducts, all_finite, compute_dtype
 from llmconvert.engine import skeleton as skeleton_module
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.memory import activation_nbytes
@@ -143,3 +143,41 @@ def test_a_single_value_that_is_not_finite_is_found(dtype: torch.dtype, bad: flo
 def test_a_sum_that_overflows_is_no_proof() -> None:
     assert all_finite(torch.full((1000,), 6e4, dtype=torch.float16))
     assert all_finite(torch.full((1000,), 3e38, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_any_spelling_are_made_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    left, right, bias = torch.randn(6, 48).to(dtype), torch.randn(48, 20).to(dtype), torch.randn(20).to(dtype)
+    exact = (left.float() @ right.float()).to(dtype)
+    spelled: list[Callable[[], torch.Tensor]] = [
+        lambda: left @ right,
+        lambda: torch.matmul(left, right),
+        lambda: left.matmul(right),
+        lambda: torch.mm(left, right),
+        lambda: torch.bmm(left[None], right[None])[0],
+        lambda: nn.functional.linear(left, right.T),
+    ]
+    for product in spelled:
+        with WideProducts():
+            assert torch.equal(product(), exact)
+    with WideProducts():
+        added = nn.functional.linear(left, right.T, bias=bias)
+        whole = left.float() @ right.float()
+    assert torch.equal(added, (left.float() @ right.float() + bias.float()).to(dtype)) and whole.dtype == torch.float32
+
+
+def test_experts_are_widened_with_the_linears(mixture: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a class that multiplies by parameters of its own; how far rounding can be off is that of its products."""
+    found = []
+    for compute in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device, compute=compute: compute)
+        skeleton = Skeleton(SafetensorsCheckpoint(mixture("mixtral")), CPU, torch.bfloat16, wide_products=True)
+        (slot,) = skeleton.experts[0].values()
+        assert slot.wide is (compute == torch.float32)
+        assert (slot.product_nbytes(5) > 0) is slot.wide
+        slot.load(1)
+        rows = torch.randn(5, slot.layout.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+        found.append((slot.inner(rows), slot.output(rows)))
+    for narrow, wide in zip(*found, strict=True):
+        torch.testing.assert_close(wide, narrow, rtol=0.02, atol=0.02 * float(narrow.abs().max()))
