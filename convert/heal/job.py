@@ -13,9 +13,8 @@ from llmconvert.context import Context
 from llmconvert.convert.heal.learner import heal_learner, written_tensors
 from llmconvert.convert.heal.options import HealOptions
 from llmconvert.convert.heal.targets import Targets, attention_names, heal_nbytes, read_targets
-from llmconvert.engine.memory import BASE_NBYTES, kept_of
+from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import DatasetError, UsageError
-from llmconvert.memory import keeping_freed_memory
 from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.steps import HealReport
@@ -79,8 +78,7 @@ class HealPlan:
             teacher, student = (ResidentModel(view, context.device, dtype) for view in shared)
             learner = heal_learner(student, targets, options)
             healing = Training(ResidentPair(teacher, student, self._windows), learner, options)
-            kept = kept_of(self.needs.memory, context.device)
-            with keeping_freed_memory(kept), context.progress.task("Healing", options.steps) as task:
+            with context.progress.task("Healing", options.steps) as task:
                 final = healing.run(made.found, job, made.save, task)
             best = final.best or learner.keep()
             report = _report(final, options, targets, self._windows[0].shape[1], made.start)

@@ -10,11 +10,9 @@ import torch
 
 from llmconvert.compute.precision import compute_dtype
 from llmconvert.context import Context
-from llmconvert.engine.memory import kept_of
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import DatasetError, UsageError
 from llmconvert.gguf.checkpoint import GgufCheckpoint
-from llmconvert.memory import keeping_freed_memory
 from llmconvert.needs import Needs
 from llmconvert.quantize.distil.artifact import DistilledArtifact, PackedArtifact, counted
 from llmconvert.quantize.distil.gguf import GgufArtifact
@@ -86,8 +84,7 @@ class DistilPlan:
             else:
                 student = ResidentStudent(subject, self._windows)
             training = Training(student.pair, student.learner, options)
-            kept = kept_of(self.needs.memory, context.device)
-            with keeping_freed_memory(kept), context.progress.task("Distilling", options.steps) as task:
+            with context.progress.task("Distilling", options.steps) as task:
                 final = training.run(made.found, job, made.save, task)
             made.write(student.stored(final.best or student.learner.keep()), stored)
         return self._report(final, student.moved, made.start)
