@@ -147,10 +147,13 @@ def keeping_freed_memory(allowed: int) -> Iterator[None]:
     Afterwards it is as :func:`map_large_tensors` leaves it.
 
     Args:
-        allowed: bytes of the process above which :func:`release_freed_memory` gives it back; with 0 nothing is kept.
+        allowed: bytes of the process above which :func:`release_freed_memory` gives it back; with 0 nothing is kept,
+            and large tensors have pages of their own.
     """
     global _allowed
     if not allowed:
+        if not _allowed:
+            map_large_tensors()
         yield
         return
     before, _allowed = _allowed, allowed

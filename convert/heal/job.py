@@ -15,6 +15,7 @@ from llmconvert.convert.heal.options import HealOptions
 from llmconvert.convert.heal.targets import Targets, attention_names, heal_nbytes, read_targets
 from llmconvert.engine.memory import BASE_NBYTES
 from llmconvert.errors import DatasetError, UsageError
+from llmconvert.memory import keeping_freed_memory
 from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.steps import HealReport
@@ -78,7 +79,7 @@ class HealPlan:
             teacher, student = (ResidentModel(view, context.device, dtype) for view in shared)
             learner = heal_learner(student, targets, options)
             healing = Training(ResidentPair(teacher, student, self._windows), learner, options)
-            with context.progress.task("Healing", options.steps) as task:
+            with keeping_freed_memory(0), context.progress.task("Healing", options.steps) as task:
                 final = healing.run(made.found, job, made.save, task)
             best = final.best or learner.keep()
             report = _report(final, options, targets, self._windows[0].shape[1], made.start)

@@ -13,6 +13,7 @@ from llmconvert.context import Context
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import DatasetError, UsageError
 from llmconvert.gguf.checkpoint import GgufCheckpoint
+from llmconvert.memory import keeping_freed_memory
 from llmconvert.needs import Needs
 from llmconvert.quantize.distil.artifact import DistilledArtifact, PackedArtifact, counted
 from llmconvert.quantize.distil.gguf import GgufArtifact
@@ -84,7 +85,7 @@ class DistilPlan:
             else:
                 student = ResidentStudent(subject, self._windows)
             training = Training(student.pair, student.learner, options)
-            with context.progress.task("Distilling", options.steps) as task:
+            with keeping_freed_memory(0), context.progress.task("Distilling", options.steps) as task:
                 final = training.run(made.found, job, made.save, task)
             made.write(student.stored(final.best or student.learner.keep()), stored)
         return self._report(final, student.moved, made.start)
