@@ -8,7 +8,7 @@ among :attr:`Subject.checks`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -17,6 +17,8 @@ import torch
 
 from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.context import Context
+from llmconvert.engine.evaluation import stream_logits
+from llmconvert.engine.skeleton import Skeleton
 from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.report import Check
@@ -70,6 +72,23 @@ class Subject:
     def check(self, name: str) -> Check | None:
         """The check of that name among those that were measured before; None without one."""
         return next((check for check in self.checks if check.name == name), None)
+
+    def logits(
+        self, model: Checkpoint, windows: Sequence[torch.Tensor], *, passed: Callable[[Skeleton], None] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Of dense weights, ``[1, length, vocabulary]`` per window, in the arithmetic that quality is measured in.
+
+        See :func:`~llmconvert.engine.evaluation.stream_logits`.
+        """
+        return stream_logits(
+            model,
+            windows,
+            device=self.device,
+            dtype=self.dtype,
+            progress=self.progress,
+            passed=passed,
+            wide_products=True,
+        )
 
 
 @dataclass(frozen=True)

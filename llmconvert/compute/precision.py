@@ -97,7 +97,7 @@ class WideLinear(nn.Linear):
         return tokens * self.in_features, rows * self.in_features, tokens * rows
 
     def _rows(self, tokens: int) -> int:
-        """Outputs that are computed at a time: all of them, but those of a head."""
+        """Outputs that are computed at a time: all, but of heads and other linears with more than the scratch holds."""
         return min(self.out_features, max(1, _OPERAND_NUMEL // max(self.in_features, tokens)))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

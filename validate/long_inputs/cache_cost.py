@@ -17,7 +17,6 @@ import torch
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.engine.architecture.decoder import Architecture
-from llmconvert.engine.evaluation import stream_logits
 from llmconvert.errors import DatasetError
 from llmconvert.machine import of_machine
 from llmconvert.memory import available_nbytes
@@ -65,17 +64,7 @@ class CacheCostCheck(Measurement):
         plain = copy.copy(subject.dense)
         plain.quantized_cache = {}
         served = cached_by(subject.dense, "vllm")
-        both = (
-            stream_logits(
-                view,
-                windows.windows,
-                device=subject.device,
-                dtype=subject.dtype,
-                progress=subject.progress,
-                wide_products=True,
-            )
-            for view in (plain, served)
-        )
+        both = (subject.logits(view, windows.windows) for view in (plain, served))
         totals = torch.zeros((3, windows.length - 1), dtype=torch.float64)
         for window, before, after in zip(windows.windows, *both, strict=True):
             totals += _compared(window, before, after)

@@ -18,7 +18,6 @@ from llmconvert.compute.ranks.group import ALONE
 from llmconvert.compute.saturation import Saturation, all_saturation
 from llmconvert.engine.architecture.config import declared_number
 from llmconvert.engine.divergence import BlockDivergence, blame_artifact
-from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import GateError
 from llmconvert.memory import keeping_freed_memory
@@ -96,16 +95,7 @@ class QualityCheck(Measurement):
         def passed(skeleton: Skeleton) -> None:
             saturation.extend(all_saturation(skeleton.input_counts, subject.ranks))
 
-        streamed = stream_logits(
-            subject.dense,
-            own,
-            device=subject.device,
-            dtype=subject.dtype,
-            progress=subject.progress,
-            passed=passed,
-            wide_products=True,
-        )
-        logits = _blaming(streamed)
+        logits = _blaming(subject.logits(subject.dense, own, passed=passed))
         result = perplexity(logits, text.windows, scored=text.scored, seed=subject.seed, ranks=subject.ranks)
         detail = {**about, **self._warning(result.ppl, subject.dense), "tokens": result.tokens, **_interval(result)}
         alone = Check(name="perplexity", value=result.ppl, detail=detail)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmconvert.engine.evaluation import stream_logits
 from llmconvert.report.report import Check
 from llmconvert.report.section import Column, Section
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
@@ -47,14 +46,7 @@ class StepLossesCheck(Measurement):
         scores = {"original": found.reference}
         for step, directory in self.between.items():
             with SafetensorsCheckpoint(directory) as checkpoint:
-                logits = stream_logits(
-                    checkpoint,
-                    windows.windows,
-                    device=subject.device,
-                    dtype=subject.dtype,
-                    progress=subject.progress,
-                    wide_products=True,
-                )
+                logits = subject.logits(checkpoint, windows.windows)
                 scores[step] = perplexity(logits, windows.windows, scored=windows.scored).ppl
         return [_check({**scores, self.last: found.value})]
 
