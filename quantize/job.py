@@ -229,13 +229,13 @@ def _skeleton(
     build: Callable[..., Skeleton] = Skeleton,
 ) -> Skeleton:
     """The model of a checkpoint as an artifact in that format has its tensors."""
-    skeleton = build(source, device, fast_products=True)
+    skeleton = build(source, device, products="fast")
     settled = with_head_settled(skeleton, layout, () if request is None else request.overrides)
     if settled is not skeleton.checkpoint:
-        skeleton = build(settled, device, fast_products=True)
+        skeleton = build(settled, device, products="fast")
     dense = request is not None and experts_in_one(skeleton, request.scheme, request.overrides, layout)
     written = as_loaded(skeleton, layout, dense_experts=dense)
-    return skeleton if written is skeleton.checkpoint else build(written, device, fast_products=True)
+    return skeleton if written is skeleton.checkpoint else build(written, device, products="fast")
 
 
 @dataclass(frozen=True, slots=True)

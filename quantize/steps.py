@@ -147,7 +147,7 @@ class CalibratedSteps:
             other_runs: Iterator[BlockRun | None] = repeat(None)
             if self.method.original:
                 weights = self.skeleton.checkpoint if self.original is None else self.original
-                skeleton = Skeleton(weights, self.skeleton.device, self.skeleton.dtype, fast_products=True)
+                skeleton = Skeleton(weights, self.skeleton.device, self.skeleton.dtype, products="fast")
                 other_states, original = self._stream(stack, skeleton, work, _STREAMS[1], done)
                 kept.append(other_states)
                 other_runs = original.blocks()

@@ -145,7 +145,8 @@ def text(windows: Sequence[torch.Tensor]) -> TokenWindows:
 
 def test_an_artifact_that_transformers_loads_whole_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is loaded at all: no GGUF file, and none that is too large to be tried."""
-    monkeypatch.setattr("llmconvert.validate.artifact.COMPARING_NBYTES", 0)  # far more than all of a tiny model
+    # Far more than all of a tiny model.
+    monkeypatch.setattr("llmconvert.validate.predictions.needs.COMPARING_NBYTES", 0)
     deep = tiny_llama_dir(tmp_path / "deep", num_hidden_layers=24)
     given: dict[str, Any] = {"windows": text(ids()), "reference": None}
     with SafetensorsCheckpoint(deep) as source:

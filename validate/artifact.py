@@ -15,10 +15,8 @@ from pathlib import Path
 import torch
 
 from llmconvert.context import Context
-from llmconvert.engine.discovery import discover
-from llmconvert.engine.memory import BASE_NBYTES, MemoryEstimate, activation_nbytes, kept_of, tokenizer_nbytes
+from llmconvert.engine.memory import BASE_NBYTES, kept_of
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.states import STATES_IN_MEMORY_NBYTES
 from llmconvert.errors import CapacityError, LlmconvertError
 from llmconvert.gguf.checkpoint import open_artifact
 from llmconvert.memory import release_freed_memory
@@ -30,9 +28,9 @@ from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.directory import is_weight_file
 from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.measurement import Measurement, Planned, Subject
-from llmconvert.validate.predictions.perplexity import COMPARING_NBYTES
+from llmconvert.validate.predictions.needs import comparing_needs
 
-__all__ = ["ValidationPlan", "comparing_needs", "plan_validation", "validate_artifact"]
+__all__ = ["ValidationPlan", "plan_validation", "validate_artifact"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +99,7 @@ def plan_validation(
     seed: int = 0,
     loadable: bool | None = None,
     stored: int | None = None,
+    cached: bool | None = None,
     build: Callable[..., Skeleton] = Skeleton,
 ) -> ValidationPlan:
     """Settle what is measured on an artifact, against the original where there is one; nothing but headers is read.
@@ -115,6 +114,7 @@ def plan_validation(
         seed: of the bootstrap, and of whatever else is drawn.
         loadable: whether the artifact will be a directory that transformers reads, where it is still to be made.
         stored: bytes of its weight files, likewise.
+        cached: whether it will have scales for its key-value cache, likewise.
         build: builds a model on shapes; may give one that is kept for other plans.
 
     Raises:
@@ -129,14 +129,17 @@ def plan_validation(
     needs = Needs(memory=BASE_NBYTES)
     if loadable is None:
         loadable = (artifact / "config.json").exists()
+    if cached is None:
+        cached = _quantizes_cache(artifact)
     # Of an original the artifact needs no more; it may be still to be made.
     with open_artifact(artifact) if reference is None else nullcontext(reference) as model:
         dense = open_dense(model, weights_only=reference is not None)
         if windows is not None:
-            needs = comparing_needs(dense, windows, int(reference is not None), context, dtype, build)
+            lengths, artifacts = [windows.length] * windows.drawn, int(reference is not None)
+            needs = comparing_needs(dense, lengths, artifacts, context, dtype, build)
         if stored is None:
             stored = sum(file.stat().st_size for file in _weight_files(artifact)) or dense.nbytes
-        planned = Planned(dense, windows, reference is not None, loadable, stored, context)
+        planned = Planned(dense, windows, reference is not None, loadable, stored, cached, context, dtype, build)
         needs = reduce(Needs.then, (one.needs(planned) for one in measurements), needs)
     needed = needs.memory if context.device.type == "cpu" else needs.device_memory
     if context.memory is not None and needed > context.memory:
@@ -147,58 +150,20 @@ def plan_validation(
     return ValidationPlan(tuple(measurements), needs, artifact, reference, windows, dtype, seed, context)
 
 
+def _quantizes_cache(artifact: Path) -> bool:
+    """Of an artifact on disk, whether it has scales for its key-value cache."""
+    try:
+        with open_artifact(artifact) as stored:
+            return bool(open_dense(stored).quantized_cache)
+    except LlmconvertError:  # not there yet, or broken, which is for the measurements to tell
+        return False
+
+
 def _weight_files(artifact: Path) -> list[Path]:
     """Of an artifact on disk; none of one that is still to be made."""
     if artifact.is_dir():
         return [path for path in artifact.iterdir() if is_weight_file(path.name)]
     return [artifact] if artifact.is_file() else []
-
-
-def comparing_needs(
-    model: Checkpoint,
-    windows: TokenWindows,
-    artifacts: int,
-    context: Context,
-    dtype: torch.dtype | None = None,
-    build: Callable[..., Skeleton] = Skeleton,
-) -> Needs:
-    """What :func:`~llmconvert.validate.predictions.compared.compare_models` takes for an original and artifacts of it.
-
-    Args:
-        model: the original, or one like it; dense weights.
-        windows: evaluation text.
-        artifacts: how many are compared in one pass; with none, the model is scored alone.
-        context: device.
-        dtype: what evaluation computes in.
-        build: builds the model on shapes.
-    """
-    try:
-        skeleton = build(model, context.device, dtype, wide_products=True)
-        plans = discover(skeleton, windows.length)
-    except LlmconvertError:  # a broken artifact is for the measurements to tell
-        return Needs(memory=BASE_NBYTES)
-    models, beside = 1 + artifacts, min(artifacts, 1) + 1
-    lengths = [windows.length] * len(range(windows.drawn)[:: context.ranks.count])
-    states = models * sum(lengths) * skeleton.hidden_size * skeleton.dtype.itemsize
-    kept = min(states, beside * STATES_IN_MEMORY_NBYTES)
-    # Of each model as it is read and as it is computed with; of more artifacts, blocks are there one after the other.
-    blocks = 2 * max(skeleton.block_nbytes(index) for index in range(skeleton.block_count))
-    inside = beside * blocks + activation_nbytes(plans, skeleton, lengths, "replay")
-    # When the last block is left, the original's logits of a window wait for each artifact's, which are then compared.
-    logits = windows.length * skeleton.architecture.vocab_size * skeleton.dtype.itemsize
-    behind = (beside - 1) * logits + max(plans[-1].behind_nbytes, logits + COMPARING_NBYTES)
-    behind += skeleton.product_nbytes(windows.length, head=True)
-    parts = {
-        "base": BASE_NBYTES,
-        "tokenizer": tokenizer_nbytes(model),
-        # Where an artifact's embeddings and head are the original's, they are so once both have been read.
-        "embeddings and heads": models * skeleton.outer_nbytes(head=True),
-        "two blocks": beside * blocks,
-        "activations, or logits": max(inside, behind) - beside * blocks,
-        "states": kept,
-    }
-    estimate = MemoryEstimate("replay", parts)
-    return estimate.needs(context.device, disk=states - kept, passing=states - kept)
 
 
 def validate_artifact(

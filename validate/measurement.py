@@ -87,7 +87,7 @@ class Subject:
             dtype=self.dtype,
             progress=self.progress,
             passed=passed,
-            wide_products=True,
+            products="wide",
         )
 
 
@@ -101,7 +101,10 @@ class Planned:
         compared: whether there is an original beside the artifact.
         loadable: whether the artifact is a directory that transformers reads, and not a GGUF file.
         stored: bytes of the artifact's weight files.
+        cached: whether the artifact has scales for its key-value cache.
         context: device and memory.
+        dtype: what is computed in; the checkpoints' own if None.
+        build: builds a model on shapes.
     """
 
     dense: Checkpoint
@@ -109,7 +112,10 @@ class Planned:
     compared: bool
     loadable: bool
     stored: int
+    cached: bool
     context: Context
+    dtype: torch.dtype | None = None
+    build: Callable[..., Skeleton] = Skeleton
 
 
 class Measurement(Protocol):

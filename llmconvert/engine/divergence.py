@@ -81,6 +81,7 @@ class SideBySide:
         dtype: of weights and activations; each checkpoint's own by default.
         progress: one unit per block of each artifact.
         ranks: the processes, each of which runs a part of the windows.
+        drift: whether hidden states are compared; without, there are logits alone.
 
     Attributes:
         failures: why artifacts ended, by their numbers.
@@ -100,6 +101,7 @@ class SideBySide:
         dtype: torch.dtype | None = None,
         progress: Progress = SILENT,
         ranks: Ranks = ALONE,
+        drift: bool = True,
     ) -> None:
         own = ranks.share(len(windows))
         self._windows, self._all = tuple(windows[own.start : own.stop]), len(windows)
@@ -115,7 +117,7 @@ class SideBySide:
         for number, artifact in enumerate(artifacts):
             with self._running(number):
                 self._artifacts[number] = _Artifact(
-                    self._reference, artifact, self._windows, device, dtype, models, alone
+                    self._reference, artifact, self._windows, device, dtype, models, alone if drift else None
                 )
 
     def __enter__(self) -> Self:
@@ -126,7 +128,7 @@ class SideBySide:
             side.close()
 
     def divergences(self, artifact: int = 0) -> tuple[BlockDivergence, ...]:
-        """Of every block that all windows have passed in an artifact; empty if the models don't correspond.
+        """Of every block that all windows have passed in an artifact; empty if the models don't correspond, or unasked.
 
         Of several processes, all have to ask.
         """
@@ -200,7 +202,7 @@ class _Side:
         dtype: torch.dtype | None,
         models: int,
     ) -> None:
-        self.skeleton = Skeleton(checkpoint, device, dtype, wide_products=True)
+        self.skeleton = Skeleton(checkpoint, device, dtype, products="wide")
         lengths = [window.shape[1] for window in windows]
         plans = discover(self.skeleton, max(lengths))
         self._states = passing_states(lengths, self.skeleton.hidden_size, self.skeleton.dtype, models)
@@ -237,17 +239,18 @@ class _Artifact(_Side):
         device: torch.device,
         dtype: torch.dtype | None,
         models: int,
-        alone: int,
+        alone: int | None,
     ) -> None:
         super().__init__(checkpoint, windows, device, dtype, models)
         _share_outer(self.skeleton, reference.skeleton)
-        self.comparable = self.shape == reference.shape
+        #: Whether hidden states are compared: as asked for, where the models' blocks correspond.
+        self.comparable = alone is not None and self.shape == reference.shape
         self._windows = len(windows)
         self._names = [self.skeleton.prefix(index).rstrip(".") for index in range(self.skeleton.block_count)]
         count = self.skeleton.block_count if self.comparable else 0
         self._sums = [_Sums() for _ in range(count)]
         self._own = [_Sums() for _ in range(count)]
-        self._alone_windows = alone
+        self._alone_windows = alone or 0
         #: The current block on the original's entries: its outputs, for the first windows.
         self._alone: list[torch.Tensor] = []
         self._index = 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from llmconvert.compute.precision import Products
 from llmconvert.engine.coroutine import stand_at_linear
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
@@ -25,7 +26,7 @@ def stream_logits(
     dtype: torch.dtype | None = None,
     progress: Progress = SILENT,
     passed: Callable[[Skeleton], None] | None = None,
-    wide_products: bool = False,
+    products: Products = "exact",
 ) -> Iterator[torch.Tensor]:
     """The model's logits for each window, computed in the memory of one block.
 
@@ -36,8 +37,8 @@ def stream_logits(
         dtype: of weights and activations; the checkpoint's own by default.
         progress: one unit per block.
         passed: given the model once all windows have left its blocks and head, for what was counted on the way.
-        wide_products: see :class:`~llmconvert.engine.skeleton.Skeleton`; without them logits are those of the resident
-            model to the last bit, and take up to nine times as long on processors without instructions for bfloat16.
+        products: how the model multiplies; ``"exact"`` ones take up to nine times as long as ``"wide"`` ones on
+            processors without instructions for bfloat16.
 
     Yields:
         logits ``[1, length, vocabulary]`` per window, in order.
@@ -46,7 +47,7 @@ def stream_logits(
         UnsupportedError: the engine cannot run this architecture.
         CalibrationError: a hidden state is not finite.
     """
-    skeleton = Skeleton(checkpoint, device, dtype, wide_products=wide_products)
+    skeleton = Skeleton(checkpoint, device, dtype, products=products)
     plans = discover(skeleton, max(window.shape[1] for window in windows))
     stream = Stream(skeleton, windows, plans, mode="replay", head=True)
     try:

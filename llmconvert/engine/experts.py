@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import torch
 from greenlet import getcurrent
 from torch import nn
 
-from llmconvert.compute.precision import WideProducts
+from llmconvert.compute.precision import WideProducts, operand_sizes
 from llmconvert.engine.architecture.expert_forward import Interrupt, Product, Sum, with_own_parameters
 from llmconvert.engine.architecture.experts import ExpertsLayout
 
@@ -147,9 +146,10 @@ class ExpertsSlot(nn.Module):
 
     def product_nbytes(self, tokens: int) -> int:
         """Bytes of the float32 operands of its largest product, where products are made so, for so many tokens."""
-        layout = self.layout
-        sides = tokens * (layout.hidden_size + 2 * layout.inner_size)
-        return 4 * (max(map(math.prod, layout.parts.values())) + sides) if self.wide else 0
+        if not self.wide:
+            return 0
+        matrices = (shape[-2:] for shape in self.layout.parts.values() if len(shape) > 1)
+        return 4 * max(sum(operand_sizes(tokens, *shape)) for shape in matrices)
 
     @property
     def ends(self) -> int:

@@ -20,7 +20,7 @@ from llmconvert.compute.activations import InputKind, InputQuantizer
 from llmconvert.compute.attention import use_attention
 from llmconvert.compute.dot_products import use_dot_products
 from llmconvert.compute.kv_cache import CacheQuantizer, cache_quantizers
-from llmconvert.compute.precision import Scratch, WideLinear, compute_dtype
+from llmconvert.compute.precision import Products, Scratch, WideLinear, compute_dtype
 from llmconvert.engine.architecture.buffers import restore_buffers
 from llmconvert.engine.architecture.config import build_config
 from llmconvert.engine.architecture.decoder import Architecture
@@ -104,9 +104,7 @@ class Skeleton:
         checkpoint: where weights come from; dense (dequantize first).
         device: where blocks are put when loaded.
         dtype: of weights and activations; the checkpoint's own by default.
-        wide_products: let linears, the output head and attention multiply in float32 where the processor is slower in
-            16 bits; the last bits of some of their outputs are then not those of the resident model.
-        fast_products: the same, and attention in tiles where that is faster, which rounds scores to 16 bits.
+        products: how linears, the output head and attention multiply.
 
     Raises:
         UnsupportedError: the architecture is unknown to transformers, needs remote code, or has no list of decoder
@@ -120,8 +118,7 @@ class Skeleton:
         device: torch.device,
         dtype: torch.dtype | None = None,
         *,
-        wide_products: bool = False,
-        fast_products: bool = False,
+        products: Products = "exact",
     ) -> None:
         self.device = device
         self.dtype = dtype or main_dtype(checkpoint)
@@ -159,10 +156,10 @@ class Skeleton:
         ]
         #: Linears whose weights several blocks share. No reader ties packed weights, so these stay as they are.
         self.shared = tuple(name for linears in found for name in linears if f"{name}.weight" in tied)
-        if (wide_products or fast_products) and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:
+        if products != "exact" and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:
             self._widen_products()
             use_attention(find_decoder(self.model), "float32")
-        elif fast_products and self.dtype == torch.bfloat16 and device.type == "cpu" and use_dot_products():
+        elif products == "fast" and self.dtype == torch.bfloat16 and device.type == "cpu" and use_dot_products():
             use_attention(find_decoder(self.model), "tiled")
         for position, slot in zip(self.reach.positions, self.slots, strict=True):
             blocks[position] = slot

@@ -178,7 +178,7 @@ def plan_choice(
     if not windows:
         raise CalibrationError("a budget measures sensitivity on calibration text and was given none")
     quantizer = (load_method if mixed else load_quantizer)(request.method, request.options)
-    skeleton = Skeleton(source, context.device, fast_products=True)
+    skeleton = Skeleton(source, context.device, products="fast")
     blocks = discover(skeleton, max(window.shape[1] for window in windows))
     storage = Storage(quantizer, layout, skeleton.dtype)
     units, given = _split(units_of(skeleton, blocks, layout), overrides)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmconvert.compute.precision import Products
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.recipes.forecast import Forecast
 from llmconvert.recipes.planning.headers import Headers, open_headers
@@ -36,15 +37,13 @@ class KeptSkeletons:
         device: torch.device,
         dtype: torch.dtype | None = None,
         *,
-        wide_products: bool = False,
-        fast_products: bool = False,
+        products: Products = "exact",
     ) -> Skeleton:
         """See :class:`~llmconvert.engine.skeleton.Skeleton`."""
-        asked = (id(checkpoint), device, dtype, wide_products, fast_products)
+        asked = (id(checkpoint), device, dtype, products)
         found = self._kept.pop(asked, None)  # back to the end; the checkpoint is kept, so that no other has its id
         if found is None:
-            products = {"wide_products": wide_products, "fast_products": fast_products}
-            found = checkpoint, Skeleton(checkpoint, device, dtype, **products)
+            found = checkpoint, Skeleton(checkpoint, device, dtype, products=products)
             if len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]
         self._kept[asked] = found

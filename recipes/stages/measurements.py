@@ -114,6 +114,7 @@ def validate_stage(
             loadable = made is None or not isinstance(load_format(made.format), FileFormat)
             stored = work.sizes.get(model)
             known: dict[str, Any] = {"loadable": loadable, "stored": stored, "build": work.skeletons}
+            known["cached"] = made is not None and made.kv_cache is not None
             known["compiled"] = not loadable or work.recipe.calibrate is not None or work.recipe.attention is not None
             foreseen = foresee_measuring(settings, output, reference, text, work.context, **known)
             return replace(foreseen, notes=(*foreseen.notes, *require_served(work.recipe)))
@@ -135,6 +136,7 @@ def foresee_measuring(
     *,
     loadable: bool | None = None,
     stored: int | None = None,
+    cached: bool | None = None,
     build: Callable[..., Skeleton] = Skeleton,
     compiled: bool = False,
 ) -> Forecast:
@@ -143,12 +145,13 @@ def foresee_measuring(
     Args:
         loadable: whether it will be a directory that transformers reads, where it is still to be made.
         stored: bytes of its weight files, likewise.
+        cached: whether it will have scales for its key-value cache, likewise.
         build: builds a model on shapes.
         compiled: whether an earlier step of the process has kernels compiled, which stay.
     """
     wanted = measurements(settings)
-    known: dict[str, Any] = {"reference": reference, "windows": windows, "loadable": loadable, "stored": stored}
-    plan = plan_validation(artifact, wanted, **known, context=context, build=build)
+    known: dict[str, Any] = {"reference": reference, "windows": windows, "loadable": loadable}
+    plan = plan_validation(artifact, wanted, **known, stored=stored, cached=cached, context=context, build=build)
     with nullcontext(reference) if reference is not None else open_artifact(artifact) as model:
         weights = parameters(model)
     tokens = windows.drawn * windows.length if windows is not None else 0

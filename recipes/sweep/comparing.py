@@ -26,8 +26,8 @@ from llmconvert.recipes.stages.stage import Stage
 from llmconvert.recipes.stages.windows import EVALUATION_TEXT
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.stages import Begun
-from llmconvert.validate.artifact import comparing_needs
 from llmconvert.validate.predictions.compared import Compared, compare_models
+from llmconvert.validate.predictions.needs import comparing_needs
 
 __all__ = ["compare_variants"]
 
@@ -117,7 +117,7 @@ def _portions(waiting: Mapping[str, Path], variants: Mapping[str, _Variant]) -> 
     with work.original.open() as original:
         dense = open_dense(original, weights_only=True)
         for count in range(len(names), 1, -1):
-            needs = comparing_needs(dense, windows, count, context)
+            needs = comparing_needs(dense, [windows.length] * windows.drawn, count, context)
             if (needs.memory if context.device.type == "cpu" else needs.device_memory) <= usable:
                 break
         else:

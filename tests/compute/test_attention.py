@@ -116,7 +116,7 @@ def test_models_that_attend_by_sdpa_do_so_in_another_way(
     window = torch.randint(0, 100, (1, 48), generator=torch.Generator().manual_seed(1))
     logits = []
     for dtype, fast in ((torch.float64, False), (None, False), (None, True)):
-        skeleton = Skeleton(checkpoint, CPU, dtype, fast_products=fast)
+        skeleton = Skeleton(checkpoint, CPU, dtype, products="fast" if fast else "exact")
         skeleton.restore_buffers()
         skeleton.load_outer(head=True)
         for index in range(skeleton.block_count):
@@ -133,5 +133,5 @@ def test_models_that_attend_by_sdpa_do_so_in_another_way(
 def test_tiles_are_for_bfloat16(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(skeleton_module, "use_dot_products", lambda: True)
-    skeleton = Skeleton(SafetensorsCheckpoint(tiny("llama", dtype)), CPU, fast_products=True)
+    skeleton = Skeleton(SafetensorsCheckpoint(tiny("llama", dtype)), CPU, products="fast")
     assert skeleton.model.config._attn_implementation == "sdpa"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llmconvert.compute import precision
-from llmconvert.compute.precision import Scratch, WideLinear, WideProducts, all_finite, compute_dtype
+from llmconvert.compute.precision import Products, Scratch, WideLinear, WideProducts, all_finite, compute_dtype
 from llmconvert.engine import skeleton as skeleton_module
 from llmconvert.engine.discovery import discover
 from llmconvert.engine.memory import activation_nbytes
@@ -98,12 +98,13 @@ def test_products_are_widened_where_the_processor_gains_by_it(
 ) -> None:
     monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: compute)
     checkpoint = SafetensorsCheckpoint(tiny("llama", torch.bfloat16))
-    for asked in ({}, {"fast_products": True}, {"wide_products": True}):
-        skeleton = Skeleton(checkpoint, CPU, None, **asked)
+    asked: tuple[Products, ...] = ("exact", "wide", "fast")
+    for products in asked:
+        skeleton = Skeleton(checkpoint, CPU, products=products)
         linears = [linear for block in skeleton.linears for linear in block.values()]
         linears.append(skeleton.model.get_output_embeddings())
-        assert all(isinstance(linear, WideLinear) is (wide and bool(asked)) for linear in linears)
-    narrow = Skeleton(SafetensorsCheckpoint(tiny("llama", torch.float32)), CPU, fast_products=True)
+        assert all(isinstance(linear, WideLinear) is (wide and products != "exact") for linear in linears)
+    narrow = Skeleton(SafetensorsCheckpoint(tiny("llama", torch.float32)), CPU, products="fast")
     assert not any(isinstance(linear, WideLinear) for block in narrow.linears for linear in block.values())
 
 
@@ -111,7 +112,7 @@ def test_products_are_widened_where_the_processor_gains_by_it(
 def test_the_memory_that_linears_share_is_known(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device: torch.float32)
     checkpoint = SafetensorsCheckpoint(tiny(name, torch.bfloat16))
-    skeleton = Skeleton(checkpoint, CPU, fast_products=True)
+    skeleton = Skeleton(checkpoint, CPU, products="fast")
     skeleton.restore_buffers()
     skeleton.load_outer(head=True)
     for index in range(skeleton.block_count):
@@ -172,7 +173,7 @@ def test_experts_are_widened_with_the_linears(mixture: Callable[..., Path], monk
     found = []
     for compute in (torch.bfloat16, torch.float32):
         monkeypatch.setattr(skeleton_module, "compute_dtype", lambda device, compute=compute: compute)
-        skeleton = Skeleton(SafetensorsCheckpoint(mixture("mixtral")), CPU, torch.bfloat16, wide_products=True)
+        skeleton = Skeleton(SafetensorsCheckpoint(mixture("mixtral")), CPU, torch.bfloat16, products="wide")
         (slot,) = skeleton.experts[0].values()
         assert slot.wide is (compute == torch.float32)
         assert (slot.product_nbytes(5) > 0) is slot.wide

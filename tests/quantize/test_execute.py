@@ -73,7 +73,7 @@ class Stopping:
 def one_pass(source: Path, place: Path, formats: Sequence[str], stop: int | None = None) -> int:
     """Quantize into all formats; gives the blocks that need not be done again."""
     with SafetensorsCheckpoint(source) as checkpoint, ExitStack() as stack:
-        skeleton = Skeleton(checkpoint, torch.device("cpu"), fast_products=True)
+        skeleton = Skeleton(checkpoint, torch.device("cpu"), products="fast")
         blocks = discover(skeleton, 24)
         quantizer, phases = load_quantizer("gptaq", {}), Phases()
         plans = [plan_quantization(skeleton, blocks, SCHEME, (), quantizer, load_format(name)) for name in formats]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.peak import on_linux, peak
 from transformers import AutoConfig, AutoModelForCausalLM
 
 WIDTH, LAYERS, WINDOWS, LENGTH = 512, 1, 4, 128
@@ -80,31 +79,15 @@ def random_mixture(directory: Path, experts: int, *, whole: bool) -> Path:
     return directory
 
 
-# A process begins with the peak of the one that it was forked from, which here holds a mixture: one lies in between.
-WATCH = """
-import os, subprocess, sys
-process = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
-_, status, usage = os.wait4(process.pid, 0)
-print(usage.ru_maxrss * 1024)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-
-
-def peak(*arguments: str) -> list[int]:
-    """What the program prints in a process of its own, and last that process's peak resident bytes."""
-    command = [sys.executable, "-c", WATCH, PROGRAM, *arguments]
-    return [int(line) for line in subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()]
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident sizes are in other units")
+@on_linux
 def test_128_experts_take_the_memory_of_32(tmp_path: Path) -> None:
     peaks: dict[str, list[int]] = {}
     for experts in (32, 128):
         # Both ways of reading and both jobs, in two of the four pairs: a job doesn't know how experts are stored.
         for whole, method in ((True, "gptq"), (False, "evaluate")):
             source = random_mixture(tmp_path / f"{experts}-{whole}", experts, whole=whole)
-            *stated, used = peak(str(source), str(tmp_path / f"{method}-{experts}-{whole}"), method)
+            *stated, used = peak(PROGRAM, str(source), str(tmp_path / f"{method}-{experts}-{whole}"), method)
             assert method == "evaluate" or used < 1.15 * stated[0]
             peaks.setdefault(method, []).append(used)
     more = {name: second - first for name, (first, second) in peaks.items()}

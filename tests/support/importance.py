@@ -23,7 +23,7 @@ __all__ = ["collect_importance"]
 
 def collect_importance(source: Checkpoint, windows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Checkpoint name of every linear's weight → float32 ``[columns]``, the mean squares of its inputs."""
-    skeleton = Skeleton(source, torch.device("cpu"), fast_products=True)
+    skeleton = Skeleton(source, torch.device("cpu"), products="fast")
     blocks = discover(skeleton, max(window.shape[1] for window in windows))
     plan = plan_encoding(skeleton)
     steps = CalibratedSteps(

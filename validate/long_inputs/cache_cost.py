@@ -10,31 +10,37 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
+from llmconvert.context import Context
 from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.engine.architecture.decoder import Architecture
-from llmconvert.errors import DatasetError
+from llmconvert.engine.divergence import Pair, SideBySide
+from llmconvert.engine.skeleton import Skeleton
+from llmconvert.errors import CalibrationError, DatasetError, GateError
 from llmconvert.machine import of_machine
 from llmconvert.memory import available_nbytes
+from llmconvert.needs import Needs
 from llmconvert.quantize.formats.dense_view import cached_by
 from llmconvert.report.report import Check
 from llmconvert.report.section import Cell, Column, Plot, Section, Series
+from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.text.tokens import TokenWindows
 from llmconvert.validate.long_inputs.windows import SHORTEST, longest_windows
-from llmconvert.validate.measurement import Measurement, Subject
+from llmconvert.validate.measurement import Measurement, Planned, Subject
+from llmconvert.validate.predictions.needs import comparing_needs
+from llmconvert.validate.predictions.perplexity import compare_window
 
 __all__ = ["CacheCostCheck"]
 
 _NAME, _LABEL = "kv_cache.kl_mean", "KL divergence by the quantized cache alone"
 _BINS = 8
-# Of the memory that is free, for both logits of a window.
-_USABLE = 0.25
-# Rows of logits that are widened to float32 at a time.
-_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,47 +57,70 @@ class CacheCostCheck(Measurement):
     length: int = 4096
     windows: int = 2
 
+    def needs(self, planned: Planned) -> Needs:
+        """That of comparing the artifact with itself on windows as long as they may be."""
+        if not planned.cached:
+            return Needs()
+        return self._fitting(planned.dense, planned.context, planned.dtype, planned.build)[1]
+
     def measure(self, subject: Subject) -> list[Check]:
         """One check: the mean divergence in nats per token, with a table and a plot by position."""
         if not subject.dense.quantized_cache:
             return []
+        context = Context(subject.device, subject.memory, progress=subject.progress)
         try:
-            windows = self._draw(subject)
+            length, _ = self._fitting(subject.dense, context, subject.dtype, Skeleton)
+            windows = longest_windows(subject, self.dataset, self.windows, length)
         except DatasetError as error:
             if of_machine(error):
                 raise
             return [Check.unmeasured(_NAME, str(error), asked=False, label=_LABEL, unit="nats", quiet=True)]
-        plain = copy.copy(subject.dense)
-        plain.quantized_cache = {}
-        served = cached_by(subject.dense, "vllm")
-        both = (subject.logits(view, windows.windows) for view in (plain, served))
-        totals = torch.zeros((3, windows.length - 1), dtype=torch.float64)
-        for window, before, after in zip(windows.windows, *both, strict=True):
-            totals += _compared(window, before, after)
-        divergence, nll_plain, nll = (totals / len(windows.windows)).tolist()
-        return [_report(subject, windows, divergence, nll_plain, nll)]
+        try:
+            plain, rounded, divergence = _by_position(subject, windows)
+        except GateError as error:
+            return [_failed(str(error))]
+        except CalibrationError as error:
+            return [_failed(f"with its cache in 16 bits, {str(error).replace('the original', 'the artifact', 1)}")]
+        return [_report(subject, windows, divergence, plain, rounded)]
 
-    def _draw(self, subject: Subject) -> TokenWindows:
-        limits = (Architecture.of(subject.dense.config).trained_length, describe_model(subject.dense).position_limit)
+    def _fitting(
+        self, model: Checkpoint, context: Context, dtype: torch.dtype | None, build: Callable[..., Skeleton]
+    ) -> tuple[int, Needs]:
+        """Tokens of a window, and what comparing so many takes: half as often as the memory asks for it."""
+        limits = (Architecture.of(model.config).trained_length, describe_model(model).position_limit)
         length = min(self.length, *(limit for limit in limits if limit is not None))
-        vocabulary = Architecture.of(subject.dense.config).vocab_size
-        free = subject.memory if subject.memory is not None else available_nbytes(subject.device)
-        while length > SHORTEST and 2 * length * vocabulary * torch.float32.itemsize > _USABLE * free:
-            length //= 2
-        return longest_windows(subject, self.dataset, self.windows, length)
+        free = context.memory if context.memory is not None else available_nbytes(context.device)
+        while True:
+            needs = comparing_needs(model, [length] * self.windows, 1, context, dtype, build)
+            taken = needs.memory if context.device.type == "cpu" else needs.device_memory
+            if taken <= free or length <= SHORTEST:
+                return length, needs
+            length = max(SHORTEST, length // 2)
 
 
-def _compared(window: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Divergence and both negative log-likelihoods in nats, float64 ``[3, L - 1]``, of logits ``[1, L, V]``."""
-    targets = window[0, 1:]
-    found = torch.empty((3, len(targets)), dtype=torch.float64)
-    for start in range(0, len(targets), _ROWS):
-        rows = slice(start, min(start + _ROWS, len(targets)))
-        plain, rounded = (logits[0, rows].float().cpu().log_softmax(-1) for logits in (before, after))
-        found[0, rows] = (plain.exp() * (plain - rounded)).sum(-1).double()
-        for index, scores in ((1, plain), (2, rounded)):
-            found[index, rows] = -scores.gather(-1, targets[rows, None]).double()[:, 0]
-    return found
+def _by_position(subject: Subject, windows: TokenWindows) -> list[list[float]]:
+    """Losses with the cache in 16 bits and with it as it is served, and their divergence: nats, at each position."""
+    plain = copy.copy(subject.dense)
+    plain.quantized_cache = {}
+    served = cached_by(subject.dense, "vllm")
+    about: dict[str, Any] = {"device": subject.device, "dtype": subject.dtype, "progress": subject.progress}
+    found: list[np.ndarray] = []
+    with SideBySide(plain, [served], windows.windows, **about, drift=False) as models:
+        pairs = models.logits()
+        for index, window in enumerate(windows.windows):
+            found.append(_compare_next(pairs, window, index))
+    means: np.ndarray = np.mean(found, axis=0)[:, :3]
+    return list(means.T.tolist())
+
+
+def _compare_next(pairs: Iterator[Pair], window: torch.Tensor, index: int) -> np.ndarray:
+    """Of the next logits, which nothing holds any more when those after them are computed."""
+    pair = next(pairs)
+    return compare_window(pair.ours, pair.theirs, window, index, window.shape[1] - 1)
+
+
+def _failed(text: str) -> Check:
+    return Check(name=_NAME, label=_LABEL, ok=False, unit="nats", detail={"text": text})
 
 
 def _report(
@@ -137,13 +166,12 @@ def _report(
         ),
         shown=("card",),
     )
-    finite = math.isfinite(mean)
     detail = {"text": text, "windows": len(windows.windows), "length": windows.length, "perplexity_ratio": rises}
     return Check(
         name=_NAME,
         label=_LABEL,
-        value=mean if finite else None,
-        ok=finite,
+        value=mean,
+        ok=True,
         unit="nats",
         detail=detail,
         sections=(section,),

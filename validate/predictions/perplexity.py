@@ -26,6 +26,7 @@ __all__ = [
     "PerplexityResult",
     "WorstToken",
     "compare_logits",
+    "compare_window",
     "perplexity",
     "require_all",
 ]
@@ -209,7 +210,7 @@ class Comparing:
             LlmconvertError: see :func:`compare_logits`.
         """
         index = self._first + len(self._parts)
-        self._parts.append(_compare_window(reference, artifact, self._windows[index], index, self._counts[index]))
+        self._parts.append(compare_window(reference, artifact, self._windows[index], index, self._counts[index]))
 
     def result(self) -> Comparison:
         """When all windows were there."""
@@ -259,10 +260,24 @@ def _counts(windows: Sequence[torch.Tensor], scored: Sequence[int] | None) -> li
     return list(scored)
 
 
-def _compare_window(
+def compare_window(
     reference: torch.Tensor, artifact: torch.Tensor, window: torch.Tensor, index: int, count: int
 ) -> np.ndarray:
-    """Float64 ``[count, 4]``: loss of the reference, of the artifact, divergence, same most likely token (0 or 1)."""
+    """Two models on one window, prediction by prediction.
+
+    Args:
+        reference, artifact: logits ``[1, L, V]``.
+        window: token ids ``[1, L]``.
+        index: its number, for what is said when something is wrong with it.
+        count: how many predictions at its end are scored.
+
+    Returns:
+        float64 ``[count, 4]``: loss of the reference and of the artifact and divergence in nats, and whether the most
+        likely token is the same (0 or 1).
+
+    Raises:
+        LlmconvertError: see :func:`compare_logits`.
+    """
     if reference.shape[-1] != artifact.shape[-1]:
         raise UsageError(
             f"the reference predicts {reference.shape[-1]:,} tokens, the artifact {artifact.shape[-1]:,}; "

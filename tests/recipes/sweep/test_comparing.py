@@ -18,7 +18,9 @@ from llmconvert.recipes.sweep import comparing
 def test_as_many_are_compared_at_once_as_memory_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(memory=1000, device=torch.device("cpu"))
     original = SimpleNamespace(open=lambda: nullcontext(None))
-    work = SimpleNamespace(context=context, texts={EVALUATION_TEXT: None}, original=original)
+    work = SimpleNamespace(
+        context=context, texts={EVALUATION_TEXT: SimpleNamespace(length=8, drawn=2)}, original=original
+    )
     variants: dict[str, Any] = {name: SimpleNamespace(running=SimpleNamespace(work=work)) for name in "abcdefg"}
     monkeypatch.setattr(comparing, "open_dense", lambda model, **options: model)
     monkeypatch.setattr(comparing, "comparing_needs", lambda model, text, count, context: Needs(memory=count * 300))
