@@ -112,17 +112,20 @@ def available_nbytes(device: torch.device) -> int:
     return available
 
 
-def release_freed_memory() -> bool:
+def release_freed_memory(*, everything: bool = False) -> bool:
     """Give memory that was freed inside the heap back to the system, where the C library can (glibc).
 
     Batches free what they held in another order than they took it, and the holes count as resident until then. What is
     given back comes again as pages that the system has to clear first, which can take a fifth of a job's time: inside
     :func:`keeping_freed_memory`, nothing is given back where the process takes less than was allowed there.
 
+    Args:
+        everything: whether it is given back there as well, because what comes next is too large to take it up.
+
     Returns:
         whether anything was given back.
     """
-    if _allowed and resident_nbytes() < _allowed:
+    if not everything and _allowed and resident_nbytes() < _allowed:
         return False
     library = _glibc()
     return library is not None and bool(library.malloc_trim(0))

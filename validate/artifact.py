@@ -51,6 +51,7 @@ class ValidationPlan:
     _dtype: torch.dtype | None
     _seed: int
     _context: Context
+    _kept: int
 
     def run(self) -> list[Check]:
         """Measure.
@@ -76,7 +77,7 @@ class ValidationPlan:
                 device=self._context.device,
                 dtype=self._dtype,
                 memory=self._context.memory,
-                kept=kept_of(self.needs.memory, self._context.device),
+                kept=self._kept,
                 seed=self._seed,
                 progress=self._context.progress,
                 ranks=self._context.ranks,
@@ -137,6 +138,8 @@ def plan_validation(
         if windows is not None:
             lengths, artifacts = [windows.length] * windows.drawn, int(reference is not None)
             needs = comparing_needs(dense, lengths, artifacts, context, dtype, build)
+        # Of what comparing takes; beside what other measurements take more would be resident than is stated of them.
+        kept = kept_of(needs.memory, context.device)
         if stored is None:
             stored = sum(file.stat().st_size for file in _weight_files(artifact)) or dense.nbytes
         planned = Planned(dense, windows, reference is not None, loadable, stored, cached, context, dtype, build)
@@ -147,7 +150,7 @@ def plan_validation(
             f"evaluation needs about {needed / 1e6:,.0f} MB, {context.memory / 1e6:,.0f} MB may be used; allow that "
             "much (memory), or use shorter windows (validate.perplexity.window)"
         )
-    return ValidationPlan(tuple(measurements), needs, artifact, reference, windows, dtype, seed, context)
+    return ValidationPlan(tuple(measurements), needs, artifact, reference, windows, dtype, seed, context, kept)
 
 
 def _quantizes_cache(artifact: Path) -> bool:

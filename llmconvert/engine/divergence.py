@@ -159,6 +159,8 @@ class SideBySide:
         for number in list(self._artifacts):
             with self._running(number):
                 self._artifacts[number].arrive(ours)
+        # Logits have pages of their own, and would come on top of what the blocks have left.
+        release_freed_memory(everything=True)
         ends = _naming(ours.stream.logits())
         for _ in self._windows:
             yield from self._pairs(next(ends))  # under no name here, which would hold it beside the next window's

@@ -22,10 +22,11 @@ from llmconvert.convert.inspection import describe_model
 from llmconvert.convert.kv_cache import cache_layout
 from llmconvert.engine.architecture.decoder import Architecture
 from llmconvert.engine.divergence import Pair, SideBySide
+from llmconvert.engine.memory import kept_of
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import CalibrationError, DatasetError, GateError
 from llmconvert.machine import of_machine
-from llmconvert.memory import available_nbytes
+from llmconvert.memory import available_nbytes, keeping_freed_memory
 from llmconvert.needs import Needs
 from llmconvert.quantize.formats.dense_view import cached_by
 from llmconvert.report.report import Check
@@ -69,14 +70,15 @@ class CacheCostCheck(Measurement):
             return []
         context = Context(subject.device, subject.memory, progress=subject.progress)
         try:
-            length, _ = self._fitting(subject.dense, context, subject.dtype, Skeleton)
+            length, needs = self._fitting(subject.dense, context, subject.dtype, Skeleton)
             windows = longest_windows(subject, self.dataset, self.windows, length)
         except DatasetError as error:
             if of_machine(error):
                 raise
             return [Check.unmeasured(_NAME, str(error), asked=False, label=_LABEL, unit="nats", quiet=True)]
         try:
-            plain, rounded, divergence = _by_position(subject, windows)
+            with keeping_freed_memory(kept_of(needs.memory, subject.device)):
+                plain, rounded, divergence = _by_position(subject, windows)
         except GateError as error:
             return [_failed(str(error))]
         except CalibrationError as error:

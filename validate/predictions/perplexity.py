@@ -283,7 +283,9 @@ def compare_window(
             f"the reference predicts {reference.shape[-1]:,} tokens, the artifact {artifact.shape[-1]:,}; "
             "models with different vocabularies cannot be compared token by token"
         )
-    columns: list[torch.Tensor] = []
+    # Filled in place: many small tensors would settle in the holes that the large pieces leave, which then fit none.
+    found = torch.empty((count, 4), dtype=torch.float64)
+    end = 0
     pairs = zip(
         _scored(reference, window, index, "reference", count),
         _scored(artifact, window, index, "artifact", count),
@@ -296,10 +298,10 @@ def compare_window(
         # p · (log p − log q), in place: the pieces are large.
         difference = ours - theirs
         divergence = difference.mul_(ours.exp_()).sum(-1)
-        columns.append(
-            torch.stack([losses[0].double(), losses[1].double(), divergence.double(), agreement.double()], -1).cpu()
-        )
-    return torch.cat(columns).numpy()
+        begin, end = end, end + len(targets)
+        for column, values in enumerate((*losses, divergence, agreement)):
+            found[begin:end, column] = values
+    return found.numpy()
 
 
 def _scored(
