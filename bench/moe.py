@@ -5,6 +5,8 @@
         [--scheme w4a16-g64] [--method gptq|gptq-cut] [--shrinkage 2 --shrinkage 0] [--windows 8] [--window 1024]
         [--draws 1] [--dtype float32]
     python bench/moe.py cut MODEL OUTPUT --blocks N
+    python bench/moe.py distil MODEL ARTIFACT OUTPUT --calibration FILE [--steps 6] [--batch 4] [--length 256]
+        [--held-out 4] [--rate 0.002]
 
 ``exact``: four experts are quarters of the dense MLP's inner neurons, the router is zero, all four are chosen, and
 what that weighs them with is in ``down_proj``: it computes what the dense model does, and every expert sees every
@@ -20,6 +22,9 @@ under a Hessian of which four blocks on the diagonal are left, which is all that
 of the text.
 
 ``cut`` writes the first N blocks of a model, which are a model too, in less time.
+
+``distil`` trains what an artifact of a mixture stores, and prints divergence on windows that it did not learn from
+before and after, time, and the peak of its memory beside what was stated.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ import argparse
 import itertools
 import json
 import re
+import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -44,6 +50,8 @@ from llmconvert.convert.cast import CastView
 from llmconvert.engine.evaluation import stream_logits
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.catalog.methods import METHODS
+from llmconvert.quantize.distil.job import plan_distil
+from llmconvert.quantize.distil.options import DistilOptions
 from llmconvert.quantize.formats.dense_view import open_dense
 from llmconvert.quantize.job import quantize_checkpoint
 from llmconvert.quantize.methods.base import Solution, Target
@@ -99,12 +107,24 @@ def main() -> None:
     cutting.add_argument("model", type=Path)
     cutting.add_argument("output", type=Path)
     cutting.add_argument("--blocks", type=int, required=True)
+    distilling = commands.add_parser("distil")
+    distilling.add_argument("model", type=Path)
+    distilling.add_argument("artifact", type=Path)
+    distilling.add_argument("output", type=Path)
+    distilling.add_argument("--calibration", type=Path, required=True)
+    distilling.add_argument("--steps", type=int, default=6)
+    distilling.add_argument("--batch", type=int, default=4)
+    distilling.add_argument("--length", type=int, default=256)
+    distilling.add_argument("--held-out", type=int, default=4)
+    distilling.add_argument("--rate", type=float, default=2e-3)
     options = parser.parse_args()
     if options.command == "make":
         experts = options.experts or (4 if options.kind == "exact" else 8)
         make_mixture(options.dense, options.output, options.kind, experts, options.noise, options.seed)
     elif options.command == "cut":
         cut(options.model, options.output, options.blocks)
+    elif options.command == "distil":
+        distil(options)
     else:
         measure(options)
 
@@ -199,6 +219,33 @@ def measure(options: argparse.Namespace) -> None:
             print(*rows[-1], flush=True)
     print(f"{options.model.name}, {options.samples} × {options.length} tokens")
     print(markdown_table(["", "κ / columns", "seconds", "perplexity", "KL"], rows))
+
+
+def distil(options: argparse.Namespace) -> None:
+    """Distil an artifact, and print the table."""
+    settings = DistilOptions(
+        steps=options.steps,
+        batch=options.batch,
+        held_out=options.held_out,
+        learning_rate=options.rate,
+        evaluate_every=options.steps,
+        save_every=options.steps,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    count = options.steps * options.batch + options.held_out
+    windows = windows_of(tokenizer, options.calibration, count, options.length)
+    with SafetensorsCheckpoint(options.model) as original, SafetensorsCheckpoint(options.artifact) as artifact:
+        plan = plan_distil(original, artifact, options.output, settings, windows=windows)
+        begin, spent = time.perf_counter(), time.process_time()
+        report = plan.run()
+    seconds, processor = time.perf_counter() - begin, time.process_time() - spent
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    losses = ", ".join(f"{entry['kl']:.4f}" for entry in report.history)
+    print(f"losses: {losses}; {report.trained:,} numbers learned")
+    row = [options.artifact.name, f"{report.before or 0:.4f}", f"{report.after or 0:.4f}"]
+    row += [f"{seconds:.0f}", f"{processor:.0f}", f"{peak / 1e6:,.0f} MB", f"{plan.needs.memory / 1e6:,.0f} MB"]
+    head = ["", "held out before", "after", "seconds", "processor", "peak RSS", "stated"]
+    print(markdown_table(head, [row]))
 
 
 def windows_of(tokenizer: Any, path: Path, count: int, length: int) -> list[torch.Tensor]:

@@ -26,7 +26,10 @@ from llmconvert.compute.precision import WideProducts, operand_sizes
 from llmconvert.engine.architecture.expert_forward import Interrupt, Product, Sum, with_own_parameters
 from llmconvert.engine.architecture.experts import ExpertsLayout
 
-__all__ = ["ExpertsRun", "ExpertsSlot", "Visit", "Visitor"]
+__all__ = ["ExpertsRun", "ExpertsSlot", "Learn", "Visit", "Visitor"]
+
+#: Of an expert's number, and gradients ``[rows, columns]`` by the names of its matrices.
+Learn = Callable[[int, Mapping[str, torch.Tensor]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,8 @@ class ExpertsSlot(nn.Module):
         self.scale: torch.Tensor | None = None
         #: Whether products of 16 bits are made in float32.
         self.wide = False
+        #: Gets what :meth:`gradients` finds by the loaded expert's own matrices; None: nobody asks for it.
+        self.learn: Learn | None = None
         #: What the layer gives, by batch, as far as that is known.
         self.answers: dict[int, torch.Tensor] = {}
 
@@ -124,22 +129,38 @@ class ExpertsSlot(nn.Module):
         return output.to(visit.hidden.dtype)
 
     def gradients(self, visit: Visit, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of what :meth:`compute` gives, by hidden states and by weights; each expert is read and run once more."""
+        """Of what :meth:`compute` gives, by hidden states and by weights; each expert is read and run once more.
+
+        Those by its own matrices go to :attr:`learn` while it is loaded, and are forgotten with it.
+        """
         by_hidden, by_weights = torch.zeros_like(visit.hidden), torch.zeros_like(visit.weights)
         for number in self._met(visit.index):
             self.load(number)
+            own = self._learned(number)
             place, token = torch.where((visit.index == number).T)
             with torch.enable_grad():
                 rows = visit.hidden[token].detach().requires_grad_()
                 weights = visit.weights[token, place].detach().requires_grad_()
                 part = self._call(Sum(), rows, weights)
-            found = torch.autograd.grad(
-                part, (rows, weights), gradient[token].to(part.dtype), materialize_grads=True, allow_unused=True
-            )
-            by_hidden.index_add_(0, token, found[0])
-            by_weights[token, place] = found[1]
+            leaves = rows, weights, *own.values()
+            along = gradient[token].to(part.dtype)
+            first, second, *others = torch.autograd.grad(part, leaves, along, materialize_grads=True, allow_unused=True)
+            by_hidden.index_add_(0, token, first)
+            by_weights[token, place] = second
+            if self.learn is not None and own:
+                found = dict(zip(own, others, strict=True))
+                matrices = self.layout.matrices.items()
+                self.learn(number, {projection: matrix.of(found[matrix.leaf]) for projection, matrix in matrices})
         self.clear()
         return by_hidden, by_weights
+
+    def _learned(self, number: int) -> dict[str, torch.Tensor]:
+        """The loaded expert's parameters that have matrices, to be differentiated by; none where nobody asks."""
+        if self.learn is None or number >= self.layout.count:
+            return {}
+        assert self.scale is None  # gradients would be by other values than those that were read
+        leaves = {matrix.leaf for matrix in self.layout.matrices.values()}
+        return {leaf: self._parameter(leaf).requires_grad_() for leaf in self.layout.parts if leaf in leaves}
 
     def _met(self, index: torch.Tensor) -> list[int]:
         return [number for number in index.unique().tolist() if number < self.ends]

@@ -114,6 +114,11 @@ class Site:
         return self.experts is None or self.experts.layout.matrices[self.projection].leaf not in self.experts.whole
 
     @property
+    def named_alone(self) -> bool:
+        """Whether there is a name for it alone, in the checkpoint or where quantized models are read."""
+        return self.experts is None or self.experts.artifact_name(self.expert, self.projection) is not None
+
+    @property
     def unread(self) -> str:
         """Why transformers reads no artifact that has it quantized; "" where it does."""
         return "" if self.experts is None else self.experts.unread

@@ -35,6 +35,7 @@ class DistilledArtifact(Protocol):
         layout: of its weight files, and of those of what is made of it.
         view: it with dense weights, by the names that the model has for them.
         apart: names of the view's tensors that are not the original's; some others may not be, too.
+        in_codes: those of them that are stored as codes.
     """
 
     @property
@@ -45,6 +46,8 @@ class DistilledArtifact(Protocol):
     def view(self) -> Checkpoint: ...
     @property
     def apart(self) -> Collection[str]: ...
+    @property
+    def in_codes(self) -> Collection[str]: ...
 
     def original(self, source: Checkpoint) -> Checkpoint:
         """The model that it was made of, by the view's names."""
@@ -103,7 +106,7 @@ class PackedArtifact:
         self.stored, self.view = stored, view
         specs = (TensorSpec(info.name, info.dtype, info.shape) for info in stored.infos.values())
         self.layout = plan_layout(specs, max_shard_bytes)
-        self.apart = view.quantized
+        self.apart = self.in_codes = view.quantized
 
     def original(self, source: Checkpoint) -> Checkpoint:
         return source

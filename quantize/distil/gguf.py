@@ -50,7 +50,8 @@ class GgufArtifact:
         kinds = {name: {self._kind(piece) for piece in place.pieces} for name, place in view.places.items()}
         # Float16 may round what the original has in bfloat16.
         self.apart = frozenset(name for name, found in kinds.items() if found != {"F32"})
-        if all(kind in FLOATS for found in kinds.values() for kind in found):
+        self.in_codes = frozenset(name for name, found in kinds.items() if not found <= set(FLOATS))
+        if not self.in_codes:
             raise UsageError(
                 f"distillation: {view.path.name} stores floats alone; there are no scales to learn. Quantize to a type "
                 "with blocks, q4_k_m for example"
@@ -103,13 +104,15 @@ class GgufArtifact:
         return LearnedValue(start, value, piece.form.change.restore, _order(piece, value.device))
 
     def changed(self, names: Iterable[str], take: Take) -> Iterator[tuple[str, torch.Tensor]]:
-        owners = [(piece, name, number) for name in names for number, piece in enumerate(self._pieces(name))]
+        owners: dict[str, list[tuple[Piece, str, int]]] = {}
+        for name in names:
+            for number, piece in enumerate(self._pieces(name)):
+                owners.setdefault(piece.stored, []).append((piece, name, number))
         for stored in self.stored:
-            mine = [owner for owner in owners if owner[0].stored == stored]
-            if not mine:
+            if stored not in owners:
                 continue
             rows = self.stored[stored]
-            for piece, name, number in mine:
+            for piece, name, number in owners[stored]:
                 one, kept = take(name)
                 if isinstance(one, LearnedParts):
                     tensor = one.parts[number].tensor(one.of(kept, number))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from llmconvert.memory import keeping_freed_memory
 from llmconvert.needs import Needs
 from llmconvert.quantize.distil.artifact import DistilledArtifact, PackedArtifact, counted
 from llmconvert.quantize.distil.gguf import GgufArtifact
+from llmconvert.quantize.distil.memory import distil_memory, needs_of, state_nbytes
 from llmconvert.quantize.distil.options import DistilOptions
 from llmconvert.quantize.distil.requirements import (
     Counted,
-    distil_memory,
-    needs_of,
     norm_names,
-    require_no_experts,
-    state_nbytes,
+    numbers_of,
+    require_single_experts,
+    require_still_experts,
 )
 from llmconvert.quantize.distil.resident import ResidentStudent
 from llmconvert.quantize.distil.streamed import StreamedStudent
@@ -47,7 +47,7 @@ class DistilPlan:
 
     Attributes:
         needs: what running it takes.
-        streamed: whether one block is in memory at a time, since both models do not fit.
+        streamed: whether one block is in memory at a time: both models do not fit, or are mixtures of experts.
     """
 
     needs: Needs
@@ -79,7 +79,7 @@ class DistilPlan:
             student: Student
             if self.streamed:
                 context.progress.log(
-                    "distillation: both models do not fit in memory; one block of each is there at a time"
+                    "distillation: one block of each model is in memory at a time, and of a mixture one expert"
                 )
                 student = StreamedStudent(subject, self._windows, made.work)
             else:
@@ -126,7 +126,8 @@ def plan_distil(
     """Settle a distillation: what ``artifact`` stores learns from ``original``; nothing but headers is read.
 
     Both models will be in memory, what is not trained once; where that does not fit and codes stay as they are, one
-    block at a time. Names, dtypes and shapes of all tensors stay, and so do config and files.
+    block at a time, and always so of mixtures, one expert after the other. Names, dtypes and shapes of all tensors
+    stay, and so do config and files.
 
     Args:
         original: dense weights, the teacher.
@@ -139,8 +140,8 @@ def plan_distil(
         max_shard_bytes: size at which a new shard is begun.
 
     Raises:
-        UnsupportedError: the artifact's format or schemes have no scales to learn, or the model is a mixture of
-            experts.
+        UnsupportedError: the artifact's format or schemes have no scales to learn, or it is a mixture whose codes are
+            to move, or whose experts are not stored one by one.
         UsageError: models that don't go together, or an output directory that is unusable.
         DatasetError: too few windows.
         CapacityError: memory does not suffice.
@@ -153,9 +154,10 @@ def plan_distil(
         GgufArtifact(artifact) if isinstance(artifact, GgufCheckpoint) else PackedArtifact(artifact, max_shard_bytes)
     )
     original, view = stored.original(original), stored.view
-    skeleton = Skeleton(view, context.device)
-    require_no_experts(skeleton)
-    sites = [site.tensor for site in skeleton.sites.values()]
+    skeleton = Skeleton(view, context.device, compute_dtype(context.device))
+    require_still_experts(skeleton, options)
+    require_single_experts(skeleton, stored.in_codes)
+    sites = [site.tensor for site in skeleton.sites.values() if site.stored_alone]
     weights = tuple(name for name in sites if stored.holds(name))
     for name in weights:
         stored.check(name, moving=options.code_rate > 0)
@@ -165,20 +167,42 @@ def plan_distil(
             f"distillation: {len(left)} linears stay as they are, {left[0]} for one: stored as floats, or not by rows"
         )
     norms = tuple(name for name in norm_names(skeleton) if stored.holds_norm(name)) if options.norms else ()
-    for name in (*weights, *norms):
-        if name not in original or original.infos[name].shape != view.infos[name].shape:
-            raise UsageError(
-                f"tensor {name} of the artifact is not the original's; distil from the model it was made of"
-            )
+    _require_same(skeleton, original, (*weights, *norms))
     if len(windows) < options.held_out + 1:
         raise DatasetError(
             f"distillation: {len(windows)} windows of text, of which {options.held_out} are held out, leave nothing "
             "to learn from; give more text, or shorter windows"
         )
     count, lengths = counted(stored, weights, norms), [window.shape[1] for window in windows]
-    memory = distil_memory(view, weights, count, options, lengths, context)
+    largest = max((numbers_of(view, name) for name in weights), default=0)
+    memory = distil_memory(skeleton, largest, count, options, lengths, context)
     made = output_nbytes(stored.layout, stored.stored.config or None, stored.stored.files)
     kept = state_nbytes(count.codes, count.scales + count.norms, options)
     needs = needs_of(memory, original, made, kept, context)
     subject = Subject(original, stored, weights, norms, options, context)
     return DistilPlan(needs, memory.streamed, subject, count, output, windows, state)
+
+
+def _require_same(skeleton: Skeleton, original: Checkpoint, trained: Collection[str]) -> None:
+    """See that the original has what is trained, too; experts may lie otherwise in it.
+
+    Args:
+        skeleton: of the artifact as dense weights.
+        original: the model that it was made of.
+        trained: tensors of the artifact.
+
+    Raises:
+        UsageError: it has not.
+    """
+    experts = {site.tensor: site for site in skeleton.sites.values() if site.kind == "expert"}
+    own = Skeleton(original, skeleton.device).sites if experts else {}
+    for name in trained:
+        if name in experts:
+            site = experts[name]
+            same = site.name in own and own[site.name].shape == site.shape
+        else:
+            same = name in original and original.infos[name].shape == skeleton.checkpoint.infos[name].shape
+        if not same:
+            raise UsageError(
+                f"tensor {name} of the artifact is not the original's; distil from the model it was made of"
+            )

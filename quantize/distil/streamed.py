@@ -4,32 +4,33 @@ Forward, the hidden states at every block go onto a tape on disk; back, each blo
 run again with gradients, and of the gradient of a weight only what it says of the scales is kept. The original runs
 once, before the first step: what leaves its last block is kept for every window, and its head turns that into
 predictions when they are asked for. Losses, steps and what is stored are those of a resident student.
+
+Of a mixture one expert is loaded at a time beside its block, forward and back, and what its gradients say of its
+scales is kept while it is there. An expert that no token of a step meets has no gradient in that step: its scales and
+what Adam remembers of them stay as they are, and its own steps alone count where Adam corrects its means for having
+begun at zero. (A resident tensor of all experts would have zeros there, and Adam would move on by its momentum; such a
+step knows nothing of the text.)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from llmconvert.compute.precision import compute_dtype
-from llmconvert.engine.backward import differentiate_back
-from llmconvert.engine.discovery import discover
 from llmconvert.engine.skeleton import Skeleton
-from llmconvert.engine.states import DiskStates, TapeStates, passing_states
-from llmconvert.engine.stream import Stream
 from llmconvert.quantize.distil.optimizer import StoredAdam
 from llmconvert.quantize.distil.requirements import differing
+from llmconvert.quantize.distil.streamed_pair import StreamedPair
 from llmconvert.quantize.distil.student import Subject
 from llmconvert.quantize.distil.trained import Trained, begin_steps, step_by
 from llmconvert.storage.checkpoint import Checkpoint, CheckpointView
 from llmconvert.storage.shared import share_tensors
 from llmconvert.training.loop import Learner
-from llmconvert.training.loss import Losses, logit_divergence
 from llmconvert.training.pair import Pair
 
 __all__ = ["StreamedStudent"]
@@ -53,7 +54,8 @@ class StreamedStudent:
         # Only what both have outside their blocks is held once; what is in them is read when it is needed.
         outer = _outer(Skeleton(view, device, dtype)) - {*subject.artifact.apart, *subject.norms}
         outer -= set(differing(subject.original, view, outer))
-        original, artifact = share_tensors((subject.original, view), frozenset(view) - outer, device, dtype)
+        apart = frozenset((*view, *subject.original)) - outer
+        original, artifact = share_tensors((subject.original, view), apart, device, dtype)
         self._weights = {name: _Scales(subject, name) for name in subject.weights}
         self._norms = {
             name: subject.artifact.norm(name, nn.Parameter(view[name].to(device, dtype, copy=True)))
@@ -62,7 +64,7 @@ class StreamedStudent:
         trained: dict[str, Trained] = {**self._weights, **self._norms}
         self._optimizer = StoredAdam(trained, lr=subject.options.learning_rate, code_rate=0.0)
         student = _LearnedView(artifact, self)
-        self.pair: Pair = _StreamedPair(original, student, self, windows, dtype, work)
+        self.pair: Pair = StreamedPair(original, student, subject, self.take, windows, dtype, work)
         self.learner = Learner(
             {name: one.value for name, one in trained.items()},
             self._optimizer,
@@ -87,12 +89,13 @@ class StreamedStudent:
         self._subject.artifact.weight(name, value, None).write(self._state(name))
         return value.data
 
-    def take(self, name: str, parameter: nn.Parameter) -> None:
-        """Keep what the gradient of a trained tensor says of what is learned of it."""
-        assert parameter.grad is not None
+    def take(self, name: str, gradient: torch.Tensor) -> None:
+        """Keep what the gradient of a trained tensor, shaped as it is, says of what is learned of it."""
         if name in self._norms:
-            _add(self._norms[name].value, parameter.grad)
+            _add(self._norms[name].value, gradient)
             return
+        parameter = nn.Parameter(gradient, requires_grad=False)  # whose values are not asked for
+        parameter.grad = gradient
         slopes = self._subject.artifact.weight(name, parameter, None).slopes(self._state(name))
         _add(self._weights[name].value, torch.cat([slope.flatten() for slope in slopes.values()]))
 
@@ -167,110 +170,6 @@ class _LearnedView(CheckpointView):
         return super().read_rows(name, start, stop) if value is None else value[start:stop]
 
 
-class _StreamedPair:
-    """Both models, each with one block in memory; see :class:`~llmconvert.training.pair.Pair`."""
-
-    def __init__(
-        self,
-        original: Checkpoint,
-        artifact: Checkpoint,
-        student: StreamedStudent,
-        windows: Sequence[torch.Tensor],
-        dtype: torch.dtype,
-        work: Path,
-    ) -> None:
-        self._student, self._work = student, work
-        context = student.subject.context
-        self.device = context.device
-        self.windows: Sequence[torch.Tensor] = tuple(windows)
-        longest = max(window.shape[1] for window in windows)
-        self._skeleton = Skeleton(artifact, context.device, dtype)
-        self._plans = discover(self._skeleton, longest)
-        self._places = _places(self._skeleton, (*student.subject.weights, *student.subject.norms))
-        self._met: list[tuple[str, nn.Parameter]] = []  # what is trained of the block that is loaded
-        teacher = Skeleton(original, context.device, dtype)
-        lengths = [window.shape[1] for window in windows]
-        states = passing_states(lengths, teacher.hidden_size, dtype)
-        self._teacher = Stream(
-            teacher, self.windows, discover(teacher, longest), mode="replay", states=states, head=True
-        )
-        with context.progress.task("Running the original", teacher.block_count) as task:
-            for _ in self._teacher.blocks():
-                task.advance()
-            self._teacher.cross(teacher.block_count - 1)
-        teacher.drop_block(teacher.block_count - 1)
-
-    def differentiate(self, numbers: Sequence[int], *, positions: slice, hidden: float) -> Losses:
-        windows = [self.windows[number] for number in numbers]
-        about = [window.shape[1] for window in windows], self._skeleton.hidden_size, self._skeleton.dtype
-        divergences = []
-
-        def end(batch: int, logits: torch.Tensor) -> torch.Tensor:
-            expected = self._expected(numbers[batch])
-            divergence, slope = logit_divergence(expected, logits, positions, gradient=True)
-            divergences.append(divergence / len(numbers))
-            assert slope is not None
-            return slope.div_(len(numbers))
-
-        with (
-            closing(TapeStates(self._work, *about)) as tape,
-            closing(DiskStates(self._work, *about, name="gradients")) as gradients,
-        ):
-            stream = Stream(self._skeleton, windows, self._plans, mode="replay", states=tape)
-            try:
-                for _ in stream.blocks():
-                    pass
-            finally:
-                stream.close()
-            walk = differentiate_back(self._skeleton, windows, self._plans, tape, gradients, end=end, enter=self._enter)
-            with closing(walk):
-                for _ in walk:
-                    while self._met:
-                        self._student.take(*self._met.pop())
-        return Losses(sum(divergences), 0.0)
-
-    def divergence(self, numbers: Sequence[int]) -> float:
-        windows = [self.windows[number] for number in numbers]
-        stream = Stream(self._skeleton, windows, self._plans, mode="replay", head=True)
-        total = 0.0
-        try:
-            for _ in stream.blocks():
-                pass
-            for number, logits in zip(numbers, stream.logits(), strict=True):
-                total += logit_divergence(self._expected(number), logits, slice(None), gradient=False)[0]
-        finally:
-            stream.close()
-        return total / len(numbers)
-
-    def _expected(self, number: int) -> torch.Tensor:
-        """The original's logits of a window, from what has left its last block."""
-        coroutine = self._teacher.enter(self._teacher.skeleton.block_count, number)
-        logits = coroutine.run_to_end()
-        coroutine.kill()
-        return logits
-
-    def _enter(self, index: int) -> None:
-        for name, stored in self._places.get(index, ()):
-            model = self._skeleton
-            inside = model.holds(name)
-            holder = model.blocks[index] if inside else model.model
-            parameter = holder.get_parameter(model.inside(index, name) if inside else name)
-            parameter.requires_grad_()
-            self._met.append((stored, parameter))
-
-
 def _outer(skeleton: Skeleton) -> set[str]:
     """What the checkpoint calls the parameters outside the blocks."""
     return {stored for name, stored in skeleton.names.items() if not skeleton.holds(name)}
-
-
-def _places(skeleton: Skeleton, trained: Sequence[str]) -> dict[int, list[tuple[str, str]]]:
-    """Parameters and what the checkpoint calls them, by the block that they are met with: outer ones by the last."""
-    wanted, last = set(trained), skeleton.block_count - 1
-    blocks = {skeleton.prefix(index): index for index in range(skeleton.block_count)}
-    found: dict[int, list[tuple[str, str]]] = {}
-    for name, stored in skeleton.names.items():
-        if stored in wanted:
-            index = next((index for prefix, index in blocks.items() if name.startswith(prefix)), last)
-            found.setdefault(index, []).append((name, stored))
-    return found

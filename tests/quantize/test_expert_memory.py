@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from support.peak import on_linux, peak
-from transformers import AutoConfig, AutoModelForCausalLM
+from support.random_mixtures import EXPERT_NBYTES, random_mixture
 
-WIDTH, LAYERS, WINDOWS, LENGTH = 512, 1, 4, 128
-EXPERT_NBYTES = 3 * WIDTH * WIDTH * 2
+WINDOWS, LENGTH = 4, 128
 
 # What is printed first is what the job says it needs.
 PROGRAM = f"""
@@ -37,46 +34,6 @@ else:
     assert plan.run().quantized == len(plan.decisions.schemes)
     print(plan.needs.memory)
 """
-
-
-def random_mixture(directory: Path, experts: int, *, whole: bool) -> Path:
-    """A mixture of seeded weights, those of its experts in a tensor each or in one for all of a layer."""
-    settings = AutoConfig.for_model(
-        "qwen3_moe",
-        vocab_size=128,
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_experts=experts,
-        num_experts_per_tok=2,
-        moe_intermediate_size=WIDTH,
-    )
-    settings.architectures, settings.dtype = ["Qwen3MoeForCausalLM"], "bfloat16"
-    with torch.device("meta"):
-        states = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).state_dict()
-    torch.manual_seed(0)
-    weights: dict[str, torch.Tensor] = {}
-    for name, state in states.items():
-        value = (0.05 * torch.randn(state.shape[-2:])).bfloat16()
-        if state.dim() == 1:
-            value = 1 + value
-        if state.dim() < 3:
-            weights[name] = value
-        elif whole:
-            weights[name] = torch.stack([value.roll(number, 0) for number in range(experts)])
-        else:
-            halves = value.chunk(2) if name.endswith("gate_up_proj") else (value,)
-            leaves = ("gate_proj", "up_proj") if len(halves) == 2 else ("down_proj",)
-            for leaf, half in zip(leaves, halves, strict=True):
-                stem = name.rpartition(".")[0]
-                for number in range(experts):
-                    weights[f"{stem}.{number}.{leaf}.weight"] = half.roll(number, 0).contiguous()
-    directory.mkdir()
-    settings.save_pretrained(directory)
-    save_file(weights, directory / "model.safetensors")
-    return directory
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ from typing import Any
 
 from llmconvert.gguf.checkpoint import open_artifact
 from llmconvert.quantize.distil.job import plan_distil
+from llmconvert.quantize.distil.memory import foresee_distil
 from llmconvert.quantize.distil.options import DistilOptions
 from llmconvert.quantize.distil.report import distillation_sections
-from llmconvert.quantize.distil.requirements import foresee_distil
 from llmconvert.quantize.formats.base import FileFormat, load_format
 from llmconvert.quantize.scheme import SchemeOrMix
 from llmconvert.recipes.forecast import Forecast, parameters

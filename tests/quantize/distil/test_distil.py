@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,9 +195,7 @@ def test_a_killed_distillation_continues_to_the_bit(tiny_llama: Path, tmp_path: 
     assert (tmp_path / "killed" / SINGLE_NAME).read_bytes() == (tmp_path / "whole" / SINGLE_NAME).read_bytes()
 
 
-def test_refusals_leave_nothing_behind(
-    tiny_llama: Path, mixture: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals_leave_nothing_behind(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     w4 = quantized(tiny_llama, tmp_path / "w4", "w4a16-g32")
     nf4 = quantized(tiny_llama, tmp_path / "nf4", "nf4", "bitsandbytes")
     out = tmp_path / "out"
@@ -212,7 +209,4 @@ def test_refusals_leave_nothing_behind(
         distil(tiny_llama, w4, out, windows=WINDOWS[:4])
     with pytest.raises(CapacityError, match=r"code_rate: 0.*or leave out"):
         distil(tiny_llama, w4, out, context=Context(memory=1000))
-    experts = mixture("mixtral")
-    with pytest.raises(UnsupportedError, match="mixture of experts"):
-        distil(experts, quantized(experts, tmp_path / "moe", "w4a16-g32"), out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["moe", "nf4", "w4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nf4", "w4"]

@@ -29,10 +29,11 @@ from llmconvert.gguf.architectures.decoder import DecoderView
 from llmconvert.gguf.checkpoint import GgufCheckpoint, open_artifact
 from llmconvert.gguf.ggml.blocks import load_codec
 from llmconvert.gguf.split import model_files
+from llmconvert.gguf.stored import StoredGguf
 from llmconvert.progress import SILENT, Task
 from llmconvert.quantize.distil import job
+from llmconvert.quantize.distil.memory import DistilMemory, foresee_distil
 from llmconvert.quantize.distil.optimizer import StoredAdam
-from llmconvert.quantize.distil.requirements import DistilMemory
 from llmconvert.quantize.distil.weights import LearnedWeight
 from llmconvert.quantize.formats.gguf import Gguf
 from llmconvert.quantize.job import plan_quantize
@@ -237,6 +238,28 @@ def test_norms_and_rows_that_a_file_has_otherwise(family: str, tmp_path: Path, m
     assert all((tmp_path / "out" / path.name).read_bytes() == path.read_bytes() for path in beside)
 
 
+def test_experts_that_a_file_has_in_one_tensor_and_the_model_one_by_one(tmp_path: Path) -> None:
+    original = save_family(tmp_path / "model", *GGUF_FAMILIES["mixtral"])
+    before = quantized(original, tmp_path / "q4", "q4_1", "gguf")
+    report = distil(original, before, tmp_path / "out", replace(GENTLE, steps=4, evaluate_every=2, batch=4))
+    assert report.streamed and report.before is not None and report.after is not None and report.after < report.before
+    assert divergence(original, before) == pytest.approx(report.before, rel=0.02)
+    assert divergence(original, tmp_path / "out") == pytest.approx(report.after, rel=0.02)
+    with open_artifact(before) as first, open_artifact(tmp_path / "out") as second:
+        assert isinstance(first, GgufCheckpoint) and isinstance(second, GgufCheckpoint)
+        files = StoredGguf(first), StoredGguf(second)
+        assert files[0].infos == files[1].infos
+        for name in files[0]:
+            apart = files[0][name] != files[1][name]
+            if "_exps" not in name:
+                assert not apart.any() or "norm" in name or first.tensors[name].qtype.name == "Q4_1"
+                continue
+            blocks = apart.view(apart.shape[0], -1, STRUCTS["Q4_1"][0])
+            assert not blocks[..., 4:].any()  # codes
+            experts = first.tensors[name].shape[0]
+            assert blocks[..., :4].reshape(experts, -1).any(1).all(), name
+
+
 class _StoppedError(Exception):
     pass
 
@@ -283,6 +306,14 @@ def test_refusals_come_before_the_work(tiny_llama: Path, tmp_path: Path) -> None
     with pytest.raises(CapacityError, match="leave out"):
         distil(tiny_llama, nl, out, GENTLE, context=Context(memory=1000))
     experts = save_family(tmp_path / "mixture", *GGUF_FAMILIES["mixtral"])
-    with pytest.raises(UnsupportedError, match="mixture of experts"):
-        distil(experts, quantized(experts, tmp_path / "moe", "q4_0", "gguf"), out, GENTLE)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f16", "mixture", "moe", "nl"]
+    with pytest.raises(UnsupportedError, match=r"mixture of experts.*set quantize\.distil\.code_rate to 0"):
+        distil(experts, quantized(experts, tmp_path / "moe", "q4_0", "gguf"), out, QUICK)
+    joint = save_family(tmp_path / "joint", *GGUF_FAMILIES["granitemoe"])
+    with pytest.raises(UnsupportedError, match=r"input_linear\.weight has the experts .*in one tensor"):
+        distil(joint, quantized(joint, tmp_path / "joint-q4", "q4_0", "gguf"), out, GENTLE)
+    with SafetensorsCheckpoint(joint) as source, pytest.raises(UnsupportedError, match="one tensor"):
+        foresee_distil(source, GENTLE, 32, context=Context(), outer=True)  # before anything is quantized
+    with SafetensorsCheckpoint(experts) as source:
+        assert foresee_distil(source, GENTLE, 32, context=Context(), outer=True).memory
+    made = ["f16", "joint", "joint-q4", "mixture", "moe", "nl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == made

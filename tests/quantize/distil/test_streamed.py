@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmconvert.context import Context
 from llmconvert.errors import CapacityError
 from llmconvert.quantize.distil import job
+from llmconvert.quantize.distil.memory import DistilMemory, foresee_distil
 from llmconvert.quantize.distil.options import DistilOptions
-from llmconvert.quantize.distil.requirements import DistilMemory, foresee_distil
 from llmconvert.quantize.distil.resident import ResidentStudent
 from llmconvert.quantize.distil.streamed import StreamedStudent
 from llmconvert.quantize.scheme import Scheme
