@@ -238,10 +238,16 @@ def test_norms_and_rows_that_a_file_has_otherwise(family: str, tmp_path: Path, m
     assert all((tmp_path / "out" / path.name).read_bytes() == path.read_bytes() for path in beside)
 
 
-def test_experts_that_a_file_has_in_one_tensor_and_the_model_one_by_one(tmp_path: Path) -> None:
-    original = save_family(tmp_path / "model", *GGUF_FAMILIES["mixtral"])
+@pytest.mark.parametrize(
+    ("family", "rate", "clip"), [("mixtral", 5e-3, 1.0), pytest.param("qwen2_moe", 2e-3, 1e9, marks=pytest.mark.slow)]
+)
+def test_experts_that_a_file_has_in_one_tensor_and_the_model_one_by_one(
+    family: str, rate: float, clip: float, tmp_path: Path
+) -> None:
+    original = save_family(tmp_path / "model", *GGUF_FAMILIES[family])
     before = quantized(original, tmp_path / "q4", "q4_1", "gguf")
-    report = distil(original, before, tmp_path / "out", replace(GENTLE, steps=4, evaluate_every=2, batch=4))
+    options = replace(GENTLE, steps=4, evaluate_every=2, batch=4, learning_rate=rate, clip=clip)
+    report = distil(original, before, tmp_path / "out", options)
     assert report.streamed and report.before is not None and report.after is not None and report.after < report.before
     assert divergence(original, before) == pytest.approx(report.before, rel=0.02)
     assert divergence(original, tmp_path / "out") == pytest.approx(report.after, rel=0.02)
