@@ -10,7 +10,7 @@ block is run once more on a little text, entered with the original's state: what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +18,7 @@ from typing import Self, TypeVar
 
 import torch
 
+from llmconvert.compute.drift import DriftSums, join_drift
 from llmconvert.compute.ranks.group import ALONE, Ranks
 from llmconvert.compute.saturation import Saturation, all_saturation, uncounted
 from llmconvert.engine.discovery import discover
@@ -250,8 +251,8 @@ class _Artifact(_Side):
         self._windows = len(windows)
         self._names = [self.skeleton.prefix(index).rstrip(".") for index in range(self.skeleton.block_count)]
         count = self.skeleton.block_count if self.comparable else 0
-        self._sums = [_Sums() for _ in range(count)]
-        self._own = [_Sums() for _ in range(count)]
+        self._sums = [DriftSums() for _ in range(count)]
+        self._own = [DriftSums() for _ in range(count)]
         self._alone_windows = alone or 0
         #: The current block on the original's entries: its outputs, for the first windows.
         self._alone: list[torch.Tensor] = []
@@ -294,7 +295,7 @@ class _Artifact(_Side):
     def divergences(self, windows: int, ranks: Ranks) -> tuple[BlockDivergence, ...]:
         found: list[BlockDivergence] = []
         before = 0.0
-        everything = _joined([*self._sums, *self._own], ranks)
+        everything = join_drift([*self._sums, *self._own], ranks)
         all_sums, all_own = everything[: len(self._sums)], everything[len(self._sums) :]
         for index, sums in enumerate(all_sums):
             if sums.windows < windows:
@@ -337,40 +338,6 @@ def _share_outer(artifact: Skeleton, reference: Skeleton) -> None:
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     ours, theirs = (one.detach().contiguous().reshape(-1).view(torch.uint8) for one in (first, second))
     return torch.equal(ours, theirs)
-
-
-class _Sums:
-    """Sums over tokens of a block's relative squared error and cosine, and those of each window."""
-
-    def __init__(self, parts: Iterable[tuple[float, float, float]] = ()) -> None:
-        self.parts: list[tuple[float, float, float]] = []
-        self.square = self.cosine = 0.0
-        self.tokens = self.windows = 0
-        for part in parts:
-            self._take(*part)
-
-    def add(self, reference: torch.Tensor, artifact: torch.Tensor) -> None:
-        """Add a window's hidden states, ``[1, length, hidden size]`` each."""
-        ours, theirs = reference[0].float(), artifact[0].float()
-        norm = ours.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        square = float(((theirs - ours).square().sum(-1) / norm).sum(dtype=torch.float64))
-        self._take(square, float(torch.cosine_similarity(ours, theirs, dim=-1).sum(dtype=torch.float64)), len(ours))
-
-    def _take(self, square: float, cosine: float, tokens: float) -> None:
-        self.parts.append((square, cosine, tokens))
-        self.square += square
-        self.cosine += cosine
-        self.tokens += int(tokens)
-        self.windows += 1
-
-
-def _joined(sums: Sequence[_Sums], ranks: Ranks) -> list[_Sums]:
-    """Those of all processes, each added up in the order of windows, as one process does it."""
-    if ranks.alone:
-        return list(sums)
-    own = [torch.tensor(one.parts, dtype=torch.float64).reshape(-1, 3) for one in sums]
-    everyone = ranks.exchange(own, torch.device("cpu"))
-    return [_Sums(torch.cat(parts).tolist()) for parts in zip(*everyone, strict=True)]
 
 
 @contextmanager
