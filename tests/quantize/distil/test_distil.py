@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.distilling import QUICK, WINDOWS, distil, distil_until_killed, quantized
+from support.distilling import QUICK, WINDOWS, distil, distil_until_killed, held_out_divergence, quantized
 from torch import nn
-from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
 from llmconvert.context import Context
@@ -118,16 +117,8 @@ def test_scales_learn_and_nothing_else_changes(
 
 
 def _divergence(original: Path, artifact: Path) -> float:
-    """Of what transformers makes of them, on the windows that are held out; nats per token."""
-    teacher, student = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (original, artifact)
-    )
-    parts = []
-    with torch.no_grad():
-        for window in WINDOWS[-QUICK.held_out :]:
-            ours, wanted = (model(window).logits[0].log_softmax(-1) for model in (student, teacher))
-            parts.append(float(kl_div(ours, wanted, log_target=True, reduction="sum")) / window.shape[1])
-    return sum(parts) / len(parts)
+    models = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (original, artifact))
+    return held_out_divergence(*models)
 
 
 def test_a_quantized_head_is_what_the_scales_learn_for(tiny_llama: Path, tmp_path: Path) -> None:

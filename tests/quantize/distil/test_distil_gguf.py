@@ -14,13 +14,12 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from safetensors.torch import save_file
-from support.distilling import QUICK, WINDOWS, distil, quantized
+from support.distilling import QUICK, distil, held_out_divergence, quantized
 from support.gguf_families import GGUF_FAMILIES, save_family
 from support.image_families import save_images_family
 from support.tiny_gguf import tiny_model
 from support.tiny_models import tiny_tokenizer
 from torch import nn
-from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmconvert.context import Context
@@ -193,14 +192,10 @@ def test_scales_and_norms_learn_and_no_other_byte_changes(wide: Path, tmp_path: 
 
 @torch.no_grad()
 def divergence(original: Path, artifact: Path) -> float:
-    """Of what transformers makes of both, the file read again, on the windows that are held out; nats per token."""
+    """Of what transformers makes of both, the file read again, on the windows that are held out."""
     with open_artifact(artifact) as stored, SafetensorsCheckpoint(original) as source:
         teacher, student = (loaded(checkpoint) for checkpoint in (DecoderView(source), stored))
-    found = 0.0
-    for window in WINDOWS[-QUICK.held_out :]:
-        ours, wanted = (model(window).logits[0].log_softmax(-1) for model in (student, teacher))
-        found += float(kl_div(ours, wanted, log_target=True, reduction="sum")) / window.shape[1]
-    return found / QUICK.held_out
+    return held_out_divergence(teacher, student)
 
 
 def loaded(checkpoint: Checkpoint) -> PreTrainedModel:

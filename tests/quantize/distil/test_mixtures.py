@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.distilling import QUICK, WINDOWS, distil, quantized, subject_of
+from support.distilling import QUICK, WINDOWS, distil, held_out_divergence, interrupted_at, quantized, subject_of
 from support.tiny_mixtures import fuse_experts, load_mixture, tiny_mixture, visits
 from torch import nn
 from torch.nn.functional import kl_div
@@ -182,14 +182,7 @@ def test_an_expert_that_no_token_meets_stays_where_it_is(tmp_path: Path) -> None
 
 
 def _divergence(original: Path, artifact: Path) -> float:
-    """Of what transformers makes of them on the windows that are held out; nats per token."""
-    teacher, student = _resident(original), _resident(artifact)
-    parts = []
-    with torch.no_grad():
-        for window in WINDOWS[-QUICK.held_out :]:
-            found, wanted = (model(window).logits[0].log_softmax(-1) for model in (student, teacher))
-            parts.append(float(kl_div(found, wanted, log_target=True, reduction="sum")) / window.shape[1])
-    return sum(parts) / len(parts)
+    return held_out_divergence(_resident(original), _resident(artifact))
 
 
 def test_scales_learn_and_transformers_loads_what_was_measured(mixture: Mixture, tmp_path: Path) -> None:
@@ -213,23 +206,12 @@ def test_scales_learn_and_transformers_loads_what_was_measured(mixture: Mixture,
     assert report.codes == sum(t.numel() for name, t in dense if t.dim() == 2 and not name.endswith(kept))
 
 
-def test_an_interrupted_one_continues_to_the_bit(
-    mixture: Mixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_one_continues_to_the_bit(mixture: Mixture, tmp_path: Path) -> None:
     original, options = mixture("qwen3_moe"), replace(_STILL, steps=4, save_every=1, evaluate_every=2, batch=1)
     artifact, state = quantized(original, tmp_path / "w3", _SCHEME), tmp_path / "state"
     distil(original, artifact, tmp_path / "whole", options)
-    step = job.Training._step
-
-    def stop(training: job.Training, number: int) -> object:
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(training, number)
-
-    monkeypatch.setattr(job.Training, "_step", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(3):
         distil(original, artifact, tmp_path / "again", options, state=state)
-    monkeypatch.setattr(job.Training, "_step", step)
     report = distil(original, artifact, tmp_path / "again", options, state=state)
     assert report.resumed_at == 3
     assert (tmp_path / "again" / SINGLE_NAME).read_bytes() == (tmp_path / "whole" / SINGLE_NAME).read_bytes()

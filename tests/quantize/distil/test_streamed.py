@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.bare_models import make_sparse
-from support.distilling import QUICK, WINDOWS, distil, quantized, subject_of
+from support.distilling import QUICK, WINDOWS, distil, interrupted_at, quantized, subject_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmconvert.context import Context
@@ -94,17 +94,8 @@ def test_an_interrupted_one_continues_to_the_bit(
     _streamed(monkeypatch)
     artifact, state = quantized(tiny_llama, tmp_path / "w3"), tmp_path / "state"
     distil(tiny_llama, artifact, tmp_path / "whole", _STILL)
-    step = job.Training._step
-
-    def stop(training: job.Training, number: int) -> object:
-        if number == 5:
-            raise KeyboardInterrupt
-        return step(training, number)
-
-    monkeypatch.setattr(job.Training, "_step", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(5):
         distil(tiny_llama, artifact, tmp_path / "again", _STILL, state=state)
-    monkeypatch.setattr(job.Training, "_step", step)
     report = distil(tiny_llama, artifact, tmp_path / "again", _STILL, state=state)
     assert report.resumed_at == 4
     assert (tmp_path / "again" / SINGLE_NAME).read_bytes() == (tmp_path / "whole" / SINGLE_NAME).read_bytes()
