@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Needs", "Plan"]
 
@@ -35,6 +38,10 @@ class Needs:
     def left(self) -> int:
         """Bytes of disk that stay taken."""
         return self.disk - self.passing
+
+    def on(self, device: torch.device) -> int:
+        """Peak bytes where a device has them: of the process on a CPU, else of the accelerator."""
+        return self.memory if device.type == "cpu" else self.device_memory
 
     def __add__(self, other: Needs) -> Needs:
         """Of two jobs at the same time: everything adds up, but for the time, which is the longer one's."""

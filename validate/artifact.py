@@ -130,8 +130,6 @@ def plan_validation(
     needs = Needs(memory=BASE_NBYTES)
     if loadable is None:
         loadable = (artifact / "config.json").exists()
-    if cached is None:
-        cached = _quantizes_cache(artifact)
     # Of an original the artifact needs no more; it may be still to be made.
     with open_artifact(artifact) if reference is None else nullcontext(reference) as model:
         dense = open_dense(model, weights_only=reference is not None)
@@ -140,11 +138,13 @@ def plan_validation(
             needs = comparing_needs(dense, lengths, artifacts, context, dtype, build)
         # Of what comparing takes; beside what other measurements take more would be resident than is stated of them.
         kept = kept_of(needs.memory, context.device)
+        if cached is None:
+            cached = bool(dense.quantized_cache) if reference is None else loadable and _quantizes_cache(artifact)
         if stored is None:
             stored = sum(file.stat().st_size for file in _weight_files(artifact)) or dense.nbytes
         planned = Planned(dense, windows, reference is not None, loadable, stored, cached, context, dtype, build)
         needs = reduce(Needs.then, (one.needs(planned) for one in measurements), needs)
-    needed = needs.memory if context.device.type == "cpu" else needs.device_memory
+    needed = needs.on(context.device)
     if context.memory is not None and needed > context.memory:
         raise CapacityError(
             f"evaluation needs about {needed / 1e6:,.0f} MB, {context.memory / 1e6:,.0f} MB may be used; allow that "

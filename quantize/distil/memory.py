@@ -136,15 +136,11 @@ def distil_memory(
     advice = (
         "use shorter windows (quantize.distil.length), take a machine with more memory, or leave out quantize.distil"
     )
-    whole = [
-        f"{key} (quantize.distil.{key}: 0)"
-        for key, value in (("code_rate", options.code_rate), ("hidden", options.hidden))
-        if value
-    ]
-    if whole:
-        advice = f"without {' and '.join(whole)} one block at a time is enough; or {advice}"
+    if options.whole:
+        without = " and ".join(f"{key} (quantize.distil.{key}: 0)" for key in options.whole)
+        advice = f"without {without} one block at a time is enough; or {advice}"
     mixture = any(skeleton.experts)
-    if not mixture and (whole or fits(resident, context)):
+    if not mixture and (options.whole or fits(resident, context)):
         require_memory(resident, "distillation", parts, advice, context)
         return DistilMemory(resident)
     streamed, tape = _streamed_nbytes(skeleton, largest, counted.scales, options, lengths)

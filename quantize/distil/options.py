@@ -25,3 +25,9 @@ class DistilOptions(TrainingOptions):
     code_rate: float = 0.0
     norms: bool = True
     hidden: float = 0.0
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """Settings asked for that take all weights of a model in memory together."""
+        asked = (("code_rate", self.code_rate), ("hidden", self.hidden))
+        return tuple(name for name, value in asked if value)

@@ -100,11 +100,11 @@ def require_still_experts(skeleton: Skeleton, options: DistilOptions) -> None:
     Raises:
         UnsupportedError: naming the option.
     """
-    asked = [key for key, value in (("code_rate", options.code_rate), ("hidden", options.hidden)) if value]
-    if asked and any(skeleton.experts):
+    if options.whole and any(skeleton.experts):
+        asked = options.whole[0]
         raise UnsupportedError(
             f"distillation: architecture {skeleton.architecture.model_type!r} is a mixture of experts, of which one is "
-            f"in memory at a time, and {asked[0]} takes all weights together; set quantize.distil.{asked[0]} to 0"
+            f"in memory at a time, and {asked} takes all weights together; set quantize.distil.{asked} to 0"
         )
 
 

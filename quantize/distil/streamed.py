@@ -73,11 +73,6 @@ class StreamedStudent:
             self._optimizer.write,
         )
 
-    @property
-    def subject(self) -> Subject:
-        """What is distilled."""
-        return self._subject
-
     def value(self, name: str) -> torch.Tensor | None:
         """The present values of a trained tensor; None of others."""
         if name in self._norms:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -55,9 +55,9 @@ class StreamedPair:
         longest = max(window.shape[1] for window in windows)
         self._skeleton = Skeleton(artifact, context.device, dtype)
         self._plans = discover(self._skeleton, longest)
-        trained = (*subject.weights, *subject.norms)
+        trained = {*subject.weights, *subject.norms}
         self._experts = _experts(self._skeleton, trained)
-        self._places = _places(self._skeleton, set(trained) - set(self._experts.values()))
+        self._places = _places(self._skeleton, trained.difference(self._experts.values()))
         for slots in self._skeleton.experts:
             for name, slot in slots.items():
                 slot.learn = partial(self._learn, name)
@@ -68,11 +68,11 @@ class StreamedPair:
         with context.progress.task("Running the original", len(groups) * teacher.block_count) as task:
             for group in groups:
                 mine = self.windows[group.start : group.stop]
-                stream = Stream(teacher, mine, plans, mode="replay", states=PartOfStates(states, group.start))
-                for _ in stream.blocks():
-                    task.advance()
-                stream.cross(teacher.block_count - 1)
-                stream.close()
+                part = PartOfStates(states, group.start)
+                with closing(Stream(teacher, mine, plans, mode="replay", states=part)) as stream:
+                    for _ in stream.blocks():
+                        task.advance()
+                    stream.cross(teacher.block_count - 1)
         self._teacher = Stream(
             teacher, self.windows, plans, mode="replay", states=states, start=teacher.block_count, head=True
         )
@@ -96,12 +96,9 @@ class StreamedPair:
             for group in visit_groups(self._skeleton, about[0]):
                 mine = windows[group.start : group.stop]
                 part = PartOfStates(tape, group.start)
-                stream = Stream(self._skeleton, mine, self._plans, mode="replay", states=part)
-                try:
+                with closing(Stream(self._skeleton, mine, self._plans, mode="replay", states=part)) as stream:
                     for _ in stream.blocks():
                         pass
-                finally:
-                    stream.close()
             walk = differentiate_back(self._skeleton, windows, self._plans, tape, gradients, end=end, enter=self._enter)
             with closing(walk):
                 for _ in walk:
@@ -116,15 +113,12 @@ class StreamedPair:
         total = 0.0
         for group in visit_groups(self._skeleton, [window.shape[1] for window in windows]):
             mine = windows[group.start : group.stop]
-            stream = Stream(self._skeleton, mine, self._plans, mode="replay", head=True)
-            try:
+            with closing(Stream(self._skeleton, mine, self._plans, mode="replay", head=True)) as stream:
                 for _ in stream.blocks():
                     pass
                 for position, logits in zip(group, stream.logits(), strict=True):
                     expected = self._expected(numbers[position])
                     total += logit_divergence(expected, logits, slice(None), gradient=False)[0]
-            finally:
-                stream.close()
         return total / len(numbers)
 
     def _expected(self, number: int) -> torch.Tensor:
@@ -151,20 +145,19 @@ class StreamedPair:
                 self._take(stored, gradient)
 
 
-def _experts(skeleton: Skeleton, trained: Collection[str]) -> dict[str, str]:
+def _experts(skeleton: Skeleton, trained: Set[str]) -> dict[str, str]:
     """What the checkpoint calls matrices of experts that are trained, by the names that stand for them in the model."""
-    wanted = set(trained)
     experts = (site for site in skeleton.sites.values() if site.kind == "expert")
-    return {site.parameter: site.tensor for site in experts if site.tensor in wanted}
+    return {site.parameter: site.tensor for site in experts if site.tensor in trained}
 
 
-def _places(skeleton: Skeleton, trained: Collection[str]) -> dict[int, list[tuple[str, str]]]:
+def _places(skeleton: Skeleton, trained: Set[str]) -> dict[int, list[tuple[str, str]]]:
     """Parameters and what the checkpoint calls them, by the block that they are met with: outer ones by the last."""
-    wanted, last = set(trained), skeleton.block_count - 1
+    last = skeleton.block_count - 1
     blocks = {skeleton.prefix(index): index for index in range(skeleton.block_count)}
     found: dict[int, list[tuple[str, str]]] = {}
     for name, stored in skeleton.names.items():
-        if stored in wanted:
+        if stored in trained:
             index = next((index for prefix, index in blocks.items() if name.startswith(prefix)), last)
             found.setdefault(index, []).append((name, stored))
     return found

@@ -118,7 +118,7 @@ def _portions(waiting: Mapping[str, Path], variants: Mapping[str, _Variant]) -> 
         dense = open_dense(original, weights_only=True)
         for count in range(len(names), 1, -1):
             needs = comparing_needs(dense, [windows.length] * windows.drawn, count, context)
-            if (needs.memory if context.device.type == "cpu" else needs.device_memory) <= usable:
+            if needs.on(context.device) <= usable:
                 break
         else:
             return  # each by itself, or not at all

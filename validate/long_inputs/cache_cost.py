@@ -94,8 +94,7 @@ class CacheCostCheck(Measurement):
         free = context.memory if context.memory is not None else available_nbytes(context.device)
         while True:
             needs = comparing_needs(model, [length] * self.windows, 1, context, dtype, build)
-            taken = needs.memory if context.device.type == "cpu" else needs.device_memory
-            if taken <= free or length <= SHORTEST:
+            if needs.on(context.device) <= free or length <= SHORTEST:
                 return length, needs
             length = max(SHORTEST, length // 2)
 
