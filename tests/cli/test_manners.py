@@ -112,21 +112,28 @@ def test_versions_have_a_short_option() -> None:
 
 
 def spent(*arguments: str) -> tuple[float, subprocess.CompletedProcess[str]]:
-    """Processor seconds of a command, which a busy machine does not change."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "llmconvert.cli", *arguments], capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
+    """Processor seconds of a Python process, the fewest of two runs, and what it printed."""
+    seconds = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(seconds), done
 
 
 def test_help_and_usage_errors_come_at_once(tmp_path: Path) -> None:
-    assert min(spent("quantize", "--help")[0] for _ in range(2)) < 0.3
+    # On a busy machine processor seconds grow too, by several times: they are measured in what it takes to import the
+    # libraries of the command line and of recipes (0.09 s on an idle one, where torch takes 1.2).
+    unit, _ = spent("-c", "import typer, pydantic.main, yaml")
+    command = ("-m", "llmconvert.cli")
+    assert spent(*command, "quantize", "--help")[0] < 2 * unit
     recipe = tmp_path / "a.yaml"
     recipe.write_text("model: m\nquantize: {method: gtpq, scheme: w4a16-g64}\n")
     for arguments in (["run", str(recipe)], ["quantize", "m", str(tmp_path / "o"), "--scheme", "w4x"]):
-        times = [spent(*arguments) for _ in range(2)]
-        assert all(done.returncode == 2 for _, done in times), times[0][1].stderr
-        assert min(seconds for seconds, _ in times) < 0.7
+        seconds, done = spent(*command, *arguments)
+        assert done.returncode == 2, done.stderr
+        assert seconds < 6 * unit, f"{seconds:.2f} s in units of {unit:.2f}"
 
 
 def drawn(width: int, **kwargs: object) -> tuple[Console, io.StringIO]:
