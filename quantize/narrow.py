@@ -20,6 +20,7 @@ __all__ = ["check_held", "check_kept", "coarse_share", "half_scale_dtype", "half
 
 # Weights that are dequantized at a time to be looked at.
 _WEIGHTS_AT_ONCE = 1 << 22
+_FEW_WEIGHTS = 1 << 14
 # What may lie among the subnormal numbers without a look at how much of it is zero.
 _FEW = 0.01
 # Of E4M3, the first code that has all bits of its mantissa, and the bits that are not the sign's.
@@ -83,7 +84,10 @@ def check_kept(name: str, tensor: QuantizedTensor, dtype: torch.dtype, weight: C
     rows, largest = tensor.shape[0], 0.0
     whole = isinstance(tensor.nested, NestedScales)
     together = rows if whole else tensor.scheme.rows or rows
-    for part in row_slices(tensor.shape, _WEIGHTS_AT_ONCE, together=together):
+    held = _most(tensor) <= torch.finfo(dtype).max
+    for part in row_slices(tensor.shape, _FEW_WEIGHTS if held else _WEIGHTS_AT_ONCE, together=together):
+        if held and largest:  # one weight that is not zero tells the rest
+            return
         values = (tensor if whole else tensor.rows(part.start, part.stop)).dequantize(dtype)
         largest = max(largest, float(values.abs().max())) if bool(torch.isfinite(values).all()) else math.inf
         if largest == math.inf:
@@ -102,6 +106,15 @@ def check_kept(name: str, tensor: QuantizedTensor, dtype: torch.dtype, weight: C
             f"{name}: its weights are so small that {tensor.scheme} makes all of them zero; leave it dense with an "
             f"override (scheme: none), or take {other}"
         )
+
+
+def _most(tensor: QuantizedTensor) -> float:
+    """A bound of the magnitudes of all values, which is not finite where a scale is not."""
+    level = max(map(abs, tensor.scheme.number.limits))
+    if tensor.zero is not None:
+        level += float(tensor.zero.abs().max())
+    added = 0.0 if tensor.offset is None else float(tensor.offset.abs().max())
+    return level * float(tensor.factors.abs().max()) + added
 
 
 def coarse_share(tensor: QuantizedTensor, weight: Callable[[], torch.Tensor]) -> float | None:

@@ -22,7 +22,7 @@ import torch
 from llmconvert.engine.statistics import Hessian
 from llmconvert.quantize.methods.base import Calibration, Numbers, Solution, Target
 from llmconvert.quantize.methods.gptq import Gptq
-from llmconvert.quantize.solve.hessian import own_ridge, with_damping
+from llmconvert.quantize.solve.hessian import lower_factor_, own_ridge, with_damping
 
 __all__ = ["Gptaq"]
 
@@ -93,8 +93,10 @@ class Gptaq:
         def solve(damping: float) -> torch.Tensor | None:
             damped = hessian.matrix.clone()
             damped.diagonal().add_(ridge * diagonal + damping * (1 + ridge) * diagonal.mean() + (diagonal == 0))
-            factor, info = torch.linalg.cholesky_ex(damped)
-            return torch.cholesky_solve(missing.T, factor).T if int(info) == 0 else None
+            if not lower_factor_(damped):
+                return None
+            behind = torch.linalg.solve_triangular(damped, missing.T, upper=False)
+            return torch.linalg.solve_triangular(damped.T, behind, upper=True).T
 
         shift = with_damping(name, hessian, self.shift_damping, solve)
         return shift if left is None else left @ shift

@@ -30,8 +30,9 @@ __all__ = [
 
 T = TypeVar("T")
 
-# LAPACK does matrices of this size in half the time that smaller panels take.
-_PANEL = 768
+# LAPACK does matrices of this size in half the time that smaller panels take; with larger ones, its own updates behind
+# a panel and clearing the other triangle of the factor take longer than ours.
+_PANEL = 576
 # Rows and columns that are moved or updated at a time.
 _STRIPE = 256
 # Rows are converted in slices of about this many weights.
@@ -72,12 +73,13 @@ def lower_factor_(matrix: torch.Tensor) -> bool:
     for start in range(0, len(matrix), _PANEL):
         stop = start + _PANEL
         corner, below = matrix[start:stop, start:stop], matrix[stop:, start:stop]
-        factor, info = torch.linalg.cholesky_ex(corner)
+        # LAPACK's matrices are stored by columns: as the upper one, the factor comes in the order that the matrix has.
+        factor, info = torch.linalg.cholesky_ex(corner.T, upper=True)
         if int(info) != 0:
             return False
-        corner.triu_(1).add_(factor)
+        corner.triu_(1).add_(factor.T)
         if len(below):
-            below.copy_(torch.linalg.solve_triangular(factor.T, below, upper=True, left=False))
+            below.copy_(torch.linalg.solve_triangular(factor, below, upper=True, left=False))
         del factor
         rest = matrix[stop:, stop:]
         for row in range(0, len(rest), _STRIPE):
