@@ -154,7 +154,7 @@ def all_finite(values: torch.Tensor) -> bool:
 
     Such a value shows in the sum, which is found many times faster; but a sum can also overflow by itself.
     """
-    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+    return math.isfinite(float(values.detach().sum())) or bool(torch.isfinite(values).all())
 
 
 @contextmanager
