@@ -13,7 +13,7 @@ from llmconvert.context import Context
 from llmconvert.convert.gqa.geometry import read_geometry
 from llmconvert.convert.gqa.weights import attention_tensors
 from llmconvert.convert.heal.options import HealOptions
-from llmconvert.engine.memory import BASE_NBYTES
+from llmconvert.engine.memory import BASE_NBYTES, tokenizer_nbytes
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import UnsupportedError
 from llmconvert.storage.checkpoint import Checkpoint
@@ -126,7 +126,8 @@ def heal_nbytes(merged: Checkpoint, targets: Targets, options: HealOptions, leng
     apart = sum(numel[name] for name in targets.names) if options.train == "all" else attention
     # With trained embeddings hidden states are in their dtype.
     activations = backward_nbytes(merged, length, torch.float32 if options.train == "all" else dtype)
-    needed = BASE_NBYTES + (total + apart) * dtype.itemsize + targets.trained_nbytes + activations
+    needed = BASE_NBYTES + tokenizer_nbytes(merged) + (total + apart) * dtype.itemsize
+    needed += targets.trained_nbytes + activations
     if options.train == "all":
         needed += 2 * _GRADIENT * max(numel[name] for name in targets.names)  # one more gradient on its way, cast
     require_memory(

@@ -1,20 +1,22 @@
 """The one training loop: a student is distilled from the model that it was made from.
 
 Healing of merged attention and distillation of quantized weights are this loop with other parameters and another
-optimizer. It is short because its parts are libraries': clipping and autocast are torch's, the schedule is
-transformers'. transformers' ``Trainer`` does not fit: its checkpoints are whole models, its losses come from labels or
-from teachers called inside the student's forward, and two models that share most tensors, with a loss computed a few
-positions at a time, are outside what it drives.
+optimizer. It is short because clipping, autocast and schedules are torch's. transformers' ``Trainer`` does not fit: its
+checkpoints are whole models, its losses come from labels or from teachers called inside the student's forward, and two
+models that share most tensors, with a loss computed a few positions at a time, are outside what it drives.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from llmconvert.errors import CalibrationError
 from llmconvert.progress import Task
@@ -68,16 +70,12 @@ class Training:
         Raises:
             CalibrationError: the losses are not finite.
         """
-        # Imported where it is used: with it come peft and bitsandbytes, a second and a half of every command's start.
-        from transformers import get_cosine_schedule_with_warmup
-
         options, learner = self._options, self._learner
         optimizer = learner.optimizer
         state = self._restore(state) if state is not None else self._begin(identity)
         for group in optimizer.param_groups:
             group["initial_lr"] = group.get("initial_lr", group["lr"])
-        warmup = max(1, round(options.warmup * options.steps))
-        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, options.steps + 1, last_epoch=state.step - 1)
+        schedule = LambdaLR(optimizer, partial(_share_of_rate, options), last_epoch=state.step - 1)
         task.advance(state.step)
         begin, spent = time.perf_counter(), state.seconds
         while state.step < options.steps and not self._stalled(state):
@@ -163,3 +161,14 @@ class Training:
         if learner.refresh is not None:
             learner.refresh()
         return state
+
+
+def _share_of_rate(options: TrainingOptions, step: int) -> float:
+    """What of the learning rate a step has: first rising evenly, then falling along half a cosine, to zero at the end.
+
+    transformers has this schedule in a module that loads peft and bitsandbytes: 60 MB, a second, and their warnings.
+    """
+    warmup = max(1, round(options.warmup * options.steps))
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (options.steps + 1 - warmup)))

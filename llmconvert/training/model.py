@@ -65,6 +65,9 @@ class ResidentModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[batch, length, vocabulary]`` of what :meth:`decode` gave, or of some of its positions."""
+        # With the strides of a whole tensor. For some positions of a window, torch takes the head for a batch of
+        # matrices and makes a transposed copy of it: 80 ms and 57 MB for 142 positions in place of 6 ms.
+        hidden = hidden.flatten(0, -2).view(hidden.shape)
         logits: torch.Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
         return logits
 

@@ -15,15 +15,20 @@ __all__ = ["backward_nbytes", "fits", "require_memory"]
 
 # What one token leaves for the backward pass, in copies of the block's widths.
 _HIDDEN_COPIES, _INNER_COPIES = 12, 4
+# What norms compute in float32 and give back, in copies of the hidden state: where all else has 16 bits, holes stay
+# between what is kept.
+_HOLES = 4
 _USABLE = 0.9
 
 
 def backward_nbytes(checkpoint: Checkpoint, length: int, dtype: torch.dtype) -> int:
-    """Bytes of activations that a window of ``length`` tokens leaves for its backward pass, and of its predictions'
-    loss."""
+    """Bytes of activations that a window of ``length`` tokens leaves for its backward pass, of both models' hidden
+    states after every block, and of its predictions' loss."""
     model = Architecture.of(checkpoint.config)
-    widths = _HIDDEN_COPIES * model.hidden_size + _INNER_COPIES * model.inner_size
-    return length * model.layers * widths * dtype.itemsize + prediction_nbytes(length, model.vocab_size, dtype)
+    widths = (_HIDDEN_COPIES + 2) * model.hidden_size + _INNER_COPIES * model.inner_size
+    holes = _HOLES * model.hidden_size * torch.float32.itemsize if dtype.itemsize < torch.float32.itemsize else 0
+    graph = length * model.layers * (widths * dtype.itemsize + holes)
+    return graph + prediction_nbytes(length, model.vocab_size, dtype)
 
 
 def fits(needed: int, context: Context) -> bool:

@@ -155,7 +155,7 @@ def _resident_nbytes(view: Checkpoint, counted: Counted, options: DistilOptions,
     per_weight = 3 * dtype.itemsize + _CODE_NBYTES + (_MOVING_NBYTES if options.code_rate else 0)
     scales = counted.groups * _GROUP_NBYTES + (counted.scales + counted.norms) * _SCALE_NBYTES
     held = rest * dtype.itemsize + counted.codes * per_weight + scales
-    return BASE_NBYTES + held + backward_nbytes(view, length, dtype)
+    return BASE_NBYTES + tokenizer_nbytes(view) + held + backward_nbytes(view, length, dtype)
 
 
 def _streamed_nbytes(
