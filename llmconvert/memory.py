@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import resource
 import sys
 import threading
@@ -38,6 +39,9 @@ _LARGE_NBYTES = 1 << 20
 # glibc's own measure.
 _REUSED_NBYTES, _KEPT_NBYTES, _TRIMMED_NBYTES = 32 << 20, 512 << 20, 128 << 10
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# oneDNN compiles a product for its shape and keeps 1,024 of them by itself, 0.3 MB each with AVX-512 and AMX: experts,
+# which are sent another number of tokens each, would fill that up. A block has some 30 shapes.
+_COMPILED_PRODUCTS = 128
 # What :func:`keeping_freed_memory` allows now: the heap is the process's, and so is this.
 _allowed = 0
 _STATUS = Path("/proc/self/status")
@@ -154,6 +158,7 @@ def keeping_freed_memory(allowed: int) -> Iterator[None]:
             and large tensors have pages of their own.
     """
     global _allowed
+    _limit_compiled_products()
     if not allowed:
         if not _allowed:
             map_large_tensors()
@@ -168,6 +173,12 @@ def keeping_freed_memory(allowed: int) -> Iterator[None]:
         if not before:
             map_large_tensors()
             release_freed_memory()
+
+
+def _limit_compiled_products() -> None:
+    """Let oneDNN keep few compiled products, unless it was told how many; it looks before the process's first one."""
+    if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_COMPILED_PRODUCTS))
 
 
 def _set_heap(mapped: int, top: int) -> bool:

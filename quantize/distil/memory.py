@@ -35,8 +35,12 @@ _SCALE_NBYTES, _LINEAR_NBYTES = 24, 8
 _GROUP_NBYTES = 20
 # Weights that share a scale, where the scheme is not known yet, and at least in GGUF's types.
 _LIKELY_GROUP, _LEAST_GROUP = 32, 16
+# And per linear: tensors of a few KB that stay, between which the heap keeps holes.
+_KEPT_NBYTES = 64 << 10
 # Of a mixture: what windows that go through the model together bring to a layer's experts, and get from them.
 _VISITS_NBYTES = 128 << 20
+# And products that are compiled for the numbers of tokens that experts are sent.
+_PRODUCTS_NBYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +180,8 @@ def _streamed_nbytes(
     row = skeleton.hidden_size * dtype.itemsize
     tape = (skeleton.block_count + 2) * options.batch * length * row
     needed = BASE_NBYTES + tokenizer_nbytes(skeleton.checkpoint) + 2 * skeleton.outer_nbytes(head=True) + 3 * block
-    needed += skeleton.expert_nbytes() * 3 // 2
-    needed += largest * _LINEAR_NBYTES + _SCALE_NBYTES * scales
+    needed += skeleton.expert_nbytes() * 3 // 2 + (_PRODUCTS_NBYTES if any(skeleton.experts) else 0)
+    needed += largest * _LINEAR_NBYTES + _SCALE_NBYTES * scales + _KEPT_NBYTES * len(skeleton.sites)
     needed += graph_nbytes(plans) + logits
     together = max(sum(lengths[group.start : group.stop]) for group in visit_groups(skeleton, lengths))
     needed += skeleton.visit_nbytes(together + length, held=True)

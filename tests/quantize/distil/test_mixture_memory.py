@@ -49,7 +49,8 @@ def test_128_experts_take_the_memory_of_32_and_their_scales(tmp_path: Path) -> N
         assert found < 1.05 * told
         used.append(found)
         stated.append(told)
-    # 96 experts more: 151 MB in 16 bits, and 14 MB of what is remembered of their scales.
+    # 96 experts more: 151 MB in 16 bits, 14 MB of what is remembered of their scales, and 19 of holes between that.
     scales = 96 * EXPERT_NBYTES // 2 // 128
-    assert stated[1] - stated[0] == pytest.approx(24 * scales, abs=2_000_000)
+    more = 24 * scales + 96 * 3 * (64 << 10)
+    assert stated[1] - stated[0] == pytest.approx(more, abs=2_000_000)
     assert used[1] - used[0] < 24 * scales + 0.2 * 96 * EXPERT_NBYTES, (used, stated)

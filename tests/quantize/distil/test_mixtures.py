@@ -258,4 +258,5 @@ def test_memory_counts_scales_of_all_experts_and_weights_of_one(tmp_path: Path) 
             stated.append(foresee_distil(original, options, 32, context=Context(), scheme=scheme).memory)
     scales = 2 * 8 * 3 * 256 * 64 // 16  # of two layers
     router = 3 * 4 * 8 * 64  # in float32, of the block that is loaded
-    assert 24 * scales <= stated[1] - stated[0] <= 24 * scales + 2 * router
+    kept = 2 * 8 * 3 * (64 << 10)  # holes between what is learned of 48 linears
+    assert 24 * scales + kept <= stated[1] - stated[0] <= 24 * scales + kept + 2 * router
