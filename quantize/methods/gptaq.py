@@ -96,7 +96,8 @@ class Gptaq:
             if not lower_factor_(damped):
                 return None
             behind = torch.linalg.solve_triangular(damped, missing.T, upper=False)
-            return torch.linalg.solve_triangular(damped.T, behind, upper=True).T
+            solved: torch.Tensor = torch.linalg.solve_triangular(damped.T, behind, upper=True).T
+            return solved
 
         shift = with_damping(name, hessian, self.shift_damping, solve)
         return shift if left is None else left @ shift
