@@ -13,7 +13,7 @@ from llmconvert.context import Context
 from llmconvert.convert.heal.learner import heal_learner, written_tensors
 from llmconvert.convert.heal.options import HealOptions
 from llmconvert.convert.heal.targets import Targets, attention_names, heal_nbytes, read_targets
-from llmconvert.engine.memory import BASE_NBYTES
+from llmconvert.engine.memory import BASE_NBYTES, kept_of
 from llmconvert.errors import DatasetError, UsageError
 from llmconvert.memory import keeping_freed_memory
 from llmconvert.needs import Needs
@@ -78,8 +78,9 @@ class HealPlan:
             shared = share_tensors((original, merged), apart, context.device, dtype)
             teacher, student = (ResidentModel(view, context.device, dtype) for view in shared)
             learner = heal_learner(student, targets, options)
+            kept = kept_of(self.needs.memory, context.device)
             healing = Training(ResidentPair(teacher, student, self._windows), learner, options)
-            with keeping_freed_memory(0), context.progress.task("Healing", options.steps) as task:
+            with keeping_freed_memory(kept), context.progress.task("Healing", options.steps) as task:
                 final = healing.run(made.found, job, made.save, task)
             best = final.best or learner.keep()
             report = _report(final, options, targets, self._windows[0].shape[1], made.start)

@@ -1,4 +1,4 @@
-"""Tiled causal attention for calibration, on processors where torch's own kernel is slow.
+"""Ways to attend on a processor that are faster than torch's own: in float32, in tiles, or with gradients in tiles.
 
 Flash attention of torch multiplies small pieces through MKL. Without AMX that has no products of bfloat16: it converts,
 and neither 16 bits nor the half of the scores that a causal model ignores save anything.
@@ -6,7 +6,7 @@ and neither 16 bits nor the half of the scores that a causal model ignores save 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,15 +15,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llmconvert.compute.attention_gradient import attend, rows_of_tile
+
 __all__ = ["Attention", "use_attention"]
 
 #: ``float32``: computed in float32, a third faster where 16 bits gain nothing, and no worse. ``tiled``: the products of
-#: whole tiles of scores, for processors that multiply bfloat16 well and have no AMX.
-Attention = Literal["float32", "tiled"]
-
-_TILE_QUERIES = 128
-# Scores of a tile, of all heads; they should stay close to the processor.
-_TILE_SCORES = 1 << 21
+#: whole tiles of scores, for processors that multiply bfloat16 well and have no AMX. ``trained``: as torch does, but
+#: for gradients, which are faster in tiles.
+Attention = Literal["float32", "tiled", "trained"]
 
 
 def use_attention(model: PreTrainedModel, attention: Attention) -> None:
@@ -65,11 +64,7 @@ def _tiled_attention(
 
     Scores and probabilities are rounded to the dtype of ``query``, as in a model that attends ``eager``.
     """
-    causal = settings.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    plain = attention_mask is None and not settings.get("dropout") and settings.get("position_bias") is None
-    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
-    if not (causal and plain) or learns or query.shape[2] != key.shape[2]:
+    if not _causal_alone(module, query, key, attention_mask, settings) or _learns(query, key, value):
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
         return output, None
     _, heads, length, size = query.shape
@@ -78,7 +73,7 @@ def _tiled_attention(
     keys, values = key[0], value[0]
     queries = query[0].view(groups, heads // groups, length, size)
     output = query.new_empty((1, length, heads, width))
-    rows = max(1, min(_TILE_QUERIES, _TILE_SCORES // (heads * length)))
+    rows = rows_of_tile(heads, length)
     later = query.new_full((rows, rows), -torch.inf).triu_(1)
     for start in range(0, length, rows):
         end = min(start + rows, length)
@@ -90,7 +85,47 @@ def _tiled_attention(
     return output, None
 
 
+def _trained_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention ``[batch, length, heads, head size]`` by sdpa, and where it is causal and learned through by tiles."""
+    kind = query.device.type
+    if kind == "cpu" and torch.is_autocast_enabled(kind):
+        query, key, value = (part.to(torch.get_autocast_dtype(kind)) for part in (query, key, value))
+    alike = query.dtype == torch.bfloat16 and key.dtype == value.dtype == query.dtype
+    alike = alike and kind == "cpu" and query.shape[3] == value.shape[3]
+    if alike and _causal_alone(module, query, key, attention_mask, settings) and _learns(query, key, value):
+        scaling = settings.get("scaling") or query.shape[3] ** -0.5
+        return attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    return output, None
+
+
+def _causal_alone(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    settings: Mapping[str, Any],
+) -> bool:
+    """Whether a query attends to itself and all before it, and nothing else is asked for."""
+    causal = settings.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    plain = attention_mask is None and not settings.get("dropout") and settings.get("position_bias") is None
+    return bool(causal and plain and query.shape[2] == key.shape[2])
+
+
+def _learns(*parts: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+
+
 _FORWARDS: dict[Attention, Callable[..., tuple[torch.Tensor, None]]] = {
     "float32": _wide_attention,
     "tiled": _tiled_attention,
+    "trained": _trained_attention,
 }

@@ -27,8 +27,9 @@ __all__ = [
 
 #: How a model multiplies what is stored in 16 bits. ``"exact"``: as the resident model does, to the last bit.
 #: ``"wide"``: in float32 where the processor is slower in 16 bits, which changes the last bit of some outputs.
-#: ``"fast"``: the same, and attention in tiles where that is faster, which rounds scores to 16 bits.
-Products = Literal["exact", "wide", "fast"]
+#: ``"fast"``: the same, and attention in tiles where that is faster, which rounds scores to 16 bits. ``"learned"``: as
+#: ``"exact"`` forward, and gradients of attention in tiles.
+Products = Literal["exact", "wide", "fast", "learned"]
 #: Float32 numbers that a register of AVX-512 holds.
 LANES = 16
 #: Measured on two cores: 2.5 to 2.7 times as fast as :class:`WideLinear` with AVX-512 BF16 alone (EPYC).

@@ -156,7 +156,9 @@ class Skeleton:
         ]
         #: Linears whose weights several blocks share. No reader ties packed weights, so these stay as they are.
         self.shared = tuple(name for linears in found for name in linears if f"{name}.weight" in tied)
-        if products != "exact" and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:
+        if products == "learned":
+            use_attention(find_decoder(self.model), "trained")
+        elif products != "exact" and self.dtype.itemsize == 2 and compute_dtype(device) == torch.float32:
             self._widen_products()
             use_attention(find_decoder(self.model), "float32")
         elif products == "fast" and self.dtype == torch.bfloat16 and device.type == "cpu" and use_dot_products():

@@ -44,7 +44,7 @@ class ResidentModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self.skeleton = Skeleton(checkpoint, device, dtype)
+        self.skeleton = Skeleton(checkpoint, device, dtype, products="learned")
         self.skeleton.restore_buffers()
         self.skeleton.load_outer(head=True)
         for index, slot in enumerate(self.skeleton.slots):

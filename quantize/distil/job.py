@@ -10,6 +10,7 @@ import torch
 
 from llmconvert.compute.precision import compute_dtype
 from llmconvert.context import Context
+from llmconvert.engine.memory import kept_of
 from llmconvert.engine.skeleton import Skeleton
 from llmconvert.errors import DatasetError, UsageError
 from llmconvert.gguf.checkpoint import GgufCheckpoint
@@ -84,8 +85,9 @@ class DistilPlan:
                 student = StreamedStudent(subject, self._windows, made.work)
             else:
                 student = ResidentStudent(subject, self._windows)
+            kept = kept_of(self.needs.memory, context.device)
             training = Training(student.pair, student.learner, options)
-            with keeping_freed_memory(0), context.progress.task("Distilling", options.steps) as task:
+            with keeping_freed_memory(kept), context.progress.task("Distilling", options.steps) as task:
                 final = training.run(made.found, job, made.save, task)
             made.write(student.stored(final.best or student.learner.keep()), stored)
         return self._report(final, student.moved, made.start)

@@ -53,7 +53,7 @@ class StreamedPair:
         self.device = context.device
         self.windows: Sequence[torch.Tensor] = tuple(windows)
         longest = max(window.shape[1] for window in windows)
-        self._skeleton = Skeleton(artifact, context.device, dtype)
+        self._skeleton = Skeleton(artifact, context.device, dtype, products="learned")
         self._plans = discover(self._skeleton, longest)
         trained = {*subject.weights, *subject.norms}
         self._experts = _experts(self._skeleton, trained)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from llmconvert.compute import attention as attention_module
+from llmconvert.compute import attention_gradient
 from llmconvert.compute.attention import _tiled_attention, _wide_attention
 from llmconvert.engine import skeleton as skeleton_module
 from llmconvert.engine.skeleton import Skeleton
@@ -71,7 +71,7 @@ def test_attention_in_tiles_is_as_near_as_eager_attention(
     module, parts = arguments(length, groups * share, groups)
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_module, "_TILE_SCORES", scores)
+        patch.setattr(attention_gradient, "_TILE_SCORES", scores)
         found, _ = _tiled_attention(module, parts[0], parts[1], parts[2], None, scaling=scaling)
     exact = exact_attention(parts, ~future, scaling or 0.25)
     mask = torch.zeros(1, 1, length, length).masked_fill(future, -torch.inf).bfloat16()
