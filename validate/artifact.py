@@ -27,7 +27,7 @@ from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
 from llmconvert.storage.directory import is_weight_file
 from llmconvert.text.tokens import TokenWindows
-from llmconvert.validate.measurement import Measurement, Planned, Subject
+from llmconvert.validate.measurement import Measurement, Planned, Subject, why_not_loadable
 from llmconvert.validate.predictions.needs import comparing_needs
 
 __all__ = ["ValidationPlan", "plan_validation", "validate_artifact"]
@@ -129,7 +129,7 @@ def plan_validation(
         measurement.require()
     needs = Needs(memory=BASE_NBYTES)
     if loadable is None:
-        loadable = (artifact / "config.json").exists()
+        loadable = not why_not_loadable(artifact)
     # Of an original the artifact needs no more; it may be still to be made.
     with open_artifact(artifact) if reference is None else nullcontext(reference) as model:
         dense = open_dense(model, weights_only=reference is not None)

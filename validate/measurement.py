@@ -23,9 +23,10 @@ from llmconvert.needs import Needs
 from llmconvert.progress import SILENT, Progress
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import Checkpoint
+from llmconvert.storage.directory import read_config
 from llmconvert.text.tokens import TokenWindows
 
-__all__ = ["Measurement", "Subject"]
+__all__ = ["Measurement", "Planned", "Subject", "why_not_loadable"]
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class Subject:
     ranks: Ranks = ALONE
 
     @property
-    def loadable(self) -> bool:
-        """Whether the artifact is a directory that transformers reads, and not a GGUF file."""
-        return (self.artifact / "config.json").exists()
+    def unloadable(self) -> str:
+        """Why transformers does not read the artifact; empty where it does."""
+        return why_not_loadable(self.artifact)
 
     def check(self, name: str) -> Check | None:
         """The check of that name among those that were measured before; None without one."""
@@ -99,7 +100,7 @@ class Planned:
         dense: the weights of the original, or of the artifact where there is none; the artifact is taken to be like it.
         windows: evaluation text; None if the recipe names none.
         compared: whether there is an original beside the artifact.
-        loadable: whether the artifact is a directory that transformers reads, and not a GGUF file.
+        loadable: whether the artifact is a directory that transformers reads, neither a GGUF file nor MLX's.
         stored: bytes of the artifact's weight files.
         cached: whether the artifact has scales for its key-value cache.
         context: device and memory.
@@ -116,6 +117,20 @@ class Planned:
     context: Context
     dtype: torch.dtype | None = None
     build: Callable[..., Skeleton] = Skeleton
+
+
+def why_not_loadable(artifact: Path) -> str:
+    """Why transformers does not read an artifact, which other runtimes do; empty where it does.
+
+    mlx-lm's config says what is quantized, and not by which method, without which transformers loads nothing.
+    """
+    if not (artifact / "config.json").exists():
+        return "the artifact is GGUF, which transformers does not run as it is"
+    config = read_config(artifact)
+    own, declared = config.get("quantization"), config.get("quantization_config")
+    if isinstance(own, dict) and not (isinstance(declared, dict) and "quant_method" in declared):
+        return "the artifact is MLX's, which transformers does not run; validate.serve asks mlx-lm"
+    return ""
 
 
 class Measurement(Protocol):

@@ -111,11 +111,13 @@ def validate_stage(
     def forecast(work: Work, output: Path) -> Forecast:
         with work.original.open() as reference:
             text, made = work.texts.get(EVALUATION_TEXT), work.recipe.quantize
-            loadable = made is None or not isinstance(load_format(made.format), FileFormat)
+            layout = None if made is None else load_format(made.format)
+            loadable = layout is None or layout.library not in ("gguf", "mlx")
             stored = work.sizes.get(model)
             known: dict[str, Any] = {"loadable": loadable, "stored": stored, "build": work.skeletons}
             known["cached"] = made is not None and made.kv_cache is not None
-            known["compiled"] = not loadable or work.recipe.calibrate is not None or work.recipe.attention is not None
+            before = work.recipe.calibrate is not None or work.recipe.attention is not None
+            known["compiled"] = isinstance(layout, FileFormat) or before
             foreseen = foresee_measuring(settings, output, reference, text, work.context, **known)
             return replace(foreseen, notes=(*foreseen.notes, *require_served(work.recipe)))
 

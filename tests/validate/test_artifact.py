@@ -17,6 +17,8 @@ from support.tiny_models import tiny_llama_dir, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from llmconvert.errors import CalibrationError, UsageError
+from llmconvert.quantize.job import quantize_checkpoint
+from llmconvert.quantize.scheme import Scheme
 from llmconvert.report.report import Check
 from llmconvert.storage.checkpoint import SafetensorsCheckpoint
 from llmconvert.text.datasets import load_dataset_text
@@ -24,6 +26,7 @@ from llmconvert.text.tokens import TokenWindows, draw_windows
 from llmconvert.validate.artifact import validate_artifact
 from llmconvert.validate.generation.behaviour import BehaviourCheck, GenerationOptions
 from llmconvert.validate.inventory import InventoryCheck
+from llmconvert.validate.measurement import why_not_loadable
 from llmconvert.validate.predictions.quality import QualityCheck
 from llmconvert.validate.runtimes.vllm import VllmCheck
 from llmconvert.validate.size import SizeCheck
@@ -191,6 +194,21 @@ def test_an_artifact_that_transformers_refuses_fails(original: Path, tmp_path: P
     (broken / "config.json").write_text(json.dumps(config))
     found = measure(broken, None, generation=GenerationOptions(max_new_tokens=2))
     assert not found["runtime"].ok and "nonesuch" in found["runtime"].text
+
+
+def test_what_mlx_reads_is_measured_without_transformers(
+    original: Path, quantized: Path, windows: TokenWindows, tmp_path: Path
+) -> None:
+    """It has a config.json and no name of a method in it; every measurement that loads a model says why it does not."""
+    with SafetensorsCheckpoint(original) as source:
+        quantize_checkpoint(
+            source, tmp_path / "mlx", method="rtn", scheme=Scheme.parse("w4a16-g32-affine"), format="mlx"
+        )
+    found = measure(tmp_path / "mlx", original, windows=windows)
+    assert all(check.ok for check in found.values())
+    assert found["kl_mean"].value is not None and found["kl_mean"].value > 0
+    assert found["runtime"].value is None and "mlx-lm" in found["runtime"].text
+    assert why_not_loadable(tmp_path / "mlx") and not why_not_loadable(original) and not why_not_loadable(quantized)
 
 
 def test_models_too_large_for_the_memory_are_continued_and_judged_by_streaming(

@@ -68,8 +68,10 @@ class BehaviourCheck(Measurement):
         An original that is a directory and fits in memory writes its own continuations; one that cannot write reads the
         artifact's instead.
         """
-        if not subject.loadable:
+        if not (subject.artifact / "config.json").exists():
             return []
+        if unloadable := subject.unloadable:
+            return [Check.unmeasured("runtime", unloadable, asked=False)]
         probe, options = take_probe(subject), self.generation
         if probe is None and options is None:
             return []

@@ -34,9 +34,8 @@ class AttentionCheck(Measurement):
 
     def measure(self, subject: Subject) -> list[Check]:
         """A check per backend, one for greedy tokens, one for memory, with tables and plots over the length."""
-        if not subject.loadable:
-            why = "the artifact is GGUF, whose runtime has attention of its own"
-            return [Check.unmeasured("attention.flash.memory", why, asked=True, label=_MEMORY, quiet=True)]
+        if unloadable := subject.unloadable:
+            return [Check.unmeasured("attention.flash.memory", unloadable, asked=True, label=_MEMORY, quiet=True)]
         windows = subject.windows.windows if subject.windows is not None else ()
         memory = self.options.memory if self.options.memory is not None else subject.memory
         result = measure_attention(

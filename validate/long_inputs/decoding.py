@@ -128,8 +128,8 @@ class DecodingCheck(Measurement):
 
     def _turns(self, subject: Subject) -> dict[str, list[dict[str, float]]]:
         """Median, fastest and slowest seconds per token of every turn, and the bytes of the cache, by model."""
-        if not subject.loadable:
-            raise UnmeasuredError("the artifact is GGUF, which transformers does not run as it is")
+        if unloadable := subject.unloadable:
+            raise UnmeasuredError(unloadable)
         models: dict[str, tuple[Path, Checkpoint]] = {}
         if isinstance(subject.reference, SafetensorsCheckpoint) and subject.original is not None:
             models["original"] = subject.reference.directory, subject.original

@@ -196,8 +196,8 @@ class MemoryLadder(Measurement):
 
     def _point(self, subject: Subject, need: MemoryNeed, context: int, backend: str) -> dict[str, Any]:
         summary = describe_model(subject.dense)
-        if not subject.loadable:
-            raise UnmeasuredError("the artifact is GGUF, which transformers does not run as it is", by_limit=True)
+        if unloadable := subject.unloadable:
+            raise UnmeasuredError(unloadable, by_limit=True)
         if summary.position_limit and context > summary.position_limit:
             raise UnmeasuredError(f"the model has learned {summary.position_limit:,} positions", by_limit=True)
         allowed = self.memory if self.memory is not None else subject.memory

@@ -101,8 +101,8 @@ class PositionsCheck(Measurement):
     def measure(self, subject: Subject) -> list[Check]:
         """One check with the curve, of the original too if it is a directory that reads the same tokens."""
         summary = describe_model(subject.stored)
-        if not subject.loadable:
-            return [_unmeasured("the artifact is GGUF, which transformers does not run as it is", summary)]
+        if unloadable := subject.unloadable:
+            return [_unmeasured(unloadable, summary)]
         trained = Architecture.of(subject.stored.config).trained_length
         notes: list[str] = []
         length = self._length(subject, summary, trained, notes)

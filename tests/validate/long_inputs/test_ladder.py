@@ -128,7 +128,7 @@ def test_the_picture_says_what_was_not_measured() -> None:
 
 
 def test_a_gguf_artifact_is_computed_and_not_run(mha: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Subject, "loadable", property(lambda self: False))
+    monkeypatch.setattr(Subject, "unloadable", property(lambda self: "the artifact is GGUF"))
     check = measure(mha, MemoryLadder(measured_contexts=(64,)))
     assert check.ok and check.value and "GGUF" in check.detail["not_measured"][0]
     with SafetensorsCheckpoint(mha) as stored:
