@@ -18,13 +18,17 @@ from llmconvert.compute.attention import _trained_attention
 from llmconvert.compute.attention_gradient import attend, rows_of_tile
 
 SIZE = 16
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def draw(length: int, heads: int, kv_heads: int, batch: int = 1) -> list[torch.Tensor]:
+def draw(length: int, heads: int, kv_heads: int, batch: int = 1) -> Parts:
     """Queries, keys and values as models lay them: heads beside each other in every token."""
     torch.manual_seed(length)
-    counts = (heads, kv_heads, kv_heads)
-    return [torch.randn(batch, length, count, SIZE).bfloat16().transpose(1, 2).requires_grad_() for count in counts]
+
+    def part(count: int) -> torch.Tensor:
+        return torch.randn(batch, length, count, SIZE).bfloat16().transpose(1, 2).requires_grad_()
+
+    return part(heads), part(kv_heads), part(kv_heads)
 
 
 def gradients_of(output: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -69,7 +73,7 @@ def test_gradients_are_those_of_the_definition(
 
 def test_the_forward_is_torchs_own() -> None:
     parts = draw(160, 9, 3)
-    repeated = [parts[0], *(part.repeat_interleave(3, 1) for part in parts[1:])]
+    repeated = parts[0], parts[1].repeat_interleave(3, 1), parts[2].repeat_interleave(3, 1)
     assert torch.equal(
         attend(*parts, 0.3), functional.scaled_dot_product_attention(*repeated, is_causal=True, scale=0.3)
     )
@@ -90,8 +94,8 @@ def test_keys_that_many_heads_share_learn_no_worse_than_in_transformers() -> Non
 
 def test_scores_of_any_size_have_finite_gradients() -> None:
     """Scores in the thousands are rounded by more than a power of e, and shares add up to one all the same."""
-    parts = [part.detach().mul(200).requires_grad_() for part in draw(70, 4, 2)]
-    for found in gradients_of(attend(*parts, 0.3), parts):
+    query, key, value = (part.detach().mul(200).requires_grad_() for part in draw(70, 4, 2))
+    for found in gradients_of(attend(query, key, value, 0.3), (query, key, value)):
         assert found.isfinite().all()
 
 
