@@ -112,7 +112,7 @@ def validate_stage(
         with work.original.open() as reference:
             text, made = work.texts.get(EVALUATION_TEXT), work.recipe.quantize
             layout = None if made is None else load_format(made.format)
-            loadable = layout is None or layout.library not in ("gguf", "mlx")
+            loadable = layout is None or "generation" not in layout.lacks  # which is measured with transformers
             stored = work.sizes.get(model)
             known: dict[str, Any] = {"loadable": loadable, "stored": stored, "build": work.skeletons}
             known["cached"] = made is not None and made.kv_cache is not None
